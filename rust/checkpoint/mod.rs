@@ -1,0 +1,1 @@
+//! Checkpoints: what to quantize, and turning one folder into another.

@@ -1,0 +1,147 @@
+//! Every way to fail.
+//!
+//! A message is one line, names what was looked at (argument, file, tensor), the value found, and what would
+//! have been right. [`Error::kind`] sorts them for callers: the command's exit code and the Python exception.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// The result of every fallible function of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong, in the terms of whoever called.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// An argument has a value that is not legal.
+    #[error("{argument} is {value}: expected {expected}")]
+    Argument {
+        /// The argument's name as the caller writes it.
+        argument: &'static str,
+        /// The value given.
+        value: String,
+        /// The legal values.
+        expected: String,
+    },
+    /// A file of a checkpoint breaks its format.
+    #[error("{}: {problem}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What was found, and what was expected.
+        problem: String,
+    },
+    /// One tensor of a checkpoint breaks its format.
+    #[error("{}: tensor {tensor:?}: {problem}", path.display())]
+    Tensor {
+        /// The file that holds the tensor.
+        path: PathBuf,
+        /// The tensor's name.
+        tensor: String,
+        /// What was found, and what was expected.
+        problem: String,
+    },
+    /// A weight to be quantized holds NaN or an infinity.
+    #[error(
+        "{}: tensor {tensor:?}: element {index} (row-major; shape {shape:?}) is {value}: expected finite weights; \
+         keep this tensor with a rule, or allow it with --allow-nonfinite",
+        path.display()
+    )]
+    NonFinite {
+        /// The file that holds the tensor.
+        path: PathBuf,
+        /// The tensor's name.
+        tensor: String,
+        /// Position in the row-major list of the tensor's values.
+        index: u64,
+        /// The tensor's shape.
+        shape: Vec<usize>,
+        /// `NaN`, `inf` or `-inf`.
+        value: f32,
+    },
+    /// The destination cannot be used as asked.
+    #[error("{}: {problem}", path.display())]
+    Destination {
+        /// The destination folder.
+        path: PathBuf,
+        /// Why, and which option helps.
+        problem: String,
+    },
+    /// The file system of the destination has too little room.
+    #[error(
+        "{}: the output needs {needed} bytes and the file system has {available} free: free some space, or choose another destination",
+        path.display()
+    )]
+    NoSpace {
+        /// The destination folder.
+        path: PathBuf,
+        /// Bytes that the output takes.
+        needed: u64,
+        /// Bytes that may be written.
+        available: u64,
+    },
+    /// The operating system refused.
+    #[error("{}: cannot {action}: {source}", path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What was tried: "open", "read", …
+        action: &'static str,
+        /// The system's words.
+        source: io::Error,
+    },
+    /// The caller asked to stop.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+/// What an [`Error`] means to a caller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// The call was wrong: an option, an argument, a destination in use.
+    Usage,
+    /// The input is wrong: a broken or unsuitable checkpoint.
+    Input,
+    /// The machine said no: permissions, disk, memory.
+    System,
+    /// Stopped on request.
+    Interrupted,
+}
+
+impl Error {
+    /// An illegal argument.
+    pub fn argument(argument: &'static str, value: impl ToString, expected: impl Into<String>) -> Self {
+        Self::Argument { argument, value: value.to_string(), expected: expected.into() }
+    }
+
+    /// A file that breaks its format.
+    pub fn file(path: impl AsRef<Path>, problem: impl Into<String>) -> Self {
+        Self::File { path: path.as_ref().to_path_buf(), problem: problem.into() }
+    }
+
+    /// A tensor that breaks its format.
+    pub fn tensor(path: impl AsRef<Path>, tensor: impl Into<String>, problem: impl Into<String>) -> Self {
+        Self::Tensor { path: path.as_ref().to_path_buf(), tensor: tensor.into(), problem: problem.into() }
+    }
+
+    /// A destination that cannot be used as asked.
+    pub fn destination(path: impl AsRef<Path>, problem: impl Into<String>) -> Self {
+        Self::Destination { path: path.as_ref().to_path_buf(), problem: problem.into() }
+    }
+
+    /// The operating system's refusal, with the file and the action.
+    pub fn io(path: impl AsRef<Path>, action: &'static str) -> impl FnOnce(io::Error) -> Self {
+        let path = path.as_ref().to_path_buf();
+        move |source| Self::Io { path, action, source }
+    }
+
+    /// What this failure means to the caller.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Argument { .. } | Self::Destination { .. } => ErrorKind::Usage,
+            Self::File { .. } | Self::Tensor { .. } | Self::NonFinite { .. } => ErrorKind::Input,
+            Self::NoSpace { .. } | Self::Io { .. } => ErrorKind::System,
+            Self::Interrupted => ErrorKind::Interrupted,
+        }
+    }
+}

@@ -1,0 +1,23 @@
+//! 4-bit model weights in the format of bitsandbytes: the core of halfbyte.
+//!
+//! A module imports only from those named before it:
+//!
+//! | floor | modules |
+//! |---|---|
+//! | plain facts | [`error`], [`codebook`], [`geometry`] |
+//! | arithmetic | [`blockwise`], [`nested`] |
+//! | checkpoints | [`checkpoint`] |
+//! | Python | `python` (feature `python`) |
+#![deny(missing_docs)]
+#![deny(unsafe_op_in_unsafe_fn)]
+
+pub mod blockwise;
+pub mod checkpoint;
+pub mod codebook;
+pub mod error;
+pub mod geometry;
+pub mod nested;
+#[cfg(feature = "python")]
+mod python;
+
+pub use error::{Error, Result};
