@@ -81,6 +81,30 @@ def test_reader_of_format_page_reads_every_storage_dtype(
         assert reader(relabelled, "weight").tobytes() == expected.tobytes()
 
 
+def test_writing_rules_of_format_page_give_golden_codes() -> None:
+    text = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
+    listed = re.search(r"fifteen numbers `scaled` exceeds:\s+`([^`]+)`", text)
+    assert listed
+    thresholds = np.array([float(number) for number in listed[1].split(",")], np.float32)
+    assert thresholds.shape == (15,)
+    checked = 0
+    for index, case in enumerate(CASES):
+        if case["quant_type"] != "nf4" or case["dtype"] == "bf16":
+            continue
+        x = TENSORS[f"c{index:03d}.input"].astype(np.float32).reshape(-1)
+        block = np.arange(x.size) // case["blocksize"]
+        absmax = np.zeros(block[-1] + 1, np.float32)
+        np.maximum.at(absmax, block, np.abs(x))
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            scaled = x * (np.float32(1) / absmax)[block]
+        codes = (scaled[:, None] > thresholds).sum(axis=1).astype(np.uint8)
+        codes = np.append(codes, [7] * (codes.size % 2)).astype(np.uint8)
+        packed = codes[0::2] << 4 | codes[1::2]
+        assert packed.tobytes() == TENSORS[f"c{index:03d}.weight"].tobytes(), case
+        checked += 1
+    assert checked >= 10
+
+
 def anchors(text: str) -> set[str]:
     """The anchors that GitHub gives to the headings of a Markdown text."""
     headings = re.findall(r"^#+ +(.*)$", text, flags=re.MULTILINE)
