@@ -91,8 +91,11 @@ pub enum Error {
         source: io::Error,
     },
     /// The caller asked to stop.
-    #[error("interrupted")]
-    Interrupted,
+    #[error("interrupted{how_far}")]
+    Interrupted {
+        /// What had been done by then, to be read on: " with …", or nothing.
+        how_far: String,
+    },
 }
 
 /// What an [`Error`] means to a caller.
@@ -141,7 +144,7 @@ impl Error {
             Self::Argument { .. } | Self::Destination { .. } => ErrorKind::Usage,
             Self::File { .. } | Self::Tensor { .. } | Self::NonFinite { .. } => ErrorKind::Input,
             Self::NoSpace { .. } | Self::Io { .. } => ErrorKind::System,
-            Self::Interrupted => ErrorKind::Interrupted,
+            Self::Interrupted { .. } => ErrorKind::Interrupted,
         }
     }
 }
