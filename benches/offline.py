@@ -181,7 +181,7 @@ def fresh_run(command: list[str], destination: Path) -> Process:
 def halfbyte_command(*arguments: str) -> list[str]:
     """The `halfbyte` command beside this interpreter, or the module it stands for in a source tree."""
     beside = Path(sys.executable).with_name("halfbyte")
-    return [*([str(beside)] if beside.exists() else [sys.executable, "-m", "halfbyte.cli"]), *arguments]
+    return [*([str(beside)] if beside.exists() else [sys.executable, "-m", "halfbyte"]), *arguments]
 
 
 def quantize_command(source: Path, destination: Path, *more: str) -> list[str]:

@@ -70,7 +70,7 @@ def halfbyte(*arguments: str | Path) -> float:
     print(f"$ {shlex.join(['halfbyte', *words])}", flush=True)
     # The command beside this interpreter; in a source tree that is not installed, the module it stands for.
     beside = Path(sys.executable).with_name("halfbyte")
-    command = [str(beside)] if beside.exists() else [sys.executable, "-m", "halfbyte.cli"]
+    command = [str(beside)] if beside.exists() else [sys.executable, "-m", "halfbyte"]
     start = time.perf_counter()
     result = subprocess.run([*command, *words], check=False)
     seconds = time.perf_counter() - start
