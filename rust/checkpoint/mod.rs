@@ -1,1 +1,3 @@
 //! Checkpoints: what to quantize, and turning one folder into another.
+
+pub mod selection;
