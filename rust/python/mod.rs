@@ -2,6 +2,7 @@
 
 mod checkpoint;
 mod error;
+mod selection;
 
 use pyo3::prelude::*;
 
@@ -9,5 +10,6 @@ use pyo3::prelude::*;
 #[pymodule]
 fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
-    checkpoint::register(m)
+    checkpoint::register(m)?;
+    selection::register(m)
 }
