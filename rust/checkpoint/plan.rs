@@ -297,7 +297,7 @@ impl Plan {
             shards,
             tensors,
             notes: source.notes.clone(),
-            architecture: selection::architecture(config),
+            architecture: config.and_then(|c| c["architectures"][0].as_str()).map(str::to_owned),
             known_architecture: true,
             skip_modules: None,
             allow_nonfinite: true,

@@ -81,7 +81,10 @@ impl Checkpoint {
     ///
     /// Reads headers and the index alone.
     pub fn open(path: &Path) -> Result<Self> {
-        let facts = fs::metadata(path).map_err(Error::io(path, "open"))?;
+        let facts = fs::metadata(path).map_err(|e| match e.kind() {
+            std::io::ErrorKind::NotFound => Error::file(path, "does not exist: expected a folder that holds a checkpoint"),
+            _ => Error::io(path, "open")(e),
+        })?;
         let resolved = file::resolve(path)?;
         if facts.is_file() {
             let folder = resolved.parent().unwrap_or(Path::new("/")).to_path_buf();
