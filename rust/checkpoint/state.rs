@@ -68,7 +68,13 @@ pub fn storage_dtype(name: &str) -> Result<Dtype> {
         "bfloat16" => Dtype::BF16,
         "float32" => Dtype::F32,
         "float64" => Dtype::F64,
-        _ => return Err(Error::argument("storage", format!("{name:?}"), "uint8, int8, float16, bfloat16, float32 or float64")),
+        _ => {
+            return Err(Error::argument(
+                "storage",
+                format!("{name:?}"),
+                "uint8, int8, float16, bfloat16, float32 or float64",
+            ));
+        }
     })
 }
 
@@ -149,12 +155,13 @@ impl State {
             text = text.replace(&format!(": {word}"), &format!(": \"{word}\""));
         }
         let raw: Raw = serde_json::from_str(&text).map_err(|e| format!("is no valid quantization state: {e}"))?;
-        let quant_type: QuantType =
-            raw.quant_type.parse().map_err(|_| format!("has the quant_type {:?}: expected nf4 or fp4", raw.quant_type))?;
-        let blocksize = usize::try_from(raw.blocksize)
-            .ok()
-            .and_then(|b| BlockSize::new(b).ok())
-            .ok_or_else(|| format!("has the blocksize {}: expected one of {:?}", raw.blocksize, crate::geometry::BLOCK_SIZES))?;
+        let quant_type: QuantType = raw
+            .quant_type
+            .parse()
+            .map_err(|_| format!("has the quant_type {:?}: expected nf4 or fp4", raw.quant_type))?;
+        let blocksize = usize::try_from(raw.blocksize).ok().and_then(|b| BlockSize::new(b).ok()).ok_or_else(|| {
+            format!("has the blocksize {}: expected one of {:?}", raw.blocksize, crate::geometry::BLOCK_SIZES)
+        })?;
         let dtype = weight_dtype("dtype", &raw.dtype)
             .map_err(|_| format!("has the dtype {:?}: expected float32, float16 or bfloat16", raw.dtype))?;
         let shape: Option<Vec<usize>> = raw.shape.iter().map(|&d| usize::try_from(d).ok()).collect();
@@ -168,7 +175,10 @@ impl State {
                     return Err(format!("has the nested_blocksize {b}: expected {NESTED_BLOCK_SIZE}"));
                 }
                 if raw.nested_dtype.as_deref().is_some_and(|d| d != "float32") {
-                    return Err(format!("has the nested_dtype {:?}: expected float32", raw.nested_dtype.unwrap_or_default()));
+                    return Err(format!(
+                        "has the nested_dtype {:?}: expected float32",
+                        raw.nested_dtype.unwrap_or_default()
+                    ));
                 }
                 let number = match &offset {
                     serde_json::Value::String(word) => word.replace("Infinity", "inf").parse().ok(),
@@ -255,7 +265,10 @@ mod tests {
             (r#"{"quant_type":"nf4","blocksize":64,"dtype":"float32","shape":[-1]}"#, "valid"),
             (r#"{"quant_type":"nf4","blocksize":64,"dtype":"float32","shape":[4294967296,4294967296]}"#, "overflows"),
             (r#"{"quant_type":"nf4","blocksize":64,"dtype":"float32","shape":[1],"nested_offset":1.0}"#, "both"),
-            (r#"{"quant_type":"nf4","blocksize":64,"dtype":"float32","shape":[1],"nested_offset":1.0,"nested_blocksize":64}"#, "nested_blocksize"),
+            (
+                r#"{"quant_type":"nf4","blocksize":64,"dtype":"float32","shape":[1],"nested_offset":1.0,"nested_blocksize":64}"#,
+                "nested_blocksize",
+            ),
         ] {
             let problem = State::parse(text.as_bytes()).unwrap_err();
             assert!(problem.contains(word), "{text}: {problem}");
