@@ -16,6 +16,9 @@ impl BlockSize {
     /// The format's default: 64.
     pub const DEFAULT: Self = Self(64);
 
+    /// The block size of doubly quantized scales: [`NESTED_BLOCK_SIZE`].
+    pub const NESTED: Self = Self(NESTED_BLOCK_SIZE);
+
     /// Checks that `blocksize` is one of [`BLOCK_SIZES`].
     pub fn new(blocksize: usize) -> Result<Self> {
         if BLOCK_SIZES.contains(&blocksize) {

@@ -1,0 +1,3 @@
+//! Against the golden vectors, and every path against the scalar definition.
+
+mod golden;
