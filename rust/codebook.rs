@@ -9,9 +9,10 @@ use std::str::FromStr;
 use crate::error::{Error, Result};
 
 /// A 4-bit data type: which sixteen values a code may mean.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub enum QuantType {
     /// NormalFloat4: the quantiles of a normal distribution (QLoRA, arXiv 2305.14314).
+    #[default]
     Nf4,
     /// A sign bit and a 3-bit float.
     Fp4,

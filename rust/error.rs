@@ -81,7 +81,7 @@ pub enum Error {
         available: u64,
     },
     /// The operating system refused.
-    #[error("{}: cannot {action}: {source}", path.display())]
+    #[error("{}: cannot {action}: {}", path.display(), words(source))]
     Io {
         /// The file or folder.
         path: PathBuf,
@@ -90,9 +90,24 @@ pub enum Error {
         /// The system's words.
         source: io::Error,
     },
+    /// An invariant of this crate does not hold.
+    #[error("a bug in halfbyte, please report it: {words}")]
+    Bug {
+        /// What the panic said.
+        words: String,
+    },
     /// The caller asked to stop.
-    #[error("interrupted")]
-    Interrupted,
+    #[error("interrupted{how_far}")]
+    Interrupted {
+        /// What had been done by then, to be read on: " with …", or nothing.
+        how_far: String,
+    },
+}
+
+/// The system's words without Rust's number behind them.
+fn words(error: &io::Error) -> String {
+    let text = error.to_string();
+    text.split_once(" (os error ").map_or(text.clone(), |(words, _)| words.to_owned())
 }
 
 /// What an [`Error`] means to a caller.
@@ -106,6 +121,8 @@ pub enum ErrorKind {
     System,
     /// Stopped on request.
     Interrupted,
+    /// A mistake of ours.
+    Bug,
 }
 
 impl Error {
@@ -141,7 +158,8 @@ impl Error {
             Self::Argument { .. } | Self::Destination { .. } => ErrorKind::Usage,
             Self::File { .. } | Self::Tensor { .. } | Self::NonFinite { .. } => ErrorKind::Input,
             Self::NoSpace { .. } | Self::Io { .. } => ErrorKind::System,
-            Self::Interrupted => ErrorKind::Interrupted,
+            Self::Bug { .. } => ErrorKind::Bug,
+            Self::Interrupted { .. } => ErrorKind::Interrupted,
         }
     }
 }

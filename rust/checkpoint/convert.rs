@@ -1,0 +1,375 @@
+//! Doing what a plan says, one output file at a time, in little memory.
+//!
+//! A file is cut into pieces of [`PIECE_BYTES`] of input that fit in a core's cache. Threads take pieces in order:
+//! positioned read, arithmetic in cache, positioned write. Nothing of a tensor stays in memory but its scales, which
+//! the thread that ends its last piece writes out.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use half::{bf16, f16};
+use safetensors::Dtype;
+
+use super::file::{read_exact_at, write_all_at};
+use super::job::Progress;
+use super::layout::Layout;
+use super::plan::{Action, ShardPlan, WeightOutputs, WeightSource};
+use super::source::{Checkpoint, TensorRef};
+use super::state::{State, item_size};
+use super::workers;
+use crate::blockwise::{self, Element, Finite, dequantize_8bit};
+use crate::codebook::dynamic_map;
+use crate::error::{Error, Result};
+use crate::geometry::{BlockSize, packed_len};
+use crate::nested;
+
+/// Bytes of dense weights in one piece: half of a 1 MiB second-level cache, a multiple of every block size.
+pub const PIECE_BYTES: usize = 512 << 10;
+
+/// A thread's own memory, aligned for every element type.
+#[derive(Default)]
+pub struct Scratch {
+    dense: Vec<u64>,
+    packed: Vec<u64>,
+}
+
+/// The first `len` bytes of a buffer that grows as needed.
+fn bytes(buffer: &mut Vec<u64>, len: usize) -> &mut [u8] {
+    let words = len.div_ceil(8);
+    if buffer.len() < words {
+        buffer.resize(words, 0);
+    }
+    &mut bytemuck::cast_slice_mut(buffer)[..len]
+}
+
+/// Calls a generic function with the element type of a weight's dtype.
+macro_rules! with_element {
+    ($dtype:expr, $name:ident => $body:expr) => {
+        match $dtype {
+            Dtype::F32 => {
+                type $name = f32;
+                $body
+            }
+            Dtype::F16 => {
+                type $name = f16;
+                $body
+            }
+            Dtype::BF16 => {
+                type $name = bf16;
+                $body
+            }
+            other => unreachable!("a plan holds no weight of {other}"),
+        }
+    };
+}
+pub(super) use with_element;
+
+/// A part of one action.
+struct Piece {
+    action: usize,
+    /// First element of a weight, or first byte of a copy.
+    start: usize,
+    /// How many.
+    len: usize,
+    /// Position among the pieces of its action.
+    number: usize,
+}
+
+/// What the pieces of one weight share.
+struct Shared {
+    left: AtomicUsize,
+    /// Scales that were found, by piece; or the scales to read with.
+    scales: Mutex<Scales>,
+}
+
+enum Scales {
+    Found(Vec<Vec<f32>>),
+    Known(Option<Arc<Vec<f32>>>),
+}
+
+/// Everything that the threads look at.
+pub struct ShardJob<'a> {
+    source: &'a Checkpoint,
+    shard: &'a ShardPlan,
+    out: &'a File,
+    path: &'a Path,
+    progress: &'a Progress,
+    allow_nonfinite: bool,
+    pieces: Vec<Piece>,
+    shared: Vec<Shared>,
+    texts: Mutex<HashMap<usize, Vec<u8>>>,
+}
+
+impl<'a> ShardJob<'a> {
+    /// Cuts the work on `shard`, whose new file is `out` at `path`.
+    pub fn new(
+        source: &'a Checkpoint,
+        shard: &'a ShardPlan,
+        out: &'a File,
+        path: &'a Path,
+        allow_nonfinite: bool,
+        progress: &'a Progress,
+    ) -> Self {
+        let mut pieces = Vec::new();
+        let mut shared = Vec::with_capacity(shard.actions.len());
+        for (action, what) in shard.actions.iter().enumerate() {
+            let (total, step) = match what {
+                Action::Copy { source: at, .. } => (source.tensor(*at).len as usize, PIECE_BYTES),
+                // A transposed weight is taken whole: its pieces would be strided reads.
+                Action::Quantize { state, transpose: true, .. } => (state.elements(), usize::MAX),
+                Action::Quantize { state, .. } => (state.elements(), PIECE_BYTES / item_size(state.dtype)),
+                Action::Dequantize { source, transpose: true, .. } => (source.state.elements(), usize::MAX),
+                Action::Dequantize { source, output, .. } => {
+                    (source.state.elements(), PIECE_BYTES / item_size(shard.layout.tensors[*output].dtype))
+                }
+            };
+            let first = pieces.len();
+            let mut start = 0;
+            loop {
+                let len = step.min(total - start);
+                pieces.push(Piece { action, start, len, number: pieces.len() - first });
+                start += len;
+                if start >= total {
+                    break;
+                }
+            }
+            let count = pieces.len() - first;
+            let scales = match what {
+                Action::Dequantize { .. } => Scales::Known(None),
+                Action::Quantize { .. } => Scales::Found(vec![Vec::new(); count]),
+                Action::Copy { .. } => Scales::Found(Vec::new()),
+            };
+            shared.push(Shared { left: AtomicUsize::new(count), scales: Mutex::new(scales) });
+        }
+        Self { source, shard, out, path, progress, allow_nonfinite, pieces, shared, texts: Mutex::default() }
+    }
+
+    /// Writes the whole file on `threads` threads; gives its length.
+    pub fn run(&self, threads: usize) -> Result<u64> {
+        workers::run(threads, self.pieces.len(), self.progress, Scratch::default, |scratch, piece| {
+            self.piece(scratch, &self.pieces[piece])
+        })?;
+        let texts = self.texts.lock().unwrap_or_else(PoisonError::into_inner);
+        let (tail_start, tail, head) = self.layout().finish(&texts);
+        write_all_at(self.out, self.path, &tail, tail_start)?;
+        write_all_at(self.out, self.path, &head, 0)?;
+        let len = tail_start + tail.len() as u64;
+        self.out.set_len(len).map_err(Error::io(self.path, "set the length of"))?;
+        Ok(len)
+    }
+
+    fn layout(&self) -> &Layout {
+        &self.shard.layout
+    }
+
+    fn write(&self, tensor: usize, skip: usize, bytes: &[u8]) -> Result<()> {
+        write_all_at(self.out, self.path, bytes, self.layout().offsets[tensor] + skip as u64)
+    }
+
+    fn read(&self, at: TensorRef, skip: usize, into: &mut [u8]) -> Result<()> {
+        let (file, entry) = (self.source.file(at), self.source.tensor(at));
+        read_exact_at(&file.file, &file.path, into, entry.offset + skip as u64)
+    }
+
+    fn piece(&self, scratch: &mut Scratch, piece: &Piece) -> Result<()> {
+        let shared = &self.shared[piece.action];
+        if piece.number == 0 {
+            self.progress.set_label(self.label(piece.action));
+        }
+        match &self.shard.actions[piece.action] {
+            Action::Copy { source, output } => {
+                let buffer = bytes(&mut scratch.dense, piece.len);
+                self.read(*source, piece.start, buffer)?;
+                self.write(*output, piece.start, buffer)?;
+                self.progress.add(piece.len as u64);
+            }
+            Action::Quantize { source, state, transpose, outputs } => {
+                let found = with_element!(state.dtype, T => self.quantize::<T>(scratch, piece, *source, state, *transpose, outputs))?;
+                if let Scales::Found(all) = &mut *shared.scales.lock().unwrap_or_else(PoisonError::into_inner) {
+                    all[piece.number] = found;
+                }
+                if shared.left.fetch_sub(1, Ordering::AcqRel) == 1 {
+                    self.finish_weight(shared, state, outputs)?;
+                }
+            }
+            Action::Dequantize { source, transpose, output } => {
+                let scales = self.scales(shared, source)?;
+                let dtype = self.layout().tensors[*output].dtype;
+                with_element!(dtype, T => self.dequantize::<T>(scratch, piece, source, &scales, *transpose, *output))?;
+                if shared.left.fetch_sub(1, Ordering::AcqRel) == 1 {
+                    *shared.scales.lock().unwrap_or_else(PoisonError::into_inner) = Scales::Known(None);
+                    let rest: u64 =
+                        source.parts.iter().filter(|&&p| p != source.packed).map(|&p| self.source.tensor(p).len).sum();
+                    self.progress.add(rest);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn label(&self, action: usize) -> &str {
+        match &self.shard.actions[action] {
+            Action::Copy { output, .. } | Action::Dequantize { output, .. } => &self.layout().tensors[*output].name,
+            Action::Quantize { outputs, .. } => &self.layout().tensors[outputs.packed].name,
+        }
+    }
+
+    /// Quantizes one piece and writes its codes; gives its scales.
+    fn quantize<T: Element + bytemuck::Pod>(
+        &self,
+        scratch: &mut Scratch,
+        piece: &Piece,
+        source: TensorRef,
+        state: &State,
+        transpose: bool,
+        outputs: &WeightOutputs,
+    ) -> Result<Vec<f32>> {
+        let size = size_of::<T>();
+        let dense = bytes(&mut scratch.dense, piece.len * size);
+        self.read(source, piece.start * size, dense)?;
+        let turned;
+        let values: &[T] = if transpose {
+            // The state's shape is that of the result: [columns, rows] of what was read.
+            turned = transposed::<T>(bytemuck::cast_slice(dense), state.shape[1], state.shape[0]);
+            &turned
+        } else {
+            bytemuck::cast_slice(dense)
+        };
+        let mut scales = vec![0.0; state.blocksize.absmax_len(values.len())];
+        // Storage of wide elements may end in padding: zero bytes.
+        let stored = if piece.start + piece.len == state.elements() {
+            self.layout().tensors[outputs.packed].len as usize - piece.start / 2
+        } else {
+            packed_len(values.len())
+        };
+        let packed = bytes(&mut scratch.packed, stored);
+        let (codes, padding) = packed.split_at_mut(packed_len(values.len()));
+        padding.fill(0);
+        let finite = blockwise::quantize_serial(values, state.quant_type, state.blocksize, codes, &mut scales)?;
+        if finite == Finite::HasNonFinite
+            && !self.allow_nonfinite
+            && let Some((index, value)) = blockwise::first_nonfinite(values)
+        {
+            let index = if transpose {
+                let (rows, columns) = (state.shape[0], state.shape[1]);
+                (index % columns) * rows + index / columns
+            } else {
+                piece.start + index
+            };
+            let entry = self.source.tensor(source);
+            return Err(Error::NonFinite {
+                path: self.source.file(source).path.clone(),
+                tensor: entry.name.clone(),
+                index: index as u64,
+                shape: entry.shape.clone(),
+                value,
+            });
+        }
+        self.write(outputs.packed, piece.start / 2, packed)?;
+        self.progress.add((piece.len * size) as u64);
+        Ok(scales)
+    }
+
+    /// Writes what a weight has beside its codes.
+    fn finish_weight(&self, shared: &Shared, state: &State, outputs: &WeightOutputs) -> Result<()> {
+        let mut slot = shared.scales.lock().unwrap_or_else(PoisonError::into_inner);
+        let Scales::Found(found) = &mut *slot else { unreachable!("a weight that is quantized finds scales") };
+        let scales = std::mem::take(found).concat();
+        drop(slot);
+        self.write(outputs.quant_map, 0, bytemuck::cast_slice(state.quant_type.values()))?;
+        let mut state = state.clone();
+        if let Some((nested_absmax, nested_map)) = outputs.nested {
+            let nested = nested::compress(&scales);
+            self.write(outputs.absmax, 0, &nested.codes)?;
+            self.write(nested_absmax, 0, bytemuck::cast_slice(&nested.absmax))?;
+            self.write(nested_map, 0, bytemuck::cast_slice(dynamic_map()))?;
+            state.nested_offset = Some(nested.offset);
+        } else {
+            self.write(outputs.absmax, 0, bytemuck::cast_slice(&scales))?;
+        }
+        let text = state.to_json().into_bytes();
+        self.texts.lock().unwrap_or_else(PoisonError::into_inner).insert(outputs.state, text);
+        Ok(())
+    }
+
+    /// The scales of a 4-bit weight, read once and dropped after its last piece.
+    fn scales(&self, shared: &Shared, weight: &WeightSource) -> Result<Arc<Vec<f32>>> {
+        let mut slot = shared.scales.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Scales::Known(Some(scales)) = &*slot {
+            return Ok(Arc::clone(scales));
+        }
+        let scales = Arc::new(read_scales(self.source, weight)?);
+        *slot = Scales::Known(Some(Arc::clone(&scales)));
+        Ok(scales)
+    }
+
+    fn dequantize<T: Element + bytemuck::Pod>(
+        &self,
+        scratch: &mut Scratch,
+        piece: &Piece,
+        weight: &WeightSource,
+        scales: &[f32],
+        transpose: bool,
+        output: usize,
+    ) -> Result<()> {
+        let state = &weight.state;
+        let packed = bytes(&mut scratch.packed, packed_len(piece.len));
+        self.read(weight.packed, piece.start / 2, packed)?;
+        let size = size_of::<T>();
+        let values: &mut [T] = bytemuck::cast_slice_mut(bytes(&mut scratch.dense, piece.len * size));
+        let block = state.blocksize;
+        let first = piece.start / block.get();
+        let scales = &scales[first..first + block.absmax_len(piece.len)];
+        blockwise::dequantize_serial(packed, scales, state.quant_type, block, values)?;
+        if transpose {
+            let turned = transposed::<T>(values, state.shape[0], state.shape[1]);
+            self.write(output, 0, bytemuck::cast_slice(&turned))?;
+        } else {
+            self.write(output, piece.start * size, bytemuck::cast_slice(values))?;
+        }
+        self.progress.add(packed.len() as u64);
+        Ok(())
+    }
+}
+
+/// The float32 scales of a 4-bit weight, whether they are stored so or quantized themselves.
+pub fn read_scales(source: &Checkpoint, weight: &WeightSource) -> Result<Vec<f32>> {
+    let codes = source.read(weight.absmax)?;
+    let Some((nested_absmax, nested_map)) = weight.nested else {
+        return Ok(floats(&codes));
+    };
+    let offset = weight.state.nested_offset.unwrap_or(0.0);
+    let map: [f32; 256] = floats(&source.read(nested_map)?).try_into().map_err(|_| {
+        Error::tensor(&source.file(nested_map).path, &source.tensor(nested_map).name, "is not 256 float32 values long")
+    })?;
+    let mut scales = vec![0.0; codes.len()];
+    dequantize_8bit(&codes, &floats(&source.read(nested_absmax)?), &map, BlockSize::NESTED, &mut scales)?;
+    for scale in &mut scales {
+        *scale += offset;
+    }
+    Ok(scales)
+}
+
+fn floats(bytes: &[u8]) -> Vec<f32> {
+    bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+}
+
+/// The transpose of a row-major `[rows, columns]` matrix, in square tiles that stay in cache.
+pub fn transposed<T: bytemuck::Pod>(values: &[T], rows: usize, columns: usize) -> Vec<T> {
+    /// 32 rows of 32 four-byte elements: two tiles fill a quarter of a 32 KiB cache.
+    const TILE: usize = 32;
+    let mut out = vec![T::zeroed(); values.len()];
+    for row in (0..rows).step_by(TILE) {
+        for column in (0..columns).step_by(TILE) {
+            for r in row..(row + TILE).min(rows) {
+                for c in column..(column + TILE).min(columns) {
+                    out[c * rows + r] = values[r * columns + c];
+                }
+            }
+        }
+    }
+    out
+}

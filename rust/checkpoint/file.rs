@@ -1,0 +1,150 @@
+//! Positioned reads and writes, and what else is asked of the operating system.
+//!
+//! Weights are read with positioned reads into buffers that fit in a core's cache, not through a memory map: a map
+//! counts every page it touched as resident memory, faults once per page run, and turns a source that is truncated
+//! while it is read into SIGBUS instead of an error.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+
+/// Fills `buffer` from byte `offset` of `file`.
+pub fn read_exact_at(file: &File, path: &Path, buffer: &mut [u8], offset: u64) -> Result<()> {
+    #[cfg(unix)]
+    let outcome = std::os::unix::fs::FileExt::read_exact_at(file, buffer, offset);
+    #[cfg(windows)]
+    let outcome = windows_exact(buffer.len(), |done| {
+        std::os::windows::fs::FileExt::seek_read(file, &mut buffer[done..], offset + done as u64)
+    });
+    outcome.map_err(|e| match e.kind() {
+        io::ErrorKind::UnexpectedEof => Error::file(
+            path,
+            format!(
+                "ends before byte {}: the file was cut short while it was being read",
+                offset + buffer.len() as u64
+            ),
+        ),
+        _ => Error::io(path, "read")(e),
+    })
+}
+
+/// Writes all of `buffer` at byte `offset` of `file`.
+pub fn write_all_at(file: &File, path: &Path, buffer: &[u8], offset: u64) -> Result<()> {
+    #[cfg(unix)]
+    let outcome = std::os::unix::fs::FileExt::write_all_at(file, buffer, offset);
+    #[cfg(windows)]
+    let outcome = windows_exact(buffer.len(), |done| {
+        std::os::windows::fs::FileExt::seek_write(file, &buffer[done..], offset + done as u64)
+    });
+    outcome.map_err(Error::io(path, "write"))
+}
+
+#[cfg(windows)]
+fn windows_exact(len: usize, mut step: impl FnMut(usize) -> io::Result<usize>) -> io::Result<()> {
+    let mut done = 0;
+    while done < len {
+        match step(done)? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            n => done += n,
+        }
+    }
+    Ok(())
+}
+
+/// Opens a regular file for reading. Anything else (a folder, a pipe that would block) is an error.
+pub fn open_regular(path: &Path) -> Result<(File, fs::Metadata)> {
+    let facts = fs::metadata(path).map_err(Error::io(path, "open"))?;
+    if !facts.is_file() {
+        return Err(Error::file(path, "is not a regular file"));
+    }
+    let file = File::open(path).map_err(Error::io(path, "open"))?;
+    let facts = file.metadata().map_err(Error::io(path, "open"))?;
+    Ok((file, facts))
+}
+
+/// Nanoseconds since the epoch of the last modification, 0 where the system does not tell.
+pub fn modified_ns(facts: &fs::Metadata) -> u64 {
+    facts
+        .modified()
+        .ok()
+        .and_then(|t| t.duration_since(std::time::UNIX_EPOCH).ok())
+        .map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX))
+}
+
+/// Sets the length of a new file and, where the file system can, reserves its blocks, so that a full disk shows now
+/// and not in the middle.
+pub fn reserve(file: &File, path: &Path, len: u64) -> Result<()> {
+    #[cfg(target_os = "linux")]
+    if len > 0 {
+        use rustix::fs::{FallocateFlags, fallocate};
+        use rustix::io::Errno;
+        match fallocate(file, FallocateFlags::empty(), 0, len) {
+            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {}
+            Err(e) => return Err(Error::io(path, "reserve space for")(e.into())),
+        }
+    }
+    file.set_len(len).map_err(Error::io(path, "set the length of"))
+}
+
+/// Bytes that an ordinary user may still write to the file system of `folder`; `None` where the system does not tell.
+pub fn free_space(folder: &Path) -> Option<u64> {
+    #[cfg(unix)]
+    {
+        let facts = rustix::fs::statvfs(folder).ok()?;
+        Some(facts.f_bavail.saturating_mul(facts.f_frsize))
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = folder;
+        None
+    }
+}
+
+/// Makes the entries of `folder` durable (its renames and removals). Systems that cannot open folders need no such call.
+pub fn sync_folder(folder: &Path) -> Result<()> {
+    #[cfg(unix)]
+    File::open(folder).and_then(|f| f.sync_all()).map_err(Error::io(folder, "sync"))?;
+    #[cfg(not(unix))]
+    let _ = folder;
+    Ok(())
+}
+
+/// Renames within one file system.
+pub fn rename(from: &Path, to: &Path) -> Result<()> {
+    fs::rename(from, to).map_err(Error::io(to, "rename into place"))
+}
+
+/// Removes a file; one that is not there is no failure.
+pub fn remove_if_present(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::io(path, "remove")(e)),
+        _ => Ok(()),
+    }
+}
+
+/// The absolute path without links, also when the last parts do not exist yet.
+pub fn resolve(path: &Path) -> Result<PathBuf> {
+    let absolute = std::path::absolute(path).map_err(Error::io(path, "resolve"))?;
+    let mut missing = Vec::new();
+    let mut existing = absolute.as_path();
+    loop {
+        match existing.canonicalize() {
+            Ok(mut found) => {
+                found.extend(missing.iter().rev());
+                return Ok(found);
+            }
+            Err(e) if e.kind() == io::ErrorKind::NotFound && fs::symlink_metadata(existing).is_err() => {
+                match (existing.parent(), existing.file_name()) {
+                    (Some(parent), Some(name)) => {
+                        missing.push(name.to_owned());
+                        existing = parent;
+                    }
+                    _ => return Err(Error::io(path, "resolve")(e)),
+                }
+            }
+            Err(e) => return Err(Error::io(existing, "resolve")(e)),
+        }
+    }
+}

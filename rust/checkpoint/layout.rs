@@ -1,0 +1,130 @@
+//! Where every tensor of an output file will stand, before its data exists.
+//!
+//! Offsets must be known before the first byte is written, but the JSON of a double-quantized weight holds the mean
+//! of its scales, whose text has a length that only the data tells. So these JSONs stand last in the file, and the
+//! header is padded with spaces (which the format allows) to the length that it can have at most.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, HashMap};
+
+use safetensors::Dtype;
+use safetensors::tensor::{Metadata, TensorInfo};
+
+/// One tensor of an output file.
+#[derive(Debug, Clone)]
+pub struct OutputTensor {
+    /// Its name.
+    pub name: String,
+    /// Its element type.
+    pub dtype: Dtype,
+    /// Its shape; for a text the longest that it can have.
+    pub shape: Vec<usize>,
+    /// Its length in bytes; for a text at most.
+    pub len: u64,
+    /// Whether its length is known only when its data is.
+    pub text: bool,
+}
+
+impl OutputTensor {
+    /// A tensor of known shape.
+    pub fn fixed(name: String, dtype: Dtype, shape: Vec<usize>) -> Self {
+        let len = (shape.iter().product::<usize>() * dtype.bitsize()) as u64 / 8;
+        Self { name, dtype, shape, len, text: false }
+    }
+
+    /// Bytes of at most `max_len`.
+    pub fn text(name: String, max_len: usize) -> Self {
+        Self { name, dtype: Dtype::U8, shape: vec![max_len], len: max_len as u64, text: true }
+    }
+}
+
+/// An output file's header and the place of every tensor in it.
+#[derive(Debug)]
+pub struct Layout {
+    /// The tensors, in the order of their data.
+    pub tensors: Vec<OutputTensor>,
+    /// First byte of each, counted from the start of the file; for texts only a bound.
+    pub offsets: Vec<u64>,
+    /// Length of the padded header, without the 8 bytes of length before it.
+    pub header_len: u64,
+    /// Length of the file at most.
+    pub max_len: u64,
+    metadata: BTreeMap<String, String>,
+    first_text: usize,
+    by_name: HashMap<String, usize>,
+}
+
+impl Layout {
+    /// Lays out `tensors`: the widest element type first and then by name, as the safetensors library does, texts last.
+    pub fn new(mut tensors: Vec<OutputTensor>, metadata: BTreeMap<String, String>) -> Self {
+        tensors.sort_by(|a, b| (a.text, Reverse(a.dtype), &a.name).cmp(&(b.text, Reverse(b.dtype), &b.name)));
+        let first_text = tensors.iter().position(|t| t.text).unwrap_or(tensors.len());
+        let lens: Vec<u64> = tensors.iter().map(|t| t.len).collect();
+        let mut layout = Self {
+            by_name: tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect(),
+            offsets: Vec::new(),
+            header_len: 0,
+            max_len: 0,
+            tensors,
+            metadata,
+            first_text,
+        };
+        // With every text at its longest all numbers have the most digits that they can have.
+        layout.header_len = (layout.header_json(&lens).len() as u64).next_multiple_of(8);
+        let mut at = 8 + layout.header_len;
+        for len in lens {
+            layout.offsets.push(at);
+            at += len;
+        }
+        layout.max_len = at;
+        layout
+    }
+
+    /// The position of the tensor `name` in [`Layout::tensors`].
+    pub fn index(&self, name: &str) -> Option<usize> {
+        self.by_name.get(name).copied()
+    }
+
+    /// The bytes that end the file, where they start, and the bytes that begin it, once the texts are known.
+    pub fn finish(&self, texts: &HashMap<usize, Vec<u8>>) -> (u64, Vec<u8>, Vec<u8>) {
+        let mut tail = Vec::new();
+        let mut lens: Vec<u64> = self.tensors.iter().map(|t| t.len).collect();
+        for (i, len) in lens.iter_mut().enumerate().skip(self.first_text) {
+            let text = texts.get(&i).map(Vec::as_slice).unwrap_or_default();
+            *len = text.len() as u64;
+            tail.extend_from_slice(text);
+        }
+        let tail_start = self.offsets.get(self.first_text).copied().unwrap_or(self.max_len);
+        let mut head = self.header_len.to_le_bytes().to_vec();
+        head.extend_from_slice(self.header_json(&lens).as_bytes());
+        head.resize(8 + self.header_len as usize, b' ');
+        (tail_start, tail, head)
+    }
+
+    fn header_json(&self, lens: &[u64]) -> String {
+        let mut at = 0;
+        let tensors: Vec<(String, TensorInfo)> = self
+            .tensors
+            .iter()
+            .zip(lens)
+            .map(|(t, &len)| {
+                let from = at;
+                at += len as usize;
+                let shape = if t.text { vec![len as usize] } else { t.shape.clone() };
+                (t.name.clone(), TensorInfo { dtype: t.dtype, shape, data_offsets: (from, at) })
+            })
+            .collect();
+        // A map of more than one key would be written in an order that differs from run to run.
+        let mut text = String::from("{");
+        if !self.metadata.is_empty() {
+            text.push_str("\"__metadata__\":");
+            text.push_str(&serde_json::to_string(&self.metadata).expect("a map of strings is JSON"));
+            if !tensors.is_empty() {
+                text.push(',');
+            }
+        }
+        let body = Metadata::new(None, tensors).expect("a layout has neither gaps nor overlaps");
+        let body = serde_json::to_string(&body).expect("a header is JSON");
+        text + body.strip_prefix('{').unwrap_or(&body)
+    }
+}

@@ -1,0 +1,583 @@
+//! What a run will do, computed from headers alone: which tensor becomes what, why, how many bytes, in which file.
+
+use std::collections::{BTreeMap, HashSet};
+use std::path::PathBuf;
+
+use safetensors::Dtype;
+use serde_json::{Value, json};
+
+use super::layout::{Layout, OutputTensor};
+use super::selection::{self, SelectionOptions, TensorFacts, Treatment};
+use super::source::{Checkpoint, SINGLE_FILE, TensorRef};
+use super::state::{self, State, packed_shape};
+use crate::error::{Error, Result};
+use crate::geometry::{BlockSize, NESTED_BLOCK_SIZE};
+
+/// Largest output file when none is asked for: that of the hub's own tools.
+pub const DEFAULT_SHARD_SIZE: u64 = 5_000_000_000;
+
+/// How to quantize.
+#[derive(Debug, Clone)]
+pub struct QuantizeOptions {
+    /// Values per scale.
+    pub blocksize: BlockSize,
+    /// Whether the scales are quantized too.
+    pub double_quant: bool,
+    /// The dtype that packed codes are stored as.
+    pub storage: Dtype,
+    /// Largest output file in bytes; one weight alone may exceed it.
+    pub max_shard_size: u64,
+    /// Which tensors.
+    pub selection: SelectionOptions,
+    /// Whether weights may hold NaN or infinities.
+    pub allow_nonfinite: bool,
+}
+
+/// What a plan is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Operation {
+    /// 16- or 32-bit weights become 4-bit ones.
+    Quantize,
+    /// 4-bit weights become 16- or 32-bit ones.
+    Dequantize,
+}
+
+/// What happens to one tensor (or one 4-bit weight with its state) of the source. Numbers are positions in the
+/// [`Layout`] of the shard.
+#[derive(Debug, Clone)]
+pub enum Action {
+    /// Bytes are copied.
+    Copy {
+        /// From where.
+        source: TensorRef,
+        /// To where.
+        output: usize,
+    },
+    /// A weight becomes 4-bit.
+    Quantize {
+        /// The weight.
+        source: TensorRef,
+        /// What its JSON will say; the offset is a placeholder.
+        state: State,
+        /// Whether the weight is transposed first.
+        transpose: bool,
+        /// Where its parts go.
+        outputs: WeightOutputs,
+    },
+    /// A 4-bit weight becomes 16- or 32-bit.
+    Dequantize {
+        /// Its parts.
+        source: WeightSource,
+        /// Whether the weight is transposed afterwards.
+        transpose: bool,
+        /// To where.
+        output: usize,
+    },
+}
+
+/// The places of a 4-bit weight's parts in a [`Layout`].
+#[derive(Debug, Clone)]
+pub struct WeightOutputs {
+    /// Packed codes.
+    pub packed: usize,
+    /// Scales.
+    pub absmax: usize,
+    /// The codebook.
+    pub quant_map: usize,
+    /// The scales' scales and codebook.
+    pub nested: Option<(usize, usize)>,
+    /// The JSON.
+    pub state: usize,
+}
+
+/// A 4-bit weight of a source.
+#[derive(Debug, Clone)]
+pub struct WeightSource {
+    /// Its name.
+    pub name: String,
+    /// What its JSON says.
+    pub state: State,
+    /// Packed codes.
+    pub packed: TensorRef,
+    /// Scales.
+    pub absmax: TensorRef,
+    /// The scales' scales and codebook.
+    pub nested: Option<(TensorRef, TensorRef)>,
+    /// All tensors that belong to it.
+    pub parts: Vec<TensorRef>,
+}
+
+/// One file to write.
+#[derive(Debug)]
+pub struct ShardPlan {
+    /// Its name.
+    pub name: String,
+    /// The place of every tensor in it.
+    pub layout: Layout,
+    /// What to do, in the order of the source.
+    pub actions: Vec<Action>,
+}
+
+/// One line of the table that a reader sees.
+#[derive(Debug, Clone)]
+pub struct TensorPlan {
+    /// The tensor's name.
+    pub name: String,
+    /// Its shape, of the weight itself when it is 4-bit.
+    pub shape: Vec<usize>,
+    /// What it is.
+    pub from: String,
+    /// What it becomes: `nf4`, `fp4`, a dtype, or `keep`.
+    pub to: String,
+    /// Bytes before.
+    pub bytes_in: u64,
+    /// Bytes after.
+    pub bytes_out: u64,
+    /// Why.
+    pub reason: String,
+    /// The output file.
+    pub shard: usize,
+}
+
+/// What a run will do.
+#[derive(Debug)]
+pub struct Plan {
+    /// What it is for.
+    pub operation: Operation,
+    /// The source, open.
+    pub source: Checkpoint,
+    /// The files to write.
+    pub shards: Vec<ShardPlan>,
+    /// A line for each tensor or 4-bit weight.
+    pub tensors: Vec<TensorPlan>,
+    /// Remarks for the reader.
+    pub notes: Vec<String>,
+    /// The architecture that config.json names.
+    pub architecture: Option<String>,
+    /// Whether rules for it exist.
+    pub known_architecture: bool,
+    /// What `llm_int8_skip_modules` must say for a loader to convert exactly what is quantized here.
+    pub skip_modules: Option<Vec<String>>,
+    /// Whether weights may hold NaN or infinities.
+    pub allow_nonfinite: bool,
+    /// The options as they came, for the record of an interrupted run.
+    pub options: Value,
+}
+
+/// The tensors that one source tensor turns into, before they have a place.
+struct Group {
+    outputs: Vec<OutputTensor>,
+    kind: Kind,
+    line: TensorPlan,
+}
+
+enum Kind {
+    Copy(TensorRef),
+    Quantize { source: TensorRef, state: State, transpose: bool },
+    Dequantize { source: WeightSource, transpose: bool },
+}
+
+impl Plan {
+    /// Plans the quantization of `source`. `config` is its config.json; without one tensors are chosen by shape.
+    pub fn quantize(
+        source: Checkpoint,
+        config: Option<&Value>,
+        options: &QuantizeOptions,
+        record: Value,
+    ) -> Result<Self> {
+        refuse_quantized(&source, config)?;
+        let facts: Vec<TensorFacts<'_>> = source
+            .order
+            .iter()
+            .map(|&at| {
+                let t = source.tensor(at);
+                TensorFacts { name: &t.name, shape: &t.shape, dtype: t.dtype }
+            })
+            .collect();
+        let selection = selection::select(config, &facts, &options.selection)?;
+        let mut groups = Vec::with_capacity(source.order.len());
+        for (&at, decision) in source.order.iter().zip(&selection.decisions) {
+            let entry = source.tensor(at);
+            groups.push(match decision.treatment {
+                Treatment::Keep => keep(&source, at, decision.reason.clone()),
+                Treatment::Quantize { quant_type, transpose } => {
+                    let mut shape = entry.shape.clone();
+                    if transpose {
+                        shape.reverse();
+                    }
+                    let state = State {
+                        quant_type,
+                        blocksize: options.blocksize,
+                        dtype: entry.dtype,
+                        shape,
+                        nested_offset: options.double_quant.then_some(0.0),
+                    };
+                    let outputs = weight_outputs(&entry.name, &state, options.storage);
+                    let line = TensorPlan {
+                        name: entry.name.clone(),
+                        shape: entry.shape.clone(),
+                        from: entry.dtype.to_string(),
+                        to: quant_type.as_str().to_owned(),
+                        bytes_in: entry.len,
+                        bytes_out: outputs.iter().map(|o| o.len).sum(),
+                        reason: decision.reason.clone(),
+                        shard: 0,
+                    };
+                    Group { outputs, kind: Kind::Quantize { source: at, state, transpose }, line }
+                }
+            });
+        }
+        let mut notes = source.notes.clone();
+        notes.extend(selection.notes);
+        if !groups.iter().any(|g| matches!(g.kind, Kind::Quantize { .. })) {
+            return Err(Error::file(
+                &source.folder,
+                "has no weight to quantize: every tensor would be kept (see the reasons with --plan on another selection, or force one with a rule)",
+            ));
+        }
+        let (shards, tensors) = pack(&source, groups, options.max_shard_size)?;
+        Ok(Self {
+            operation: Operation::Quantize,
+            shards,
+            tensors,
+            notes,
+            architecture: selection.architecture,
+            known_architecture: selection.known,
+            skip_modules: selection.skip_modules,
+            allow_nonfinite: options.allow_nonfinite,
+            options: record,
+            source,
+        })
+    }
+
+    /// Plans the reverse: every 4-bit weight becomes `dtype`, or what it was before it was quantized.
+    pub fn dequantize(
+        source: Checkpoint,
+        config: Option<&Value>,
+        dtype: Option<Dtype>,
+        max_shard_size: u64,
+        record: Value,
+    ) -> Result<Self> {
+        let weights = find_weights(&source)?;
+        if weights.is_empty() {
+            return Err(Error::file(
+                &source.folder,
+                format!("has no 4-bit weight: expected tensors named *{}nf4 or …fp4", state::STATE_INFIX),
+            ));
+        }
+        let mut starts: BTreeMap<TensorRef, WeightSource> = BTreeMap::new();
+        let mut parts: HashSet<TensorRef> = HashSet::new();
+        for weight in weights {
+            parts.extend(&weight.parts);
+            starts.insert(weight.packed, weight);
+        }
+        let mut groups = Vec::with_capacity(source.order.len());
+        for &at in &source.order {
+            if let Some(weight) = starts.remove(&at) {
+                let to = dtype.unwrap_or(weight.state.dtype);
+                let transpose = selection::is_conv1d(config, &weight.name);
+                let mut shape = weight.state.shape.clone();
+                if transpose {
+                    shape.reverse();
+                }
+                let output = OutputTensor::fixed(weight.name.clone(), to, shape.clone());
+                let line = TensorPlan {
+                    name: weight.name.clone(),
+                    shape,
+                    from: weight.state.quant_type.as_str().to_owned(),
+                    to: to.to_string(),
+                    bytes_in: weight.parts.iter().map(|&p| source.tensor(p).len).sum(),
+                    bytes_out: output.len,
+                    reason: "4-bit weight".to_owned(),
+                    shard: 0,
+                };
+                groups.push(Group {
+                    outputs: vec![output],
+                    kind: Kind::Dequantize { source: weight, transpose },
+                    line,
+                });
+            } else if !parts.contains(&at) {
+                groups.push(keep(&source, at, "not quantized".to_owned()));
+            }
+        }
+        let (shards, tensors) = pack(&source, groups, max_shard_size)?;
+        Ok(Self {
+            operation: Operation::Dequantize,
+            shards,
+            tensors,
+            notes: source.notes.clone(),
+            architecture: config.and_then(|c| c["architectures"][0].as_str()).map(str::to_owned),
+            known_architecture: true,
+            skip_modules: None,
+            allow_nonfinite: true,
+            options: record,
+            source,
+        })
+    }
+
+    /// Bytes of the output at most, copied files included.
+    pub fn bytes_out(&self) -> u64 {
+        self.shards.iter().map(|s| s.layout.max_len).sum::<u64>()
+            + self.source.small_files.iter().map(|f| f.1).sum::<u64>()
+    }
+
+    /// Bytes of tensors to read.
+    pub fn bytes_in(&self) -> u64 {
+        self.tensors.iter().map(|t| t.bytes_in).sum()
+    }
+
+    /// Whether the output needs an index.
+    pub fn sharded(&self) -> bool {
+        self.shards.len() > 1
+    }
+
+    /// The plan for programs.
+    pub fn to_json(&self) -> Value {
+        let weights: u64 = self.tensors.iter().map(TensorPlan::elements).sum();
+        let changed: Vec<&TensorPlan> = self.tensors.iter().filter(|t| t.to != "keep").collect();
+        let bytes_in: u64 = self.bytes_in();
+        let bytes_out: u64 = self.tensors.iter().map(|t| t.bytes_out).sum();
+        let path = |p: &PathBuf| p.to_string_lossy().into_owned();
+        json!({
+            "operation": match self.operation { Operation::Quantize => "quantize", Operation::Dequantize => "dequantize" },
+            "source": path(&self.source.folder),
+            "architecture": self.architecture,
+            "known_architecture": self.known_architecture,
+            "notes": self.notes,
+            "tensors": self.tensors.iter().map(|t| json!({
+                "name": t.name, "shape": t.shape, "from": t.from, "to": t.to, "bytes_in": t.bytes_in,
+                "bytes_out": t.bytes_out, "reason": t.reason, "shard": self.shards[t.shard].name,
+            })).collect::<Vec<_>>(),
+            "shards": self.shards.iter().map(|s| json!({
+                "file": s.name, "bytes": s.layout.max_len, "tensors": s.layout.tensors.len(),
+            })).collect::<Vec<_>>(),
+            "copies": self.source.small_files.iter().map(|(p, n)| json!({"file": path(p), "bytes": n})).collect::<Vec<_>>(),
+            "left_out": self.source.left_out.iter().map(|(p, why)| json!({"file": path(p), "reason": why})).collect::<Vec<_>>(),
+            "skip_modules": self.skip_modules,
+            "totals": {
+                "tensors": self.tensors.len(),
+                "quantized_tensors": changed.len(),
+                "weights": weights,
+                "quantized_weights": changed.iter().map(|t| t.elements()).sum::<u64>(),
+                "bytes_in": bytes_in,
+                "bytes_out": bytes_out,
+                "bits_per_weight": if weights == 0 { 0.0 } else { bytes_out as f64 * 8.0 / weights as f64 },
+            },
+        })
+    }
+}
+
+impl TensorPlan {
+    fn elements(&self) -> u64 {
+        self.shape.iter().map(|&d| d as u64).product()
+    }
+}
+
+/// An error when the source is quantized already, in whatever way.
+fn refuse_quantized(source: &Checkpoint, config: Option<&Value>) -> Result<()> {
+    let method = config.and_then(|c| c.get("quantization_config")).filter(|q| !q.is_null());
+    if let Some(quantization) = method {
+        let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("unnamed");
+        return Err(Error::file(
+            source.folder.join(super::source::CONFIG_FILE),
+            format!(
+                "has a quantization_config (method {method:?}): expected a checkpoint that is not quantized yet; `halfbyte dequantize` undoes a 4-bit one"
+            ),
+        ));
+    }
+    for &at in &source.order {
+        let name = &source.tensor(at).name;
+        if name.contains(state::STATE_INFIX) {
+            return Err(Error::tensor(
+                &source.file(at).path,
+                name,
+                "belongs to a weight that is 4-bit already: expected a checkpoint that is not quantized yet; `halfbyte dequantize` undoes it",
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn keep(source: &Checkpoint, at: TensorRef, reason: String) -> Group {
+    let entry = source.tensor(at);
+    let line = TensorPlan {
+        name: entry.name.clone(),
+        shape: entry.shape.clone(),
+        from: entry.dtype.to_string(),
+        to: "keep".to_owned(),
+        bytes_in: entry.len,
+        bytes_out: entry.len,
+        reason,
+        shard: 0,
+    };
+    Group {
+        outputs: vec![OutputTensor::fixed(entry.name.clone(), entry.dtype, entry.shape.clone())],
+        kind: Kind::Copy(at),
+        line,
+    }
+}
+
+/// The tensors of one 4-bit weight, in the order that [`pack`] gives them back in: codes, scales, codebook, JSON, then
+/// the scales' scales and codebook.
+fn weight_outputs(name: &str, state: &State, storage: Dtype) -> Vec<OutputTensor> {
+    let n = state.elements();
+    let scales = state.blocksize.absmax_len(n);
+    let nested = state.nested_offset.is_some();
+    let scale_dtype = if nested { Dtype::U8 } else { Dtype::F32 };
+    let mut outputs = vec![
+        OutputTensor::fixed(name.to_owned(), storage, packed_shape(n, storage).to_vec()),
+        OutputTensor::fixed(format!("{name}{}", state::ABSMAX), scale_dtype, vec![scales]),
+        OutputTensor::fixed(format!("{name}{}", state::QUANT_MAP), Dtype::F32, vec![16]),
+        OutputTensor::text(format!("{name}{}{}", state::STATE_INFIX, state.quant_type.as_str()), state.max_json_len()),
+    ];
+    if nested {
+        let blocks = scales.div_ceil(NESTED_BLOCK_SIZE);
+        outputs.push(OutputTensor::fixed(format!("{name}{}", state::NESTED_ABSMAX), Dtype::F32, vec![blocks]));
+        outputs.push(OutputTensor::fixed(format!("{name}{}", state::NESTED_QUANT_MAP), Dtype::F32, vec![256]));
+    }
+    outputs
+}
+
+/// Deals groups out to files of at most `max_shard_size` bytes, in order; a weight and its state stay together.
+fn pack(source: &Checkpoint, groups: Vec<Group>, max_shard_size: u64) -> Result<(Vec<ShardPlan>, Vec<TensorPlan>)> {
+    let mut names = HashSet::new();
+    let mut bins: Vec<Vec<Group>> = Vec::new();
+    let mut filled = 0;
+    for group in groups {
+        for output in &group.outputs {
+            if !names.insert(output.name.clone()) {
+                return Err(Error::tensor(
+                    &source.folder,
+                    &output.name,
+                    format!(
+                        "would stand twice in the output: once as it is, once as a part of the 4-bit weight {:?}",
+                        group.line.name
+                    ),
+                ));
+            }
+        }
+        let len = group.line.bytes_out;
+        if bins.is_empty() || (filled > 0 && filled + len > max_shard_size) {
+            bins.push(Vec::new());
+            filled = 0;
+        }
+        filled += len;
+        if let Some(bin) = bins.last_mut() {
+            bin.push(group);
+        }
+    }
+    let mut metadata = source.metadata();
+    // transformers asks for it and writes it itself.
+    metadata.entry("format".to_owned()).or_insert_with(|| "pt".to_owned());
+    let count = bins.len();
+    let mut shards = Vec::with_capacity(count);
+    let mut lines = Vec::new();
+    for (number, bin) in bins.into_iter().enumerate() {
+        let outputs: Vec<OutputTensor> = bin.iter().flat_map(|g| g.outputs.iter().cloned()).collect();
+        let layout = Layout::new(outputs, metadata.clone());
+        let place = |o: &OutputTensor| layout.index(&o.name).expect("a layout holds what it was made of");
+        let mut actions = Vec::with_capacity(bin.len());
+        for mut group in bin {
+            let at: Vec<usize> = group.outputs.iter().map(place).collect();
+            actions.push(match group.kind {
+                Kind::Copy(source) => Action::Copy { source, output: at[0] },
+                Kind::Dequantize { source, transpose } => Action::Dequantize { source, transpose, output: at[0] },
+                Kind::Quantize { source, state, transpose } => Action::Quantize {
+                    source,
+                    transpose,
+                    outputs: WeightOutputs {
+                        packed: at[0],
+                        absmax: at[1],
+                        quant_map: at[2],
+                        state: at[3],
+                        nested: state.nested_offset.map(|_| (at[4], at[5])),
+                    },
+                    state,
+                },
+            });
+            group.line.shard = number;
+            lines.push(group.line);
+        }
+        let name = if count == 1 {
+            SINGLE_FILE.to_owned()
+        } else {
+            format!("model-{:05}-of-{count:05}.safetensors", number + 1)
+        };
+        shards.push(ShardPlan { name, layout, actions });
+    }
+    Ok((shards, lines))
+}
+
+/// The 4-bit weights of a checkpoint, each checked: its parts are there and have the shapes that its JSON asks for.
+pub fn find_weights(source: &Checkpoint) -> Result<Vec<WeightSource>> {
+    let mut weights = Vec::new();
+    for &at in &source.order {
+        let name = &source.tensor(at).name;
+        if let Some((weight, suffix)) = name.split_once(state::STATE_INFIX) {
+            weights.push(read_weight(source, at, weight, suffix)?);
+        }
+    }
+    Ok(weights)
+}
+
+fn read_weight(source: &Checkpoint, at: TensorRef, name: &str, suffix: &str) -> Result<WeightSource> {
+    let (file, entry) = (source.file(at), source.tensor(at));
+    let fail = |tensor: &str, problem: String| Error::tensor(&file.path, tensor, problem);
+    if entry.dtype != Dtype::U8 || entry.len > 1 << 16 {
+        return Err(fail(
+            &entry.name,
+            format!("is {} of {} bytes: expected the uint8 text of a quantization state", entry.dtype, entry.len),
+        ));
+    }
+    let state = State::parse(&source.read(at)?).map_err(|problem| fail(&entry.name, problem))?;
+    if state.quant_type.as_str() != suffix {
+        return Err(fail(
+            &entry.name,
+            format!("says quant_type {:?}: expected {suffix:?}, as in its name", state.quant_type.as_str()),
+        ));
+    }
+    let part = |suffix: &str| {
+        let wanted = format!("{name}{suffix}");
+        source.find(&wanted).ok_or_else(|| fail(name, format!("has a quantization state and no {wanted:?} beside it")))
+    };
+    let n = state.elements();
+    let packed = part("")?;
+    let codes = source.tensor(packed);
+    let itemsize = state::item_size(codes.dtype);
+    if state::torch_name(codes.dtype).is_none() || codes.len != (packed_shape(n, codes.dtype)[0] * itemsize) as u64 {
+        return Err(fail(
+            name,
+            format!(
+                "holds {} bytes of {}: expected {} packed bytes for the shape {:?}",
+                codes.len,
+                codes.dtype,
+                crate::geometry::packed_len(n),
+                state.shape
+            ),
+        ));
+    }
+    let expect = |at: TensorRef, dtype: Dtype, len: usize| {
+        let t = source.tensor(at);
+        if t.dtype == dtype && t.elements() == len {
+            Ok(at)
+        } else {
+            Err(fail(&t.name, format!("is {} of shape {:?}: expected {dtype} of shape [{len}]", t.dtype, t.shape)))
+        }
+    };
+    let scales = state.blocksize.absmax_len(n);
+    let mut parts = vec![packed, at];
+    if let Some(map) = source.find(&format!("{name}{}", state::QUANT_MAP)) {
+        parts.push(map);
+    }
+    let nested = if state.nested_offset.is_some() {
+        let absmax = expect(part(state::NESTED_ABSMAX)?, Dtype::F32, scales.div_ceil(NESTED_BLOCK_SIZE))?;
+        let map = expect(part(state::NESTED_QUANT_MAP)?, Dtype::F32, 256)?;
+        parts.extend([absmax, map]);
+        Some((absmax, map))
+    } else {
+        None
+    };
+    let absmax = expect(part(state::ABSMAX)?, if nested.is_some() { Dtype::U8 } else { Dtype::F32 }, scales)?;
+    parts.push(absmax);
+    Ok(WeightSource { name: name.to_owned(), state, packed, absmax, nested, parts })
+}

@@ -1,0 +1,120 @@
+//! How transformers 5 matches the names in `llm_int8_skip_modules`, and the list that says what we did.
+
+use std::collections::{HashMap, HashSet};
+
+use regex::Regex;
+
+use super::rules::one_line;
+use crate::error::{Error, Result};
+
+/// One name of a skip list.
+///
+/// It skips a module whose path it matches as a regular expression from the start to the end of a component
+/// (`model.layers.1` skips `model.layers.1.mlp`, not `model.layers.11`), or whose path ends with it (`fc1` skips
+/// `decoder.layers.0.fc1`, and also `decoder.my_fc1`).
+#[derive(Debug, Clone)]
+pub(super) struct SkipKey {
+    text: String,
+    pattern: Regex,
+}
+
+impl SkipKey {
+    pub(super) fn new(text: &str) -> Result<Self> {
+        let expected = "the name of a module, or a regular expression that matches one from its start";
+        if text.is_empty() {
+            return Err(Error::argument("skip", "\"\"", expected));
+        }
+        let pattern = Regex::new(&format!("^(?:{text})$")).map_err(|error| {
+            Error::argument("skip", format!("{text:?}"), format!("{expected} ({})", one_line(&error)))
+        })?;
+        Ok(Self { text: text.to_owned(), pattern })
+    }
+
+    pub(super) fn text(&self) -> &str {
+        &self.text
+    }
+
+    pub(super) fn matches(&self, module: &str) -> bool {
+        module.ends_with(&self.text)
+            || self.pattern.is_match(module)
+            || module
+                .match_indices('.')
+                .any(|(dot, _)| self.pattern.is_match(&module[..dot]) || self.pattern.is_match(&module[..=dot]))
+    }
+}
+
+/// The same for a plain name, without compiling anything.
+pub(super) fn plain_key_matches(key: &str, module: &str) -> bool {
+    module.ends_with(key) || module.strip_prefix(key).is_some_and(|rest| rest.starts_with('.'))
+}
+
+/// Do the last components of `module` match `pattern`? `*` stands for one component; a leading `^` wants all of them.
+pub(super) fn path_matches(pattern: &str, module: &str) -> bool {
+    let (pattern, whole) = match pattern.strip_prefix('^') {
+        Some(rest) => (rest, true),
+        None => (pattern, false),
+    };
+    let mut components = module.rsplit('.');
+    for expected in pattern.rsplit('.') {
+        match components.next() {
+            Some(found) if expected == "*" || expected == found => {}
+            _ => return false,
+        }
+    }
+    !whole || components.next().is_none()
+}
+
+/// The shortest list of names that skips every module of `kept` and none of `converted`, as [`SkipKey`] matches.
+///
+/// A name is the last component of a path where all modules of that name are kept, else the start of a path under
+/// which everything is kept, else a whole path: the forms that other loaders read too.
+pub(super) fn skip_list(kept: &[&str], converted: &[&str]) -> Vec<String> {
+    let converted_last: HashSet<&str> = converted.iter().map(|module| last(module)).collect();
+    let mut converted_starts: HashSet<&str> = HashSet::new();
+    for module in converted {
+        converted_starts.extend(module.match_indices('.').map(|(dot, _)| &module[..dot]));
+        converted_starts.insert(module);
+    }
+    let mut kept_under: HashMap<&str, usize> = HashMap::new();
+    for module in kept {
+        for (dot, _) in module.match_indices('.') {
+            *kept_under.entry(&module[..dot]).or_default() += 1;
+        }
+    }
+    let mut seen = HashSet::new();
+    let mut names = Vec::new();
+    for module in kept {
+        let name = last(module);
+        let by_last = !name.bytes().all(|b| b.is_ascii_digit())
+            && !converted_last.iter().any(|other| other.ends_with(name))
+            && !converted_starts.contains(name);
+        let key = if by_last {
+            name
+        } else {
+            module
+                .match_indices('.')
+                .map(|(dot, _)| &module[..dot])
+                .find(|start| kept_under[start] > 1 && !converted_starts.contains(start))
+                .filter(|start| !converted_last.iter().any(|other| other.ends_with(start)))
+                .unwrap_or(module)
+        };
+        if seen.insert(key) {
+            names.push(key);
+        }
+    }
+    let lengths: HashSet<usize> = names.iter().map(|key| key.len()).collect();
+    // A path may be the end of another one (`layers.0.fc` of `decoder.layers.0.fc`): then only a pattern is exact.
+    let ambiguous: HashSet<&str> = converted
+        .iter()
+        .flat_map(|module| lengths.iter().filter_map(|n| module.get(module.len().checked_sub(*n)?..)))
+        .filter(|end| seen.contains(end))
+        .collect();
+    names
+        .iter()
+        .map(|key| if ambiguous.contains(key) { format!("^{}$", regex::escape(key)) } else { (*key).to_owned() })
+        .collect()
+}
+
+fn last(module: &str) -> &str {
+    module.rsplit('.').next().unwrap_or(module)
+}

@@ -1,0 +1,187 @@
+//! The rules on hand-written checkpoints; `tests/test_selection.py` compares them with transformers.
+
+use proptest::prelude::*;
+use serde_json::{Value, json};
+
+use super::*;
+
+fn facts<'a>(tensors: &'a [(&'a str, Vec<usize>)]) -> Vec<TensorFacts<'a>> {
+    tensors.iter().map(|(name, shape)| TensorFacts { name, shape, dtype: Dtype::BF16 }).collect()
+}
+
+#[test]
+fn llama_quantizes_its_projections() {
+    let config = json!({"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": false});
+    let tensors = [
+        ("model.embed_tokens.weight", vec![32, 8]),
+        ("model.layers.0.self_attn.q_proj.weight", vec![8, 8]),
+        ("model.layers.0.input_layernorm.weight", vec![8]),
+        ("lm_head.weight", vec![32, 8]),
+    ];
+    let selection = select(Some(&config), &facts(&tensors), &SelectionOptions::default()).unwrap();
+    let reasons: Vec<&str> = selection.decisions.iter().map(|decision| decision.reason.as_str()).collect();
+    assert_eq!(reasons, ["embedding", "linear weight", "norm", "output embedding"]);
+    assert!(selection.known && selection.notes.is_empty());
+    assert_eq!(selection.skip_modules, None);
+}
+
+/// A checkpoint of two layers whose output embedding is tied, and one with rules.
+fn tied_llama(rules: &[&str], skip: &[&str]) -> Result<Selection> {
+    let config = json!({"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": true});
+    let mut names = vec!["model.embed_tokens.weight".to_owned(), "model.norm.weight".to_owned()];
+    for layer in 0..12 {
+        for name in ["q_proj", "o_proj"] {
+            names.push(format!("model.layers.{layer}.self_attn.{name}.weight"));
+        }
+    }
+    let tensors: Vec<TensorFacts<'_>> = names
+        .iter()
+        .map(|name| TensorFacts { name, shape: if name.contains("norm") { &[8] } else { &[8, 8] }, dtype: Dtype::F16 })
+        .collect();
+    let options = SelectionOptions {
+        rules: rules.iter().map(|rule| rule.parse().unwrap()).collect(),
+        skip: skip.iter().map(|name| (*name).to_owned()).collect(),
+        ..SelectionOptions::default()
+    };
+    select(Some(&config), &tensors, &options)
+}
+
+#[test]
+fn the_skip_list_is_complete_and_short() {
+    let skip = |rules: &[&str], names: &[&str]| tied_llama(rules, names).unwrap().skip_modules;
+    assert_eq!(skip(&["o_proj=keep"], &[]), Some(vec!["o_proj".into(), "lm_head".into()]));
+    assert_eq!(skip(&[r"layers\.1\.=keep"], &[]), Some(vec!["model.layers.1".into(), "lm_head".into()]));
+    assert_eq!(skip(&[], &["model.layers.1"]), Some(vec!["model.layers.1".into(), "lm_head".into()]));
+    let one = skip(&[r"layers\.1\.self_attn\.q=keep"], &[]);
+    assert_eq!(one, Some(vec!["model.layers.1.self_attn.q_proj".into(), "lm_head".into()]));
+    assert_eq!(skip(&["q_proj=fp4"], &[]), None);
+}
+
+#[test]
+fn a_rule_that_can_do_nothing_is_an_error() {
+    let error = tied_llama(&["embed_tokens=nf4"], &[]).unwrap_err().to_string();
+    assert!(error.contains("model.embed_tokens.weight [8, 8]") && error.contains("embed_tokens=nf4"), "{error}");
+    let notes = tied_llama(&["model=nf4"], &[]).unwrap().notes;
+    assert_eq!(notes.len(), 1, "{notes:?}");
+    assert!(notes[0].contains("2 tensors"), "{notes:?}");
+}
+
+#[test]
+fn rules_that_do_not_parse_say_why() {
+    for (text, part) in
+        [("lm_head", "REGEX=nf4"), ("lm_head=int4", "int4"), ("(=keep", "regular expression"), ("=keep", "empty")]
+    {
+        let error = text.parse::<Rule>().unwrap_err().to_string();
+        assert!(error.contains(part) && error.contains(text), "{error}");
+    }
+    let rule: Rule = "a=b=keep".parse().unwrap();
+    assert!(rule.matches("a=b", "") && rule.quant_type().is_none());
+}
+
+#[test]
+fn skip_names_match_as_transformers_does() {
+    for (key, module, expected) in [
+        ("layer.1", "layer.1.attn", true),
+        ("layer.1", "layer.11.attn", false),
+        ("layer.*", "layer.11.attn", true),
+        ("mlp.gate", "mlp.gate_proj", false),
+        ("fc1", "model.decoder.layers.23.fc1", true),
+        ("fc1", "fc1_bis", false),
+        ("layers", "model.layers.0", false),
+        ("a|b", "b.c", true),
+        (r"model\.", "model.x", true),
+    ] {
+        assert_eq!(SkipKey::new(key).unwrap().matches(module), expected, "{key} {module}");
+    }
+}
+
+fn any_json() -> impl Strategy<Value = Value> {
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        "[a-z_0-9]{0,8}".prop_map(Value::from),
+        prop::sample::select(vec!["gpt2", "t5", "falcon", "LlamaForCausalLM", "bert", "wav2vec2"])
+            .prop_map(Value::from),
+    ];
+    leaf.prop_recursive(6, 40, 6, |inner| {
+        let key = prop_oneof![
+            prop::sample::select(vec!["model_type", "architectures", "tie_word_embeddings", "text_config", "auto_map"])
+                .prop_map(str::to_owned),
+            "[a-z_]{0,8}",
+        ];
+        prop_oneof![
+            prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+            prop::collection::vec((key, inner), 0..5).prop_map(|fields| Value::Object(fields.into_iter().collect())),
+        ]
+    })
+}
+
+fn any_name() -> impl Strategy<Value = String> {
+    let part = prop_oneof![
+        prop::sample::select(vec![
+            "weight",
+            "bias",
+            "layers",
+            "0",
+            "11",
+            "experts",
+            "lm_head",
+            "decoder",
+            "gate",
+            "in_proj_weight",
+            "out_proj",
+            "model",
+            "attn",
+            "c_attn",
+            "wo",
+            "embed_tokens",
+            "score",
+        ])
+        .prop_map(str::to_owned),
+        ".{0,5}",
+    ];
+    prop::collection::vec(part, 0..6).prop_map(|parts| parts.join("."))
+}
+
+fn any_dtype() -> impl Strategy<Value = Dtype> {
+    prop::sample::select(vec![
+        Dtype::F16,
+        Dtype::BF16,
+        Dtype::F32,
+        Dtype::F64,
+        Dtype::I64,
+        Dtype::U8,
+        Dtype::BOOL,
+        Dtype::F8_E4M3,
+    ])
+}
+
+proptest! {
+    #[test]
+    fn select_never_panics(
+        config in prop::option::of(any_json()),
+        tensors in prop::collection::vec((any_name(), prop::collection::vec(0usize..5, 0..5), any_dtype()), 0..12),
+        rules in prop::collection::vec("[a-z.*]{1,4}=(keep|nf4|fp4)", 0..3),
+        skip in prop::collection::vec(any_name(), 0..3),
+    ) {
+        let facts: Vec<TensorFacts<'_>> =
+            tensors.iter().map(|(name, shape, dtype)| TensorFacts { name, shape, dtype: *dtype }).collect();
+        let options = SelectionOptions {
+            rules: rules.iter().filter_map(|rule| rule.parse().ok()).collect(),
+            skip,
+            ..SelectionOptions::default()
+        };
+        if let Ok(selection) = select(config.as_ref(), &facts, &options) {
+            prop_assert_eq!(selection.decisions.len(), facts.len());
+            for (decision, tensor) in selection.decisions.iter().zip(&facts) {
+                if decision.treatment != Treatment::Keep {
+                    prop_assert!(tensor.shape.len() == 2 && is_quantizable(tensor.dtype));
+                }
+            }
+        }
+        for tensor in &facts {
+            is_conv1d(config.as_ref(), tensor.name);
+        }
+    }
+}

@@ -1,0 +1,344 @@
+//! A checkpoint folder: its weight files, found and checked, and the small files around them.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs;
+use std::path::{Component, Path, PathBuf};
+
+use serde::Deserialize;
+use serde::de::Deserializer;
+
+use super::file;
+use super::header::{SourceFile, TensorEntry, UniqueStrings};
+use crate::error::{Error, Result};
+
+/// The name of an unsharded checkpoint's weights.
+pub const SINGLE_FILE: &str = "model.safetensors";
+/// The name of a sharded checkpoint's index.
+pub const INDEX_FILE: &str = "model.safetensors.index.json";
+/// The model's configuration.
+pub const CONFIG_FILE: &str = "config.json";
+
+/// The largest index file that is read: 1.5 million tensors at 200 bytes each.
+const MAX_INDEX_LEN: u64 = 300_000_000;
+/// How deep folders of small files are followed.
+const MAX_DEPTH: usize = 8;
+
+/// Endings of files that hold weights in some form: they are not copied beside quantized weights.
+const WEIGHT_ENDINGS: [&str; 17] = [
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".ggml",
+    ".onnx",
+    ".onnx_data",
+    ".h5",
+    ".msgpack",
+    ".ot",
+    ".pb",
+    ".tflite",
+    ".mlmodel",
+    ".npz",
+    ".pkl",
+];
+
+/// A checkpoint: open weight files and the table of their tensors.
+#[derive(Debug)]
+pub struct Checkpoint {
+    /// The folder, or the folder of the single file that was named; absolute, without links.
+    pub folder: PathBuf,
+    /// The weight files, in the order of the index.
+    pub files: Vec<SourceFile>,
+    /// Every tensor as (file, position in that file), in the order of files and data.
+    pub order: Vec<TensorRef>,
+    /// Small files to copy: path relative to the folder, and length.
+    pub small_files: Vec<(PathBuf, u64)>,
+    /// Files that hold weights in another form: relative path and why they are left out.
+    pub left_out: Vec<(PathBuf, String)>,
+    /// Remarks for the reader of a plan.
+    pub notes: Vec<String>,
+    by_name: HashMap<String, usize>,
+}
+
+/// Where a tensor stands: index into [`Checkpoint::files`] and into that file's tensors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TensorRef {
+    /// Index into [`Checkpoint::files`].
+    pub file: usize,
+    /// Index into [`SourceFile::tensors`].
+    pub tensor: usize,
+}
+
+/// `model.safetensors.index.json`.
+#[derive(Debug)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+impl<'de> Deserialize<'de> for Index {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        struct Raw {
+            #[serde(deserialize_with = "unique_strings")]
+            weight_map: BTreeMap<String, String>,
+        }
+        fn unique_strings<'de, D: Deserializer<'de>>(d: D) -> std::result::Result<BTreeMap<String, String>, D::Error> {
+            d.deserialize_map(UniqueStrings)
+        }
+        Raw::deserialize(deserializer).map(|r| Self { weight_map: r.weight_map })
+    }
+}
+
+impl Checkpoint {
+    /// Opens the checkpoint in `path`: a folder with [`SINGLE_FILE`] or [`INDEX_FILE`], or one `.safetensors` file.
+    ///
+    /// Reads headers and the index alone.
+    pub fn open(path: &Path) -> Result<Self> {
+        let facts = fs::metadata(path).map_err(|e| match e.kind() {
+            std::io::ErrorKind::NotFound => {
+                Error::file(path, "does not exist: expected a folder that holds a checkpoint")
+            }
+            _ => Error::io(path, "open")(e),
+        })?;
+        let resolved = file::resolve(path)?;
+        if facts.is_file() {
+            let folder = resolved.parent().unwrap_or(Path::new("/")).to_path_buf();
+            // The name as given: in a cache of linked blobs the resolved name says nothing.
+            return Self::collect(folder, vec![SourceFile::open(path)?], None, Vec::new(), Vec::new());
+        }
+        if !facts.is_dir() {
+            return Err(Error::file(path, "is neither a folder nor a file"));
+        }
+        let (small_files, mut left_out) = small_files(&resolved)?;
+        let single = path.join(SINGLE_FILE);
+        let index_path = path.join(INDEX_FILE);
+        let (files, index) = if exists(&single)? {
+            (vec![SourceFile::open(&single)?], None)
+        } else if exists(&index_path)? {
+            let index = read_index(&index_path)?;
+            let names: BTreeSet<&String> = index.weight_map.values().collect();
+            let mut files = Vec::with_capacity(names.len());
+            for name in names {
+                let path = path.join(name);
+                if !exists(&path)? {
+                    let first = index.weight_map.iter().find(|(_, f)| *f == name).map_or("", |(t, _)| t);
+                    return Err(Error::file(
+                        &index_path,
+                        format!("names the shard {name:?} (for the tensor {first:?}), which does not exist"),
+                    ));
+                }
+                files.push(SourceFile::open(&path)?);
+            }
+            (files, Some((index_path, index)))
+        } else {
+            return Err(nothing_here(path, &left_out));
+        };
+        let read: BTreeSet<PathBuf> =
+            files.iter().filter_map(|f| f.path.strip_prefix(path).ok().map(Path::to_path_buf)).collect();
+        left_out.retain(|(name, _)| !read.contains(name));
+        Self::collect(resolved, files, index, small_files, left_out)
+    }
+
+    fn collect(
+        folder: PathBuf,
+        files: Vec<SourceFile>,
+        index: Option<(PathBuf, Index)>,
+        small_files: Vec<(PathBuf, u64)>,
+        left_out: Vec<(PathBuf, String)>,
+    ) -> Result<Self> {
+        let mut order = Vec::new();
+        let mut by_name: HashMap<String, usize> = HashMap::new();
+        let mut unlisted = 0usize;
+        for (f, source) in files.iter().enumerate() {
+            let file_name = source.path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+            for (t, tensor) in source.tensors.iter().enumerate() {
+                if let Some((_, index)) = &index {
+                    match index.weight_map.get(&tensor.name) {
+                        Some(shard) if !same_shard(shard, file_name, &source.path) => continue,
+                        Some(_) => {}
+                        None => unlisted += 1,
+                    }
+                }
+                if let Some(&other) = by_name.get(&tensor.name) {
+                    let first: TensorRef = order[other];
+                    return Err(Error::tensor(
+                        &source.path,
+                        &tensor.name,
+                        format!("stands also in {}", files[first.file].path.display()),
+                    ));
+                }
+                by_name.insert(tensor.name.clone(), order.len());
+                order.push(TensorRef { file: f, tensor: t });
+            }
+        }
+        let mut notes = Vec::new();
+        if let Some((path, index)) = &index {
+            if let Some((tensor, shard)) = index.weight_map.iter().find(|(t, _)| !by_name.contains_key(*t)) {
+                return Err(Error::tensor(
+                    path,
+                    tensor,
+                    format!("should be in the shard {shard:?}, which does not hold it"),
+                ));
+            }
+            if unlisted > 0 {
+                notes.push(format!(
+                    "{unlisted} tensors stand in the shards and not in {INDEX_FILE}; they are taken along"
+                ));
+            }
+        }
+        if order.is_empty() {
+            let path = files.first().map_or(folder.as_path(), |f| f.path.as_path());
+            return Err(Error::file(path, "holds no tensor"));
+        }
+        Ok(Self { folder, files, order, small_files, left_out, notes, by_name })
+    }
+
+    /// The tensor at `at`.
+    pub fn tensor(&self, at: TensorRef) -> &TensorEntry {
+        &self.files[at.file].tensors[at.tensor]
+    }
+
+    /// The file that holds `at`.
+    pub fn file(&self, at: TensorRef) -> &SourceFile {
+        &self.files[at.file]
+    }
+
+    /// Where the tensor `name` stands.
+    pub fn find(&self, name: &str) -> Option<TensorRef> {
+        self.by_name.get(name).map(|&i| self.order[i])
+    }
+
+    /// Reads a whole tensor.
+    pub fn read(&self, at: TensorRef) -> Result<Vec<u8>> {
+        let (source, entry) = (self.file(at), self.tensor(at));
+        let mut bytes = vec![0; entry.len as usize];
+        file::read_exact_at(&source.file, &source.path, &mut bytes, entry.offset)?;
+        Ok(bytes)
+    }
+
+    /// The `__metadata__` of all files; where they disagree the first file wins.
+    pub fn metadata(&self) -> BTreeMap<String, String> {
+        let mut all = BTreeMap::new();
+        for file in self.files.iter().rev() {
+            all.extend(file.metadata.clone());
+        }
+        all
+    }
+}
+
+fn same_shard(listed: &str, file_name: &str, path: &Path) -> bool {
+    listed == file_name || path.ends_with(listed)
+}
+
+fn exists(path: &Path) -> Result<bool> {
+    match fs::symlink_metadata(path) {
+        Ok(_) => Ok(true),
+        Err(e) if matches!(e.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => Ok(false),
+        Err(e) => Err(Error::io(path, "open")(e)),
+    }
+}
+
+fn read_index(path: &Path) -> Result<Index> {
+    let (_, facts) = file::open_regular(path)?;
+    if facts.len() > MAX_INDEX_LEN {
+        return Err(Error::file(path, format!("is {} bytes long: expected at most {MAX_INDEX_LEN}", facts.len())));
+    }
+    let text = fs::read(path).map_err(Error::io(path, "read"))?;
+    parse_index(path, &text)
+}
+
+fn parse_index(path: &Path, text: &[u8]) -> Result<Index> {
+    let index: Index = serde_json::from_slice(text).map_err(|e| {
+        Error::file(path, format!("is no valid index (an object with \"weight_map\": tensor name → file name): {e}"))
+    })?;
+    if index.weight_map.is_empty() {
+        return Err(Error::file(path, "has an empty \"weight_map\""));
+    }
+    for (tensor, shard) in &index.weight_map {
+        let inside = !shard.is_empty() && Path::new(shard).components().all(|c| matches!(c, Component::Normal(_)));
+        if !inside || shard.contains(['\\', '\0']) || !shard.ends_with(".safetensors") {
+            return Err(Error::tensor(
+                path,
+                tensor,
+                format!("is said to be in {shard:?}: expected the name of a .safetensors file inside the folder"),
+            ));
+        }
+    }
+    Ok(index)
+}
+
+/// Checks the text of an index and gives the number of tensors and files that it names. For fuzzing.
+pub fn check_index(path: &Path, text: &[u8]) -> Result<(usize, usize)> {
+    let index = parse_index(path, text)?;
+    let files: BTreeSet<&String> = index.weight_map.values().collect();
+    Ok((index.weight_map.len(), files.len()))
+}
+
+type Listing = (Vec<(PathBuf, u64)>, Vec<(PathBuf, String)>);
+
+/// The files around the weights: those to copy, and those that hold weights in another form.
+fn small_files(folder: &Path) -> Result<Listing> {
+    let mut small = Vec::new();
+    let mut weights = Vec::new();
+    let mut open = vec![(folder.to_path_buf(), 0usize)];
+    while let Some((place, depth)) = open.pop() {
+        for entry in fs::read_dir(&place).map_err(Error::io(&place, "list"))? {
+            let entry = entry.map_err(Error::io(&place, "list"))?;
+            let name = entry.file_name();
+            // Hidden files are other tools' housekeeping: .git, .cache, .gitattributes.
+            if name.to_string_lossy().starts_with('.') {
+                continue;
+            }
+            let path = entry.path();
+            let kind = entry.file_type().map_err(Error::io(&path, "list"))?;
+            let relative = path.strip_prefix(folder).unwrap_or(&path).to_path_buf();
+            if kind.is_dir() {
+                if depth < MAX_DEPTH {
+                    open.push((path, depth + 1));
+                }
+                continue;
+            }
+            // Follows links to files (a hub cache is made of them), never links to folders.
+            let Ok(facts) = fs::metadata(&path) else {
+                weights.push((relative, "a link that leads nowhere".to_owned()));
+                continue;
+            };
+            if !facts.is_file() {
+                continue;
+            }
+            let lower = name.to_string_lossy().to_lowercase();
+            if WEIGHT_ENDINGS.iter().any(|e| lower.ends_with(e)) {
+                weights.push((relative, "weights in another file".to_owned()));
+            } else if lower.ends_with(".index.json") || (depth == 0 && lower == CONFIG_FILE) {
+                // The index is written anew; config.json comes last, by another way.
+            } else {
+                small.push((relative, facts.len()));
+            }
+        }
+    }
+    small.sort();
+    weights.sort();
+    Ok((small, weights))
+}
+
+fn nothing_here(path: &Path, left_out: &[(PathBuf, String)]) -> Error {
+    let pickles = left_out.iter().any(|(p, _)| p.extension().is_some_and(|e| e == "bin" || e == "pt" || e == "pth"));
+    let others: Vec<String> = left_out
+        .iter()
+        .filter(|(p, _)| p.extension().is_some_and(|e| e == "safetensors"))
+        .map(|(p, _)| p.display().to_string())
+        .take(4)
+        .collect();
+    let hint = if !others.is_empty() {
+        format!("; there is {}, which can be named itself", others.join(", "))
+    } else if pickles {
+        "; the pickled weights (.bin, .pt) that it has can run code when read and are not supported: \
+         save the model once with save_pretrained, which writes safetensors"
+            .to_owned()
+    } else {
+        String::new()
+    };
+    Error::file(path, format!("holds no checkpoint: expected {SINGLE_FILE} or {INDEX_FILE}{hint}"))
+}
