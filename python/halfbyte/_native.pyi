@@ -1,16 +1,34 @@
 """The compiled core."""
 
+from typing import final
+
+__all__ = [
+    "CheckpointError",
+    "Job",
+    "Plan",
+    "__version__",
+    "inspect",
+    "is_conv1d",
+    "plan_dequantize",
+    "plan_quantize",
+    "run_plan",
+    "select",
+    "verify",
+]
+
 __version__: str
 
 class CheckpointError(ValueError):
     """The input is wrong: a checkpoint that is broken, or unsuitable for what was asked."""
 
+@final
 class Plan:
     """What a run would do, from headers and config alone: no weight is read."""
 
     def to_json(self) -> str:
         """The plan as one JSON object."""
 
+@final
 class Job:
     """Work on threads of its own."""
 
@@ -40,3 +58,9 @@ def verify(a: str, b: str, config_json: str | None, threads: int) -> Job:
 
 def inspect(path: str) -> str:
     """What a folder or a file holds, as one JSON object."""
+
+def select(config_json: str | None, tensors_json: str, options_json: str = "{}") -> str:
+    """The selection alone: `[[name, shape, dtype], …]` in, decisions with reasons out, both JSON."""
+
+def is_conv1d(config_json: str, name: str) -> bool:
+    """Whether this weight is stored `[in, out]`, as those of transformers' `Conv1D` are."""
