@@ -19,7 +19,7 @@ use std::collections::{HashMap, HashSet};
 use safetensors::Dtype;
 use serde_json::Value;
 
-use self::matching::{SkipKey, skip_list};
+use self::matching::{SkipKey, plain_key_matches, skip_list};
 use self::model::{Class, Model, Reason};
 pub use self::rules::Rule;
 use crate::codebook::QuantType;
@@ -177,9 +177,15 @@ pub fn select(config: Option<&Value>, tensors: &[TensorFacts<'_>], options: &Sel
                 kept.extend(parts.iter().map(|part| format!("{parent}.{part}")));
             }
         }
-        kept.extend(model.absent_outputs(tensors).into_iter().map(str::to_owned));
         notes.extend(renames.doubt());
-        Some(skip_list(&kept, &converted, !renames.unprefixed))
+        let mut list = skip_list(&kept, &converted, !renames.unprefixed);
+        for name in model.absent(tensors) {
+            let harms = converted.iter().any(|module| plain_key_matches(&name, module));
+            if !harms && !list.iter().any(|key| *key == name) {
+                list.push(name.into_owned());
+            }
+        }
+        Some(list)
     };
     Ok(Selection { decisions, architecture: model.name().map(str::to_owned), known: model.known, notes, skip_modules })
 }

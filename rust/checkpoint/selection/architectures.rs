@@ -84,11 +84,21 @@ pub(super) static FAMILIES: &[Family] = &[
     Family { model_types: &["modernbert", "modernbert-decoder"], output: &["^decoder"], ..NONE },
     Family { model_types: &["ultrabert"], output: &["head.decoder", "^cls"], ..NONE },
     Family { model_types: &["ultravbert"], output: &["head.decoder"], ..NONE },
+    Family { model_types: &["flaubert", "xlm"], output: &["pred_layer.proj"], ..NONE },
+    Family { model_types: &["xlnet"], output: &["^lm_loss"], ..NONE },
+    Family { model_types: &["gpt_neox_japanese"], output: &["^embed_out"], ..NONE },
+    Family { model_types: &["convbert", "electra"], output: &["^generator_lm_head"], ..NONE },
+    Family { model_types: &["distilbert"], output: &["^vocab_projector"], ..NONE },
+    Family { model_types: &["t5gemma", "t5gemma2"], output: &["lm_head.out_proj"], ..NONE },
     Family { model_types: &["rwkv"], output: &["^head"], ..NONE },
     Family { model_types: &["git", "mistral_large4"], output: &["^output"], ..NONE },
     Family { model_types: &["dia"], output: &["^logits_dense"], ..NONE },
     Family { model_types: &["higgs_audio_v2"], output: &["^audio_lm_head"], ..NONE },
-    Family { model_types: &["musicgen", "musicgen_decoder", "musicgen_melody", "musicgen_melody_decoder"], output: &["lm_heads.*"], ..NONE },
+    Family {
+        model_types: &["musicgen", "musicgen_decoder", "musicgen_melody", "musicgen_melody_decoder"],
+        output: &["lm_heads.*"],
+        ..NONE
+    },
     Family { model_types: &["inkling2", "inkling2_text", "inkling_mm_model"], output: &["llm.unembed"], ..NONE },
     Family { model_types: &["luke"], output: &["entity_predictions.decoder"], ..NONE },
     // Modules of their own in the place of linear layers. The layers of Falcon are a subclass of `nn.Linear`, which
@@ -114,6 +124,7 @@ pub(super) static FAMILIES: &[Family] = &[
         ..NONE
     },
     // Embedding tables under the name of something else.
+    Family { model_types: &["idefics"], not_linear: &["lm_head"], ..NONE },
     Family { model_types: &["ctrl"], not_linear: &["transformer.w", "^w"], ..NONE },
     Family { model_types: &["cpmant"], not_linear: &["input_embedding"], ..NONE },
     Family { model_types: &["eomt", "eomt_dinov3", "videomt"], not_linear: &["^query"], ..NONE },
@@ -199,11 +210,13 @@ pub(super) struct ClassFacts {
     pub last: &'static [&'static str],
     /// Further modules that share their weight with another one.
     pub tied: &'static [&'static str],
+    /// Names for a skip list that cover modules whose weight the checkpoint holds under another module's name.
+    pub shared: &'static [&'static str],
     /// What looks like an output embedding and is not one.
     pub not_output: &'static [&'static str],
 }
 
-const PLAIN: ClassFacts = ClassFacts { classes: &[], last: &[], tied: &[], not_output: &[] };
+const PLAIN: ClassFacts = ClassFacts { classes: &[], last: &[], tied: &[], shared: &[], not_output: &[] };
 
 /// The classes that differ.
 pub(super) static CLASSES: &[ClassFacts] = &[
@@ -284,28 +297,47 @@ pub(super) static CLASSES: &[ClassFacts] = &[
     ClassFacts {
         classes: &["GroundingDinoForObjectDetection", "MMGroundingDinoForObjectDetection"],
         tied: &["bbox_embed.*.layers.*"],
+        shared: &["bbox_embed", "model.decoder.bbox_embed"],
         ..PLAIN
     },
     ClassFacts {
         classes: &["DFineForObjectDetection", "Deimv2ForObjectDetection", "RTDetrV2ForObjectDetection"],
         tied: &["bbox_embed.*.layers.*", "class_embed.*"],
+        shared: &["bbox_embed", "class_embed", "model.decoder.bbox_embed", "model.decoder.class_embed"],
         ..PLAIN
     },
     ClassFacts {
         classes: &["PPDocLayoutV3ForObjectDetection", "PPDocLayoutV3Model"],
         tied: &["enc_score_head", "enc_bbox_head.layers.*", "decoder.class_embed", "decoder.bbox_embed.layers.*"],
+        shared: &[
+            "enc_bbox_head",
+            "enc_score_head",
+            "model.enc_bbox_head",
+            "model.enc_score_head",
+            "decoder.bbox_embed",
+            "decoder.class_embed",
+            "model.decoder.bbox_embed",
+            "model.decoder.class_embed",
+        ],
         ..PLAIN
     },
-    ClassFacts { classes: &["GraniteSpeech5ForCTC"], tied: &["encoder.out", "^ctc_head"], ..PLAIN },
+    ClassFacts {
+        classes: &["GraniteSpeech5ForCTC"],
+        tied: &["encoder.out", "^ctc_head"],
+        shared: &["encoder.out", "ctc_head"],
+        ..PLAIN
+    },
     ClassFacts {
         classes: &["NeoMMEForMaskedLM"],
         tied: &["embed_tokens.embedding_projection", "^unembedding_projection"],
+        shared: &["embed_tokens.embedding_projection", "unembedding_projection"],
         ..PLAIN
     },
     ClassFacts {
         classes: &["BarkModel"],
         not_output: &["semantic.lm_head", "coarse_acoustics.lm_head"],
         tied: &["fine_acoustics.lm_heads.*"],
+        shared: &["fine_acoustics.lm_heads"],
         ..PLAIN
     },
     ClassFacts { classes: &["Qwen2_5OmniForConditionalGeneration"], not_output: &["thinker.lm_head"], ..PLAIN },
@@ -317,16 +349,13 @@ pub(super) static CLASSES: &[ClassFacts] = &[
 ];
 
 /// Ends of the paths of output embeddings.
-pub(super) static OUTPUT_EMBEDDINGS: &[&str] = &[
-    "lm_head",
-    "lm_head.decoder",
-    "lm_head.out_proj",
-    "predictions.decoder",
-    "embed_out",
-    "generator_lm_head",
-    "vocab_projector",
-    "pred_layer.proj",
-    "lm_loss",
+pub(super) static OUTPUT_EMBEDDINGS: &[&str] = &["lm_head", "lm_head.decoder", "predictions.decoder", "embed_out"];
+
+/// What lies beside an output embedding, and where that is: a tied one is in the model, but not in the checkpoint.
+pub(super) static BESIDE_OUTPUT: &[(&str, &str)] = &[
+    (".transform.dense", ".decoder"),
+    ("lm_head.dense", "lm_head.decoder"),
+    ("predictions.dense", "predictions.decoder"),
 ];
 
 /// Names of Mixture-of-Experts routers, whose weight is a parameter of their own.

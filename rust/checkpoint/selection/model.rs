@@ -6,7 +6,9 @@ use std::collections::HashSet;
 use safetensors::Dtype;
 use serde_json::Value;
 
-use super::architectures::{CLASSES, ClassFacts, FAMILIES, Family, OUTPUT_EMBEDDINGS, ROUTERS, is_embedding};
+use super::architectures::{
+    BESIDE_OUTPUT, CLASSES, ClassFacts, FAMILIES, Family, OUTPUT_EMBEDDINGS, ROUTERS, is_embedding,
+};
 use super::known;
 use super::matching::{path_matches, plain_key_matches};
 use super::names::Renames;
@@ -217,30 +219,26 @@ impl<'c> Model<'c> {
         self.any(|family| family.conv1d, module)
     }
 
-    /// Output embeddings that a checkpoint does not hold, because they are tied: the loader has them all the same.
-    pub fn absent_outputs(&self, tensors: &[TensorFacts<'_>]) -> Vec<&'static str> {
-        if tensors.iter().any(|tensor| tensor.name.ends_with(".weight") && self.is_output(module_of(tensor.name))) {
-            return Vec::new();
+    /// Modules that the loader has and the checkpoint has not, because their weight is that of another one: output
+    /// embeddings above all.
+    pub fn absent(&self, tensors: &[TensorFacts<'_>]) -> Vec<Cow<'static, str>> {
+        let mut names: Vec<Cow<'static, str>> = Vec::new();
+        names.extend(self.class.iter().flat_map(|facts| facts.shared).map(|name| Cow::Borrowed(*name)));
+        let modules = || tensors.iter().filter_map(|tensor| tensor.name.strip_suffix(".weight"));
+        if modules().any(|module| self.is_output(module)) {
+            return names;
         }
-        let further: Vec<&str> =
-            self.families.iter().flat_map(|family| family.output).filter(|path| !path.contains('*')).copied().collect();
-        if !further.is_empty() {
-            return further.iter().map(|path| path.trim_start_matches('^')).collect();
-        }
-        match self.architecture {
-            Some(name) if name.ends_with("Model") && !name.contains("Head") => Vec::new(),
-            Some(name) if name.ends_with("MaskedLM") || name.ends_with("PreTraining") || name.contains("BertLM") => {
-                vec![
-                    "cls.predictions.decoder",
-                    "predictions.decoder",
-                    "lm_head",
-                    "lm_head.decoder",
-                    "generator_lm_head",
-                    "vocab_projector",
-                ]
+        for module in modules() {
+            for (beside, output) in BESIDE_OUTPUT {
+                if let Some(parent) = module.strip_suffix(beside) {
+                    names.push(Cow::Owned(format!("{parent}{output}")));
+                }
             }
-            _ => vec!["lm_head"],
         }
+        let families = self.families.iter().flat_map(|family| family.output).filter(|path| !path.contains('*'));
+        names.extend(families.map(|path| Cow::Borrowed(path.trim_start_matches('^'))));
+        names.push(Cow::Borrowed("lm_head"));
+        names
     }
 
     fn is_output(&self, module: &str) -> bool {

@@ -12,12 +12,15 @@ use super::TensorFacts;
 /// The renames of some `model_type`s: regular expressions and what replaces their first match, applied in order.
 struct Table {
     model_types: &'static [&'static str],
+    /// The renamed paths start with `model.`, which base models do not have.
+    prefixed: bool,
     renames: &'static [(&'static str, &'static str)],
 }
 
 const TABLES: &[Table] = &[
     // The parts of multimodal models moved under `model.`.
     Table {
+        prefixed: true,
         model_types: &[
             "aria",
             "audioflamingo3",
@@ -57,6 +60,7 @@ const TABLES: &[Table] = &[
         ],
     },
     Table {
+        prefixed: true,
         model_types: &["qwen2_vl", "qwen2_5_vl", "paddleocr_vl", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"],
         renames: &[
             (r"^thinker\.", ""),
@@ -66,6 +70,7 @@ const TABLES: &[Table] = &[
         ],
     },
     Table {
+        prefixed: false,
         model_types: &["qwen2_5_omni"],
         renames: &[
             (r"^thinker\.(visual|audio_tower)", "thinker.model.$1"),
@@ -73,6 +78,7 @@ const TABLES: &[Table] = &[
         ],
     },
     Table {
+        prefixed: false,
         model_types: &["audio-spectrogram-transformer", "deit", "ijepa", "vit", "vit_mae", "vit_msn", "vivit"],
         renames: &[
             (r"(^|\.)encoder\.layer\.", "${1}layers."),
@@ -85,6 +91,7 @@ const TABLES: &[Table] = &[
         ],
     },
     Table {
+        prefixed: false,
         model_types: &["depth_anything", "depth_pro", "dinov2", "dinov2_with_registers", "prompt_depth_anything"],
         renames: &[
             (r"attention\.attention\.query", "attention.q_proj"),
@@ -94,6 +101,7 @@ const TABLES: &[Table] = &[
         ],
     },
     Table {
+        prefixed: false,
         model_types: &["swin"],
         renames: &[
             (r"attention\.self\.query", "attention.q_proj"),
@@ -105,6 +113,7 @@ const TABLES: &[Table] = &[
         ],
     },
     Table {
+        prefixed: false,
         model_types: &["segformer"],
         renames: &[
             (r"encoder\.patch_embeddings\.(\d+)\.", "stages.$1.patch_embeddings."),
@@ -118,26 +127,45 @@ const TABLES: &[Table] = &[
             (r"decode_head\.linear_c", "decode_head.linear_projections"),
         ],
     },
-    Table { model_types: &["mimi"], renames: &[(r"^(encoder|decoder)_transformer\.", "$1.${1}_transformer.")] },
     Table {
+        prefixed: false,
+        model_types: &["mimi"],
+        renames: &[(r"^(encoder|decoder)_transformer\.", "$1.${1}_transformer.")],
+    },
+    Table {
+        prefixed: false,
         model_types: &["csm", "kyutai_speech_to_text"],
         renames: &[(r"^codec_model\.(encoder|decoder)_transformer\.", "codec_model.$1.${1}_transformer.")],
     },
-    Table { model_types: &["gpt_neox"], renames: &[(r"^embed_out", "lm_head")] },
-    Table { model_types: &["hy_v3"], renames: &[(r"\.shared_mlp\.", ".shared_experts.")] },
-    Table { model_types: &["laguna"], renames: &[(r"\.shared_expert\.", ".shared_experts.")] },
-    Table { model_types: &["nemotron_h"], renames: &[(r"^backbone\.", "model.")] },
-    Table { model_types: &["timesfm2_5"], renames: &[("ff0", "fc1"), ("ff1", "fc2")] },
-    Table { model_types: &["dinov3_vit"], renames: &[(r"^layer\.", "model.layer.")] },
+    Table { prefixed: false, model_types: &["gpt_neox"], renames: &[(r"^embed_out", "lm_head")] },
+    Table { prefixed: false, model_types: &["cohere_asr"], renames: &[(r"^log_softmax\.mlp\.layer0", "proj_out")] },
     Table {
+        prefixed: false,
+        model_types: &["inkling2", "inkling2_text", "inkling_mm_model"],
+        renames: &[(r"^model\.llm\.unembed", "lm_head")],
+    },
+    Table { prefixed: false, model_types: &["ultrabert"], renames: &[(r"^cls", "head.decoder")] },
+    Table { prefixed: false, model_types: &["ultravbert"], renames: &[(r"^head\.decoder", "lm_head")] },
+    Table { prefixed: false, model_types: &["mistral_large4"], renames: &[(r"^output", "lm_head")] },
+    Table { prefixed: false, model_types: &["deepseek_v4"], renames: &[(r"^head", "lm_head")] },
+    Table { prefixed: false, model_types: &["hy_v3"], renames: &[(r"\.shared_mlp\.", ".shared_experts.")] },
+    Table { prefixed: false, model_types: &["laguna"], renames: &[(r"\.shared_expert\.", ".shared_experts.")] },
+    Table { prefixed: false, model_types: &["nemotron_h"], renames: &[(r"^backbone\.", "model.")] },
+    Table { prefixed: false, model_types: &["timesfm2_5"], renames: &[("ff0", "fc1"), ("ff1", "fc2")] },
+    Table {
+        prefixed: false,
         model_types: &["nomic_bert"],
         renames: &[
             (r"encoder\.layers\.", "layers."),
             (r"\.attn\.", ".self_attn."),
             (r"self_attn\.out_proj", "self_attn.o_proj"),
+            (r"mlp\.fc11", "mlp.up_proj"),
+            (r"mlp\.fc12", "mlp.gate_proj"),
+            (r"mlp\.fc2", "mlp.down_proj"),
         ],
     },
     Table {
+        prefixed: false,
         model_types: &["jina_embeddings_v3"],
         renames: &[
             (r"encoder\.layers\.", "layers."),
@@ -145,11 +173,85 @@ const TABLES: &[Table] = &[
             (r"self_attn\.out_proj", "self_attn.o_proj"),
         ],
     },
-    Table { model_types: &["gte"], renames: &[(r"encoder\.layer\.", "layers."), (r"\.attention\.", ".self_attn.")] },
+    Table {
+        prefixed: false,
+        model_types: &["gte"],
+        renames: &[(r"encoder\.layer\.", "layers."), (r"\.attention\.", ".self_attn.")],
+    },
 ];
 
 /// The `model_type`s whose modules transformers renames in other ways.
-static RENAMED_OTHERWISE: &[&str] = &[];
+static RENAMED_OTHERWISE: &[&str] = &[
+    "altclip",
+    "axk2",
+    "bailing_hybrid",
+    "beit",
+    "chmv2",
+    "cohere_asr",
+    "colpali",
+    "cosmos3_edge",
+    "cosmos3_omni",
+    "d_fine",
+    "deepseek_v4",
+    "dinov3_convnext",
+    "dinov3_vit",
+    "dots3_note",
+    "ernie4_5_vl_moe",
+    "glm5_next",
+    "glm5_next_text",
+    "gradium_phonon_tts",
+    "grounding-dino",
+    "hrm_text",
+    "hy_v4",
+    "hyperclovax_vision_v2",
+    "inkling2",
+    "inkling2_text",
+    "inkling_mm_model",
+    "kimi_k25",
+    "kimi_linear",
+    "lfm3_vl",
+    "lfm3_vl_vision",
+    "lw_detr",
+    "mask2former",
+    "maskformer",
+    "minimax_m3_vl",
+    "mistral_large4",
+    "mistral_large4_text",
+    "mm-grounding-dino",
+    "molmo2",
+    "molmo2_text",
+    "nemo_speechlm",
+    "nemotron_h_omni",
+    "oneformer",
+    "pi0",
+    "pixio",
+    "pp_doclayout_v2",
+    "pp_doclayout_v3",
+    "pp_doclayout_v4",
+    "qianfan_ocr",
+    "radio",
+    "rf_detr",
+    "rt_detr",
+    "rt_detr_v2",
+    "sam3_tracker",
+    "sam3_tracker_video",
+    "sam3_video",
+    "sapiens2",
+    "shieldgemma2",
+    "step3p7",
+    "swin",
+    "t5gemma2",
+    "tipsv2",
+    "tipsv2_dpt",
+    "tipsv2_text_model",
+    "tipsv2_vision_model",
+    "ultrabert",
+    "unlimited_ocr",
+    "vision-encoder-decoder",
+    "vision-text-dual-encoder",
+    "vit_mae",
+    "zoedepth",
+];
 
 /// How one checkpoint's names become module paths.
 pub(super) struct Renames {
@@ -163,25 +265,30 @@ pub(super) struct Renames {
 
 impl Renames {
     pub fn new(model_type: Option<&str>, architecture: Option<&str>, tensors: &[TensorFacts<'_>]) -> Self {
-        let renames = TABLES
-            .iter()
-            .filter(|table| model_type.is_some_and(|name| table.model_types.contains(&name)))
-            .flat_map(|table| table.renames)
-            .filter_map(|(pattern, replacement)| Some((Regex::new(pattern).ok()?, *replacement)))
-            .collect::<Vec<_>>();
-        let own = model_type.map(|name| name.replace('-', "_"));
-        let prefixes = ["model", "transformer", "bert", "roberta", "deberta", "backbone", "encoder_decoder"];
-        let is_prefix = |part: &str| prefixes.contains(&part) || own.as_deref() == Some(part);
+        let tables = TABLES.iter().filter(|table| model_type.is_some_and(|name| table.model_types.contains(&name)));
         let is_base = architecture.is_some_and(|name| name.ends_with("Model") && !name.contains("Head"));
-        let first =
-            |tensor: &TensorFacts<'_>| tensor.name.split('.').next().filter(|part| is_prefix(part)).map(str::to_owned);
-        let prefix = tensors.iter().find_map(first);
-        Self {
-            unprefixed: renames.is_empty() && !is_base && prefix.is_none(),
-            strip: if is_base && !renames.is_empty() { Some("model".to_owned()) } else { prefix.filter(|_| is_base) },
-            renames,
+        let mut renames = Self {
+            strip: (is_base && tables.clone().any(|table| table.prefixed)).then(|| "model".to_owned()),
+            renames: tables
+                .flat_map(|table| table.renames)
+                .filter_map(|(pattern, replacement)| Some((Regex::new(pattern).ok()?, *replacement)))
+                .collect(),
+            unprefixed: false,
             doubtful: model_type.is_some_and(|name| RENAMED_OTHERWISE.binary_search(&name).is_ok()),
+        };
+        let own = model_type.map(|name| name.replace('-', "_"));
+        let prefixes = ["model", "transformer", "bert", "roberta", "deberta", "backbone"];
+        let is_prefix = |part: &str| prefixes.contains(&part) || own.as_deref() == Some(part);
+        if is_base && renames.strip.is_none() {
+            // The body of a model with a head, for the class without one: everything lies under one prefix.
+            let heads = ["lm_head", "cls", "classifier", "score", "qa_outputs", "embed_out"];
+            let mut body = tensors.iter().map(|tensor| first(tensor.name)).filter(|part| !heads.contains(part));
+            let prefix = body.next().filter(|part| is_prefix(part));
+            renames.strip = prefix.filter(|prefix| body.all(|part| part == *prefix)).map(str::to_owned);
+        } else if !is_base {
+            renames.unprefixed = !tensors.iter().any(|tensor| is_prefix(first(&renames.apply(tensor.name))));
         }
+        renames
     }
 
     /// A note where a skip list may name modules as transformers does not.
@@ -206,4 +313,8 @@ impl Renames {
         }
         path
     }
+}
+
+fn first(path: &str) -> &str {
+    path.split('.').next().unwrap_or("")
 }
