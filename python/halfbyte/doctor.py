@@ -21,6 +21,22 @@ from halfbyte import _native
 from halfbyte._terminal import format_bytes, printable
 
 PACKAGES = ("numpy", "safetensors", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "huggingface_hub")
+# Those that a kernel of halfbyte or of bitsandbytes is chosen by, in the kernel's spelling.
+CPU_FEATURES = (
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512bw",
+    "avx512dq",
+    "avx512vl",
+    "avx512_vbmi",
+    "avx512_bf16",
+    "amx_bf16",
+    "asimd",
+    "sve",
+    "bf16",
+)
 _SMI_SECONDS = 10
 
 
@@ -126,12 +142,14 @@ def _field(text: str | None, *names: str) -> str | None:
 def _cpu() -> dict[str, Any]:
     info = _read("/proc/cpuinfo")
     model = _field(info, "model name", "Model", "Hardware") or platform.processor() or None
+    flags = set((_field(info, "flags", "Features") or "").split())
+    simd = getattr(_native, "simd", None)
     affinity = getattr(os, "sched_getaffinity", None)
     cores = os.cpu_count() or 1
     return {
         "model": model,
-        "features": list(_native.cpu_features()),
-        "simd": _native.simd(),
+        "features": [name for name in CPU_FEATURES if name in flags],
+        "simd": None if simd is None else str(simd()),
         "cores": cores,
         "usable": len(affinity(0)) if affinity else cores,
     }
