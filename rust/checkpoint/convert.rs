@@ -201,7 +201,8 @@ impl<'a> ShardJob<'a> {
                 with_element!(dtype, T => self.dequantize::<T>(scratch, piece, source, &scales, *transpose, *output))?;
                 if shared.left.fetch_sub(1, Ordering::AcqRel) == 1 {
                     *shared.scales.lock().unwrap_or_else(PoisonError::into_inner) = Scales::Known(None);
-                    let rest: u64 = source.parts.iter().filter(|&&p| p != source.packed).map(|&p| self.source.tensor(p).len).sum();
+                    let rest: u64 =
+                        source.parts.iter().filter(|&&p| p != source.packed).map(|&p| self.source.tensor(p).len).sum();
                     self.progress.add(rest);
                 }
             }

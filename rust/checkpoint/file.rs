@@ -21,7 +21,10 @@ pub fn read_exact_at(file: &File, path: &Path, buffer: &mut [u8], offset: u64) -
     outcome.map_err(|e| match e.kind() {
         io::ErrorKind::UnexpectedEof => Error::file(
             path,
-            format!("ends before byte {}: the file was cut short while it was being read", offset + buffer.len() as u64),
+            format!(
+                "ends before byte {}: the file was cut short while it was being read",
+                offset + buffer.len() as u64
+            ),
         ),
         _ => Error::io(path, "read")(e),
     })

@@ -70,7 +70,10 @@ impl SourceFile {
         let (file, facts) = file::open_regular(path)?;
         let len = facts.len();
         if len < 8 {
-            return Err(Error::file(path, format!("is {len} bytes long: a safetensors file starts with 8 bytes of header length")));
+            return Err(Error::file(
+                path,
+                format!("is {len} bytes long: a safetensors file starts with 8 bytes of header length"),
+            ));
         }
         let mut prefix = [0; 8];
         file::read_exact_at(&file, path, &mut prefix, 0)?;
@@ -78,7 +81,9 @@ impl SourceFile {
         if header_len > MAX_HEADER_LEN {
             return Err(Error::file(
                 path,
-                format!("says its header is {header_len} bytes long: expected at most {MAX_HEADER_LEN}; this is no safetensors file, or it is damaged"),
+                format!(
+                    "says its header is {header_len} bytes long: expected at most {MAX_HEADER_LEN}; this is no safetensors file, or it is damaged"
+                ),
             ));
         }
         if header_len > len - 8 {
@@ -121,10 +126,13 @@ pub fn parse(path: &Path, text: &[u8], data_len: u64) -> Result<(Tensors, BTreeM
     let text = std::str::from_utf8(text)
         .map_err(|e| Error::file(path, format!("has a header that is not UTF-8 (byte {})", e.valid_up_to())))?;
     if !text.starts_with('{') {
-        return Err(Error::file(path, "has a header that does not start with '{': this is no safetensors file, or it is damaged"));
+        return Err(Error::file(
+            path,
+            "has a header that does not start with '{': this is no safetensors file, or it is damaged",
+        ));
     }
-    let raw: RawHeader =
-        serde_json::from_str(text).map_err(|e| Error::file(path, format!("has a header that is no valid safetensors header: {e}")))?;
+    let raw: RawHeader = serde_json::from_str(text)
+        .map_err(|e| Error::file(path, format!("has a header that is no valid safetensors header: {e}")))?;
     let mut tensors = Vec::with_capacity(raw.tensors.len());
     for (name, value) in raw.tensors {
         let info = value.check(path, &name, data_len)?;
@@ -135,16 +143,31 @@ pub fn parse(path: &Path, text: &[u8], data_len: u64) -> Result<(Tensors, BTreeM
     for (name, info) in &tensors {
         let (from, to) = info.data_offsets;
         if from < end {
-            return Err(Error::tensor(path, name, format!("data_offsets [{from}, {to}] overlap the tensor before it, which ends at {end}")));
+            return Err(Error::tensor(
+                path,
+                name,
+                format!("data_offsets [{from}, {to}] overlap the tensor before it, which ends at {end}"),
+            ));
         }
         if from > end {
-            return Err(Error::tensor(path, name, format!("data_offsets [{from}, {to}] leave a hole: the tensor before it ends at {end}")));
+            return Err(Error::tensor(
+                path,
+                name,
+                format!("data_offsets [{from}, {to}] leave a hole: the tensor before it ends at {end}"),
+            ));
         }
         end = to;
     }
     if end as u64 != data_len {
-        let (less, why) = if (end as u64) < data_len { ("more", "the file has bytes that no tensor owns") } else { ("fewer", "the file is cut short") };
-        return Err(Error::file(path, format!("has {data_len} bytes of data, {less} than the {end} of its header: {why}")));
+        let (less, why) = if (end as u64) < data_len {
+            ("more", "the file has bytes that no tensor owns")
+        } else {
+            ("fewer", "the file is cut short")
+        };
+        return Err(Error::file(
+            path,
+            format!("has {data_len} bytes of data, {less} than the {end} of its header: {why}"),
+        ));
     }
     // The library's own validation has the last word.
     Metadata::new(None::<HashMap<String, String>>, tensors.clone())
@@ -187,10 +210,16 @@ impl RawTensor {
             return Err(fail(format!("has reversed data_offsets [{from}, {to}]")));
         }
         if to > data_len {
-            return Err(fail(format!("has data_offsets [{from}, {to}] beyond the file's {data_len} bytes of data: the file is cut short or damaged")));
+            return Err(fail(format!(
+                "has data_offsets [{from}, {to}] beyond the file's {data_len} bytes of data: the file is cut short or damaged"
+            )));
         }
         if to - from != bits as u64 / 8 {
-            return Err(fail(format!("has {} bytes of data where {dtype} of shape {shape:?} takes {}", to - from, bits / 8)));
+            return Err(fail(format!(
+                "has {} bytes of data where {dtype} of shape {shape:?} takes {}",
+                to - from,
+                bits / 8
+            )));
         }
         Ok(TensorInfo { dtype, shape, data_offsets: (from as usize, to as usize) })
     }

@@ -179,7 +179,12 @@ enum Kind {
 
 impl Plan {
     /// Plans the quantization of `source`. `config` is its config.json; without one tensors are chosen by shape.
-    pub fn quantize(source: Checkpoint, config: Option<&Value>, options: &QuantizeOptions, record: Value) -> Result<Self> {
+    pub fn quantize(
+        source: Checkpoint,
+        config: Option<&Value>,
+        options: &QuantizeOptions,
+        record: Value,
+    ) -> Result<Self> {
         refuse_quantized(&source, config)?;
         let facts: Vec<TensorFacts<'_>> = source
             .order
@@ -286,7 +291,11 @@ impl Plan {
                     reason: "4-bit weight".to_owned(),
                     shard: 0,
                 };
-                groups.push(Group { outputs: vec![output], kind: Kind::Dequantize { source: weight, transpose }, line });
+                groups.push(Group {
+                    outputs: vec![output],
+                    kind: Kind::Dequantize { source: weight, transpose },
+                    line,
+                });
             } else if !parts.contains(&at) {
                 groups.push(keep(&source, at, "not quantized".to_owned()));
             }
@@ -308,7 +317,8 @@ impl Plan {
 
     /// Bytes of the output at most, copied files included.
     pub fn bytes_out(&self) -> u64 {
-        self.shards.iter().map(|s| s.layout.max_len).sum::<u64>() + self.source.small_files.iter().map(|f| f.1).sum::<u64>()
+        self.shards.iter().map(|s| s.layout.max_len).sum::<u64>()
+            + self.source.small_files.iter().map(|f| f.1).sum::<u64>()
     }
 
     /// Bytes of tensors to read.
@@ -370,7 +380,9 @@ fn refuse_quantized(source: &Checkpoint, config: Option<&Value>) -> Result<()> {
         let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("unnamed");
         return Err(Error::file(
             source.folder.join(super::source::CONFIG_FILE),
-            format!("has a quantization_config (method {method:?}): expected a checkpoint that is not quantized yet; `halfbyte dequantize` undoes a 4-bit one"),
+            format!(
+                "has a quantization_config (method {method:?}): expected a checkpoint that is not quantized yet; `halfbyte dequantize` undoes a 4-bit one"
+            ),
         ));
     }
     for &at in &source.order {
@@ -398,7 +410,11 @@ fn keep(source: &Checkpoint, at: TensorRef, reason: String) -> Group {
         reason,
         shard: 0,
     };
-    Group { outputs: vec![OutputTensor::fixed(entry.name.clone(), entry.dtype, entry.shape.clone())], kind: Kind::Copy(at), line }
+    Group {
+        outputs: vec![OutputTensor::fixed(entry.name.clone(), entry.dtype, entry.shape.clone())],
+        kind: Kind::Copy(at),
+        line,
+    }
 }
 
 /// The tensors of one 4-bit weight, in the order that [`pack`] gives them back in: codes, scales, codebook, JSON, then
@@ -433,7 +449,10 @@ fn pack(source: &Checkpoint, groups: Vec<Group>, max_shard_size: u64) -> Result<
                 return Err(Error::tensor(
                     &source.folder,
                     &output.name,
-                    format!("would stand twice in the output: once as it is, once as a part of the 4-bit weight {:?}", group.line.name),
+                    format!(
+                        "would stand twice in the output: once as it is, once as a part of the 4-bit weight {:?}",
+                        group.line.name
+                    ),
                 ));
             }
         }
@@ -505,11 +524,17 @@ fn read_weight(source: &Checkpoint, at: TensorRef, name: &str, suffix: &str) -> 
     let (file, entry) = (source.file(at), source.tensor(at));
     let fail = |tensor: &str, problem: String| Error::tensor(&file.path, tensor, problem);
     if entry.dtype != Dtype::U8 || entry.len > 1 << 16 {
-        return Err(fail(&entry.name, format!("is {} of {} bytes: expected the uint8 text of a quantization state", entry.dtype, entry.len)));
+        return Err(fail(
+            &entry.name,
+            format!("is {} of {} bytes: expected the uint8 text of a quantization state", entry.dtype, entry.len),
+        ));
     }
     let state = State::parse(&source.read(at)?).map_err(|problem| fail(&entry.name, problem))?;
     if state.quant_type.as_str() != suffix {
-        return Err(fail(&entry.name, format!("says quant_type {:?}: expected {suffix:?}, as in its name", state.quant_type.as_str())));
+        return Err(fail(
+            &entry.name,
+            format!("says quant_type {:?}: expected {suffix:?}, as in its name", state.quant_type.as_str()),
+        ));
     }
     let part = |suffix: &str| {
         let wanted = format!("{name}{suffix}");
@@ -522,7 +547,13 @@ fn read_weight(source: &Checkpoint, at: TensorRef, name: &str, suffix: &str) -> 
     if state::torch_name(codes.dtype).is_none() || codes.len != (packed_shape(n, codes.dtype)[0] * itemsize) as u64 {
         return Err(fail(
             name,
-            format!("holds {} bytes of {}: expected {} packed bytes for the shape {:?}", codes.len, codes.dtype, crate::geometry::packed_len(n), state.shape),
+            format!(
+                "holds {} bytes of {}: expected {} packed bytes for the shape {:?}",
+                codes.len,
+                codes.dtype,
+                crate::geometry::packed_len(n),
+                state.shape
+            ),
         ));
     }
     let expect = |at: TensorRef, dtype: Dtype, len: usize| {

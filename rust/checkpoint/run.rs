@@ -85,7 +85,8 @@ fn write_all(
     *resumed = plan.shards.len() - todo.len();
     *done = *resumed;
     check_space(plan, stage, &todo)?;
-    let finished: u64 = plan.tensors.iter().filter(|t| stage.has(Path::new(&plan.shards[t.shard].name))).map(|t| t.bytes_in).sum();
+    let finished: u64 =
+        plan.tensors.iter().filter(|t| stage.has(Path::new(&plan.shards[t.shard].name))).map(|t| t.bytes_in).sum();
     progress.add(finished);
     for shard in todo {
         write_shard(plan, shard, stage, options, progress)?;
@@ -158,7 +159,8 @@ fn index_text(plan: &Plan, stage: &Stage) -> Result<String> {
         }
     }
     let parameters: u64 = plan.tensors.iter().map(|t| t.shape.iter().map(|&d| d as u64).product::<u64>()).sum();
-    let index = json!({"metadata": {"total_parameters": parameters, "total_size": total_size}, "weight_map": weight_map});
+    let index =
+        json!({"metadata": {"total_parameters": parameters, "total_size": total_size}, "weight_map": weight_map});
     Ok(serde_json::to_string_pretty(&index).expect("an index is JSON") + "\n")
 }
 
@@ -201,7 +203,9 @@ fn is_complete(plan: &Plan, folder: &Path, options: &RunOptions) -> bool {
             let Ok(file) = SourceFile::open(&folder.join(&shard.name)) else { return false };
             file.tensors.len() == shard.layout.tensors.len()
                 && file.tensors.iter().zip(&shard.layout.tensors).all(|(found, planned)| {
-                    found.name == planned.name && found.dtype == planned.dtype && (planned.text || found.shape == planned.shape)
+                    found.name == planned.name
+                        && found.dtype == planned.dtype
+                        && (planned.text || found.shape == planned.shape)
                 })
         })
 }

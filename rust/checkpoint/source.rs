@@ -25,8 +25,23 @@ const MAX_DEPTH: usize = 8;
 
 /// Endings of files that hold weights in some form: they are not copied beside quantized weights.
 const WEIGHT_ENDINGS: [&str; 17] = [
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".msgpack", ".ot",
-    ".pb", ".tflite", ".mlmodel", ".npz", ".pkl",
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".ggml",
+    ".onnx",
+    ".onnx_data",
+    ".h5",
+    ".msgpack",
+    ".ot",
+    ".pb",
+    ".tflite",
+    ".mlmodel",
+    ".npz",
+    ".pkl",
 ];
 
 /// A checkpoint: open weight files and the table of their tensors.
@@ -82,7 +97,9 @@ impl Checkpoint {
     /// Reads headers and the index alone.
     pub fn open(path: &Path) -> Result<Self> {
         let facts = fs::metadata(path).map_err(|e| match e.kind() {
-            std::io::ErrorKind::NotFound => Error::file(path, "does not exist: expected a folder that holds a checkpoint"),
+            std::io::ErrorKind::NotFound => {
+                Error::file(path, "does not exist: expected a folder that holds a checkpoint")
+            }
             _ => Error::io(path, "open")(e),
         })?;
         let resolved = file::resolve(path)?;
@@ -107,7 +124,10 @@ impl Checkpoint {
                 let path = path.join(name);
                 if !exists(&path)? {
                     let first = index.weight_map.iter().find(|(_, f)| *f == name).map_or("", |(t, _)| t);
-                    return Err(Error::file(&index_path, format!("names the shard {name:?} (for the tensor {first:?}), which does not exist")));
+                    return Err(Error::file(
+                        &index_path,
+                        format!("names the shard {name:?} (for the tensor {first:?}), which does not exist"),
+                    ));
                 }
                 files.push(SourceFile::open(&path)?);
             }
@@ -156,10 +176,16 @@ impl Checkpoint {
         let mut notes = Vec::new();
         if let Some((path, index)) = &index {
             if let Some((tensor, shard)) = index.weight_map.iter().find(|(t, _)| !by_name.contains_key(*t)) {
-                return Err(Error::tensor(path, tensor, format!("should be in the shard {shard:?}, which does not hold it")));
+                return Err(Error::tensor(
+                    path,
+                    tensor,
+                    format!("should be in the shard {shard:?}, which does not hold it"),
+                ));
             }
             if unlisted > 0 {
-                notes.push(format!("{unlisted} tensors stand in the shards and not in {INDEX_FILE}; they are taken along"));
+                notes.push(format!(
+                    "{unlisted} tensors stand in the shards and not in {INDEX_FILE}; they are taken along"
+                ));
             }
         }
         if order.is_empty() {
@@ -224,8 +250,9 @@ fn read_index(path: &Path) -> Result<Index> {
 }
 
 fn parse_index(path: &Path, text: &[u8]) -> Result<Index> {
-    let index: Index = serde_json::from_slice(text)
-        .map_err(|e| Error::file(path, format!("is no valid index (an object with \"weight_map\": tensor name → file name): {e}")))?;
+    let index: Index = serde_json::from_slice(text).map_err(|e| {
+        Error::file(path, format!("is no valid index (an object with \"weight_map\": tensor name → file name): {e}"))
+    })?;
     if index.weight_map.is_empty() {
         return Err(Error::file(path, "has an empty \"weight_map\""));
     }

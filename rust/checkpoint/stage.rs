@@ -101,7 +101,10 @@ impl Stage {
                 ));
             }
             Mode::New if occupied => {
-                return Err(Error::destination(&destination, "is not empty: choose another folder, or --overwrite to replace its checkpoint"));
+                return Err(Error::destination(
+                    &destination,
+                    "is not empty: choose another folder, or --overwrite to replace its checkpoint",
+                ));
             }
             Mode::Resume if interrupted => go_on = read_journal(&stage)?,
             Mode::Resume if occupied => {
@@ -120,7 +123,10 @@ impl Stage {
         {
             return Err(Error::destination(
                 &destination,
-                format!("holds an interrupted run of another kind ({}): --overwrite starts again", difference(journal, identity)),
+                format!(
+                    "holds an interrupted run of another kind ({}): --overwrite starts again",
+                    difference(journal, identity)
+                ),
             ));
         }
         let made = make_folders(&stage)?;
@@ -133,14 +139,8 @@ impl Stage {
             "replace": mode == Mode::Overwrite || occupied,
             "identity": identity,
         });
-        let mut this = Self {
-            journal: go_on.clone().unwrap_or(fresh),
-            destination,
-            made,
-            _lock: lock,
-            durable,
-            settled: false,
-        };
+        let mut this =
+            Self { journal: go_on.clone().unwrap_or(fresh), destination, made, _lock: lock, durable, settled: false };
         if go_on.is_none() {
             this.clear_files()?;
             this.write_journal()?;
@@ -314,7 +314,9 @@ fn contents(folder: &Path) -> Result<BTreeSet<String>> {
     let entries = match fs::read_dir(folder) {
         Ok(entries) => entries,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(BTreeSet::new()),
-        Err(e) if e.kind() == io::ErrorKind::NotADirectory => return Err(Error::destination(folder, "is a file: expected a folder")),
+        Err(e) if e.kind() == io::ErrorKind::NotADirectory => {
+            return Err(Error::destination(folder, "is a file: expected a folder"));
+        }
         Err(e) => return Err(Error::io(folder, "list")(e)),
     };
     entries
@@ -333,7 +335,10 @@ fn refuse_overlap(destination: &Path, source: &Path) -> Result<()> {
     } else {
         return Ok(());
     };
-    Err(Error::destination(destination, format!("{problem} ({}): expected a folder beside it; the source is never changed", source.display())))
+    Err(Error::destination(
+        destination,
+        format!("{problem} ({}): expected a folder beside it; the source is never changed", source.display()),
+    ))
 }
 
 /// Makes `folder` and those above it; gives those that were not there, the outermost first.
@@ -359,9 +364,10 @@ fn lock(path: &Path, destination: &Path) -> Result<File> {
     let lock = File::create(path).map_err(Error::io(path, "create"))?;
     match lock.try_lock() {
         Ok(()) => Ok(lock),
-        Err(fs::TryLockError::WouldBlock) => {
-            Err(Error::destination(destination, "is being written by another halfbyte process: wait for it, or stop it"))
-        }
+        Err(fs::TryLockError::WouldBlock) => Err(Error::destination(
+            destination,
+            "is being written by another halfbyte process: wait for it, or stop it",
+        )),
         // File systems without locks: two runs at once are the user's care there.
         Err(fs::TryLockError::Error(_)) => Ok(lock),
     }
@@ -375,8 +381,9 @@ fn read_journal(stage: &Path) -> Result<Option<Value>> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(Error::io(&path, "read")(e)),
     };
-    let journal: Value = serde_json::from_slice(&text)
-        .map_err(|e| Error::file(&path, format!("is no valid journal of an interrupted run ({e}): --overwrite starts again")))?;
+    let journal: Value = serde_json::from_slice(&text).map_err(|e| {
+        Error::file(&path, format!("is no valid journal of an interrupted run ({e}): --overwrite starts again"))
+    })?;
     if journal["version"] != JOURNAL_VERSION {
         return Err(Error::file(
             &path,
