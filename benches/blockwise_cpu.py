@@ -40,8 +40,28 @@ def weights(megabytes: int):  # type: ignore[no-untyped-def]
 
 
 def work_of_ours(megabytes: int, threads: int, quant_type: str) -> dict[str, Callable[[], object]]:
-    """halfbyte: the extension module on numpy arrays."""
-    raise NotImplementedError
+    """halfbyte: the extension module, on the memory of numpy arrays."""
+    import numpy as np
+    from halfbyte import _native
+
+    _native.set_threads(threads)
+    x = weights(megabytes)
+    packed, absmax = np.zeros(x.size // 2, np.uint8), np.zeros(-(-x.size // BLOCKSIZE), np.float32)
+    out = np.zeros_like(x)
+    values = (x.ctypes.data, x.size, "bfloat16")
+    codes = (packed.ctypes.data, packed.size, "uint8")
+    scales = (absmax.ctypes.data, absmax.size, "float32")
+    result = (out.ctypes.data, out.size, "bfloat16")
+
+    def quantize(x: object = x, packed: object = packed, absmax: object = absmax) -> None:
+        # The defaults keep the arrays alive, of which the extension sees only addresses.
+        _native.quantize_4bit(values, codes, scales, quant_type, BLOCKSIZE)
+
+    def dequantize(out: object = out) -> None:
+        _native.dequantize_4bit(codes, scales, result, quant_type, BLOCKSIZE)
+
+    quantize()
+    return {"quantize": quantize, "dequantize": dequantize}
 
 
 def work_of_bitsandbytes(megabytes: int, threads: int, quant_type: str) -> dict[str, Callable[[], object]]:
