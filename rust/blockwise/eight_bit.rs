@@ -116,3 +116,105 @@ pub fn dequantize_8bit(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// The search that the codes of the format come from: seven halvings among the values, ending on an even code;
+    /// then the midpoint to the neighbour on the side of `x`.
+    fn search(map: &[f32; 256], x: f32) -> u8 {
+        let (mut pivot, mut lower, mut upper) = (127usize, 0usize, 255usize);
+        for step in [64, 32, 16, 8, 4, 2, 1] {
+            if x > map[pivot] {
+                lower = pivot;
+                pivot += step;
+            } else {
+                upper = pivot;
+                pivot -= step;
+            }
+        }
+        let code = if x > map[pivot] {
+            if x > (map[upper] + map[pivot]) * 0.5 { upper } else { pivot }
+        } else if x < (map[lower] + map[pivot]) * 0.5 {
+            lower
+        } else {
+            pivot
+        };
+        code as u8
+    }
+
+    fn assert_as_searched(values: &[f32; 256], xs: impl IntoIterator<Item = f32>) {
+        let map = ByteMap::new(values).unwrap();
+        for x in xs {
+            assert_eq!(map.code(x), search(values, x), "{x}");
+        }
+    }
+
+    fn neighbourhood(values: &[f32; 256]) -> Vec<f32> {
+        let middles = values.windows(2).map(|w| (w[0] + w[1]) * 0.5);
+        let points = values.iter().copied().chain(middles);
+        points
+            .chain([0.0, -0.0, 1.0, -1.0, 2.0, -2.0, f32::INFINITY, f32::NEG_INFINITY, f32::NAN])
+            .flat_map(|x| [x.next_down(), x, x.next_up()])
+            .collect()
+    }
+
+    #[test]
+    fn dynamic_codes_are_those_of_the_search() {
+        assert_as_searched(dynamic_map(), neighbourhood(dynamic_map()));
+        let map = ByteMap::dynamic();
+        assert_eq!((map.code(f32::NAN), map.code(1.0), map.code(-1.0), map.code(0.0)), (0, 255, 0, 127));
+        for (code, &value) in dynamic_map().iter().enumerate() {
+            assert_eq!(usize::from(map.code(value)), code);
+        }
+    }
+
+    #[test]
+    fn a_tie_goes_to_the_even_code() {
+        let values: [f32; 256] = std::array::from_fn(|i| (i as f32 - 128.0) / 128.0);
+        let map = ByteMap::new(&values).unwrap();
+        for low in 0..255u8 {
+            let middle = (values[usize::from(low)] + values[usize::from(low) + 1]) * 0.5;
+            assert_eq!(map.code(middle), low + low % 2);
+        }
+    }
+
+    #[test]
+    fn unsuitable_maps_are_errors() {
+        let mut values = *dynamic_map();
+        values.swap(3, 4);
+        let message = ByteMap::new(&values).unwrap_err().to_string();
+        assert!(message.ends_with("expected 256 finite values in ascending order"), "{message}");
+        values[0] = f32::NAN;
+        assert!(ByteMap::new(&values).unwrap_err().to_string().starts_with("map is NaN at 0: "));
+    }
+
+    #[test]
+    fn all_zero_blocks_and_lengths() {
+        let (mut codes, mut absmax) = ([9; 65], [9.0; 2]);
+        let mut input = [0.0; 65];
+        input[64] = -3.0;
+        quantize_8bit(&input, ByteMap::dynamic(), BlockSize::DEFAULT, &mut codes, &mut absmax).unwrap();
+        assert_eq!((codes, absmax), ([0; 65], [0.0, 3.0]));
+        let mut out = [1.0; 65];
+        dequantize_8bit(&codes, &absmax, dynamic_map(), BlockSize::DEFAULT, &mut out).unwrap();
+        assert_eq!((out[0], out[64]), (0.0, dynamic_map()[0] * 3.0));
+        assert!(quantize_8bit(&input, ByteMap::dynamic(), BlockSize::DEFAULT, &mut codes[1..], &mut absmax).is_err());
+        assert!(dequantize_8bit(&codes, &absmax[1..], dynamic_map(), BlockSize::DEFAULT, &mut out).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn codes_of_any_map_are_those_of_the_search(
+            mut values in prop::collection::vec(prop_oneof![-1.0f32..1.0, Just(0.0), Just(0.5)], 256),
+            xs in prop::collection::vec(-1.1f32..1.1, 100),
+        ) {
+            values.sort_by(f32::total_cmp);
+            let values: &[f32; 256] = values.as_slice().try_into().unwrap();
+            assert_as_searched(values, xs.into_iter().chain(neighbourhood(values)));
+        }
+    }
+}

@@ -2,15 +2,19 @@
 
 use half::{bf16, f16};
 
-mod sealed {
-    pub trait Sealed {}
-    impl Sealed for f32 {}
-    impl Sealed for half::f16 {}
-    impl Sealed for half::bf16 {}
-}
+/// What the SIMD paths need of a type. Nobody outside can name it, so [`Element`] is sealed.
+#[cfg(target_arch = "x86_64")]
+pub trait Paths: super::avx2::Avx2Element + super::avx512::Avx512Element {}
+/// Nobody outside can name it, so [`Element`] is sealed.
+#[cfg(not(target_arch = "x86_64"))]
+pub trait Paths {}
+
+impl Paths for f32 {}
+impl Paths for f16 {}
+impl Paths for bf16 {}
 
 /// A value of an unquantized tensor: `f32`, [`half::f16`] or [`half::bf16`].
-pub trait Element: sealed::Sealed + Copy + Default + PartialEq + std::fmt::Debug + Send + Sync + 'static {
+pub trait Element: Paths + Copy + Default + PartialEq + std::fmt::Debug + Send + Sync + 'static {
     /// The type's name in torch and numpy.
     const DTYPE: &'static str;
 

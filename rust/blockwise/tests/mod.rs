@@ -1,3 +1,4 @@
 //! Against the golden vectors, and every path against the scalar definition.
 
 mod golden;
+mod paths;
