@@ -14,6 +14,7 @@ use half::{bf16, f16};
 use safetensors::Dtype;
 
 use super::file::{read_exact_at, write_all_at};
+use super::flush::Flusher;
 use super::job::Progress;
 use super::layout::Layout;
 use super::plan::{Action, ShardPlan, WeightOutputs, WeightSource};
@@ -147,10 +148,21 @@ impl<'a> ShardJob<'a> {
         Self { source, shard, out, path, progress, allow_nonfinite, pieces, shared, texts: Mutex::default() }
     }
 
-    /// Writes the whole file on `threads` threads; gives its length.
-    pub fn run(&self, threads: usize) -> Result<u64> {
+    /// Writes the whole file on `threads` threads; gives its length. When it is to be `durable`, what is there is
+    /// synced along the way; the last sync is left to the caller.
+    pub fn run(&self, threads: usize, durable: bool) -> Result<u64> {
+        if !durable {
+            return self.write_all(threads, &Flusher::idle());
+        }
+        let (outcome, synced) = Flusher::scope(self.out, |flusher| self.write_all(threads, flusher));
+        synced.map_err(Error::io(self.path, "sync"))?;
+        outcome
+    }
+
+    fn write_all(&self, threads: usize, flusher: &Flusher) -> Result<u64> {
         workers::run(threads, self.pieces.len(), self.progress, Scratch::default, |scratch, piece| {
-            self.piece(scratch, &self.pieces[piece])
+            flusher.add(self.piece(scratch, &self.pieces[piece])?);
+            Ok(())
         })?;
         let texts = self.texts.lock().unwrap_or_else(PoisonError::into_inner);
         let (tail_start, tail, head) = self.layout().finish(&texts);
@@ -174,7 +186,8 @@ impl<'a> ShardJob<'a> {
         read_exact_at(&file.file, &file.path, into, entry.offset + skip as u64)
     }
 
-    fn piece(&self, scratch: &mut Scratch, piece: &Piece) -> Result<()> {
+    /// Does one piece; gives the bytes that it wrote, but for scales and the like.
+    fn piece(&self, scratch: &mut Scratch, piece: &Piece) -> Result<u64> {
         let shared = &self.shared[piece.action];
         if piece.number == 0 {
             self.progress.set_label(self.label(piece.action));
@@ -185,6 +198,7 @@ impl<'a> ShardJob<'a> {
                 self.read(*source, piece.start, buffer)?;
                 self.write(*output, piece.start, buffer)?;
                 self.progress.add(piece.len as u64);
+                Ok(piece.len as u64)
             }
             Action::Quantize { source, state, transpose, outputs } => {
                 let found = with_element!(state.dtype, T => self.quantize::<T>(scratch, piece, *source, state, *transpose, outputs))?;
@@ -194,6 +208,7 @@ impl<'a> ShardJob<'a> {
                 if shared.left.fetch_sub(1, Ordering::AcqRel) == 1 {
                     self.finish_weight(shared, state, outputs)?;
                 }
+                Ok(packed_len(piece.len) as u64)
             }
             Action::Dequantize { source, transpose, output } => {
                 let scales = self.scales(shared, source)?;
@@ -205,9 +220,9 @@ impl<'a> ShardJob<'a> {
                         source.parts.iter().filter(|&&p| p != source.packed).map(|&p| self.source.tensor(p).len).sum();
                     self.progress.add(rest);
                 }
+                Ok((piece.len * item_size(dtype)) as u64)
             }
         }
-        Ok(())
     }
 
     fn label(&self, action: usize) -> &str {

@@ -6,6 +6,7 @@
 
 pub mod convert;
 pub mod file;
+pub mod flush;
 pub mod header;
 pub mod inspect;
 pub mod job;

@@ -124,7 +124,7 @@ fn write_shard(plan: &Plan, shard: &ShardPlan, stage: &Stage, options: &RunOptio
         let out = File::create(&partial).map_err(Error::io(&partial, "create"))?;
         file::reserve(&out, &partial, shard.layout.max_len)?;
         let job = ShardJob::new(&plan.source, shard, &out, &partial, plan.allow_nonfinite, progress);
-        job.run(options.threads)?;
+        job.run(options.threads, options.durable)?;
         for file in &plan.source.files {
             file.check_unchanged()?;
         }
