@@ -58,6 +58,10 @@ MODULES = (
     Module("dequantize", 75, (75,)),
     Module("dequantize", 80, (80, 86, 89, 90, 100, 120)),
     Module("quantize", 75, (75, 80, 86, 89, 90, 100, 120)),
+    Module("nested", 75, (75, 80, 86, 89, 90, 100, 120)),
+    Module("product", 75, (75, 80, 86, 89, 90, 100, 120)),
+    # mma.m16n8k16 of bfloat16.
+    Module("decode", 80, (80, 86, 89, 90, 100, 120)),
 )
 
 
