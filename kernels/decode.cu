@@ -43,11 +43,11 @@ struct DecodePlan {
     int per_pass;  // tiles whose partial sums fit in shared memory
 };
 
-// The bytes and scales of one tile's chunk.
+// The chunk of one tile, as one lane sees it.
 struct Unit {
-    i64 block;       // of row g; those of row g + 8 are as far behind as 8 rows are long
-    int blocks;      // 0: nothing
-    bool low, high;  // whether rows g and g + 8 exist
+    const u8 *low, *high;       // this lane's bytes in row g and row g + 8
+    i64 low_block, high_block;  // the first blocks of these
+    int blocks;                 // 0: nothing
 };
 
 template <bool NESTED, int CHUNK>
@@ -74,9 +74,11 @@ struct Decode {
         const int row = first_row + (pass * per_pass + tile) * ROWS + g;
         Unit unit;
         unit.blocks = chunk_begin(chunk + 1) - block;
-        unit.block = i64(row) * blocks_per_row + block;
-        unit.low = row < end_row;
-        unit.high = row + ROWS / 2 < end_row;
+        // Rows behind the last are read as the last, and what comes of them is not written.
+        unit.low_block = i64(row < end_row ? row : end_row - 1) * blocks_per_row + block;
+        unit.high_block = i64(row + 8 < end_row ? row + 8 : end_row - 1) * blocks_per_row + block;
+        unit.low = packed + unit.low_block * BLOCK_BYTES + t * 8;
+        unit.high = packed + unit.high_block * BLOCK_BYTES + t * 8;
         return unit;
     }
     // The one that this warp works on after (pass, chunk, tile).
@@ -99,16 +101,9 @@ struct Decode {
     struct Bytes {
         Words2 low, high;
     };
-    __device__ void load(Bytes &bytes, const Unit &unit, int j) const {
-        if (j < unit.blocks) {
-            const u8 *const from = packed + unit.block * BLOCK_BYTES + t * 8 + j * BLOCK_BYTES;
-            if (unit.low) {
-                bytes.low = load_stream(reinterpret_cast<const Words2 *>(from));
-            }
-            if (unit.high) {
-                bytes.high = load_stream(reinterpret_cast<const Words2 *>(from + blocks_per_row * (ROWS / 2 * BLOCK_BYTES)));
-            }
-        }
+    __device__ static void load(Bytes &bytes, const Unit &unit, int j) {
+        bytes.low = load_stream(reinterpret_cast<const Words2 *>(unit.low + j * BLOCK_BYTES));
+        bytes.high = load_stream(reinterpret_cast<const Words2 *>(unit.high + j * BLOCK_BYTES));
     }
 
     // Of the chunk's blocks t, t + 4, ..., for row g and row g + 8: the lanes of a quad share theirs later.
@@ -120,13 +115,8 @@ struct Decode {
 #pragma unroll
         for (int q = 0; q < CHUNK / 4; q++) {
             if (q * 4 + t < unit.blocks) {
-                const i64 block = unit.block + q * 4 + t;
-                if (unit.low) {
-                    quad.low[q] = ScaleReader<NESTED>(scales, block >> shift)[0];
-                }
-                if (unit.high) {
-                    quad.high[q] = ScaleReader<NESTED>(scales, (block + blocks_per_row * (ROWS / 2)) >> shift)[0];
-                }
+                quad.low[q] = ScaleReader<NESTED>(scales, (unit.low_block + q * 4 + t) >> shift)[0];
+                quad.high[q] = ScaleReader<NESTED>(scales, (unit.high_block + q * 4 + t) >> shift)[0];
             }
         }
     }
@@ -137,6 +127,33 @@ template <int BYTE>
 __device__ inline u32 look_up(const u32 *table, u32 word, u32 lane_offset) {
     // Byte 0 of the address from the lane, byte 1 from the word, bytes 2 and 3 zero (as all but one of the lane's are).
     return at_byte(table, permute_bytes(word, lane_offset, 0x5504 | BYTE << 4));
+}
+
+// sums += scale * (the products of one block). The scales are those of rows g and g + 8.
+template <typename T, int FRAGMENTS>
+__device__ inline void add_block(float (&sums)[FRAGMENTS][4], const u32 *table, const Words2 &low, const Words2 &high,
+                                 const u32 (&x)[FRAGMENTS][8], float low_scale, float high_scale, u32 lane_offset) {
+    float products[FRAGMENTS][4] = {};
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const u32 a[2][4] = {
+            {look_up<0>(table, low.word[i], lane_offset), look_up<0>(table, high.word[i], lane_offset),
+             look_up<1>(table, low.word[i], lane_offset), look_up<1>(table, high.word[i], lane_offset)},
+            {look_up<2>(table, low.word[i], lane_offset), look_up<2>(table, high.word[i], lane_offset),
+             look_up<3>(table, low.word[i], lane_offset), look_up<3>(table, high.word[i], lane_offset)}};
+#pragma unroll
+        for (int f = 0; f < FRAGMENTS; f++) {
+            mma_m16n8k16(T{}, products[f], a[0], x[f][4 * i], x[f][4 * i + 1]);
+            mma_m16n8k16(T{}, products[f], a[1], x[f][4 * i + 2], x[f][4 * i + 3]);
+        }
+    }
+#pragma unroll
+    for (int f = 0; f < FRAGMENTS; f++) {
+        sums[f][0] = __fmaf_rn(low_scale, products[f][0], sums[f][0]);
+        sums[f][1] = __fmaf_rn(low_scale, products[f][1], sums[f][1]);
+        sums[f][2] = __fmaf_rn(high_scale, products[f][2], sums[f][2]);
+        sums[f][3] = __fmaf_rn(high_scale, products[f][3], sums[f][3]);
+    }
 }
 
 template <typename T, bool NESTED, int FRAGMENTS>
@@ -185,7 +202,9 @@ __device__ inline void decode(const T *x, const u8 *packed, const Scales &scales
         work.load(quad, first);
 #pragma unroll
         for (int j = 0; j < CHUNK; j++) {
-            work.load(bytes[j], first, j);
+            if (j < first.blocks) {
+                Work::load(bytes[j], first, j);
+            }
         }
     }
     const float offset = NESTED ? *scales.offset : 0.0f;
@@ -201,7 +220,7 @@ __device__ inline void decode(const T *x, const u8 *packed, const Scales &scales
     }
     __syncthreads();
 
-    u32 x_words[FRAGMENTS][CHUNK][8];
+    u32 x_words[CHUNK][FRAGMENTS][8];
     const u32 lane_offset = u32(lane) * 4;
     const int partial_size = m * PARTIAL_STRIDE;
 
@@ -224,7 +243,7 @@ __device__ inline void decode(const T *x, const u8 *packed, const Scales &scales
                             const Words4 words = there ? load_shared_line(from + half) : Words4{};
 #pragma unroll
                             for (int w = 0; w < 4; w++) {
-                                x_words[f][j][half * 4 + w] = words.word[w];
+                                x_words[j][f][half * 4 + w] = words.word[w];
                             }
                         }
                     }
@@ -241,35 +260,17 @@ __device__ inline void decode(const T *x, const u8 *packed, const Scales &scales
                 work.load(quad, next);
 
                 float sums[FRAGMENTS][4] = {};
+                const int quad_lane = lane & ~3;
 #pragma unroll
                 for (int j = 0; j < CHUNK; j++) {
                     if (j < blocks) {
-                        float products[FRAGMENTS][4] = {};
-#pragma unroll
-                        for (int i = 0; i < 2; i++) {
-                            const u32 low = bytes[j].low.word[i], high = bytes[j].high.word[i];
-                            const u32 a[2][4] = {
-                                {look_up<0>(table, low, lane_offset), look_up<0>(table, high, lane_offset),
-                                 look_up<1>(table, low, lane_offset), look_up<1>(table, high, lane_offset)},
-                                {look_up<2>(table, low, lane_offset), look_up<2>(table, high, lane_offset),
-                                 look_up<3>(table, low, lane_offset), look_up<3>(table, high, lane_offset)}};
-#pragma unroll
-                            for (int f = 0; f < FRAGMENTS; f++) {
-                                mma_m16n8k16(T{}, products[f], a[0], x_words[f][j][4 * i], x_words[f][j][4 * i + 1]);
-                                mma_m16n8k16(T{}, products[f], a[1], x_words[f][j][4 * i + 2], x_words[f][j][4 * i + 3]);
-                            }
-                        }
-                        const float low = __shfl_sync(ALL_LANES, low_scale[j / 4], (lane & ~3) + j % 4);
-                        const float high = __shfl_sync(ALL_LANES, high_scale[j / 4], (lane & ~3) + j % 4);
-#pragma unroll
-                        for (int f = 0; f < FRAGMENTS; f++) {
-                            sums[f][0] = __fmaf_rn(low, products[f][0], sums[f][0]);
-                            sums[f][1] = __fmaf_rn(low, products[f][1], sums[f][1]);
-                            sums[f][2] = __fmaf_rn(high, products[f][2], sums[f][2]);
-                            sums[f][3] = __fmaf_rn(high, products[f][3], sums[f][3]);
-                        }
+                        add_block<T>(sums, table, bytes[j].low, bytes[j].high, x_words[j],
+                                     __shfl_sync(ALL_LANES, low_scale[j / 4], quad_lane + j % 4),
+                                     __shfl_sync(ALL_LANES, high_scale[j / 4], quad_lane + j % 4), lane_offset);
                     }
-                    work.load(bytes[j], next, j);
+                    if (j < next.blocks) {
+                        Work::load(bytes[j], next, j);
+                    }
                 }
 
                 float *const own = partial + (tile * plan.slots + work.slot) * partial_size;
