@@ -71,9 +71,9 @@ pub unsafe fn dequantize(
         Variant::Fast => (n as u64).div_ceil(DEQUANTIZE_TILE),
         Variant::Reference => (n as u64).div_ceil(u64::from(DEQUANTIZE_THREADS)),
     };
-    let shift = block_shift(blocksize);
-    let quant_type = quant_type_parameter(quant_type);
-    let parameters = parameters![packed.address(), scales_parameter, out.address(), n as i64, shift, quant_type];
+    let (packed, out, n) = (packed.address(), out.address(), n as i64);
+    let (shift, quant_type) = (block_shift(blocksize), quant_type_parameter(quant_type));
+    let parameters = parameters![packed, scales_parameter, out, n, shift, quant_type];
     // SAFETY: the kernel's parameters in its order; lengths were checked, the rest is the caller's.
     unsafe { device.launch(stream, &kernel, blocks, 0, parameters) }
 }
@@ -122,8 +122,9 @@ pub unsafe fn quantize(
         Variant::Fast => (n as u64).div_ceil(QUANTIZE_TILE),
         Variant::Reference => (blocksize.absmax_len(n) as u64).div_ceil(u64::from(QUANTIZE_THREADS)),
     };
+    let (input, packed, absmax, n) = (input.address(), packed.address(), absmax.address(), n as i64);
     let shift = block_shift(blocksize);
-    let parameters = parameters![input.address(), packed.address(), absmax.address(), n as i64, shift];
+    let parameters = parameters![input, packed, absmax, n, shift];
     // SAFETY: the kernel's parameters in its order; lengths were checked, the rest is the caller's.
     unsafe { device.launch(stream, &kernel, blocks, 0, parameters) }
 }

@@ -14,7 +14,7 @@ pub use blockwise::{dequantize, quantize};
 pub use driver::{Device, Stream};
 pub use memory::{DType, Memory, Scales};
 pub use nested::{compress, compress_workspace};
-pub use product::{Product, product};
+pub use product::{Choice, Product, product};
 
 /// Which of two kernels with the same meaning.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -26,10 +26,11 @@ pub enum Variant {
     Reference,
 }
 
-/// The kernel's parameters, as the driver wants them: an address for each value.
+/// The kernel's parameters, as the driver wants them: the addresses of variables. Of variables alone, because a temporary
+/// value would be gone when the driver reads it.
 macro_rules! parameters {
-    ($($value:expr),* $(,)?) => {
-        &mut [$(std::ptr::from_ref(&$value).cast_mut().cast::<std::ffi::c_void>()),*]
+    ($($variable:ident),* $(,)?) => {
+        &mut [$(std::ptr::from_ref(&$variable).cast_mut().cast::<std::ffi::c_void>()),*]
     };
 }
 use parameters;

@@ -57,25 +57,18 @@ pub unsafe fn compress(
     let blocks = |values: usize| values.div_ceil(NESTED_BLOCK_SIZE * GROUPS) as u64;
 
     let mut sums = workspace.address();
-    let mut count = n.div_ceil(NESTED_BLOCK_SIZE);
+    let mut count = n.div_ceil(NESTED_BLOCK_SIZE) as i64;
+    let (absmax, codes, absmax2, offset) = (absmax.address(), codes.address(), absmax2.address(), offset.address());
+    let (grid, n) = (blocks(n), n as i64);
     // SAFETY: the kernel's parameters in its order; lengths were checked, the rest is the caller's.
-    unsafe { device.launch(stream, &SUMS, blocks(n), 0, parameters![absmax.address(), sums, n as i64]) }?;
-    while count > MOST_SUMS {
+    unsafe { device.launch(stream, &SUMS, grid, 0, parameters![absmax, sums, n]) }?;
+    while count as usize > MOST_SUMS {
         let next = sums + count as u64 * 8;
         // SAFETY: as above; the workspace has room for all levels.
-        unsafe { device.launch(stream, &SUMS_OF_SUMS, blocks(count), 0, parameters![sums, next, count as i64]) }?;
+        unsafe { device.launch(stream, &SUMS_OF_SUMS, blocks(count as usize), 0, parameters![sums, next, count]) }?;
         sums = next;
-        count = count.div_ceil(NESTED_BLOCK_SIZE);
+        count = (count as usize).div_ceil(NESTED_BLOCK_SIZE) as i64;
     }
-    let parameters = parameters![
-        absmax.address(),
-        sums,
-        count as i64,
-        codes.address(),
-        absmax2.address(),
-        offset.address(),
-        n as i64
-    ];
     // SAFETY: as above.
-    unsafe { device.launch(stream, &COMPRESS, blocks(n), 0, parameters) }
+    unsafe { device.launch(stream, &COMPRESS, grid, 0, parameters![absmax, sums, count, codes, absmax2, offset, n]) }
 }

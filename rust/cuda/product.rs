@@ -3,8 +3,8 @@
 use super::blockwise::quant_type_parameter;
 use super::driver::{Capability, Device, Kernel, Stream};
 use super::memory::{DType, Memory, Scales, block_shift};
+use super::parameters;
 use super::ptx::Module;
-use super::{Variant, parameters};
 use crate::codebook::QuantType;
 use crate::error::{Error, Result};
 use crate::geometry::{BlockSize, packed_len};
@@ -49,8 +49,14 @@ const DECODE_COLUMNS: usize = 8;
 const DECODE_FRAGMENTS: usize = 2;
 const DECODE_WARPS: usize = 16;
 const DECODE_CHUNK: usize = 4;
-const DECODE_FIXED_SHARED: usize = 256 * 256 + 1024;
-const DECODE_PARTIAL_ROW: usize = 20 * 4;
+const DECODE_TABLE: usize = 256 * 256;
+const DECODE_MAP: usize = 1024;
+const DECODE_RING: usize = 3 * 32 * 1024;
+/// Partial sums of one column of a tile.
+const DECODE_COLUMN: usize = 16 * 4;
+/// Shared memory that the device keeps for itself, before the block's: the table of `decode_ring` begins at a multiple of
+/// its size, whether or not there is such a part.
+const RESERVED_SHARED: usize = 1024;
 
 fn product_kernel(dtype: DType, nested: bool) -> Kernel {
     let name = match (dtype, nested) {
@@ -83,9 +89,8 @@ struct Decode {
 
 /// How the work is divided, or `None` when shared memory has no room for one tile.
 fn decode_plan(
-    m: usize,
-    n: usize,
-    k: usize,
+    (m, n, k): (usize, usize, usize),
+    ring: bool,
     multiprocessors: usize,
     shared_per_block: usize,
 ) -> Option<(Plan, u64, u32)> {
@@ -98,8 +103,15 @@ fn decode_plan(
     }
     let rows = n.div_ceil(multiprocessors);
     let tiles = rows.div_ceil(DECODE_ROWS);
-    let partial = slots * m * DECODE_PARTIAL_ROW;
-    let room = shared_per_block.checked_sub(DECODE_FIXED_SHARED)? / partial;
+    let partial = slots * m * DECODE_COLUMN;
+    let (before, behind) = if ring {
+        // What is before the table fits in front of the first place for it, whichever that is.
+        let whole = 2 * DECODE_TABLE + DECODE_RING;
+        (DECODE_MAP, shared_per_block.checked_sub(whole).map(|_| DECODE_TABLE - RESERVED_SHARED)?)
+    } else {
+        (DECODE_TABLE + DECODE_MAP, shared_per_block)
+    };
+    let room = behind.checked_sub(before)? / partial;
     if room == 0 {
         return None;
     }
@@ -110,12 +122,12 @@ fn decode_plan(
         slots: i32::try_from(slots).ok()?,
         per_pass: i32::try_from(per_pass).ok()?,
     };
-    let shared = u32::try_from(DECODE_FIXED_SHARED + per_pass * partial).ok()?;
-    Some((plan, n.div_ceil(rows) as u64, shared))
+    let shared = if ring { 2 * DECODE_TABLE + DECODE_RING } else { before + per_pass * partial };
+    Some((plan, n.div_ceil(rows) as u64, u32::try_from(shared).ok()?))
 }
 
 impl Product<'_> {
-    fn decode(&self, device: &Device) -> Option<Decode> {
+    fn decode(&self, device: &Device, ring: bool) -> Option<Decode> {
         let (m, n, k) = (self.m, self.n, self.k);
         let suits = device.capability() >= DECODE_NEEDS
             && (1..=DECODE_COLUMNS * DECODE_FRAGMENTS).contains(&m)
@@ -126,23 +138,31 @@ impl Product<'_> {
             && i32::try_from(k).is_ok()
             && self.blocksize.get() >= DECODE_BLOCK
             && self.x.is_aligned(16)
-            && self.packed.is_aligned(8);
+            && self.packed.is_aligned(if ring { 16 } else { 8 });
         if !suits {
             return None;
         }
-        let name = match (self.x.dtype(), m <= DECODE_COLUMNS, self.scales.is_nested()) {
-            (DType::Bf16, true, false) => "decode_bf16_8",
-            (DType::Bf16, true, true) => "decode_bf16_8_nested",
-            (DType::Bf16, false, false) => "decode_bf16_16",
-            (DType::Bf16, false, true) => "decode_bf16_16_nested",
-            (DType::F16, true, false) => "decode_f16_8",
-            (DType::F16, true, true) => "decode_f16_8_nested",
-            (DType::F16, false, false) => "decode_f16_16",
-            (DType::F16, false, true) => "decode_f16_16_nested",
+        let name = match (self.x.dtype(), m <= DECODE_COLUMNS, self.scales.is_nested(), ring) {
+            (DType::Bf16, true, false, false) => "decode_bf16_8",
+            (DType::Bf16, true, true, false) => "decode_bf16_8_nested",
+            (DType::Bf16, false, false, false) => "decode_bf16_16",
+            (DType::Bf16, false, true, false) => "decode_bf16_16_nested",
+            (DType::F16, true, false, false) => "decode_f16_8",
+            (DType::F16, true, true, false) => "decode_f16_8_nested",
+            (DType::F16, false, false, false) => "decode_f16_16",
+            (DType::F16, false, true, false) => "decode_f16_16_nested",
+            (DType::Bf16, true, false, true) => "decode_ring_bf16_8",
+            (DType::Bf16, true, true, true) => "decode_ring_bf16_8_nested",
+            (DType::Bf16, false, false, true) => "decode_ring_bf16_16",
+            (DType::Bf16, false, true, true) => "decode_ring_bf16_16_nested",
+            (DType::F16, true, false, true) => "decode_ring_f16_8",
+            (DType::F16, true, true, true) => "decode_ring_f16_8_nested",
+            (DType::F16, false, false, true) => "decode_ring_f16_16",
+            (DType::F16, false, true, true) => "decode_ring_f16_16_nested",
             _ => return None,
         };
-        let (plan, blocks, shared) =
-            decode_plan(m, n, k, device.multiprocessors() as usize, device.shared_per_block() as usize)?;
+        let (multiprocessors, shared) = (device.multiprocessors() as usize, device.shared_per_block() as usize);
+        let (plan, blocks, shared) = decode_plan((m, n, k), ring, multiprocessors, shared)?;
         let threads = (DECODE_WARPS / m.div_ceil(DECODE_COLUMNS) * 32) as u32;
         let kernel = Kernel { module: Module::Decode, name, threads, large_shared: true };
         Some(Decode { kernel, plan, blocks, shared })
@@ -167,22 +187,62 @@ impl Product<'_> {
     }
 }
 
+/// Which kernel makes a product.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Choice {
+    /// The fastest that takes the arguments.
+    #[default]
+    Best,
+    /// With the matrix units, the weight by way of shared memory.
+    DecodeRing,
+    /// With the matrix units, the weight by way of registers.
+    Decode,
+    /// The plain one.
+    Plain,
+}
+
+impl Choice {
+    const NAMES: [(&'static str, Self); 4] =
+        [("best", Self::Best), ("decode_ring", Self::DecodeRing), ("decode", Self::Decode), ("plain", Self::Plain)];
+
+    /// The kernels to try, best first.
+    fn decoders(self) -> &'static [bool] {
+        match self {
+            Self::Best => &[true, false],
+            Self::DecodeRing => &[true],
+            Self::Decode => &[false],
+            Self::Plain => &[],
+        }
+    }
+}
+
+impl std::str::FromStr for Choice {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        let legal = Self::NAMES.map(|(name, _)| name);
+        let found = Self::NAMES.into_iter().find(|(n, _)| *n == name);
+        found.map(|(_, c)| c).ok_or_else(|| Error::argument("kernel", format!("{name:?}"), format!("one of {legal:?}")))
+    }
+}
+
 /// Makes the product; gives the name of the kernel that it used.
 ///
 /// The matrix units take float16 and bfloat16 with up to 16 rows of `x` on devices of compute capability 8.0 and later,
-/// when `k` is a multiple of 64, the block size at least 64, `x` aligned to 16 bytes and `packed` to 8. There each weight is
+/// when `k` is a multiple of 64, the block size at least 64, and `x` and `packed` aligned to 16 bytes. There each weight is
 /// its codebook value rounded to the type of `x`, and the scale is applied in float32 to the sums of a block. Everything
 /// else goes to a plain kernel: correct, and slow for many rows.
 ///
 /// The result is the same from run to run on one device; sums are float32.
 ///
 /// # Errors
-/// [`Error::Argument`] for a dtype or a length that does not fit; [`Error::Cuda`] when the launch fails.
+/// [`Error::Argument`] for a dtype or a length that does not fit, and when the kernel chosen does not take the arguments;
+/// [`Error::Cuda`] when the launch fails.
 ///
 /// # Safety
 /// The memory is of this device, stays valid until the kernel has ended on `stream`, and is not written by others; `y` is
 /// neither read nor written by others, and shares nothing with the inputs. The stream is of this device.
-pub unsafe fn product(device: &Device, stream: Stream, product: &Product<'_>, variant: Variant) -> Result<KernelName> {
+pub unsafe fn product(device: &Device, stream: Stream, product: &Product<'_>, choice: Choice) -> Result<KernelName> {
     let values = product.check()?;
     let scales = product.scales.parameter(values, product.blocksize)?;
     let bias = product.bias.map_or(0, Memory::address);
@@ -190,18 +250,21 @@ pub unsafe fn product(device: &Device, stream: Stream, product: &Product<'_>, va
     let quant_type = quant_type_parameter(product.quant_type);
     let (x, packed, y) = (product.x.address(), product.packed.address(), product.y.address());
     let (m, n, k) = (product.m, product.n, product.k);
-    if variant == Variant::Fast
-        && let Some(decode) = product.decode(device)
-    {
-        let (m, n, k) = (m as i32, n as i32, k as i32);
-        let parameters = parameters![x, packed, scales, bias, y, m, n, k, shift, quant_type, decode.plan];
+    if let Some(decode) = choice.decoders().iter().find_map(|&ring| product.decode(device, ring)) {
+        let (m, n, k, plan) = (m as i32, n as i32, k as i32, decode.plan);
+        let parameters = parameters![x, packed, scales, bias, y, m, n, k, shift, quant_type, plan];
         // SAFETY: the kernel's parameters in its order; lengths and alignment were checked, the rest is the caller's.
         unsafe { device.launch(stream, &decode.kernel, decode.blocks, decode.shared, parameters) }?;
         return Ok(decode.kernel.name);
     }
+    if matches!(choice, Choice::Decode | Choice::DecodeRing) {
+        let expected = "\"best\", because this kernel does not take these arguments on this device";
+        return Err(Error::argument("kernel", format!("{choice:?}"), expected));
+    }
     let kernel = product_kernel(product.x.dtype(), product.scales.is_nested());
     let blocks = (m * n).div_ceil(PRODUCT_ELEMENTS) as u64;
-    let parameters = parameters![x, packed, scales, bias, y, m as i64, n as i64, k as i64, shift, quant_type];
+    let (m, n, k) = (m as i64, n as i64, k as i64);
+    let parameters = parameters![x, packed, scales, bias, y, m, n, k, shift, quant_type];
     // SAFETY: as above.
     unsafe { device.launch(stream, &kernel, blocks, 0, parameters) }?;
     Ok(kernel.name)
@@ -213,17 +276,21 @@ mod tests {
 
     #[test]
     fn every_row_and_every_block_has_a_warp() {
-        for (multiprocessors, shared) in [(132, 232_448), (108, 166_912), (82, 101_376), (1, 101_376)] {
+        for (ring, multiprocessors, shared) in
+            [(true, 132, 232_448), (false, 108, 166_912), (false, 82, 101_376), (false, 1, 101_376)]
+        {
             for m in [1, 3, 8, 9, 16] {
                 for n in [1, 7, 16, 100, 4096, 5120, 14336, 128_256] {
                     for k in [64, 128, 320, 1024, 4096, 5120, 14336] {
-                        let (plan, blocks, bytes) = decode_plan(m, n, k, multiprocessors, shared).unwrap();
+                        let (plan, blocks, bytes) = decode_plan((m, n, k), ring, multiprocessors, shared).unwrap();
                         let (rows, slots) = (plan.rows as usize, plan.slots as usize);
                         assert!(blocks as usize * rows >= n && (blocks as usize - 1) * rows < n, "{m} {n} {k}");
                         assert!(blocks as usize <= multiprocessors);
-                        assert!(slots.is_power_of_two() && slots * DECODE_BLOCK <= k.max(DECODE_BLOCK));
+                        assert!(slots.is_power_of_two() && slots * DECODE_BLOCK <= k);
                         assert!(slots * m.div_ceil(DECODE_COLUMNS) <= DECODE_WARPS);
                         assert!(plan.per_pass >= 1 && bytes as usize <= shared);
+                        let partial = plan.per_pass as usize * slots * m * DECODE_COLUMN;
+                        assert!(!ring || partial + DECODE_MAP + RESERVED_SHARED <= DECODE_TABLE);
                     }
                 }
             }
@@ -231,7 +298,8 @@ mod tests {
     }
 
     #[test]
-    fn shared_memory_without_room_for_a_tile() {
-        assert_eq!(decode_plan(16, 4096, 4096, 40, 65536), None);
+    fn shared_memory_without_room() {
+        assert_eq!(decode_plan((16, 4096, 4096), false, 40, 65536), None);
+        assert_eq!(decode_plan((1, 4096, 4096), true, 108, 166_912), None);
     }
 }

@@ -185,7 +185,7 @@ fn cuda_compress_absmax(
 /// `y = x · Wᵀ + bias`; gives the name of the kernel that was used.
 #[pyfunction]
 #[pyo3(signature = (
-    device, stream, x, packed, absmax, absmax2, offset, bias, y, m, n, k, quant_type, blocksize, reference=false
+    device, stream, x, packed, absmax, absmax2, offset, bias, y, m, n, k, quant_type, blocksize, kernel="best"
 ))]
 #[allow(clippy::too_many_arguments)] // Python's arguments
 fn cuda_matmul_4bit(
@@ -204,15 +204,15 @@ fn cuda_matmul_4bit(
     k: usize,
     quant_type: &str,
     blocksize: usize,
-    reference: bool,
+    kernel: &str,
 ) -> PyResult<&'static str> {
     let check = || {
         let (x, packed, y) = (memory("x", x)?, memory("packed", packed)?, memory("y", y)?);
         let bias = bias.map(|bias| memory("bias", bias)).transpose()?;
         let scales = scales(absmax, absmax2, offset)?;
-        Ok((x, packed, scales, bias, y, quant_type.parse()?, BlockSize::new(blocksize)?))
+        Ok((x, packed, scales, bias, y, quant_type.parse()?, BlockSize::new(blocksize)?, kernel.parse()?))
     };
-    let (x, packed, scales, bias, y, quant_type, blocksize) = check().map_err(to_py)?;
+    let (x, packed, scales, bias, y, quant_type, blocksize, kernel) = check().map_err(to_py)?;
     let modules = [Module::Product, Module::Decode];
     let capability = open(py, device, &[])?.capability();
     let taken = modules.iter().take_while(|m| m.image(capability).is_some()).count();
@@ -220,5 +220,5 @@ fn cuda_matmul_4bit(
     let product =
         Product { x: &x, packed: &packed, scales: &scales, bias: bias.as_ref(), y: &y, m, n, k, quant_type, blocksize };
     // SAFETY: the Python caller's to keep.
-    unsafe { cuda::product(device, Stream(stream), &product, variant(reference)) }.map_err(to_py)
+    unsafe { cuda::product(device, Stream(stream), &product, kernel) }.map_err(to_py)
 }
