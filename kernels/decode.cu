@@ -526,6 +526,9 @@ template <typename T, bool NESTED, int FRAGMENTS>
 __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &scales, const T *bias, T *y, int m, int n,
                                    int k, int block_shift, u32 quant_type, const DecodePlan &plan) {
     constexpr int WARPS = Sizes<FRAGMENTS>::WARPS, THREADS = Sizes<FRAGMENTS>::THREADS, CHUNK = Sizes<FRAGMENTS>::CHUNK;
+    // Blocks with nothing to decide in between, so that look-ups of one go on during the products of another. For more of
+    // them, or with two fragments, there are no registers.
+    constexpr int TOGETHER = FRAGMENTS == 1 ? 2 : 1;
     DYNAMIC_SHARED(shared);
     float *const map = reinterpret_cast<float *>(shared);                  // [256]
     float *const partial = reinterpret_cast<float *>(shared + MAP_BYTES);  // [tile][slot][m][16]
@@ -536,15 +539,18 @@ __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &s
     const Work<NESTED, WARPS, CHUNK> work(scales, n, k, block_shift, plan);
     const int lane = int(threadIdx.x) % WARP, g = work.g, t = work.t;
 
-    // What comes behind the copies waits for them in the memory's queue: so everything else is loaded before.
-    const float offset = NESTED ? *scales.offset : 0.0f;
-    u32 x_words[CHUNK][FRAGMENTS][8];
-    load_x<FRAGMENTS, CHUNK>(x_words, x, m, k, work.chunk_begin(0), work.chunk_blocks(0), g, t);
-    fill_map<NESTED, THREADS>(map);
+    // What comes behind copies waits for them in the memory's queue: so everything else is loaded behind the first alone.
     Copier<NESTED, WARPS, CHUNK> copier(work, packed, shared + (place_of_table + LANE_TABLE_BYTES), table);
+    float offset = 0.0f;
+    u32 x_words[CHUNK][FRAGMENTS][8];
 #pragma unroll 1
     for (u32 s = 0; s < STAGES; s++) {
         copier.copy(s);
+        if (s == 0) {
+            load_x<FRAGMENTS, CHUNK>(x_words, x, m, k, work.chunk_begin(0), work.chunk_blocks(0), g, t);
+            offset = NESTED ? *scales.offset : 0.0f;
+            fill_map<NESTED, THREADS>(map);
+        }
     }
     fill_table<T, THREADS>(table, quant_type);
     __syncthreads();
@@ -570,18 +576,23 @@ __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &s
                 __syncwarp();
                 const u8 *const bytes = copier.ring + stage * copier.STAGE_BYTES;
                 float sums[FRAGMENTS][4] = {};
+                const auto add = [&](int j) {
+                    const float *const low_scales = copier.scales_of(stage, j / 4, 0);
+                    const float *const high_scales = copier.scales_of(stage, j / 4, 1);
+                    const u8 *const lane_bytes = bytes + (lane_offset ^ u32(j * BLOCK_BYTES));
+                    const Words2 low = *reinterpret_cast<const Words2 *>(lane_bytes);
+                    const Words2 high = *reinterpret_cast<const Words2 *>(lane_bytes + copier.STAGE_BYTES / 2);
+                    add_block<T>(sums, entries, low, high, x_words[j], low_scales[j % 4], high_scales[j % 4]);
+                };
 #pragma unroll
-                for (int q = 0; q < CHUNK / 4; q++) {
-                    const float(&low_scale)[4] = *reinterpret_cast<const float(*)[4]>(copier.scales_of(stage, q, 0));
-                    const float(&high_scale)[4] = *reinterpret_cast<const float(*)[4]>(copier.scales_of(stage, q, 1));
+                for (int j = 0; j < CHUNK; j += TOGETHER) {
+                    if (j + TOGETHER <= blocks) {
 #pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        if (q * 4 + j < blocks) {
-                            const u8 *const lane_bytes = bytes + (lane_offset ^ u32((q * 4 + j) * BLOCK_BYTES));
-                            const Words2 low = *reinterpret_cast<const Words2 *>(lane_bytes);
-                            const Words2 high = *reinterpret_cast<const Words2 *>(lane_bytes + copier.STAGE_BYTES / 2);
-                            add_block<T>(sums, entries, low, high, x_words[q * 4 + j], low_scale[j], high_scale[j]);
+                        for (int i = 0; i < TOGETHER; i++) {
+                            add(j + i);
                         }
+                    } else if (j < blocks) {
+                        add(j);
                     }
                 }
                 // Every lane has read its part.
