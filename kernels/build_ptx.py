@@ -64,6 +64,8 @@ MODULES = (
     Module("product", 75, (75, 80, 86, 89, 90, 100, 120)),
     # mma.m16n8k16 of bfloat16.
     Module("decode", 80, (80, 86, 89, 90, 100, 120)),
+    # Takes more shared memory than others have.
+    Module("decode_ring", 90, (90, 100)),
 )
 
 

@@ -1,7 +1,7 @@
 //! Products with a 4-bit weight that is not unpacked before.
 
 use super::blockwise::quant_type_parameter;
-use super::driver::{Capability, Device, Kernel, Stream};
+use super::driver::{Device, Kernel, Stream};
 use super::memory::{DType, Memory, Scales, block_shift};
 use super::parameters;
 use super::ptx::Module;
@@ -41,8 +41,7 @@ pub type KernelName = &'static str;
 const PRODUCT_THREADS: u32 = 256;
 const PRODUCT_ELEMENTS: usize = 8;
 
-// Of kernels/decode.cu.
-const DECODE_NEEDS: Capability = Capability(8, 0);
+// Of kernels/decode.cuh and its two users.
 const DECODE_BLOCK: usize = 64;
 const DECODE_ROWS: usize = 16;
 const DECODE_COLUMNS: usize = 8;
@@ -129,7 +128,8 @@ fn decode_plan(
 impl Product<'_> {
     fn decode(&self, device: &Device, ring: bool) -> Option<Decode> {
         let (m, n, k) = (self.m, self.n, self.k);
-        let suits = device.capability() >= DECODE_NEEDS
+        let module = if ring { Module::DecodeRing } else { Module::Decode };
+        let suits = module.image(device.capability()).is_some()
             && (1..=DECODE_COLUMNS * DECODE_FRAGMENTS).contains(&m)
             && n >= 1
             && i32::try_from(n).is_ok()
@@ -164,7 +164,7 @@ impl Product<'_> {
         let (multiprocessors, shared) = (device.multiprocessors() as usize, device.shared_per_block() as usize);
         let (plan, blocks, shared) = decode_plan((m, n, k), ring, multiprocessors, shared)?;
         let threads = (DECODE_WARPS / m.div_ceil(DECODE_COLUMNS) * 32) as u32;
-        let kernel = Kernel { module: Module::Decode, name, threads, large_shared: true };
+        let kernel = Kernel { module, name, threads, large_shared: true };
         Some(Decode { kernel, plan, blocks, shared })
     }
 

@@ -15,11 +15,14 @@ pub enum Module {
     Product,
     /// Products of few rows with the matrix units.
     Decode,
+    /// The same with much shared memory.
+    DecodeRing,
 }
 
 impl Module {
     /// Every module.
-    pub const ALL: [Self; 5] = [Self::Dequantize, Self::Quantize, Self::Nested, Self::Product, Self::Decode];
+    pub const ALL: [Self; 6] =
+        [Self::Dequantize, Self::Quantize, Self::Nested, Self::Product, Self::Decode, Self::DecodeRing];
 
     /// Compiled once for each of these virtual architectures, ascending: PTX that ends with a zero byte.
     fn images(self) -> &'static [(Capability, &'static str)] {
@@ -30,12 +33,14 @@ impl Module {
         }
         const TURING: Capability = Capability(7, 5);
         const AMPERE: Capability = Capability(8, 0);
+        const HOPPER: Capability = Capability(9, 0);
         match self {
             Self::Dequantize => &[(TURING, image!("dequantize_75")), (AMPERE, image!("dequantize_80"))],
             Self::Quantize => &[(TURING, image!("quantize_75"))],
             Self::Nested => &[(TURING, image!("nested_75"))],
             Self::Product => &[(TURING, image!("product_75"))],
             Self::Decode => &[(AMPERE, image!("decode_80"))],
+            Self::DecodeRing => &[(HOPPER, image!("decode_ring_90"))],
         }
     }
 

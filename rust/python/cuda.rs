@@ -213,7 +213,7 @@ fn cuda_matmul_4bit(
         Ok((x, packed, scales, bias, y, quant_type.parse()?, BlockSize::new(blocksize)?, kernel.parse()?))
     };
     let (x, packed, scales, bias, y, quant_type, blocksize, kernel) = check().map_err(to_py)?;
-    let modules = [Module::Product, Module::Decode];
+    let modules = [Module::Product, Module::Decode, Module::DecodeRing];
     let capability = open(py, device, &[])?.capability();
     let taken = modules.iter().take_while(|m| m.image(capability).is_some()).count();
     let device = open(py, device, &modules[..taken])?;
