@@ -51,7 +51,7 @@ use kernel::{Kernel, Scalar};
 use pack::Matrix;
 pub use path::Path;
 pub use weight::{Scales, Weight};
-pub use workers::Workers;
+pub use workers::{Parallel, Workers};
 
 /// Up to so many rows of activations are multiplied without laying them out for the blocked product.
 const FEW_ROWS: usize = 8;
