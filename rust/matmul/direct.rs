@@ -6,6 +6,8 @@
 //! which brings each nibble of its words (of 16 or 32 bits) to the low end in turn, where the look-up wants it; the
 //! activations are laid out in that order instead of the weight's.
 
+use std::ops::Range;
+
 use super::blocked::Out;
 use super::pack::Matrix;
 use super::scratch::{Scratch, Words};
@@ -15,12 +17,22 @@ use super::workers::Workers;
 /// Values of a group.
 pub(super) const GROUP: usize = 128;
 
-/// Bytes of codes that are asked for before they are needed. The processor's own prefetching ends with every page of
-/// 4096 bytes; with this, reading from memory is three times as fast.
-pub(super) const AHEAD: usize = 8192;
+/// Bytes of activations that stay in the first-level cache: of longer rows, a part is multiplied with a task's rows of
+/// the weight before the next part is.
+const PART: usize = 32 << 10;
+
+/// Rows of the weight in a task, at most.
+const TASK: usize = 32;
+
+/// Words of the sums of two rows of the weight: a register of 16 for each of both and each lane.
+const SUMS: usize = 2 * LANES * 16;
+
+/// Pairs of rows from codes to those that are asked for meanwhile. The processor's own prefetching ends with every page
+/// of 4096 bytes; with this, reading from memory is three times as fast.
+const AHEAD_PAIRS: usize = 4;
 
 /// Rows of activations that are multiplied with the same look-ups.
-pub(super) const LANES: usize = 8;
+pub(super) const LANES: usize = 4;
 
 /// A path's direct product.
 #[derive(Clone, Copy)]
@@ -28,11 +40,14 @@ pub(super) struct Direct {
     /// Words of a group of activations.
     pub group_words: usize,
     /// Lays one row of activations out: `[groups][group_words]`, what is missing in the last is zero.
-    pub prepare: fn(Matrix<'_>, row: usize, out: &mut [u32]),
+    ///
+    /// # Safety
+    /// The machine has the path.
+    pub prepare: unsafe fn(Matrix<'_>, row: usize, out: &mut [u32]),
     /// The products of two rows of the weight with up to [`LANES`] rows of activations.
     ///
     /// # Safety
-    /// The machine has the path; all of `Pair` is readable.
+    /// The machine has the path; all of `Pair` is readable, and its sums writable.
     pub pair: unsafe fn(&Pair) -> [[f32; LANES]; 2],
 }
 
@@ -50,8 +65,18 @@ pub(super) struct Pair {
     pub values: &'static [f32; 16],
     /// Whole groups in a row.
     pub groups: usize,
-    /// Whether half a group follows.
+    /// The whole groups that are multiplied now.
+    pub part: Range<usize>,
+    /// Whether half a group follows, now.
     pub half: bool,
+    /// Bytes from codes to those that are asked for meanwhile.
+    pub ahead: usize,
+    /// Sums of the parts before this one, unless it is the first; of this one too when it is not the last.
+    pub sums: *mut [f32; 16],
+    /// Whether this is the first part.
+    pub first: bool,
+    /// Whether this is the last part. Only then is the result worth something.
+    pub last: bool,
     /// Prepared activations.
     pub x: *const u32,
     /// Words between rows of activations.
@@ -88,52 +113,65 @@ pub(super) fn forward(
     out: &Out<'_>,
     workers: Workers<'_>,
 ) {
-    const TASK: usize = 32;
     let (n, k) = (weight.rows(), weight.cols());
     let stride = k.div_ceil(GROUP) * direct.group_words;
     let mut prepared = Words::zeroed(m * stride);
     for (row, words) in prepared.as_mut_slice().chunks_exact_mut(stride).take(m).enumerate() {
-        (direct.prepare)(x, row, words);
+        // SAFETY: the path is available.
+        unsafe { (direct.prepare)(x, row, words) }
     }
     let prepared = prepared.as_slice();
     let task_rows = n.div_ceil(8 * workers.threads()).next_multiple_of(16).min(TASK);
     workers.for_each(n.div_ceil(task_rows), |task| {
         let rows = task * task_rows..n.min((task + 1) * task_rows);
         Scratch::with(|scratch| {
-            let sums: &mut [f32] = bytemuck::cast_slice_mut(scratch.sums.at_least(m * TASK));
+            let results: &mut [f32] = bytemuck::cast_slice_mut(scratch.tile.at_least(m * TASK));
+            let sums = scratch.sums.at_least(TASK / 2 * SUMS);
             let blocks = weight.blocks_of(rows.start * k..rows.end * k);
-            let first = blocks.start * weight.blocksize();
+            let origin = blocks.start * weight.blocksize();
             let scales = weight.scales(blocks, &mut scratch.scales);
-            for row in rows.clone().step_by(2) {
-                let both = [row, (row + 1).min(rows.end - 1)];
-                let starts = both.map(|row| row * k - first);
-                let pair = Pair {
-                    codes: both.map(|row| &raw const weight.packed()[row * k / 2]),
-                    scales: starts.map(|start| &raw const scales[start / weight.blocksize()]),
-                    offsets: starts.map(|start| start % weight.blocksize()),
-                    shift: weight.blocksize().trailing_zeros(),
-                    values: weight.values(),
-                    groups: k / GROUP,
-                    half: !k.is_multiple_of(GROUP),
-                    x: prepared.as_ptr(),
-                    x_stride: stride,
-                    count: 0,
-                };
-                for first_lane in (0..m).step_by(LANES) {
-                    let x = &raw const prepared[first_lane * stride];
-                    let pair = Pair { x, count: LANES.min(m - first_lane), ..pair };
-                    // SAFETY: the path is available; rows, scales and activations are as long as `k` says.
-                    let sum = unsafe { (direct.pair)(&pair) };
-                    for (row, sum) in both.into_iter().zip(sum) {
-                        for (lane, sum) in sum.into_iter().enumerate().take(pair.count) {
-                            sums[(first_lane + lane) * TASK + row - rows.start] = sum;
+            for first_lane in (0..m).step_by(LANES) {
+                let count = LANES.min(m - first_lane);
+                let groups = k / GROUP;
+                let part = PART / (count * direct.group_words * size_of::<u32>());
+                for start in (0..groups.max(1)).step_by(part) {
+                    let end = groups.min(start + part);
+                    for (row, sums) in rows.clone().step_by(2).zip(sums.chunks_exact_mut(SUMS)) {
+                        let both = [row, (row + 1).min(rows.end - 1)];
+                        let starts = both.map(|row| row * k - origin);
+                        let pair = Pair {
+                            codes: both.map(|row| &raw const weight.packed()[row * k / 2]),
+                            scales: starts.map(|start| &raw const scales[start / weight.blocksize()]),
+                            offsets: starts.map(|start| start % weight.blocksize()),
+                            shift: weight.blocksize().trailing_zeros(),
+                            values: weight.values(),
+                            groups,
+                            part: start..end,
+                            half: end == groups && !k.is_multiple_of(GROUP),
+                            ahead: AHEAD_PAIRS * k, // `k` bytes are two rows
+                            sums: sums.as_mut_ptr().cast(),
+                            first: start == 0,
+                            last: end == groups,
+                            x: &raw const prepared[first_lane * stride],
+                            x_stride: stride,
+                            count,
+                        };
+                        // SAFETY: the path is available; rows, scales and activations are as long as `k` says.
+                        let result = unsafe { (direct.pair)(&pair) };
+                        if !pair.last {
+                            continue;
+                        }
+                        for (row, result) in both.into_iter().zip(result) {
+                            for (lane, result) in result.into_iter().enumerate().take(count) {
+                                results[(first_lane + lane) * TASK + row - rows.start] = result;
+                            }
                         }
                     }
                 }
             }
-            for (row, sums) in sums.chunks_exact_mut(TASK).enumerate() {
+            for (row, results) in results.chunks_exact_mut(TASK).enumerate() {
                 // SAFETY: this task alone has these rows of the weight, which are columns of the result.
-                unsafe { out.store(row, rows.start, &mut sums[..rows.len()]) }
+                unsafe { out.store(row, rows.start, &mut results[..rows.len()]) }
             }
         });
     });

@@ -5,7 +5,7 @@
 use std::arch::x86_64::*;
 
 use super::avx512::{bits, pairs};
-use super::direct::{AHEAD, Direct, GROUP, LANES, Pair};
+use super::direct::{Direct, GROUP, LANES, Pair};
 use super::pack::Matrix;
 use super::weight::prefetch;
 
@@ -15,14 +15,33 @@ pub(super) const DIRECT: Direct = Direct { group_words: GROUP / 2, prepare, pair
 const ORDER: [usize; 4] = [1, 0, 3, 2];
 
 /// Register `j` of a group, place `w`: value `4 w + ORDER[j]`.
-fn prepare(x: Matrix<'_>, row: usize, out: &mut [u32]) {
-    let out: &mut [u16] = bytemuck::cast_slice_mut(out);
-    for (start, out) in (row * x.cols..).step_by(GROUP).zip(out.chunks_exact_mut(GROUP)) {
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+unsafe fn prepare(x: Matrix<'_>, row: usize, out: &mut [u32]) {
+    let mut places = [[0u16; GROUP / 4]; 4];
+    for (places, offset) in places.iter_mut().zip(ORDER) {
+        // The same sixteen twice: one half of a register is used.
+        places.iter_mut().enumerate().for_each(|(w, place)| *place = (w % 16 * 4 + offset) as u16);
+    }
+    for (start, out) in (row * x.cols..).step_by(GROUP).zip(out.chunks_exact_mut(GROUP / 2)) {
         let len = GROUP.min((row + 1) * x.cols - start);
         let mut natural = [0u16; GROUP];
         x.floats.to_bf16(start..start + len, &mut natural[..len]);
-        for (out, offset) in out.chunks_exact_mut(GROUP / 4).zip(ORDER) {
-            out.iter_mut().zip(natural.as_chunks::<4>().0).for_each(|(o, word)| *o = word[offset]);
+        // SAFETY: `natural` and `out` hold four registers each, every element of `places` one.
+        unsafe {
+            let natural = natural.as_ptr();
+            let v = [
+                _mm512_loadu_si512(natural.cast()),
+                _mm512_loadu_si512(natural.add(32).cast()),
+                _mm512_loadu_si512(natural.add(64).cast()),
+                _mm512_loadu_si512(natural.add(96).cast()),
+            ];
+            for (j, places) in places.iter().enumerate() {
+                let places = _mm512_loadu_si512(places.as_ptr().cast());
+                let low = _mm512_permutex2var_epi16(v[0], places, v[1]);
+                let high = _mm512_permutex2var_epi16(v[2], places, v[3]);
+                let both = _mm512_inserti64x4::<1>(low, _mm512_castsi512_si256(high));
+                _mm512_storeu_si512(out.as_mut_ptr().add(16 * j).cast(), both);
+            }
         }
     }
 }
@@ -34,11 +53,7 @@ unsafe fn pair(pair: &Pair) -> [[f32; LANES]; 2] {
             1 => rows::<1>(pair),
             2 => rows::<2>(pair),
             3 => rows::<3>(pair),
-            4 => rows::<4>(pair),
-            5 => rows::<5>(pair),
-            6 => rows::<6>(pair),
-            7 => rows::<7>(pair),
-            _ => rows::<8>(pair),
+            _ => rows::<4>(pair),
         }
     }
 }
@@ -50,11 +65,16 @@ unsafe fn rows<const M: usize>(pair: &Pair) -> [[f32; LANES]; 2] {
         let values = _mm512_loadu_ps(pair.values.as_ptr());
         let table = bits(_mm512_cvtne2ps_pbh(values, values));
         let mut sums = [[_mm512_setzero_ps(); M]; 2];
+        if !pair.first {
+            for (i, sum) in sums.as_flattened_mut().iter_mut().enumerate() {
+                *sum = _mm512_loadu_ps(pair.sums.add(i).cast());
+            }
+        }
         let [a, b] = pair.codes;
-        for group in 0..pair.groups {
+        for group in pair.part.clone() {
             let at = group * (GROUP / 2);
-            prefetch(a.wrapping_add(at + AHEAD));
-            prefetch(b.wrapping_add(at + AHEAD));
+            prefetch(a.wrapping_add(at + pair.ahead));
+            prefetch(b.wrapping_add(at + pair.ahead));
             let codes = [_mm512_loadu_si512(a.add(at).cast()), _mm512_loadu_si512(b.add(at).cast())];
             multiply(pair, group, codes, table, &mut sums);
         }
@@ -69,6 +89,12 @@ unsafe fn rows<const M: usize>(pair: &Pair) -> [[f32; LANES]; 2] {
             multiply(pair, group, codes, table, &mut sums);
         }
         let mut out = [[0.0; LANES]; 2];
+        if !pair.last {
+            for (i, &sum) in sums.as_flattened().iter().enumerate() {
+                _mm512_storeu_ps(pair.sums.add(i).cast(), sum);
+            }
+            return out;
+        }
         for (out, sums) in out.iter_mut().zip(sums) {
             for (out, sum) in out.iter_mut().zip(sums) {
                 *out = _mm512_reduce_add_ps(sum);
@@ -81,6 +107,7 @@ unsafe fn rows<const M: usize>(pair: &Pair) -> [[f32; LANES]; 2] {
 /// Adds the products of one group.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+#[allow(clippy::needless_range_loop, reason = "the same lane of several arrays")]
 unsafe fn multiply<const M: usize>(
     pair: &Pair,
     group: usize,

@@ -2,14 +2,15 @@
 
 use std::arch::x86_64::*;
 
-use super::direct::{AHEAD, Direct, GROUP, LANES, Pair};
+use super::direct::{Direct, GROUP, LANES, Pair};
 use super::pack::Matrix;
 use super::weight::prefetch;
 
 pub(super) const DIRECT: Direct = Direct { group_words: GROUP, prepare, pair };
 
 /// Register `j` of a group, place `w`: value `8 w + (j ^ 1)`, since of a byte's values the earlier is the high nibble.
-fn prepare(x: Matrix<'_>, row: usize, out: &mut [u32]) {
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,f16c,fma")]
+unsafe fn prepare(x: Matrix<'_>, row: usize, out: &mut [u32]) {
     for (start, out) in (row * x.cols..).step_by(GROUP).zip(out.chunks_exact_mut(GROUP)) {
         let len = GROUP.min((row + 1) * x.cols - start);
         let mut natural = [0.0f32; GROUP];
@@ -27,11 +28,7 @@ unsafe fn pair(pair: &Pair) -> [[f32; LANES]; 2] {
             1 => rows::<1>(pair),
             2 => rows::<2>(pair),
             3 => rows::<3>(pair),
-            4 => rows::<4>(pair),
-            5 => rows::<5>(pair),
-            6 => rows::<6>(pair),
-            7 => rows::<7>(pair),
-            _ => rows::<8>(pair),
+            _ => rows::<4>(pair),
         }
     }
 }
@@ -42,11 +39,16 @@ unsafe fn rows<const M: usize>(pair: &Pair) -> [[f32; LANES]; 2] {
     unsafe {
         let table = _mm512_loadu_ps(pair.values.as_ptr());
         let mut sums = [[_mm512_setzero_ps(); M]; 2];
+        if !pair.first {
+            for (i, sum) in sums.as_flattened_mut().iter_mut().enumerate() {
+                *sum = _mm512_loadu_ps(pair.sums.add(i).cast());
+            }
+        }
         let [a, b] = pair.codes;
-        for group in 0..pair.groups {
+        for group in pair.part.clone() {
             let at = group * (GROUP / 2);
-            prefetch(a.wrapping_add(at + AHEAD));
-            prefetch(b.wrapping_add(at + AHEAD));
+            prefetch(a.wrapping_add(at + pair.ahead));
+            prefetch(b.wrapping_add(at + pair.ahead));
             let codes = [_mm512_loadu_si512(a.add(at).cast()), _mm512_loadu_si512(b.add(at).cast())];
             multiply(pair, group, codes, table, &mut sums);
         }
@@ -61,6 +63,12 @@ unsafe fn rows<const M: usize>(pair: &Pair) -> [[f32; LANES]; 2] {
             multiply(pair, group, codes, table, &mut sums);
         }
         let mut out = [[0.0; LANES]; 2];
+        if !pair.last {
+            for (i, &sum) in sums.as_flattened().iter().enumerate() {
+                _mm512_storeu_ps(pair.sums.add(i).cast(), sum);
+            }
+            return out;
+        }
         for (out, sums) in out.iter_mut().zip(sums) {
             for (out, sum) in out.iter_mut().zip(sums) {
                 *out = _mm512_reduce_add_ps(sum);
@@ -73,6 +81,7 @@ unsafe fn rows<const M: usize>(pair: &Pair) -> [[f32; LANES]; 2] {
 /// Adds the products of one group.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,f16c,fma")]
+#[allow(clippy::needless_range_loop, reason = "the same lane of several arrays")]
 unsafe fn multiply<const M: usize>(
     pair: &Pair,
     group: usize,

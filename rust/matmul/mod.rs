@@ -57,7 +57,7 @@ pub use workers::{Parallel, Workers};
 const FEW_ROWS: usize = 8;
 
 /// Up to so many with codes looked up in registers, where that is possible.
-const DIRECT_ROWS: usize = 12;
+const DIRECT_ROWS: usize = 20;
 
 /// Multiplications that one thread does in the time it takes to wake another: tens of microseconds.
 const SERIAL_WORK: usize = 1 << 20;

@@ -62,33 +62,46 @@ impl<'a> Workers<'a> {
 
     /// Calls `work` once for every number below `tasks`.
     ///
-    /// The calling thread begins at once and the others join as they wake up, each taking the next number: a thread
-    /// that is late or slow takes fewer. `work` must not depend on who does it.
+    /// Every thread has a range of consecutive numbers, and goes on with those of others when it has done its own: a
+    /// thread that is late or slow does fewer. The calling thread begins at once, the others join as they wake up.
+    /// `work` must not depend on who does it.
     pub(super) fn for_each(&self, tasks: usize, work: impl Fn(usize) + Sync) {
-        let next = AtomicUsize::new(0);
+        let threads = self.threads.min(tasks);
+        if threads <= 1 {
+            return (0..tasks).for_each(work);
+        }
+        // Only the numbers matter: what the tasks read is there before, what they write is read after.
+        let next: Vec<OwnLine> = (0..threads).map(|i| OwnLine(AtomicUsize::new(i * tasks / threads))).collect();
+        let arrived = AtomicUsize::new(0);
         let take = || {
-            loop {
-                // Only the numbers matter: what the tasks read is there before, what they write is read after.
-                let task = next.fetch_add(1, Ordering::Relaxed);
-                if task >= tasks {
-                    break;
+            let own = arrived.fetch_add(1, Ordering::Relaxed);
+            for range in (own..own + threads).map(|i| i % threads) {
+                let end = (range + 1) * tasks / threads;
+                loop {
+                    let task = next[range].0.fetch_add(1, Ordering::Relaxed);
+                    if task >= end {
+                        break;
+                    }
+                    work(task);
                 }
-                work(task);
             }
         };
-        let threads = self.threads.min(tasks);
         match self.source {
-            Source::Pool(pool) if threads > 1 => pool.in_place_scope(|scope| {
+            Source::Pool(pool) => pool.in_place_scope(|scope| {
                 for _ in 1..threads {
                     scope.spawn(|_| take());
                 }
                 take();
             }),
-            Source::OpenMp(parallel) if threads > 1 => run_team(parallel, threads, &take),
-            _ => take(),
+            Source::OpenMp(parallel) => run_team(parallel, threads, &take),
+            Source::Nowhere => take(),
         }
     }
 }
+
+/// A counter that does not share its cache line.
+#[repr(align(128))]
+struct OwnLine(AtomicUsize);
 
 /// Calls `work` on every thread of a team.
 fn run_team(parallel: Parallel, threads: usize, work: &(dyn Fn() + Sync)) {
