@@ -132,20 +132,20 @@ unsafe fn multiply<const M: usize>(
                 _mm512_permutexvar_epi16(_mm512_srli_epi16::<12>(codes[r]), table),
             ];
         }
-        for m in 0..M {
-            let x = pair.x.add(m * pair.x_stride + group * (GROUP / 2));
-            let x = [
-                pairs(_mm512_loadu_si512(x.cast())),
-                pairs(_mm512_loadu_si512(x.add(16).cast())),
-                pairs(_mm512_loadu_si512(x.add(32).cast())),
-                pairs(_mm512_loadu_si512(x.add(48).cast())),
-            ];
-            for r in 0..2 {
-                let mut block = _mm512_setzero_ps();
-                for j in 0..4 {
-                    block = _mm512_dpbf16_ps(block, x[j], pairs(weights[r][j]));
+        // Sums that do not wait for each other stand side by side.
+        let mut blocks = [[_mm512_setzero_ps(); M]; 2];
+        for j in 0..4 {
+            for m in 0..M {
+                let x = pair.x.add(m * pair.x_stride + group * (GROUP / 2) + 16 * j);
+                let x = pairs(_mm512_loadu_si512(x.cast()));
+                for r in 0..2 {
+                    blocks[r][m] = _mm512_dpbf16_ps(blocks[r][m], x, pairs(weights[r][j]));
                 }
-                sums[r][m] = _mm512_fmadd_ps(block, scales[r], sums[r][m]);
+            }
+        }
+        for r in 0..2 {
+            for m in 0..M {
+                sums[r][m] = _mm512_fmadd_ps(blocks[r][m], scales[r], sums[r][m]);
             }
         }
     }
