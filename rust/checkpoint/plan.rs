@@ -101,6 +101,8 @@ pub struct WeightSource {
     pub packed: TensorRef,
     /// Scales.
     pub absmax: TensorRef,
+    /// The codebook, where the checkpoint has it.
+    pub quant_map: Option<TensorRef>,
     /// The scales' scales and codebook.
     pub nested: Option<(TensorRef, TensorRef)>,
     /// All tensors that belong to it.
@@ -199,6 +201,13 @@ impl Plan {
         for (&at, decision) in source.order.iter().zip(&selection.decisions) {
             let entry = source.tensor(at);
             groups.push(match decision.treatment {
+                Treatment::Keep if decision.float32 && entry.dtype == Dtype::F16 => {
+                    let mut group = keep(&source, at, format!("{}: float16 becomes float32", decision.reason));
+                    let output = OutputTensor::fixed(entry.name.clone(), Dtype::F32, entry.shape.clone());
+                    group.line.bytes_out = output.len;
+                    group.outputs = vec![output];
+                    group
+                }
                 Treatment::Keep => keep(&source, at, decision.reason.clone()),
                 Treatment::Quantize { quant_type, transpose } => {
                     let mut shape = entry.shape.clone();
@@ -566,9 +575,8 @@ fn read_weight(source: &Checkpoint, at: TensorRef, name: &str, suffix: &str) -> 
     };
     let scales = state.blocksize.absmax_len(n);
     let mut parts = vec![packed, at];
-    if let Some(map) = source.find(&format!("{name}{}", state::QUANT_MAP)) {
-        parts.push(map);
-    }
+    let quant_map = source.find(&format!("{name}{}", state::QUANT_MAP));
+    parts.extend(quant_map);
     let nested = if state.nested_offset.is_some() {
         let absmax = expect(part(state::NESTED_ABSMAX)?, Dtype::F32, scales.div_ceil(NESTED_BLOCK_SIZE))?;
         let map = expect(part(state::NESTED_QUANT_MAP)?, Dtype::F32, 256)?;
@@ -579,5 +587,5 @@ fn read_weight(source: &Checkpoint, at: TensorRef, name: &str, suffix: &str) -> 
     };
     let absmax = expect(part(state::ABSMAX)?, if nested.is_some() { Dtype::U8 } else { Dtype::F32 }, scales)?;
     parts.push(absmax);
-    Ok(WeightSource { name: name.to_owned(), state, packed, absmax, nested, parts })
+    Ok(WeightSource { name: name.to_owned(), state, packed, absmax, quant_map, nested, parts })
 }
