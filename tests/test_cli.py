@@ -188,6 +188,18 @@ def test_traceback_on_request_only(tmp_path):
     assert shown.splitlines()[-1].startswith("halfbyte: error: ./absent")
 
 
+@pytest.mark.parametrize("arguments", [["--version"], ["inspect", "."], ["doctor"]])
+def test_missing_compiled_module(arguments):
+    code = (
+        "import sys\nsys.modules['halfbyte._native'] = None\nfrom halfbyte.cli import main\n"
+        f"sys.exit(main({arguments!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=60)
+    assert (done.returncode, done.stdout) == (cli.EXIT_SYSTEM, "")
+    assert done.stderr.startswith("halfbyte: error: halfbyte's compiled module cannot be loaded")
+    assert done.stderr.count("\n") == 1
+
+
 def test_unforeseen_error_is_reported_as_ours(monkeypatch, capsys):
     def fail(*_: object) -> object:
         raise ZeroDivisionError("one over nothing")

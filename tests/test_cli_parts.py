@@ -659,10 +659,20 @@ def test_doctor_survives_a_broken_driver(monkeypatch):
     assert "GPU X" in doctor.render(found)
 
 
+def test_doctor_survives_a_wrong_switch(monkeypatch):
+    def refuse() -> str:
+        raise ValueError("HALFBYTE_SIMD is 'mmx': expected another")
+
+    monkeypatch.setattr(_native, "simd", refuse)
+    monkeypatch.setenv("HALFBYTE_SIMD", "mmx")
+    assert doctor.render(doctor.examine()).count("mmx") == 2
+
+
 def test_doctor_reads_this_machine():
     found = doctor.examine()
     assert found["halfbyte"]["version"] == _native.__version__
     assert found["cpu"]["usable"] >= 1
+    assert found["cpu"]["simd"] == _native.simd()
     assert found["disk"]["free_bytes"] > 0
     assert found["packages"]["safetensors"]
     json.dumps(found)

@@ -72,8 +72,12 @@ class _Version(argparse.Action):
     """Prints the version; the compiled core is imported for that alone."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        from halfbyte._native import __version__
-
+        try:
+            from halfbyte._native import __version__
+        except ImportError as error:
+            code, message = describe(error)
+            _complain(message)
+            parser.exit(code)
         _print(f"{PROG} {__version__}")
         parser.exit(EXIT_OK)
 
@@ -465,9 +469,11 @@ def _main(arguments: list[str]) -> int:
 
 def describe(error: BaseException, arguments: Sequence[str] = ()) -> tuple[int, str]:
     """Exit code and message for what a command raised."""
-    from halfbyte._native import CheckpointError
-
     text = str(error)
+    try:
+        from halfbyte._native import CheckpointError
+    except Exception as broken:  # nothing works without it, and this is why
+        return EXIT_SYSTEM, f"halfbyte's compiled module cannot be loaded, reinstall halfbyte: {broken}"
     if isinstance(error, KeyboardInterrupt):
         if getattr(error, "total", None) is None:
             return EXIT_INTERRUPTED, "interrupted"

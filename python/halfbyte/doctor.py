@@ -21,22 +21,6 @@ from halfbyte import _native
 from halfbyte._terminal import format_bytes, printable
 
 PACKAGES = ("numpy", "safetensors", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "huggingface_hub")
-# Those that a kernel of halfbyte or of bitsandbytes is chosen by, in the kernel's spelling.
-CPU_FEATURES = (
-    "avx2",
-    "fma",
-    "f16c",
-    "avx512f",
-    "avx512bw",
-    "avx512dq",
-    "avx512vl",
-    "avx512_vbmi",
-    "avx512_bf16",
-    "amx_bf16",
-    "asimd",
-    "sve",
-    "bf16",
-)
 _SMI_SECONDS = 10
 
 
@@ -73,7 +57,7 @@ def render(found: dict[str, Any]) -> str:
         ("Python", f"{found['python']['version']} ({found['python']['executable']})"),
         ("platform", " ".join(str(v) for v in system.values() if v)),
         ("processor", f"{cpu['model'] or 'unknown'}, {cpu['usable']} of {cpu['cores']} cores usable"),
-        ("kernels", cpu["simd"] or "unknown"),
+        ("kernels", cpu["simd"]),
         ("features", " ".join(cpu["features"]) or "none that matter here"),
         ("memory", _amounts(memory["total_bytes"], memory["available_bytes"], "available")),
     ]
@@ -142,17 +126,23 @@ def _field(text: str | None, *names: str) -> str | None:
 def _cpu() -> dict[str, Any]:
     info = _read("/proc/cpuinfo")
     model = _field(info, "model name", "Model", "Hardware") or platform.processor() or None
-    flags = set((_field(info, "flags", "Features") or "").split())
-    simd = getattr(_native, "simd", None)
     affinity = getattr(os, "sched_getaffinity", None)
     cores = os.cpu_count() or 1
     return {
         "model": model,
-        "features": [name for name in CPU_FEATURES if name in flags],
-        "simd": None if simd is None else str(simd()),
+        "features": _native.cpu_features(),
+        "simd": _simd(),
         "cores": cores,
         "usable": len(affinity(0)) if affinity else cores,
     }
+
+
+def _simd() -> str:
+    """The kernels in use; when the environment asks for some that this processor lacks, what is wrong with that."""
+    try:
+        return _native.simd()
+    except ValueError as error:
+        return str(error)
 
 
 def _memory() -> dict[str, int | None]:
