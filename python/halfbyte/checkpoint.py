@@ -166,7 +166,7 @@ def quantize_checkpoint(
         ``"rules"``: which weights are linear layers is decided from config, names and shapes.
         ``"transformers"``: the installed transformers is asked (it and torch are imported).
     max_shard_size
-        Most bytes of an output file: ``"5GB"`` (10^9), ``"2GiB"`` (2^30) or an int. None keeps the source's division.
+        Most bytes of an output file: ``"5GB"`` (10^9), ``"2GiB"`` (2^30) or an int. None is 5 GB.
     overwrite
         Replace an earlier output in ``dst``.
     resume
