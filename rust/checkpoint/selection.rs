@@ -272,7 +272,7 @@ impl RuleUse {
         if self.quantized == 0 {
             return Err(Error::argument(
                 "rule",
-                format!("{:?}, which reaches {what}", rule.to_string()),
+                format!("'{rule}', which reaches {what}"),
                 "a pattern for two-dimensional F16, BF16 or F32 weights of linear layers",
             ));
         }
