@@ -171,6 +171,9 @@ pub fn resolve(path: &Path) -> Result<PathBuf> {
                     _ => return Err(Error::io(path, "resolve")(e)),
                 }
             }
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                return Err(Error::destination(existing, "is a link that leads nowhere: expected a folder"));
+            }
             Err(e) => return Err(Error::io(existing, "resolve")(e)),
         }
     }

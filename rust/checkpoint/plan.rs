@@ -470,19 +470,17 @@ fn pack(source: &Checkpoint, groups: Vec<Group>, max_shard_size: u64) -> Result<
     // transformers asks for it and writes it itself.
     metadata.entry("format".to_owned()).or_insert_with(|| "pt".to_owned());
     let metadata_len: u64 = metadata.iter().map(|(k, v)| header_room(k) + header_room(v)).sum();
-    let mut names = HashSet::new();
+    let mut owners: HashMap<String, String> = HashMap::new();
     let mut bins: Vec<Vec<Group>> = Vec::new();
     let (mut filled, mut header) = (0, 0);
     for group in groups {
         for output in &group.outputs {
-            if !names.insert(output.name.clone()) {
+            if let Some(other) = owners.insert(output.name.clone(), group.line.name.clone()) {
+                let weight = if other == output.name { &group.line.name } else { &other };
                 return Err(Error::tensor(
                     &source.folder,
                     &output.name,
-                    format!(
-                        "would stand twice in the output: once as it is, once as a part of the 4-bit weight {:?}",
-                        group.line.name
-                    ),
+                    format!("would stand twice in the output: it has the name of a part of the 4-bit weight {weight:?}"),
                 ));
             }
         }
