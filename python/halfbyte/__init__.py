@@ -19,6 +19,9 @@ if TYPE_CHECKING:
         inspect_checkpoint as inspect_checkpoint,
     )
     from halfbyte.checkpoint import (
+        plan_checkpoint as plan_checkpoint,
+    )
+    from halfbyte.checkpoint import (
         quantize_checkpoint as quantize_checkpoint,
     )
     from halfbyte.checkpoint import (
@@ -33,6 +36,7 @@ _HOME = {
     "__version__": "halfbyte._native",
     "dequantize_checkpoint": "halfbyte.checkpoint",
     "inspect_checkpoint": "halfbyte.checkpoint",
+    "plan_checkpoint": "halfbyte.checkpoint",
     "quantize_checkpoint": "halfbyte.checkpoint",
     "verify_checkpoint": "halfbyte.checkpoint",
 }
@@ -43,6 +47,7 @@ __all__ = [
     "__version__",
     "dequantize_checkpoint",
     "inspect_checkpoint",
+    "plan_checkpoint",
     "quantize_checkpoint",
     "verify_checkpoint",
 ]

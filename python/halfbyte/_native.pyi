@@ -1,16 +1,98 @@
 """The compiled core."""
 
+from typing import TypeAlias, final
+
+__all__ = [
+    "CheckpointError",
+    "Job",
+    "Plan",
+    "__version__",
+    "codebook",
+    "compress_absmax",
+    "cpu_features",
+    "dequantize_4bit",
+    "dequantize_8bit",
+    "dynamic_map",
+    "expand_absmax",
+    "get_threads",
+    "inspect",
+    "is_conv1d",
+    "plan_dequantize",
+    "plan_quantize",
+    "quant_map",
+    "quantize_4bit",
+    "quantize_8bit",
+    "run_plan",
+    "select",
+    "set_threads",
+    "simd",
+    "verify",
+]
+
 __version__: str
+
+_Buffer: TypeAlias = tuple[int, int, str]
+"""Address, number of elements, and dtype: "uint8", "float16", "bfloat16" or "float32". The caller keeps the memory
+alive and to itself during the call. ValueError for a null or misaligned address, another dtype than the function
+takes, a length that does not fit the others, and an output in the memory of another argument."""
+
+def quantize_4bit(input: _Buffer, packed: _Buffer, absmax: _Buffer, quant_type: str, blocksize: int) -> bool:
+    """Quantize `n` floats to `packed` uint8 [ceil(n / 2)] and `absmax` float32 [ceil(n / blocksize)].
+
+    `quant_type` is "nf4" or "fp4", `blocksize` a power of two from 32 to 4096. False when the input holds NaN or an
+    infinity. The GIL is released; results do not depend on the number of threads.
+    """
+
+def dequantize_4bit(packed: _Buffer, absmax: _Buffer, out: _Buffer, quant_type: str, blocksize: int) -> None:
+    """Read the `n` values of `out` (float16, bfloat16 or float32) back: the way back of `quantize_4bit`."""
+
+def quantize_8bit(input: _Buffer, map: _Buffer, codes: _Buffer, absmax: _Buffer, blocksize: int) -> None:
+    """Quantize `n` float32 to `codes` uint8 [n] and `absmax` float32 [ceil(n / blocksize)].
+
+    `map` is float32 [256], finite and ascending; the nearest value is taken, of two equally near the even code.
+    """
+
+def dequantize_8bit(codes: _Buffer, absmax: _Buffer, map: _Buffer, out: _Buffer, blocksize: int) -> None:
+    """Read `n` float32 values back: `map[code] * absmax[block]`."""
+
+def compress_absmax(absmax: _Buffer, codes: _Buffer, absmax2: _Buffer) -> float:
+    """Quantize `n` float32 scales to `codes` uint8 [n] and `absmax2` float32 [ceil(n / 256)]; gives the offset."""
+
+def expand_absmax(codes: _Buffer, absmax2: _Buffer, offset: float, out: _Buffer) -> None:
+    """Read `n` doubly quantized float32 scales: `map[code] * absmax2[block] + offset`."""
+
+def codebook(quant_type: str) -> list[float]:
+    """The value of each of the sixteen codes, as float32."""
+
+def quant_map(quant_type: str) -> list[float]:
+    """The codebook as it is stored beside a weight: without a negative zero."""
+
+def dynamic_map() -> list[float]:
+    """The 256 values of the signed 8-bit dynamic map, ascending, as float32."""
+
+def simd() -> str:
+    """The instructions in use: "scalar", "avx2" or "avx512". The environment's HALFBYTE_SIMD forces one."""
+
+def cpu_features() -> list[str]:
+    """The processor's features that matter here."""
+
+def set_threads(threads: int) -> None:
+    """Use 1 to 4096 threads from now on."""
+
+def get_threads() -> int:
+    """The number of threads in use: at first RAYON_NUM_THREADS, or as many as the machine runs at once."""
 
 class CheckpointError(ValueError):
     """The input is wrong: a checkpoint that is broken, or unsuitable for what was asked."""
 
+@final
 class Plan:
     """What a run would do, from headers and config alone: no weight is read."""
 
     def to_json(self) -> str:
         """The plan as one JSON object."""
 
+@final
 class Job:
     """Work on threads of its own."""
 
@@ -40,3 +122,9 @@ def verify(a: str, b: str, config_json: str | None, threads: int) -> Job:
 
 def inspect(path: str) -> str:
     """What a folder or a file holds, as one JSON object."""
+
+def select(config_json: str | None, tensors_json: str, options_json: str = "{}") -> str:
+    """The selection alone: `[[name, shape, dtype], …]` in, decisions with reasons out, both JSON."""
+
+def is_conv1d(config_json: str, name: str) -> bool:
+    """Whether this weight is stored `[in, out]`, as those of transformers' `Conv1D` are."""
