@@ -464,26 +464,36 @@ fn header_room(name: &str) -> u64 {
     escaped as u64 + 100
 }
 
+/// Fails when two tensors of the output have one name.
+fn refuse_duplicates(source: &Checkpoint, groups: &[Group]) -> Result<()> {
+    let mut owners: HashMap<&str, &str> = HashMap::new();
+    for group in groups {
+        for output in &group.outputs {
+            if let Some(other) = owners.insert(&output.name, &group.line.name) {
+                let weight = if other == output.name { &group.line.name } else { other };
+                return Err(Error::tensor(
+                    &source.folder,
+                    &output.name,
+                    format!(
+                        "would stand twice in the output: it has the name of a part of the 4-bit weight {weight:?}"
+                    ),
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Deals groups out to files of at most `max_shard_size` bytes, in order; a weight and its state stay together.
 fn pack(source: &Checkpoint, groups: Vec<Group>, max_shard_size: u64) -> Result<(Vec<ShardPlan>, Vec<TensorPlan>)> {
+    refuse_duplicates(source, &groups)?;
     let mut metadata = source.metadata();
     // transformers asks for it and writes it itself.
     metadata.entry("format".to_owned()).or_insert_with(|| "pt".to_owned());
     let metadata_len: u64 = metadata.iter().map(|(k, v)| header_room(k) + header_room(v)).sum();
-    let mut owners: HashMap<String, String> = HashMap::new();
     let mut bins: Vec<Vec<Group>> = Vec::new();
     let (mut filled, mut header) = (0, 0);
     for group in groups {
-        for output in &group.outputs {
-            if let Some(other) = owners.insert(output.name.clone(), group.line.name.clone()) {
-                let weight = if other == output.name { &group.line.name } else { &other };
-                return Err(Error::tensor(
-                    &source.folder,
-                    &output.name,
-                    format!("would stand twice in the output: it has the name of a part of the 4-bit weight {weight:?}"),
-                ));
-            }
-        }
         let len = group.line.bytes_out;
         let room: u64 = group.outputs.iter().map(|o| header_room(&o.name) + 24 * o.shape.len() as u64).sum();
         // A 4-bit weight has six entries in a header where the weight itself had one.
@@ -514,7 +524,7 @@ fn pack(source: &Checkpoint, groups: Vec<Group>, max_shard_size: u64) -> Result<
                 ),
             ));
         }
-        let place = |o: &OutputTensor| layout.index(&o.name).expect("a layout holds what it was made of");
+        let place = |o: &OutputTensor| layout.index(o).expect("a layout holds what it was made of");
         let mut actions = Vec::with_capacity(bin.len());
         for mut group in bin {
             let at: Vec<usize> = group.outputs.iter().map(place).collect();
