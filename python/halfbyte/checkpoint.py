@@ -431,6 +431,9 @@ def _run(
     """Execute a plan; the fields of `ConvertReport`."""
     if overwrite and resume:
         raise ValueError("overwrite and resume are both set: expected at most one of them")
+    if not os.fspath(dst):
+        # As a path it would stand for the working directory: not what an unset variable in a script means.
+        raise ValueError("dst is '': expected the folder to write to")
     mode = "overwrite" if overwrite else "resume" if resume else "new"
     plan = prepared.plan
     destination = Path(dst)

@@ -73,6 +73,28 @@ pub fn modified_ns(facts: &fs::Metadata) -> u64 {
         .map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX))
 }
 
+/// Makes a new file. What has this name goes first: were it a link, writing would change the file that it leads to.
+pub fn create(path: &Path) -> Result<File> {
+    remove_if_present(path)?;
+    File::create_new(path).map_err(Error::io(path, "create"))
+}
+
+/// Whether both are the same existing folder or file, however they are reached: by bind mounts, say, or in another
+/// spelling on a file system that does not tell cases apart. False where the system does not tell.
+pub fn is_same(a: &Path, b: &Path) -> bool {
+    if a == b {
+        return true;
+    }
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        let identity = |path: &Path| fs::metadata(path).ok().map(|f| (f.dev(), f.ino()));
+        identity(a).is_some_and(|a| Some(a) == identity(b))
+    }
+    #[cfg(not(unix))]
+    false
+}
+
 /// Sets the length of a new file and, where the file system can, reserves its blocks, so that a full disk shows now
 /// and not in the middle.
 pub fn reserve(file: &File, path: &Path, len: u64) -> Result<()> {
@@ -80,9 +102,13 @@ pub fn reserve(file: &File, path: &Path, len: u64) -> Result<()> {
     if len > 0 {
         use rustix::fs::{FallocateFlags, fallocate};
         use rustix::io::Errno;
-        match fallocate(file, FallocateFlags::empty(), 0, len) {
-            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {}
-            Err(e) => return Err(Error::io(path, "reserve space for")(e.into())),
+        loop {
+            match fallocate(file, FallocateFlags::empty(), 0, len) {
+                Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => break,
+                // A signal came; what it asks for is looked at elsewhere.
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(Error::io(path, "reserve space for")(e.into())),
+            }
         }
     }
     file.set_len(len).map_err(Error::io(path, "set the length of"))
@@ -93,7 +119,8 @@ pub fn free_space(folder: &Path) -> Option<u64> {
     #[cfg(unix)]
     {
         let facts = rustix::fs::statvfs(folder).ok()?;
-        Some(facts.f_bavail.saturating_mul(facts.f_frsize))
+        // Some network file systems answer with zeros.
+        (facts.f_blocks > 0).then(|| facts.f_bavail.saturating_mul(facts.f_frsize))
     }
     #[cfg(not(unix))]
     {
@@ -143,6 +170,9 @@ pub fn resolve(path: &Path) -> Result<PathBuf> {
                     }
                     _ => return Err(Error::io(path, "resolve")(e)),
                 }
+            }
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                return Err(Error::destination(existing, "is a link that leads nowhere: expected a folder"));
             }
             Err(e) => return Err(Error::io(existing, "resolve")(e)),
         }
