@@ -132,7 +132,7 @@ fn write_shard(plan: &Plan, shard: &ShardPlan, stage: &Stage, options: &RunOptio
         stage.accept(name, &partial, &out)
     })();
     if outcome.is_err() {
-        let _ = fs::remove_file(&partial);
+        let _ = file::remove_if_present(&partial);
     }
     outcome
 }

@@ -29,6 +29,9 @@ use crate::error::{Error, Result};
 /// The hidden folder inside a destination.
 pub const STAGE_FOLDER: &str = ".halfbyte-partial";
 
+/// Its file that says what is being made.
+const JOURNAL: &str = "journal.json";
+
 /// Version of the journal; another version's runs are not continued.
 const JOURNAL_VERSION: u64 = 1;
 
@@ -105,15 +108,15 @@ impl Stage {
         {
             return Ok(Opened::Complete);
         }
-        let made = make_folders(&stage)?;
-        let lock = lock(&stage, &destination).inspect_err(|error| {
+        let mut made = make_folders(&stage)?;
+        let lock = lock(&stage, &destination, &mut made).inspect_err(|error| {
             if matches!(error, Error::Io { .. }) && made.contains(&stage) {
                 discard(&stage, &made);
             }
         })?;
         // Another process may have written, or ended, until the lock was ours.
         let found = look(&destination, mode, identity, true, &complete).inspect_err(|_| {
-            if made.contains(&stage) {
+            if !exists(&stage.join(JOURNAL)) {
                 discard(&stage, &made);
             }
         })?;
@@ -162,7 +165,7 @@ impl Stage {
         path.push(".partial");
         let path = PathBuf::from(path);
         if let Some(folder) = path.parent() {
-            fs::create_dir_all(folder).map_err(Error::io(folder, "make"))?;
+            file::create_folders(folder)?;
         }
         Ok(path)
     }
@@ -216,24 +219,25 @@ impl Stage {
         for name in &self.names {
             let (from, to) = (files.join(name), self.destination.join(name));
             if let Some(folder) = to.parent() {
-                fs::create_dir_all(folder).map_err(Error::io(folder, "make"))?;
+                file::create_folders(folder)?;
                 let inside = folder.ancestors().take_while(|f| *f != self.destination);
                 folders.extend(inside.map(Path::to_path_buf));
             }
             if name == config {
                 self.sync(&folders)?;
             }
-            match fs::rename(&from, &to) {
+            match file::rename(&from, &to) {
                 // Moved by the run that was interrupted in its commit.
-                Err(e) if e.kind() == io::ErrorKind::NotFound && to.is_file() => {}
-                outcome => outcome.map_err(Error::io(&to, "rename into place"))?,
+                Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound && to.is_file() => {}
+                outcome => outcome?,
             }
         }
         self.sync(&folders)?;
         let stage = self.stage();
         // The journal goes last: without it a stage is rubbish, with it a promise.
-        let _ = fs::remove_dir_all(&files);
-        fs::remove_dir_all(&stage).map_err(Error::io(&stage, "remove"))?;
+        file::remove_tree(&files)?;
+        file::remove_if_present(&stage.join(JOURNAL))?;
+        file::remove_tree(&stage)?;
         folders.extend(self.destination.parent().map(Path::to_path_buf));
         folders.extend(self.made.iter().filter_map(|f| f.parent()).map(Path::to_path_buf));
         folders.remove(&stage);
@@ -259,17 +263,14 @@ impl Stage {
 
     fn clear_files(&self) -> Result<()> {
         let stage = self.stage();
-        file::remove_if_present(&stage.join("journal.json"))?;
+        file::remove_if_present(&stage.join(JOURNAL))?;
         let files = self.files();
-        match fs::remove_dir_all(&files) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(Error::io(&files, "remove")(e)),
-            _ => {}
-        }
-        fs::create_dir_all(&files).map_err(Error::io(&files, "make"))
+        file::remove_tree(&files)?;
+        file::create_folders(&files)
     }
 
     fn write_journal(&self) -> Result<()> {
-        let path = self.stage().join("journal.json");
+        let path = self.stage().join(JOURNAL);
         let partial = self.stage().join("journal.json.partial");
         let mut out = file::create(&partial)?;
         out.write_all(self.journal.to_string().as_bytes()).map_err(Error::io(&partial, "write"))?;
@@ -288,8 +289,10 @@ impl Stage {
         let new: BTreeSet<&Path> = self.names.iter().map(PathBuf::as_path).collect();
         for name in contents(&self.destination)? {
             let stale = name == SINGLE_FILE || name == INDEX_FILE || is_shard(&name);
-            if stale && !new.contains(Path::new(&name)) {
-                file::remove_if_present(&self.destination.join(&name))?;
+            let path = self.destination.join(&name);
+            // No loader takes a folder for weights.
+            if stale && !new.contains(Path::new(&name)) && !is_folder(&path) {
+                file::remove_if_present(&path)?;
             }
         }
         Ok(())
@@ -306,9 +309,9 @@ impl Drop for Stage {
 
 /// Removes what a run has made. What cannot be removed is a hidden folder that says so itself.
 fn discard(stage: &Path, made: &[PathBuf]) {
-    let _ = fs::remove_dir_all(stage);
+    let _ = file::remove_tree(stage);
     for folder in made.iter().rev() {
-        let _ = fs::remove_dir(folder);
+        file::remove_folder(folder);
     }
 }
 
@@ -456,28 +459,26 @@ fn make_folders(folder: &Path) -> Result<Vec<PathBuf>> {
         folder.ancestors().take_while(|f| !f.as_os_str().is_empty() && !f.exists()).map(Path::to_path_buf).collect();
     missing.reverse();
     for (done, path) in missing.iter().enumerate() {
-        match fs::create_dir(path) {
-            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => {
-                for made in missing[..done].iter().rev() {
-                    let _ = fs::remove_dir(made);
-                }
-                return Err(Error::io(path, "make the folder")(e));
+        // One that appeared meanwhile will do.
+        if let Err(error) = file::create_folders(path) {
+            for made in missing[..done].iter().rev() {
+                file::remove_folder(made);
             }
-            _ => {}
+            return Err(error);
         }
     }
     Ok(missing)
 }
 
-/// Takes the lock of a stage.
-fn lock(stage: &Path, destination: &Path) -> Result<File> {
+/// Takes the lock of a stage; adds to `made` what was removed meanwhile and had to be made again.
+fn lock(stage: &Path, destination: &Path, made: &mut Vec<PathBuf>) -> Result<File> {
     let path = stage.join("lock");
     // Who only looks whether there is a lock holds it for a moment.
     for wait in [0, 5, 20, 50] {
         thread::sleep(Duration::from_millis(wait));
         let lock = match open_lock(&path, true) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                make_folders(stage)?;
+                made.extend(make_folders(stage)?);
                 continue;
             }
             outcome => outcome.map_err(Error::io(&path, "create"))?,
@@ -525,7 +526,7 @@ fn is_still(file: &File, path: &Path) -> bool {
 
 /// The journal of an interrupted run; `None` when it stopped before it had written one.
 fn read_journal(stage: &Path) -> Result<Option<Value>> {
-    let path = stage.join("journal.json");
+    let path = stage.join(JOURNAL);
     let text = match fs::read(&path) {
         Ok(text) => text,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -559,7 +560,7 @@ fn remove_partials(folder: &Path) {
         if path.is_dir() {
             remove_partials(&path);
         } else if path.extension().is_some_and(|e| e == "partial") {
-            let _ = fs::remove_file(&path);
+            let _ = file::remove_if_present(&path);
         }
     }
 }
