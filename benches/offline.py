@@ -130,10 +130,7 @@ def generate(folder: Path, shapes: dict[str, tuple[int, ...]], config: dict[str,
 
 
 def checkpoint(name: str) -> Path:
-    """The generated checkpoint of that name ("layers-16", "huge"), made in a child process when it is not there.
-
-    In a child, because a parent that has held the pool would lend its peak memory to what it measures later.
-    """
+    """The generated checkpoint of that name ("layers-16", "huge"), made by a process of its own if need be."""
     folder = CACHE / name
     if not folder.is_dir():
         print(f"generating {folder} …", file=sys.stderr, flush=True)

@@ -166,7 +166,7 @@ def quantize_checkpoint(
         ``"rules"``: which weights are linear layers is decided from config, names and shapes.
         ``"transformers"``: the installed transformers is asked (it and torch are imported).
     max_shard_size
-        Most bytes of an output file: ``"5GB"`` (10^9), ``"2GiB"`` (2^30) or an int. None keeps the source's division.
+        Most bytes of an output file: ``"5GB"`` (10^9), ``"2GiB"`` (2^30) or an int. None is 5 GB.
     overwrite
         Replace an earlier output in ``dst``.
     resume
@@ -431,6 +431,9 @@ def _run(
     """Execute a plan; the fields of `ConvertReport`."""
     if overwrite and resume:
         raise ValueError("overwrite and resume are both set: expected at most one of them")
+    if not os.fspath(dst):
+        # As a path it would stand for the working directory: not what an unset variable in a script means.
+        raise ValueError("dst is '': expected the folder to write to")
     mode = "overwrite" if overwrite else "resume" if resume else "new"
     plan = prepared.plan
     destination = Path(dst)

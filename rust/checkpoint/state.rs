@@ -166,7 +166,7 @@ impl State {
             .map_err(|_| format!("has the dtype {:?}: expected float32, float16 or bfloat16", raw.dtype))?;
         let shape: Option<Vec<usize>> = raw.shape.iter().map(|&d| usize::try_from(d).ok()).collect();
         let shape = shape
-            .filter(|s| s.len() <= 64 && element_count(s).and_then(|n| n.checked_mul(4)).is_some())
+            .filter(|s| s.len() <= 64 && element_count(s).and_then(|n| n.checked_mul(64)).is_some())
             .ok_or_else(|| format!("has a shape {:?} whose size overflows", raw.shape))?;
         let nested_offset = match (raw.nested_blocksize, raw.nested_offset) {
             (None, None) => None,
