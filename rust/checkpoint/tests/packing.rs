@@ -135,8 +135,10 @@ fn names_that_collide_with_a_part_are_refused() {
     }
 }
 
+type Parts = Vec<(String, &'static str, Vec<usize>, Vec<u8>)>;
+
 /// A 4-bit weight as parts, one of which the caller changes.
-fn four_bit(change: impl Fn(&mut Vec<(String, &str, Vec<usize>, Vec<u8>)>)) -> tempfile::TempDir {
+fn four_bit(change: impl Fn(&mut Parts)) -> tempfile::TempDir {
     let state = br#"{"quant_type":"nf4","blocksize":64,"dtype":"float32","shape":[2,64],"nested_blocksize":256,"nested_dtype":"float32","nested_offset":0.5}"#;
     let mut parts = vec![
         ("W".to_owned(), "U8", vec![64, 1], vec![0; 64]),
@@ -159,7 +161,7 @@ fn broken_4_bit_weights_are_refused() {
         Plan::dequantize(super::Checkpoint::open(folder.path()).unwrap(), config, None, 1 << 30, json!(null))
     };
     assert_eq!(open(&four_bit(|_| ()), None).unwrap().tensors.len(), 1);
-    let refused = |word: &str, change: &dyn Fn(&mut Vec<(String, &str, Vec<usize>, Vec<u8>)>)| {
+    let refused = |word: &str, change: &dyn Fn(&mut Parts)| {
         let folder = four_bit(change);
         let text = message(open(&folder, None), "model.safetensors");
         assert!(text.contains(word), "{text}: expected {word:?}");
