@@ -1,6 +1,59 @@
 """The compiled core."""
 
+from typing import TypeAlias
+
 __version__: str
+
+_Buffer: TypeAlias = tuple[int, int, str]
+"""Address, number of elements, and dtype: "uint8", "float16", "bfloat16" or "float32". The caller keeps the memory
+alive and to itself during the call. ValueError for a null or misaligned address, another dtype than the function
+takes, a length that does not fit the others, and an output in the memory of another argument."""
+
+def quantize_4bit(input: _Buffer, packed: _Buffer, absmax: _Buffer, quant_type: str, blocksize: int) -> bool:
+    """Quantize `n` floats to `packed` uint8 [ceil(n / 2)] and `absmax` float32 [ceil(n / blocksize)].
+
+    `quant_type` is "nf4" or "fp4", `blocksize` a power of two from 32 to 4096. False when the input holds NaN or an
+    infinity. The GIL is released; results do not depend on the number of threads.
+    """
+
+def dequantize_4bit(packed: _Buffer, absmax: _Buffer, out: _Buffer, quant_type: str, blocksize: int) -> None:
+    """Read the `n` values of `out` (float16, bfloat16 or float32) back: the way back of `quantize_4bit`."""
+
+def quantize_8bit(input: _Buffer, map: _Buffer, codes: _Buffer, absmax: _Buffer, blocksize: int) -> None:
+    """Quantize `n` float32 to `codes` uint8 [n] and `absmax` float32 [ceil(n / blocksize)].
+
+    `map` is float32 [256], finite and ascending; the nearest value is taken, of two equally near the even code.
+    """
+
+def dequantize_8bit(codes: _Buffer, absmax: _Buffer, map: _Buffer, out: _Buffer, blocksize: int) -> None:
+    """Read `n` float32 values back: `map[code] * absmax[block]`."""
+
+def compress_absmax(absmax: _Buffer, codes: _Buffer, absmax2: _Buffer) -> float:
+    """Quantize `n` float32 scales to `codes` uint8 [n] and `absmax2` float32 [ceil(n / 256)]; gives the offset."""
+
+def expand_absmax(codes: _Buffer, absmax2: _Buffer, offset: float, out: _Buffer) -> None:
+    """Read `n` doubly quantized float32 scales: `map[code] * absmax2[block] + offset`."""
+
+def codebook(quant_type: str) -> list[float]:
+    """The value of each of the sixteen codes, as float32."""
+
+def quant_map(quant_type: str) -> list[float]:
+    """The codebook as it is stored beside a weight: without a negative zero."""
+
+def dynamic_map() -> list[float]:
+    """The 256 values of the signed 8-bit dynamic map, ascending, as float32."""
+
+def simd() -> str:
+    """The instructions in use: "scalar", "avx2" or "avx512". The environment's HALFBYTE_SIMD forces one."""
+
+def cpu_features() -> list[str]:
+    """The processor's features that matter here."""
+
+def set_threads(threads: int) -> None:
+    """Use 1 to 4096 threads from now on."""
+
+def get_threads() -> int:
+    """The number of threads in use: at first RAYON_NUM_THREADS, or as many as the machine runs at once."""
 
 class CheckpointError(ValueError):
     """The input is wrong: a checkpoint that is broken, or unsuitable for what was asked."""

@@ -38,8 +38,9 @@ pub use eight_bit::{ByteMap, dequantize_8bit, quantize_8bit};
 pub use element::Element;
 pub use simd::{SIMD_VARIABLE, Simd};
 
-/// Values per parallel task: a multiple of every block size, and small enough for a core's cache.
-const TASK: usize = 1 << 16;
+/// Values per parallel task: a multiple of every block size, and small enough for a core's cache. Up to so many are
+/// worked on by the calling thread alone.
+pub const TASK: usize = 1 << 16;
 
 /// Whether every value of a quantized list was finite.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

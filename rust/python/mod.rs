@@ -1,8 +1,11 @@
 //! The extension module `halfbyte._native`: converts, validates, adds context, calls.
 
+mod blockwise;
+mod buffer;
 mod checkpoint;
 mod error;
 mod selection;
+mod threads;
 
 use pyo3::prelude::*;
 
@@ -10,6 +13,7 @@ use pyo3::prelude::*;
 #[pymodule]
 fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    blockwise::register(m)?;
     checkpoint::register(m)?;
     selection::register(m)
 }
