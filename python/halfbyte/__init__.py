@@ -8,7 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from halfbyte import functional as functional
+    from halfbyte import nn as nn
     from halfbyte._native import __version__ as __version__
+    from halfbyte.autograd import matmul_4bit as matmul_4bit
     from halfbyte.checkpoint import (
         CheckpointError as CheckpointError,
     )
@@ -26,13 +29,16 @@ if TYPE_CHECKING:
     )
     from halfbyte.config import BitsAndBytesConfig as BitsAndBytesConfig
 
-# Public name -> the module that defines it.
+# Public name -> the module that defines it, or is it.
 _HOME = {
     "BitsAndBytesConfig": "halfbyte.config",
     "CheckpointError": "halfbyte.checkpoint",
     "__version__": "halfbyte._native",
     "dequantize_checkpoint": "halfbyte.checkpoint",
+    "functional": "halfbyte.functional",
     "inspect_checkpoint": "halfbyte.checkpoint",
+    "matmul_4bit": "halfbyte.autograd",
+    "nn": "halfbyte.nn",
     "quantize_checkpoint": "halfbyte.checkpoint",
     "verify_checkpoint": "halfbyte.checkpoint",
 }
@@ -42,7 +48,10 @@ __all__ = [
     "CheckpointError",
     "__version__",
     "dequantize_checkpoint",
+    "functional",
     "inspect_checkpoint",
+    "matmul_4bit",
+    "nn",
     "quantize_checkpoint",
     "verify_checkpoint",
 ]
@@ -56,7 +65,9 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module 'halfbyte' has no attribute {name!r}; it has {', '.join(__all__)}") from None
     import importlib
 
-    value: object = getattr(importlib.import_module(home), name)
+    module = importlib.import_module(home)
+    # A name may be a module itself.
+    value: object = module if home == f"halfbyte.{name}" else getattr(module, name)
     globals()[name] = value
     return value
 
