@@ -1,8 +1,12 @@
 """What the tensor operations accept: every check of their arguments, in one place.
 
 Each function raises `TypeError` for a wrong type or dtype and `ValueError` for a wrong value; the message names the
-argument, what it is, and what is legal. Kernels and fake kernels call the same functions, so that an eager call, a traced one and
-a call on the meta device refuse the same things. What passes here is safe to hand to native code as addresses.
+argument, what it is, and what is legal. Kernels and fake kernels call the same functions, so that an eager call, a
+traced one and a call on the meta device refuse the same things. What passes here is safe to hand to native code as
+addresses.
+
+The functions that small products wait for first ask, in one expression, whether all is well; what is wrong is only then
+looked for.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ QUANT_TYPES = ("nf4", "fp4")
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """How many consecutive values may share a scale."""
+
+_BLOCK_SIZES = frozenset(BLOCK_SIZES)
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 """What can be quantized, computed with, and dequantized to."""
@@ -156,6 +162,27 @@ def check_weight(
     quant_type: str,
 ) -> None:
     """A packed tensor of `shape` and its scales."""
+    if (
+        blocksize in _BLOCK_SIZES
+        and quant_type in QUANT_TYPES
+        and type(packed) is Tensor
+        and type(absmax) is Tensor
+        and len(shape) == 2
+    ):
+        n = shape[0] * shape[1]
+        blocks = (n + blocksize - 1) // blocksize
+        if (
+            packed.dtype is torch.uint8
+            and packed.layout is torch.strided
+            and packed.numel() == (n + 1) // 2
+            and absmax.numel() == blocks
+            and absmax.layout is torch.strided
+            and absmax.device == packed.device
+            and absmax2 is None
+            and offset is None
+            and absmax.dtype is torch.float32
+        ):
+            return
     check_blocksize(blocksize)
     check_quant_type(quant_type)
     check_tensor("packed", packed)
@@ -165,8 +192,21 @@ def check_weight(
     check_scales(absmax, absmax2, offset, blocks_of(n, blocksize), packed.device)
 
 
-def check_product(x: Tensor, argument: str, bias: Tensor | None, shape: Sequence[int], packed: Tensor, dim: int) -> None:
+def check_product(
+    x: Tensor, argument: str, bias: Tensor | None, shape: Sequence[int], packed: Tensor, dim: int
+) -> None:
     """A factor of a product with a packed matrix of `shape`, whose dimension `dim` it meets."""
+    if (
+        type(x) is Tensor
+        and x.dtype in FLOAT_DTYPES
+        and x.layout is torch.strided
+        and x.device == packed.device
+        and len(shape) == 2
+        and x.dim() > 0
+        and x.shape[-1] == shape[dim]
+        and bias is None
+    ):
+        return
     check_tensor(argument, x)
     check_float(argument, x.dtype)
     check_shape("shape", shape, 2)

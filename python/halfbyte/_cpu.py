@@ -66,8 +66,8 @@ def quantize_4bit(input: Tensor, blocksize: int, quant_type: str) -> tuple[Tenso
     check_quantize(input, blocksize, quant_type)
     input = input.contiguous()
     n = input.numel()
-    packed = torch.empty((packed_bytes(n), 1), dtype=torch.uint8)
-    absmax = torch.empty(blocks_of(n, blocksize), dtype=torch.float32)
+    packed = input.new_empty((packed_bytes(n), 1), dtype=torch.uint8)
+    absmax = input.new_empty(blocks_of(n, blocksize), dtype=torch.float32)
     _follow_threads()
     if not _native.quantize_4bit(_raw(input), _raw(packed), _raw(absmax), quant_type, blocksize):
         _logger.warning("a tensor %s to quantize holds NaN or an infinity: its block is lost", list(input.shape))
@@ -78,16 +78,16 @@ def compress_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Float32 scales to 8 bits: codes uint8 [n], their scales float32 [ceil(n / 256)], and the offset float32 []."""
     absmax = absmax.contiguous()
     n = absmax.numel()
-    codes = torch.empty(n, dtype=torch.uint8)
-    absmax2 = torch.empty(blocks_of(n, NESTED_BLOCKSIZE), dtype=torch.float32)
+    codes = absmax.new_empty(n, dtype=torch.uint8)
+    absmax2 = absmax.new_empty(blocks_of(n, NESTED_BLOCKSIZE))
     offset = _native.compress_absmax(_raw(absmax), _raw(codes), _raw(absmax2))
-    return codes, absmax2, torch.tensor(offset, dtype=torch.float32)
+    return codes, absmax2, absmax.new_tensor(offset)
 
 
 def expand_absmax(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
     """The way back of `compress_absmax`: float32 [n]."""
     codes, absmax2 = codes.contiguous(), absmax2.contiguous()
-    absmax = torch.empty(codes.numel(), dtype=torch.float32)
+    absmax = absmax2.new_empty(codes.numel())
     _native.expand_absmax(_raw(codes), _raw(absmax2), offset.item(), _raw(absmax))
     return absmax
 
@@ -112,7 +112,7 @@ def dequantize_4bit(
 ) -> Tensor:
     """The values of a packed tensor, `shape` and `dtype`; into `out` where given (checked by the caller)."""
     check_weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
-    result = out if out is not None and out.is_contiguous() else torch.empty(shape, dtype=dtype)
+    result = out if out is not None and out.is_contiguous() else packed.new_empty(shape, dtype=dtype)
     packed = packed.contiguous()
     absmax = _plain_absmax(absmax, absmax2, offset)
     _follow_threads()

@@ -87,7 +87,7 @@ def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool =
 def create_fp8_map(
     signed: bool = True, exponent_bits: int = 5, precision_bits: int = 2, total_bits: int = 8
 ) -> Tensor:
-    """Small floating-point numbers, subnormals included, scaled to at most 1: float32 [256], missing ones being zeros."""
+    """Small floating-point numbers, subnormals included, scaled to at most 1: float32 [256], padded with zeros."""
     if exponent_bits + precision_bits + signed != total_bits:
         raise ValueError(
             f"total_bits: {total_bits} is not {exponent_bits} exponent bits + {precision_bits} precision bits + "
@@ -107,8 +107,8 @@ def create_fp8_map(
 def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -> Tensor:
     """Quantiles of the normal distribution from which NF4 is made: float32 [256], the missing values being zeros.
 
-    `offset` is the largest probability taken. With `use_extra_value` the positive side has one value more, 16 with zero;
-    without, both sides have 7.
+    `offset` is the largest probability taken. With `use_extra_value` the positive side has one value more, which makes
+    sixteen with zero; without, both sides have seven.
     """
     normal = NormalDist()
 

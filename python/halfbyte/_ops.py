@@ -4,8 +4,9 @@ Here are schemas, fake kernels (what a traced or meta call returns), the CPU reg
 eager calls go straight to a device's kernels. Kernels of another device are registered like `_cpu`'s: one
 `_register` call. Derivatives and batching rules are in `halfbyte.autograd`.
 
-All operations are functional: no output shares memory with an input. A packed weight is five arguments: `packed` (bytes viewed as
-any storage dtype), `absmax`, and `absmax2` and `offset` where the scales are nested; then its `shape`, `blocksize` and `quant_type`.
+All operations are functional: no output shares memory with an input. A packed weight is several arguments: `packed`
+(bytes viewed as any storage dtype), `absmax`, and `absmax2` and `offset` where the scales are nested; then its `shape`,
+`blocksize` and `quant_type`.
 """
 
 from __future__ import annotations
@@ -180,27 +181,41 @@ _register("cpu", _cpu)
 PLAIN_TYPES: set[type] = {torch.Tensor, torch.nn.Parameter, type(None)}
 
 
-def kernels(x: Tensor, *tensors: Tensor | None) -> ModuleType | None:
+def kernels(x: Tensor, factor: Tensor | None = None, *constants: Tensor | None) -> ModuleType | None:
     """The kernels to call directly, or None where only the dispatcher does right.
 
-    A call through torch's dispatcher costs more than a small product. It is needed where something listens or transforms (compiling,
-    tracing, dispatch and function modes, `torch.func`), where tensors are subclasses or lazily negated views, and where
-    a derivative is to be taken.
+    A call through torch's dispatcher costs more than a small product. It is needed where something listens or
+    transforms (compiling, tracing, dispatch and function modes, `torch.func`), where tensors are subclasses or lazily
+    negated views, and where a derivative is to be taken, with regard to `x` or `factor`.
     """
     if (
         torch.compiler.is_compiling()
         or type(x) not in PLAIN_TYPES
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
+        or type(factor) not in PLAIN_TYPES
+        or _dispatch_modes()
+        or _function_modes()
+        or _transforms() is not None
+        or _tracing() is not None
         or x.is_neg()
     ):
         return None
-    grad = torch.is_grad_enabled()
-    if grad and x.requires_grad:
+    if torch.is_grad_enabled() and (x.requires_grad or (factor is not None and factor.requires_grad)):
         return None
-    for tensor in tensors:
-        if tensor is not None and (type(tensor) not in PLAIN_TYPES or (grad and tensor.requires_grad)):
+    for tensor in constants:
+        if type(tensor) not in PLAIN_TYPES:
             return None
     return _KERNELS.get(x.device.type)
+
+
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transforms = torch._C._functorch.peek_interpreter_stack
+_tracing = torch._C._get_tracing_state
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """A parameter as the tensor that it is: what is asked of that takes no way round through the parameter's class."""
+    if type(tensor) is Tensor:
+        return tensor
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.data

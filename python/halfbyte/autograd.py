@@ -1,8 +1,8 @@
 """Derivatives of the operations, their batching rules, and the product with a packed weight.
 
-A packed weight is constant: gradients go to the other factor and to the bias. The backward pass of a product keeps the packed weight
-and its scales, which exist anyway, and nothing dense; the gradient of `x @ W.T` is a product with `W` itself,
-`linear_4bit_backward`, whose own gradient is the forward product again.
+A packed weight is constant: gradients go to the other factor and to the bias. The backward pass of a product keeps the
+packed weight and its scales, which exist anyway, and nothing dense; the gradient of `x @ W.T` is a product with `W`
+itself, `linear_4bit_backward`, whose own gradient is the forward product again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte._ops import kernels
+from halfbyte._checks import check_out
+from halfbyte._ops import kernels, plain
 from halfbyte.state import QuantState
 
 _ops = torch.ops.halfbyte
@@ -153,13 +154,14 @@ def linear_4bit(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | Non
 
     `packed` and `state` are the weight `[out_features, in_features]`; `x` is `[..., in_features]`.
     """
-    scales = absmax, absmax2, offset = state.scales()
-    how = state.weight()
-    direct = kernels(x, packed, absmax, absmax2, offset, bias)
+    absmax, absmax2, offset = state.scales()
+    shape, blocksize, quant_type = state.weight()
+    direct = kernels(x, bias, packed, absmax, absmax2, offset)
+    y: Tensor
     if direct is not None:
-        y: Tensor = direct.linear_4bit(x, packed, absmax, absmax2, offset, bias, *how)
-        return y
-    y = _ops.linear_4bit(x, packed, *scales, bias, *how)
+        y = direct.linear_4bit(x, plain(packed), absmax, absmax2, offset, bias, shape, blocksize, quant_type)
+    else:
+        y = _ops.linear_4bit(x, packed, absmax, absmax2, offset, bias, shape, blocksize, quant_type)
     return y
 
 
@@ -187,8 +189,8 @@ def matmul_4bit(
         bias: `[out_features]`; used in the dtype of `A`.
 
     Returns:
-        `[..., out_features]`, in the dtype of `A`, or in that of `torch.autocast` where it is enabled. Gradients go to `A`
-        and `bias`.
+        `[..., out_features]`, in the dtype of `A`, or in that of `torch.autocast` where it is enabled. Gradients go to
+        `A` and `bias`.
 
     Raises:
         TypeError: A wrong type or dtype. The message names the argument and the legal ones.
@@ -241,7 +243,6 @@ def _matrix(state: QuantState) -> tuple[tuple[int, ...], int, str]:
 
 
 def _write(out: Tensor, result: Tensor) -> Tensor:
-    from halfbyte._checks import check_out
-
     check_out(out, result.shape, result.dtype, result.device)
-    return out.copy_(result)
+    written: Tensor = out.copy_(result)
+    return written

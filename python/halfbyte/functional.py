@@ -1,6 +1,7 @@
 """Quantize and dequantize tensors, in blocks, to 4 and to 8 bits.
 
-Names and arguments are those of `bitsandbytes.functional`, and so are the bytes: what one of the two libraries wrote, the other reads.
+Names and arguments are those of `bitsandbytes.functional`, and so are the bytes: what one of the two libraries wrote,
+the other reads.
 
 >>> import torch
 >>> from halfbyte.functional import dequantize_4bit, quantize_4bit
@@ -30,7 +31,7 @@ from halfbyte._checks import (
     check_tensor,
 )
 from halfbyte._maps import create_dynamic_map, create_fp8_map, create_linear_map, create_normal_map, get_4bit_type
-from halfbyte._ops import kernels
+from halfbyte._ops import kernels, plain
 from halfbyte.autograd import matmul_4bit
 from halfbyte.state import QuantState, dynamic_map, quant_map
 
@@ -74,20 +75,22 @@ def quantize_4bit(
         A: float16, bfloat16 or float32, of any shape and strides; read in row-major order as one list of `n` values.
         absmax: Where to write the scales: float32 `[ceil(n / blocksize)]`, or uint8 with `compress_statistics`.
         out: Where to write the codes: of the shape and dtype of the first result.
-        blocksize: 32, 64 (the default), 128, 256, 512, 1024, 2048 or 4096 consecutive values; the last block may be short.
+        blocksize: 32, 64 (the default), 128, 256, 512, 1024, 2048 or 4096 consecutive values; the last block may be
+            short.
         compress_statistics: Quantize the scales too, to 8 bits in blocks of 256.
         quant_type: "nf4" or "fp4".
-        quant_storage: The dtype as which the codes' bytes are viewed: uint8, int8, float16, bfloat16, float32 or float64.
+        quant_storage: The dtype as which the codes' bytes are viewed: uint8, int8, float16, bfloat16, float32 or
+            float64.
 
     Returns:
-        The codes, two to a byte, `[ceil(n / 2) bytes, 1]` (whole elements of `quant_storage`: the bytes past the last code are 0),
-        and the state that `dequantize_4bit` needs. No gradient flows through either.
+        The codes, two to a byte, `[ceil(n / 2) bytes, 1]` (whole elements of `quant_storage`: the bytes past the last
+        code are 0), and the state that `dequantize_4bit` needs. No gradient flows through either.
 
     Raises:
         TypeError: A wrong type or dtype. The message names the argument and the legal ones.
         ValueError: A wrong `blocksize` or `quant_type`, or an `out` or `absmax` of another shape or device.
 
-    A block that holds NaN or an infinity is not represented; on the CPU, where it costs nothing to know, that is logged.
+    A block that holds NaN or an infinity is lost; on the CPU, where it costs nothing to know, that is logged.
 
     >>> packed, state = quantize_4bit(torch.randn(3, 5), quant_type="nf4", quant_storage=torch.float32)
     >>> packed.shape, state.absmax.shape
@@ -180,10 +183,10 @@ def dequantize_4bit(
     scales, absmax2, offset = _general_scales(quant_state)
     if out is not None:
         check_out(out, shape, dtype, A.device)
-    direct = kernels(A, scales, absmax2, offset, out)
+    direct = kernels(A, None, scales, absmax2, offset, out)
     if direct is not None:
         result: Tensor = direct.dequantize_4bit(
-            A, scales, absmax2, offset, shape, dtype, blocksize, quant_type, out
+            plain(A), scales, absmax2, offset, shape, dtype, blocksize, quant_type, out
         )
     else:
         result = _ops.dequantize_4bit(A, scales, absmax2, offset, shape, dtype, blocksize, quant_type)
@@ -265,7 +268,7 @@ def quantize_blockwise(
     A = A.detach() if A.requires_grad else A
     code = dynamic_map(A.device) if code is None else code.to(device=A.device, dtype=torch.float32, copy=True)
     check_code(code, A.device)
-    codes, scales = (kernels(A, code) or _ops).quantize_blockwise(A, code, blocksize)
+    codes, scales = (kernels(A, None, code) or _ops).quantize_blockwise(A, code, blocksize)
     state = QuantState(scales, code=code, blocksize=blocksize, dtype=A.dtype)
     if nested:
         # In float64, where the order of summation cannot show.
@@ -312,7 +315,7 @@ def dequantize_blockwise(
         scales = dequantize_blockwise(scales, quant_state.state2) + quant_state.offset
     if out is not None:
         check_out(out, A.shape, dtype, A.device)
-    direct = kernels(A, scales, values, out)
+    direct = kernels(A, None, scales, values, out)
     if direct is not None:
         result: Tensor = direct.dequantize_blockwise(A, scales, values, quant_state.blocksize, dtype, out)
         return result

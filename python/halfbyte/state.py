@@ -1,8 +1,8 @@
 """What is kept beside packed 4-bit (or 8-bit) codes: scales, shape, block size; and its form in a state dict.
 
-The keys are those of bitsandbytes, so that either library reads what the other wrote:
-`absmax`, `quant_map`, when nested `nested_absmax` and `nested_quant_map`, and everything that is not a tensor as the UTF-8 bytes
-of a JSON object under `quant_state.bitsandbytes__nf4` or `…__fp4`.
+The keys are those of bitsandbytes, so that either library reads what the other wrote: `absmax`, `quant_map`, when nested
+`nested_absmax` and `nested_quant_map`, and everything that is not a tensor as the UTF-8 bytes of a JSON object under
+`quant_state.bitsandbytes__nf4` or `…__fp4`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from halfbyte import _native
 from halfbyte._checks import FLOAT_DTYPES, NESTED_BLOCKSIZE, QUANT_TYPES, check_blocksize, check_quant_type
@@ -35,14 +36,25 @@ _SCALAR_KEYS = (
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 
 
+def _constant(values: list[float]) -> Tensor:
+    """Float32 numbers as an ordinary CPU tensor, in whatever modes torch is at the moment."""
+    with torch.inference_mode(False), unset_fake_temporarily():
+        return torch.tensor(values, dtype=torch.float32, device="cpu")
+
+
+_QUANT_MAPS = {quant_type: _constant(_native.quant_map(quant_type)) for quant_type in QUANT_TYPES}
+_DYNAMIC_MAP = _constant(_native.dynamic_map())
+
+
 def quant_map(quant_type: str, device: torch.device | str | None = None) -> Tensor:
-    """The sixteen values of `quant_type`, float32 [16], as they are stored beside a weight."""
-    return torch.tensor(_native.quant_map(quant_type), dtype=torch.float32, device=device or "cpu")
+    """The sixteen values of `quant_type`, float32 [16], as they are stored beside a weight. A copy."""
+    values = _QUANT_MAPS[quant_type]
+    return values.clone() if device is None else values.to(device, copy=True)
 
 
 def dynamic_map(device: torch.device | str | None = None) -> Tensor:
-    """The 256 values of the signed 8-bit dynamic map, float32, ascending."""
-    return torch.tensor(_native.dynamic_map(), dtype=torch.float32, device=device or "cpu")
+    """The 256 values of the signed 8-bit dynamic map, float32, ascending. A copy."""
+    return _DYNAMIC_MAP.clone() if device is None else _DYNAMIC_MAP.to(device, copy=True)
 
 
 class QuantState:
@@ -51,8 +63,8 @@ class QuantState:
     Attributes:
         absmax: Scales, float32 `[blocks]`; or uint8 codes of them when `nested`.
         shape: Of the tensor that was quantized; None for 8-bit states.
-        code: The value of each code, float32 `[16]` (or `[256]`). 4-bit codes are always read with the built-in values of
-            `quant_type`; this is what a state dict carries.
+        code: The value of each code, float32 `[16]` (or `[256]`). 4-bit codes are always read with the built-in values
+            of `quant_type`; this is what a state dict carries.
         dtype: Of the tensor that was quantized, hence of what is dequantized.
         blocksize: How many consecutive values share a scale.
         quant_type: "nf4" or "fp4"; None for 8-bit states.
@@ -216,8 +228,8 @@ class QuantState:
     def from_dict(cls, qs_dict: Mapping[str, Any], device: torch.device | str | int | None = None) -> QuantState:
         """Read what `as_dict` gave, packed or not; keys may have a prefix such as `model.layers.0.mlp.weight.`.
 
-        `device` is where the tensors go; None leaves them where they are. Raises ValueError that names the key when one is missing,
-        unknown, or holds what cannot be.
+        `device` is where the tensors go; None leaves them where they are. Raises ValueError that names the key when one
+        is missing, unknown, or holds what cannot be.
         """
         fields = _unpack(qs_dict)
         quant_type, blocksize = fields.get("quant_type"), fields.get("blocksize")
@@ -275,7 +287,8 @@ def _unpack(qs_dict: Mapping[str, Any]) -> dict[str, Any]:
     fields = {key.rpartition(".")[2]: value for key, value in qs_dict.items() if key not in packed}
     if packed:
         if len(packed) > 1 or not next(iter(packed)).endswith(QuantState.valid_qs_type_keys):
-            raise ValueError(f"quant state: {', '.join(sorted(packed))}; expected exactly one of {', '.join(PACKED_KEYS)}")
+            found = ", ".join(sorted(packed))
+            raise ValueError(f"quant state: {found}; expected exactly one of {', '.join(PACKED_KEYS)}")
         ((key, blob),) = packed.items()
         scalars = _parse(key, blob)
         declared = key.rpartition("bitsandbytes__")[2]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from halfbyte._ops import kernels
+from halfbyte._ops import kernels, plain
 from halfbyte.nn._quantized import Quantized
 
 
@@ -17,11 +19,12 @@ class Embedding4bit(Quantized, torch.nn.Embedding):
         embedding_dim: Values of a row; any number.
         dtype: Of the output; by default torch's default dtype.
         quant_type: "nf4" or "fp4".
-        quant_storage: The dtype as which the packed bytes are viewed: uint8, int8, float16, bfloat16, float32 or float64.
+        quant_storage: The dtype as which the packed bytes are viewed: uint8, int8, float16, bfloat16, float32 or
+            float64.
         device: Where the float table is made that is to be quantized.
 
-    Only the rows asked for are dequantized. There is no gradient. Unlike bitsandbytes' it can be saved and loaded, with the keys that
-    a linear layer has.
+    Only the rows asked for are dequantized. There is no gradient. Unlike bitsandbytes' it can be saved and loaded, with
+    the keys that a linear layer has.
 
     >>> import torch
     >>> from halfbyte.nn import Embedding4bit
@@ -54,9 +57,13 @@ class Embedding4bit(Quantized, torch.nn.Embedding):
         state = self._state()
         absmax, absmax2, offset = state.scales()
         shape, blocksize, quant_type = state.weight()
-        call = kernels(input, self.weight, absmax, absmax2, offset) or torch.ops.halfbyte
+        weight: Tensor = self.weight
+        call: Any = torch.ops.halfbyte
+        direct = kernels(input, None, weight, absmax, absmax2, offset)
+        if direct is not None:
+            call, weight = direct, plain(weight)
         rows: Tensor = call.embedding_4bit(
-            input, self.weight, absmax, absmax2, offset, shape, self.dtype, blocksize, quant_type
+            input, weight, absmax, absmax2, offset, shape, self.dtype, blocksize, quant_type
         )
         return rows
 

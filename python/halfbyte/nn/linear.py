@@ -25,7 +25,8 @@ class Linear4bit(Quantized, torch.nn.Linear):
         compute_dtype: float16, bfloat16 or float32, in which the product is computed; by default the input's.
         compress_statistics: Quantize the scales too, 0.37 bits per weight less.
         quant_type: "nf4" or "fp4".
-        quant_storage: The dtype as which the packed bytes are viewed: uint8, int8, float16, bfloat16, float32 or float64.
+        quant_storage: The dtype as which the packed bytes are viewed: uint8, int8, float16, bfloat16, float32 or
+            float64.
         device: Where the float weight is made that is to be quantized.
 
     The output has the input's dtype, or that of `torch.autocast` where it is enabled. Gradients go to the input and the

@@ -63,10 +63,10 @@ class _State:
 class Params4bit(torch.nn.Parameter):
     """A weight that is, or is to be, packed to 4 bits.
 
-    Made from a float tensor it holds that tensor, until `.to(device)`, `.cuda()` or `.cpu()` quantizes it, in place, on that
-    device; from then on it holds packed bytes, which only move. Casts leave packed bytes as they are. The constructor
-    takes the `__dict__` of another parameter, so that `Params4bit(data, **old.__dict__)` makes one of the same kind; after
-    `old.__dict__["bnb_quantized"] = False`, one that is quantized anew.
+    Made from a float tensor it holds that tensor, until `.to(device)`, `.cuda()` or `.cpu()` quantizes it, in place, on
+    that device; from then on it holds packed bytes, which only move. Casts leave packed bytes as they are. The
+    constructor takes the `__dict__` of another parameter, so that `Params4bit(data, **old.__dict__)` makes one of the
+    same kind; with `bnb_quantized` set to False in it, one that is quantized anew.
 
     Args:
         data: A float tensor; or packed codes, together with `quant_state` and `bnb_quantized=True`.
@@ -152,8 +152,8 @@ class Params4bit(torch.nn.Parameter):
     ) -> Params4bit:
         """Make a parameter from packed bytes and the entries of a state dict that describe them.
 
-        `data` is viewed as it is: its dtype is the storage dtype. `device` is where everything goes; by default everything
-        stays where `data` is. Raises ValueError when the entries and the bytes do not fit each other.
+        `data` is viewed as it is: its dtype is the storage dtype. `device` is where everything goes; by default
+        everything stays where `data` is. Raises ValueError when the entries and the bytes do not fit each other.
         """
         target = torch.device(device) if device is not None else data.device
         state = QuantState.from_dict(quantized_stats, target)
@@ -230,8 +230,8 @@ class Params4bit(torch.nn.Parameter):
     def to(self, *args: Any, **kwargs: Any) -> Params4bit:  # type: ignore[override]
         """Quantize, in place, if there is a device and this is not quantized yet; else as `torch.Tensor.to`.
 
-        Packed bytes are never cast. On the meta device, where there is nothing to read, nothing is quantized, and a packed
-        parameter keeps its state where it is, for when its bytes come back.
+        Packed bytes are never cast. On the meta device, where there is nothing to read, nothing is quantized, and a
+        packed parameter keeps its state where it is, for when its bytes come back.
         """
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         if not self.bnb_quantized:
@@ -249,13 +249,17 @@ class Params4bit(torch.nn.Parameter):
         """`.to("cpu")`."""
         return self.to("cpu")
 
-    def cuda(self, device: torch.device | str | int | None = None, non_blocking: bool = False, **kwargs: Any) -> Params4bit:
+    def cuda(  # type: ignore[override]
+        self, device: torch.device | str | int | None = None, non_blocking: bool = False, **kwargs: Any
+    ) -> Params4bit:
         """`.to("cuda")`."""
         if isinstance(device, int):
             device = torch.device("cuda", device)
         return self.to("cuda" if device is None else device, non_blocking=non_blocking)
 
-    def xpu(self, device: torch.device | str | int | None = None, non_blocking: bool = False, **kwargs: Any) -> Params4bit:
+    def xpu(  # type: ignore[override]
+        self, device: torch.device | str | int | None = None, non_blocking: bool = False, **kwargs: Any
+    ) -> Params4bit:
         """`.to("xpu")`."""
         if isinstance(device, int):
             device = torch.device("xpu", device)
