@@ -13,11 +13,13 @@ use halfbyte::codebook::QuantType;
 use halfbyte::geometry::{BlockSize, packed_len};
 use rayon::prelude::*;
 
+/// Runs of one measurement: at least these, and more of small sizes.
 const RUNS: usize = 7;
+const TOTAL: usize = 2 << 30;
 
 fn best(bytes: usize, mut run: impl FnMut()) -> f64 {
     run();
-    let times = (0..RUNS).map(|_| {
+    let times = (0..RUNS.max(TOTAL / bytes)).map(|_| {
         let start = Instant::now();
         run();
         start.elapsed().as_secs_f64()
@@ -80,7 +82,7 @@ fn measure<T: Element>(bytes: usize, quant_types: &[QuantType]) {
 fn main() {
     let mebibytes = std::env::args().skip(1).find_map(|a| a.parse::<usize>().ok()).unwrap_or(256);
     let bytes = mebibytes << 20;
-    println!("{mebibytes} MiB of values, blocks of 64, best of {RUNS}; GB/s of values");
+    println!("{mebibytes} MiB of values, blocks of 64, best of at least {RUNS}; GB/s of values");
     println!(
         "{:<8} {:<9} {:<4} {:<10} {:>8} {:>8}",
         "path",

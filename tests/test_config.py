@@ -166,7 +166,10 @@ def test_positional_arguments():
     st.fixed_dictionaries(
         {},
         optional={name: st.sampled_from(values) for name, values in COMBINED.items()}
-        | {"llm_int8_threshold": st.floats() | st.integers() | st.text(), "bnb_4bit_quant_type": st.text(max_size=5)},
+        | {
+            "llm_int8_threshold": st.floats(allow_nan=False) | st.integers() | st.text(),
+            "bnb_4bit_quant_type": st.text(max_size=5),
+        },
     ),
     st.dictionaries(st.sampled_from(["surplus", "quant_method", "_load_in_4bit"]), st.integers()),
 )

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
         inspect_checkpoint as inspect_checkpoint,
     )
     from halfbyte.checkpoint import (
+        plan_checkpoint as plan_checkpoint,
+    )
+    from halfbyte.checkpoint import (
         quantize_checkpoint as quantize_checkpoint,
     )
     from halfbyte.checkpoint import (
@@ -29,16 +32,17 @@ if TYPE_CHECKING:
     )
     from halfbyte.config import BitsAndBytesConfig as BitsAndBytesConfig
 
-# Public name -> the module that defines it, or is it.
+# Public name -> the module that it is imported from: `halfbyte` for what is a module itself.
 _HOME = {
     "BitsAndBytesConfig": "halfbyte.config",
     "CheckpointError": "halfbyte.checkpoint",
     "__version__": "halfbyte._native",
     "dequantize_checkpoint": "halfbyte.checkpoint",
-    "functional": "halfbyte.functional",
+    "functional": "halfbyte",
     "inspect_checkpoint": "halfbyte.checkpoint",
     "matmul_4bit": "halfbyte.autograd",
-    "nn": "halfbyte.nn",
+    "nn": "halfbyte",
+    "plan_checkpoint": "halfbyte.checkpoint",
     "quantize_checkpoint": "halfbyte.checkpoint",
     "verify_checkpoint": "halfbyte.checkpoint",
 }
@@ -52,6 +56,7 @@ __all__ = [
     "inspect_checkpoint",
     "matmul_4bit",
     "nn",
+    "plan_checkpoint",
     "quantize_checkpoint",
     "verify_checkpoint",
 ]
@@ -65,9 +70,10 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module 'halfbyte' has no attribute {name!r}; it has {', '.join(__all__)}") from None
     import importlib
 
-    module = importlib.import_module(home)
-    # A name may be a module itself.
-    value: object = module if home == f"halfbyte.{name}" else getattr(module, name)
+    if home == __name__:
+        value: object = importlib.import_module(f"{home}.{name}")
+    else:
+        value = getattr(importlib.import_module(home), name)
     globals()[name] = value
     return value
 

@@ -128,7 +128,9 @@ def without_quantization(config: dict[str, Any], dtype: str | None) -> str:
         if not any(key in out for key in ("dtype", "torch_dtype")):
             # All versions of transformers read the older name.
             out["torch_dtype"] = dtype
-        for part in [out, *(v for k, v in out.items() if k.endswith("_config") and isinstance(v, dict))]:
+        parts = {k: dict(v) for k, v in out.items() if k.endswith("_config") and isinstance(v, dict)}
+        out.update(parts)
+        for part in [out, *parts.values()]:
             for key in ("dtype", "torch_dtype"):
                 if key in part:
                     part[key] = dtype

@@ -1,6 +1,33 @@
 """The compiled core."""
 
-from typing import TypeAlias
+from typing import TypeAlias, final
+
+__all__ = [
+    "CheckpointError",
+    "Job",
+    "Plan",
+    "__version__",
+    "codebook",
+    "compress_absmax",
+    "cpu_features",
+    "dequantize_4bit",
+    "dequantize_8bit",
+    "dynamic_map",
+    "expand_absmax",
+    "get_threads",
+    "inspect",
+    "is_conv1d",
+    "plan_dequantize",
+    "plan_quantize",
+    "quant_map",
+    "quantize_4bit",
+    "quantize_8bit",
+    "run_plan",
+    "select",
+    "set_threads",
+    "simd",
+    "verify",
+]
 
 __version__: str
 
@@ -58,12 +85,14 @@ def get_threads() -> int:
 class CheckpointError(ValueError):
     """The input is wrong: a checkpoint that is broken, or unsuitable for what was asked."""
 
+@final
 class Plan:
     """What a run would do, from headers and config alone: no weight is read."""
 
     def to_json(self) -> str:
         """The plan as one JSON object."""
 
+@final
 class Job:
     """Work on threads of its own."""
 
@@ -93,3 +122,9 @@ def verify(a: str, b: str, config_json: str | None, threads: int) -> Job:
 
 def inspect(path: str) -> str:
     """What a folder or a file holds, as one JSON object."""
+
+def select(config_json: str | None, tensors_json: str, options_json: str = "{}") -> str:
+    """The selection alone: `[[name, shape, dtype], …]` in, decisions with reasons out, both JSON."""
+
+def is_conv1d(config_json: str, name: str) -> bool:
+    """Whether this weight is stored `[in, out]`, as those of transformers' `Conv1D` are."""

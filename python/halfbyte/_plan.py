@@ -153,12 +153,15 @@ class CheckpointPlan:
             for group in self.groups()
         ]
         headers = ("tensor", "count", "shape", "from → to", "before", "after", "why")
-        lines = [self._title(), ""]
+        head = self._title()
+        lines = [head if width is None else wrap(head, width, "  "), ""]
         lines.append(table(headers, rows, right=(1, 4, 5), shrink=((6, 16), (0, 28), (6, 8)), width=width))
-        lines += ["", *self._totals()]
-        for note in self.notes:
-            text = f"note: {printable(note)}"
-            lines.append(text if width is None else wrap(text, width, "  "))
+        lines.append("")
+        facts = [*self._totals(), *(("note", printable(note)) for note in self.notes)]
+        indent = max(len(name) for name, _ in facts) + 2
+        for name, text in facts:
+            filled = text if width is None else wrap(text, width, " " * indent, used=indent)
+            lines.append(name.ljust(indent) + filled)
         return "\n".join(lines)
 
     def _title(self) -> str:
@@ -166,21 +169,24 @@ class CheckpointPlan:
         known = "" if self.data.get("known_architecture", True) else " (not known here: planned by shape)"
         return f"{self.data.get('operation', 'quantize')} {printable(str(self.data['source']))}: {architecture}{known}"
 
-    def _totals(self) -> list[str]:
+    def _totals(self) -> list[tuple[str, str]]:
         t = self.totals
         count = f"{t['quantized_tensors']:,} of {plural(t['tensors'], 'tensor')}"
         weights = f"{format_count(t['quantized_weights'])} of {format_count(t['weights'])} weights"
         lines = [
-            f"quantized  {count}, {weights}",
-            f"bytes      {format_bytes(t['bytes_in'])} → {format_bytes(t['bytes_out'])}"
-            f" ({ratio(t['bytes_out'], t['bytes_in'])}), {t['bits_per_weight']:.2f} bits per weight",
+            (f"{self.data.get('operation', 'quantize')}d", f"{count}, {weights}"),
+            (
+                "bytes",
+                f"{format_bytes(t['bytes_in'])} → {format_bytes(t['bytes_out'])} "
+                f"({ratio(t['bytes_out'], t['bytes_in'])}), {t['bits_per_weight']:.2f} bits per weight",
+            ),
         ]
         files = [f"{plural(len(self.data['shards']), 'file')} of weights"]
         if self.data.get("copies"):
             files.append(f"{plural(len(self.data['copies']), 'other file')} copied")
-        lines.append(f"output     {', '.join(files)}")
+        lines.append(("output", ", ".join(files)))
         for left in self.data.get("left_out") or ():
-            lines.append(f"left out   {printable(left['file'])}: {printable(left['reason'])}")
+            lines.append(("left out", f"{printable(left['file'])}: {printable(left['reason'])}"))
         return lines
 
 

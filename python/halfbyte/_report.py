@@ -31,6 +31,8 @@ class ConvertReport(_Report):
         Names of the other files.
     reused
         How many weight files were complete already (``resume``).
+    already_complete
+        Whether there was nothing left to do.
     tensors, converted_tensors
         How many there are, and how many were quantized or dequantized.
     weights, converted_weights
@@ -50,6 +52,7 @@ class ConvertReport(_Report):
     files: tuple[tuple[str, int], ...]
     copied: tuple[str, ...]
     reused: int
+    already_complete: bool
     tensors: int
     converted_tensors: int
     weights: int
@@ -67,7 +70,14 @@ class ConvertReport(_Report):
         """The bytes of the tensors on the 16-bit side, over the time."""
         return max(self.bytes_in, self.bytes_out) / self.seconds if self.seconds > 0 else 0.0
 
+    def to_dict(self) -> dict[str, Any]:
+        """The report in types that JSON has."""
+        files = [{"file": name, "bytes": size} for name, size in self.files]
+        return {**super().to_dict(), "files": files, "bytes_per_second": self.bytes_per_second}
+
     def __str__(self) -> str:
+        if self.already_complete:
+            return f"nothing left to do: {printable(self.destination)} holds the complete output"
         reused = f", {self.reused} of them complete before" if self.reused else ""
         others = f" and {plural(len(self.copied), 'other file')}" if self.copied else ""
         speed = "" if self.reused else f", {format_bytes(self.bytes_per_second)}/s"

@@ -123,12 +123,16 @@ def shorten(text: str, width: int) -> str:
     return text[: width - 1 - tail] + "…" + (text[-tail:] if tail else "")
 
 
-def wrap(text: str, width: int, indent: str = "") -> str:
-    """Words filled into lines of ``width`` characters; lines after the first start with ``indent``."""
+def wrap(text: str, width: int, indent: str = "", used: int = 0) -> str:
+    """Words filled into lines of ``width`` characters; lines after the first start with ``indent``.
+
+    ``used`` columns of the first line are taken. A word longer than a line is shortened.
+    """
     lines: list[str] = []
     line = ""
-    for word in text.split():
-        limit = width - (len(indent) if lines else 0)
+    for whole in text.split():
+        limit = max(width - (len(indent) if lines else used), 8)
+        word = shorten(whole, limit)
         if line and len(line) + 1 + len(word) > limit:
             lines.append(line)
             line = word
@@ -313,7 +317,7 @@ class Lines:
     verb
         What is being done: ``"quantizing"``.
     files
-        Name and bytes of the files that will be made.
+        Names of the files that will be made.
     complete
         Tells whether the file of a name is complete.
     """
@@ -321,15 +325,17 @@ class Lines:
     def __init__(
         self,
         verb: str,
-        files: Sequence[tuple[str, int]],
+        files: Sequence[str],
         complete: Callable[[str], bool],
         stream: TextIO | None = None,
         unit: Callable[[float], str] = format_bytes,
     ) -> None:
         self._verb = verb
         self._unit = unit
-        self._files = list(files)
-        self._pending = list(files)
+        self._count = len(files)
+        # A resumed run finds some.
+        self._pending = [name for name in files if not complete(name)]
+        self._before = self._count - len(self._pending)
         self._complete = complete
         self._stream: TextIO | None = stream if stream is not None else sys.stderr
         self._started = False
@@ -337,14 +343,17 @@ class Lines:
     def __call__(self, done: int, total: int, label: str) -> None:
         """Say what is new; see the class."""
         if not self._started:
+            # Work that is refused at once is never announced.
+            if done == 0 and not label:
+                return
             self._started = True
-            made = f" into {plural(len(self._files), 'file')}" if self._files else ""
+            made = f" into {plural(self._count, 'file')}" if self._count else ""
+            made += f", {self._before:,} complete already" if self._before else ""
             self._say(f"{self._verb} {self._unit(total)}{made}")
-        for entry in [entry for entry in self._pending if self._complete(entry[0])]:
-            self._pending.remove(entry)
-            share = f", {done / total:.0%}" if total > 0 else ""
-            number = len(self._files) - len(self._pending)
-            self._say(f"{printable(entry[0])} complete ({number} of {len(self._files)}{share})")
+        share = f", {min(done / total, 1):.0%}" if total > 0 else ""
+        for name in [name for name in self._pending if self._complete(name)]:
+            self._pending.remove(name)
+            self._say(f"{printable(name)} complete ({self._count - len(self._pending):,} of {self._count:,}{share})")
 
     def close(self) -> None:
         """Nothing is left to do."""
@@ -358,7 +367,7 @@ class Lines:
 
 
 def progress_display(
-    verb: str, files: Sequence[tuple[str, int]], complete: Callable[[str], bool], unit: Callable[[float], str]
+    verb: str, files: Sequence[str], complete: Callable[[str], bool], unit: Callable[[float], str]
 ) -> Bar | Lines:
     """A `Bar` when standard error is a terminal, else `Lines`."""
     return Bar(verb, unit=unit) if is_terminal(sys.stderr) else Lines(verb, files, complete, unit=unit)

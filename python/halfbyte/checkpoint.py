@@ -246,7 +246,7 @@ def prepare_quantize(
             "float16 or bfloat16" + ("; undo it with: halfbyte dequantize" if method == "bitsandbytes" else "")
         )
     if selection == "transformers":
-        from halfbyte.selection import transformers_selection
+        from halfbyte.integrations.selection import transformers_selection
 
         options["explicit"] = transformers_selection(folder)
     plan = CheckpointPlan.of(_native.plan_quantize(str(folder), _json_or_none(model_config), json.dumps(options)))
@@ -434,18 +434,25 @@ def _run(
     mode = "overwrite" if overwrite else "resume" if resume else "new"
     plan = prepared.plan
     destination = Path(dst)
-    job = _native.run_plan(plan.native, str(destination), mode, prepared.config_text(), _threads(threads), fsync)
+    staged = destination / _STAGE / "files"
+    names = [name for name, _ in plan.shards]
+    ended = False
 
     def complete(name: str) -> bool:
-        stage = destination / _STAGE
-        return (stage / "files" / name).is_file() or (not stage.exists() and (destination / name).is_file())
+        return ended or (staged / name).is_file()
 
-    try:
-        with _display(progress, verb, plan.shards, complete) as show:
+    with _display(progress, verb, names, complete) as show:
+        job = _native.run_plan(plan.native, str(destination), mode, prepared.config_text(), _threads(threads), fsync)
+        try:
             data = json.loads(_wait(job, show))
-    except KeyboardInterrupt:
-        staged = destination / _STAGE / "files"
-        raise Interrupted(sum((staged / name).is_file() for name, _ in plan.shards), len(plan.shards)) from None
+            ended = True
+            show(*job.progress())
+        except KeyboardInterrupt:
+            with contextlib.suppress(Exception, KeyboardInterrupt):
+                # It may have ended before it could be stopped.
+                job.result()
+                ended = True
+            raise Interrupted(sum(complete(name) for name in names), len(names)) from None
     totals = plan.totals
     return {
         "source": str(plan.data["source"]),
@@ -453,6 +460,7 @@ def _run(
         "files": tuple((shard["file"], shard["bytes"]) for shard in data["shards"]),
         "copied": tuple(c["file"] for c in plan.data.get("copies") or ()),
         "reused": data["resumed_shards"],
+        "already_complete": data["already_complete"],
         "tensors": totals["tensors"],
         "converted_tensors": totals["quantized_tensors"],
         "weights": totals["weights"],
@@ -468,6 +476,7 @@ def _run(
 def _wait(job: _native.Job, show: Callable[[int, int, str], None]) -> str:
     """Follow a job to its end. An interruption stops it, waits until it has stopped, and is raised again."""
     try:
+        show(*job.progress())
         while not job.wait(_POLL_SECONDS):
             show(*job.progress())
     except BaseException:
@@ -476,16 +485,14 @@ def _wait(job: _native.Job, show: Callable[[int, int, str], None]) -> str:
         while not job.wait(_POLL_SECONDS):
             pass
         raise
-    text = job.result()
-    show(*job.progress())
-    return text
+    return job.result()
 
 
 @contextlib.contextmanager
 def _display(
     progress: Progress,
     verb: str,
-    files: Sequence[tuple[str, int]] = (),
+    files: Sequence[str] = (),
     complete: Callable[[str], bool] = lambda name: False,
     unit: Callable[[float], str] = format_bytes,
 ) -> Iterator[Callable[[int, int, str], None]]:

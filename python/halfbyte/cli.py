@@ -72,8 +72,12 @@ class _Version(argparse.Action):
     """Prints the version; the compiled core is imported for that alone."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        from halfbyte._native import __version__
-
+        try:
+            from halfbyte._native import __version__
+        except ImportError as error:
+            code, message = describe(error)
+            _complain(message)
+            parser.exit(code)
         _print(f"{PROG} {__version__}")
         parser.exit(EXIT_OK)
 
@@ -384,9 +388,19 @@ def _progress(args: argparse.Namespace) -> bool:
     return not args.quiet and (not args.json or _terminal.is_terminal(sys.stderr))
 
 
+class _OutputError(OSError):
+    """Standard output cannot be written to."""
+
+
 def _print(text: str) -> None:
-    if sys.stdout is not None:
+    if sys.stdout is None:
+        return
+    try:
         print(_terminal.plain_if_needed(text, sys.stdout))
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise _OutputError(error.errno, error.strerror) from error
 
 
 def _print_json(value: dict[str, Any]) -> None:
@@ -438,11 +452,9 @@ def _main(arguments: list[str]) -> int:
         with _sigterm_interrupts():
             code: int = args.run(args)
         return code
-    except BrokenPipeError:
+    except (BrokenPipeError, _OutputError, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        if isinstance(error, (SystemExit, GeneratorExit)):
-            raise
         if os.environ.get("HALFBYTE_TRACEBACK") == "1":
             import traceback
 
@@ -457,9 +469,11 @@ def _main(arguments: list[str]) -> int:
 
 def describe(error: BaseException, arguments: Sequence[str] = ()) -> tuple[int, str]:
     """Exit code and message for what a command raised."""
-    from halfbyte._native import CheckpointError
-
     text = str(error)
+    try:
+        from halfbyte._native import CheckpointError
+    except Exception as broken:  # nothing works without it, and this is why
+        return EXIT_SYSTEM, f"halfbyte's compiled module cannot be loaded, reinstall halfbyte: {broken}"
     if isinstance(error, KeyboardInterrupt):
         if getattr(error, "total", None) is None:
             return EXIT_INTERRUPTED, "interrupted"
@@ -484,7 +498,9 @@ def describe(error: BaseException, arguments: Sequence[str] = ()) -> tuple[int, 
 def resume_command(arguments: Sequence[str]) -> str:
     """The command line that goes on where this one stopped."""
     kept = [a for a in arguments if a not in ("--overwrite", "--resume")]
-    return shlex.join([PROG, *kept, "--resume"])
+    # Behind a lone "--" it would be read as a path.
+    place = kept.index("--") if "--" in kept else len(kept)
+    return shlex.join([PROG, *kept[:place], "--resume", *kept[place:]])
 
 
 @contextmanager

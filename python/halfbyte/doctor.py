@@ -57,7 +57,7 @@ def render(found: dict[str, Any]) -> str:
         ("Python", f"{found['python']['version']} ({found['python']['executable']})"),
         ("platform", " ".join(str(v) for v in system.values() if v)),
         ("processor", f"{cpu['model'] or 'unknown'}, {cpu['usable']} of {cpu['cores']} cores usable"),
-        ("kernels", cpu["simd"] or "unknown"),
+        ("kernels", cpu["simd"]),
         ("features", " ".join(cpu["features"]) or "none that matter here"),
         ("memory", _amounts(memory["total_bytes"], memory["available_bytes"], "available")),
     ]
@@ -130,11 +130,19 @@ def _cpu() -> dict[str, Any]:
     cores = os.cpu_count() or 1
     return {
         "model": model,
-        "features": list(_native.cpu_features()),
-        "simd": _native.simd(),
+        "features": _native.cpu_features(),
+        "simd": _simd(),
         "cores": cores,
         "usable": len(affinity(0)) if affinity else cores,
     }
+
+
+def _simd() -> str:
+    """The kernels in use; when the environment asks for some that this processor lacks, what is wrong with that."""
+    try:
+        return _native.simd()
+    except ValueError as error:
+        return str(error)
 
 
 def _memory() -> dict[str, int | None]:

@@ -4,7 +4,8 @@
 //! results of those before. A comparison gives 0 or -1 per lane, so the lanes gather the *negated* code, and the
 //! look-up tables are laid out for negated indices.
 //!
-//! A block is left to the scalar path when its scale is zero, not finite, or has no finite reciprocal.
+//! A block is left to the scalar path when its scale is not finite or has no finite reciprocal; one of zeros is
+//! filled with code 0.
 
 use std::arch::x86_64::*;
 
@@ -12,9 +13,13 @@ use half::{bf16, f16};
 
 use super::{Element, Finite, scalar};
 use crate::codebook::{FP4_THRESHOLDS, NF4_THRESHOLDS, QuantType};
+use crate::geometry::BLOCK_SIZES;
 
 /// Values that every step takes: 16 packed bytes. All block sizes are multiples.
 const STEP: usize = 32;
+
+/// Values whose scales are found before their codes: the largest block, and little enough for the first-level cache.
+const BATCH: usize = 4096;
 
 /// What differs from one element type to the other.
 pub trait Avx2Element: Sized {
@@ -78,28 +83,39 @@ unsafe fn quantize_by<T: Element, C: Coder>(
     packed: &mut [u8],
     absmax: &mut [f32],
 ) -> Finite {
+    // All scales of a batch first, so that no block's values wait for its own maximum and division.
     let mut finite = Finite::AllFinite;
-    let blocks = input.chunks_exact(blocksize).zip(packed.chunks_exact_mut(blocksize / 2)).zip(absmax);
-    for ((block, bytes), scale) in blocks {
-        // SAFETY: the block has `blocksize` values, a multiple of `STEP`.
-        let max = unsafe { <T as Avx2Element>::magnitude(block.as_ptr(), blocksize) };
-        let inverse = 1.0 / max;
-        if !(inverse > 0.0 && inverse < f32::INFINITY) {
-            let of_block = scalar::quantize(block, quant_type, blocksize, bytes, std::slice::from_mut(scale));
-            finite = finite.and(of_block);
-            continue;
+    let batch = BATCH / blocksize;
+    let batches = input.chunks(BATCH).zip(packed.chunks_mut(BATCH / 2)).zip(absmax.chunks_mut(batch));
+    for ((input, packed), absmax) in batches {
+        let mut inverses = [0.0; BATCH / BLOCK_SIZES[0]];
+        for ((block, scale), inverse) in input.chunks_exact(blocksize).zip(absmax.iter_mut()).zip(&mut inverses) {
+            // SAFETY: the block has `blocksize` values, a multiple of `STEP`.
+            *scale = unsafe { <T as Avx2Element>::magnitude(block.as_ptr(), blocksize) };
+            *inverse = 1.0 / *scale;
         }
-        *scale = max;
-        let inverse = _mm256_set1_ps(inverse);
-        for i in (0..blocksize).step_by(STEP) {
-            // SAFETY: `i + STEP <= blocksize`, and there is one byte for two values.
-            unsafe {
-                let (even, odd) = <T as Avx2Element>::load_pairs(block.as_ptr().add(i));
-                let first = negated_pairs(coder, _mm256_mul_ps(even, inverse), _mm256_mul_ps(odd, inverse));
-                let (even, odd) = <T as Avx2Element>::load_pairs(block.as_ptr().add(i + STEP / 2));
-                let second = negated_pairs(coder, _mm256_mul_ps(even, inverse), _mm256_mul_ps(odd, inverse));
-                let packed = coder.finish(to_bytes(first, second));
-                _mm_storeu_si128(bytes.as_mut_ptr().add(i / 2).cast(), packed);
+        let blocks = input.chunks_exact(blocksize).zip(packed.chunks_exact_mut(blocksize / 2));
+        for (((block, bytes), scale), inverse) in blocks.zip(absmax).zip(inverses) {
+            if *scale == 0.0 {
+                bytes.fill(0); // code 0 of every NaN
+                continue;
+            }
+            if !(inverse > 0.0 && inverse < f32::INFINITY) {
+                let of_block = scalar::quantize(block, quant_type, blocksize, bytes, std::slice::from_mut(scale));
+                finite = finite.and(of_block);
+                continue;
+            }
+            let inverse = _mm256_set1_ps(inverse);
+            for i in (0..blocksize).step_by(STEP) {
+                // SAFETY: `i + STEP <= blocksize`, and there is one byte for two values.
+                unsafe {
+                    let (even, odd) = <T as Avx2Element>::load_pairs(block.as_ptr().add(i));
+                    let first = negated_pairs(coder, _mm256_mul_ps(even, inverse), _mm256_mul_ps(odd, inverse));
+                    let (even, odd) = <T as Avx2Element>::load_pairs(block.as_ptr().add(i + STEP / 2));
+                    let second = negated_pairs(coder, _mm256_mul_ps(even, inverse), _mm256_mul_ps(odd, inverse));
+                    let packed = coder.finish(to_bytes(first, second));
+                    _mm_storeu_si128(bytes.as_mut_ptr().add(i / 2).cast(), packed);
+                }
             }
         }
     }

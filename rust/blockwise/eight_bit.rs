@@ -7,6 +7,9 @@ use crate::codebook::dynamic_map;
 use crate::error::{Error, Result};
 use crate::geometry::BlockSize;
 
+/// Values whose codes are searched for together.
+const LANES: usize = 8;
+
 /// A checked 256-value map, with the boundaries between its codes.
 ///
 /// The code of a scaled value is that of the nearest map value. A value midway between two (their float32 midpoint)
@@ -14,8 +17,8 @@ use crate::geometry::BlockSize;
 #[derive(Debug, Clone)]
 pub struct ByteMap {
     values: [f32; 256],
-    /// The code of `x` is the number of boundaries that `x` exceeds.
-    boundaries: [f32; 255],
+    /// The code of `x` is the number of boundaries that `x` exceeds. There are 255, and one that none exceeds.
+    boundaries: [f32; 256],
 }
 
 impl ByteMap {
@@ -37,6 +40,9 @@ impl ByteMap {
 
     fn from_checked(values: &[f32; 256]) -> Self {
         let boundaries = std::array::from_fn(|i| {
+            if i == 255 {
+                return f32::INFINITY;
+            }
             let middle = (values[i] + values[i + 1]) * 0.5;
             // A tie goes to the even code: above an odd one it must count as exceeding the boundary, unless the
             // middle is the lower value itself.
@@ -57,13 +63,22 @@ impl ByteMap {
     }
 
     /// The code of a scaled value.
-    #[inline]
     pub fn code(&self, scaled: f32) -> u8 {
-        let mut code = 0usize;
-        for step in [128, 64, 32, 16, 8, 4, 2, 1] {
-            code += if scaled > self.boundaries[code + step - 1] { step } else { 0 };
+        self.codes([scaled])[0]
+    }
+
+    /// The codes of several scaled values: searches that take turns, so that none waits for memory alone.
+    #[inline]
+    fn codes<const N: usize>(&self, scaled: [f32; N]) -> [u8; N] {
+        let mut codes = [0u8; N];
+        for step in [128u8, 64, 32, 16, 8, 4, 2, 1] {
+            for (code, &x) in codes.iter_mut().zip(&scaled) {
+                // `code` is a multiple of `2 * step`: this is the boundary before `code + step`.
+                let exceeds = x > self.boundaries[usize::from(*code | (step - 1))];
+                *code |= u8::from(exceeds) * step;
+            }
         }
-        code as u8
+        codes
     }
 }
 
@@ -88,7 +103,12 @@ pub fn quantize_8bit(
         let max = block.iter().fold(0.0f32, |max, v| max.max(v.abs()));
         *scale = max;
         let inverse = 1.0 / max;
-        for (value, code) in block.iter().zip(codes) {
+        let (whole, rest) = block.as_chunks::<LANES>();
+        let (code_whole, code_rest) = codes.as_chunks_mut::<LANES>();
+        for (values, codes) in whole.iter().zip(code_whole) {
+            *codes = map.codes(values.map(|v| v * inverse));
+        }
+        for (value, code) in rest.iter().zip(code_rest) {
             *code = map.code(value * inverse);
         }
     }

@@ -142,7 +142,7 @@ fn quantize_task<T: Element>(
         #[cfg(target_arch = "x86_64")]
         Simd::Avx512 => unsafe { avx512::quantize(whole, quant_type, blocksize, whole_packed, whole_absmax) },
         #[cfg(not(target_arch = "x86_64"))]
-        Simd::Avx2 | Simd::Avx512 => unreachable!("{simd} is not available here"),
+        Simd::Avx2 | Simd::Avx512 => unreachable!("{simd} for {} and {}", whole_packed.len(), whole_absmax.len()),
     };
     finite.and(scalar::quantize(rest, quant_type, blocksize, rest_packed, rest_absmax))
 }
@@ -228,7 +228,7 @@ fn dequantize_task<T: Element>(
             #[cfg(target_arch = "x86_64")]
             Simd::Avx512 => unsafe { avx512::dequantize(whole_packed, whole_absmax, quant_type, blocksize, whole) },
             #[cfg(not(target_arch = "x86_64"))]
-            Simd::Avx2 | Simd::Avx512 => unreachable!("{simd} is not available here"),
+            Simd::Avx2 | Simd::Avx512 => unreachable!("{simd} for {} and {}", whole_packed.len(), whole_absmax.len()),
         }
         scalar::dequantize(rest_packed, rest_absmax, quant_type, blocksize, rest);
     };

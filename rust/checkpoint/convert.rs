@@ -294,7 +294,7 @@ impl<'a> ShardJob<'a> {
         let Scales::Found(found) = &mut *slot else { unreachable!("a weight that is quantized finds scales") };
         let scales = std::mem::take(found).concat();
         drop(slot);
-        self.write(outputs.quant_map, 0, bytemuck::cast_slice(state.quant_type.values()))?;
+        self.write(outputs.quant_map, 0, bytemuck::cast_slice(&state.quant_type.quant_map()))?;
         let mut state = state.clone();
         if let Some((nested_absmax, nested_map)) = outputs.nested {
             let nested = nested::compress(&scales);

@@ -22,8 +22,9 @@ struct Options {
 
 impl Options {
     fn parse(self) -> crate::Result<SelectionOptions> {
+        let default = SelectionOptions::default();
         Ok(SelectionOptions {
-            quant_type: self.quant_type.map(|name| name.parse()).transpose()?.unwrap_or_default(),
+            quant_type: self.quant_type.map_or(Ok(default.quant_type), |name| name.parse())?,
             rules: self.rules.iter().map(|rule| rule.parse()).collect::<crate::Result<_>>()?,
             skip: self.skip,
             explicit: self.explicit,

@@ -64,55 +64,57 @@ pub(super) fn path_matches(pattern: &str, module: &str) -> bool {
     !whole || components.next().is_none()
 }
 
-/// The shortest list of names that skips every module of `kept` and none of `converted`, as [`SkipKey`] matches.
+/// A short list of names that skips every module of `kept` and none of `converted`, as [`SkipKey`] matches.
 ///
-/// A name is the last component of a path where all modules of that name are kept, else the start of a path under
-/// which everything is kept, else a whole path: the forms that other loaders read too.
-pub(super) fn skip_list(kept: &[&str], converted: &[&str]) -> Vec<String> {
+/// A name is the last component of a path where all modules of that name are kept, else (where `starts` says that
+/// paths are known from their start) the start of a path under which everything is kept, else a whole path: the forms
+/// that other loaders read too.
+pub(super) fn skip_list(kept: &[String], converted: &[String], starts: bool) -> Vec<String> {
     let converted_last: HashSet<&str> = converted.iter().map(|module| last(module)).collect();
-    let mut converted_starts: HashSet<&str> = HashSet::new();
-    for module in converted {
-        converted_starts.extend(module.match_indices('.').map(|(dot, _)| &module[..dot]));
-        converted_starts.insert(module);
-    }
+    let converted_starts: HashSet<&str> = converted.iter().flat_map(|module| starts_of(module)).collect();
     let mut kept_under: HashMap<&str, usize> = HashMap::new();
-    for module in kept {
-        for (dot, _) in module.match_indices('.') {
-            *kept_under.entry(&module[..dot]).or_default() += 1;
-        }
+    for start in kept.iter().flat_map(|module| starts_of(module)) {
+        *kept_under.entry(start).or_default() += 1;
     }
+    // Which last components end the name of a converted module; there are few different ones.
+    let mut by_last: HashMap<&str, bool> = HashMap::new();
     let mut seen = HashSet::new();
-    let mut names = Vec::new();
+    let mut names: Vec<&str> = Vec::new();
     for module in kept {
         let name = last(module);
-        let by_last = !name.bytes().all(|b| b.is_ascii_digit())
-            && !converted_last.iter().any(|other| other.ends_with(name))
-            && !converted_starts.contains(name);
-        let key = if by_last {
+        let usable = *by_last.entry(name).or_insert_with(|| {
+            !name.bytes().all(|b| b.is_ascii_digit())
+                && !converted_starts.contains(name)
+                && !converted_last.iter().any(|other| other.ends_with(name))
+        });
+        let key = if usable {
             name
         } else {
-            module
-                .match_indices('.')
-                .map(|(dot, _)| &module[..dot])
-                .find(|start| kept_under[start] > 1 && !converted_starts.contains(start))
-                .filter(|start| !converted_last.iter().any(|other| other.ends_with(start)))
+            starts_of(module)
+                .find(|start| starts && kept_under[start] > 1 && !converted_starts.contains(start))
                 .unwrap_or(module)
         };
         if seen.insert(key) {
             names.push(key);
         }
     }
+    // A name may also be the end of a converted path (`layers.0.fc` of `decoder.layers.0.fc`): then only a pattern
+    // is exact.
     let lengths: HashSet<usize> = names.iter().map(|key| key.len()).collect();
-    // A path may be the end of another one (`layers.0.fc` of `decoder.layers.0.fc`): then only a pattern is exact.
     let ambiguous: HashSet<&str> = converted
         .iter()
         .flat_map(|module| lengths.iter().filter_map(|n| module.get(module.len().checked_sub(*n)?..)))
         .filter(|end| seen.contains(end))
         .collect();
-    names
-        .iter()
-        .map(|key| if ambiguous.contains(key) { format!("^{}$", regex::escape(key)) } else { (*key).to_owned() })
-        .collect()
+    let exact = |key: &&str| {
+        if ambiguous.contains(key) { format!("^{}", regex::escape(key)) } else { (*key).to_owned() }
+    };
+    names.iter().map(exact).collect()
+}
+
+/// The starts of a path that end with a component, shortest first, the whole path included.
+fn starts_of(module: &str) -> impl Iterator<Item = &str> {
+    module.match_indices('.').map(|(dot, _)| &module[..dot]).chain([module])
 }
 
 fn last(module: &str) -> &str {

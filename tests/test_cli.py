@@ -1,0 +1,549 @@
+"""The command: what it prints, what it exits with, and that it can be stopped and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import halfbyte
+import numpy as np
+import pytest
+from halfbyte import _native, checkpoint, cli
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+PACKAGE = Path(halfbyte.__file__).parent
+COMMANDS = ("quantize", "dequantize", "inspect", "verify", "doctor", "completion")
+
+
+def write_checkpoint(folder: Path, layers: int = 3, **config: object) -> Path:
+    """A Llama-like checkpoint of float16 weights, 64 x 128 each."""
+    rng = np.random.default_rng(0)
+    tensors = {"model.embed_tokens.weight": rng.standard_normal((32, 128)).astype(np.float16)}
+    for i in range(layers):
+        for name in ("self_attn.q_proj", "mlp.up_proj"):
+            tensors[f"model.layers.{i}.{name}.weight"] = rng.standard_normal((64, 128)).astype(np.float16)
+        tensors[f"model.layers.{i}.input_layernorm.weight"] = np.ones(128, np.float16)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    facts = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+    }
+    (folder / "config.json").write_text(json.dumps({**facts, **config}, indent=2))
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "source")
+
+
+def environment(**more: str) -> dict[str, str]:
+    paths = [str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1", **more}
+
+
+def run(*arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, without a terminal."""
+    command = [sys.executable, "-m", "halfbyte", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(**more), timeout=120)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# ----------------------------------------------------------------------------------------------- start, help, version
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["quantize", "--help"], ["completion", "bash"]])
+def test_start_imports_nothing_heavy(arguments):
+    code = (
+        "import sys\nfrom halfbyte.cli import main\n"
+        f"try:\n    main({arguments!r})\nexcept SystemExit as e:\n    assert e.code == 0, e.code\n"
+        "print(sorted({m.partition('.')[0] for m in sys.modules}), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=60)
+    assert done.returncode == 0, done.stderr
+    loaded = set(eval(done.stderr.strip().splitlines()[-1]))
+    assert not loaded & {"torch", "transformers", "numpy", "safetensors", "huggingface_hub", "asyncio", "email"}
+    assert done.stdout
+
+
+def test_offline_tool_imports_neither_torch_nor_numpy(source, tmp_path):
+    code = (
+        "import sys\nfrom halfbyte.cli import main\n"
+        f"assert main(['quantize', {str(source)!r}, {str(tmp_path / 'out')!r}, '-q']) == 0\n"
+        "print(sorted({'torch', 'transformers', 'numpy', 'huggingface_hub'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=60)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_version():
+    assert run("--version").stdout == f"halfbyte {_native.__version__}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "--help"])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert f"halfbyte {command}" in out.split("examples:")[1]
+    assert "exit codes:" in out
+    assert all(f"\n  {code} " in out for code in (0, 1, 2, 3, 4, 70, 130, 141))
+
+
+def test_no_command_prints_help(capsys):
+    assert cli.main([]) == cli.EXIT_USAGE
+    assert capsys.readouterr().out.startswith("usage: halfbyte")
+
+
+# --------------------------------------------------------------------------------------------------------- exit codes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["quantize", "SRC"], 2, "DST is missing"),
+        (["quantize", "SRC", "OUT", "--type", "int3"], 2, "invalid choice"),
+        (["quantize", "SRC", "OUT", "--blocksize", "48"], 2, "invalid choice"),
+        (["quantize", "SRC", "OUT", "--threads", "0"], 2, "at least 1"),
+        (["quantize", "SRC", "OUT", "--max-shard-size", "5gb"], 2, "'5gb'"),
+        (["quantize", "SRC", "OUT", "--rule", "x=int8"], 2, "x=int8"),
+        (["quantize", "SRC", "OUT", "--rule", "(=nf4"], 2, "(=nf4"),
+        (["quantize", "SRC", "OUT", "--overwrite", "--resume"], 2, "not allowed with"),
+        (["quantize", "SRC", "SRC"], 2, "source"),
+        (["quantize", "SRC", "USED"], 2, "not empty"),
+        (["quan"], 2, "invalid choice"),
+        (["quantize", "SRC", "OUT", "--thr", "2"], 2, "unrecognized arguments"),
+        (["quantize", "./absent", "OUT"], 3, "absent: no such file or folder"),
+        (["quantize", "EMPTY", "OUT"], 3, "model.safetensors"),
+        (["quantize", "BROKEN", "OUT"], 3, "broken"),
+        (["dequantize", "SRC", "OUT"], 3, "no 4-bit weight"),
+        (["inspect", "BROKEN"], 3, "broken"),
+        (["verify", "SRC", "EMPTY"], 3, "empty"),
+        (["quantize", "org/absent", "OUT"], 4, "org/absent: no such folder"),
+        (["quantize", "SRC", "/proc/nowhere/out"], 4, "/proc"),
+    ],
+)
+def test_errors_are_one_line_with_a_code(arguments, code, words, source, tmp_path):
+    places = {name: tmp_path / name.lower() for name in ("OUT", "EMPTY", "BROKEN", "USED")}
+    for name in ("EMPTY", "BROKEN", "USED"):
+        places[name].mkdir()
+    (places["USED"] / "thesis.txt").write_text("precious")
+    (places["BROKEN"] / "model.safetensors").write_bytes(b"\xff" * 64)
+    before = files(source)
+    done = run(*[{"SRC": source, **places}.get(a, a) for a in arguments])
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("halfbyte: error: ")
+    assert done.stderr.count("\n") == 1
+    assert words in done.stderr
+    assert not places["OUT"].exists()
+    assert files(source) == before
+    assert files(places["USED"]) == {"thesis.txt": b"precious"}
+
+
+def test_nonfinite_weight_names_tensor_and_goes_on_when_allowed(tmp_path):
+    source = write_checkpoint(tmp_path / "source")
+    with safe_open(source / "model.safetensors", "numpy") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors["model.layers.1.mlp.up_proj.weight"][2, 3] = np.inf
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    done = run("quantize", source, tmp_path / "out", "-q")
+    assert done.returncode == 3
+    assert "model.layers.1.mlp.up_proj.weight" in done.stderr
+    assert str(2 * 128 + 3) in done.stderr
+    assert not (tmp_path / "out").exists()
+    assert run("quantize", source, tmp_path / "out", "--allow-nonfinite", "-q").returncode == 0
+
+
+def test_hostile_names_stay_on_one_line(tmp_path):
+    source = tmp_path / "bad\n\x1b[2Jname"
+    source.mkdir()
+    done = run("quantize", source, tmp_path / "out")
+    assert done.returncode == 3
+    assert done.stderr.count("\n") == 1
+    assert "\x1b" not in done.stderr
+    assert "bad\\n\\x1b[2Jname" in done.stderr
+
+
+def test_traceback_on_request_only(tmp_path):
+    assert "Traceback" not in run("inspect", "./absent").stderr
+    shown = run("inspect", "./absent", HALFBYTE_TRACEBACK="1").stderr
+    assert "Traceback" in shown
+    assert shown.splitlines()[-1].startswith("halfbyte: error: ./absent")
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["inspect", "."], ["doctor"]])
+def test_missing_compiled_module(arguments):
+    code = (
+        "import sys\nsys.modules['halfbyte._native'] = None\nfrom halfbyte.cli import main\n"
+        f"sys.exit(main({arguments!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=60)
+    assert (done.returncode, done.stdout) == (cli.EXIT_SYSTEM, "")
+    assert done.stderr.startswith("halfbyte: error: halfbyte's compiled module cannot be loaded")
+    assert done.stderr.count("\n") == 1
+
+
+def test_unforeseen_error_is_reported_as_ours(monkeypatch, capsys):
+    def fail(*_: object) -> object:
+        raise ZeroDivisionError("one over nothing")
+
+    monkeypatch.setattr(_native, "inspect", fail)
+    assert cli.main(["inspect", str(PACKAGE)]) == cli.EXIT_INTERNAL
+    assert "internal error: ZeroDivisionError: one over nothing" in capsys.readouterr().err
+
+
+def test_reader_that_goes_away(source):
+    command = [sys.executable, "-m", "halfbyte", "quantize", str(source), "--plan"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), bufsize=0
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.wait(60) == cli.EXIT_PIPE
+    assert process.stderr.read() == ""
+    process.stderr.close()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_full_standard_output(source):
+    command = [sys.executable, "-m", "halfbyte", "quantize", str(source), "--plan"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment(), timeout=60)
+    assert done.returncode == cli.EXIT_SYSTEM
+    assert done.stderr.startswith("halfbyte: error: standard output: ")
+    assert done.stderr.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------------------- output
+
+
+def test_plan_is_a_table_and_does_nothing(source, tmp_path):
+    done = run("quantize", source, tmp_path / "out", "--plan")
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if "up_proj" in line]
+    cells = line.split("  ")
+    assert cells[0] == "model.layers.{0-2}.mlp.up_proj.weight"
+    assert "F16 → nf4" in line
+    assert "bits per weight" in done.stdout
+    assert done.stderr == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_plan_on_an_ascii_stream(source):
+    done = run("quantize", source, "--plan", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert "F16 -> nf4" in done.stdout
+
+
+def test_json_is_one_object_and_nothing_else(source, tmp_path):
+    out, back = tmp_path / "out", tmp_path / "back"
+    plan = json.loads(run("quantize", source, "--plan", "--json").stdout)
+    assert plan["totals"]["quantized_tensors"] == 6
+    assert {t["name"]: t["to"] for t in plan["tensors"]}["lm_head.weight"] == "keep"
+    for arguments in (
+        ["quantize", source, out],
+        ["inspect", out],
+        ["verify", source, out],
+        ["dequantize", out, back],
+        ["doctor"],
+    ):
+        done = run(*arguments, "--json")
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        assert isinstance(json.loads(done.stdout), dict)
+    report = json.loads(run("quantize", source, out, "--overwrite", "--json").stdout)
+    assert report["files"] == [
+        {"file": "model.safetensors", "bytes": (out / "model.safetensors").stat().st_size},
+    ]
+    assert report["copied"] == ["tokenizer.json"]
+    assert report["converted_tensors"] == 6
+    assert report["quantization_config"] == json.loads((out / "config.json").read_text())["quantization_config"]
+
+
+def test_quiet_prints_nothing(source, tmp_path):
+    for arguments in (
+        ["quantize", source, tmp_path / "out"],
+        ["quantize", source, "--plan"],
+        ["verify", source, tmp_path / "out"],
+        ["dequantize", tmp_path / "out", tmp_path / "back"],
+    ):
+        done = run(*arguments, "--quiet")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_lines_and_summary_without_a_terminal(source, tmp_path):
+    done = run("quantize", source, tmp_path / "out", "--max-shard-size", "20KB")
+    plan = json.loads(run("quantize", source, "--plan", "--json", "--max-shard-size", "20KB").stdout)
+    names = [shard["file"] for shard in plan["shards"]]
+    assert len(names) > 2
+    lines = done.stderr.splitlines()
+    assert lines[0].startswith("quantizing ")
+    assert [line.split()[0] for line in lines[1:]] == names
+    assert "\r" not in done.stderr
+    assert "quantized 6 of 11 tensors" in done.stdout
+    assert "bits per weight" in done.stdout
+    assert str(tmp_path / "out") in done.stdout
+
+
+def test_bar_on_a_terminal(source, tmp_path):
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "halfbyte", "quantize", str(source), str(tmp_path / "out")]
+    try:
+        done = subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=theirs,
+            env=environment(TERM="xterm", COLUMNS="60", PYTHONIOENCODING="utf-8"),
+            timeout=60,
+        )
+        os.close(theirs)
+        shown = os.read(ours, 65536).decode()
+    finally:
+        os.close(ours)
+    assert done.returncode == 0
+    drawn = [text for text in shown.replace("\x1b[K", "").split("\r") if text.strip()]
+    assert drawn[-1].startswith("quantizing 100%")
+    assert all(len(text) < 60 for text in drawn)
+    assert shown.endswith("\r\x1b[K")
+
+
+# ---------------------------------------------------------------------------------------------------- work end to end
+
+
+def test_verify_finds_one_changed_byte(source, tmp_path):
+    out = tmp_path / "out"
+    assert run("quantize", source, out, "-q").returncode == 0
+    assert run("verify", source, out).returncode == 0
+    with safe_open(out / "model.safetensors", "numpy") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors["model.layers.1.mlp.up_proj.weight"][7, 0] ^= 0x10
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    done = run("verify", source, out)
+    assert done.returncode == cli.EXIT_DIFFERENT
+    (line,) = [line for line in done.stdout.splitlines() if "differs" in line and "up_proj" in line]
+    assert line.startswith("model.layers.1.mlp.up_proj.weight")
+    report = json.loads(run("verify", source, out, "--json").stdout)
+    assert report["ok"] is False
+    assert report["counts"] == {"identical": 10, "differs": 1}
+    assert run("verify", source, out, "-q").returncode == cli.EXIT_DIFFERENT
+
+
+def test_options_reach_the_output(source, tmp_path):
+    out = tmp_path / "out"
+    options = ["--type", "fp4", "--no-double-quant", "--blocksize", "128", "--storage", "bfloat16"]
+    options += ["--compute-dtype", "float16", "--skip", "model.layers.0", "--rule", r"layers\.1\.mlp=nf4"]
+    done = run("quantize", source, out, *options)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(run("inspect", out, "--json").stdout)
+    weights = {w["name"]: w for w in report["weights"]}
+    assert sorted(weights) == [
+        "model.layers.1.mlp.up_proj.weight",
+        "model.layers.1.self_attn.q_proj.weight",
+        "model.layers.2.mlp.up_proj.weight",
+        "model.layers.2.self_attn.q_proj.weight",
+    ]
+    assert weights["model.layers.1.mlp.up_proj.weight"]["quant_type"] == "nf4"
+    for name, w in weights.items():
+        assert w["quant_type"] == ("nf4" if name.endswith("layers.1.mlp.up_proj.weight") else "fp4")
+        assert (w["blocksize"], w["nested"], w["storage"], w["dtype"]) == (128, False, "bfloat16", "float16")
+    config = report["quantization_config"]
+    assert config["bnb_4bit_quant_type"] == "fp4"
+    assert config["bnb_4bit_quant_storage"] == "bfloat16"
+    assert config["bnb_4bit_compute_dtype"] == "float16"
+    assert config["bnb_4bit_use_double_quant"] is False
+    assert {"lm_head", "model.layers.0"} <= set(config["llm_int8_skip_modules"])
+
+
+def test_dequantize_writes_dtype_and_config(source, tmp_path):
+    out, back = tmp_path / "out", tmp_path / "back"
+    assert run("quantize", source, out, "-q").returncode == 0
+    assert run("dequantize", out, back, "--dtype", "float32", "-q").returncode == 0
+    with safe_open(back / "model.safetensors", "numpy") as file:
+        assert file.get_tensor("model.layers.0.mlp.up_proj.weight").dtype == np.float32
+    config = json.loads((back / "config.json").read_text())
+    assert config == {**json.loads((source / "config.json").read_text()), "torch_dtype": "float32"}
+    done = run("quantize", out, tmp_path / "again")
+    assert done.returncode == 3
+    assert "quantized already (bitsandbytes)" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------- interruption
+
+
+class EndlessJob:
+    """A job that ends only when it is cancelled."""
+
+    def __init__(self) -> None:
+        self.cancelled = False
+        self.waits = 0
+
+    def wait(self, seconds: float) -> bool:
+        self.waits += 1
+        if self.waits == 2:
+            raise KeyboardInterrupt
+        return self.cancelled
+
+    def progress(self) -> tuple[int, int, str]:
+        return 1, 4, "model.layers.0"
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+    def result(self) -> str:
+        raise KeyboardInterrupt("stopped")
+
+
+def test_ctrl_c_cancels_and_says_how_to_go_on(source, tmp_path, monkeypatch, capsys):
+    job = EndlessJob()
+    out = tmp_path / "my out"
+
+    def start(plan: object, destination: str, *_: object) -> EndlessJob:
+        staged = Path(destination) / ".halfbyte-partial" / "files"
+        staged.mkdir(parents=True)
+        (staged / "model-00001-of-00008.safetensors").touch()
+        (staged / "model-00002-of-00008.safetensors.partial").touch()
+        return job
+
+    monkeypatch.setattr(_native, "run_plan", start)
+    arguments = ["quantize", str(source), str(out), "--overwrite", "--max-shard-size", "10KB"]
+    code = cli.main(arguments)
+    captured = capsys.readouterr()
+    assert code == cli.EXIT_INTERRUPTED
+    assert job.cancelled
+    assert captured.out == ""
+    assert captured.err.splitlines()[-1] == (
+        "halfbyte: interrupted: 1 of 8 shards are complete; continue with: "
+        f"halfbyte quantize {source} '{out}' --max-shard-size 10KB --resume"
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_stop_the_command(number, source, tmp_path):
+    code = (
+        "import signal, sys, time\nfrom halfbyte import _native, cli\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "class Job:\n"
+        "    done = False\n"
+        "    def wait(self, seconds):\n        time.sleep(0.01); return self.done\n"
+        "    def progress(self):\n        return 0, 1, 'model'\n"
+        "    def cancel(self):\n        self.done = True\n"
+        "    def result(self):\n        raise KeyboardInterrupt\n"
+        "_native.run_plan = lambda *a: Job()\n"
+        f"sys.exit(cli.main(['quantize', {str(source)!r}, {str(tmp_path / 'out')!r}]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment())
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("quantizing")
+    process.send_signal(number)
+    rest = process.stderr.read()
+    assert process.wait(60) == cli.EXIT_INTERRUPTED
+    process.stderr.close()
+    assert rest.startswith("halfbyte: interrupted: 0 of 1 shards are complete; continue with: halfbyte quantize ")
+    assert rest.endswith("--resume\n")
+
+
+def test_interrupted_run_goes_on_to_the_same_bytes(source, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    checkpoint.quantize_checkpoint(source, whole, max_shard_size="10KB")
+    stops = []
+
+    def stop(done: int, total: int, label: str) -> None:
+        raise KeyboardInterrupt
+
+    # The job runs meanwhile, so a try may complete some files, or all; each next one goes on from there.
+    for _ in range(5):
+        try:
+            checkpoint.quantize_checkpoint(source, parts, max_shard_size="10KB", resume=True, progress=stop)
+        except checkpoint.Interrupted as error:
+            stops.append(error)
+    report = checkpoint.quantize_checkpoint(source, parts, max_shard_size="10KB", resume=True)
+    assert stops
+    assert all(error.total == 8 and 0 <= error.complete <= 8 for error in stops)
+    assert files(parts) == files(whole)
+    again = checkpoint.quantize_checkpoint(source, parts, max_shard_size="10KB", resume=True)
+    assert again.already_complete
+    assert report.files == again.files
+
+
+def test_kill_then_resume(tmp_path):
+    source = write_checkpoint(tmp_path / "source", layers=40)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = ["--max-shard-size", "5KB", "--threads", "1", "-q"]
+    assert run("quantize", source, whole, *options).returncode == 0
+    command = [sys.executable, "-m", "halfbyte", "quantize", str(source), str(parts), *options]
+    process = subprocess.Popen(command, env=environment())
+    staged = parts / ".halfbyte-partial" / "files"
+    end = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < end:
+        if staged.is_dir() and any(staged.glob("*.safetensors")):
+            break
+        time.sleep(0.001)
+    process.kill()
+    process.wait(60)
+    done = run("quantize", source, parts, *options, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert files(parts) == files(whole)
+
+
+# --------------------------------------------------------------------------------------------------------- completion
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_names_everything(shell, capsys):
+    assert cli.main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(command in script for command in COMMANDS)
+    flag = "-l {}" if shell == "fish" else "--{}"
+    for option in ("max-shard-size", "no-double-quant", "allow-nonfinite", "resume", "dtype"):
+        assert flag.format(option) in script
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts_parse(shell, capsys, tmp_path):
+    if not any(os.access(os.path.join(p, shell), os.X_OK) for p in os.get_exec_path()):
+        pytest.skip(f"{shell} is not installed")
+    cli.main(["completion", shell])
+    script = tmp_path / "script"
+    script.write_text(capsys.readouterr().out)
+    done = subprocess.run([shell, "-n", str(script)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["ver"], {"verify"}),
+        (["quantize", "--no-"], {"--no-double-quant", "--no-fsync"}),
+        (["quantize", "--type", ""], {"nf4", "fp4"}),
+        (["quantize", "a", "--storage", "f"], {"float16", "float32", "float64"}),
+        (["dequantize", "--dtype", "b"], {"bfloat16"}),
+        (["completion", ""], {"bash", "zsh", "fish"}),
+    ],
+)
+def test_bash_completion_completes(words, expected, capsys, tmp_path):
+    cli.main(["completion", "bash"])
+    script = tmp_path / "script"
+    script.write_text(capsys.readouterr().out)
+    line = " ".join(f"'{w}'" for w in ["halfbyte", *words])
+    code = f'source "{script}"; COMP_WORDS=({line}); COMP_CWORD={len(words)}; _halfbyte; echo "${{COMPREPLY[@]}}"'
+    done = subprocess.run(["bash", "--norc", "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+    assert set(done.stdout.split()) == expected

@@ -1,0 +1,678 @@
+"""What the command is made of: sizes, tables, progress, groups, config.json, model names, and the Python interface."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+import types
+from pathlib import Path
+
+import halfbyte
+import pytest
+from halfbyte import _config_json, _native, checkpoint, doctor, hub
+from halfbyte._plan import CheckpointPlan, TensorPlan, group_tensors, ranges
+from halfbyte._report import InspectReport, VerifyReport
+from halfbyte._terminal import (
+    Bar,
+    Lines,
+    format_bytes,
+    format_count,
+    format_seconds,
+    parse_size,
+    printable,
+    shorten,
+    table,
+    wrap,
+)
+
+# -------------------------------------------------------------------------------------------------------------- sizes
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("5GB", 5 * 10**9),
+        ("500MB", 500 * 10**6),
+        ("2GiB", 2 * 2**30),
+        ("1.5 GB", 1_500_000_000),
+        ("64KiB", 65536),
+        ("7", 7),
+        ("7B", 7),
+        (123, 123),
+        ("9007199254740993", 9007199254740993),
+        ("1TB", 10**12),
+    ],
+)
+def test_parse_size(text, expected):
+    assert parse_size(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "GB", "5gb", "5Gb", "5G", "-1GB", "0", "0.0GB", "1e3", "1.5", "5 G B", "٥GB", True, 0]
+)
+def test_parse_size_refuses(text):
+    with pytest.raises(ValueError, match=f"size is {re.escape(repr(text))}"):
+        parse_size(text)
+
+
+def test_sizes_agree_with_the_hub():
+    convert = pytest.importorskip("huggingface_hub.serialization._base").parse_size_to_int
+    for text in ("5GB", "500MB", "3KB", "1TB"):
+        assert parse_size(text) == convert(text)
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.00 kB"),
+        (999_499, "999 kB"),
+        (999_500, "1.00 MB"),
+        (2_471_645_608, "2.47 GB"),
+        (10**18, "1000 PB"),
+    ],
+)
+def test_format_bytes(count, expected):
+    assert format_bytes(count) == expected
+
+
+def test_format_others():
+    assert format_count(1_235_814_400) == "1.24 B"
+    assert format_count(7) == "7"
+    assert [format_seconds(s) for s in (0.123, 9.996, 59.96, 3725)] == ["0.12 s", "10.0 s", "1:00", "1:02:05"]
+
+
+# ------------------------------------------------------------------------------------------------------ text and tables
+
+
+def test_text():
+    assert printable("a\nb\x1b[1m\u202e→é") == "a\\nb\\x1b[1m\\u202e→é"
+    assert printable("\udcff") == "\\udcff"
+    assert shorten("model.layers.0.weight", 11) == "model…eight"
+    assert [shorten("abc", n) for n in (3, 2, 1, 0)] == ["abc", "a…", "…", ""]
+    assert wrap("one two three", 8, "  ") == "one two\n  three"
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 79, 80, 120, 200])
+def test_tables_fit(width, plan):
+    text = plan.table(width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "nf4" in text
+
+
+def test_table_without_limit_cuts_nothing():
+    text = table(("name", "n"), [("x" * 300, "1"), ("y", "22")], right=(1,))
+    assert text.splitlines()[2] == "x" * 300 + "   1"
+    assert text.splitlines()[3].endswith("  22")
+
+
+# ------------------------------------------------------------------------------------------------------------- groups
+
+
+def tensor(name: str, shape: tuple[int, ...] = (4, 4), target: str = "nf4", reason: str = "linear") -> TensorPlan:
+    return TensorPlan(name, shape, "BF16", target, 32, 9, reason, "model.safetensors")
+
+
+def test_layers_collapse():
+    tensors = [tensor(f"model.layers.{i}.mlp.up.weight") for i in (0, 1, 2, 10, 11)]
+    tensors += [tensor(f"model.layers.{i}.mlp.experts.{e}.w1.weight") for i in range(2) for e in range(3)]
+    groups = group_tensors(tensors)
+    assert [(g.pattern, g.count, g.bytes_in, g.bytes_out) for g in groups] == [
+        ("model.layers.{0-2,10-11}.mlp.up.weight", 5, 160, 45),
+        ("model.layers.{0-1}.mlp.experts.{0-2}.w1.weight", 6, 192, 54),
+    ]
+
+
+def test_what_differs_stays_apart():
+    tensors = [
+        tensor("h.0.w"),
+        tensor("h.1.w", shape=(8, 4)),
+        tensor("h.2.w", target="keep"),
+        tensor("h.3.w", reason="rule"),
+        tensor("h.norm1.w"),
+        tensor("h.norm2.w"),
+        tensor("h.0.w.x"),
+    ]
+    assert [g.count for g in group_tensors(tensors)] == [1] * 7
+    assert group_tensors(tensors)[0].pattern == "h.0.w"
+
+
+def test_odd_names():
+    names = ["", ".", "0", "1", "a..0", "a..1", "٣.w", "9" * 5000]
+    groups = group_tensors([tensor(name) for name in names])
+    assert sum(g.count for g in groups) == len(names)
+    assert "{0-1}" in {g.pattern for g in groups}
+    assert "a..{0-1}" in {g.pattern for g in groups}
+
+
+def test_ranges():
+    assert ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
+    assert ranges(range(0, 40, 2)) == "0,2,4,…,38"
+
+
+class FakePlan:
+    def __init__(self, data: dict) -> None:
+        self.data = data
+
+    def to_json(self) -> str:
+        return json.dumps(self.data)
+
+
+@pytest.fixture
+def plan() -> CheckpointPlan:
+    def line(name: str, to: str) -> dict:
+        facts = {"shape": [2048, 8192], "from": "BF16", "to": to, "bytes_in": 33554432, "bytes_out": 8_700_000}
+        return {"name": name, **facts, "reason": f"{to}: as transformers does", "shard": "model.safetensors"}
+
+    return CheckpointPlan.of(
+        FakePlan(
+            {
+                "operation": "quantize",
+                "source": "a",
+                "architecture": "LlamaForCausalLM",
+                "known_architecture": False,
+                "notes": ["a long remark about this model that does not fit into one line of a narrow terminal"],
+                "tensors": [
+                    *(line(f"model.layers.{i}.mlp.down_proj.weight", "nf4") for i in range(16)),
+                    line("model.embed_tokens.weight", "keep"),
+                ],
+                "shards": [{"file": "model.safetensors", "bytes": 9, "tensors": 17}],
+                "copies": [{"file": "tokenizer.json", "bytes": 2}],
+                "left_out": [{"file": "pytorch_model.bin", "reason": "weights in another file"}],
+                "skip_modules": None,
+                "totals": {
+                    "weights": 17 * 2**24,
+                    "quantized_weights": 2**28,
+                    "bytes_in": 17 * 2**25,
+                    "bytes_out": 16 * 8_700_000 + 2**25,
+                    "bits_per_weight": 4.85,
+                    "quantized_tensors": 16,
+                    "tensors": 17,
+                },
+            }
+        )
+    )
+
+
+def test_plan_table_tells_everything(plan):
+    text = str(plan)
+    assert "model.layers.{0-15}.mlp.down_proj.weight" in text
+    for words in (
+        "not known here: planned by shape",
+        "2048×8192",
+        "BF16 → nf4",
+        "as transformers does",
+        "16 of 17 tensors",
+        "4.85 bits per weight",
+        "pytorch_model.bin: weights in another file",
+        "a long remark",
+        "1 other file copied",
+    ):
+        assert words in text
+
+
+# ----------------------------------------------------------------------------------------------------------- progress
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("columns", [20, 40, 80, 200])
+def test_bar_fits(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("LINES", "24")
+    monkeypatch.setenv("TERM", "xterm")
+    bar = Bar("quantizing", Terminal())
+    bar._seen.extend([(0.0, 0), (1.0, 500_000_000)])
+    text = bar.line(500_000_000, 2_000_000_000, "model.layers.3.mlp.down_proj.weight")
+    assert len(text) < columns
+    assert text.startswith("quantizi")
+    if columns > 20:
+        assert text.startswith("quantizing  25%")
+    if columns >= 80:
+        assert "500 MB of 2.00 GB" in text
+        assert "500 MB/s" in text
+        assert "0:03 left" in text
+    if columns == 200:
+        assert text.endswith("model.layers.3.mlp.down_proj.weight")
+
+
+def test_bar_without_work():
+    assert "100%" in Bar("quantizing", Terminal()).line(0, 0, "")
+
+
+def test_bar_survives_a_lost_terminal():
+    class Lost(Terminal):
+        def write(self, text: str) -> int:
+            raise OSError("gone")
+
+    bar = Bar("quantizing", Lost())
+    bar(1, 2, "x")
+    bar.close()
+
+
+def test_lines_say_each_file_once():
+    out, done = io.StringIO(), {"a"}
+    lines = Lines("quantizing", ["a", "b", "c"], done.__contains__, out)
+    lines(0, 10_000, "")
+    assert out.getvalue() == ""
+    lines(1000, 10_000, "x")
+    done.add("b")
+    lines(5000, 10_000, "x")
+    lines(6000, 10_000, "x")
+    done.add("c")
+    lines(10_000, 10_000, "x")
+    assert out.getvalue().splitlines() == [
+        "quantizing 10.0 kB into 3 files, 1 complete already",
+        "b complete (2 of 3, 50%)",
+        "c complete (3 of 3, 100%)",
+    ]
+
+
+# -------------------------------------------------------------------------------------------------------- config.json
+
+
+def folder_with(tmp_path: Path, data: bytes) -> Path:
+    (tmp_path / "config.json").write_bytes(data)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'"x"',
+        b"null",
+        b'{"a": NaN}',
+        b"\xef\xbb\xbf{}",
+        b'{"a": "\xff"}',
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"a": ' + b"9" * 5000 + b"}",
+    ],
+)
+def test_bad_config_is_an_error_that_names_it(data, tmp_path):
+    with pytest.raises(halfbyte.CheckpointError, match=r"config\.json: ") as caught:
+        _config_json.read_config(folder_with(tmp_path, data))
+    assert "\n" not in str(caught.value)
+
+
+def test_infinity_is_kept_and_null_for_the_core(tmp_path):
+    config = _config_json.read_config(
+        folder_with(tmp_path, b'{"limit": [0.0, Infinity], "low": -Infinity, "b": 1e999}')
+    )
+    assert config is not None
+    assert json.loads(_config_json.native_text(config)) == {"limit": [0.0, None], "low": None, "b": None}
+    assert '"limit": [\n    0.0,\n    Infinity\n  ]' in _config_json.dump(config)
+
+
+def test_no_config(tmp_path):
+    assert _config_json.read_config(tmp_path) is None
+
+
+def test_quantization_config_goes_where_transformers_puts_it():
+    quantization = {"quant_method": "bitsandbytes", "_load_in_4bit": True}
+    ordered = {"architectures": ["A"], "id2label": {"0": "x", "10": "y", "2": "z"}, "vocab_size": 3}
+    text = _config_json.with_quantization(ordered, quantization)
+    assert list(json.loads(text)) == ["architectures", "id2label", "quantization_config", "vocab_size"]
+    assert list(json.loads(text)["id2label"]) == ["0", "10", "2"]
+    assert list(json.loads(text)["quantization_config"]) == ["_load_in_4bit", "quant_method"]
+    unordered = {"model_type": "llama", "architectures": ["A"]}
+    text = _config_json.with_quantization(unordered, quantization)
+    assert list(json.loads(text)) == ["model_type", "architectures", "quantization_config"]
+    assert text.endswith("\n}\n")
+
+
+def test_dtype_keys():
+    quantized = {"dtype": "bfloat16", "quantization_config": {}, "text_config": {"dtype": "bfloat16"}, "x": None}
+    assert json.loads(_config_json.without_quantization(quantized, "float16")) == {
+        "dtype": "float16",
+        "text_config": {"dtype": "float16"},
+        "x": None,
+    }
+    assert quantized["text_config"] == {"dtype": "bfloat16"}, "the source's config is left alone"
+    assert "dtype" not in json.loads(_config_json.without_quantization({"quantization_config": {}}, None))
+    assert json.loads(_config_json.without_quantization({}, "float32")) == {"torch_dtype": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("config", "method"),
+    [
+        ({}, None),
+        ({"quantization_config": None}, None),
+        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+        ({"quantization_config": {"load_in_4bit": True}}, "bitsandbytes"),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
+        ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "fp8"),
+        ({"quantization_config": "strange"}, "unknown method"),
+    ],
+)
+def test_existing_quantization(config, method):
+    assert _config_json.existing_quantization(config) == method
+
+
+def test_written_config_is_what_transformers_writes(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.LlamaConfig(hidden_size=64, num_hidden_layers=1)
+    theirs.save_pretrained(tmp_path)
+    config = _config_json.read_config(tmp_path)
+    assert config is not None
+    text = _config_json.with_quantization(config, checkpoint._quantization_dict(None))
+    theirs.quantization_config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype="bfloat16",
+    )
+    assert text == theirs.to_json_string()
+
+
+# -------------------------------------------------------------------------------------------------------- model names
+
+
+@pytest.mark.parametrize("name", ["gpt2", "org/name", "meta-llama/Llama-3.2-1B", "a_b/c.d-e"])
+def test_model_names(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert hub.is_model_name(name)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "./org/name",
+        "../x",
+        "/abs",
+        "~/x",
+        "a/b/c",
+        "a//b",
+        "a/",
+        "x.safetensors",
+        "org/model.bin",
+        "a b",
+        "",
+        ".",
+        "a..b",
+        "here/absent",
+        "here",
+        "é",
+    ],
+)
+def test_paths_are_never_model_names(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert not hub.is_model_name(text)
+
+
+def test_path_objects_are_never_looked_up(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(halfbyte.CheckpointError, match="no such file or folder"):
+        hub.resolve_source(Path("org/name"))
+
+
+def fake_hub(monkeypatch: pytest.MonkeyPatch, outcome: object) -> list[tuple[tuple, dict]]:
+    """Put a huggingface_hub in place whose download gives or raises `outcome`; the calls made to it."""
+    calls: list[tuple[tuple, dict]] = []
+    errors = types.ModuleType("huggingface_hub.errors")
+    for name, base in (
+        ("RepositoryNotFoundError", OSError),
+        ("HFValidationError", ValueError),
+        ("LocalEntryNotFoundError", FileNotFoundError),
+        ("OfflineModeIsEnabled", ConnectionError),
+    ):
+        setattr(errors, name, type(name, (base,), {}))
+    errors.GatedRepoError = type("GatedRepoError", (errors.RepositoryNotFoundError,), {})
+    utils = types.ModuleType("huggingface_hub.utils")
+    state = {"disabled": False}
+    utils.are_progress_bars_disabled = lambda: state["disabled"]
+    utils.disable_progress_bars = lambda: state.update(disabled=True)
+    utils.enable_progress_bars = lambda: state.update(disabled=False)
+    module = types.ModuleType("huggingface_hub")
+
+    def snapshot_download(*args: object, **kwargs: object) -> object:
+        calls.append((args, {**kwargs, "bars": not state["disabled"]}))
+        found = outcome(errors) if callable(outcome) else outcome
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    module.snapshot_download = snapshot_download
+    module.errors = errors
+    module.utils = utils
+    for name, value in (("", module), (".errors", errors), (".utils", utils)):
+        monkeypatch.setitem(sys.modules, f"huggingface_hub{name}", value)
+    return calls
+
+
+def test_hub_download_takes_no_pickles(tmp_path, monkeypatch):
+    import fnmatch
+
+    calls = fake_hub(monkeypatch, str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert hub.resolve_source("org/name") == tmp_path
+    ((name,), options) = calls[0]
+    assert name == "org/name"
+    assert options["bars"] is False
+
+    def taken(file: str) -> bool:
+        return any(fnmatch.fnmatch(file, p) for p in options["allow_patterns"]) and not any(
+            fnmatch.fnmatch(file, p) for p in options["ignore_patterns"]
+        )
+
+    for file in (
+        "model-00001-of-00002.safetensors",
+        "config.json",
+        "tokenizer.model",
+        "chat_template.jinja",
+        "1_Pooling/config.json",
+    ):
+        assert taken(file), file
+    for file in (
+        "pytorch_model.bin",
+        "model.pt",
+        "x.ckpt",
+        "x.pkl",
+        "consolidated.safetensors",
+        "onnx/model.json",
+        "fp16/model.safetensors",
+    ):
+        assert not taken(file), file
+
+
+@pytest.mark.parametrize(
+    ("outcome", "kind", "words"),
+    [
+        (
+            lambda e: e.RepositoryNotFoundError("404\nlong"),
+            halfbyte.CheckpointError,
+            "the hub has no model of that name",
+        ),
+        (lambda e: e.GatedRepoError("403"), halfbyte.CheckpointError, "licence"),
+        (lambda e: e.HFValidationError("bad"), halfbyte.CheckpointError, "no name for a model"),
+        (lambda e: e.LocalEntryNotFoundError("offline"), OSError, "cannot be reached"),
+        (lambda e: e.OfflineModeIsEnabled("offline"), OSError, "cannot be reached"),
+        (lambda e: RuntimeError("\nfirst\nsecond"), OSError, "failed: first"),
+        (lambda e: RuntimeError(), OSError, "failed: RuntimeError"),
+    ],
+)
+def test_hub_errors_are_one_line(outcome, kind, words, tmp_path, monkeypatch):
+    fake_hub(monkeypatch, outcome)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(kind, match=words) as caught:
+        hub.resolve_source("org/name")
+    assert str(caught.value).startswith("org/name: no such folder") or "licence" in words
+    assert "\n" not in str(caught.value)
+
+
+def test_hub_not_installed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(halfbyte.CheckpointError, match=r"no such folder; .*pip install 'halfbyte\[hub\]'"):
+        hub.resolve_source("org/name")
+
+
+# --------------------------------------------------------------------------------------------------- Python interface
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"config": {"load_in_8bit": True}}, "load_in_4bit"),
+        ({"config": {"load_in_4bit": True, "bnb_4bit_quant_type": "int4"}}, "bnb_4bit_quant_type"),
+        ({"config": {"load_in_4bit": True, "typo": 1}}, "typo"),
+        ({"skip": "lm_head"}, "skip is 'lm_head'"),
+        ({"skip": [1]}, "skip holds 1"),
+        ({"rules": ["x"]}, "rule"),
+        ({"rules": [("x", "nf4", "y")]}, "rule is"),
+        ({"selection": "guess"}, "selection is 'guess'"),
+        ({"max_shard_size": "5gb"}, "max_shard_size: size is '5gb'"),
+        ({"max_shard_size": 0}, "max_shard_size: size is 0"),
+        ({"blocksize": 48}, "48"),
+        ({"threads": 0}, "threads is 0"),
+        ({"threads": True}, "threads is True"),
+        ({"overwrite": True, "resume": True}, "overwrite and resume"),
+        ({"progress": 7}, "progress is 7"),
+    ],
+)
+def test_wrong_arguments(arguments, words, tmp_path):
+    from test_cli import write_checkpoint
+
+    source = write_checkpoint(tmp_path / "source", layers=1)
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        checkpoint.quantize_checkpoint(source, tmp_path / "out", **arguments)
+    assert not isinstance(caught.value, halfbyte.CheckpointError)
+    assert not (tmp_path / "out").exists()
+
+
+def test_api_end_to_end(tmp_path):
+    from test_cli import files, write_checkpoint
+
+    source = write_checkpoint(tmp_path / "source")
+    config = halfbyte.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="fp4", llm_int8_skip_modules=["model.layers.0"]
+    )
+    seen: list[tuple[int, int, str]] = []
+    rules = [("layers.2.mlp", "keep")]
+    plan = checkpoint.plan_checkpoint(source, config, rules=rules)
+    report = halfbyte.quantize_checkpoint(
+        source, tmp_path / "out", config, rules=rules, threads=1, progress=lambda *a: seen.append(a)
+    )
+    assert report.converted_tensors == plan.totals["quantized_tensors"] == 3
+    assert report.quantization_config["bnb_4bit_compute_dtype"] == "float32"
+    assert seen[-1][0] == seen[-1][1] == plan.totals["bytes_in"]
+    assert json.loads(json.dumps(report.to_dict()))["files"][0]["file"] == "model.safetensors"
+    assert "quantized 3 of 11 tensors" in str(report)
+    # A dict and more threads: the same bytes.
+    halfbyte.quantize_checkpoint(source, tmp_path / "more", config.to_dict(), rules=["layers.2.mlp=keep"], threads=4)
+    assert files(tmp_path / "more") == files(tmp_path / "out")
+    verified = halfbyte.verify_checkpoint(source, tmp_path / "out")
+    assert verified.ok
+    assert verified.counts == {"identical": 11}
+    inspected = halfbyte.inspect_checkpoint(tmp_path / "out")
+    assert {w["quant_type"] for w in inspected.data["weights"]} == {"fp4"}
+    assert "fp4, blocks of 64, was float16" in str(inspected)
+    back = halfbyte.dequantize_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert back.converted_tensors == 3
+    assert "quantization_config" not in json.loads((tmp_path / "back" / "config.json").read_text())
+
+
+def test_transformers_selection_agrees(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("halfbyte.integrations.selection")
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=100
+    )
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    asked = checkpoint.plan_checkpoint(tmp_path / "source", selection="transformers")
+    ruled = checkpoint.plan_checkpoint(tmp_path / "source")
+    assert [(t.name, t.target) for t in asked.tensors] == [(t.name, t.target) for t in ruled.tensors]
+    assert asked.totals["quantized_tensors"] == 14
+
+
+def test_interrupted_is_a_keyboard_interrupt():
+    error = checkpoint.Interrupted(2, 5)
+    assert isinstance(error, KeyboardInterrupt)
+    assert str(error) == "interrupted: 2 of 5 shards are complete"
+
+
+def test_verify_report_shows_what_differs():
+    rows = [
+        {"name": f"w.{i}", "status": "differs", "kind": "nf4", "shape": [2, 2], "rmse": 0.5, "max_error": 1.0}
+        for i in range(60)
+    ]
+    rows += [{"name": "x", "status": "equal-codes", "kind": "nf4", "shape": [2], "rmse": None, "max_error": None}]
+    rows += [{"name": "y", "status": "missing"}]
+    report = VerifyReport.of({"a": "a", "b": "b", "tensors": rows}, 1.0)
+    assert not report.ok
+    assert report.counts == {"differs": 60, "equal-codes": 1, "missing": 1}
+    assert "… and 11 more" in str(report)
+    assert "62 tensors: 60 differs, 1 equal-codes, 1 missing" in str(report)
+    assert VerifyReport.of({"a": "a", "b": "b", "tensors": rows[60:61]}, 1.0).ok
+
+
+def test_inspect_report_of_strange_config():
+    data = {
+        "path": "p",
+        "files": [{"file": None, "bytes": 1, "tensors": 0, "metadata": {}}],
+        "weights": [],
+        "tensors": [],
+        "groups": [],
+        "totals": {"weights": 0, "bytes": 0, "quantized_tensors": 0, "bits_per_weight": 0.0},
+        "notes": ["a\nb"],
+        "quantization_config": ["what"],
+    }
+    assert "note: a\\nb" in InspectReport(data).table(40)
+
+
+# ------------------------------------------------------------------------------------------------------------- doctor
+
+
+def test_parse_smi():
+    text = "580.95.05, NVIDIA H100 80GB HBM3, 81559, 9.0\n580.95.05, Odd, Name, [N/A], [N/A]\nnoise\n"
+    assert doctor.parse_smi(text) == {
+        "driver": "580.95.05",
+        "devices": [
+            {"name": "NVIDIA H100 80GB HBM3", "memory_bytes": 81559 * 2**20, "compute_capability": "9.0"},
+            {"name": "Odd, Name", "memory_bytes": None, "compute_capability": None},
+        ],
+    }
+    assert doctor.parse_smi("No devices were found\n") is None
+
+
+def test_doctor_survives_a_broken_driver(monkeypatch):
+    def broken() -> None:
+        raise RuntimeError("driver half installed")
+
+    monkeypatch.setattr(doctor, "_gpu_by_tool", broken)
+    monkeypatch.setattr(doctor, "_gpu_by_library", lambda: {"cuda": "13.0", "devices": [{"name": "GPU X"}]})
+    found = doctor.examine()
+    assert found["gpu"]["devices"] == [{"name": "GPU X"}]
+    assert "GPU X" in doctor.render(found)
+
+
+def test_doctor_survives_a_wrong_switch(monkeypatch):
+    def refuse() -> str:
+        raise ValueError("HALFBYTE_SIMD is 'mmx': expected another")
+
+    monkeypatch.setattr(_native, "simd", refuse)
+    monkeypatch.setenv("HALFBYTE_SIMD", "mmx")
+    assert doctor.render(doctor.examine()).count("mmx") == 2
+
+
+def test_doctor_reads_this_machine():
+    found = doctor.examine()
+    assert found["halfbyte"]["version"] == _native.__version__
+    assert found["cpu"]["usable"] >= 1
+    assert found["cpu"]["simd"] == _native.simd()
+    assert found["disk"]["free_bytes"] > 0
+    assert found["packages"]["safetensors"]
+    json.dumps(found)
