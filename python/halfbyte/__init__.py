@@ -8,7 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from halfbyte import functional as functional
+    from halfbyte import nn as nn
     from halfbyte._native import __version__ as __version__
+    from halfbyte.autograd import matmul_4bit as matmul_4bit
     from halfbyte.checkpoint import (
         CheckpointError as CheckpointError,
     )
@@ -29,13 +32,16 @@ if TYPE_CHECKING:
     )
     from halfbyte.config import BitsAndBytesConfig as BitsAndBytesConfig
 
-# Public name -> the module that defines it.
+# Public name -> the module that it is imported from: `halfbyte` for what is a module itself.
 _HOME = {
     "BitsAndBytesConfig": "halfbyte.config",
     "CheckpointError": "halfbyte.checkpoint",
     "__version__": "halfbyte._native",
     "dequantize_checkpoint": "halfbyte.checkpoint",
+    "functional": "halfbyte",
     "inspect_checkpoint": "halfbyte.checkpoint",
+    "matmul_4bit": "halfbyte.autograd",
+    "nn": "halfbyte",
     "plan_checkpoint": "halfbyte.checkpoint",
     "quantize_checkpoint": "halfbyte.checkpoint",
     "verify_checkpoint": "halfbyte.checkpoint",
@@ -46,7 +52,10 @@ __all__ = [
     "CheckpointError",
     "__version__",
     "dequantize_checkpoint",
+    "functional",
     "inspect_checkpoint",
+    "matmul_4bit",
+    "nn",
     "plan_checkpoint",
     "quantize_checkpoint",
     "verify_checkpoint",
@@ -61,7 +70,10 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module 'halfbyte' has no attribute {name!r}; it has {', '.join(__all__)}") from None
     import importlib
 
-    value: object = getattr(importlib.import_module(home), name)
+    if home == __name__:
+        value: object = importlib.import_module(f"{home}.{name}")
+    else:
+        value = getattr(importlib.import_module(home), name)
     globals()[name] = value
     return value
 
