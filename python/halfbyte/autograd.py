@@ -8,6 +8,7 @@ itself, `linear_4bit_backward`, whose own gradient is the forward product again.
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ _ops = torch.ops.halfbyte
 
 
 # ---- derivatives -----------------------------------------------------------------------------------------------------
+#
+# The same formulas twice: registered with the operations, for whatever traces those; and as functions of torch.autograd,
+# for eager calls, since registered formulas do not compose with torch.func, and cost more.
 
 
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -31,9 +35,9 @@ def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = _ops.linear_4bit_backward(grad, *ctx.saved_tensors, *ctx.how)
+        grad_x = _input_gradient(grad, *ctx.saved_tensors, *ctx.how)
     if ctx.needs_input_grad[5]:
-        grad_bias = grad.sum(dim=tuple(range(grad.dim() - 1)))
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
     return grad_x, None, None, None, None, grad_bias, None, None, None
 
 
@@ -45,7 +49,7 @@ def _setup_linear_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) ->
 def _linear_double_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_grad = None
     if ctx.needs_input_grad[0]:
-        grad_grad = _ops.linear_4bit(grad, *ctx.saved_tensors, None, *ctx.how)
+        grad_grad = _product(grad, *ctx.saved_tensors, None, *ctx.how)
     return grad_grad, None, None, None, None, None, None, None
 
 
@@ -53,6 +57,69 @@ torch.library.register_autograd("halfbyte::linear_4bit", _linear_backward, setup
 torch.library.register_autograd(
     "halfbyte::linear_4bit_backward", _linear_double_backward, setup_context=_setup_linear_backward
 )
+
+
+class _Linear4bit(torch.autograd.Function):
+    """`x @ W.T + bias` in eager mode."""
+
+    @staticmethod
+    def forward(x: Tensor, packed: Tensor, *args: Any) -> Tensor:
+        direct = kernels(x, args[3], packed, *args[:3])
+        y: Tensor = _ops.linear_4bit(x, packed, *args) if direct is None else direct.linear_4bit(x, plain(packed), *args)
+        return y
+
+    setup_context = staticmethod(_setup_linear)
+    backward = staticmethod(_linear_backward)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        return _vmap_linear(_product, info, in_dims, *args)
+
+
+class _InputGradient(torch.autograd.Function):
+    """`grad @ W` in eager mode."""
+
+    @staticmethod
+    def forward(grad: Tensor, packed: Tensor, *args: Any) -> Tensor:
+        direct = kernels(grad, None, packed, *args[:3])
+        if direct is None:
+            y: Tensor = _ops.linear_4bit_backward(grad, packed, *args)
+        else:
+            y = direct.linear_4bit_backward(grad, plain(packed), *args)
+        return y
+
+    setup_context = staticmethod(_setup_linear_backward)
+    backward = staticmethod(_linear_double_backward)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        return _vmap_linear_backward(_input_gradient, info, in_dims, *args)
+
+
+def _product(x: Tensor, packed: Tensor, *args: Any) -> Tensor:
+    """`linear_4bit` by the way that is right now."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        y: Tensor = _ops.linear_4bit(x, packed, *args)
+        return y
+    direct = kernels(x, args[3], packed, *args[:3])
+    if direct is not None:
+        y = direct.linear_4bit(x, plain(packed), *args)
+    else:
+        y = _Linear4bit.apply(x, packed, *args)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _input_gradient(grad: Tensor, packed: Tensor, *args: Any) -> Tensor:
+    """`linear_4bit_backward` by the way that is right now."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        y: Tensor = _ops.linear_4bit_backward(grad, packed, *args)
+        return y
+    direct = kernels(grad, None, packed, *args[:3])
+    if direct is not None:
+        y = direct.linear_4bit_backward(grad, plain(packed), *args)
+    else:
+        y = _InputGradient.apply(grad, packed, *args)  # type: ignore[no-untyped-call]
+    return y
 
 
 def _no_gradient(ctx: Any, *grads: Tensor) -> Any:
@@ -99,22 +166,22 @@ def _vmap_each(op: Any, info: Any, in_dims: tuple[int | None, ...], args: tuple[
     return torch.stack(results), 0
 
 
-def _vmap_linear(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+def _vmap_linear(op: Any, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
     x, packed, absmax, absmax2, offset, bias, *how = args
     if any(isinstance(d, int) for d in in_dims[1:5]):
-        return _vmap_each(_ops.linear_4bit, info, in_dims, args)
+        return _vmap_each(op, info, in_dims, args)
     x = _batch_first(x, in_dims[0], info.batch_size)
     if in_dims[5] is None:
-        return _ops.linear_4bit(x, packed, absmax, absmax2, offset, bias, *how), 0
+        return op(x, packed, absmax, absmax2, offset, bias, *how), 0
     bias = bias.movedim(in_dims[5], 0)
-    y = _ops.linear_4bit(x, packed, absmax, absmax2, offset, None, *how)
+    y = op(x, packed, absmax, absmax2, offset, None, *how)
     return y + bias.view(bias.shape[0], *(1,) * (y.dim() - 2), bias.shape[1]), 0
 
 
-def _vmap_linear_backward(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+def _vmap_linear_backward(op: Any, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
     if any(isinstance(d, int) for d in in_dims[1:5]):
-        return _vmap_each(_ops.linear_4bit_backward, info, in_dims, args)
-    return _ops.linear_4bit_backward(args[0].movedim(in_dims[0], 0), *args[1:]), 0
+        return _vmap_each(op, info, in_dims, args)
+    return op(args[0].movedim(in_dims[0], 0), *args[1:]), 0
 
 
 def _vmap_embedding(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
@@ -132,8 +199,10 @@ def _register_vmap_each(name: str) -> None:
     torch.library.register_vmap(f"halfbyte::{name}", rule)
 
 
-torch.library.register_vmap("halfbyte::linear_4bit", _vmap_linear)
-torch.library.register_vmap("halfbyte::linear_4bit_backward", _vmap_linear_backward)
+torch.library.register_vmap("halfbyte::linear_4bit", partial(_vmap_linear, _ops.linear_4bit))
+torch.library.register_vmap(
+    "halfbyte::linear_4bit_backward", partial(_vmap_linear_backward, _ops.linear_4bit_backward)
+)
 torch.library.register_vmap("halfbyte::embedding_4bit", _vmap_embedding)
 for _name in (
     "quantize_4bit",
@@ -154,20 +223,12 @@ def linear_4bit(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | Non
 
     `packed` and `state` are the weight `[out_features, in_features]`; `x` is `[..., in_features]`.
     """
-    absmax, absmax2, offset = state.scales()
-    shape, blocksize, quant_type = state.weight()
-    direct = kernels(x, bias, packed, absmax, absmax2, offset)
-    y: Tensor
-    if direct is not None:
-        y = direct.linear_4bit(x, plain(packed), absmax, absmax2, offset, bias, shape, blocksize, quant_type)
-    else:
-        y = _ops.linear_4bit(x, packed, absmax, absmax2, offset, bias, shape, blocksize, quant_type)
-    return y
+    return _product(x, packed, *state.scales(), bias, *state.weight())
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype of products under `torch.autocast`, or None outside of it."""
-    if torch.is_autocast_enabled(device.type):
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
 
@@ -225,7 +286,7 @@ def matmul_4bit(
                 DeprecationWarning,
                 stacklevel=2,
             )
-        result = _ops.linear_4bit_backward(A, B, *quant_state.scales(), *quant_state.weight())
+        result = _input_gradient(A, B, *quant_state.scales(), *quant_state.weight())
         if bias is not None:
             result = result + bias
     else:

@@ -192,7 +192,8 @@ def dequantize_4bit(
         result = _ops.dequantize_4bit(A, scales, absmax2, offset, shape, dtype, blocksize, quant_type)
         result = result if out is None else out.copy_(result)
     # Codes that come transposed are those of a weight that is wanted transposed.
-    return result.t() if A.dim() == 2 and A.shape[0] == 1 and len(shape) == 2 else result
+    transposed = A.dim() == 2 and A.shape[0] == 1 and A.shape[1] > 1 and len(shape) == 2
+    return result.t() if transposed else result
 
 
 def dequantize_nf4(

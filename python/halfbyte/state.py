@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
 
 from halfbyte import _native
 from halfbyte._checks import FLOAT_DTYPES, NESTED_BLOCKSIZE, QUANT_TYPES, check_blocksize, check_quant_type
@@ -38,7 +38,7 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 
 def _constant(values: list[float]) -> Tensor:
     """Float32 numbers as an ordinary CPU tensor, in whatever modes torch is at the moment."""
-    with torch.inference_mode(False), unset_fake_temporarily():
+    with torch.inference_mode(False), _disable_current_modes():
         return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
@@ -48,13 +48,21 @@ _DYNAMIC_MAP = _constant(_native.dynamic_map())
 
 def quant_map(quant_type: str, device: torch.device | str | None = None) -> Tensor:
     """The sixteen values of `quant_type`, float32 [16], as they are stored beside a weight. A copy."""
-    values = _QUANT_MAPS[quant_type]
-    return values.clone() if device is None else values.to(device, copy=True)
+    return _copy(_QUANT_MAPS[quant_type], device)
 
 
 def dynamic_map(device: torch.device | str | None = None) -> Tensor:
     """The 256 values of the signed 8-bit dynamic map, float32, ascending. A copy."""
-    return _DYNAMIC_MAP.clone() if device is None else _DYNAMIC_MAP.to(device, copy=True)
+    return _copy(_DYNAMIC_MAP, device)
+
+
+def _copy(values: Tensor, device: torch.device | str | None) -> Tensor:
+    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
+        # Modes that make tensors of their own kind want to see them made.
+        with _disable_current_modes():
+            numbers = values.tolist()
+        return torch.tensor(numbers, dtype=torch.float32, device=device or "cpu")
+    return values.clone() if device is None else values.to(device, copy=True)
 
 
 class QuantState:
