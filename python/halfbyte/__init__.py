@@ -31,6 +31,9 @@ if TYPE_CHECKING:
         verify_checkpoint as verify_checkpoint,
     )
     from halfbyte.config import BitsAndBytesConfig as BitsAndBytesConfig
+    from halfbyte.loading import load_quantized as load_quantized
+    from halfbyte.swap import dequantize_model as dequantize_model
+    from halfbyte.swap import quantize_model as quantize_model
 
 # Public name -> the module that it is imported from: `halfbyte` for what is a module itself.
 _HOME = {
@@ -38,12 +41,15 @@ _HOME = {
     "CheckpointError": "halfbyte.checkpoint",
     "__version__": "halfbyte._native",
     "dequantize_checkpoint": "halfbyte.checkpoint",
+    "dequantize_model": "halfbyte.swap",
     "functional": "halfbyte",
     "inspect_checkpoint": "halfbyte.checkpoint",
+    "load_quantized": "halfbyte.loading",
     "matmul_4bit": "halfbyte.autograd",
     "nn": "halfbyte",
     "plan_checkpoint": "halfbyte.checkpoint",
     "quantize_checkpoint": "halfbyte.checkpoint",
+    "quantize_model": "halfbyte.swap",
     "verify_checkpoint": "halfbyte.checkpoint",
 }
 
@@ -52,12 +58,15 @@ __all__ = [
     "CheckpointError",
     "__version__",
     "dequantize_checkpoint",
+    "dequantize_model",
     "functional",
     "inspect_checkpoint",
+    "load_quantized",
     "matmul_4bit",
     "nn",
     "plan_checkpoint",
     "quantize_checkpoint",
+    "quantize_model",
     "verify_checkpoint",
 ]
 
