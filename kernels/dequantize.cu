@@ -12,7 +12,9 @@ constexpr int GROUP = 8;
 // Words in flight in each thread. 8 blocks of 256 threads on a multiprocessor have 32 KB on the way.
 constexpr int DEPTH = 4;
 constexpr int STRIDE = THREADS * GROUP;
+// A multiple of every block size: a tile begins with a block, and inside of it 32 bits are enough for any index.
 constexpr int TILE = STRIDE * DEPTH;
+static_assert(TILE % 4096 == 0, "whole blocks");
 
 // Eight values of one block, whose codes are in `word`, the earlier ones in lower bytes and higher nibbles.
 template <typename T>
@@ -44,22 +46,25 @@ __device__ inline void dequantize(const u8 *packed, const Scales &scales, T *out
     SHARED_ARRAY(float, map, [NESTED ? 256 : 1]);
     static_assert(THREADS >= 256, "one thread for each value of the map");
 
-    const int thread = int(threadIdx.x);
-    const i64 first = i64(blockIdx.x) * TILE + thread * GROUP;
-    const bool wide = is_aligned(packed, 4) && is_aligned(out, 16);
-    const i64 whole = wide ? n & ~i64(GROUP - 1) : 0;
+    const u32 thread = threadIdx.x;
+    const i64 base = i64(blockIdx.x) * TILE;
+    const u32 size = u32(n - base < TILE ? n - base : TILE);
+    packed += base / 2;
+    out += base;
+    const ScaleReader<NESTED> reader(scales, base >> block_shift);
+    const u32 whole = is_aligned(packed, 4) && is_aligned(out, 16) ? size & ~u32(GROUP - 1) : 0;
 
     u32 words[DEPTH];
     RawScale<NESTED> raw[DEPTH];
 #pragma unroll
-    for (int d = 0; d < DEPTH; d++) {
-        const i64 i = first + d * STRIDE;
+    for (u32 d = 0; d < DEPTH; d++) {
+        const u32 i = thread * GROUP + d * STRIDE;
         words[d] = i < whole ? load_stream(reinterpret_cast<const u32 *>(packed + i / 2)) : 0;
     }
 #pragma unroll
-    for (int d = 0; d < DEPTH; d++) {
-        const i64 i = first + d * STRIDE;
-        raw[d] = i < n ? RawScale<NESTED>::load(scales, i >> block_shift) : RawScale<NESTED>::none();
+    for (u32 d = 0; d < DEPTH; d++) {
+        const u32 i = thread * GROUP + d * STRIDE;
+        raw[d] = i < size ? reader[i >> block_shift] : RawScale<NESTED>{};
     }
     const float offset = NESTED ? *scales.offset : 0.0f;
 
@@ -68,14 +73,14 @@ __device__ inline void dequantize(const u8 *packed, const Scales &scales, T *out
     __syncthreads();
 
 #pragma unroll
-    for (int d = 0; d < DEPTH; d++) {
-        const i64 i = first + d * STRIDE;
+    for (u32 d = 0; d < DEPTH; d++) {
+        const u32 i = thread * GROUP + d * STRIDE;
         const float scale = raw[d].value(map, offset);
         if (i < whole) {
             write_group(out + i, words[d], scale, values);
         } else {
             // The end of the list, or memory that is not aligned.
-            for (i64 k = i; k < n && k < i + GROUP; k++) {
+            for (u32 k = i; k < size && k < i + GROUP; k++) {
                 const u32 code = k % 2 == 0 ? packed[k / 2] >> 4 : packed[k / 2] & 15;
                 out[k] = from_f32<T>(__fmul_rn(values[code], scale));
             }
@@ -88,10 +93,13 @@ template <typename T, bool NESTED>
 __device__ inline void dequantize_reference(const u8 *packed, const Scales &scales, T *out, i64 n, int block_shift,
                                             u32 quant_type) {
     const i64 i = i64(blockIdx.x) * THREADS + threadIdx.x;
-    if (i >= n) return;
+    if (i >= n) {
+        return;
+    }
     const u32 byte = packed[i / 2];
     const u32 code = i % 2 == 0 ? byte >> 4 : byte & 15;
-    const float scale = RawScale<NESTED>::load(scales, i >> block_shift).value(DYNAMIC_MAP, NESTED ? *scales.offset : 0.0f);
+    const float offset = NESTED ? *scales.offset : 0.0f;
+    const float scale = ScaleReader<NESTED>(scales, i >> block_shift)[0].value(DYNAMIC_MAP, offset);
     out[i] = from_f32<T>(__fmul_rn(VALUES[quant_type][code], scale));
 }
 
@@ -102,12 +110,13 @@ __device__ inline void dequantize_reference(const u8 *packed, const Scales &scal
 // quant_type:  NF4 or FP4
 // Grid: ceil(n / TILE) blocks of THREADS; the reference ceil(n / THREADS).
 #define INSTANCE(name, T, nested)                                                                                    \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                            \
+    extern "C" __global__ void __launch_bounds__(THREADS, 5)                                                         \
         dequantize_##name(const u8 *packed, Scales scales, T *out, i64 n, int block_shift, u32 quant_type) {         \
         dequantize<T, nested>(packed, scales, out, n, block_shift, quant_type);                                      \
     }                                                                                                                \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                            \
-        dequantize_reference_##name(const u8 *packed, Scales scales, T *out, i64 n, int block_shift, u32 quant_type) { \
+        dequantize_reference_##name(const u8 *packed, Scales scales, T *out, i64 n, int block_shift,                  \
+                                    u32 quant_type) {                                                            \
         dequantize_reference<T, nested>(packed, scales, out, n, block_shift, quant_type);                            \
     }
 

@@ -6,7 +6,7 @@
 #include "host/ptx.h"
 #else
 
-// ---- 16-bit floats -------------------------------------------------------------------------------------------------
+// ---- floats --------------------------------------------------------------------------------------------------------
 
 // The float32 that float16 bits stand for; exact.
 __device__ inline float half_to_float(u16 bits) {
@@ -54,6 +54,13 @@ __device__ inline u32 pack_bfloat2(float first, float second) {
 #else
     return u32(float_to_bfloat(first)) | u32(float_to_bfloat(second)) << 16;
 #endif
+}
+
+// a * b + c, rounded once. A NaN has the bits 0x7fffffff, whatever those of the operands.
+__device__ inline float multiply_add(float a, float b, float c) {
+    float value;
+    asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(value) : "f"(a), "f"(b), "f"(c));
+    return value;
 }
 
 // ---- bytes ---------------------------------------------------------------------------------------------------------

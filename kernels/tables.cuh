@@ -23,7 +23,7 @@ CONSTANT_TABLE float VALUES[2][16] = {
 
 // NF4: the code of a scaled value is the number of these that it exceeds.
 constexpr int NF4_LEVELS = 15;
-CONSTANT_TABLE float NF4_THRESHOLDS[NF4_LEVELS] = {
+constexpr CONSTANT_TABLE float NF4_THRESHOLDS[NF4_LEVELS] = {
     -0.84809643f, -0.6106329f, -0.45999527f, -0.33967942f, -0.2346074f, -0.13791174f,
     -0.045525018f, 0.03979015f, 0.120255254f, 0.20352125f, 0.29201376f, 0.38931254f,
     0.5016634f, 0.6427869f, 0.8614784f,
@@ -31,7 +31,7 @@ CONSTANT_TABLE float NF4_THRESHOLDS[NF4_LEVELS] = {
 
 // FP4: the rank of a scaled magnitude is the number of these that it exceeds.
 constexpr int FP4_LEVELS = 7;
-CONSTANT_TABLE float FP4_THRESHOLDS[FP4_LEVELS] = {
+constexpr CONSTANT_TABLE float FP4_THRESHOLDS[FP4_LEVELS] = {
     0.00260417f, 0.0859375f, 0.20833333f, 0.29166666f, 0.4166667f, 0.583333f,
     0.8333333f,
 };
