@@ -5,7 +5,7 @@
 //! | floor | modules |
 //! |---|---|
 //! | plain facts | [`error`], [`codebook`], [`geometry`] |
-//! | arithmetic | [`blockwise`], [`nested`] |
+//! | arithmetic | [`blockwise`], [`nested`], [`matmul`] |
 //! | checkpoints | [`checkpoint`] |
 //! | Python | `python` (feature `python`) |
 #![deny(missing_docs)]
@@ -16,6 +16,7 @@ pub mod checkpoint;
 pub mod codebook;
 pub mod error;
 pub mod geometry;
+pub mod matmul;
 pub mod nested;
 #[cfg(feature = "python")]
 mod python;

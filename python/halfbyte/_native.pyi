@@ -17,6 +17,9 @@ __all__ = [
     "get_threads",
     "inspect",
     "is_conv1d",
+    "linear_4bit",
+    "linear_4bit_backward",
+    "matmul_path",
     "plan_dequantize",
     "plan_quantize",
     "quant_map",
@@ -54,6 +57,52 @@ def quantize_8bit(input: _Buffer, map: _Buffer, codes: _Buffer, absmax: _Buffer,
 
 def dequantize_8bit(codes: _Buffer, absmax: _Buffer, map: _Buffer, out: _Buffer, blocksize: int) -> None:
     """Read `n` float32 values back: `map[code] * absmax[block]`."""
+
+def linear_4bit(
+    x: _Buffer,
+    packed: _Buffer,
+    absmax: _Buffer,
+    bias: _Buffer | None,
+    out: _Buffer,
+    m: int,
+    n: int,
+    k: int,
+    quant_type: str,
+    blocksize: int,
+    compute_dtype: str,
+    threads: int,
+    absmax2: _Buffer | None = None,
+    offset: float = 0.0,
+) -> None:
+    """`out[m, n] = x[m, k] @ dequantized[n, k].T + bias[n]`, all row-major; no dense copy of the weight is made.
+
+    `x`, `bias` and `out` are float16, bfloat16 or float32, each its own. `x` is rounded to `compute_dtype` ("float32",
+    "float16" or "bfloat16"); sums and the bias are float32, rounded once to `out`. Weights are rounded to bfloat16 when
+    `matmul_path()` is "avx512bf16" and `compute_dtype` is "bfloat16", and stay float32 otherwise.
+    `absmax` is float32 [ceil(n * k / blocksize)]; or, with `absmax2`, the uint8 codes of doubly quantized scales, read
+    as `expand_absmax` reads them. At most `threads` threads work, and no more than `get_threads()`: the same bits with
+    every number. The GIL is released unless the product is small.
+    """
+
+def linear_4bit_backward(
+    grad: _Buffer,
+    packed: _Buffer,
+    absmax: _Buffer,
+    out: _Buffer,
+    m: int,
+    n: int,
+    k: int,
+    quant_type: str,
+    blocksize: int,
+    compute_dtype: str,
+    threads: int,
+    absmax2: _Buffer | None = None,
+    offset: float = 0.0,
+) -> None:
+    """`out[m, k] = grad[m, n] @ dequantized[n, k]`: the gradient of `linear_4bit`'s `x`, under the same rules."""
+
+def matmul_path() -> str:
+    """The instructions that products use: "scalar", "avx2", "avx512" or "avx512bf16"."""
 
 def compress_absmax(absmax: _Buffer, codes: _Buffer, absmax2: _Buffer) -> float:
     """Quantize `n` float32 scales to `codes` uint8 [n] and `absmax2` float32 [ceil(n / 256)]; gives the offset."""

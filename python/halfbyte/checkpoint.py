@@ -175,8 +175,8 @@ def quantize_checkpoint(
         Quantize weights that hold NaN or infinities, instead of raising.
     blocksize
         Weights per scale: 32, 64, 128, 256, 512, 1024, 2048 or 4096. ``config.json`` has no place for it; each weight's
-        state says it, and transformers with bitsandbytes 0.50 loads, dequantizes and trains with all of them. On a CPU
-        with AVX512-BF16, bitsandbytes' inference needs a blocksize that divides the width of every layer, 64 too.
+        state says it, and transformers with bitsandbytes 0.50 loads all of them. On a CPU with AVX-512, though,
+        bitsandbytes 0.50 multiplies with wrong scales unless the blocksize, 64 too, divides the width of every layer.
     threads
         How many to use; None for one per core that this process may run on.
     fsync
@@ -431,6 +431,9 @@ def _run(
     """Execute a plan; the fields of `ConvertReport`."""
     if overwrite and resume:
         raise ValueError("overwrite and resume are both set: expected at most one of them")
+    if not os.fspath(dst):
+        # As a path it would stand for the working directory: not what an unset variable in a script means.
+        raise ValueError("dst is '': expected the folder to write to")
     mode = "overwrite" if overwrite else "resume" if resume else "new"
     plan = prepared.plan
     destination = Path(dst)

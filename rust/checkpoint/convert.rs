@@ -196,9 +196,18 @@ impl<'a> ShardJob<'a> {
             Action::Copy { source, output } => {
                 let buffer = bytes(&mut scratch.dense, piece.len);
                 self.read(*source, piece.start, buffer)?;
-                self.write(*output, piece.start, buffer)?;
                 self.progress.add(piece.len as u64);
-                Ok(piece.len as u64)
+                if self.layout().tensors[*output].dtype == self.source.tensor(*source).dtype {
+                    self.write(*output, piece.start, buffer)?;
+                    return Ok(piece.len as u64);
+                }
+                // The one other case: float16 that is stored as float32.
+                let wide = bytes(&mut scratch.packed, 2 * piece.len);
+                for (wide, value) in wide.chunks_exact_mut(4).zip(buffer.chunks_exact(2)) {
+                    wide.copy_from_slice(&f16::from_le_bytes([value[0], value[1]]).to_f32().to_le_bytes());
+                }
+                self.write(*output, 2 * piece.start, wide)?;
+                Ok(wide.len() as u64)
             }
             Action::Quantize { source, state, transpose, outputs } => {
                 let found = with_element!(state.dtype, T => self.quantize::<T>(scratch, piece, *source, state, *transpose, outputs))?;
@@ -368,7 +377,8 @@ pub fn read_scales(source: &Checkpoint, weight: &WeightSource) -> Result<Vec<f32
     Ok(scales)
 }
 
-fn floats(bytes: &[u8]) -> Vec<f32> {
+/// Little-endian float32 values.
+pub fn floats(bytes: &[u8]) -> Vec<f32> {
     bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
 }
 

@@ -19,3 +19,6 @@ pub mod stage;
 pub mod state;
 pub mod verify;
 pub mod workers;
+
+#[cfg(test)]
+mod tests;

@@ -1,11 +1,12 @@
 //! What a run will do, computed from headers alone: which tensor becomes what, why, how many bytes, in which file.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
 
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
+use super::header::MAX_HEADER_LEN;
 use super::layout::{Layout, OutputTensor};
 use super::selection::{self, SelectionOptions, TensorFacts, Treatment};
 use super::source::{Checkpoint, SINGLE_FILE, TensorRef};
@@ -101,6 +102,8 @@ pub struct WeightSource {
     pub packed: TensorRef,
     /// Scales.
     pub absmax: TensorRef,
+    /// The codebook, where the checkpoint has it.
+    pub quant_map: Option<TensorRef>,
     /// The scales' scales and codebook.
     pub nested: Option<(TensorRef, TensorRef)>,
     /// All tensors that belong to it.
@@ -199,6 +202,13 @@ impl Plan {
         for (&at, decision) in source.order.iter().zip(&selection.decisions) {
             let entry = source.tensor(at);
             groups.push(match decision.treatment {
+                Treatment::Keep if decision.float32 && entry.dtype == Dtype::F16 => {
+                    let mut group = keep(&source, at, format!("{}: float16 becomes float32", decision.reason));
+                    let output = OutputTensor::fixed(entry.name.clone(), Dtype::F32, entry.shape.clone());
+                    group.line.bytes_out = output.len;
+                    group.outputs = vec![output];
+                    group
+                }
                 Treatment::Keep => keep(&source, at, decision.reason.clone()),
                 Treatment::Quantize { quant_type, transpose } => {
                     let mut shape = entry.shape.clone();
@@ -277,6 +287,13 @@ impl Plan {
                 let to = dtype.unwrap_or(weight.state.dtype);
                 let transpose = selection::is_conv1d(config, &weight.name);
                 let mut shape = weight.state.shape.clone();
+                if transpose && shape.len() != 2 {
+                    return Err(Error::tensor(
+                        &source.file(at).path,
+                        &weight.name,
+                        format!("has the shape {shape:?}: expected two dimensions of the weight of a Conv1D"),
+                    ));
+                }
                 if transpose {
                     shape.reverse();
                 }
@@ -438,44 +455,85 @@ fn weight_outputs(name: &str, state: &State, storage: Dtype) -> Vec<OutputTensor
     outputs
 }
 
-/// Deals groups out to files of at most `max_shard_size` bytes, in order; a weight and its state stay together.
-fn pack(source: &Checkpoint, groups: Vec<Group>, max_shard_size: u64) -> Result<(Vec<ShardPlan>, Vec<TensorPlan>)> {
-    let mut names = HashSet::new();
-    let mut bins: Vec<Vec<Group>> = Vec::new();
-    let mut filled = 0;
+/// A bound of the bytes that an entry of this name takes in a header, but for its shape: the name, each byte of which
+/// JSON may spell in six, and its dtype and offsets.
+fn header_room(name: &str) -> u64 {
+    let escaped: usize = name
+        .bytes()
+        .map(|b| {
+            if b < 0x20 || b == 0x7f {
+                6
+            } else if b == b'"' || b == b'\\' {
+                2
+            } else {
+                1
+            }
+        })
+        .sum();
+    escaped as u64 + 100
+}
+
+/// Fails when two tensors of the output have one name.
+fn refuse_duplicates(source: &Checkpoint, groups: &[Group]) -> Result<()> {
+    let mut owners: HashMap<&str, &str> = HashMap::new();
     for group in groups {
         for output in &group.outputs {
-            if !names.insert(output.name.clone()) {
+            if let Some(other) = owners.insert(&output.name, &group.line.name) {
+                let weight = if other == output.name { &group.line.name } else { other };
                 return Err(Error::tensor(
                     &source.folder,
                     &output.name,
                     format!(
-                        "would stand twice in the output: once as it is, once as a part of the 4-bit weight {:?}",
-                        group.line.name
+                        "would stand twice in the output: it has the name of a part of the 4-bit weight {weight:?}"
                     ),
                 ));
             }
         }
+    }
+    Ok(())
+}
+
+/// Deals groups out to files of at most `max_shard_size` bytes, in order; a weight and its state stay together.
+fn pack(source: &Checkpoint, groups: Vec<Group>, max_shard_size: u64) -> Result<(Vec<ShardPlan>, Vec<TensorPlan>)> {
+    refuse_duplicates(source, &groups)?;
+    let mut metadata = source.metadata();
+    // transformers asks for it and writes it itself.
+    metadata.entry("format".to_owned()).or_insert_with(|| "pt".to_owned());
+    let metadata_len: u64 = metadata.iter().map(|(k, v)| header_room(k) + header_room(v)).sum();
+    let mut bins: Vec<Vec<Group>> = Vec::new();
+    let (mut filled, mut header) = (0, 0);
+    for group in groups {
         let len = group.line.bytes_out;
-        if bins.is_empty() || (filled > 0 && filled + len > max_shard_size) {
+        let room: u64 = group.outputs.iter().map(|o| header_room(&o.name) + 24 * o.shape.len() as u64).sum();
+        // A 4-bit weight has six entries in a header where the weight itself had one.
+        let full = filled > 0 && filled + len > max_shard_size || header + room > MAX_HEADER_LEN;
+        if bins.last().is_none_or(|bin| full && !bin.is_empty()) {
             bins.push(Vec::new());
-            filled = 0;
+            (filled, header) = (0, metadata_len);
         }
         filled += len;
+        header += room;
         if let Some(bin) = bins.last_mut() {
             bin.push(group);
         }
     }
-    let mut metadata = source.metadata();
-    // transformers asks for it and writes it itself.
-    metadata.entry("format".to_owned()).or_insert_with(|| "pt".to_owned());
     let count = bins.len();
     let mut shards = Vec::with_capacity(count);
     let mut lines = Vec::new();
     for (number, bin) in bins.into_iter().enumerate() {
         let outputs: Vec<OutputTensor> = bin.iter().flat_map(|g| g.outputs.iter().cloned()).collect();
         let layout = Layout::new(outputs, metadata.clone());
-        let place = |o: &OutputTensor| layout.index(&o.name).expect("a layout holds what it was made of");
+        if layout.header_len > MAX_HEADER_LEN {
+            return Err(Error::file(
+                &source.folder,
+                format!(
+                    "has so long names or so much metadata that a header of the output would have {} bytes: \
+                     safetensors allows {MAX_HEADER_LEN}",
+                    layout.header_len
+                ),
+            ));
+        }
+        let place = |o: &OutputTensor| layout.index(o).expect("a layout holds what it was made of");
         let mut actions = Vec::with_capacity(bin.len());
         for mut group in bin {
             let at: Vec<usize> = group.outputs.iter().map(place).collect();
@@ -511,10 +569,21 @@ fn pack(source: &Checkpoint, groups: Vec<Group>, max_shard_size: u64) -> Result<
 /// The 4-bit weights of a checkpoint, each checked: its parts are there and have the shapes that its JSON asks for.
 pub fn find_weights(source: &Checkpoint) -> Result<Vec<WeightSource>> {
     let mut weights = Vec::new();
+    let mut owners: HashMap<TensorRef, String> = HashMap::new();
     for &at in &source.order {
         let name = &source.tensor(at).name;
         if let Some((weight, suffix)) = name.split_once(state::STATE_INFIX) {
-            weights.push(read_weight(source, at, weight, suffix)?);
+            let weight = read_weight(source, at, weight, suffix)?;
+            for &part in &weight.parts {
+                if let Some(other) = owners.insert(part, name.clone()) {
+                    return Err(Error::tensor(
+                        &source.file(part).path,
+                        &source.tensor(part).name,
+                        format!("belongs to two quantization states, {other:?} and {name:?}: expected one"),
+                    ));
+                }
+            }
+            weights.push(weight);
         }
     }
     Ok(weights)
@@ -566,9 +635,8 @@ fn read_weight(source: &Checkpoint, at: TensorRef, name: &str, suffix: &str) -> 
     };
     let scales = state.blocksize.absmax_len(n);
     let mut parts = vec![packed, at];
-    if let Some(map) = source.find(&format!("{name}{}", state::QUANT_MAP)) {
-        parts.push(map);
-    }
+    let quant_map = source.find(&format!("{name}{}", state::QUANT_MAP));
+    parts.extend(quant_map);
     let nested = if state.nested_offset.is_some() {
         let absmax = expect(part(state::NESTED_ABSMAX)?, Dtype::F32, scales.div_ceil(NESTED_BLOCK_SIZE))?;
         let map = expect(part(state::NESTED_QUANT_MAP)?, Dtype::F32, 256)?;
@@ -579,5 +647,5 @@ fn read_weight(source: &Checkpoint, at: TensorRef, name: &str, suffix: &str) -> 
     };
     let absmax = expect(part(state::ABSMAX)?, if nested.is_some() { Dtype::U8 } else { Dtype::F32 }, scales)?;
     parts.push(absmax);
-    Ok(WeightSource { name: name.to_owned(), state, packed, absmax, nested, parts })
+    Ok(WeightSource { name: name.to_owned(), state, packed, absmax, quant_map, nested, parts })
 }

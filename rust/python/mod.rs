@@ -4,6 +4,7 @@ mod blockwise;
 mod buffer;
 mod checkpoint;
 mod error;
+mod matmul;
 mod selection;
 mod threads;
 
@@ -15,5 +16,6 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
     blockwise::register(m)?;
     checkpoint::register(m)?;
+    matmul::register(m)?;
     selection::register(m)
 }

@@ -1,0 +1,136 @@
+//! Products with few rows: codes are looked up into registers and multiplied there. The weight is decoded nowhere, and
+//! a scale is applied once to the sum of its block.
+//!
+//! This takes rows that begin with a block or a half of one, in steps of 64 values: `k` a multiple of 64 and blocks of
+//! at least 64. 64 packed bytes at a time are a *group* of 128 values. A register of them is shifted by 0, 4, 8, … bits,
+//! which brings each nibble of its words (of 16 or 32 bits) to the low end in turn, where the look-up wants it; the
+//! activations are laid out in that order instead of the weight's.
+
+use super::blocked::Out;
+use super::pack::Matrix;
+use super::scratch::{Scratch, Words};
+use super::weight::Weight;
+use super::workers::Workers;
+
+/// Values of a group.
+pub(super) const GROUP: usize = 128;
+
+/// Rows of activations that are multiplied with the same look-ups.
+pub(super) const LANES: usize = 8;
+
+/// A path's direct product.
+#[derive(Clone, Copy)]
+pub(super) struct Direct {
+    /// Words of a group of activations.
+    pub group_words: usize,
+    /// Lays one row of activations out: `[groups][group_words]`, what is missing in the last is zero.
+    pub prepare: fn(Matrix<'_>, row: usize, out: &mut [u32]),
+    /// The products of two rows of the weight with up to [`LANES`] rows of activations.
+    ///
+    /// # Safety
+    /// The machine has the path; all of `Pair` is readable.
+    pub pair: unsafe fn(&Pair) -> [[f32; LANES]; 2],
+}
+
+/// What a product of two rows of a weight reads.
+pub(super) struct Pair {
+    /// The packed rows, which may be the same one.
+    pub codes: [*const u8; 2],
+    /// The scales of the rows' blocks.
+    pub scales: [*const f32; 2],
+    /// Where in its first block each row begins.
+    pub offsets: [usize; 2],
+    /// The base-2 logarithm of the block size.
+    pub shift: u32,
+    /// The codebook.
+    pub values: &'static [f32; 16],
+    /// Whole groups in a row.
+    pub groups: usize,
+    /// Whether half a group follows.
+    pub half: bool,
+    /// Prepared activations.
+    pub x: *const u32,
+    /// Words between rows of activations.
+    pub x_stride: usize,
+    /// Rows of activations, 1 to [`LANES`].
+    pub count: usize,
+}
+
+impl Pair {
+    /// The scales of both halves of a group of row `r`.
+    ///
+    /// # Safety
+    /// The group is within the row, and so is its second half, unless it is the last and `half`.
+    #[inline(always)]
+    pub unsafe fn scales_of(&self, r: usize, group: usize) -> [f32; 2] {
+        let at = self.offsets[r] + group * GROUP;
+        let second = if group < self.groups { at + GROUP / 2 } else { at };
+        // SAFETY: the caller's.
+        unsafe { [*self.scales[r].add(at >> self.shift), *self.scales[r].add(second >> self.shift)] }
+    }
+}
+
+/// Whether the direct product takes this weight.
+pub(super) fn takes(weight: &Weight<'_>) -> bool {
+    weight.cols().is_multiple_of(GROUP / 2) && weight.blocksize() >= GROUP / 2 && weight.cols() > 0
+}
+
+/// `out[m, n] = x[m, k] · weight[n, k]ᵀ`.
+pub(super) fn forward(
+    direct: Direct,
+    x: Matrix<'_>,
+    m: usize,
+    weight: &Weight<'_>,
+    out: &Out<'_>,
+    workers: Workers<'_>,
+) {
+    const TASK: usize = 32;
+    let (n, k) = (weight.rows(), weight.cols());
+    let stride = k.div_ceil(GROUP) * direct.group_words;
+    let mut prepared = Words::zeroed(m * stride);
+    for (row, words) in prepared.as_mut_slice().chunks_exact_mut(stride).take(m).enumerate() {
+        (direct.prepare)(x, row, words);
+    }
+    let prepared = prepared.as_slice();
+    let task_rows = n.div_ceil(8 * workers.threads()).next_multiple_of(16).min(TASK);
+    workers.for_each(n.div_ceil(task_rows), |task| {
+        let rows = task * task_rows..n.min((task + 1) * task_rows);
+        Scratch::with(|scratch| {
+            let sums: &mut [f32] = bytemuck::cast_slice_mut(scratch.sums.at_least(m * TASK));
+            let blocks = weight.blocks_of(rows.start * k..rows.end * k);
+            let first = blocks.start * weight.blocksize();
+            let scales = weight.scales(blocks, &mut scratch.scales);
+            for row in rows.clone().step_by(2) {
+                let both = [row, (row + 1).min(rows.end - 1)];
+                let starts = both.map(|row| row * k - first);
+                let pair = Pair {
+                    codes: both.map(|row| &raw const weight.packed()[row * k / 2]),
+                    scales: starts.map(|start| &raw const scales[start / weight.blocksize()]),
+                    offsets: starts.map(|start| start % weight.blocksize()),
+                    shift: weight.blocksize().trailing_zeros(),
+                    values: weight.values(),
+                    groups: k / GROUP,
+                    half: !k.is_multiple_of(GROUP),
+                    x: prepared.as_ptr(),
+                    x_stride: stride,
+                    count: 0,
+                };
+                for first_lane in (0..m).step_by(LANES) {
+                    let x = &raw const prepared[first_lane * stride];
+                    let pair = Pair { x, count: LANES.min(m - first_lane), ..pair };
+                    // SAFETY: the path is available; rows, scales and activations are as long as `k` says.
+                    let sum = unsafe { (direct.pair)(&pair) };
+                    for (row, sum) in both.into_iter().zip(sum) {
+                        for (lane, sum) in sum.into_iter().enumerate().take(pair.count) {
+                            sums[(first_lane + lane) * TASK + row - rows.start] = sum;
+                        }
+                    }
+                }
+            }
+            for (row, sums) in sums.chunks_exact_mut(TASK).enumerate() {
+                // SAFETY: this task alone has these rows of the weight, which are columns of the result.
+                unsafe { out.store(row, rows.start, &mut sums[..rows.len()]) }
+            }
+        });
+    });
+}

@@ -1,0 +1,112 @@
+//! The direct product of bfloat16 activations: AVX512-BF16.
+//!
+//! The codebook is rounded to bfloat16; products of a block's 64 values are added up without scale, in float32.
+
+use std::arch::x86_64::*;
+
+use super::avx512::{bits, pairs};
+use super::direct::{Direct, GROUP, LANES, Pair};
+use super::pack::Matrix;
+
+pub(super) const DIRECT: Direct = Direct { group_words: GROUP / 2, prepare, pair };
+
+/// Which of a 16-bit word's four values its nibbles are, lowest nibble first.
+const ORDER: [usize; 4] = [1, 0, 3, 2];
+
+/// Register `j` of a group, place `w`: value `4 w + ORDER[j]`.
+fn prepare(x: Matrix<'_>, row: usize, out: &mut [u32]) {
+    let out: &mut [u16] = bytemuck::cast_slice_mut(out);
+    for (start, out) in (row * x.cols..).step_by(GROUP).zip(out.chunks_exact_mut(GROUP)) {
+        let len = GROUP.min((row + 1) * x.cols - start);
+        let mut natural = [0u16; GROUP];
+        x.floats.to_bf16(start..start + len, &mut natural[..len]);
+        for (out, offset) in out.chunks_exact_mut(GROUP / 4).zip(ORDER) {
+            out.iter_mut().zip(natural.as_chunks::<4>().0).for_each(|(o, word)| *o = word[offset]);
+        }
+    }
+}
+
+unsafe fn pair(pair: &Pair) -> [[f32; LANES]; 2] {
+    // SAFETY: the caller's.
+    unsafe {
+        match pair.count {
+            1 => rows::<1>(pair),
+            2 => rows::<2>(pair),
+            3 => rows::<3>(pair),
+            4 => rows::<4>(pair),
+            5 => rows::<5>(pair),
+            6 => rows::<6>(pair),
+            7 => rows::<7>(pair),
+            _ => rows::<8>(pair),
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+unsafe fn rows<const M: usize>(pair: &Pair) -> [[f32; LANES]; 2] {
+    // SAFETY: sixteen values, and what `Pair` describes.
+    unsafe {
+        let values = _mm512_loadu_ps(pair.values.as_ptr());
+        let table = bits(_mm512_cvtne2ps_pbh(values, values));
+        let mut sums = [[_mm512_setzero_ps(); M]; 2];
+        let [a, b] = pair.codes;
+        for group in 0..pair.groups {
+            let codes = [a, b].map(|codes| _mm512_loadu_si512(codes.add(group * (GROUP / 2)).cast()));
+            multiply(pair, group, codes, table, &mut sums);
+        }
+        if pair.half {
+            let group = pair.groups;
+            // Codes of zeros that are multiplied with zeros.
+            let codes =
+                [a, b].map(|codes| _mm512_zextsi256_si512(_mm256_loadu_si256(codes.add(group * (GROUP / 2)).cast())));
+            multiply(pair, group, codes, table, &mut sums);
+        }
+        let mut out = [[0.0; LANES]; 2];
+        for (out, sums) in out.iter_mut().zip(sums) {
+            for (out, sum) in out.iter_mut().zip(sums) {
+                *out = _mm512_reduce_add_ps(sum);
+            }
+        }
+        out
+    }
+}
+
+/// Adds the products of one group.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+unsafe fn multiply<const M: usize>(
+    pair: &Pair,
+    group: usize,
+    codes: [__m512i; 2],
+    table: __m512i,
+    sums: &mut [[__m512; M]; 2],
+) {
+    // SAFETY: the caller's.
+    unsafe {
+        let scales = [0, 1].map(|r| {
+            let [first, second] = pair.scales_of(r, group);
+            // The first 32 bytes, and so the lower lanes, are the first half.
+            _mm512_mask_mov_ps(_mm512_set1_ps(first), 0xff00, _mm512_set1_ps(second))
+        });
+        // The look-up uses the low five bits of each 16, and the fifth does not matter: the table is there twice.
+        let weights = codes.map(|codes| {
+            [
+                _mm512_permutexvar_epi16(codes, table),
+                _mm512_permutexvar_epi16(_mm512_srli_epi16::<4>(codes), table),
+                _mm512_permutexvar_epi16(_mm512_srli_epi16::<8>(codes), table),
+                _mm512_permutexvar_epi16(_mm512_srli_epi16::<12>(codes), table),
+            ]
+        });
+        for m in 0..M {
+            let x = pair.x.add(m * pair.x_stride + group * (GROUP / 2));
+            let x = [0, 1, 2, 3].map(|j| pairs(_mm512_loadu_si512(x.add(16 * j).cast())));
+            for r in 0..2 {
+                let mut block = _mm512_setzero_ps();
+                for j in 0..4 {
+                    block = _mm512_dpbf16_ps(block, x[j], pairs(weights[r][j]));
+                }
+                sums[r][m] = _mm512_fmadd_ps(block, scales[r], sums[r][m]);
+            }
+        }
+    }
+}
