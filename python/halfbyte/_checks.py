@@ -259,7 +259,9 @@ def check_quantize_blockwise(input: Tensor, code: Tensor, blocksize: int) -> Non
     check_blocksize_8bit(blocksize)
 
 
-def check_dequantize_blockwise(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> None:
+def check_dequantize_blockwise(
+    codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype
+) -> None:
     """The arguments of `dequantize_blockwise`."""
     check_tensor("codes", codes)
     if codes.dtype is not torch.uint8:

@@ -65,9 +65,7 @@ class _Linear4bit(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, packed: Tensor, *args: Any) -> Tensor:
         direct = kernels(x, args[3], packed, *args[:3])
-        y: Tensor = (
-            _ops.linear_4bit(x, packed, *args) if direct is None else direct.linear_4bit(x, plain(packed), *args)
-        )
+        y: Tensor = _ops.linear_4bit(x, packed, *args) if direct is None else direct.linear_4bit(x, plain(packed), *args)
         return y
 
     setup_context = staticmethod(_setup_linear)
@@ -202,7 +200,9 @@ def _register_vmap_each(name: str) -> None:
 
 
 torch.library.register_vmap("halfbyte::linear_4bit", partial(_vmap_linear, _ops.linear_4bit))
-torch.library.register_vmap("halfbyte::linear_4bit_backward", partial(_vmap_linear_backward, _ops.linear_4bit_backward))
+torch.library.register_vmap(
+    "halfbyte::linear_4bit_backward", partial(_vmap_linear_backward, _ops.linear_4bit_backward)
+)
 torch.library.register_vmap("halfbyte::embedding_4bit", _vmap_embedding)
 for _name in (
     "quantize_4bit",

@@ -105,7 +105,9 @@ def quantize_4bit(
     state = QuantState(scales, A.shape, quant_map(quant_type, A.device), blocksize, quant_type, A.dtype)
     if compress_statistics:
         codes, absmax2, state.offset = call.compress_absmax(scales)
-        state.state2 = QuantState(absmax2, code=dynamic_map(A.device), blocksize=NESTED_BLOCKSIZE, dtype=torch.float32)
+        state.state2 = QuantState(
+            absmax2, code=dynamic_map(A.device), blocksize=NESTED_BLOCKSIZE, dtype=torch.float32
+        )
         state.absmax, state.nested = codes, True
     if quant_storage is not torch.uint8:
         packed = _view_as(packed, quant_storage)
@@ -167,7 +169,9 @@ def dequantize_4bit(
         if absmax is None or out is None:
             missing = " and ".join(name for name, value in (("absmax", absmax), ("out", out)) if value is None)
             raise ValueError(f"{missing}: None; without quant_state, both absmax and out are needed")
-        quant_state = QuantState(absmax, out.shape, None, 64 if blocksize is None else blocksize, quant_type, out.dtype)
+        quant_state = QuantState(
+            absmax, out.shape, None, 64 if blocksize is None else blocksize, quant_type, out.dtype
+        )
     elif not isinstance(quant_state, QuantState):
         raise TypeError(f"quant_state: {type(quant_state).__name__} is not a QuantState, as quantize_4bit returns")
     check_tensor("A", A)

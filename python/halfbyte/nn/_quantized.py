@@ -151,7 +151,9 @@ class Quantized(torch.nn.Module):
         own = {name, *stats.values()}
         # The bias, and whatever a subclass has, are torch's business.
         rest = {key: value for key, value in state_dict.items() if key not in own}
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         if name not in state_dict:
             if stats:
                 error_msgs.append(f"{name}: missing, but its state is there: {', '.join(sorted(stats.values()))}")
@@ -199,9 +201,7 @@ class Quantized(torch.nn.Module):
             packed, state = quantize_4bit(
                 value.to(target),
                 blocksize=getattr(weight, "blocksize", None) or (self.quant_state and self.quant_state.blocksize),
-                compress_statistics=getattr(
-                    weight, "compress_statistics", bool(self.quant_state and self.quant_state.nested)
-                ),
+                compress_statistics=getattr(weight, "compress_statistics", bool(self.quant_state and self.quant_state.nested)),
                 quant_type=quant_type or "fp4",
                 quant_storage=self.quant_storage,
             )
