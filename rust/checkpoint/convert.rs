@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use half::{bf16, f16};
 use safetensors::Dtype;
 
+use super::cast::cast;
 use super::file::{read_exact_at, write_all_at};
 use super::flush::Flusher;
 use super::job::Progress;
@@ -35,6 +36,8 @@ pub const PIECE_BYTES: usize = 512 << 10;
 pub struct Scratch {
     dense: Vec<u64>,
     packed: Vec<u64>,
+    /// Weights as they are stored, when they are cast before they are quantized.
+    stored: Vec<u64>,
 }
 
 /// The first `len` bytes of a buffer that grows as needed.
@@ -121,7 +124,10 @@ impl<'a> ShardJob<'a> {
                 Action::Copy { source: at, .. } => (source.tensor(*at).len as usize, PIECE_BYTES),
                 // A transposed weight is taken whole: its pieces would be strided reads.
                 Action::Quantize { state, transpose: true, .. } => (state.elements(), usize::MAX),
-                Action::Quantize { state, .. } => (state.elements(), PIECE_BYTES / item_size(state.dtype)),
+                Action::Quantize { source: at, state, .. } => {
+                    let widest = item_size(state.dtype).max(item_size(source.tensor(*at).dtype));
+                    (state.elements(), PIECE_BYTES / widest)
+                }
                 Action::Dequantize { source, transpose: true, .. } => (source.state.elements(), usize::MAX),
                 Action::Dequantize { source, output, .. } => {
                     (source.state.elements(), PIECE_BYTES / item_size(shard.layout.tensors[*output].dtype))
@@ -197,17 +203,16 @@ impl<'a> ShardJob<'a> {
                 let buffer = bytes(&mut scratch.dense, piece.len);
                 self.read(*source, piece.start, buffer)?;
                 self.progress.add(piece.len as u64);
-                if self.layout().tensors[*output].dtype == self.source.tensor(*source).dtype {
+                let (from, to) = (self.source.tensor(*source).dtype, self.layout().tensors[*output].dtype);
+                if from == to {
                     self.write(*output, piece.start, buffer)?;
                     return Ok(piece.len as u64);
                 }
-                // The one other case: float16 that is stored as float32.
-                let wide = bytes(&mut scratch.packed, 2 * piece.len);
-                for (wide, value) in wide.chunks_exact_mut(4).zip(buffer.chunks_exact(2)) {
-                    wide.copy_from_slice(&f16::from_le_bytes([value[0], value[1]]).to_f32().to_le_bytes());
-                }
-                self.write(*output, 2 * piece.start, wide)?;
-                Ok(wide.len() as u64)
+                let (before, after) = (item_size(from), item_size(to));
+                let other = bytes(&mut scratch.packed, piece.len / before * after);
+                cast(from, to, buffer, other);
+                self.write(*output, piece.start / before * after, other)?;
+                Ok(other.len() as u64)
             }
             Action::Quantize { source, state, transpose, outputs } => {
                 let found = with_element!(state.dtype, T => self.quantize::<T>(scratch, piece, *source, state, *transpose, outputs))?;
@@ -251,9 +256,16 @@ impl<'a> ShardJob<'a> {
         transpose: bool,
         outputs: &WeightOutputs,
     ) -> Result<Vec<f32>> {
-        let size = size_of::<T>();
-        let dense = bytes(&mut scratch.dense, piece.len * size);
-        self.read(source, piece.start * size, dense)?;
+        let from = self.source.tensor(source).dtype;
+        let size = item_size(from);
+        let dense = bytes(&mut scratch.dense, piece.len * size_of::<T>());
+        if from == state.dtype {
+            self.read(source, piece.start * size, dense)?;
+        } else {
+            let stored = bytes(&mut scratch.stored, piece.len * size);
+            self.read(source, piece.start * size, stored)?;
+            cast(from, state.dtype, stored, dense);
+        }
         let turned;
         let values: &[T] = if transpose {
             // The state's shape is that of the result: [columns, rows] of what was read.

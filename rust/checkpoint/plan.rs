@@ -6,7 +6,9 @@ use std::path::PathBuf;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
+use super::cast::{config_dtype, is_float};
 use super::header::MAX_HEADER_LEN;
+use super::header::TensorEntry;
 use super::layout::{Layout, OutputTensor};
 use super::selection::{self, SelectionOptions, TensorFacts, Treatment};
 use super::source::{Checkpoint, SINGLE_FILE, TensorRef};
@@ -26,6 +28,8 @@ pub struct QuantizeOptions {
     pub double_quant: bool,
     /// The dtype that packed codes are stored as.
     pub storage: Dtype,
+    /// The dtype that weights are taken in before they are quantized or kept; none for that of config.json.
+    pub dtype: Option<Dtype>,
     /// Largest output file in bytes; one weight alone may exceed it.
     pub max_shard_size: u64,
     /// Which tensors.
@@ -198,18 +202,14 @@ impl Plan {
             })
             .collect();
         let selection = selection::select(config, &facts, &options.selection)?;
+        let model_dtype = options.dtype.or_else(|| config_dtype(config));
         let mut groups = Vec::with_capacity(source.order.len());
         for (&at, decision) in source.order.iter().zip(&selection.decisions) {
             let entry = source.tensor(at);
             groups.push(match decision.treatment {
-                Treatment::Keep if decision.float32 && entry.dtype == Dtype::F16 => {
-                    let mut group = keep(&source, at, format!("{}: float16 becomes float32", decision.reason));
-                    let output = OutputTensor::fixed(entry.name.clone(), Dtype::F32, entry.shape.clone());
-                    group.line.bytes_out = output.len;
-                    group.outputs = vec![output];
-                    group
+                Treatment::Keep => {
+                    keep(&source, at, decision.reason.clone(), weight_dtype(entry, decision.float32, model_dtype))
                 }
-                Treatment::Keep => keep(&source, at, decision.reason.clone()),
                 Treatment::Quantize { quant_type, transpose } => {
                     let mut shape = entry.shape.clone();
                     if transpose {
@@ -218,7 +218,7 @@ impl Plan {
                     let state = State {
                         quant_type,
                         blocksize: options.blocksize,
-                        dtype: entry.dtype,
+                        dtype: weight_dtype(entry, false, model_dtype),
                         shape,
                         nested_offset: options.double_quant.then_some(0.0),
                     };
@@ -314,7 +314,7 @@ impl Plan {
                     line,
                 });
             } else if !parts.contains(&at) {
-                groups.push(keep(&source, at, "not quantized".to_owned()));
+                groups.push(keep(&source, at, "not quantized".to_owned(), source.tensor(at).dtype));
             }
         }
         let (shards, tensors) = pack(&source, groups, max_shard_size)?;
@@ -415,23 +415,37 @@ fn refuse_quantized(source: &Checkpoint, config: Option<&Value>) -> Result<()> {
     Ok(())
 }
 
-fn keep(source: &Checkpoint, at: TensorRef, reason: String) -> Group {
+/// The dtype that a loader which does not know of quantization would give a tensor, and which it must be stored in
+/// since loaders take the weights of a quantized checkpoint as they are: the model's for weights and biases, float32
+/// instead of float16 where the architecture computes in float32. Other tensors (buffers, tables, and parameters that
+/// models make in a dtype of their own, such as `A_log`) stay as they are.
+fn weight_dtype(entry: &TensorEntry, float32: bool, model: Option<Dtype>) -> Dtype {
+    let named = [".weight", ".bias"].iter().any(|end| entry.name.ends_with(end));
+    let dtype = match model {
+        Some(model) if named && is_float(entry.dtype) => model,
+        _ => entry.dtype,
+    };
+    if float32 && dtype == Dtype::F16 { Dtype::F32 } else { dtype }
+}
+
+fn keep(source: &Checkpoint, at: TensorRef, mut reason: String, dtype: Dtype) -> Group {
     let entry = source.tensor(at);
+    let output = OutputTensor::fixed(entry.name.clone(), dtype, entry.shape.clone());
+    if dtype != entry.dtype {
+        let name = |d| state::torch_name(d).unwrap_or("another dtype");
+        reason = format!("{reason}; {} becomes {}", name(entry.dtype), name(dtype));
+    }
     let line = TensorPlan {
         name: entry.name.clone(),
         shape: entry.shape.clone(),
         from: entry.dtype.to_string(),
         to: "keep".to_owned(),
         bytes_in: entry.len,
-        bytes_out: entry.len,
+        bytes_out: output.len,
         reason,
         shard: 0,
     };
-    Group {
-        outputs: vec![OutputTensor::fixed(entry.name.clone(), entry.dtype, entry.shape.clone())],
-        kind: Kind::Copy(at),
-        line,
-    }
+    Group { outputs: vec![output], kind: Kind::Copy(at), line }
 }
 
 /// The tensors of one 4-bit weight, in the order that [`pack`] gives them back in: codes, scales, codebook, JSON, then

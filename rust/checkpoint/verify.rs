@@ -9,6 +9,7 @@ use half::{bf16, f16};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
+use super::cast::{cast_to_vec, is_float};
 use super::convert::{PIECE_BYTES, floats, read_scales, transposed, with_element};
 use super::file::read_exact_at;
 use super::job::Progress;
@@ -205,16 +206,11 @@ pub fn verify(
     }))
 }
 
-fn is_float(dtype: Dtype) -> bool {
-    matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16)
-}
-
 impl Sides<'_> {
     fn piece(&self, pair: &Pair, task: usize, start: usize, len: usize, cache: &ScaleCache) -> Result<Found> {
         match pair {
             Pair::Fresh { a, b, transpose } => {
-                let dtype = self.a.tensor(*a).dtype;
-                with_element!(dtype, T => self.fresh::<T>(*a, b, *transpose, task, start, len, cache))
+                with_element!(b.state.dtype, T => self.fresh::<T>(*a, b, *transpose, task, start, len, cache))
             }
             Pair::Weights { a, b } => {
                 let (x, codes_a) = weight_values(self.a, a, (task, false), start, len, cache)?;
@@ -232,13 +228,9 @@ impl Sides<'_> {
                 if !is_float(ta) || !is_float(tb) {
                     return Ok(Found { differing: count_differing(&raw_a, &raw_b), ..Found::default() });
                 }
-                let (x, y) = (to_floats(ta, &raw_a), to_floats(tb, &raw_b));
-                let mut found = distance(&x, &y);
-                found.differing = if ta == tb {
-                    count_differing(&raw_a, &raw_b)
-                } else {
-                    x.iter().zip(&y).filter(|(x, y)| x.to_bits() != y.to_bits()).count() as u64
-                };
+                // A loader casts to the dtype of the model; storing the cast values is no difference.
+                let mut found = distance(&to_floats(ta, &raw_a), &to_floats(tb, &raw_b));
+                found.differing = count_differing(&cast_to_vec(ta, tb, &raw_a), &raw_b);
                 Ok(found)
             }
         }
@@ -256,15 +248,9 @@ impl Sides<'_> {
         cache: &ScaleCache,
     ) -> Result<Found> {
         let state = &b.state;
-        let size = size_of::<T>();
-        let (file, entry) = (self.a.file(a), self.a.tensor(a));
-        let mut values = vec![T::default(); len];
-        read_exact_at(
-            &file.file,
-            &file.path,
-            bytemuck::cast_slice_mut(&mut values),
-            entry.offset + (start * size) as u64,
-        )?;
+        // Quantized as a loader would have: cast to the dtype of the model first.
+        let bytes = cast_to_vec(self.a.tensor(a).dtype, state.dtype, &raw(self.a, a, start, len)?);
+        let mut values: Vec<T> = bytemuck::pod_collect_to_vec(&bytes);
         if transpose {
             values = transposed(&values, state.shape[1], state.shape[0]);
         }
@@ -475,19 +461,30 @@ fn to_floats(dtype: Dtype, bytes: &[u8]) -> Vec<f32> {
     with_element!(dtype, T => bytes.chunks_exact(size).map(|b| bytemuck::pod_read_unaligned::<T>(b).to_f32()).collect())
 }
 
+/// Sum of squares and maximum of the differences, in lanes that the compiler turns into vectors. Infinities of one sign
+/// are equal; a NaN on one side makes both figures NaN.
 fn distance(x: &[f32], y: &[f32]) -> Found {
-    let mut found = Found::default();
-    for (x, y) in x.iter().zip(y) {
-        if x == y {
-            continue;
-        }
-        let d = (f64::from(*x) - f64::from(*y)).abs();
-        found.squares += d * d;
-        if d > found.largest || d.is_nan() {
-            found.largest = d;
+    const LANES: usize = 8;
+    let mut squares = [0f64; LANES];
+    let mut largest = [0f64; LANES];
+    let mut add = |lane: usize, x: f32, y: f32| {
+        let d = if x == y { 0.0 } else { (f64::from(x) - f64::from(y)).abs() };
+        squares[lane] += d * d;
+        largest[lane] = if d > largest[lane] { d } else { largest[lane] };
+    };
+    let (whole_x, rest_x) = x.as_chunks::<LANES>();
+    let (whole_y, rest_y) = y.as_chunks::<LANES>();
+    for (x, y) in whole_x.iter().zip(whole_y) {
+        for lane in 0..LANES {
+            add(lane, x[lane], y[lane]);
         }
     }
-    found
+    for (lane, (x, y)) in rest_x.iter().zip(rest_y).enumerate() {
+        add(lane, *x, *y);
+    }
+    let squares: f64 = squares.iter().sum();
+    let largest = if squares.is_nan() { f64::NAN } else { largest.iter().fold(0.0, |m: f64, &d| m.max(d)) };
+    Found { squares, largest, ..Found::default() }
 }
 
 fn count_differing(a: &[u8], b: &[u8]) -> u64 {

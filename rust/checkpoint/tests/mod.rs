@@ -81,6 +81,7 @@ fn write_checkpoint(folder: &Path, seed: u64) {
 
 fn quantize_options(max_shard_size: u64) -> QuantizeOptions {
     QuantizeOptions {
+        dtype: None,
         blocksize: BlockSize::DEFAULT,
         double_quant: true,
         storage: Dtype::U8,
