@@ -224,46 +224,34 @@ def paused(what: Callable[[], bool], process: subprocess.Popen[str]) -> Iterator
         process.send_signal(signal.SIGCONT)
 
 
-def kill_times(llama: Path, tmp_path: Path, count: int) -> list[float]:
-    """Moments spread over a run, counted from when its stage appears."""
-    out = tmp_path / "timed"
-    process = start("quantize", llama, out, "--threads", "1", "--max-shard-size", "700KB", "-q")
-    wait_for(lambda: (out / STAGE).exists(), process)
-    began = time.monotonic()
-    process.communicate(timeout=60)
-    assert process.returncode == 0
-    duration = time.monotonic() - began
-    shutil.rmtree(out)
-    rng = random.Random(0)
-    return [duration * (i + rng.random()) / count for i in range(count)]
+def kill(process: subprocess.Popen[str], out: Path, shards: int, moment: float) -> bool:
+    """Kill a run when so many shards are complete and so many seconds have passed; true when it was not over yet.
 
-
-def interrupt(process: subprocess.Popen[str], out: Path, seconds: float, number: signal.Signals) -> None:
-    wait_for(lambda: (out / STAGE).exists(), process)
+    Counted in shards, because how long a run takes differs tenfold with what else the machine does.
+    """
+    wait_for(lambda: (out / STAGE).exists() and len(complete_shards(out)) >= shards, process)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(seconds)
-    with contextlib.suppress(ProcessLookupError):
-        process.send_signal(number)
+        process.wait(moment)
+    process.kill()
+    process.communicate(timeout=60)
+    return process.returncode == -signal.SIGKILL
 
 
 def test_killed_runs_resume_to_the_same_bytes(llama, whole, tmp_path):
     before = identity(llama)
     killed = kept = 0
-    for moment in kill_times(llama, tmp_path, 8):
+    rng = random.Random(0)
+    for shards in (0, 0, 1, 4, 8, 12, SHARDS, SHARDS + 4):
         out = tmp_path / "out"
         process = start("quantize", llama, out, "--threads", "1", "--max-shard-size", "700KB", "-q")
-        interrupt(process, out, moment, signal.SIGKILL)
-        process.communicate(timeout=60)
-        if process.returncode == -signal.SIGKILL:
-            killed += 1
-            if (out / "config.json").exists():
-                assert set(whole) <= set(contents(out)), "config.json without the rest"
+        killed += kill(process, out, shards, rng.uniform(0, 0.02))
+        if (out / "config.json").exists():
+            assert set(whole) <= set(contents(out)), "config.json without the rest"
         finished = complete_shards(out)
         kept += len(finished)
         # Killed once more on the way.
         process = start("quantize", llama, out, "--threads", "1", "--max-shard-size", "700KB", "-q", "--resume")
-        interrupt(process, out, moment / 3, signal.SIGKILL)
-        process.communicate(timeout=60)
+        kill(process, out, shards + 2, rng.uniform(0, 0.01))
         finished |= complete_shards(out)
         done = quantize(llama, out, "--resume")
         assert (done.returncode, done.stderr) == (0, "")
@@ -282,12 +270,12 @@ def test_killed_overwriting_leaves_the_old_output_whole_until_the_commit(llama, 
     before = contents(old)
     arguments = ("--threads", "1", "--max-shard-size", "700KB", "-q")
     hit = 0
-    for moment in kill_times(llama, tmp_path, 4):
+    rng = random.Random(0)
+    for shards in (0, 7, SHARDS, SHARDS + 4):
         out = tmp_path / "out"
         shutil.copytree(old, out)
         process = start("quantize", llama, out, *arguments, "--overwrite")
-        interrupt(process, out, moment, signal.SIGKILL)
-        process.communicate(timeout=60)
+        kill(process, out, shards, rng.uniform(0, 0.01))
         now = contents(out)
         outside = {name: value for name, value in now.items() if not name.startswith(STAGE)}
         if outside == before:
