@@ -204,7 +204,16 @@ def check_product(
         and len(shape) == 2
         and x.dim() > 0
         and x.shape[-1] == shape[dim]
-        and bias is None
+        and (
+            bias is None
+            or (
+                bias.dtype in FLOAT_DTYPES
+                and bias.dim() == 1
+                and bias.shape[0] == shape[1 - dim]
+                and bias.layout is torch.strided
+                and bias.device == x.device
+            )
+        )
     ):
         return
     check_tensor(argument, x)
@@ -217,8 +226,7 @@ def check_product(
     if bias is not None:
         check_tensor("bias", bias)
         same_device("bias", bias, argument, x.device)
-        if bias.dtype != x.dtype:
-            raise TypeError(f"bias: dtype {bias.dtype} is not that of {argument}, {x.dtype}")
+        check_float("bias", bias.dtype)
         if bias.dim() != 1 or bias.shape[0] != shape[1 - dim]:
             raise ValueError(f"bias: shape {list(bias.shape)} is not [{shape[1 - dim]}]")
 

@@ -28,7 +28,8 @@ _ops = torch.ops.halfbyte
 
 
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, packed, absmax, absmax2, offset, _, *ctx.how = inputs
+    _, packed, absmax, absmax2, offset, bias, *ctx.how = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(packed, absmax, absmax2, offset)
 
 
@@ -37,7 +38,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         grad_x = _input_gradient(grad, *ctx.saved_tensors, *ctx.how)
     if ctx.needs_input_grad[5]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
     return grad_x, None, None, None, None, grad_bias, None, None, None
 
 
@@ -175,7 +176,7 @@ def _vmap_linear(op: Any, info: Any, in_dims: tuple[int | None, ...], *args: Any
         return op(x, packed, absmax, absmax2, offset, bias, *how), 0
     bias = bias.movedim(in_dims[5], 0)
     y = op(x, packed, absmax, absmax2, offset, None, *how)
-    return y + bias.view(bias.shape[0], *(1,) * (y.dim() - 2), bias.shape[1]), 0
+    return (y + bias.view(bias.shape[0], *(1,) * (y.dim() - 2), bias.shape[1])).to(y.dtype), 0
 
 
 def _vmap_linear_backward(op: Any, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
@@ -219,7 +220,7 @@ for _name in (
 
 
 def linear_4bit(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None) -> Tensor:
-    """`x @ W.T + bias` in the dtype of `x`, which `bias` has too; differentiable.
+    """`x @ W.T + bias` in the dtype of `x`; differentiable.
 
     `packed` and `state` are the weight `[out_features, in_features]`; `x` is `[..., in_features]`.
     """
@@ -247,7 +248,7 @@ def matmul_4bit(
         B: The packed weight: `quantize_4bit`'s first result, or that transposed.
         quant_state: Its state: `quantize_4bit`'s second result; its shape is `[out_features, in_features]`.
         out: Where to write the result; the gradient does not flow through it.
-        bias: `[out_features]`; used in the dtype of `A`.
+        bias: float16, bfloat16 or float32 `[out_features]`; added before the result is rounded.
 
     Returns:
         `[..., out_features]`, in the dtype of `A`, or in that of `torch.autocast` where it is enabled. Gradients go to
@@ -274,9 +275,8 @@ def matmul_4bit(
     dtype = autocast_dtype(A.device)
     if dtype is not None and A.is_floating_point():
         A = A.to(dtype)
-    if bias is not None and bias.dtype != A.dtype:
-        bias = bias.to(A.dtype)
-    (rows, columns), _, _ = shape, *_ = _matrix(quant_state)
+    shape = _matrix(quant_state)
+    rows, columns = shape
     features = A.shape[-1] if A.dim() else 0
     if features == rows and features != columns:
         if not torch.compiler.is_compiling():
@@ -288,7 +288,7 @@ def matmul_4bit(
             )
         result = _input_gradient(A, B, *quant_state.scales(), *quant_state.weight())
         if bias is not None:
-            result = result + bias
+            result = result + bias.to(result.dtype)
     else:
         result = linear_4bit(A, B, quant_state, bias)
     if out is None:
@@ -296,11 +296,11 @@ def matmul_4bit(
     return _write(out, result)
 
 
-def _matrix(state: QuantState) -> tuple[tuple[int, ...], int, str]:
-    how = state.weight()
-    if len(how[0]) != 2:
-        raise ValueError(f"quant_state.shape: {list(how[0])} is not [out_features, in_features]")
-    return how
+def _matrix(state: QuantState) -> tuple[int, ...]:
+    shape, _, _ = state.weight()
+    if len(shape) != 2:
+        raise ValueError(f"quant_state.shape: {list(shape)} is not [out_features, in_features]")
+    return shape
 
 
 def _write(out: Tensor, result: Tensor) -> Tensor:
