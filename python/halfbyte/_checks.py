@@ -178,11 +178,23 @@ def check_weight(
             and absmax.numel() == blocks
             and absmax.layout is torch.strided
             and absmax.device == packed.device
-            and absmax2 is None
-            and offset is None
-            and absmax.dtype is torch.float32
         ):
-            return
+            if absmax2 is None or offset is None:
+                if absmax2 is offset and absmax.dtype is torch.float32:
+                    return
+            elif (
+                type(absmax2) is Tensor
+                and type(offset) is Tensor
+                and absmax.dtype is torch.uint8
+                and absmax2.dtype is torch.float32
+                and offset.dtype is torch.float32
+                and absmax2.numel() == (blocks + NESTED_BLOCKSIZE - 1) // NESTED_BLOCKSIZE
+                and offset.numel() == 1
+                and absmax2.layout is torch.strided
+                and absmax2.device == packed.device
+                and offset.device == packed.device
+            ):
+                return
     check_blocksize(blocksize)
     check_quant_type(quant_type)
     check_tensor("packed", packed)
@@ -267,9 +279,7 @@ def check_quantize_blockwise(input: Tensor, code: Tensor, blocksize: int) -> Non
     check_blocksize_8bit(blocksize)
 
 
-def check_dequantize_blockwise(
-    codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype
-) -> None:
+def check_dequantize_blockwise(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> None:
     """The arguments of `dequantize_blockwise`."""
     check_tensor("codes", codes)
     if codes.dtype is not torch.uint8:

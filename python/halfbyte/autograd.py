@@ -23,8 +23,8 @@ _ops = torch.ops.halfbyte
 
 # ---- derivatives -----------------------------------------------------------------------------------------------------
 #
-# The same formulas twice: registered with the operations, for whatever traces those; and as functions of torch.autograd,
-# for eager calls, since registered formulas do not compose with torch.func, and cost more.
+# The same formulas twice: registered with the operations, for whatever traces those; and as functions of autograd, for
+# eager calls, since registered formulas do not compose with torch.func, and cost more.
 
 
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -38,7 +38,9 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         grad_x = _input_gradient(grad, *ctx.saved_tensors, *ctx.how)
     if ctx.needs_input_grad[5]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
+        rows = tuple(range(grad.dim() - 1))
+        # A sum over no dimension would be one over all.
+        grad_bias = grad.sum(rows, dtype=ctx.bias_dtype) if rows else grad.to(ctx.bias_dtype)
     return grad_x, None, None, None, None, grad_bias, None, None, None
 
 
@@ -60,15 +62,49 @@ torch.library.register_autograd(
 )
 
 
+def _forward(x: Tensor, packed: Tensor, *args: Any) -> Tensor:
+    direct = kernels(x, args[3], packed, *args[:3])
+    y: Tensor = _ops.linear_4bit(x, packed, *args) if direct is None else direct.linear_4bit(x, plain(packed), *args)
+    return y
+
+
+def _backward(grad: Tensor, packed: Tensor, *args: Any) -> Tensor:
+    direct = kernels(grad, None, packed, *args[:3])
+    if direct is None:
+        y: Tensor = _ops.linear_4bit_backward(grad, packed, *args)
+    else:
+        y = direct.linear_4bit_backward(grad, plain(packed), *args)
+    return y
+
+
 class _Linear4bit(torch.autograd.Function):
     """`x @ W.T + bias` in eager mode."""
 
     @staticmethod
-    def forward(x: Tensor, packed: Tensor, *args: Any) -> Tensor:
-        direct = kernels(x, args[3], packed, *args[:3])
-        y: Tensor = _ops.linear_4bit(x, packed, *args) if direct is None else direct.linear_4bit(x, plain(packed), *args)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        y = _forward(*inputs)
+        _setup_linear(ctx, inputs, y)
         return y
 
+    backward = staticmethod(_linear_backward)
+
+
+class _InputGradient(torch.autograd.Function):
+    """`grad @ W` in eager mode."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        y = _backward(*inputs)
+        _setup_linear_backward(ctx, inputs, y)
+        return y
+
+    backward = staticmethod(_linear_double_backward)
+
+
+class _FuncLinear4bit(torch.autograd.Function):
+    """`_Linear4bit` in the form that torch.func asks for, which takes its time."""
+
+    forward = staticmethod(_forward)
     setup_context = staticmethod(_setup_linear)
     backward = staticmethod(_linear_backward)
 
@@ -77,18 +113,10 @@ class _Linear4bit(torch.autograd.Function):
         return _vmap_linear(_product, info, in_dims, *args)
 
 
-class _InputGradient(torch.autograd.Function):
-    """`grad @ W` in eager mode."""
+class _FuncInputGradient(torch.autograd.Function):
+    """`_InputGradient` in the form that torch.func asks for."""
 
-    @staticmethod
-    def forward(grad: Tensor, packed: Tensor, *args: Any) -> Tensor:
-        direct = kernels(grad, None, packed, *args[:3])
-        if direct is None:
-            y: Tensor = _ops.linear_4bit_backward(grad, packed, *args)
-        else:
-            y = direct.linear_4bit_backward(grad, plain(packed), *args)
-        return y
-
+    forward = staticmethod(_backward)
     setup_context = staticmethod(_setup_linear_backward)
     backward = staticmethod(_linear_double_backward)
 
@@ -99,27 +127,31 @@ class _InputGradient(torch.autograd.Function):
 
 def _product(x: Tensor, packed: Tensor, *args: Any) -> Tensor:
     """`linear_4bit` by the way that is right now."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        y: Tensor = _ops.linear_4bit(x, packed, *args)
-        return y
     direct = kernels(x, args[3], packed, *args[:3])
+    y: Tensor
     if direct is not None:
         y = direct.linear_4bit(x, plain(packed), *args)
+    elif torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        y = _ops.linear_4bit(x, packed, *args)
+    elif torch._C._functorch.peek_interpreter_stack() is None:
+        y = _Linear4bit.apply(x, packed, *args)
     else:
-        y = _Linear4bit.apply(x, packed, *args)  # type: ignore[no-untyped-call]
+        y = _FuncLinear4bit.apply(x, packed, *args)
     return y
 
 
 def _input_gradient(grad: Tensor, packed: Tensor, *args: Any) -> Tensor:
     """`linear_4bit_backward` by the way that is right now."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        y: Tensor = _ops.linear_4bit_backward(grad, packed, *args)
-        return y
     direct = kernels(grad, None, packed, *args[:3])
+    y: Tensor
     if direct is not None:
         y = direct.linear_4bit_backward(grad, plain(packed), *args)
+    elif torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        y = _ops.linear_4bit_backward(grad, packed, *args)
+    elif torch._C._functorch.peek_interpreter_stack() is None:
+        y = _InputGradient.apply(grad, packed, *args)
     else:
-        y = _InputGradient.apply(grad, packed, *args)  # type: ignore[no-untyped-call]
+        y = _FuncInputGradient.apply(grad, packed, *args)
     return y
 
 
@@ -201,9 +233,7 @@ def _register_vmap_each(name: str) -> None:
 
 
 torch.library.register_vmap("halfbyte::linear_4bit", partial(_vmap_linear, _ops.linear_4bit))
-torch.library.register_vmap(
-    "halfbyte::linear_4bit_backward", partial(_vmap_linear_backward, _ops.linear_4bit_backward)
-)
+torch.library.register_vmap("halfbyte::linear_4bit_backward", partial(_vmap_linear_backward, _ops.linear_4bit_backward))
 torch.library.register_vmap("halfbyte::embedding_4bit", _vmap_embedding)
 for _name in (
     "quantize_4bit",
@@ -227,10 +257,13 @@ def linear_4bit(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | Non
     return _product(x, packed, *state.scales(), bias, *state.weight())
 
 
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype of products under `torch.autocast`, or None outside of it."""
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype of products with `tensor` under `torch.autocast`, or None outside of it."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return None
+    device = tensor.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
     return None
 
 
@@ -272,7 +305,7 @@ def matmul_4bit(
         raise TypeError(f"quant_state: {type(quant_state).__name__} is not a QuantState, as quantize_4bit returns")
     if not isinstance(A, Tensor):
         raise TypeError(f"A: {type(A).__name__} is not a torch.Tensor")
-    dtype = autocast_dtype(A.device)
+    dtype = autocast_dtype(A)
     if dtype is not None and A.is_floating_point():
         A = A.to(dtype)
     shape = _matrix(quant_state)

@@ -71,7 +71,7 @@ class Linear4bit(Quantized, torch.nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """`input @ weight.T + bias`: `[..., in_features]` to `[..., out_features]`."""
         state = self._state()
-        dtype = autocast_dtype(input.device) or input.dtype
+        dtype = autocast_dtype(input) or input.dtype
         compute = self.compute_dtype
         if compute is None:
             compute = dtype
