@@ -53,6 +53,8 @@ _HOME = {
     "verify_checkpoint": "halfbyte.checkpoint",
 }
 
+_NEEDS_TORCH = {"functional", "matmul_4bit", "nn"}
+
 __all__ = [
     "BitsAndBytesConfig",
     "CheckpointError",
@@ -79,6 +81,10 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module 'halfbyte' has no attribute {name!r}; it has {', '.join(__all__)}") from None
     import importlib
 
+    if name in _NEEDS_TORCH:
+        from halfbyte._extras import require
+
+        require("torch", "torch", f"halfbyte.{name}")
     if home == __name__:
         value: object = importlib.import_module(f"{home}.{name}")
     else:
