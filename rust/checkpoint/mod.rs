@@ -19,6 +19,7 @@ pub mod source;
 pub mod stage;
 pub mod state;
 pub mod verify;
+pub mod weights;
 pub mod workers;
 
 #[cfg(test)]
