@@ -118,7 +118,7 @@ def with_quantization(config: dict[str, Any], quantization: dict[str, Any], dtyp
 
 
 def without_quantization(config: dict[str, Any], dtype: str | None) -> str:
-    """The text of the config of a dequantized checkpoint: no ``quantization_config``, and ``dtype`` where it is named."""
+    """The text of the config of a dequantized checkpoint: without ``quantization_config``, in ``dtype``."""
     return dump(_with_dtype({k: v for k, v in config.items() if k != "quantization_config"}, dtype))
 
 
