@@ -80,8 +80,8 @@ def linear_4bit(
     "float16" or "bfloat16"); sums and the bias are float32, rounded once to `out`. Weights are rounded to bfloat16 when
     `matmul_path()` is "avx512bf16" and `compute_dtype` is "bfloat16", and stay float32 otherwise.
     `absmax` is float32 [ceil(n * k / blocksize)]; or, with `absmax2`, the uint8 codes of doubly quantized scales, read
-    as `expand_absmax` reads them. At most `threads` threads work, and no more than `get_threads()`: the same bits with
-    every number. The GIL is released unless the product is small.
+    as `expand_absmax` reads them. At most `threads` threads work, the same bits with every number: those of torch's
+    OpenMP runtime when the process has loaded it, or else of the pool (no more than `get_threads()`). The GIL is released unless the product is small.
     """
 
 def linear_4bit_backward(

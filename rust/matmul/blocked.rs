@@ -15,16 +15,22 @@ use super::workers::Workers;
 const FORWARD_ROWS: usize = 512;
 
 /// Rows of gradients that share a decoded tile.
-const BACKWARD_ROWS: usize = 384;
+const BACKWARD_ROWS: usize = 256;
 
 /// Rows of a forward tile at most: a multiple of every `Kernel::ROWS`.
-const TILE_ROWS: usize = 96;
+const TILE_ROWS: usize = 48;
 
 /// Columns of a backward tile at most: a multiple of every `Kernel::LANES`.
-const TILE_COLS: usize = 256;
+const TILE_COLS: usize = 512;
+
+/// Rows of a tile that are asked for before they are needed.
+const ROWS_AHEAD: usize = 16;
+
+/// Chunks of a forward tile: a kibibyte of codes in a row. Memory is slow to give less from each of many places.
+const TILE_CHUNKS: usize = 4;
 
 /// Words between rows of a forward tile: not a power of two, so that rows fall into different sets of the cache.
-const TILE_STRIDE: usize = CHUNK + 16;
+const TILE_STRIDE: usize = TILE_CHUNKS * CHUNK + 16;
 
 /// The result, and what is added to it.
 pub(super) struct Out<'a> {
@@ -53,6 +59,7 @@ impl Out<'_> {
 pub(super) fn forward<K: Kernel>(x: Matrix<'_>, m: usize, weight: &Weight<'_>, out: &Out<'_>, workers: Workers<'_>) {
     let (n, k) = (weight.rows(), weight.cols());
     let tile_rows = n.div_ceil(4 * workers.threads()).next_multiple_of(K::ROWS).min(TILE_ROWS);
+    let chunks: Vec<Chunk> = Chunk::all::<K>(k).collect();
     for block in (0..m).step_by(FORWARD_ROWS) {
         let block = block..m.min(block + FORWARD_ROWS);
         let panels = Panels::pack::<K>(x, block.clone(), K::LANES, workers);
@@ -64,26 +71,31 @@ pub(super) fn forward<K: Kernel>(x: Matrix<'_>, m: usize, weight: &Weight<'_>, o
                 let tile = scratch.tile.at_least(TILE_ROWS * TILE_STRIDE);
                 let sums = bytemuck::cast_slice_mut(scratch.sums.at_least(padded * lanes));
                 tile[rows.len() * TILE_STRIDE..padded * TILE_STRIDE].fill(0);
-                for chunk in Chunk::all::<K>(k) {
-                    for (row, words) in rows.clone().zip(tile.chunks_exact_mut(TILE_STRIDE)) {
-                        words[chunk.len - 1] = 0; // for a value without a partner
-                        let run = weight.run(row, chunk.values::<K>(k), &mut scratch.scales);
-                        // SAFETY: the path is available, and a chunk of words has room for its values.
-                        unsafe { K::decode(&run, words.as_mut_ptr().cast()) }
+                for span in chunks.chunks(TILE_CHUNKS) {
+                    let words = span[0].start..span[span.len() - 1].start + span[span.len() - 1].len;
+                    let cols = Chunk { start: words.start, len: words.len() }.values::<K>(k);
+                    for (row, tile) in rows.clone().zip(tile.chunks_exact_mut(TILE_STRIDE)) {
+                        weight.prefetch(row + ROWS_AHEAD..row + ROWS_AHEAD + 1, cols.clone());
+                        tile[words.len() - 1] = 0; // for a value without a partner
+                        let run = weight.run(row, cols.clone(), &mut scratch.scales);
+                        // SAFETY: the path is available, and a row of the tile has room for the values of its chunks.
+                        unsafe { K::decode(&run, tile.as_mut_ptr().cast()) }
                     }
-                    for group in 0..panels.groups() {
-                        let panel = panels.panel(chunk, group);
-                        for i in (0..padded).step_by(K::ROWS) {
-                            let rows = Rows {
-                                words: &raw const tile[i * TILE_STRIDE],
-                                row_stride: TILE_STRIDE,
-                                word_stride: 1,
-                                count: K::ROWS.min(padded - i),
-                            };
-                            let at = &raw mut sums[i * lanes + group * K::LANES];
-                            let sums = Sums { at, stride: lanes, first: chunk.start == 0 };
-                            // SAFETY: the path is available; tile and sums have `padded` rows.
-                            unsafe { K::product(chunk.len, panel.as_ptr(), rows, sums) }
+                    for &chunk in span {
+                        for group in 0..panels.groups() {
+                            let panel = panels.panel(chunk, group);
+                            for i in (0..padded).step_by(K::ROWS) {
+                                let rows = Rows {
+                                    words: &raw const tile[i * TILE_STRIDE + chunk.start - words.start],
+                                    row_stride: TILE_STRIDE,
+                                    word_stride: 1,
+                                    count: K::ROWS.min(padded - i),
+                                };
+                                let at = &raw mut sums[i * lanes + group * K::LANES];
+                                let sums = Sums { at, stride: lanes, first: chunk.start == 0 };
+                                // SAFETY: the path is available; tile and sums have `padded` rows.
+                                unsafe { K::product(chunk.len, panel.as_ptr(), rows, sums) }
+                            }
                         }
                     }
                 }
@@ -182,6 +194,8 @@ fn decode_lanes<K: Kernel>(
     let mut decoded = [[0u32; TILE_COLS]; 2];
     let rows = chunk.values::<K>(weight.rows());
     for word in 0..chunk.len {
+        let ahead = rows.start + word * K::DEPTH + ROWS_AHEAD;
+        weight.prefetch(ahead..ahead + K::DEPTH, cols.clone());
         for (i, decoded) in decoded.iter_mut().enumerate().take(K::DEPTH) {
             let row = rows.start + word * K::DEPTH + i;
             if row < rows.end {

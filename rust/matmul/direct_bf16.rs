@@ -5,8 +5,9 @@
 use std::arch::x86_64::*;
 
 use super::avx512::{bits, pairs};
-use super::direct::{Direct, GROUP, LANES, Pair};
+use super::direct::{AHEAD, Direct, GROUP, LANES, Pair};
 use super::pack::Matrix;
+use super::weight::prefetch;
 
 pub(super) const DIRECT: Direct = Direct { group_words: GROUP / 2, prepare, pair };
 
@@ -51,14 +52,20 @@ unsafe fn rows<const M: usize>(pair: &Pair) -> [[f32; LANES]; 2] {
         let mut sums = [[_mm512_setzero_ps(); M]; 2];
         let [a, b] = pair.codes;
         for group in 0..pair.groups {
-            let codes = [a, b].map(|codes| _mm512_loadu_si512(codes.add(group * (GROUP / 2)).cast()));
+            let at = group * (GROUP / 2);
+            prefetch(a.wrapping_add(at + AHEAD));
+            prefetch(b.wrapping_add(at + AHEAD));
+            let codes = [_mm512_loadu_si512(a.add(at).cast()), _mm512_loadu_si512(b.add(at).cast())];
             multiply(pair, group, codes, table, &mut sums);
         }
         if pair.half {
             let group = pair.groups;
+            let at = group * (GROUP / 2);
             // Codes of zeros that are multiplied with zeros.
-            let codes =
-                [a, b].map(|codes| _mm512_zextsi256_si512(_mm256_loadu_si256(codes.add(group * (GROUP / 2)).cast())));
+            let codes = [
+                _mm512_zextsi256_si512(_mm256_loadu_si256(a.add(at).cast())),
+                _mm512_zextsi256_si512(_mm256_loadu_si256(b.add(at).cast())),
+            ];
             multiply(pair, group, codes, table, &mut sums);
         }
         let mut out = [[0.0; LANES]; 2];
@@ -83,23 +90,29 @@ unsafe fn multiply<const M: usize>(
 ) {
     // SAFETY: the caller's.
     unsafe {
-        let scales = [0, 1].map(|r| {
+        // No closures here: they would be compiled apart from this function's instructions.
+        let mut scales = [_mm512_setzero_ps(); 2];
+        let mut weights = [[_mm512_setzero_si512(); 4]; 2];
+        for r in 0..2 {
             let [first, second] = pair.scales_of(r, group);
             // The first 32 bytes, and so the lower lanes, are the first half.
-            _mm512_mask_mov_ps(_mm512_set1_ps(first), 0xff00, _mm512_set1_ps(second))
-        });
-        // The look-up uses the low five bits of each 16, and the fifth does not matter: the table is there twice.
-        let weights = codes.map(|codes| {
-            [
-                _mm512_permutexvar_epi16(codes, table),
-                _mm512_permutexvar_epi16(_mm512_srli_epi16::<4>(codes), table),
-                _mm512_permutexvar_epi16(_mm512_srli_epi16::<8>(codes), table),
-                _mm512_permutexvar_epi16(_mm512_srli_epi16::<12>(codes), table),
-            ]
-        });
+            scales[r] = _mm512_mask_mov_ps(_mm512_set1_ps(first), 0xff00, _mm512_set1_ps(second));
+            // The look-up uses the low five bits of each 16, and the fifth does not matter: the table is there twice.
+            weights[r] = [
+                _mm512_permutexvar_epi16(codes[r], table),
+                _mm512_permutexvar_epi16(_mm512_srli_epi16::<4>(codes[r]), table),
+                _mm512_permutexvar_epi16(_mm512_srli_epi16::<8>(codes[r]), table),
+                _mm512_permutexvar_epi16(_mm512_srli_epi16::<12>(codes[r]), table),
+            ];
+        }
         for m in 0..M {
             let x = pair.x.add(m * pair.x_stride + group * (GROUP / 2));
-            let x = [0, 1, 2, 3].map(|j| pairs(_mm512_loadu_si512(x.add(16 * j).cast())));
+            let x = [
+                pairs(_mm512_loadu_si512(x.cast())),
+                pairs(_mm512_loadu_si512(x.add(16).cast())),
+                pairs(_mm512_loadu_si512(x.add(32).cast())),
+                pairs(_mm512_loadu_si512(x.add(48).cast())),
+            ];
             for r in 0..2 {
                 let mut block = _mm512_setzero_ps();
                 for j in 0..4 {

@@ -2,8 +2,9 @@
 
 use std::arch::x86_64::*;
 
-use super::direct::{Direct, GROUP, LANES, Pair};
+use super::direct::{AHEAD, Direct, GROUP, LANES, Pair};
 use super::pack::Matrix;
+use super::weight::prefetch;
 
 pub(super) const DIRECT: Direct = Direct { group_words: GROUP, prepare, pair };
 
@@ -43,14 +44,20 @@ unsafe fn rows<const M: usize>(pair: &Pair) -> [[f32; LANES]; 2] {
         let mut sums = [[_mm512_setzero_ps(); M]; 2];
         let [a, b] = pair.codes;
         for group in 0..pair.groups {
-            let codes = [a, b].map(|codes| _mm512_loadu_si512(codes.add(group * (GROUP / 2)).cast()));
+            let at = group * (GROUP / 2);
+            prefetch(a.wrapping_add(at + AHEAD));
+            prefetch(b.wrapping_add(at + AHEAD));
+            let codes = [_mm512_loadu_si512(a.add(at).cast()), _mm512_loadu_si512(b.add(at).cast())];
             multiply(pair, group, codes, table, &mut sums);
         }
         if pair.half {
             let group = pair.groups;
+            let at = group * (GROUP / 2);
             // Codes of zeros that are multiplied with zeros.
-            let codes =
-                [a, b].map(|codes| _mm512_zextsi256_si512(_mm256_loadu_si256(codes.add(group * (GROUP / 2)).cast())));
+            let codes = [
+                _mm512_zextsi256_si512(_mm256_loadu_si256(a.add(at).cast())),
+                _mm512_zextsi256_si512(_mm256_loadu_si256(b.add(at).cast())),
+            ];
             multiply(pair, group, codes, table, &mut sums);
         }
         let mut out = [[0.0; LANES]; 2];

@@ -110,6 +110,26 @@ pub(super) unsafe fn decode<D: Decoder>(run: &Run<'_>, out: *mut D::Value) {
     let (mut at, end, mut out) = (run.start, run.start + run.len, out);
     let shift = run.blocksize.trailing_zeros();
     let first = at >> shift;
+    if at.is_multiple_of(STEP) && end.is_multiple_of(STEP) {
+        // The usual weight: nothing but whole steps.
+        let mut codes = run.packed[at / 2..end / 2].as_ptr();
+        let mut scales = run.scales.iter();
+        while let Some(&scale) = scales.next()
+            && at < end
+        {
+            let stop = (((at >> shift) + 1) << shift).min(end);
+            // SAFETY: `codes` has the bytes of values up to `end`, and `out` has room for them.
+            unsafe {
+                let table = D::table(run.values, scale);
+                for _ in 0..(stop - at) / STEP {
+                    D::look_up(table, codes, out);
+                    (codes, out) = (codes.add(STEP / 2), out.add(STEP));
+                }
+            }
+            at = stop;
+        }
+        return;
+    }
     while at < end {
         let block = at >> shift;
         let stop = ((block + 1) << shift).min(end);

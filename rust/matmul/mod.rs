@@ -19,7 +19,7 @@
 //! # How
 //! Few rows of activations are multiplied with codes looked up in registers (`direct`), or with a row of the weight
 //! decoded into the first-level cache where codes begin in the middle of a byte or a block; many with a tile of the
-//! weight decoded into the second-level cache (`blocked`). A thread needs 0.6 MB at most, and the rounded activations
+//! weight decoded into the second-level cache (`blocked`). A thread needs 1.1 MB at most, and the rounded activations
 //! of up to 512 rows are held once. Threads share results, never a sum.
 
 #[cfg(target_arch = "x86_64")]
@@ -51,13 +51,13 @@ use kernel::{Kernel, Scalar};
 use pack::Matrix;
 pub use path::Path;
 pub use weight::{Scales, Weight};
-pub use workers::Workers;
+pub use workers::{Parallel, Workers};
 
 /// Up to so many rows of activations are multiplied without laying them out for the blocked product.
 const FEW_ROWS: usize = 8;
 
 /// Up to so many with codes looked up in registers, where that is possible.
-const DIRECT_ROWS: usize = 16;
+const DIRECT_ROWS: usize = 12;
 
 /// Multiplications that one thread does in the time it takes to wake another: tens of microseconds.
 const SERIAL_WORK: usize = 1 << 20;

@@ -7,6 +7,9 @@ use crate::codebook::{QuantType, dynamic_map};
 use crate::error::{Error, Result};
 use crate::geometry::{BlockSize, NESTED_BLOCK_SIZE, packed_len};
 
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
 /// The scales of a weight, one per block.
 #[derive(Debug, Clone, Copy)]
 pub enum Scales<'a> {
@@ -109,6 +112,25 @@ impl<'a> Weight<'a> {
         }
     }
 
+    /// Asks for the codes and scales of columns `cols` of some rows, which are needed soon: they are a few cache lines
+    /// each, too far apart for the processor to foresee.
+    pub(super) fn prefetch(&self, rows: Range<usize>, cols: Range<usize>) {
+        let (scales, size) = match self.scales {
+            Scales::Plain(absmax) => (absmax.as_ptr().cast(), size_of::<f32>()),
+            Scales::Nested { codes, .. } => (codes.as_ptr(), 1),
+        };
+        let shift = self.blocksize().trailing_zeros();
+        for row in rows.start..rows.end.min(self.rows) {
+            let flat = row * self.cols + cols.start..row * self.cols + cols.end.min(self.cols);
+            for at in (flat.start / 2..flat.end / 2).step_by(LINE) {
+                prefetch(self.packed.as_ptr().wrapping_add(at));
+            }
+            for at in ((flat.start >> shift) * size..(flat.end >> shift) * size).step_by(LINE) {
+                prefetch(scales.wrapping_add(at));
+            }
+        }
+    }
+
     /// Columns `cols` of one row, ready to be decoded.
     pub(super) fn run<'s>(&'s self, row: usize, cols: Range<usize>, buffer: &'s mut Vec<f32>) -> Run<'s> {
         let flat = row * self.cols + cols.start..row * self.cols + cols.end;
@@ -138,4 +160,16 @@ pub(super) struct Run<'a> {
     pub len: usize,
     /// The scales of the blocks they are in.
     pub scales: &'a [f32],
+}
+
+/// Asks for a cache line. Any address will do.
+#[inline(always)]
+pub(super) fn prefetch(at: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: an address that cannot be read is passed over; every x86-64 processor has the instruction.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
 }

@@ -1,26 +1,53 @@
 //! The threads that share one product.
 
+use std::any::Any;
+use std::ffi::{c_uint, c_void};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use rayon::ThreadPool;
+
+/// `GOMP_parallel` of OpenMP's runtime: calls `work(data)` on the calling thread and on up to `threads - 1` others, and
+/// returns when all have.
+pub type Parallel =
+    unsafe extern "C" fn(work: unsafe extern "C" fn(*mut c_void), data: *mut c_void, threads: c_uint, flags: c_uint);
+
+/// Where other threads come from.
+#[derive(Debug, Clone, Copy)]
+enum Source<'a> {
+    Nowhere,
+    Pool(&'a ThreadPool),
+    OpenMp(Parallel),
+}
 
 /// How many threads work on a product, and whose they are.
 #[derive(Debug, Clone, Copy)]
 pub struct Workers<'a> {
-    pool: Option<&'a ThreadPool>,
+    source: Source<'a>,
     threads: usize,
 }
 
 impl<'a> Workers<'a> {
     /// The calling thread alone.
     pub const fn serial() -> Self {
-        Self { pool: None, threads: 1 }
+        Self { source: Source::Nowhere, threads: 1 }
     }
 
     /// The calling thread and up to `threads - 1` of `pool`.
     pub fn new(pool: &'a ThreadPool, threads: usize) -> Self {
         let threads = threads.clamp(1, pool.current_num_threads().max(1));
-        Self { pool: Some(pool), threads }
+        Self { source: Source::Pool(pool), threads }
+    }
+
+    /// The calling thread and up to `threads - 1` of an OpenMP runtime: the one that the rest of the program computes
+    /// with. Its threads stay awake for a while after their work, so they begin at once; and a pool of other threads
+    /// would have to share the processors with them.
+    ///
+    /// # Safety
+    /// `parallel` does what [`Parallel`] says.
+    pub unsafe fn open_mp(parallel: Parallel, threads: usize) -> Self {
+        Self { source: Source::OpenMp(parallel), threads: threads.clamp(1, c_uint::MAX as usize) }
     }
 
     /// The number of threads.
@@ -49,14 +76,40 @@ impl<'a> Workers<'a> {
                 work(task);
             }
         };
-        match self.pool {
-            Some(pool) if self.threads > 1 && tasks > 1 => pool.in_place_scope(|scope| {
-                for _ in 1..self.threads.min(tasks) {
+        let threads = self.threads.min(tasks);
+        match self.source {
+            Source::Pool(pool) if threads > 1 => pool.in_place_scope(|scope| {
+                for _ in 1..threads {
                     scope.spawn(|_| take());
                 }
                 take();
             }),
+            Source::OpenMp(parallel) if threads > 1 => run_team(parallel, threads, &take),
             _ => take(),
         }
+    }
+}
+
+/// Calls `work` on every thread of a team.
+fn run_team(parallel: Parallel, threads: usize, work: &(dyn Fn() + Sync)) {
+    struct Team<'a> {
+        work: &'a (dyn Fn() + Sync),
+        panic: Mutex<Option<Box<dyn Any + Send>>>,
+    }
+
+    /// A panic must not get into the runtime's own frames.
+    unsafe extern "C" fn member(team: *mut c_void) {
+        // SAFETY: `parallel` passes what it was given, which lives until it returns and is only shared.
+        let team = unsafe { &*team.cast::<Team<'_>>() };
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(team.work)) {
+            *team.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
+        }
+    }
+
+    let team = Team { work, panic: Mutex::new(None) };
+    // SAFETY: `open_mp`'s caller vouches for `parallel`; a `Team` may be shared by threads.
+    unsafe { parallel(member, (&raw const team).cast_mut().cast(), threads as c_uint, 0) }
+    if let Some(panic) = team.panic.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        resume_unwind(panic);
     }
 }

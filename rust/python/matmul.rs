@@ -5,7 +5,7 @@ use pyo3::prelude::*;
 
 use super::buffer::{Buffer, DType, RawBuffer, check_disjoint};
 use super::error::to_py;
-use super::threads;
+use super::{openmp, threads};
 use crate::error::Result;
 use crate::geometry::BlockSize;
 use crate::matmul::{self, Floats, FloatsMut, Path, Scales, Weight, Workers};
@@ -106,8 +106,17 @@ fn run(
     if amount <= SMALL_WORK {
         return work(Workers::serial()).map_err(to_py);
     }
-    py.detach(|| if threads <= 1 { work(Workers::serial()) } else { work(Workers::new(&*threads::pool()?, threads)) })
-        .map_err(to_py)
+    py.detach(|| {
+        if threads <= 1 {
+            return work(Workers::serial());
+        }
+        match openmp::parallel() {
+            // SAFETY: the runtime's own function.
+            Some(parallel) => work(unsafe { Workers::open_mp(parallel, threads) }),
+            None => work(Workers::new(&*threads::pool()?, threads)),
+        }
+    })
+    .map_err(to_py)
 }
 
 /// `out[m, n] = x[m, k] · weight[n, k]ᵀ + bias[n]`.

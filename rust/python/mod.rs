@@ -5,6 +5,7 @@ mod buffer;
 mod checkpoint;
 mod error;
 mod matmul;
+mod openmp;
 mod selection;
 mod threads;
 
