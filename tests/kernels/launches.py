@@ -250,19 +250,25 @@ def plain_product(source: Described, product: Product, shift: int = 0) -> Check:
     return Check(f"{kernel}, {m} x {n} x {k}", Case([launch]), [(y, wanted)])
 
 
-def decode(source: Described, product: Product, rows: int, slots: int, per_pass: int) -> Check:
-    """By matrix units: at most 16 rows of x. `rows`, `slots` and `per_pass` are the members of the kernel's plan."""
+def decode(source: Described, product: Product, rows: int, slots: int, per_pass: int, ring: bool = False) -> Check:
+    """By matrix units: at most 16 rows of x. `rows`, `slots` and `per_pass` are the members of the kernel's plan.
+
+    `ring`: the kernel that copies packed codes to shared memory.
+    """
     (m, k), n = product.x.shape, product.weights.shape[0]
     constants = source.constants
-    kernel = f"decode_{product.dtype}_{8 if m <= 8 else 16}{product.scales.suffix}"
+    kernel = f"decode_{'ring_' if ring else ''}{product.dtype}_{8 if m <= 8 else 16}{product.scales.suffix}"
     x, packed, scales, bias, y = product.buffers()
     plan = Argument(b"".join(value.to_bytes(4, "little") for value in (rows, slots, per_pass)))
     arguments = [
         x, packed, scales, bias, pointers(y), int32(m), int32(n), int32(k),
         _shift(product.blocksize), _type(product.quant_type), plan,
     ]  # fmt: skip
-    partial = per_pass * slots * m * constants["PARTIAL_STRIDE"] * 4
-    shared = constants["TABLE_BYTES"] + constants["MAP_BYTES"] + partial
+    partial = per_pass * slots * m * constants["ROWS"] * 4
+    shared = constants["MAP_BYTES"] + partial + constants["LANE_TABLE_BYTES"]
+    if ring:
+        # The table begins at a multiple of its size; 1 KB of shared memory is the system's.
+        shared = 2 * constants["LANE_TABLE_BYTES"] - 1024 + constants["STAGES"] * (32 << 10)
     launch = Launch(kernel, _ceil(n, rows), source.threads[kernel], arguments, shared)
     # Weights are rounded to x's type before they are scaled. The sums of a block are rounded once for each product of
     # matrices, then the blocks' and the slots' are added.

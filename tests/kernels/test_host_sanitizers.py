@@ -62,7 +62,8 @@ def of_decode(source: Described) -> Iterator[Check]:
         for nested in (False, True):
             for m in (3, 11):
                 product = Product.random(m, 37, 320, dtype, "nf4", 64, nested=nested, bias=nested)
-                yield launches.decode(source, product, 21, 4, 1)
+                for ring in (False, True):
+                    yield launches.decode(source, product, 21, 4, 1, ring)
 
 
 FAMILIES = {
