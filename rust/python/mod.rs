@@ -3,6 +3,8 @@
 mod blockwise;
 mod buffer;
 mod checkpoint;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod error;
 mod selection;
 mod threads;
@@ -14,6 +16,8 @@ use pyo3::prelude::*;
 fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
     blockwise::register(m)?;
+    #[cfg(feature = "cuda")]
+    cuda::register(m)?;
     checkpoint::register(m)?;
     selection::register(m)
 }
