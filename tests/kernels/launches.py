@@ -1,7 +1,7 @@
 """Kernels of the package as cases with their expected results, for any way to run them.
 
-Each function takes the runner's description (`constants` and `threads` of kernels), because the sources alone say how many
-values a block of threads takes.
+Each function takes the runner's description (`constants` and `threads` of kernels), because the sources alone say how
+many values a block of threads takes.
 """
 
 from __future__ import annotations
@@ -97,7 +97,11 @@ def quantize(
     n, threads = values.size, source.threads[kernel]
     packed, absmax = native.quantize(values, dtype, quant_type, blocksize)
     per_block = threads * blocksize if slow else source.constants["TILE"] * source.constants["DEPTH"]
-    x, p, a = Buffer(values, shifts[0]), Buffer(_filled(packed.size, np.uint8), shifts[1]), Buffer(_filled(absmax.size, "f4"))
+    x, p, a = (
+        Buffer(values, shifts[0]),
+        Buffer(_filled(packed.size, np.uint8), shifts[1]),
+        Buffer(_filled(absmax.size, "f4")),
+    )
     arguments = [pointers(x), pointers(p), pointers(a), int64(n), _shift(blocksize)]
     launch = Launch(kernel, _ceil(n, per_block), threads, arguments)
     name = f"{kernel}, {n} values in blocks of {blocksize}, shifts {shifts}"
@@ -111,7 +115,7 @@ class Scales:
     absmax: native.Array
     codes: native.Bytes | None = None
     absmax2: native.Array | None = None
-    offset: np.float32 = np.float32(0)
+    offset: np.float32 | None = None
 
     @staticmethod
     def plain(absmax: native.Array) -> Scales:
@@ -131,7 +135,7 @@ class Scales:
 
     def argument(self) -> Argument:
         """The struct that kernels take; what they have no business with is null."""
-        if self.codes is None or self.absmax2 is None:
+        if self.codes is None or self.absmax2 is None or self.offset is None:
             return pointers(Buffer(self.absmax), None, None, None)
         offset = np.array([self.offset], np.float32)
         return pointers(None, Buffer(self.codes), Buffer(self.absmax2), Buffer(offset))
@@ -154,7 +158,8 @@ def dequantize(
     wanted = native.dequantize(packed, scales.absmax, n, dtype, quant_type, blocksize)
     out = Buffer(_filled(n, wanted.dtype), shifts[1])
     arguments = [
-        pointers(Buffer(packed, shifts[0])), scales.argument(), pointers(out), int64(n), _shift(blocksize), _type(quant_type),
+        pointers(Buffer(packed, shifts[0])), scales.argument(), pointers(out),
+        int64(n), _shift(blocksize), _type(quant_type),
     ]  # fmt: skip
     launch = Launch(kernel, _ceil(n, threads if slow else source.constants["TILE"]), threads, arguments)
     name = f"{kernel}, {n} {quant_type} values in blocks of {blocksize}, shifts {shifts}"
@@ -216,7 +221,7 @@ class Product:
         )
 
     def result(self, weights: np.ndarray, roundings: float) -> Callable[[np.ndarray], str]:
-        """Compares with the product by `weights`; a sum may have been rounded to float32 that often, one after another."""
+        """Compares with the product by `weights`; a sum may have been rounded to float32 that often in turn."""
         n, k = weights.shape
         scaled = weights.astype(np.float64) * np.repeat(self.scales.absmax, self.blocksize)[: n * k].reshape(n, k)
         x = native.to_float32(self.x, self.dtype).astype(np.float64)
@@ -276,3 +281,27 @@ def decode(source: Described, product: Product, rows: int, slots: int, per_pass:
     wanted = product.result(table, 8 + 2 * k / 64 + slots)
     name = f"{kernel}, {m} x {n} x {k}, {product.quant_type} in {product.blocksize}, plan {rows, slots, per_pass}"
     return Check(name, Case([launch]), [(y, wanted)])
+
+
+def floor(source: Described, words: np.ndarray, out_count: int, grid: int) -> Check:
+    """Traffic alone: every thread reads its part of the 16-byte `words`, [count][4], and writes what they mix to."""
+    threads = source.constants["THREADS"]
+    out = Buffer(_filled(out_count * 4, np.uint32).reshape(-1, 4))
+    wanted = np.zeros((out_count, 4), np.uint32)
+    for block in range(grid):
+        begin, end = (len(words) * b // grid for b in (block, block + 1))
+        rows = np.bitwise_xor.reduce(words[begin:end], axis=1)
+        rows = np.pad(rows, (0, -len(rows) % threads)).reshape(-1, threads)
+        mixed = np.bitwise_xor.reduce(rows, axis=0)
+        begin, end = (out_count * b // grid for b in (block, block + 1))
+        wanted[begin:end] = np.resize(mixed, end - begin)[:, None]
+    arguments = [pointers(Buffer(words)), int64(len(words)), pointers(out), int64(out_count)]
+    return Check("floor_traffic", Case([Launch("floor_traffic", grid, threads, arguments)]), [(out, bits(wanted))])
+
+
+def floor_read(source: Described, words: np.ndarray, grid: int, wanted: int) -> Check:
+    """Reading alone: nothing is written, but for one sum that the test can bring about."""
+    sink = Buffer(np.array([7], np.uint32))
+    arguments = [pointers(Buffer(words)), int64(len(words)), pointers(sink)]
+    launch = Launch("floor_read", grid, source.constants["THREADS"], arguments)
+    return Check("floor_read", Case([launch]), [(sink, bits(np.array([wanted], np.uint32)))])

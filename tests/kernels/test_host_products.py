@@ -22,8 +22,8 @@ def test_plain_product(dtype: str, quant_type: str) -> None:
         check.against(run_both_ways(source, check.case))
 
 
-# N, K, the block size and the plan: fewer rows than a tile, rows that end inside of one; K of one block, of fewer blocks
-# than there are slots, of several chunks that differ in length; one pass and several, as many tiles as they allow or not.
+# N, K, the block size and the plan: fewer rows than a tile, rows that end inside of one; K of one block, of parts that
+# differ in length, of several chunks; one pass and several, of as many tiles as they allow or fewer.
 DECODE = [
     (5, 64, 64, (5, 1, 1)),
     (16, 128, 64, (16, 2, 1)),

@@ -1,13 +1,14 @@
 """The CUDA sources on the processor with AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
 
-Buffers have their exact size: a read behind the end, which may do no harm elsewhere, is found here; as is what no barrier
-orders, whatever the results.
+Buffers have their exact size: a read behind the end, which may do no harm elsewhere, is found here; as is what no
+barrier orders, whatever the results.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import build_host
 import launches
 import native
 import numpy as np
@@ -23,7 +24,12 @@ def of_quantize(source: Described) -> Iterator[Check]:
     for dtype in STORED:
         item = STORED[dtype].itemsize
         for quant_type in QUANT_TYPES:
-            for n, blocksize, shifts in ((8192 + 77, 64, (0, 0)), (333, 4096, (item, 3)), (4097, 512, (0, 0)), (1, 32, (0, 1))):
+            for n, blocksize, shifts in (
+                (8192 + 77, 64, (0, 0)),
+                (333, 4096, (item, 3)),
+                (4097, 512, (0, 0)),
+                (1, 32, (0, 1)),
+            ):
                 yield launches.quantize(source, values.awkward(n, dtype), dtype, quant_type, blocksize, shifts)
             yield launches.quantize(source, values.normal(999, dtype), dtype, quant_type, 64, (item, 1), slow=True)
 
@@ -33,13 +39,16 @@ def of_dequantize(source: Described) -> Iterator[Check]:
     for dtype in STORED:
         item = STORED[dtype].itemsize
         for nested in (False, True):
-            for n, blocksize, shifts in ((8192 + 77, 64, (0, 0)), (333, 4096, (3, item)), (2049, 32, (4, 16)), (1, 32, (0, 0))):
+            for n, blocksize, shifts in (
+                (8192 + 77, 64, (0, 0)),
+                (333, 4096, (3, item)),
+                (2049, 32, (4, 16)),
+                (1, 32, (0, 0)),
+            ):
                 absmax = np.abs(values.normal(-(-n // blocksize), "f32"))
                 scales = Scales.nested(absmax) if nested else Scales.plain(absmax)
                 for slow in (False, True):
-                    yield launches.dequantize(
-                        source, values.codes(n), scales, n, dtype, "nf4", blocksize, shifts, slow
-                    )
+                    yield launches.dequantize(source, values.codes(n), scales, n, dtype, "nf4", blocksize, shifts, slow)
 
 
 def of_nested(source: Described) -> Iterator[Check]:
@@ -66,12 +75,23 @@ def of_decode(source: Described) -> Iterator[Check]:
                     yield launches.decode(source, product, 21, 4, 1, ring)
 
 
+def of_floor(source: Described) -> Iterator[Check]:
+    """Shares of different sizes, and none; the one sum that is written."""
+    words = np.random.default_rng(8).integers(0, 1 << 32, (2600, 4), np.uint32)
+    for count, out_count, grid in ((2600, 3000, 3), (5, 2, 3), (1, 700, 1)):
+        yield launches.floor(source, words[:count], out_count, grid)
+    yield launches.floor_read(source, words, 2, 7)
+    magic = np.array([[0, 0, 0x9E3779B9, 0]], np.uint32)
+    yield launches.floor_read(source, magic, 1, 0x9E3779B9)
+
+
 FAMILIES = {
     "quantize": of_quantize,
     "dequantize": of_dequantize,
     "nested": of_nested,
     "product": of_product,
     "decode": of_decode,
+    "floor": of_floor,
 }
 
 
@@ -92,8 +112,6 @@ def test_every_kernel_is_run() -> None:
 
 
 def test_every_source_is_here() -> None:
-    import build_host
-
     assert {path.stem for path in build_host.KERNELS.glob("*.cu")} == set(FAMILIES)
 
 
