@@ -54,6 +54,8 @@ class Module:
 
 
 MODULES = (
+    # What benches compare with.
+    Module("floor", 75, (75, 80, 86, 89, 90, 100, 120)),
     # Without packed conversions and bfloat16: cards of compute capability 7.5.
     Module("dequantize", 75, (75,)),
     Module("dequantize", 80, (80, 86, 89, 90, 100, 120)),
@@ -104,9 +106,7 @@ class Nvrtc:
     def compile(self, path: Path, flags: tuple[str, ...]) -> str:
         """The PTX of one source file."""
         program = ctypes.c_void_p()
-        self._call(
-            "nvrtcCreateProgram", ctypes.byref(program), path.read_bytes(), path.name.encode(), 0, None, None
-        )
+        self._call("nvrtcCreateProgram", ctypes.byref(program), path.read_bytes(), path.name.encode(), 0, None, None)
         try:
             folders = (f"--include-path={path.parent}", f"--include-path={HERE}", f"--include-path={self.include}")
             options = [option.encode() for option in (*flags, *folders)]
@@ -226,7 +226,9 @@ def compare_resources(found: dict[str, dict[str, dict[str, int]]]) -> None:
                 if used[what] > amount:
                     problems.append(f"{where}: {kernel} takes {used[what]} {what}, {amount} are committed")
     if problems:
-        raise SystemExit("error: kernels/resources.json (--assemble --accept writes it anew):\n  " + "\n  ".join(problems))
+        raise SystemExit(
+            "error: kernels/resources.json (--assemble --accept writes it anew):\n  " + "\n  ".join(problems)
+        )
     print(f"ptxas: {sum(map(len, found.values()))} kernels assembled, no spills, no growth")
 
 

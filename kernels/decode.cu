@@ -9,9 +9,13 @@
 //   - The scale is applied in float32 to the sums of a block, once for 64 products.
 // A block of threads has some consecutive rows of W, all of K: WARPS / slots groups of warps take tiles of 16 rows in
 // turn, and the `slots` warps of a group a part of K each. A warp keeps its part of x in registers, up to CHUNK blocks at
-// a time, while it walks over the tiles; bytes of W that were used are at once replaced by loads for the next tile, so
-// that 32 KB are always on the way to each multiprocessor. The partial sums of the slots meet in
-// shared memory, and are added in the order of the slots: the result does not change from run to run.
+// a time, while it walks over the tiles. The partial sums of the slots meet in shared memory, and are added in the order
+// of the slots: the result does not change from run to run.
+//
+// Two kernels differ in how W arrives. `decode_ring` copies it to shared memory by cp.async, each warp into a ring of its
+// own, STAGES tiles ahead: 64 KB are always on the way to each multiprocessor. That takes the 227 KB of compute capability
+// 9.0 and 10.0. `decode` needs 77 KB and less: each warp loads the bytes of its next tile to registers as it uses those of
+// this one.
 #include "scales.cuh"
 
 // Rows of W in a tile, and columns of the product in a fragment: those of mma.m16n8k16.
@@ -21,126 +25,170 @@ constexpr int COLUMNS = 8;
 constexpr int BLOCK = 64;
 constexpr int BLOCK_BYTES = BLOCK / 2;
 constexpr int BLOCK_SHIFT = 6;
-// Rows of partial sums are 20 floats apart: the lanes of a fragment then store to 32 banks.
-constexpr int PARTIAL_STRIDE = 20;
-constexpr int TABLE_BYTES = 256 * 256;
-constexpr int MAP_BYTES = 256 * int(sizeof(float));
-
-// By the number of 8-column fragments of x, 1 or 2: twice the columns are twice the registers for x and so half the warps,
-// each of which has twice the bytes on the way.
-template <int FRAGMENTS>
-struct Sizes {
-    static constexpr int WARPS = 16 / FRAGMENTS;
-    static constexpr int THREADS = WARPS * WARP;
-    // Blocks of one row that a warp reads at a time: of 16 rows 2 KB for each fragment.
-    static constexpr int CHUNK = 4 * FRAGMENTS;
-};
+constexpr u32 MAP_BYTES = 256 * sizeof(float);
 
 // How the launcher divides the work.
 struct DecodePlan {
     int rows;      // of W, for each block of threads
-    int slots;     // parts of K: a power of two, at most WARPS
+    int slots;     // parts of K: a power of two, at most the number of warps
     int per_pass;  // tiles whose partial sums fit in shared memory
 };
 
-// The chunk of one tile, as one lane sees it.
-struct Unit {
-    const u8 *low, *high;       // this lane's bytes in row g and row g + 8
-    i64 low_block, high_block;  // the first blocks of these
-    int blocks;                 // 0: nothing
+// A chunk of a tile of a pass.
+struct Place {
+    int pass, chunk, tile;
+    int row;            // the tile's first
+    int block, blocks;  // of each row; none: no such place
 };
 
-template <bool NESTED, int CHUNK>
-struct Decode {
-    const u8 *packed;
+// What one warp has to do.
+template <bool NESTED, int WARPS, int CHUNK>
+struct Work {
     const Scales &scales;
-    const int block_shift;
-    const i64 blocks_per_row;
-    const int first_row, end_row;  // of this block of threads
-    const int slots, slot, group, groups;
-    const int first_block, slot_blocks, chunks;
-    const int tiles, per_pass;
-    const int g, t;
+    int block_shift;
+    int row_blocks;
+    int first_row, end_row;  // of this block of threads
+    int slots, slot, group;
+    int first_block, slot_blocks, chunks;
+    int tiles, per_pass;
+    int g, t;
 
+    __device__ Work(const Scales &scales, int n, int k, int block_shift, const DecodePlan &plan)
+        : scales(scales), block_shift(block_shift), row_blocks(k / BLOCK), slots(plan.slots), per_pass(plan.per_pass) {
+        const int lane = int(threadIdx.x) % WARP, warp = int(threadIdx.x) / WARP;
+        first_row = int(blockIdx.x) * plan.rows;
+        end_row = n - first_row < plan.rows ? n : first_row + plan.rows;
+        tiles = (end_row - first_row + ROWS - 1) / ROWS;
+        slot = warp % slots;
+        group = warp / slots;
+        first_block = int(i64(row_blocks) * slot / slots);
+        slot_blocks = int(i64(row_blocks) * (slot + 1) / slots) - first_block;
+        chunks = (slot_blocks + CHUNK - 1) / CHUNK;
+        g = lane / 4;
+        t = lane % 4;
+    }
+
+    __device__ int groups() const { return WARPS / slots; }
     __device__ int tiles_of(int pass) const {
         const int left = tiles - pass * per_pass;
         return left < per_pass ? left : per_pass;
     }
-    // The chunks of a slot, as equal as can be.
-    __device__ int chunk_begin(int chunk) const { return first_block + slot_blocks * chunk / chunks; }
 
-    __device__ Unit unit(int pass, int chunk, int tile) const {
-        const int block = chunk_begin(chunk);
-        const int row = first_row + (pass * per_pass + tile) * ROWS + g;
-        Unit unit;
-        unit.blocks = chunk_begin(chunk + 1) - block;
-        // Rows behind the last are read as the last, and what comes of them is not written.
-        unit.low_block = i64(row < end_row ? row : end_row - 1) * blocks_per_row + block;
-        unit.high_block = i64(row + 8 < end_row ? row + 8 : end_row - 1) * blocks_per_row + block;
-        unit.low = packed + unit.low_block * BLOCK_BYTES + t * 8;
-        unit.high = packed + unit.high_block * BLOCK_BYTES + t * 8;
-        return unit;
+    // The warp's places in their order: passes, in each the chunks of its slot, in each the tiles of its group.
+    __device__ Place first() const {
+        Place place = {0, 0, group, 0, 0, 0};
+        enter(place);
+        return place;
     }
-    // The one that this warp works on after (pass, chunk, tile).
-    __device__ Unit next_unit(int pass, int chunk, int tile) const {
-        tile += groups;
-        if (tile >= tiles_of(pass)) {
-            tile = group;
-            if (++chunk == chunks) {
-                chunk = 0;
-                pass++;
+    __device__ void advance(Place &place) const {
+        place.tile += groups();
+        place.row += groups() * ROWS;
+        if (place.tile >= tiles_of(place.pass)) {
+            place.tile = group;
+            if (++place.chunk == chunks) {
+                place.chunk = 0;
+                place.pass++;
             }
+            enter(place);
         }
-        if (pass * per_pass >= tiles || tile >= tiles_of(pass)) {
-            Unit none = {};
-            return none;
-        }
-        return unit(pass, chunk, tile);
+    }
+    // Chunks of a slot are as equal as can be.
+    __device__ void enter(Place &place) const {
+        const int begin = slot_blocks * place.chunk / chunks, end = slot_blocks * (place.chunk + 1) / chunks;
+        place.row = first_row + (place.pass * per_pass + place.tile) * ROWS;
+        place.block = first_block + begin;
+        place.blocks = place.tile < tiles_of(place.pass) ? end - begin : 0;
     }
 
-    struct Bytes {
-        Words2 low, high;
-    };
-    __device__ static void load(Bytes &bytes, const Unit &unit, int j) {
-        bytes.low = load_stream(reinterpret_cast<const Words2 *>(unit.low + j * BLOCK_BYTES));
-        bytes.high = load_stream(reinterpret_cast<const Words2 *>(unit.high + j * BLOCK_BYTES));
+    // The number of a block, in a row of a place. Rows behind the last are read as the last, and what comes of them is
+    // not written.
+    __device__ i64 block_of(const Place &place, int in_tile) const {
+        const int row = place.row + in_tile;
+        return i64(row < end_row ? row : end_row - 1) * row_blocks + place.block;
     }
 
-    // Of the chunk's blocks t, t + 4, ..., for row g and row g + 8: the lanes of a quad share theirs later.
+    // Of a chunk's blocks t, t + 4, ..., for row g and row g + 8: the lanes of a quad share theirs later.
     struct QuadScales {
         RawScale<NESTED> low[CHUNK / 4], high[CHUNK / 4];
     };
-    __device__ void load(QuadScales &quad, const Unit &unit) const {
+    __device__ void load(QuadScales &quad, const Place &place) const {
         const int shift = block_shift - BLOCK_SHIFT;
+        const i64 low = block_of(place, g), high = block_of(place, g + 8);
 #pragma unroll
         for (int q = 0; q < CHUNK / 4; q++) {
-            if (q * 4 + t < unit.blocks) {
-                quad.low[q] = ScaleReader<NESTED>(scales, (unit.low_block + q * 4 + t) >> shift)[0];
-                quad.high[q] = ScaleReader<NESTED>(scales, (unit.high_block + q * 4 + t) >> shift)[0];
+            if (q * 4 + t < place.blocks) {
+                quad.low[q] = ScaleReader<NESTED>(scales, (low + q * 4 + t) >> shift)[0];
+                quad.high[q] = ScaleReader<NESTED>(scales, (high + q * 4 + t) >> shift)[0];
             }
         }
     }
 };
 
-// Two weights for one byte of a word.
+// Entry `byte` of a table: its two values in T. `row` words from one entry to the next, one for each lane.
+template <typename T, int THREADS>
+__device__ inline void fill_table(u32 *table, int row, u32 quant_type) {
+    for (int item = int(threadIdx.x); item < 256 * 8; item += THREADS) {
+        const u32 byte = u32(item / 8);
+        const u32 pair = pack2<T>(VALUES[quant_type][byte >> 4], VALUES[quant_type][byte & 15]);
+        *reinterpret_cast<Words4 *>(&table[int(byte) * row + item % 8 * 4]) = {pair, pair, pair, pair};
+    }
+}
+
+template <bool NESTED, int THREADS>
+__device__ inline void fill_map(float *map) {
+    if (NESTED) {
+        for (int code = int(threadIdx.x); code < 256; code += THREADS) {
+            map[code] = DYNAMIC_MAP[code];
+        }
+    }
+}
+
+// Such a table anywhere, with 64 words from one entry to the next.
+struct PlainTable {
+    const u32 *table;
+    u32 lane_offset;
+};
+
 template <int BYTE>
-__device__ inline u32 look_up(const u32 *table, u32 word, u32 lane_offset) {
-    // Byte 0 of the address from the lane, byte 1 from the word, bytes 2 and 3 zero (as all but one of the lane's are).
-    return at_byte(table, permute_bytes(word, lane_offset, 0x5504 | BYTE << 4));
+__device__ inline u32 look_up(PlainTable table, u32 word) {
+    // Byte 0 of the offset from the lane, byte 1 from the word, bytes 2 and 3 zero (as all but one of the lane's are).
+    return at_byte(table.table, permute_bytes(word, table.lane_offset, 0x5504 | BYTE << 4));
+}
+
+// This lane's part of x for a chunk: of column g of each fragment the values 16t ... 16t + 15 of each block.
+template <int FRAGMENTS, int CHUNK, typename T>
+__device__ inline void load_x(u32 (&words)[CHUNK][FRAGMENTS][8], const T *x, int m, int k, int begin, int blocks, int g,
+                              int t) {
+#pragma unroll
+    for (int j = 0; j < CHUNK; j++) {
+#pragma unroll
+        for (int f = 0; f < FRAGMENTS; f++) {
+            const int column = f * COLUMNS + g;
+            const bool there = column < m && j < blocks;
+            const Words4 *const from = reinterpret_cast<const Words4 *>(x + (i64(column) * k + i64(begin + j) * BLOCK + t * 16));
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const Words4 loaded = there ? load_shared_line(from + half) : Words4{};
+#pragma unroll
+                for (int w = 0; w < 4; w++) {
+                    words[j][f][half * 4 + w] = loaded.word[w];
+                }
+            }
+        }
+    }
 }
 
 // sums += scale * (the products of one block). The scales are those of rows g and g + 8.
-template <typename T, int FRAGMENTS>
-__device__ inline void add_block(float (&sums)[FRAGMENTS][4], const u32 *table, const Words2 &low, const Words2 &high,
-                                 const u32 (&x)[FRAGMENTS][8], float low_scale, float high_scale, u32 lane_offset) {
+template <typename T, int FRAGMENTS, typename Table>
+__device__ inline void add_block(float (&sums)[FRAGMENTS][4], const Table &table, const Words2 &low, const Words2 &high,
+                                 const u32 (&x)[FRAGMENTS][8], float low_scale, float high_scale) {
     float products[FRAGMENTS][4] = {};
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        const u32 a[2][4] = {
-            {look_up<0>(table, low.word[i], lane_offset), look_up<0>(table, high.word[i], lane_offset),
-             look_up<1>(table, low.word[i], lane_offset), look_up<1>(table, high.word[i], lane_offset)},
-            {look_up<2>(table, low.word[i], lane_offset), look_up<2>(table, high.word[i], lane_offset),
-             look_up<3>(table, low.word[i], lane_offset), look_up<3>(table, high.word[i], lane_offset)}};
+        const u32 a[2][4] = {{look_up<0>(table, low.word[i]), look_up<0>(table, high.word[i]),
+                              look_up<1>(table, low.word[i]), look_up<1>(table, high.word[i])},
+                             {look_up<2>(table, low.word[i]), look_up<2>(table, high.word[i]),
+                              look_up<3>(table, low.word[i]), look_up<3>(table, high.word[i])}};
 #pragma unroll
         for (int f = 0; f < FRAGMENTS; f++) {
             mma_m16n8k16(T{}, products[f], a[0], x[f][4 * i], x[f][4 * i + 1]);
@@ -156,172 +204,278 @@ __device__ inline void add_block(float (&sums)[FRAGMENTS][4], const u32 *table, 
     }
 }
 
+// Where the sum of a column and a row of a tile is in a warp's [m][16] partial sums: columns in the order 0, 2, 4, ... 1,
+// 3, ..., and in every other pair of these the halves of the rows exchanged. So the lanes of a fragment store to 32 banks.
+__device__ inline int partial_offset(int column, int row, int m) {
+    const int place = column / 2 + (column % 2 == 0 ? 0 : (m + 1) / 2);
+    return place * ROWS + (row ^ (place / 2 % 2 * (ROWS / 2)));
+}
+
+// The sums of a tile's chunk to, or on top of, this warp's partial sums.
+template <int FRAGMENTS>
+__device__ inline void add_partial(float *own, const float (&sums)[FRAGMENTS][4], int m, bool is_first, int g, int t) {
+#pragma unroll
+    for (int f = 0; f < FRAGMENTS; f++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const int column = f * COLUMNS + 2 * t + e % 2;
+            if (column < m) {
+                float *const sum = own + partial_offset(column, g + e / 2 * 8, m);
+                *sum = is_first ? sums[f][e] : *sum + sums[f][e];
+            }
+        }
+    }
+}
+
+// After a barrier: y from the partial sums [tile][slot][m][16] of a pass.
+template <typename T, int WARPS, typename W>
+__device__ inline void write_pass(const W &work, int pass, const float *partial, const T *bias, T *y, int m, int n) {
+    const int lane = int(threadIdx.x) % WARP, warp = int(threadIdx.x) / WARP;
+    const int first_row = work.first_row + pass * work.per_pass * ROWS;
+    const int pass_rows = work.tiles_of(pass) * ROWS;
+    const int rows = work.end_row - first_row < pass_rows ? work.end_row - first_row : pass_rows;
+    const int size = m * ROWS;
+    for (int column = warp; column < m; column += WARPS) {
+#pragma unroll 1
+        for (int row = lane; row < rows; row += WARP) {
+            const float *const from = partial + row / ROWS * work.slots * size + partial_offset(column, row % ROWS, m);
+            float sum = 0.0f;
+#pragma unroll 4
+            for (int s = 0; s < work.slots; s++) {
+                sum += from[s * size];
+            }
+            if (bias != nullptr) {
+                sum += to_f32(bias[first_row + row]);
+            }
+            y[i64(column) * n + first_row + row] = from_f32<T>(sum);
+        }
+    }
+}
+
+// ---- by way of registers -------------------------------------------------------------------------------------------
+
+// By the number of 8-column fragments of x, 1 or 2: twice the columns are twice the registers for x and so half the warps,
+// each of which has twice the bytes on the way.
+template <int FRAGMENTS>
+struct Sizes {
+    static constexpr int WARPS = 16 / FRAGMENTS;
+    static constexpr int THREADS = WARPS * WARP;
+    static constexpr int CHUNK = 4 * FRAGMENTS;
+};
+
+// A lane's bytes of a chunk, in row g and row g + 8.
+template <int CHUNK>
+struct Bytes {
+    Words2 low[CHUNK], high[CHUNK];
+
+    __device__ void load(int j, const u8 *low_packed, const u8 *high_packed) {
+        low[j] = load_stream(reinterpret_cast<const Words2 *>(low_packed + j * BLOCK_BYTES));
+        high[j] = load_stream(reinterpret_cast<const Words2 *>(high_packed + j * BLOCK_BYTES));
+    }
+};
+
 template <typename T, bool NESTED, int FRAGMENTS>
 __device__ inline void decode(const T *x, const u8 *packed, const Scales &scales, const T *bias, T *y, int m, int n, int k,
                               int block_shift, u32 quant_type, const DecodePlan &plan) {
     constexpr int WARPS = Sizes<FRAGMENTS>::WARPS, THREADS = Sizes<FRAGMENTS>::THREADS, CHUNK = Sizes<FRAGMENTS>::CHUNK;
     DYNAMIC_SHARED(shared);
-    u32 *const table = reinterpret_cast<u32 *>(shared);                                       // [256][64], half used
-    float *const map = reinterpret_cast<float *>(shared + TABLE_BYTES);                       // [256]
-    float *const partial = reinterpret_cast<float *>(shared + TABLE_BYTES + MAP_BYTES);       // [tile][slot][m][20]
+    u32 *const table = reinterpret_cast<u32 *>(shared);                                         // [256][64], half used
+    float *const map = reinterpret_cast<float *>(shared + LANE_TABLE_BYTES);                    // [256]
+    float *const partial = reinterpret_cast<float *>(shared + LANE_TABLE_BYTES + MAP_BYTES);    // [tile][slot][m][16]
 
-    const int thread = int(threadIdx.x);
-    const int lane = thread % WARP;
-    const int warp = thread / WARP;
-    const int first_row = int(blockIdx.x) * plan.rows;
-    const int end_row = n - first_row < plan.rows ? n : first_row + plan.rows;
-    const int row_blocks = k / BLOCK;
-    const int slot = warp % plan.slots;
-    const int first_block = int(i64(row_blocks) * slot / plan.slots);
-    const int slot_blocks = int(i64(row_blocks) * (slot + 1) / plan.slots) - first_block;
-    using Work = Decode<NESTED, CHUNK>;
-    const Work work = {packed,
-                       scales,
-                       block_shift,
-                       row_blocks,
-                       first_row,
-                       end_row,
-                       plan.slots,
-                       slot,
-                       warp / plan.slots,
-                       WARPS / plan.slots,
-                       first_block,
-                       slot_blocks,
-                       (slot_blocks + CHUNK - 1) / CHUNK,
-                       (end_row - first_row + ROWS - 1) / ROWS,
-                       plan.per_pass,
-                       lane / 4,
-                       lane % 4};
-    const int g = work.g, t = work.t;
+    const Work<NESTED, WARPS, CHUNK> work(scales, n, k, block_shift, plan);
+    const int lane = int(threadIdx.x) % WARP, g = work.g, t = work.t, quad_lane = lane & ~3;
+    const u8 *const lane_packed = packed + t * 8;
 
     // Loads first: the table is made while they are on the way.
-    typename Work::Bytes bytes[CHUNK] = {};
-    typename Work::QuadScales quad = {};
-    if (work.group < work.tiles_of(0)) {
-        const Unit first = work.unit(0, 0, work.group);
-        work.load(quad, first);
+    Place ahead = work.first();
+    typename Work<NESTED, WARPS, CHUNK>::QuadScales quad = {};
+    work.load(quad, ahead);
+    Bytes<CHUNK> bytes = {};
 #pragma unroll
-        for (int j = 0; j < CHUNK; j++) {
-            if (j < first.blocks) {
-                Work::load(bytes[j], first, j);
-            }
+    for (int j = 0; j < CHUNK; j++) {
+        if (j < ahead.blocks) {
+            bytes.load(j, lane_packed + work.block_of(ahead, g) * BLOCK_BYTES,
+                       lane_packed + work.block_of(ahead, g + 8) * BLOCK_BYTES);
         }
     }
     const float offset = NESTED ? *scales.offset : 0.0f;
-    for (int item = thread; item < 256 * 8; item += THREADS) {
-        const u32 byte = u32(item / 8);
-        const u32 pair = pack2<T>(VALUES[quant_type][byte >> 4], VALUES[quant_type][byte & 15]);
-        *reinterpret_cast<Words4 *>(&table[byte * 64 + u32(item % 8) * 4]) = {pair, pair, pair, pair};
-    }
-    if (NESTED) {
-        for (int code = thread; code < 256; code += THREADS) {
-            map[code] = DYNAMIC_MAP[code];
-        }
-    }
+    fill_table<T, THREADS>(table, LANE_TABLE_ROW, quant_type);
+    fill_map<NESTED, THREADS>(map);
     __syncthreads();
 
     u32 x_words[CHUNK][FRAGMENTS][8];
-    const u32 lane_offset = u32(lane) * 4;
-    const int partial_size = m * PARTIAL_STRIDE;
-
+    const PlainTable entries = {table, u32(lane) * 4};
     for (int pass = 0; pass * plan.per_pass < work.tiles; pass++) {
-        const int pass_tiles = work.tiles_of(pass);
         for (int chunk = 0; chunk < work.chunks; chunk++) {
-            const int begin = work.chunk_begin(chunk);
-            const int blocks = work.chunk_begin(chunk + 1) - begin;
-            if (pass == 0 || work.chunks > 1) {
-#pragma unroll
-                for (int f = 0; f < FRAGMENTS; f++) {
-#pragma unroll
-                    for (int j = 0; j < CHUNK; j++) {
-                        const int column = f * COLUMNS + g;
-                        const bool there = column < m && j < blocks;
-                        const Words4 *const from =
-                            reinterpret_cast<const Words4 *>(x + (i64(column) * k + i64(begin + j) * BLOCK + t * 16));
-#pragma unroll
-                        for (int half = 0; half < 2; half++) {
-                            const Words4 words = there ? load_shared_line(from + half) : Words4{};
-#pragma unroll
-                            for (int w = 0; w < 4; w++) {
-                                x_words[j][f][half * 4 + w] = words.word[w];
-                            }
-                        }
-                    }
+            for (int tile = work.group; tile < work.tiles_of(pass); tile += work.groups()) {
+                const int blocks = ahead.blocks;
+                if (tile == work.group && (pass == 0 || work.chunks > 1)) {
+                    load_x<FRAGMENTS, CHUNK>(x_words, x, m, k, ahead.block, blocks, g, t);
                 }
-            }
-            for (int tile = work.group; tile < pass_tiles; tile += work.groups) {
-                const Unit next = work.next_unit(pass, chunk, tile);
                 float low_scale[CHUNK / 4], high_scale[CHUNK / 4];
 #pragma unroll
                 for (int q = 0; q < CHUNK / 4; q++) {
                     low_scale[q] = quad.low[q].value(map, offset);
                     high_scale[q] = quad.high[q].value(map, offset);
                 }
-                work.load(quad, next);
+                work.advance(ahead);
+                work.load(quad, ahead);
+                const u8 *const low_ahead = lane_packed + work.block_of(ahead, g) * BLOCK_BYTES;
+                const u8 *const high_ahead = lane_packed + work.block_of(ahead, g + 8) * BLOCK_BYTES;
 
                 float sums[FRAGMENTS][4] = {};
-                const int quad_lane = lane & ~3;
 #pragma unroll
                 for (int j = 0; j < CHUNK; j++) {
                     if (j < blocks) {
-                        add_block<T>(sums, table, bytes[j].low, bytes[j].high, x_words[j],
+                        add_block<T>(sums, entries, bytes.low[j], bytes.high[j], x_words[j],
                                      __shfl_sync(ALL_LANES, low_scale[j / 4], quad_lane + j % 4),
-                                     __shfl_sync(ALL_LANES, high_scale[j / 4], quad_lane + j % 4), lane_offset);
+                                     __shfl_sync(ALL_LANES, high_scale[j / 4], quad_lane + j % 4));
                     }
-                    if (j < next.blocks) {
-                        Work::load(bytes[j], next, j);
-                    }
-                }
-
-                float *const own = partial + (tile * plan.slots + work.slot) * partial_size;
-#pragma unroll
-                for (int f = 0; f < FRAGMENTS; f++) {
-#pragma unroll
-                    for (int e = 0; e < 4; e++) {
-                        const int column = f * COLUMNS + 2 * t + e % 2;
-                        if (column < m) {
-                            float *const sum = own + column * PARTIAL_STRIDE + g + (e / 2) * 8;
-                            *sum = chunk == 0 ? sums[f][e] : *sum + sums[f][e];
-                        }
+                    if (j < ahead.blocks) {
+                        bytes.load(j, low_ahead, high_ahead);
                     }
                 }
+                add_partial(partial + (tile * plan.slots + work.slot) * m * ROWS, sums, m, chunk == 0, g, t);
             }
         }
         __syncthreads();
-        const int pass_row = first_row + pass * plan.per_pass * ROWS;
-        const int pass_rows = end_row - pass_row < pass_tiles * ROWS ? end_row - pass_row : pass_tiles * ROWS;
-        for (int column = warp; column < m; column += WARPS) {
-            for (int row = lane; row < pass_rows; row += WARP) {
-                const float *const from =
-                    partial + (row / ROWS * plan.slots) * partial_size + column * PARTIAL_STRIDE + row % ROWS;
-                float sum = 0.0f;
-                for (int s = 0; s < plan.slots; s++) {
-                    sum += from[s * partial_size];
+        write_pass<T, WARPS>(work, pass, partial, bias, y, m, n);
+        __syncthreads();
+    }
+}
+
+// ---- by way of shared memory ---------------------------------------------------------------------------------------
+
+// Chunks of a warp in its ring: while it works on one, two are on the way. 32 KB each for all warps.
+constexpr int STAGES = 3;
+
+// Block j of row r lies at block j ^ (r % 4) of its row in a stage: so the eight rows that a warp reads at a time, four in
+// each half of the warp, are in different banks.
+template <int CHUNK>
+__device__ inline int ring_offset(int row, int block) {
+    return (row * CHUNK + (block ^ (row % 4))) * BLOCK_BYTES;
+}
+
+// Starts copying a place's bytes, by a whole warp: 16 bytes for each lane, and as many rows at a time as that gives.
+template <bool NESTED, int WARPS, int CHUNK>
+__device__ inline void copy_place(u8 *stage, const u8 *packed, const Work<NESTED, WARPS, CHUNK> &work, const Place &place,
+                                  int lane) {
+    constexpr int PIECES = CHUNK * BLOCK_BYTES / 16, AT_A_TIME = WARP / PIECES;
+    const int piece = lane % PIECES;
+    if (piece / 2 < place.blocks) {
+#pragma unroll
+        for (int i = 0; i < ROWS / AT_A_TIME; i++) {
+            const int row = i * AT_A_TIME + lane / PIECES;
+            copy_async(reinterpret_cast<Words4 *>(stage + ring_offset<CHUNK>(row, piece / 2) + piece % 2 * 16),
+                       reinterpret_cast<const Words4 *>(packed + work.block_of(place, row) * BLOCK_BYTES + piece * 16));
+        }
+    }
+    copy_async_commit();
+}
+
+template <typename T, bool NESTED, int FRAGMENTS>
+__device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &scales, const T *bias, T *y, int m, int n,
+                                   int k, int block_shift, u32 quant_type, const DecodePlan &plan) {
+    constexpr int WARPS = Sizes<FRAGMENTS>::WARPS, THREADS = Sizes<FRAGMENTS>::THREADS, CHUNK = Sizes<FRAGMENTS>::CHUNK;
+    constexpr int STAGE_BYTES = ROWS * CHUNK * BLOCK_BYTES;
+    DYNAMIC_SHARED(shared);
+    float *const map = reinterpret_cast<float *>(shared);                 // [256]
+    float *const partial = reinterpret_cast<float *>(shared + MAP_BYTES); // [tile][slot][m][16]
+    const u32 before = MAP_BYTES + u32(plan.per_pass * plan.slots * m * ROWS) * sizeof(float);
+    const u32 place_of_table = before + lane_table_place(shared + before);
+    u32 *const table = reinterpret_cast<u32 *>(shared + place_of_table);  // [256][LANE_TABLE_ROW], half used
+    u8 *const ring = shared + (place_of_table + LANE_TABLE_BYTES) + threadIdx.x / WARP * (STAGES * STAGE_BYTES);
+
+    const Work<NESTED, WARPS, CHUNK> work(scales, n, k, block_shift, plan);
+    const int lane = int(threadIdx.x) % WARP, g = work.g, t = work.t, quad_lane = lane & ~3;
+
+    // Copies first: the table is made while they are on the way.
+    Place copied = work.first(), ahead = copied;
+#pragma unroll 1
+    for (int s = 0; s < STAGES; s++) {
+        copy_place(ring + s * STAGE_BYTES, packed, work, copied, lane);
+        work.advance(copied);
+    }
+    typename Work<NESTED, WARPS, CHUNK>::QuadScales quad = {}, quad_ahead = {};
+    work.load(quad, ahead);
+    int block = ahead.block, blocks = ahead.blocks;
+    work.advance(ahead);
+    work.load(quad_ahead, ahead);
+    const float offset = NESTED ? *scales.offset : 0.0f;
+    fill_table<T, THREADS>(table, LANE_TABLE_ROW, quant_type);
+    fill_map<NESTED, THREADS>(map);
+    __syncthreads();
+
+    u32 x_words[CHUNK][FRAGMENTS][8];
+    const LaneTable entries = lane_table(table, lane);
+    int stage = 0;
+    for (int pass = 0; pass * plan.per_pass < work.tiles; pass++) {
+        for (int chunk = 0; chunk < work.chunks; chunk++) {
+            for (int tile = work.group; tile < work.tiles_of(pass); tile += work.groups()) {
+                if (tile == work.group && (pass == 0 || work.chunks > 1)) {
+                    load_x<FRAGMENTS, CHUNK>(x_words, x, m, k, block, blocks, g, t);
                 }
-                if (bias != nullptr) {
-                    sum += to_f32(bias[pass_row + row]);
+                float low_scale[CHUNK / 4], high_scale[CHUNK / 4];
+#pragma unroll
+                for (int q = 0; q < CHUNK / 4; q++) {
+                    low_scale[q] = quad.low[q].value(map, offset);
+                    high_scale[q] = quad.high[q].value(map, offset);
                 }
-                y[i64(column) * n + pass_row + row] = from_f32<T>(sum);
+                // The oldest copy has ended, for all lanes.
+                copy_async_wait<STAGES - 1>();
+                __syncwarp();
+                u8 *const here = ring + stage * STAGE_BYTES;
+                stage = stage + 1 < STAGES ? stage + 1 : 0;
+                float sums[FRAGMENTS][4] = {};
+#pragma unroll
+                for (int j = 0; j < CHUNK; j++) {
+                    if (j < blocks) {
+                        const Words2 low = *reinterpret_cast<const Words2 *>(here + ring_offset<CHUNK>(g, j) + t * 8);
+                        const Words2 high = *reinterpret_cast<const Words2 *>(here + ring_offset<CHUNK>(g + 8, j) + t * 8);
+                        add_block<T>(sums, entries, low, high, x_words[j],
+                                     __shfl_sync(ALL_LANES, low_scale[j / 4], quad_lane + j % 4),
+                                     __shfl_sync(ALL_LANES, high_scale[j / 4], quad_lane + j % 4));
+                    }
+                }
+                // Every lane has read its part.
+                __syncwarp();
+                copy_place(here, packed, work, copied, lane);
+                work.advance(copied);
+                quad = quad_ahead;
+                block = ahead.block;
+                blocks = ahead.blocks;
+                work.advance(ahead);
+                work.load(quad_ahead, ahead);
+                add_partial(partial + (tile * plan.slots + work.slot) * m * ROWS, sums, m, chunk == 0, g, t);
             }
         }
+        __syncthreads();
+        write_pass<T, WARPS>(work, pass, partial, bias, y, m, n);
         __syncthreads();
     }
 }
 
 // x:           [m][k] aligned to 16 bytes; m at most 8 times the number of fragments
-// packed:      [n * k / 2] aligned to 8 bytes; k is a multiple of 64
+// packed:      [n * k / 2] aligned to 8 bytes, for decode_ring to 16; k is a multiple of 64
 // scales:      of n * k / blocksize blocks
 // bias:        [n] or null
 // y:           [m][n]
 // block_shift: log2 of the block size, 6 to 12
 // quant_type:  NF4 or FP4
-// Grid: ceil(n / plan.rows) blocks of THREADS. Dynamic shared memory: TABLE_BYTES + MAP_BYTES
-// + plan.per_pass * plan.slots * m * PARTIAL_STRIDE * 4 bytes.
+// Grid: ceil(n / plan.rows) blocks. Dynamic shared memory: with P = plan.per_pass * plan.slots * m * 64 bytes, decode takes
+// LANE_TABLE_BYTES + MAP_BYTES + P. decode_ring has MAP_BYTES + P, then the table at the next place where it may begin,
+// and STAGES * 32 KB behind it.
 #define INSTANCE(name, T, nested, fragments)                                                                          \
     extern "C" __global__ void __launch_bounds__(Sizes<fragments>::THREADS, 1)                                        \
         decode_##name(const T *x, const u8 *packed, Scales scales, const T *bias, T *y, int m, int n, int k,          \
                       int block_shift, u32 quant_type, DecodePlan plan) {                                             \
         decode<T, nested, fragments>(x, packed, scales, bias, y, m, n, k, block_shift, quant_type, plan);             \
+    }                                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(Sizes<fragments>::THREADS, 1)                                        \
+        decode_ring_##name(const T *x, const u8 *packed, Scales scales, const T *bias, T *y, int m, int n, int k,     \
+                           int block_shift, u32 quant_type, DecodePlan plan) {                                        \
+        decode_ring<T, nested, fragments>(x, packed, scales, bias, y, m, n, k, block_shift, quant_type, plan);        \
     }
 
 INSTANCE(bf16_8, Bf16, false, 1)

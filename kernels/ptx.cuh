@@ -68,6 +68,37 @@ __device__ inline float multiply_add(float a, float b, float c) {
 // Byte i of the result is byte `selector >> 4i & 7` of the eight in (a, b), a's four first.
 __device__ inline u32 permute_bytes(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
 
+// ---- tables in shared memory ---------------------------------------------------------------------------------------
+// A table of 256 words for each lane, so that no two lanes of a warp meet in a bank: entry `byte` of lane l is
+// table[byte][l], rows being 64 words apart. The table begins at a multiple of 64 KB of the shared memory's addresses:
+// then one permutation of bytes makes the address of an entry.
+
+constexpr int LANE_TABLE_ROW = 64;
+constexpr u32 LANE_TABLE_BYTES = 256 * LANE_TABLE_ROW * 4;
+
+// How many bytes behind `shared` the first place for such a table is.
+__device__ inline u32 lane_table_place(const void *shared) {
+    return (0u - u32(__cvta_generic_to_shared(shared))) & (LANE_TABLE_BYTES - 1);
+}
+
+// A lane's entries.
+struct LaneTable {
+    u32 address;
+};
+
+__device__ inline LaneTable lane_table(const u32 *table, int lane) {
+    return {u32(__cvta_generic_to_shared(table + lane))};
+}
+
+// The entry for byte `BYTE` of `word`.
+template <int BYTE>
+__device__ inline u32 look_up(LaneTable table, u32 word) {
+    u32 entry;
+    // Byte 1 of the address from the word, the others from the lane's.
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(entry) : "r"(__byte_perm(word, table.address, 0x7604 | BYTE << 4)));
+    return entry;
+}
+
 // ---- global memory -------------------------------------------------------------------------------------------------
 // Streaming loads are for memory that nobody writes during the kernel and nobody reads twice: they leave the first-level
 // cache alone, and have the second level fetch the whole 128-byte line of which they want a part. They are issued where
@@ -109,6 +140,23 @@ __device__ inline void store_words(Words4 *address, const Words4 &words) {
                  "r"(words.word[1]), "r"(words.word[2]), "r"(words.word[3])
                  : "memory");
 }
+
+// ---- copies from global to shared memory ---------------------------------------------------------------------------
+// A thread's copies go on while it works. `commit` closes a group of those started since the last; `wait<N>` returns when
+// all but the last N groups have ended. Other threads see what was copied after a barrier that follows the wait.
+
+#if __CUDA_ARCH__ >= 800
+__device__ inline void copy_async(Words4 *shared, const Words4 *global) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(u32(__cvta_generic_to_shared(shared))),
+                 "l"(__cvta_generic_to_global(global))
+                 : "memory");
+}
+__device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int GROUPS>
+__device__ inline void copy_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+}
+#endif
 
 // ---- matrix units --------------------------------------------------------------------------------------------------
 // d[16][8] += a[16][16] * b[16][8], float32 sums, by the 32 lanes of a warp. With g = lane / 4 and t = lane % 4, lane

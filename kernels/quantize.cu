@@ -133,11 +133,12 @@ __device__ inline u32 ranks_of(const Group<T> &x, float inverse, const Cells &ce
 #pragma unroll
     for (int k = 0; k < GROUP; k++) {
         const float scaled = __fmul_rn(x[k], inverse);
-        const float value = QUANT_TYPE == NF4 ? scaled : fabsf(scaled);
+        float value = QUANT_TYPE == NF4 ? scaled : fabsf(scaled);
         float step;
         if (EXTREME) {
-            // What is beyond 1 has the code of 1; NaN becomes -1.
-            step = multiply_add(fminf(fmaxf(value, -1.0f), 1.0f), STEPS_PER_UNIT, ROUNDER + CENTRE);
+            // What is beyond 1 has the code of 1; NaN becomes -1. Infinity would exceed what stands for no threshold.
+            value = fminf(fmaxf(value, -1.0f), 1.0f);
+            step = multiply_add(value, STEPS_PER_UNIT, ROUNDER + CENTRE);
         } else {
             step = multiply_add(QUANT_TYPE == NF4 ? x[k] : fabsf(x[k]), steps, ROUNDER + CENTRE);
         }

@@ -92,6 +92,14 @@ pub enum Error {
         /// The system's words.
         source: io::Error,
     },
+    /// CUDA cannot be used, or refused.
+    #[error("{subject}: {problem}")]
+    Cuda {
+        /// What it was about: a device, or a kernel with the shape of its launch.
+        subject: String,
+        /// Why, in the driver's words where it has any.
+        problem: String,
+    },
     /// An invariant of this crate does not hold.
     #[error("a bug in halfbyte, please report it: {}", line(words))]
     Bug {
@@ -168,6 +176,8 @@ pub enum ErrorKind {
     Input,
     /// The machine said no: permissions, disk, memory.
     System,
+    /// The GPU or its driver said no.
+    Gpu,
     /// Stopped on request.
     Interrupted,
     /// A mistake of ours.
@@ -195,6 +205,11 @@ impl Error {
         Self::Destination { path: path.as_ref().to_path_buf(), problem: problem.into() }
     }
 
+    /// A refusal of CUDA.
+    pub fn cuda(subject: impl Into<String>, problem: impl Into<String>) -> Self {
+        Self::Cuda { subject: subject.into(), problem: problem.into() }
+    }
+
     /// The operating system's refusal, with the file and the action.
     pub fn io(path: impl AsRef<Path>, action: &'static str) -> impl FnOnce(io::Error) -> Self {
         let path = path.as_ref().to_path_buf();
@@ -207,6 +222,7 @@ impl Error {
             Self::Argument { .. } | Self::Destination { .. } => ErrorKind::Usage,
             Self::File { .. } | Self::Tensor { .. } | Self::NonFinite { .. } => ErrorKind::Input,
             Self::NoSpace { .. } | Self::Io { .. } => ErrorKind::System,
+            Self::Cuda { .. } => ErrorKind::Gpu,
             Self::Bug { .. } => ErrorKind::Bug,
             Self::Interrupted { .. } => ErrorKind::Interrupted,
         }

@@ -57,7 +57,19 @@ inline unsigned __float2uint_rn(float a) { return host::saturated<unsigned>(std:
 inline float __int2float_rn(int a) { return float(a); }
 inline float __uint2float_rn(unsigned a) { return float(a); }
 
-// With one NaN the other operand, as fmaxf and fminf of <cmath> do.
+// With one NaN the other operand, and +0 for larger than -0. Those of <cmath> make an exception of signalling NaNs, which
+// CUDA does not know.
+namespace host {
+inline float larger(float a, float b) {
+    return a != a ? one_nan(b) : b != b ? a : a > b || (a == b && !std::signbit(a)) ? a : b;
+}
+inline float smaller(float a, float b) {
+    return a != a ? one_nan(b) : b != b ? a : a < b || (a == b && std::signbit(a)) ? a : b;
+}
+}  // namespace host
+#define fmaxf host::larger
+#define fminf host::smaller
+
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }

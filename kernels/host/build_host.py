@@ -5,8 +5,8 @@
 
 A mode is "library" (a shared library, for many launches), "asan" (a program with AddressSanitizer and
 UndefinedBehaviorSanitizer), "tsan" (a program with ThreadSanitizer, whose threads are those of the kernel), or
-"ucontext" (a library with the portable way to switch stacks). What was built of the same files in the same way is not built again:
-.cache/kernels-host/ of the repository keeps it.
+"ucontext" (a library with the portable way to switch stacks). What was built of the same files in the same way is not
+built again: .cache/kernels-host/ of the repository keeps it.
 """
 
 from __future__ import annotations
@@ -95,9 +95,7 @@ def listing(source: Path, command: list[str]) -> str:
     )
     if len(kernels) != text.count("__global__"):
         raise BuildError(f"{source.name}: a kernel is not of the form: __global__ void __launch_bounds__(...) name(")
-    constants = re.findall(
-        r"(?<!>\n)^constexpr (?:int|u32|i64) (\w+) =", source.read_text(encoding="utf-8"), re.MULTILINE
-    )
+    constants = re.findall(r"(?<!>\n)^constexpr (?:int|u32|i64) (\w+) =", text, re.MULTILINE)
     entries = "".join(f'    Unpack<{name}>::entry("{name}", {threads}),\n' for threads, name in kernels)
     values = "".join(f'    {{"{name}", {name}}},\n' for name in constants)
     return (

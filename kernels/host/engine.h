@@ -74,6 +74,9 @@ void *shared_array(const void *key, size_t bytes, size_t alignment);
 // The launch's dynamic shared memory: exactly as long as was asked for, a multiple of 128, each byte 0xff.
 unsigned char *dynamic_shared();
 
+// The address of dynamic shared memory as a device would have it: it begins behind what the system keeps there.
+uint32_t shared_address(const void *pointer);
+
 // ---- asynchronous copies -------------------------------------------------------------------------------------------
 
 // One cp.async: `bytes` bytes to shared memory, of which the first `valid` are read and the others zeros.

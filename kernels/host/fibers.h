@@ -37,7 +37,8 @@ const char *fiber_kind();
 void race_release(void *address);
 void race_acquire(void *address);
 
-// Around an allocation by a thread of a block: else the race detector takes it for a write.
+// Around what the engine does for a thread of a block with functions that the race detector watches wherever they are
+// called: allocations, and copies of memory.
 void race_ignore_begin();
 void race_ignore_end();
 

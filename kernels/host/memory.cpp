@@ -17,6 +17,8 @@ struct Piece {
 
 constexpr size_t DYNAMIC_ALIGNMENT = 128;
 constexpr int FILL = 0xff;
+// From compute capability 8.0 on.
+constexpr uint32_t SYSTEM_SHARED = 1024;
 
 std::vector<Piece> pieces;    // of the running block; the dynamic memory is first, without a key
 std::vector<Piece> finished;  // of earlier blocks of the launch
@@ -92,11 +94,17 @@ void *shared_array(const void *key, size_t bytes, size_t alignment) {
 
 unsigned char *dynamic_shared() { return pieces[0].begin; }
 
+uint32_t shared_address(const void *pointer) {
+    return SYSTEM_SHARED + uint32_t(static_cast<const unsigned char *>(pointer) - pieces[0].begin);
+}
+
 bool copies_at_once() { return current_run().highest_first; }
 
 void push_copy(const Copy &copy) {
     Thread &self = current();
+    race_ignore_begin();
     self.copies.push_back(copy);
+    race_ignore_end();
     self.copies.back().group = self.group;
 }
 
@@ -108,7 +116,9 @@ bool pop_copy(uint32_t pending, Copy &copy) {
         return false;
     }
     copy = self.copies.front();
+    race_ignore_begin();
     self.copies.erase(self.copies.begin());
+    race_ignore_end();
     return true;
 }
 

@@ -54,6 +54,30 @@ inline u32 permute_bytes(u32 a, u32 b, u32 selector, host::Site site = host::Sit
     return __byte_perm(a, b, selector, site);
 }
 
+// ---- tables in shared memory ---------------------------------------------------------------------------------------
+
+constexpr int LANE_TABLE_ROW = 64;
+constexpr u32 LANE_TABLE_BYTES = 256 * LANE_TABLE_ROW * 4;
+
+inline u32 lane_table_place(const void *shared) { return (0u - host::shared_address(shared)) & (LANE_TABLE_BYTES - 1); }
+
+// A pointer, for accesses to be checked like any other.
+struct LaneTable {
+    const u32 *entries;
+};
+
+inline LaneTable lane_table(const u32 *table, int lane, host::Site site = host::Site::here()) {
+    if (host::shared_address(table) % LANE_TABLE_BYTES != 0) {
+        host::fail(site, "a table of lanes that does not begin at a multiple of %u", LANE_TABLE_BYTES);
+    }
+    return {table + lane};
+}
+
+template <int BYTE>
+inline u32 look_up(LaneTable table, u32 word) {
+    return table.entries[(word >> (8 * BYTE) & 0xff) * LANE_TABLE_ROW];
+}
+
 // ---- global memory -------------------------------------------------------------------------------------------------
 
 inline u32 load_stream(const u32 *address, host::Site site = host::Site::here()) {
@@ -75,6 +99,17 @@ inline Words4 load_shared_line(const Words4 *address, host::Site site = host::Si
 inline void store_words(Words4 *address, const Words4 &words, host::Site site = host::Site::here()) {
     host::check_aligned(address, sizeof *address, site);
     *address = words;
+}
+
+// ---- copies from global to shared memory ---------------------------------------------------------------------------
+
+inline void copy_async(Words4 *shared, const Words4 *global, host::Site site = host::Site::here()) {
+    host::issue_copy(shared, global, sizeof *shared, sizeof *shared, site);
+}
+inline void copy_async_commit() { host::commit_copies(); }
+template <int GROUPS>
+inline void copy_async_wait() {
+    host::wait_copies(GROUPS);
 }
 
 // ---- matrix units --------------------------------------------------------------------------------------------------
