@@ -23,7 +23,7 @@ def weight(n, k, dtype=torch.float32, nested=False, quant_type="nf4", storage=to
 
 
 def opcheck(*args):
-    """torch's own examination of an operation; it looks at gradients that are not there, and says so."""
+    """What torch itself examines of an operation; it looks at gradients that are not there, and says so."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
         torch.library.opcheck(*args)
@@ -290,14 +290,14 @@ def test_refusals_are_the_same_when_traced():
     tensors, how, _ = weight(16, 32)
     meta = [None if t is None else t.to("meta") for t in tensors]
     for device, arguments in (("cpu", tensors), ("meta", meta)):
-        with pytest.raises(ValueError, match="x: shape .* does not end with in_features, 32"):
+        with pytest.raises(ValueError, match=r"x: shape .* does not end with in_features, 32"):
             ops.linear_4bit(torch.empty(3, 31, device=device), *arguments, None, *how)
         with pytest.raises(ValueError, match="quant_type: 'nf2'"):
             ops.linear_4bit(torch.empty(3, 32, device=device), *arguments, None, (16, 32), 64, "nf2")
 
 
 def test_a_lazily_negated_input_is_not_mistaken():
-    tensors, how, state = weight(16, 32)
+    tensors, _, state = weight(16, 32)
     z = torch.randn(3, 32, dtype=torch.complex64)
     negated = torch.conj(z).imag
     assert negated.is_neg()

@@ -178,11 +178,23 @@ def check_weight(
             and absmax.numel() == blocks
             and absmax.layout is torch.strided
             and absmax.device == packed.device
-            and absmax2 is None
-            and offset is None
-            and absmax.dtype is torch.float32
         ):
-            return
+            if absmax2 is None or offset is None:
+                if absmax2 is offset and absmax.dtype is torch.float32:
+                    return
+            elif (
+                type(absmax2) is Tensor
+                and type(offset) is Tensor
+                and absmax.dtype is torch.uint8
+                and absmax2.dtype is torch.float32
+                and offset.dtype is torch.float32
+                and absmax2.numel() == (blocks + NESTED_BLOCKSIZE - 1) // NESTED_BLOCKSIZE
+                and offset.numel() == 1
+                and absmax2.layout is torch.strided
+                and absmax2.device == packed.device
+                and offset.device == packed.device
+            ):
+                return
     check_blocksize(blocksize)
     check_quant_type(quant_type)
     check_tensor("packed", packed)
@@ -204,7 +216,16 @@ def check_product(
         and len(shape) == 2
         and x.dim() > 0
         and x.shape[-1] == shape[dim]
-        and bias is None
+        and (
+            bias is None
+            or (
+                bias.dtype in FLOAT_DTYPES
+                and bias.dim() == 1
+                and bias.shape[0] == shape[1 - dim]
+                and bias.layout is torch.strided
+                and bias.device == x.device
+            )
+        )
     ):
         return
     check_tensor(argument, x)
@@ -217,8 +238,7 @@ def check_product(
     if bias is not None:
         check_tensor("bias", bias)
         same_device("bias", bias, argument, x.device)
-        if bias.dtype != x.dtype:
-            raise TypeError(f"bias: dtype {bias.dtype} is not that of {argument}, {x.dtype}")
+        check_float("bias", bias.dtype)
         if bias.dim() != 1 or bias.shape[0] != shape[1 - dim]:
             raise ValueError(f"bias: shape {list(bias.shape)} is not [{shape[1 - dim]}]")
 
@@ -259,9 +279,7 @@ def check_quantize_blockwise(input: Tensor, code: Tensor, blocksize: int) -> Non
     check_blocksize_8bit(blocksize)
 
 
-def check_dequantize_blockwise(
-    codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype
-) -> None:
+def check_dequantize_blockwise(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> None:
     """The arguments of `dequantize_blockwise`."""
     check_tensor("codes", codes)
     if codes.dtype is not torch.uint8:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -46,6 +47,13 @@ def _raw(tensor: Tensor) -> Raw:
 def _raw_bytes(packed: Tensor, n: int) -> Raw:
     """The bytes of `n` packed values, whatever dtype they are viewed as; padding is left out."""
     return packed.data_ptr(), packed_bytes(n), "uint8"
+
+
+def _raw_nested(absmax2: Tensor | None, offset: Tensor | None) -> tuple[Raw | None, float]:
+    """The second level of nested scales, contiguous, or none."""
+    if absmax2 is None or offset is None:
+        return None, 0.0
+    return _raw(absmax2), offset.item()
 
 
 _threads = 0
@@ -132,11 +140,30 @@ def linear_4bit(
     blocksize: int,
     quant_type: str,
 ) -> Tensor:
-    """`x @ W.T + bias` with the packed `W` of `shape` [out_features, in_features]."""
+    """`x @ W.T + bias` with the packed `W` of `shape` [out_features, in_features]; computed in the dtype of `x`."""
     check_weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
     check_product(x, "x", bias, shape, packed, 1)
-    weight = dequantize_4bit(packed, absmax, absmax2, offset, shape, x.dtype, blocksize, quant_type)
-    return torch.nn.functional.linear(x, weight, bias)
+    n, k = shape
+    x, packed, absmax = x.contiguous(), packed.contiguous(), absmax.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    absmax2 = None if absmax2 is None else absmax2.contiguous()
+    out = x.new_empty((*x.shape[:-1], n))
+    _native.linear_4bit(
+        _raw(x),
+        _raw_bytes(packed, n * k),
+        _raw(absmax),
+        None if bias is None else _raw(bias),
+        _raw(out),
+        x.numel() // k if k else prod(x.shape[:-1]),
+        n,
+        k,
+        quant_type,
+        blocksize,
+        _NAMES[x.dtype],
+        _follow_threads(),
+        *_raw_nested(absmax2, offset),
+    )
+    return out
 
 
 def linear_4bit_backward(
@@ -149,11 +176,28 @@ def linear_4bit_backward(
     blocksize: int,
     quant_type: str,
 ) -> Tensor:
-    """`grad @ W` with the packed `W` of `shape` [out_features, in_features]."""
+    """`grad @ W` with the packed `W` of `shape` [out_features, in_features]; computed in the dtype of `grad`."""
     check_weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
     check_product(grad, "grad", None, shape, packed, 0)
-    weight = dequantize_4bit(packed, absmax, absmax2, offset, shape, grad.dtype, blocksize, quant_type)
-    return torch.matmul(grad, weight)
+    n, k = shape
+    grad, packed, absmax = grad.contiguous(), packed.contiguous(), absmax.contiguous()
+    absmax2 = None if absmax2 is None else absmax2.contiguous()
+    out = grad.new_empty((*grad.shape[:-1], k))
+    _native.linear_4bit_backward(
+        _raw(grad),
+        _raw_bytes(packed, n * k),
+        _raw(absmax),
+        _raw(out),
+        grad.numel() // n if n else prod(grad.shape[:-1]),
+        n,
+        k,
+        quant_type,
+        blocksize,
+        _NAMES[grad.dtype],
+        _follow_threads(),
+        *_raw_nested(absmax2, offset),
+    )
+    return out
 
 
 def embedding_4bit(

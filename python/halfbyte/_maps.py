@@ -84,9 +84,7 @@ def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool =
     return _padded(torch.linspace(-1.0 if signed else 0.0, 1.0, 2**total_bits - centred))
 
 
-def create_fp8_map(
-    signed: bool = True, exponent_bits: int = 5, precision_bits: int = 2, total_bits: int = 8
-) -> Tensor:
+def create_fp8_map(signed: bool = True, exponent_bits: int = 5, precision_bits: int = 2, total_bits: int = 8) -> Tensor:
     """Small floating-point numbers, subnormals included, scaled to at most 1: float32 [256], padded with zeros."""
     if exponent_bits + precision_bits + signed != total_bits:
         raise ValueError(

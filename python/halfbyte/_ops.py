@@ -11,8 +11,9 @@ All operations are functional: no output shares memory with an input. A packed w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ from halfbyte._checks import (
     check_weight,
     packed_bytes,
 )
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _WEIGHT = "Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset"
 _HOW = "int blocksize, str quant_type"
@@ -54,8 +57,18 @@ for _name, _schema in SCHEMAS.items():
 # ---- fake kernels ----------------------------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("halfbyte::quantize_4bit")
-def _(input: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
+def _fake(name: str) -> Callable[[_Function], _Function]:
+    """Register a function as what a traced or meta call of an operation returns."""
+
+    def register(function: _Function) -> _Function:
+        torch.library.register_fake(f"halfbyte::{name}", function)
+        return function
+
+    return register
+
+
+@_fake("quantize_4bit")
+def _quantize_4bit(input: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
     check_quantize(input, blocksize, quant_type)
     n = input.numel()
     return (
@@ -64,8 +77,8 @@ def _(input: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
     )
 
 
-@torch.library.register_fake("halfbyte::dequantize_4bit")
-def _(
+@_fake("dequantize_4bit")
+def _dequantize_4bit(
     packed: Tensor,
     absmax: Tensor,
     absmax2: Tensor | None,
@@ -80,8 +93,8 @@ def _(
     return packed.new_empty(shape, dtype=dtype)
 
 
-@torch.library.register_fake("halfbyte::compress_absmax")
-def _(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+@_fake("compress_absmax")
+def _compress_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     n = absmax.numel()
     return (
         absmax.new_empty(n, dtype=torch.uint8),
@@ -90,13 +103,13 @@ def _(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-@torch.library.register_fake("halfbyte::expand_absmax")
-def _(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
+@_fake("expand_absmax")
+def _expand_absmax(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
     return absmax2.new_empty(codes.numel())
 
 
-@torch.library.register_fake("halfbyte::quantize_blockwise")
-def _(input: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+@_fake("quantize_blockwise")
+def _quantize_blockwise(input: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     check_quantize_blockwise(input, code, blocksize)
     return (
         input.new_empty(input.shape, dtype=torch.uint8),
@@ -104,14 +117,14 @@ def _(input: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     )
 
 
-@torch.library.register_fake("halfbyte::dequantize_blockwise")
-def _(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
+@_fake("dequantize_blockwise")
+def _dequantize_blockwise(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
     check_dequantize_blockwise(codes, absmax, code, blocksize, dtype)
     return codes.new_empty(codes.shape, dtype=dtype)
 
 
-@torch.library.register_fake("halfbyte::linear_4bit")
-def _(
+@_fake("linear_4bit")
+def _linear_4bit(
     x: Tensor,
     packed: Tensor,
     absmax: Tensor,
@@ -127,8 +140,8 @@ def _(
     return x.new_empty((*x.shape[:-1], shape[0]))
 
 
-@torch.library.register_fake("halfbyte::linear_4bit_backward")
-def _(
+@_fake("linear_4bit_backward")
+def _linear_4bit_backward(
     grad: Tensor,
     packed: Tensor,
     absmax: Tensor,
@@ -143,8 +156,8 @@ def _(
     return grad.new_empty((*grad.shape[:-1], shape[1]))
 
 
-@torch.library.register_fake("halfbyte::embedding_4bit")
-def _(
+@_fake("embedding_4bit")
+def _embedding_4bit(
     indices: Tensor,
     packed: Tensor,
     absmax: Tensor,

@@ -23,12 +23,13 @@ _ops = torch.ops.halfbyte
 
 # ---- derivatives -----------------------------------------------------------------------------------------------------
 #
-# The same formulas twice: registered with the operations, for whatever traces those; and as functions of torch.autograd,
-# for eager calls, since registered formulas do not compose with torch.func, and cost more.
+# The same formulas twice: registered with the operations, for whatever traces those; and as functions of autograd, for
+# eager calls, since registered formulas do not compose with torch.func, and cost more.
 
 
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, packed, absmax, absmax2, offset, _, *ctx.how = inputs
+    _, packed, absmax, absmax2, offset, bias, *ctx.how = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(packed, absmax, absmax2, offset)
 
 
@@ -37,7 +38,9 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         grad_x = _input_gradient(grad, *ctx.saved_tensors, *ctx.how)
     if ctx.needs_input_grad[5]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+        rows = tuple(range(grad.dim() - 1))
+        # A sum over no dimension would be one over all.
+        grad_bias = grad.sum(rows, dtype=ctx.bias_dtype) if rows else grad.to(ctx.bias_dtype)
     return grad_x, None, None, None, None, grad_bias, None, None, None
 
 
@@ -59,15 +62,49 @@ torch.library.register_autograd(
 )
 
 
+def _forward(x: Tensor, packed: Tensor, *args: Any) -> Tensor:
+    direct = kernels(x, args[3], packed, *args[:3])
+    y: Tensor = _ops.linear_4bit(x, packed, *args) if direct is None else direct.linear_4bit(x, plain(packed), *args)
+    return y
+
+
+def _backward(grad: Tensor, packed: Tensor, *args: Any) -> Tensor:
+    direct = kernels(grad, None, packed, *args[:3])
+    if direct is None:
+        y: Tensor = _ops.linear_4bit_backward(grad, packed, *args)
+    else:
+        y = direct.linear_4bit_backward(grad, plain(packed), *args)
+    return y
+
+
 class _Linear4bit(torch.autograd.Function):
     """`x @ W.T + bias` in eager mode."""
 
     @staticmethod
-    def forward(x: Tensor, packed: Tensor, *args: Any) -> Tensor:
-        direct = kernels(x, args[3], packed, *args[:3])
-        y: Tensor = _ops.linear_4bit(x, packed, *args) if direct is None else direct.linear_4bit(x, plain(packed), *args)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        y = _forward(*inputs)
+        _setup_linear(ctx, inputs, y)
         return y
 
+    backward = staticmethod(_linear_backward)
+
+
+class _InputGradient(torch.autograd.Function):
+    """`grad @ W` in eager mode."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        y = _backward(*inputs)
+        _setup_linear_backward(ctx, inputs, y)
+        return y
+
+    backward = staticmethod(_linear_double_backward)
+
+
+class _FuncLinear4bit(torch.autograd.Function):
+    """`_Linear4bit` in the form that torch.func asks for, which takes its time."""
+
+    forward = staticmethod(_forward)
     setup_context = staticmethod(_setup_linear)
     backward = staticmethod(_linear_backward)
 
@@ -76,18 +113,10 @@ class _Linear4bit(torch.autograd.Function):
         return _vmap_linear(_product, info, in_dims, *args)
 
 
-class _InputGradient(torch.autograd.Function):
-    """`grad @ W` in eager mode."""
+class _FuncInputGradient(torch.autograd.Function):
+    """`_InputGradient` in the form that torch.func asks for."""
 
-    @staticmethod
-    def forward(grad: Tensor, packed: Tensor, *args: Any) -> Tensor:
-        direct = kernels(grad, None, packed, *args[:3])
-        if direct is None:
-            y: Tensor = _ops.linear_4bit_backward(grad, packed, *args)
-        else:
-            y = direct.linear_4bit_backward(grad, plain(packed), *args)
-        return y
-
+    forward = staticmethod(_backward)
     setup_context = staticmethod(_setup_linear_backward)
     backward = staticmethod(_linear_double_backward)
 
@@ -98,27 +127,31 @@ class _InputGradient(torch.autograd.Function):
 
 def _product(x: Tensor, packed: Tensor, *args: Any) -> Tensor:
     """`linear_4bit` by the way that is right now."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        y: Tensor = _ops.linear_4bit(x, packed, *args)
-        return y
     direct = kernels(x, args[3], packed, *args[:3])
+    y: Tensor
     if direct is not None:
         y = direct.linear_4bit(x, plain(packed), *args)
+    elif torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        y = _ops.linear_4bit(x, packed, *args)
+    elif torch._C._functorch.peek_interpreter_stack() is None:
+        y = _Linear4bit.apply(x, packed, *args)
     else:
-        y = _Linear4bit.apply(x, packed, *args)  # type: ignore[no-untyped-call]
+        y = _FuncLinear4bit.apply(x, packed, *args)
     return y
 
 
 def _input_gradient(grad: Tensor, packed: Tensor, *args: Any) -> Tensor:
     """`linear_4bit_backward` by the way that is right now."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        y: Tensor = _ops.linear_4bit_backward(grad, packed, *args)
-        return y
     direct = kernels(grad, None, packed, *args[:3])
+    y: Tensor
     if direct is not None:
         y = direct.linear_4bit_backward(grad, plain(packed), *args)
+    elif torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        y = _ops.linear_4bit_backward(grad, packed, *args)
+    elif torch._C._functorch.peek_interpreter_stack() is None:
+        y = _InputGradient.apply(grad, packed, *args)
     else:
-        y = _InputGradient.apply(grad, packed, *args)  # type: ignore[no-untyped-call]
+        y = _FuncInputGradient.apply(grad, packed, *args)
     return y
 
 
@@ -175,7 +208,7 @@ def _vmap_linear(op: Any, info: Any, in_dims: tuple[int | None, ...], *args: Any
         return op(x, packed, absmax, absmax2, offset, bias, *how), 0
     bias = bias.movedim(in_dims[5], 0)
     y = op(x, packed, absmax, absmax2, offset, None, *how)
-    return y + bias.view(bias.shape[0], *(1,) * (y.dim() - 2), bias.shape[1]), 0
+    return (y + bias.view(bias.shape[0], *(1,) * (y.dim() - 2), bias.shape[1])).to(y.dtype), 0
 
 
 def _vmap_linear_backward(op: Any, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
@@ -200,9 +233,7 @@ def _register_vmap_each(name: str) -> None:
 
 
 torch.library.register_vmap("halfbyte::linear_4bit", partial(_vmap_linear, _ops.linear_4bit))
-torch.library.register_vmap(
-    "halfbyte::linear_4bit_backward", partial(_vmap_linear_backward, _ops.linear_4bit_backward)
-)
+torch.library.register_vmap("halfbyte::linear_4bit_backward", partial(_vmap_linear_backward, _ops.linear_4bit_backward))
 torch.library.register_vmap("halfbyte::embedding_4bit", _vmap_embedding)
 for _name in (
     "quantize_4bit",
@@ -219,17 +250,20 @@ for _name in (
 
 
 def linear_4bit(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None) -> Tensor:
-    """`x @ W.T + bias` in the dtype of `x`, which `bias` has too; differentiable.
+    """`x @ W.T + bias` in the dtype of `x`; differentiable.
 
     `packed` and `state` are the weight `[out_features, in_features]`; `x` is `[..., in_features]`.
     """
     return _product(x, packed, *state.scales(), bias, *state.weight())
 
 
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype of products under `torch.autocast`, or None outside of it."""
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype of products with `tensor` under `torch.autocast`, or None outside of it."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return None
+    device = tensor.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
     return None
 
 
@@ -247,7 +281,7 @@ def matmul_4bit(
         B: The packed weight: `quantize_4bit`'s first result, or that transposed.
         quant_state: Its state: `quantize_4bit`'s second result; its shape is `[out_features, in_features]`.
         out: Where to write the result; the gradient does not flow through it.
-        bias: `[out_features]`; used in the dtype of `A`.
+        bias: float16, bfloat16 or float32 `[out_features]`; added before the result is rounded.
 
     Returns:
         `[..., out_features]`, in the dtype of `A`, or in that of `torch.autocast` where it is enabled. Gradients go to
@@ -271,12 +305,11 @@ def matmul_4bit(
         raise TypeError(f"quant_state: {type(quant_state).__name__} is not a QuantState, as quantize_4bit returns")
     if not isinstance(A, Tensor):
         raise TypeError(f"A: {type(A).__name__} is not a torch.Tensor")
-    dtype = autocast_dtype(A.device)
+    dtype = autocast_dtype(A)
     if dtype is not None and A.is_floating_point():
         A = A.to(dtype)
-    if bias is not None and bias.dtype != A.dtype:
-        bias = bias.to(A.dtype)
-    (rows, columns), _, _ = shape, *_ = _matrix(quant_state)
+    shape = _matrix(quant_state)
+    rows, columns = shape
     features = A.shape[-1] if A.dim() else 0
     if features == rows and features != columns:
         if not torch.compiler.is_compiling():
@@ -288,7 +321,7 @@ def matmul_4bit(
             )
         result = _input_gradient(A, B, *quant_state.scales(), *quant_state.weight())
         if bias is not None:
-            result = result + bias
+            result = result + bias.to(result.dtype)
     else:
         result = linear_4bit(A, B, quant_state, bias)
     if out is None:
@@ -296,11 +329,11 @@ def matmul_4bit(
     return _write(out, result)
 
 
-def _matrix(state: QuantState) -> tuple[tuple[int, ...], int, str]:
-    how = state.weight()
-    if len(how[0]) != 2:
-        raise ValueError(f"quant_state.shape: {list(how[0])} is not [out_features, in_features]")
-    return how
+def _matrix(state: QuantState) -> tuple[int, ...]:
+    shape, _, _ = state.weight()
+    if len(shape) != 2:
+        raise ValueError(f"quant_state.shape: {list(shape)} is not [out_features, in_features]")
+    return shape
 
 
 def _write(out: Tensor, result: Tensor) -> Tensor:

@@ -105,9 +105,7 @@ def quantize_4bit(
     state = QuantState(scales, A.shape, quant_map(quant_type, A.device), blocksize, quant_type, A.dtype)
     if compress_statistics:
         codes, absmax2, state.offset = call.compress_absmax(scales)
-        state.state2 = QuantState(
-            absmax2, code=dynamic_map(A.device), blocksize=NESTED_BLOCKSIZE, dtype=torch.float32
-        )
+        state.state2 = QuantState(absmax2, code=dynamic_map(A.device), blocksize=NESTED_BLOCKSIZE, dtype=torch.float32)
         state.absmax, state.nested = codes, True
     if quant_storage is not torch.uint8:
         packed = _view_as(packed, quant_storage)
@@ -169,9 +167,7 @@ def dequantize_4bit(
         if absmax is None or out is None:
             missing = " and ".join(name for name, value in (("absmax", absmax), ("out", out)) if value is None)
             raise ValueError(f"{missing}: None; without quant_state, both absmax and out are needed")
-        quant_state = QuantState(
-            absmax, out.shape, None, 64 if blocksize is None else blocksize, quant_type, out.dtype
-        )
+        quant_state = QuantState(absmax, out.shape, None, 64 if blocksize is None else blocksize, quant_type, out.dtype)
     elif not isinstance(quant_state, QuantState):
         raise TypeError(f"quant_state: {type(quant_state).__name__} is not a QuantState, as quantize_4bit returns")
     check_tensor("A", A)
@@ -312,7 +308,7 @@ def dequantize_blockwise(
     dtype = quant_state.dtype or torch.float32
     values = dynamic_map(A.device) if quant_state.code is None else quant_state.code.to(A.device, torch.float32)
     scales = quant_state.absmax
-    if quant_state.nested:
+    if quant_state.nested and quant_state.offset is not None:
         scales = dequantize_blockwise(scales, quant_state.state2) + quant_state.offset
     if out is not None:
         check_out(out, A.shape, dtype, A.device)
@@ -329,8 +325,9 @@ def dequantize_blockwise(
 
 def _general_scales(state: QuantState) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`state.scales()`, expanded first where they are nested in another way than the format's."""
-    if state.nested and state.state2 is not None and state.state2.blocksize != NESTED_BLOCKSIZE:
-        return dequantize_blockwise(state.absmax, state.state2) + state.offset, None, None
+    second, offset = state.state2, state.offset
+    if state.nested and second is not None and offset is not None and second.blocksize != NESTED_BLOCKSIZE:
+        return dequantize_blockwise(state.absmax, second) + offset, None, None
     return state.scales()
 
 

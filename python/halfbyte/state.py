@@ -1,8 +1,8 @@
 """What is kept beside packed 4-bit (or 8-bit) codes: scales, shape, block size; and its form in a state dict.
 
-The keys are those of bitsandbytes, so that either library reads what the other wrote: `absmax`, `quant_map`, when nested
-`nested_absmax` and `nested_quant_map`, and everything that is not a tensor as the UTF-8 bytes of a JSON object under
-`quant_state.bitsandbytes__nf4` or `…__fp4`.
+The keys are those of bitsandbytes, so that either library reads what the other wrote: `absmax`, `quant_map`, when
+nested `nested_absmax` and `nested_quant_map`, and everything that is not a tensor as the UTF-8 bytes of a JSON object
+under `quant_state.bitsandbytes__nf4` or `…__fp4`.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ _STATE_KEYS = (*TENSOR_KEYS, *PACKED_KEYS)
 class Quantized(torch.nn.Module):
     """A module whose `weight`, of `_weight_shape()`, is packed to 4 bits."""
 
-    weight: Params4bit
+    weight: Tensor
     quant_state: QuantState | None
     quant_storage: torch.dtype
 
@@ -78,7 +78,7 @@ class Quantized(torch.nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """After unpickling, the weight knows its module again."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         weight = self._parameters.get("weight")
         if isinstance(weight, Params4bit):
             weight.module = self
@@ -89,8 +89,10 @@ class Quantized(torch.nn.Module):
         """Move weight and state by what `fn` does to bytes: casts do not touch them."""
         weight = self._parameters.get("weight")
         if weight is None:
-            return super()._apply(fn, recurse)  # type: ignore[no-any-return]
-        super()._apply(lambda tensor: tensor if tensor is weight else fn(tensor), recurse)
+            return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
+        super()._apply(  # type: ignore[no-untyped-call]
+            lambda tensor: tensor if tensor is weight else fn(tensor), recurse
+        )
         with torch.no_grad():
             if isinstance(weight, Params4bit) and not weight.bnb_quantized:
                 self._replace(weight, fn(weight))
@@ -151,9 +153,7 @@ class Quantized(torch.nn.Module):
         own = {name, *stats.values()}
         # The bias, and whatever a subclass has, are torch's business.
         rest = {key: value for key, value in state_dict.items() if key not in own}
-        super()._load_from_state_dict(
-            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if name not in state_dict:
             if stats:
                 error_msgs.append(f"{name}: missing, but its state is there: {', '.join(sorted(stats.values()))}")
@@ -182,27 +182,27 @@ class Quantized(torch.nn.Module):
                 f"the module is on the meta device, and cannot hold {value.dtype} {list(value.shape)}; "
                 "call load_state_dict(..., assign=True)"
             )
-        quant_type = getattr(weight, "quant_type", self.quant_state.quant_type if self.quant_state else None)
+        quant_type, blocksize, nested = self._recipe()
         if stats:
             state = QuantState.from_dict(stats)
             if state.shape is None or tuple(state.shape) != shape:
                 raise ValueError(f"holds a weight {list(state.shape or ())}, the module has {list(shape)}")
-            if quant_type is not None and state.quant_type != quant_type:
+            if state.quant_type != quant_type:
                 raise ValueError(f"is of quant_type {state.quant_type!r}, the module of {quant_type!r}")
             check_state(value, state)
             self._take(_as_storage(value, value.dtype if assign else self.quant_storage), state, target, assign)
             return
         if value.dtype in FLOAT_DTYPES and tuple(value.shape) == shape:
-            state_dtype = self.quant_state.dtype if self.quant_state else weight.dtype
             if value.is_meta:
                 raise ValueError("is a float tensor on the meta device, of which there is nothing to quantize")
-            if not assign and state_dtype in FLOAT_DTYPES:
-                value = value.to(state_dtype)
+            dtype = self.quant_state.dtype if self.quant_state is not None else weight.dtype
+            if not assign and dtype in FLOAT_DTYPES:
+                value = value.to(dtype)
             packed, state = quantize_4bit(
                 value.to(target),
-                blocksize=getattr(weight, "blocksize", None) or (self.quant_state and self.quant_state.blocksize),
-                compress_statistics=getattr(weight, "compress_statistics", bool(self.quant_state and self.quant_state.nested)),
-                quant_type=quant_type or "fp4",
+                blocksize=blocksize,
+                compress_statistics=nested,
+                quant_type=quant_type,
                 quant_storage=self.quant_storage,
             )
             self._take(packed, state, target, assign)
@@ -216,6 +216,16 @@ class Quantized(torch.nn.Module):
             f"is {value.dtype} {list(value.shape)}; expected a weight {list(shape)} of {names(FLOAT_DTYPES)}, "
             f"or a packed one with its state"
         )
+
+    def _recipe(self) -> tuple[str, int, bool]:
+        """How the weight is, or is to be, quantized: `quant_type`, `blocksize`, and whether scales are nested."""
+        weight = self.weight
+        if isinstance(weight, Params4bit):
+            return weight.quant_type, weight.blocksize, weight.compress_statistics
+        if self.quant_state is None:
+            raise ValueError("the module's weight is a bare parameter, and how it was quantized is not known")
+        _, blocksize, quant_type = self.quant_state.weight()
+        return quant_type, blocksize, self.quant_state.nested
 
     def _take(self, packed: Tensor, state: QuantState, device: torch.device, assign: bool) -> None:
         """Hold packed bytes and their state, in memory of our own unless `assign`."""

@@ -21,7 +21,7 @@ class Linear4bit(Quantized, torch.nn.Linear):
     Args:
         input_features: Of each input; any number.
         output_features: Of each output; any number.
-        bias: Whether there is one; it stays a float parameter, and is used in the compute dtype.
+        bias: Whether there is one; it stays a float parameter, of any of the three dtypes.
         compute_dtype: float16, bfloat16 or float32, in which the product is computed; by default the input's.
         compress_statistics: Quantize the scales too, 0.37 bits per weight less.
         quant_type: "nf4" or "fp4".
@@ -71,16 +71,13 @@ class Linear4bit(Quantized, torch.nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """`input @ weight.T + bias`: `[..., in_features]` to `[..., out_features]`."""
         state = self._state()
-        dtype = autocast_dtype(input.device) or input.dtype
+        dtype = autocast_dtype(input) or input.dtype
         compute = self.compute_dtype
         if compute is None:
             compute = dtype
         elif compute is torch.float32 and dtype is not compute and not torch.compiler.is_compiling():
             _say_slow(dtype, compute)
-        bias = self.bias
-        if bias is not None and bias.dtype is not compute:
-            bias = bias.to(compute)
-        output = linear_4bit(input if input.dtype is compute else input.to(compute), self.weight, state, bias)
+        output = linear_4bit(input if input.dtype is compute else input.to(compute), self.weight, state, self.bias)
         return output if dtype is compute else output.to(dtype)
 
     def extra_repr(self) -> str:

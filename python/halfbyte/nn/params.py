@@ -130,7 +130,7 @@ class Params4bit(torch.nn.Parameter):
             data = torch.empty(0)
         elif not isinstance(data, Tensor):
             raise TypeError(f"data: {type(data).__name__} is not a torch.Tensor")
-        self: Params4bit = torch.Tensor._make_subclass(cls, data, requires_grad)  # type: ignore[assignment]
+        self: Params4bit = torch.Tensor._make_subclass(cls, data, requires_grad)
         self.blocksize = blocksize
         self.compress_statistics = bool(compress_statistics)
         self.quant_type = quant_type
@@ -227,7 +227,7 @@ class Params4bit(torch.nn.Parameter):
             bnb_quantized=self.bnb_quantized,
         )
 
-    def to(self, *args: Any, **kwargs: Any) -> Params4bit:  # type: ignore[override]
+    def to(self, *args: Any, **kwargs: Any) -> Params4bit:
         """Quantize, in place, if there is a device and this is not quantized yet; else as `torch.Tensor.to`.
 
         Packed bytes are never cast. On the meta device, where there is nothing to read, nothing is quantized, and a
@@ -329,7 +329,7 @@ class Params4bit(torch.nn.Parameter):
 
 def _rebuild(cls: type[Params4bit], data: Tensor, requires_grad: bool) -> Params4bit:
     """A parameter without attributes."""
-    new: Params4bit = torch.Tensor._make_subclass(cls, data, requires_grad)  # type: ignore[assignment]
+    new: Params4bit = torch.Tensor._make_subclass(cls, data, requires_grad)
     return new
 
 
