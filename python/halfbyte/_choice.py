@@ -256,7 +256,7 @@ def _defaults(
             never.setdefault(module, "tied weight")
         if weight.dtype not in FLOAT_DTYPES:
             never.setdefault(module, f"{weight.dtype} is none of {names(FLOAT_DTYPES)}")
-        elif weight.numel() == 0 and not isinstance(weight, nn.UninitializedParameter):
+        elif not _is_lazy(weight) and weight.numel() == 0:
             never.setdefault(module, "empty")
     return never, kept
 
@@ -337,12 +337,17 @@ def _holders(modules: Iterable[nn.Module]) -> dict[object, set[tuple[int, str]]]
 
 def _memory(tensor: Tensor) -> object:
     """What two tensors have in common when they are one: the object, or the same place in the same storage."""
-    if tensor.is_meta or isinstance(tensor, nn.UninitializedParameter) or type(tensor.data) is not Tensor:
+    if tensor.is_meta or _is_lazy(tensor) or type(tensor.data) is not Tensor:
         return id(tensor)
     address = tensor.untyped_storage().data_ptr()
     if address == 0:
         return id(tensor)
     return address, tensor.storage_offset(), tuple(tensor.shape), tensor.device
+
+
+def _is_lazy(tensor: Tensor) -> bool:
+    """Will it have a shape only when the model is called?"""
+    return isinstance(tensor, nn.UninitializedParameter)
 
 
 # ---- what is a linear layer, and what stands in the way --------------------------------------------------------------
@@ -387,7 +392,7 @@ def _obstacle(module: nn.Module, meta: bool) -> str | None:
             "its weight is no parameter of its own, but computed (weight norm, spectral norm, pruning): "
             "remove that first, as with torch.nn.utils.remove_weight_norm(module)"
         )
-    if isinstance(weight, nn.UninitializedParameter):
+    if _is_lazy(weight):
         return "its weight has no shape yet: call the model once first"
     if type(weight.data) is not Tensor:
         return f"its weight is a {type(weight.data).__name__}, expected a plain tensor"

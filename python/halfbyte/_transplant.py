@@ -73,8 +73,9 @@ def _become_packed(old: nn.Module, new: Linear4bit | Embedding4bit, weight: Para
     weight.module = new
     new.quant_state = weight.quant_state
     _take_over(old, new, leave=frozenset(vars(new)))
-    new.__dict__[SOURCE_CLASS] = type(old)
-    new.__dict__[_SOURCE_REQUIRES_GRAD] = before is None or before.requires_grad
+    if not isinstance(old, Linear4bit | Embedding4bit):
+        new.__dict__[SOURCE_CLASS] = type(old)
+        new.__dict__[_SOURCE_REQUIRES_GRAD] = before is None or before.requires_grad
 
 
 def to_dense(old: Linear4bit | Embedding4bit, dtype: torch.dtype | None) -> nn.Module:

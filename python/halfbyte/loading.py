@@ -140,6 +140,12 @@ def make_plan(model: nn.Module, source: Folder) -> Plan:
         plan.states[base] = [f"{base}{suffix}" for suffix in _SUFFIXES if f"{base}{suffix}" in source]
         if base not in source:
             raise CheckpointError(f"{source.path}: {base} is missing, but {plan.states[base][0]} is there")
+    for name in source.names:
+        base, _, key = name.rpartition(".")
+        if key in TENSOR_KEYS and base in source and base not in plan.states:
+            raise CheckpointError(
+                f"{source.path}: {name} is there, but neither {base}.{PACKED_KEYS[0]} nor {PACKED_KEYS[1]}"
+            )
     beside = {name for state in plan.states.values() for name in state}
     names = [name for name in source.names if name not in beside]
 
@@ -436,5 +442,7 @@ def model_bytes(model: nn.Module) -> int:
         held = [*module._parameters.values(), *module._buffers.values()]
         if isinstance(module, Quantized) and module.quant_state is not None:
             held += module.quant_state.tensors()
-        seen.update({id(tensor): tensor.numel() * tensor.element_size() for tensor in held if tensor is not None})
+        for tensor in held:
+            if tensor is not None and not isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
+                seen[id(tensor)] = tensor.numel() * tensor.element_size()
     return sum(seen.values())
