@@ -109,6 +109,7 @@ def load_quantized(
         compute_dtype = _compute_dtype(source)
         # In mapped memory all of this costs nothing: the model is touched when everything is there and fits.
         layers = _layers(model, source, plan, target, compute_dtype)
+        check_ties(model, source, plan)
         compute_buffers(model, plan)
         names = paths(model)
         result: nn.Module = model
@@ -320,6 +321,27 @@ def _values(source: Folder, entry: Entry, read: bool = False) -> Iterator[tuple[
 values = _values
 
 
+def check_ties(model: nn.Module, source: Folder, plan: Plan) -> None:
+    """What is one parameter in the model, and two tensors in the checkpoint, must be the same numbers there.
+
+    Raises:
+        CheckpointError: It is not; the message names both.
+    """
+    tensors = _persistent(model)
+    first: dict[int, str] = {}
+    by_target = {name: entry for entry in plan.entries if entry.convert is None for name in entry.targets}
+    for name, entry in by_target.items():
+        other = first.setdefault(id(tensors[name]), name)
+        if other == name:
+            continue
+        a, b = source.view(by_target[other].sources[0]), source.view(entry.sources[0])
+        if a.dtype != b.dtype or not torch.equal(a, b):
+            raise CheckpointError(
+                f"{source.path}: {other} and {name} are one parameter in the model, but differ in the checkpoint; "
+                "untie them (tie_word_embeddings=False in the model's config)"
+            )
+
+
 def compute_buffers(model: nn.Module, plan: Plan) -> None:
     """Compute the buffers that no checkpoint holds.
 
@@ -357,11 +379,7 @@ def tensor_holders(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
 
 
 def assign(holders: Mapping[str, list[tuple[nn.Module, str]]], name: str, value: Tensor) -> None:
-    """Put a tensor in a parameter's or buffer's place, wherever the model holds it.
-
-    Raises:
-        CheckpointError: It was put there already under another name, with other numbers.
-    """
+    """Put a tensor in a parameter's or buffer's place, wherever the model holds it."""
     places = holders[name]
     module, attribute = places[0]
     if attribute in module._buffers:
@@ -370,23 +388,13 @@ def assign(holders: Mapping[str, list[tuple[nn.Module, str]]], name: str, value:
         return
     old = module._parameters[attribute]
     assert old is not None
-    if getattr(old, "_halfbyte_loaded", False):
-        if not torch.equal(old.data, value):
-            raise CheckpointError(
-                f"{name}: differs in the checkpoint from the weight that it is tied to in the model; "
-                "untie them (tie_word_embeddings=False in the model's config)"
-            )
-        return
     new = nn.Parameter(value, requires_grad=old.requires_grad and value.is_floating_point())
-    new._halfbyte_loaded = True  # type: ignore[attr-defined]
     for holder, parameter in places:
         holder._parameters[parameter] = new
 
 
 def finish(model: nn.Module, plan: Plan, device: torch.device) -> None:
     """Tie what is tied, and move what was not in the checkpoint."""
-    for parameter in model.parameters():
-        parameter.__dict__.pop("_halfbyte_loaded", None)
     if is_transformers_model(model):
         given = {name for entry in plan.entries for name in entry.targets} | set(plan.packed)
         missing = {name for pair in weights.tied_names(model) for name in pair if name not in given}  # type: ignore[arg-type]

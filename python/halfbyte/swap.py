@@ -24,6 +24,7 @@ from halfbyte.checkpoint import CheckpointError, Rule, _rule_text, _strings
 from halfbyte.config import BitsAndBytesConfig
 from halfbyte.loading import (
     assign,
+    check_ties,
     compute_buffers,
     finish,
     make_plan,
@@ -215,6 +216,7 @@ class _Swap:
                     f"{source.path}: {next(iter(plan.packed.values()))} is 4-bit already: load_quantized(model, folder)"
                 )
             report(self.model, source, plan, strict=True, unexpected=False)
+            check_ties(self.model, source, plan)
             compute_buffers(self.model, plan)
             wanted = {join(name, "weight"): layer for layer in self.layers for name in layer.names}
             self.layers = []
