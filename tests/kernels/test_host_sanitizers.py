@@ -52,8 +52,8 @@ def of_dequantize(source: Described) -> Iterator[Check]:
 
 
 def of_nested(source: Described) -> Iterator[Check]:
-    """A warp that has nothing to do, a group that is not full, more levels than needed."""
-    for n, levels in ((1, 1), (256, 1), (2500, 2), (70001, 2)):
+    """A warp that has nothing to do, a group that is not full, more levels than needed, sums of two warps."""
+    for n, levels in ((1, 1), (256, 1), (2500, 2), (70001, 1)):
         yield launches.compress(source, np.abs(values.normal(n, "f32")), levels)
 
 
@@ -66,13 +66,14 @@ def of_product(source: Described) -> Iterator[Check]:
 
 
 def of_decode(source: Described) -> Iterator[Check]:
-    """Every kernel."""
+    """Every kernel: parts of K for several warps, and enough of it for one warp to use each place of a ring twice."""
     for dtype in ("bf16", "f16"):
         for nested in (False, True):
             for m in (3, 11):
-                product = Product.random(m, 37, 320, dtype, "nf4", 64, nested=nested, bias=nested)
-                for ring in (False, True):
-                    yield launches.decode(source, product, 21, 4, 1, ring)
+                for k, plan in ((320, (21, 4, 1)), (1088, (37, 1, 3))):
+                    product = Product.random(m, 37, k, dtype, "nf4", 64, nested=nested, bias=nested)
+                    for ring in (False, True):
+                        yield launches.decode(source, product, *plan, ring)
 
 
 def of_floor(source: Described) -> Iterator[Check]:
