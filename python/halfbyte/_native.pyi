@@ -81,7 +81,8 @@ def linear_4bit(
     `matmul_path()` is "avx512bf16" and `compute_dtype` is "bfloat16", and stay float32 otherwise.
     `absmax` is float32 [ceil(n * k / blocksize)]; or, with `absmax2`, the uint8 codes of doubly quantized scales, read
     as `expand_absmax` reads them. At most `threads` threads work, the same bits with every number: those of torch's
-    OpenMP runtime when the process has loaded it, or else of the pool (no more than `get_threads()`). The GIL is released unless the product is small.
+    OpenMP runtime when the process has loaded it, or else of the pool (no more than `get_threads()`). The GIL is
+    released unless the product is small.
     """
 
 def linear_4bit_backward(
@@ -135,7 +136,7 @@ def cuda_driver_version() -> tuple[int, int]:
     """The CUDA version that the NVIDIA driver supports. RuntimeError when there is no driver; starts nothing."""
 
 def cuda_device_count() -> int:
-    """The number of visible devices. RuntimeError when there is no driver, one older than CUDA 12.0, or after a fork."""
+    """The number of visible devices. RuntimeError without a driver, with one before CUDA 12.0, or after a fork."""
 
 def cuda_device(device: int) -> tuple[str, tuple[int, int], int, int]:
     """Name, compute capability, multiprocessors and bytes of shared memory per block of a device.
@@ -174,7 +175,10 @@ def cuda_dequantize_4bit(
     blocksize: int,
     reference: bool = False,
 ) -> None:
-    """Launch the way back. Nested scales: `absmax` uint8 codes, `absmax2` float32 [ceil(n / 256)], `offset` float32 [1]."""
+    """Launch the way back.
+
+    Nested scales: `absmax` uint8 codes, `absmax2` float32 [ceil(n / 256)], `offset` float32 [1].
+    """
 
 def cuda_compress_workspace(scales: int) -> int:
     """How many float64 `cuda_compress_absmax` needs for so many scales."""
@@ -210,8 +214,8 @@ def cuda_matmul_4bit(
     """Launch `y [m, n] = x [m, k] @ weight [n, k].T + bias [n]`; gives the kernel's name.
 
     "decode_..." are the fast kernels: float16 and bfloat16, m <= 16, k a multiple of 64, blocksize >= 64, x and packed
-    aligned to 16 bytes, compute capability 8.0. "product_..." take everything, slowly. `kernel` insists on "decode_ring",
-    "decode" or "plain"; ValueError when that one does not take the arguments.
+    aligned to 16 bytes, compute capability 8.0. "product_..." take everything, slowly. `kernel` insists on
+    "decode_ring", "decode" or "plain"; ValueError when that one does not take the arguments.
     """
 
 class CheckpointError(ValueError):
