@@ -49,33 +49,41 @@ struct Work {
     int row_blocks;
     int first_row, rows;  // of this block of threads
     int slots, slot, group, groups;
-    int first_block, slot_blocks, chunks;
+    int first_block, chunks, chunk_size, larger_chunks;
     int tiles, per_pass;
     int g, t;
+    i64 scale_count;
 
     __device__ Work(const Scales &scales, int n, int k, int block_shift, const DecodePlan &plan)
         : scales(scales),
           scale_shift(block_shift - BLOCK_SHIFT),
           row_blocks(k / BLOCK),
           slots(plan.slots),
-          per_pass(plan.per_pass) {
+          per_pass(plan.per_pass),
+          scale_count((i64(n) * (k / BLOCK) + (i64(1) << scale_shift) - 1) >> scale_shift) {
         const int lane = int(threadIdx.x) % WARP, warp = int(threadIdx.x) / WARP;
         first_row = int(blockIdx.x) * plan.rows;
         rows = n - first_row < plan.rows ? n - first_row : plan.rows;
         tiles = (rows + ROWS - 1) / ROWS;
-        slot = warp % slots;
-        group = warp / slots;
-        groups = WARPS / slots;
-        first_block = int(i64(row_blocks) * slot / slots);
-        slot_blocks = int(i64(row_blocks) * (slot + 1) / slots) - first_block;
+        // `slots` is a power of two.
+        const int log2_slots = 31 - __clz(slots);
+        slot = warp & (slots - 1);
+        group = warp >> log2_slots;
+        groups = WARPS >> log2_slots;
+        first_block = int(i64(row_blocks) * slot >> log2_slots);
+        // Chunks of a slot are as equal as can be: the first ones may have a block more.
+        const int slot_blocks = int(i64(row_blocks) * (slot + 1) >> log2_slots) - first_block;
         chunks = (slot_blocks + CHUNK - 1) / CHUNK;
+        chunk_size = slot_blocks / chunks;
+        larger_chunks = slot_blocks - chunk_size * chunks;
         g = lane / 4;
         t = lane % 4;
     }
 
-    // Chunks of a slot are as equal as can be.
-    __device__ int chunk_begin(int chunk) const { return first_block + slot_blocks * chunk / chunks; }
-    __device__ int chunk_blocks(int chunk) const { return chunk_begin(chunk + 1) - chunk_begin(chunk); }
+    __device__ int chunk_begin(int chunk) const {
+        return first_block + chunk * chunk_size + (chunk < larger_chunks ? chunk : larger_chunks);
+    }
+    __device__ int chunk_blocks(int chunk) const { return chunk_size + (chunk < larger_chunks); }
     __device__ int end_of_pass(int begin) const { return tiles - begin < per_pass ? tiles : begin + per_pass; }
 
     __device__ Place first() const {
@@ -83,8 +91,11 @@ struct Work {
         skip_empty(place);
         return place;
     }
-    // To the next place; true when it is in the same chunk.
+    // To the next place; false when it is in another chunk, or the last was the last.
     __device__ bool advance(Place &place) const {
+        if (!exists(place)) {
+            return true;
+        }
         place.tile += groups;
         if (place.tile < place.pass_end) {
             return true;
@@ -137,7 +148,7 @@ struct QuadScales {
 template <typename T, int THREADS>
 __device__ inline void fill_table(u32 *table, u32 quant_type) {
     const int lane = int(threadIdx.x) % WARP;
-    const float value = VALUES[quant_type][lane % 16];
+    const float value = value_of(quant_type, lane % 16);
     for (int item = int(threadIdx.x); item < 256 * 8; item += THREADS) {
         const int byte = item / 8;
         const u32 pair = pack2<T>(__shfl_sync(ALL_LANES, value, byte >> 4), __shfl_sync(ALL_LANES, value, byte & 15));
@@ -383,44 +394,130 @@ __device__ inline int ring_offset(int row, int block) {
     return (row * CHUNK + (block ^ (row % 4))) * BLOCK_BYTES;
 }
 
-// Copies of a warp's places, one place after the other: 16 bytes for each lane, and as many rows at a time as that gives.
+// Copies of a warp's places, one place after the other.
 template <bool NESTED, int WARPS, int CHUNK>
 struct Copier {
+    // Of the codes of W 16 bytes for each lane, and as many rows at a time as that gives.
     static constexpr int PIECES = CHUNK * BLOCK_BYTES / 16, AT_A_TIME = WARP / PIECES;
-    static_assert(AT_A_TIME % 4 == 0 || 4 % AT_A_TIME == 0, "see ring_offset");
+    static constexpr int STAGE_BYTES = ROWS * CHUNK * BLOCK_BYTES;
+    // Of the scales, 4 bytes for each lane at a time: of a chunk's blocks t, t + 4, ..., for row g and row g + 8. They lie in
+    // the unused halves of the table's rows, WARP words in each; nested ones after one another the words that hold the
+    // codes, and the second scales.
+    static constexpr int QUADS = CHUNK / 4;
+    static constexpr int SCALE_ROWS = (NESTED ? 4 : 2) * QUADS;
+    static_assert(WARPS * STAGES * SCALE_ROWS <= 256 && WARP * 2 == LANE_TABLE_ROW, "halves of the table's rows");
 
+    using W = Work<NESTED, WARPS, CHUNK>;
+    const W &work;
+    const u8 *const packed;
+    u8 *const ring;     // [STAGES][STAGE_BYTES] of this warp
+    u32 *const halves;  // [STAGES][SCALE_ROWS][LANE_TABLE_ROW] of this warp
+    const int lane, row, piece;
     Place place;
-    const u8 *from;    // this lane's piece of the first rows
-    int blocks;        // of the chunk; none: no more places
-    const int row, piece;
+    int blocks;      // of the chunk; none: no more places
+    const u8 *from;  // this lane's piece of the first rows
+    i64 low_block;   // of row g, the chunk's first
+    u32 code_shifts = 0;  // where in their words this lane's codes are, in bytes: CODE_BITS for each stage, the oldest lowest
+    static constexpr int CODE_BITS = 4 * QUADS;
+    static_assert(CODE_BITS * STAGES <= 32, "two bits for each code");
 
-    __device__ Copier(const Work<NESTED, WARPS, CHUNK> &work, const u8 *packed, int lane)
-        : place(work.first()), row(lane / PIECES), piece(lane % PIECES) {
-        aim(work, packed);
+    __device__ Copier(const W &work, const u8 *packed, u8 *rings, u32 *table)
+        : work(work),
+          packed(packed),
+          ring(rings + threadIdx.x / WARP * (STAGES * STAGE_BYTES)),
+          halves(table + WARP + threadIdx.x / WARP * (STAGES * SCALE_ROWS * LANE_TABLE_ROW)),
+          lane(int(threadIdx.x) % WARP),
+          row(lane / PIECES),
+          piece(lane % PIECES),
+          place(work.first()) {
+        aim();
     }
-    __device__ void aim(const Work<NESTED, WARPS, CHUNK> &work, const u8 *packed) {
+    __device__ void aim() {
         blocks = work.exists(place) ? work.chunk_blocks(place.chunk) : 0;
         from = packed + work.block_of(place, row) * BLOCK_BYTES + piece * 16;
+        low_block = work.block_of(place, work.g);
     }
-    // Starts copying to `stage`, and goes on to the next place. Rows behind the last are left as they are: what comes of
-    // them is not written.
-    __device__ void copy(const Work<NESTED, WARPS, CHUNK> &work, const u8 *packed, u8 *stage) {
+    __device__ u32 *scale_row(u32 stage, int i) const { return halves + (stage * SCALE_ROWS + i) * LANE_TABLE_ROW; }
+
+    // The word that holds a code. Where part of the word lies outside of the codes, the byte alone is read, and at once.
+    __device__ void copy_code(u32 *to, const u8 *code) const {
+        const u32 *const word = reinterpret_cast<const u32 *>(code - (u64(code) & 3));
+        const u8 *const first = work.scales.codes, *const last = first + work.scale_count;
+        if (reinterpret_cast<const u8 *>(word) >= first && reinterpret_cast<const u8 *>(word + 1) <= last) {
+            copy_async(to, word);
+        } else {
+            *to = u32(*code) << (8 * (u64(code) & 3));
+        }
+    }
+    __device__ void copy_scale(u32 stage, int q, int high, i64 block) {
+        const i64 scale = block >> work.scale_shift;
+        u32 *const to = scale_row(stage, 2 * q + high) + lane;
+        if constexpr (NESTED) {
+            const u8 *const code = work.scales.codes + scale;
+            copy_code(to, code);
+            code_shifts |= u32(u64(code) & 3) << (CODE_BITS * (STAGES - 1) + 4 * q + 2 * high);
+            copy_async(scale_row(stage, 2 * (QUADS + q) + high) + lane,
+                       reinterpret_cast<const u32 *>(work.scales.absmax2 + (scale >> NESTED_SHIFT)));
+        } else {
+            copy_async(to, reinterpret_cast<const u32 *>(work.scales.absmax + scale));
+        }
+    }
+
+    // Starts copying a place to a stage, and goes on to the next place. What belongs to rows behind the last is left as it
+    // is: what comes of it is not written.
+    __device__ void copy(u32 stage) {
         const i64 row_bytes = i64(work.row_blocks) * BLOCK_BYTES;
+        const int rows = work.rows - place.tile * ROWS;
         if (piece / 2 < blocks) {
-            const int rows = work.rows - place.tile * ROWS - row;
+            u8 *const to = ring + (stage * STAGE_BYTES + u32(ring_offset<CHUNK>(row, piece / 2) + piece % 2 * 16));
 #pragma unroll
             for (int i = 0; i < ROWS; i += AT_A_TIME) {
-                if (i < rows) {
-                    copy_async(reinterpret_cast<Words4 *>(stage + ring_offset<CHUNK>(row + i, piece / 2) + piece % 2 * 16),
-                               reinterpret_cast<const Words4 *>(from + i * row_bytes));
+                if (row + i < rows) {
+                    // Rows that are AT_A_TIME apart have their blocks in the same order, or in one that is exchanged.
+                    u8 *const row_to = AT_A_TIME % 4 == 0 ? to + i * CHUNK * BLOCK_BYTES
+                                                          : ring + (stage * STAGE_BYTES +
+                                                                    u32(ring_offset<CHUNK>(row + i, piece / 2) + piece % 2 * 16));
+                    copy_async(reinterpret_cast<Words4 *>(row_to), reinterpret_cast<const Words4 *>(from + i * row_bytes));
                 }
+            }
+        }
+        const i64 high_block = low_block + i64(ROWS / 2) * work.row_blocks;
+        code_shifts >>= CODE_BITS;
+#pragma unroll
+        for (int q = 0; q < QUADS; q++) {
+            const int block = q * 4 + work.t;
+            if (block < blocks && work.g < rows) {
+                copy_scale(stage, q, 0, low_block + block);
+            }
+            if (block < blocks && work.g + ROWS / 2 < rows) {
+                copy_scale(stage, q, 1, high_block + block);
             }
         }
         copy_async_commit();
         if (work.advance(place)) {
-            from += i64(work.groups * ROWS) * row_bytes;
+            const i64 step = i64(work.groups * ROWS) * work.row_blocks;
+            from += step * BLOCK_BYTES;
+            low_block += step;
+            blocks = work.exists(place) ? blocks : 0;
         } else {
-            aim(work, packed);
+            aim();
+        }
+    }
+
+    // Once a stage's copies have ended for all lanes: the float32 scales of row g (0) and row g + 8 (1), for four blocks.
+    __device__ const float *scales_of(u32 stage, int q, int high) const {
+        return reinterpret_cast<const float *>(scale_row(stage, 2 * q + high) + work.g * 4);
+    }
+    // Makes them of nested ones in the oldest stage, each lane those that it copied.
+    __device__ void expand_scales(u32 stage, const float *map, float offset) const {
+        if constexpr (NESTED) {
+#pragma unroll
+            for (int i = 0; i < 2 * QUADS; i++) {
+                u32 *const word = scale_row(stage, i) + lane;
+                const u32 code = (*word >> (8 * (code_shifts >> (2 * i) & 3))) & 0xff;
+                const RawScale<true> raw = {code, __uint_as_float(scale_row(stage, 2 * QUADS + i)[lane])};
+                *word = __float_as_uint(raw.value(map, offset));
+            }
         }
     }
 };
@@ -429,45 +526,27 @@ template <typename T, bool NESTED, int FRAGMENTS>
 __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &scales, const T *bias, T *y, int m, int n,
                                    int k, int block_shift, u32 quant_type, const DecodePlan &plan) {
     constexpr int WARPS = Sizes<FRAGMENTS>::WARPS, THREADS = Sizes<FRAGMENTS>::THREADS, CHUNK = Sizes<FRAGMENTS>::CHUNK;
-    constexpr int STAGE_BYTES = ROWS * CHUNK * BLOCK_BYTES;
     DYNAMIC_SHARED(shared);
     float *const map = reinterpret_cast<float *>(shared);                  // [256]
     float *const partial = reinterpret_cast<float *>(shared + MAP_BYTES);  // [tile][slot][m][16]
     const u32 before = MAP_BYTES + u32(plan.per_pass * plan.slots * m * ROWS) * sizeof(float);
     const u32 place_of_table = before + lane_table_place(shared + before);
     u32 *const table = reinterpret_cast<u32 *>(shared + place_of_table);  // [256][LANE_TABLE_ROW], half used
-    u8 *const ring = shared + (place_of_table + LANE_TABLE_BYTES) + threadIdx.x / WARP * (STAGES * STAGE_BYTES);
 
     const Work<NESTED, WARPS, CHUNK> work(scales, n, k, block_shift, plan);
-    const int lane = int(threadIdx.x) % WARP, g = work.g, t = work.t, quad_lane = lane & ~3;
+    const int lane = int(threadIdx.x) % WARP, g = work.g, t = work.t;
 
-    // Copies first: the table is made while they are on the way.
-    Copier<NESTED, WARPS, CHUNK> copier(work, packed, lane);
-#pragma unroll 1
-    for (int s = 0; s < STAGES; s++) {
-        copier.copy(work, packed, ring + s * STAGE_BYTES);
-    }
-    // Scales of this place, and of the next.
-    QuadScales<NESTED, WARPS, CHUNK> quad = {}, quad_ahead = {};
-    Place ahead = work.first();
-    i64 block_ahead = work.block_of(ahead, g);
-    int blocks_ahead = work.exists(ahead) ? work.chunk_blocks(ahead.chunk) : 0;
-    const auto advance = [&]() {
-        if (work.advance(ahead)) {
-            block_ahead += i64(work.groups * ROWS) * work.row_blocks;
-        } else {
-            block_ahead = work.block_of(ahead, g);
-            blocks_ahead = work.exists(ahead) ? work.chunk_blocks(ahead.chunk) : 0;
-        }
-    };
-    quad.load(work, ahead, block_ahead, blocks_ahead);
-    advance();
-    quad_ahead.load(work, ahead, block_ahead, blocks_ahead);
+    // What comes behind the copies waits for them in the memory's queue: so everything else is loaded before.
     const float offset = NESTED ? *scales.offset : 0.0f;
     u32 x_words[CHUNK][FRAGMENTS][8];
     load_x<FRAGMENTS, CHUNK>(x_words, x, m, k, work.chunk_begin(0), work.chunk_blocks(0), g, t);
-    fill_table<T, THREADS>(table, quant_type);
     fill_map<NESTED, THREADS>(map);
+    Copier<NESTED, WARPS, CHUNK> copier(work, packed, shared + (place_of_table + LANE_TABLE_BYTES), table);
+#pragma unroll 1
+    for (u32 s = 0; s < STAGES; s++) {
+        copier.copy(s);
+    }
+    fill_table<T, THREADS>(table, quant_type);
     __syncthreads();
 
     const LaneTable entries = lane_table(table, lane);
@@ -485,34 +564,30 @@ __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &s
                 load_x<FRAGMENTS, CHUNK>(x_words, x, m, k, work.chunk_begin(chunk), blocks, g, t);
             }
             for (int tile = begin + work.group; tile < end; tile += work.groups) {
-                float low_scale[CHUNK / 4], high_scale[CHUNK / 4];
-#pragma unroll
-                for (int q = 0; q < CHUNK / 4; q++) {
-                    low_scale[q] = quad.low[q].value(map, offset);
-                    high_scale[q] = quad.high[q].value(map, offset);
-                }
                 // The oldest copy has ended, for all lanes.
                 copy_async_wait<STAGES - 1>();
+                copier.expand_scales(stage, map, offset);
                 __syncwarp();
+                const u8 *const bytes = copier.ring + stage * copier.STAGE_BYTES;
                 float sums[FRAGMENTS][4] = {};
 #pragma unroll
-                for (int j = 0; j < CHUNK; j++) {
-                    if (j < blocks) {
-                        const u8 *const lane_bytes = ring + (stage + (lane_offset ^ (j * BLOCK_BYTES)));
-                        const Words2 low = *reinterpret_cast<const Words2 *>(lane_bytes);
-                        const Words2 high = *reinterpret_cast<const Words2 *>(lane_bytes + STAGE_BYTES / 2);
-                        add_block<T>(sums, entries, low, high, x_words[j],
-                                     __shfl_sync(ALL_LANES, low_scale[j / 4], quad_lane + j % 4),
-                                     __shfl_sync(ALL_LANES, high_scale[j / 4], quad_lane + j % 4));
+                for (int q = 0; q < CHUNK / 4; q++) {
+                    const float(&low_scale)[4] = *reinterpret_cast<const float(*)[4]>(copier.scales_of(stage, q, 0));
+                    const float(&high_scale)[4] = *reinterpret_cast<const float(*)[4]>(copier.scales_of(stage, q, 1));
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        if (q * 4 + j < blocks) {
+                            const u8 *const lane_bytes = bytes + (lane_offset ^ u32((q * 4 + j) * BLOCK_BYTES));
+                            const Words2 low = *reinterpret_cast<const Words2 *>(lane_bytes);
+                            const Words2 high = *reinterpret_cast<const Words2 *>(lane_bytes + copier.STAGE_BYTES / 2);
+                            add_block<T>(sums, entries, low, high, x_words[q * 4 + j], low_scale[j], high_scale[j]);
+                        }
                     }
                 }
                 // Every lane has read its part.
                 __syncwarp();
-                copier.copy(work, packed, ring + stage);
-                stage = stage + STAGE_BYTES < STAGES * STAGE_BYTES ? stage + STAGE_BYTES : 0;
-                quad = quad_ahead;
-                advance();
-                quad_ahead.load(work, ahead, block_ahead, blocks_ahead);
+                copier.copy(stage);
+                stage = stage + 1 < STAGES ? stage + 1 : 0;
                 float *const own = partial + ((tile - begin) * work.slots + work.slot) * m * ROWS;
                 add_partial(own, sums, m, chunk == 0, g, t);
             }

@@ -151,6 +151,11 @@ __device__ inline void copy_async(Words4 *shared, const Words4 *global) {
                  "l"(__cvta_generic_to_global(global))
                  : "memory");
 }
+__device__ inline void copy_async(u32 *shared, const u32 *global) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(u32(__cvta_generic_to_shared(shared))),
+                 "l"(__cvta_generic_to_global(global))
+                 : "memory");
+}
 __device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int GROUPS>
 __device__ inline void copy_async_wait() {

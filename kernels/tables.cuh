@@ -8,7 +8,7 @@ constexpr u32 NF4 = 0;
 constexpr u32 FP4 = 1;
 
 // [quant_type][code]: the value of each code, for a block whose largest magnitude is 1.
-CONSTANT_TABLE float VALUES[2][16] = {
+constexpr CONSTANT_TABLE float VALUES[2][16] = {
     {
     -1.0f, -0.6961928f, -0.52507305f, -0.3949175f, -0.28444138f, -0.18477343f,
     -0.091050036f, 0.0f, 0.0795803f, 0.1609302f, 0.2461123f, 0.33791524f,
@@ -20,6 +20,17 @@ CONSTANT_TABLE float VALUES[2][16] = {
     -0.33333334f, -0.5f, -0.16666667f, -0.25f,
     },
 };
+
+// VALUES[quant_type][code] from the instructions themselves: for kernels so short that reading a table takes too long.
+__device__ inline float value_of(u32 quant_type, int code) {
+    float value = 0.0f;
+#pragma unroll
+    for (int c = 0; c < 16; c++) {
+        const float nf4 = VALUES[NF4][c], fp4 = VALUES[FP4][c];
+        value = code == c ? (quant_type == NF4 ? nf4 : fp4) : value;
+    }
+    return value;
+}
 
 // NF4: the code of a scaled value is the number of these that it exceeds.
 constexpr int NF4_LEVELS = 15;
