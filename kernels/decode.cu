@@ -34,33 +34,38 @@ struct DecodePlan {
     int per_pass;  // tiles whose partial sums fit in shared memory
 };
 
-// A chunk of a tile of a pass.
+// A chunk of a tile.
 struct Place {
-    int pass, chunk, tile;
-    int row;            // the tile's first
-    int block, blocks;  // of each row; none: no such place
+    int tile, pass_begin, pass_end;
+    int chunk;
 };
 
-// What one warp has to do.
+// What one warp has to do. Its places come in passes, in each of these the chunks of its slot, in each the tiles of its
+// group.
 template <bool NESTED, int WARPS, int CHUNK>
 struct Work {
     const Scales &scales;
-    int block_shift;
+    int scale_shift;  // log2 of the blocks here that share a scale
     int row_blocks;
-    int first_row, end_row;  // of this block of threads
-    int slots, slot, group;
+    int first_row, rows;  // of this block of threads
+    int slots, slot, group, groups;
     int first_block, slot_blocks, chunks;
     int tiles, per_pass;
     int g, t;
 
     __device__ Work(const Scales &scales, int n, int k, int block_shift, const DecodePlan &plan)
-        : scales(scales), block_shift(block_shift), row_blocks(k / BLOCK), slots(plan.slots), per_pass(plan.per_pass) {
+        : scales(scales),
+          scale_shift(block_shift - BLOCK_SHIFT),
+          row_blocks(k / BLOCK),
+          slots(plan.slots),
+          per_pass(plan.per_pass) {
         const int lane = int(threadIdx.x) % WARP, warp = int(threadIdx.x) / WARP;
         first_row = int(blockIdx.x) * plan.rows;
-        end_row = n - first_row < plan.rows ? n : first_row + plan.rows;
-        tiles = (end_row - first_row + ROWS - 1) / ROWS;
+        rows = n - first_row < plan.rows ? n - first_row : plan.rows;
+        tiles = (rows + ROWS - 1) / ROWS;
         slot = warp % slots;
         group = warp / slots;
+        groups = WARPS / slots;
         first_block = int(i64(row_blocks) * slot / slots);
         slot_blocks = int(i64(row_blocks) * (slot + 1) / slots) - first_block;
         chunks = (slot_blocks + CHUNK - 1) / CHUNK;
@@ -68,69 +73,75 @@ struct Work {
         t = lane % 4;
     }
 
-    __device__ int groups() const { return WARPS / slots; }
-    __device__ int tiles_of(int pass) const {
-        const int left = tiles - pass * per_pass;
-        return left < per_pass ? left : per_pass;
-    }
+    // Chunks of a slot are as equal as can be.
+    __device__ int chunk_begin(int chunk) const { return first_block + slot_blocks * chunk / chunks; }
+    __device__ int chunk_blocks(int chunk) const { return chunk_begin(chunk + 1) - chunk_begin(chunk); }
+    __device__ int end_of_pass(int begin) const { return tiles - begin < per_pass ? tiles : begin + per_pass; }
 
-    // The warp's places in their order: passes, in each the chunks of its slot, in each the tiles of its group.
     __device__ Place first() const {
-        Place place = {0, 0, group, 0, 0, 0};
-        enter(place);
+        Place place = {group, 0, end_of_pass(0), 0};
+        skip_empty(place);
         return place;
     }
-    __device__ void advance(Place &place) const {
-        place.tile += groups();
-        place.row += groups() * ROWS;
-        if (place.tile >= tiles_of(place.pass)) {
-            place.tile = group;
-            if (++place.chunk == chunks) {
-                place.chunk = 0;
-                place.pass++;
-            }
-            enter(place);
+    // To the next place; true when it is in the same chunk.
+    __device__ bool advance(Place &place) const {
+        place.tile += groups;
+        if (place.tile < place.pass_end) {
+            return true;
+        }
+        if (++place.chunk == chunks) {
+            place.chunk = 0;
+            place.pass_begin = place.pass_end;
+            place.pass_end = end_of_pass(place.pass_begin);
+        }
+        place.tile = place.pass_begin + group;
+        skip_empty(place);
+        return false;
+    }
+    // The last pass may have no tile for this group.
+    __device__ void skip_empty(Place &place) const {
+        if (place.tile >= place.pass_end) {
+            place.tile = tiles;
         }
     }
-    // Chunks of a slot are as equal as can be.
-    __device__ void enter(Place &place) const {
-        const int begin = slot_blocks * place.chunk / chunks, end = slot_blocks * (place.chunk + 1) / chunks;
-        place.row = first_row + (place.pass * per_pass + place.tile) * ROWS;
-        place.block = first_block + begin;
-        place.blocks = place.tile < tiles_of(place.pass) ? end - begin : 0;
+    __device__ bool exists(const Place &place) const { return place.tile < tiles; }
+    // The first block of a row of a place's tile.
+    __device__ i64 block_of(const Place &place, int row) const {
+        return i64(first_row + place.tile * ROWS + row) * row_blocks + chunk_begin(place.chunk);
     }
+};
 
-    // The number of a block, in a row of a place. Rows behind the last are read as the last, and what comes of them is
-    // not written.
-    __device__ i64 block_of(const Place &place, int in_tile) const {
-        const int row = place.row + in_tile;
-        return i64(row < end_row ? row : end_row - 1) * row_blocks + place.block;
-    }
+// The scales of a warp's places, one place after the other. Of a chunk's blocks a lane has t, t + 4, ..., for row g and row
+// g + 8: the lanes of a quad share theirs later.
+template <bool NESTED, int WARPS, int CHUNK>
+struct QuadScales {
+    RawScale<NESTED> low[CHUNK / 4], high[CHUNK / 4];
 
-    // Of a chunk's blocks t, t + 4, ..., for row g and row g + 8: the lanes of a quad share theirs later.
-    struct QuadScales {
-        RawScale<NESTED> low[CHUNK / 4], high[CHUNK / 4];
-    };
-    __device__ void load(QuadScales &quad, const Place &place) const {
-        const int shift = block_shift - BLOCK_SHIFT;
-        const i64 low = block_of(place, g), high = block_of(place, g + 8);
+    __device__ void load(const Work<NESTED, WARPS, CHUNK> &work, const Place &place, i64 low_block, int blocks) {
+        const int row = place.tile * ROWS + work.g;
+        const i64 high_block = low_block + i64(ROWS / 2) * work.row_blocks;
 #pragma unroll
         for (int q = 0; q < CHUNK / 4; q++) {
-            if (q * 4 + t < place.blocks) {
-                quad.low[q] = ScaleReader<NESTED>(scales, (low + q * 4 + t) >> shift)[0];
-                quad.high[q] = ScaleReader<NESTED>(scales, (high + q * 4 + t) >> shift)[0];
+            const int block = q * 4 + work.t;
+            if (block < blocks && row < work.rows) {
+                low[q] = ScaleReader<NESTED>(work.scales, (low_block + block) >> work.scale_shift)[0];
+            }
+            if (block < blocks && row + ROWS / 2 < work.rows) {
+                high[q] = ScaleReader<NESTED>(work.scales, (high_block + block) >> work.scale_shift)[0];
             }
         }
     }
 };
 
-// Entry `byte` of a table: its two values in T. `row` words from one entry to the next, one for each lane.
+// Entry `byte` of a table: its two values in T, for each lane. Eight threads write one, and a warp four neighbouring ones.
 template <typename T, int THREADS>
-__device__ inline void fill_table(u32 *table, int row, u32 quant_type) {
+__device__ inline void fill_table(u32 *table, u32 quant_type) {
+    const int lane = int(threadIdx.x) % WARP;
+    const float value = VALUES[quant_type][lane % 16];
     for (int item = int(threadIdx.x); item < 256 * 8; item += THREADS) {
-        const u32 byte = u32(item / 8);
-        const u32 pair = pack2<T>(VALUES[quant_type][byte >> 4], VALUES[quant_type][byte & 15]);
-        *reinterpret_cast<Words4 *>(&table[int(byte) * row + item % 8 * 4]) = {pair, pair, pair, pair};
+        const int byte = item / 8;
+        const u32 pair = pack2<T>(__shfl_sync(ALL_LANES, value, byte >> 4), __shfl_sync(ALL_LANES, value, byte & 15));
+        *reinterpret_cast<Words4 *>(&table[byte * LANE_TABLE_ROW + item % 8 * 4]) = {pair, pair, pair, pair};
     }
 }
 
@@ -227,25 +238,23 @@ __device__ inline void add_partial(float *own, const float (&sums)[FRAGMENTS][4]
     }
 }
 
-// After a barrier: y from the partial sums [tile][slot][m][16] of a pass.
+// After a barrier: y from the partial sums [tile][slot][m][16] of the tiles from `begin` to `end`. A warp takes 32 rows of
+// one column at a time.
 template <typename T, int WARPS, typename W>
-__device__ inline void write_pass(const W &work, int pass, const float *partial, const T *bias, T *y, int m, int n) {
+__device__ inline void write_pass(const W &work, int begin, int end, const float *partial, const T *bias, T *y, int m, int n) {
     const int lane = int(threadIdx.x) % WARP, warp = int(threadIdx.x) / WARP;
-    const int first_row = work.first_row + pass * work.per_pass * ROWS;
-    const int pass_rows = work.tiles_of(pass) * ROWS;
-    const int rows = work.end_row - first_row < pass_rows ? work.end_row - first_row : pass_rows;
+    const int rows = (work.rows < end * ROWS ? work.rows : end * ROWS) - begin * ROWS;
+    const int first_row = work.first_row + begin * ROWS;
     const int size = m * ROWS;
-    for (int column = warp; column < m; column += WARPS) {
 #pragma unroll 1
-        for (int row = lane; row < rows; row += WARP) {
-            const float *const from = partial + row / ROWS * work.slots * size + partial_offset(column, row % ROWS, m);
-            float sum = 0.0f;
-#pragma unroll 4
+    for (int piece = warp; piece < (rows + WARP - 1) / WARP * m; piece += WARPS) {
+        const int column = piece % m, row = piece / m * WARP + lane;
+        if (row < rows) {
+            const float *from = partial + row / ROWS * work.slots * size + partial_offset(column, row % ROWS, m);
+            float sum = bias != nullptr ? to_f32(bias[first_row + row]) : 0.0f;
+#pragma unroll 8
             for (int s = 0; s < work.slots; s++) {
                 sum += from[s * size];
-            }
-            if (bias != nullptr) {
-                sum += to_f32(bias[first_row + row]);
             }
             y[i64(column) * n + first_row + row] = from_f32<T>(sum);
         }
@@ -279,40 +288,54 @@ __device__ inline void decode(const T *x, const u8 *packed, const Scales &scales
                               int block_shift, u32 quant_type, const DecodePlan &plan) {
     constexpr int WARPS = Sizes<FRAGMENTS>::WARPS, THREADS = Sizes<FRAGMENTS>::THREADS, CHUNK = Sizes<FRAGMENTS>::CHUNK;
     DYNAMIC_SHARED(shared);
-    u32 *const table = reinterpret_cast<u32 *>(shared);                                         // [256][64], half used
-    float *const map = reinterpret_cast<float *>(shared + LANE_TABLE_BYTES);                    // [256]
-    float *const partial = reinterpret_cast<float *>(shared + LANE_TABLE_BYTES + MAP_BYTES);    // [tile][slot][m][16]
+    u32 *const table = reinterpret_cast<u32 *>(shared);                                       // [256][64], half used
+    float *const map = reinterpret_cast<float *>(shared + LANE_TABLE_BYTES);                  // [256]
+    float *const partial = reinterpret_cast<float *>(shared + LANE_TABLE_BYTES + MAP_BYTES);  // [tile][slot][m][16]
 
     const Work<NESTED, WARPS, CHUNK> work(scales, n, k, block_shift, plan);
     const int lane = int(threadIdx.x) % WARP, g = work.g, t = work.t, quad_lane = lane & ~3;
     const u8 *const lane_packed = packed + t * 8;
 
-    // Loads first: the table is made while they are on the way.
+    // Loads first: the table is made while they are on the way. Rows behind the last are read as the last, and what comes
+    // of them is not written.
     Place ahead = work.first();
-    typename Work<NESTED, WARPS, CHUNK>::QuadScales quad = {};
-    work.load(quad, ahead);
+    int blocks_ahead = work.exists(ahead) ? work.chunk_blocks(ahead.chunk) : 0;
+    const u8 *low_packed = packed, *high_packed = packed;
+    const auto aim = [&]() {
+        const int last = work.rows - 1 - ahead.tile * ROWS;
+        low_packed = lane_packed + work.block_of(ahead, g < last ? g : last) * BLOCK_BYTES;
+        high_packed = lane_packed + work.block_of(ahead, g + 8 < last ? g + 8 : last) * BLOCK_BYTES;
+    };
+    QuadScales<NESTED, WARPS, CHUNK> quad = {};
     Bytes<CHUNK> bytes = {};
+    if (blocks_ahead > 0) {
+        aim();
+        quad.load(work, ahead, work.block_of(ahead, g), blocks_ahead);
 #pragma unroll
-    for (int j = 0; j < CHUNK; j++) {
-        if (j < ahead.blocks) {
-            bytes.load(j, lane_packed + work.block_of(ahead, g) * BLOCK_BYTES,
-                       lane_packed + work.block_of(ahead, g + 8) * BLOCK_BYTES);
+        for (int j = 0; j < CHUNK; j++) {
+            if (j < blocks_ahead) {
+                bytes.load(j, low_packed, high_packed);
+            }
         }
     }
     const float offset = NESTED ? *scales.offset : 0.0f;
-    fill_table<T, THREADS>(table, LANE_TABLE_ROW, quant_type);
+    u32 x_words[CHUNK][FRAGMENTS][8];
+    load_x<FRAGMENTS, CHUNK>(x_words, x, m, k, work.chunk_begin(0), work.chunk_blocks(0), g, t);
+    fill_table<T, THREADS>(table, quant_type);
     fill_map<NESTED, THREADS>(map);
     __syncthreads();
 
-    u32 x_words[CHUNK][FRAGMENTS][8];
     const PlainTable entries = {table, u32(lane) * 4};
-    for (int pass = 0; pass * plan.per_pass < work.tiles; pass++) {
+    int chunk_of_x = 0;
+    for (int begin = 0, end; begin < work.tiles; begin = end) {
+        end = work.end_of_pass(begin);
         for (int chunk = 0; chunk < work.chunks; chunk++) {
-            for (int tile = work.group; tile < work.tiles_of(pass); tile += work.groups()) {
-                const int blocks = ahead.blocks;
-                if (tile == work.group && (pass == 0 || work.chunks > 1)) {
-                    load_x<FRAGMENTS, CHUNK>(x_words, x, m, k, ahead.block, blocks, g, t);
-                }
+            const int blocks = work.chunk_blocks(chunk);
+            if (chunk != chunk_of_x) {
+                chunk_of_x = chunk;
+                load_x<FRAGMENTS, CHUNK>(x_words, x, m, k, work.chunk_begin(chunk), blocks, g, t);
+            }
+            for (int tile = begin + work.group; tile < end; tile += work.groups) {
                 float low_scale[CHUNK / 4], high_scale[CHUNK / 4];
 #pragma unroll
                 for (int q = 0; q < CHUNK / 4; q++) {
@@ -320,9 +343,11 @@ __device__ inline void decode(const T *x, const u8 *packed, const Scales &scales
                     high_scale[q] = quad.high[q].value(map, offset);
                 }
                 work.advance(ahead);
-                work.load(quad, ahead);
-                const u8 *const low_ahead = lane_packed + work.block_of(ahead, g) * BLOCK_BYTES;
-                const u8 *const high_ahead = lane_packed + work.block_of(ahead, g + 8) * BLOCK_BYTES;
+                blocks_ahead = work.exists(ahead) ? work.chunk_blocks(ahead.chunk) : 0;
+                if (blocks_ahead > 0) {
+                    aim();
+                    quad.load(work, ahead, work.block_of(ahead, g), blocks_ahead);
+                }
 
                 float sums[FRAGMENTS][4] = {};
 #pragma unroll
@@ -332,15 +357,16 @@ __device__ inline void decode(const T *x, const u8 *packed, const Scales &scales
                                      __shfl_sync(ALL_LANES, low_scale[j / 4], quad_lane + j % 4),
                                      __shfl_sync(ALL_LANES, high_scale[j / 4], quad_lane + j % 4));
                     }
-                    if (j < ahead.blocks) {
-                        bytes.load(j, low_ahead, high_ahead);
+                    if (j < blocks_ahead) {
+                        bytes.load(j, low_packed, high_packed);
                     }
                 }
-                add_partial(partial + (tile * plan.slots + work.slot) * m * ROWS, sums, m, chunk == 0, g, t);
+                float *const own = partial + ((tile - begin) * work.slots + work.slot) * m * ROWS;
+                add_partial(own, sums, m, chunk == 0, g, t);
             }
         }
         __syncthreads();
-        write_pass<T, WARPS>(work, pass, partial, bias, y, m, n);
+        write_pass<T, WARPS>(work, begin, end, partial, bias, y, m, n);
         __syncthreads();
     }
 }
@@ -357,22 +383,47 @@ __device__ inline int ring_offset(int row, int block) {
     return (row * CHUNK + (block ^ (row % 4))) * BLOCK_BYTES;
 }
 
-// Starts copying a place's bytes, by a whole warp: 16 bytes for each lane, and as many rows at a time as that gives.
+// Copies of a warp's places, one place after the other: 16 bytes for each lane, and as many rows at a time as that gives.
 template <bool NESTED, int WARPS, int CHUNK>
-__device__ inline void copy_place(u8 *stage, const u8 *packed, const Work<NESTED, WARPS, CHUNK> &work, const Place &place,
-                                  int lane) {
-    constexpr int PIECES = CHUNK * BLOCK_BYTES / 16, AT_A_TIME = WARP / PIECES;
-    const int piece = lane % PIECES;
-    if (piece / 2 < place.blocks) {
+struct Copier {
+    static constexpr int PIECES = CHUNK * BLOCK_BYTES / 16, AT_A_TIME = WARP / PIECES;
+    static_assert(AT_A_TIME % 4 == 0 || 4 % AT_A_TIME == 0, "see ring_offset");
+
+    Place place;
+    const u8 *from;    // this lane's piece of the first rows
+    int blocks;        // of the chunk; none: no more places
+    const int row, piece;
+
+    __device__ Copier(const Work<NESTED, WARPS, CHUNK> &work, const u8 *packed, int lane)
+        : place(work.first()), row(lane / PIECES), piece(lane % PIECES) {
+        aim(work, packed);
+    }
+    __device__ void aim(const Work<NESTED, WARPS, CHUNK> &work, const u8 *packed) {
+        blocks = work.exists(place) ? work.chunk_blocks(place.chunk) : 0;
+        from = packed + work.block_of(place, row) * BLOCK_BYTES + piece * 16;
+    }
+    // Starts copying to `stage`, and goes on to the next place. Rows behind the last are left as they are: what comes of
+    // them is not written.
+    __device__ void copy(const Work<NESTED, WARPS, CHUNK> &work, const u8 *packed, u8 *stage) {
+        const i64 row_bytes = i64(work.row_blocks) * BLOCK_BYTES;
+        if (piece / 2 < blocks) {
+            const int rows = work.rows - place.tile * ROWS - row;
 #pragma unroll
-        for (int i = 0; i < ROWS / AT_A_TIME; i++) {
-            const int row = i * AT_A_TIME + lane / PIECES;
-            copy_async(reinterpret_cast<Words4 *>(stage + ring_offset<CHUNK>(row, piece / 2) + piece % 2 * 16),
-                       reinterpret_cast<const Words4 *>(packed + work.block_of(place, row) * BLOCK_BYTES + piece * 16));
+            for (int i = 0; i < ROWS; i += AT_A_TIME) {
+                if (i < rows) {
+                    copy_async(reinterpret_cast<Words4 *>(stage + ring_offset<CHUNK>(row + i, piece / 2) + piece % 2 * 16),
+                               reinterpret_cast<const Words4 *>(from + i * row_bytes));
+                }
+            }
+        }
+        copy_async_commit();
+        if (work.advance(place)) {
+            from += i64(work.groups * ROWS) * row_bytes;
+        } else {
+            aim(work, packed);
         }
     }
-    copy_async_commit();
-}
+};
 
 template <typename T, bool NESTED, int FRAGMENTS>
 __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &scales, const T *bias, T *y, int m, int n,
@@ -380,8 +431,8 @@ __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &s
     constexpr int WARPS = Sizes<FRAGMENTS>::WARPS, THREADS = Sizes<FRAGMENTS>::THREADS, CHUNK = Sizes<FRAGMENTS>::CHUNK;
     constexpr int STAGE_BYTES = ROWS * CHUNK * BLOCK_BYTES;
     DYNAMIC_SHARED(shared);
-    float *const map = reinterpret_cast<float *>(shared);                 // [256]
-    float *const partial = reinterpret_cast<float *>(shared + MAP_BYTES); // [tile][slot][m][16]
+    float *const map = reinterpret_cast<float *>(shared);                  // [256]
+    float *const partial = reinterpret_cast<float *>(shared + MAP_BYTES);  // [tile][slot][m][16]
     const u32 before = MAP_BYTES + u32(plan.per_pass * plan.slots * m * ROWS) * sizeof(float);
     const u32 place_of_table = before + lane_table_place(shared + before);
     u32 *const table = reinterpret_cast<u32 *>(shared + place_of_table);  // [256][LANE_TABLE_ROW], half used
@@ -391,31 +442,49 @@ __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &s
     const int lane = int(threadIdx.x) % WARP, g = work.g, t = work.t, quad_lane = lane & ~3;
 
     // Copies first: the table is made while they are on the way.
-    Place copied = work.first(), ahead = copied;
+    Copier<NESTED, WARPS, CHUNK> copier(work, packed, lane);
 #pragma unroll 1
     for (int s = 0; s < STAGES; s++) {
-        copy_place(ring + s * STAGE_BYTES, packed, work, copied, lane);
-        work.advance(copied);
+        copier.copy(work, packed, ring + s * STAGE_BYTES);
     }
-    typename Work<NESTED, WARPS, CHUNK>::QuadScales quad = {}, quad_ahead = {};
-    work.load(quad, ahead);
-    int block = ahead.block, blocks = ahead.blocks;
-    work.advance(ahead);
-    work.load(quad_ahead, ahead);
+    // Scales of this place, and of the next.
+    QuadScales<NESTED, WARPS, CHUNK> quad = {}, quad_ahead = {};
+    Place ahead = work.first();
+    i64 block_ahead = work.block_of(ahead, g);
+    int blocks_ahead = work.exists(ahead) ? work.chunk_blocks(ahead.chunk) : 0;
+    const auto advance = [&]() {
+        if (work.advance(ahead)) {
+            block_ahead += i64(work.groups * ROWS) * work.row_blocks;
+        } else {
+            block_ahead = work.block_of(ahead, g);
+            blocks_ahead = work.exists(ahead) ? work.chunk_blocks(ahead.chunk) : 0;
+        }
+    };
+    quad.load(work, ahead, block_ahead, blocks_ahead);
+    advance();
+    quad_ahead.load(work, ahead, block_ahead, blocks_ahead);
     const float offset = NESTED ? *scales.offset : 0.0f;
-    fill_table<T, THREADS>(table, LANE_TABLE_ROW, quant_type);
+    u32 x_words[CHUNK][FRAGMENTS][8];
+    load_x<FRAGMENTS, CHUNK>(x_words, x, m, k, work.chunk_begin(0), work.chunk_blocks(0), g, t);
+    fill_table<T, THREADS>(table, quant_type);
     fill_map<NESTED, THREADS>(map);
     __syncthreads();
 
-    u32 x_words[CHUNK][FRAGMENTS][8];
     const LaneTable entries = lane_table(table, lane);
-    int stage = 0;
-    for (int pass = 0; pass * plan.per_pass < work.tiles; pass++) {
+    // This lane's 8 bytes of block j are at this offset, with bits 5 and 6 inverted where those of 32 j are set.
+    static_assert(BLOCK_BYTES == 32, "bits 5 and 6");
+    const u32 lane_offset = u32(ring_offset<CHUNK>(g, 0) + t * 8);
+    int chunk_of_x = 0;
+    u32 stage = 0;
+    for (int begin = 0, end; begin < work.tiles; begin = end) {
+        end = work.end_of_pass(begin);
         for (int chunk = 0; chunk < work.chunks; chunk++) {
-            for (int tile = work.group; tile < work.tiles_of(pass); tile += work.groups()) {
-                if (tile == work.group && (pass == 0 || work.chunks > 1)) {
-                    load_x<FRAGMENTS, CHUNK>(x_words, x, m, k, block, blocks, g, t);
-                }
+            const int blocks = work.chunk_blocks(chunk);
+            if (chunk != chunk_of_x) {
+                chunk_of_x = chunk;
+                load_x<FRAGMENTS, CHUNK>(x_words, x, m, k, work.chunk_begin(chunk), blocks, g, t);
+            }
+            for (int tile = begin + work.group; tile < end; tile += work.groups) {
                 float low_scale[CHUNK / 4], high_scale[CHUNK / 4];
 #pragma unroll
                 for (int q = 0; q < CHUNK / 4; q++) {
@@ -425,14 +494,13 @@ __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &s
                 // The oldest copy has ended, for all lanes.
                 copy_async_wait<STAGES - 1>();
                 __syncwarp();
-                u8 *const here = ring + stage * STAGE_BYTES;
-                stage = stage + 1 < STAGES ? stage + 1 : 0;
                 float sums[FRAGMENTS][4] = {};
 #pragma unroll
                 for (int j = 0; j < CHUNK; j++) {
                     if (j < blocks) {
-                        const Words2 low = *reinterpret_cast<const Words2 *>(here + ring_offset<CHUNK>(g, j) + t * 8);
-                        const Words2 high = *reinterpret_cast<const Words2 *>(here + ring_offset<CHUNK>(g + 8, j) + t * 8);
+                        const u8 *const lane_bytes = ring + (stage + (lane_offset ^ (j * BLOCK_BYTES)));
+                        const Words2 low = *reinterpret_cast<const Words2 *>(lane_bytes);
+                        const Words2 high = *reinterpret_cast<const Words2 *>(lane_bytes + STAGE_BYTES / 2);
                         add_block<T>(sums, entries, low, high, x_words[j],
                                      __shfl_sync(ALL_LANES, low_scale[j / 4], quad_lane + j % 4),
                                      __shfl_sync(ALL_LANES, high_scale[j / 4], quad_lane + j % 4));
@@ -440,18 +508,17 @@ __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &s
                 }
                 // Every lane has read its part.
                 __syncwarp();
-                copy_place(here, packed, work, copied, lane);
-                work.advance(copied);
+                copier.copy(work, packed, ring + stage);
+                stage = stage + STAGE_BYTES < STAGES * STAGE_BYTES ? stage + STAGE_BYTES : 0;
                 quad = quad_ahead;
-                block = ahead.block;
-                blocks = ahead.blocks;
-                work.advance(ahead);
-                work.load(quad_ahead, ahead);
-                add_partial(partial + (tile * plan.slots + work.slot) * m * ROWS, sums, m, chunk == 0, g, t);
+                advance();
+                quad_ahead.load(work, ahead, block_ahead, blocks_ahead);
+                float *const own = partial + ((tile - begin) * work.slots + work.slot) * m * ROWS;
+                add_partial(own, sums, m, chunk == 0, g, t);
             }
         }
         __syncthreads();
-        write_pass<T, WARPS>(work, pass, partial, bias, y, m, n);
+        write_pass<T, WARPS>(work, begin, end, partial, bias, y, m, n);
         __syncthreads();
     }
 }

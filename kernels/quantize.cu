@@ -136,7 +136,7 @@ __device__ inline u32 ranks_of(const Group<T> &x, float inverse, const Cells &ce
         float value = QUANT_TYPE == NF4 ? scaled : fabsf(scaled);
         float step;
         if (EXTREME) {
-            // What is beyond 1 has the code of 1; NaN becomes -1. Infinity would exceed what stands for no threshold.
+            // What is beyond 1 has the code of 1; NaN becomes -1, which has code 0.
             value = fminf(fmaxf(value, -1.0f), 1.0f);
             step = multiply_add(value, STEPS_PER_UNIT, ROUNDER + CENTRE);
         } else {

@@ -74,7 +74,7 @@ def test_quantize_around_every_threshold(quant_type: str) -> None:
     steps = torch.arange(-4, 5, dtype=torch.int32)
     near = (points.view(torch.int32)[:, None] + steps).view(torch.float32).reshape(-1)
     near = near[near.abs() <= 1]
-    for largest in (1.0, 0.1, 3.0, 1e-30, 2.0**-121, 2.0**-126, 3e38):
+    for largest in (1.0, 0.1, 3.0, 1e-30, 2.0**-119, 2.0**-121, 2.0**-126, 2.0**-127, 2.0**-129, 1e-44, 3e38):
         blocks = torch.nn.functional.pad(near, (0, -near.numel() % 63)).reshape(-1, 63) * largest
         values = torch.cat([torch.full((len(blocks), 1), largest), blocks], 1).reshape(-1)
         check_quantize(values, quant_type, 64)
