@@ -140,7 +140,10 @@ def test_more_values_than_32_bits_count() -> None:
     n, blocksize, tail = (1 << 32) + 5000, 64, 3 * 8192 + 5000
     data = values.normal(tail, "bf16")
     packed, absmax = native.quantize(data, "bf16", "nf4", blocksize)
-    memory = [Sparse(size) for size in (2 * n, n // 2, 4 * -(-n // blocksize), 2 * n)]
+    try:
+        memory = [Sparse(size) for size in (2 * n, n // 2, 4 * -(-n // blocksize), 2 * n)]
+    except OSError as error:
+        pytest.skip(f"18 GiB of addresses cannot be had: {error}")
     x, p, a, y = (m.buffer for m in memory)
     memory[0].array[-2 * tail :] = data.view(np.uint8)
     addresses = {id(m.buffer): m.array.ctypes.data for m in memory}
