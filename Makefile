@@ -36,9 +36,9 @@ export PYTHONPATH := $(if $(filter no,$(INSTALL)),$(CURDIR)/python)
 export PYO3_PYTHON := $(abspath $(py))
 unexport PYTHONHOME
 
-rust_files := Cargo.toml Cargo.lock pyproject.toml $(shell find rust -name '*.rs' 2>/dev/null)
+rust_files := Cargo.toml Cargo.lock pyproject.toml $(shell find rust -name '*.rs' 2>/dev/null) $(wildcard kernels/ptx/*.ptx)
 
-.PHONY: help demo test setup-demo setup-test develop rust-toolchain lint fmt typecheck stubtest cargo-test pytest bench clean
+.PHONY: help demo test setup-demo setup-test develop rust-toolchain lint fmt typecheck stubtest cargo-test pytest bench ptx ptx-check kernels-host clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / && !seen[$$1]++ { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -49,7 +49,7 @@ demo: setup-demo develop ## quantize real weights to 4 bits and compare what bot
 	$(py) examples/demo.py $(ARGS)
 
 # pytest goes last, so that a log ends with its summary.
-test: setup-test develop lint typecheck stubtest cargo-test pytest ## every check that a change must pass
+test: setup-test develop lint typecheck stubtest ptx-check cargo-test pytest ## every check that a change must pass
 
 # ---- setting up -----------------------------------------------------------------------------------------------------
 
@@ -120,6 +120,29 @@ typecheck: setup-test ## mypy --strict
 
 stubtest: setup-test develop ## the extension module against its stub file
 	$(py) -m mypy.stubtest --mypy-config-file pyproject.toml --concise halfbyte._native
+
+# ---- kernels --------------------------------------------------------------------------------------------------------
+
+# NVRTC, its headers and ptxas, in a folder of their own: NVIDIA=/folder/with/nvidia takes what is there.
+NVIDIA ?= $(cache)/nvidia
+
+$(cache)/nvidia/.made: requirements/kernels.txt
+	$(pip) --no-deps --upgrade --target $(cache)/nvidia -r requirements/kernels.txt
+	@touch $@
+
+kernel_tools := $(if $(filter $(cache)/nvidia,$(NVIDIA)),$(cache)/nvidia/.made)
+
+ptx: setup-test $(kernel_tools) ## compile kernels/*.cu to kernels/ptx, and note what each kernel takes
+	$(py) kernels/build_ptx.py --nvidia $(NVIDIA)
+	$(py) kernels/build_ptx.py --nvidia $(NVIDIA) --assemble --accept
+
+ptx-check: setup-test $(kernel_tools) ## that kernels/ptx is what the sources give, and assembles without spills or growth
+	$(py) kernels/build_ptx.py --nvidia $(NVIDIA) --check --assemble
+
+# Also part of `pytest`; there, what this machine lacks a compiler or a sanitizer for is skipped, with the reason.
+kernels-host: setup-test develop ## run kernels/*.cu on the processor: the core's bits, sanitizers, planted mistakes
+	@command -v $(firstword $(CXX)) >/dev/null || { echo "error: no C++ compiler: $(CXX)" >&2; exit 1; }
+	$(py) -m pytest tests/kernels $(ARGS)
 
 cargo-test: rust-toolchain ## the Rust tests, without Python
 	cargo test --release --locked --quiet --no-default-features

@@ -7,6 +7,7 @@
 //! | plain facts | [`error`], [`codebook`], [`geometry`] |
 //! | arithmetic | [`blockwise`], [`nested`], [`matmul`] |
 //! | checkpoints | [`checkpoint`] |
+//! | GPUs | `cuda` (feature `cuda`) |
 //! | Python | `python` (feature `python`) |
 #![deny(missing_docs)]
 #![deny(unsafe_op_in_unsafe_fn)]
@@ -14,6 +15,8 @@
 pub mod blockwise;
 pub mod checkpoint;
 pub mod codebook;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod error;
 pub mod geometry;
 pub mod matmul;

@@ -10,6 +10,15 @@ __all__ = [
     "codebook",
     "compress_absmax",
     "cpu_features",
+    "cuda_compress_absmax",
+    "cuda_compress_workspace",
+    "cuda_dequantize_4bit",
+    "cuda_device",
+    "cuda_device_count",
+    "cuda_driver_version",
+    "cuda_matmul_4bit",
+    "cuda_prepare",
+    "cuda_quantize_4bit",
     "dequantize_4bit",
     "dequantize_8bit",
     "dynamic_map",
@@ -81,7 +90,8 @@ def linear_4bit(
     `matmul_path()` is "avx512bf16" and `compute_dtype` is "bfloat16", and stay float32 otherwise.
     `absmax` is float32 [ceil(n * k / blocksize)]; or, with `absmax2`, the uint8 codes of doubly quantized scales, read
     as `expand_absmax` reads them. At most `threads` threads work, the same bits with every number: those of torch's
-    OpenMP runtime when the process has loaded it, or else of the pool (no more than `get_threads()`). The GIL is released unless the product is small.
+    OpenMP runtime when the process has loaded it, or else of the pool (no more than `get_threads()`). The GIL is
+    released unless the product is small.
     """
 
 def linear_4bit_backward(
@@ -130,6 +140,92 @@ def set_threads(threads: int) -> None:
 
 def get_threads() -> int:
     """The number of threads in use: at first RAYON_NUM_THREADS, or as many as the machine runs at once."""
+
+def cuda_driver_version() -> tuple[int, int]:
+    """The CUDA version that the NVIDIA driver supports. RuntimeError when there is no driver; starts nothing."""
+
+def cuda_device_count() -> int:
+    """The number of visible devices. RuntimeError without a driver, with one before CUDA 12.0, or after a fork."""
+
+def cuda_device(device: int) -> tuple[str, tuple[int, int], int, int]:
+    """Name, compute capability, multiprocessors and bytes of shared memory per block of a device.
+
+    ValueError for an ordinal that is not there, RuntimeError for a compute capability below 7.5.
+    """
+
+def cuda_prepare(device: int) -> None:
+    """Load every kernel that the device takes, so that no later call waits for that."""
+
+def cuda_quantize_4bit(
+    device: int,
+    stream: int,
+    input: _Buffer,
+    packed: _Buffer,
+    absmax: _Buffer,
+    quant_type: str,
+    blocksize: int,
+    reference: bool = False,
+) -> None:
+    """Launch `quantize_4bit` on `stream` (torch's `cuda_stream`, 0 the default one) of `device`.
+
+    As everywhere below: buffers are of that device, and stay allocated until the stream has come past the call; nothing
+    is allocated or waited for. `reference` takes the plain kernel that defines the result.
+    """
+
+def cuda_dequantize_4bit(
+    device: int,
+    stream: int,
+    packed: _Buffer,
+    absmax: _Buffer,
+    absmax2: _Buffer | None,
+    offset: _Buffer | None,
+    out: _Buffer,
+    quant_type: str,
+    blocksize: int,
+    reference: bool = False,
+) -> None:
+    """Launch the way back.
+
+    Nested scales: `absmax` uint8 codes, `absmax2` float32 [ceil(n / 256)], `offset` float32 [1].
+    """
+
+def cuda_compress_workspace(scales: int) -> int:
+    """How many float64 `cuda_compress_absmax` needs for so many scales."""
+
+def cuda_compress_absmax(
+    device: int,
+    stream: int,
+    absmax: _Buffer,
+    codes: _Buffer,
+    absmax2: _Buffer,
+    offset: _Buffer,
+    workspace: _Buffer,
+) -> None:
+    """Launch `compress_absmax`; `offset` float32 [1] stays on the device."""
+
+def cuda_matmul_4bit(
+    device: int,
+    stream: int,
+    x: _Buffer,
+    packed: _Buffer,
+    absmax: _Buffer,
+    absmax2: _Buffer | None,
+    offset: _Buffer | None,
+    bias: _Buffer | None,
+    y: _Buffer,
+    m: int,
+    n: int,
+    k: int,
+    quant_type: str,
+    blocksize: int,
+    kernel: str = "best",
+) -> str:
+    """Launch `y [m, n] = x [m, k] @ weight [n, k].T + bias [n]`; gives the kernel's name.
+
+    "decode_..." are the fast kernels: float16 and bfloat16, m <= 16, k a multiple of 64, blocksize >= 64, x and packed
+    aligned to 16 bytes, compute capability 8.0. "product_..." take everything, slowly. `kernel` insists on
+    "decode_ring", "decode" or "plain"; ValueError when that one does not take the arguments.
+    """
 
 class CheckpointError(ValueError):
     """The input is wrong: a checkpoint that is broken, or unsuitable for what was asked."""

@@ -14,13 +14,14 @@ create_exception!(
 );
 
 /// The exception for an error: `ValueError` for a wrong call, `CheckpointError` for wrong input, `OSError` (with its
-/// number, so that Python picks `PermissionError` and the like) for what the machine refuses, `KeyboardInterrupt`.
+/// number, so that Python picks `PermissionError` and the like) for what the machine refuses, `RuntimeError` for what the
+/// GPU refuses, `KeyboardInterrupt`.
 pub fn to_py(error: Error) -> PyErr {
     let text = error.to_string();
     match (error.kind(), &error) {
         (ErrorKind::Usage, _) => PyValueError::new_err(text),
         (ErrorKind::Input, _) => CheckpointError::new_err(text),
-        (ErrorKind::Bug, _) => PyRuntimeError::new_err(text),
+        (ErrorKind::Gpu | ErrorKind::Bug, _) => PyRuntimeError::new_err(text),
         (ErrorKind::Interrupted, _) => PyKeyboardInterrupt::new_err(text),
         (ErrorKind::System, Error::Io { source, .. }) => match source.raw_os_error() {
             Some(number) => PyOSError::new_err((number, text)),

@@ -3,6 +3,8 @@
 mod blockwise;
 mod buffer;
 mod checkpoint;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod error;
 mod matmul;
 mod openmp;
@@ -16,6 +18,8 @@ use pyo3::prelude::*;
 fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
     blockwise::register(m)?;
+    #[cfg(feature = "cuda")]
+    cuda::register(m)?;
     checkpoint::register(m)?;
     matmul::register(m)?;
     selection::register(m)

@@ -1,0 +1,188 @@
+// Every instruction that C++ has no words for. The only file with inline PTX: kernels/host/ptx.h has the same functions
+// in C++. Pointers are ordinary ones; the wrappers turn them into addresses of a state space.
+#pragma once
+
+#ifdef HALFBYTE_HOST
+#include "host/ptx.h"
+#else
+
+// ---- floats --------------------------------------------------------------------------------------------------------
+
+// The float32 that float16 bits stand for; exact.
+__device__ inline float half_to_float(u16 bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+}
+
+// The bits of the nearest float16, ties to even. NaN gives a NaN.
+__device__ inline u16 float_to_half(float value) {
+    u16 bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+
+// The bits of the nearest bfloat16, ties to even. NaN gives a NaN.
+__device__ inline u16 float_to_bfloat(float value) {
+#if __CUDA_ARCH__ >= 800
+    u16 bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+#else
+    const u32 bits = __float_as_uint(value);
+    const u32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return value == value ? u16(rounded) : u16(0x7fff);
+#endif
+}
+
+// Both in one word, `first` in the low half.
+__device__ inline u32 pack_half2(float first, float second) {
+#if __CUDA_ARCH__ >= 800
+    u32 word;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+    return word;
+#else
+    return u32(float_to_half(first)) | u32(float_to_half(second)) << 16;
+#endif
+}
+
+__device__ inline u32 pack_bfloat2(float first, float second) {
+#if __CUDA_ARCH__ >= 800
+    u32 word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+    return word;
+#else
+    return u32(float_to_bfloat(first)) | u32(float_to_bfloat(second)) << 16;
+#endif
+}
+
+// a * b + c, rounded once. A NaN has the bits 0x7fffffff, whatever those of the operands.
+__device__ inline float multiply_add(float a, float b, float c) {
+    float value;
+    asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(value) : "f"(a), "f"(b), "f"(c));
+    return value;
+}
+
+// ---- bytes ---------------------------------------------------------------------------------------------------------
+
+// Byte i of the result is byte `selector >> 4i & 7` of the eight in (a, b), a's four first.
+__device__ inline u32 permute_bytes(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
+
+// ---- tables in shared memory ---------------------------------------------------------------------------------------
+// A table of 256 words for each lane, so that no two lanes of a warp meet in a bank: entry `byte` of lane l is
+// table[byte][l], rows being 64 words apart. The table begins at a multiple of 64 KB of the shared memory's addresses:
+// then one permutation of bytes makes the address of an entry.
+
+constexpr int LANE_TABLE_ROW = 64;
+constexpr u32 LANE_TABLE_BYTES = 256 * LANE_TABLE_ROW * 4;
+
+// How many bytes behind `shared` the first place for such a table is.
+__device__ inline u32 lane_table_place(const void *shared) {
+    return (0u - u32(__cvta_generic_to_shared(shared))) & (LANE_TABLE_BYTES - 1);
+}
+
+// A lane's entries.
+struct LaneTable {
+    u32 address;
+};
+
+__device__ inline LaneTable lane_table(const u32 *table, int lane) {
+    return {u32(__cvta_generic_to_shared(table + lane))};
+}
+
+// The entry for byte `BYTE` of `word`.
+template <int BYTE>
+__device__ inline u32 look_up(LaneTable table, u32 word) {
+    u32 entry;
+    // Byte 1 of the address from the word, the others from the lane's.
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(entry) : "r"(__byte_perm(word, table.address, 0x7604 | BYTE << 4)));
+    return entry;
+}
+
+// ---- global memory -------------------------------------------------------------------------------------------------
+// Streaming loads are for memory that nobody writes during the kernel and nobody reads twice: they leave the first-level
+// cache alone, and have the second level fetch the whole 128-byte line of which they want a part. They are issued where
+// they stand, so that a prefetch stays one. Addresses are multiples of the size.
+
+__device__ inline u32 load_stream(const u32 *address) {
+    u32 word;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.u32 %0, [%1];" : "=r"(word) : "l"(__cvta_generic_to_global(address)));
+    return word;
+}
+
+__device__ inline Words2 load_stream(const Words2 *address) {
+    Words2 words;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(words.word[0]), "=r"(words.word[1])
+                 : "l"(__cvta_generic_to_global(address)));
+    return words;
+}
+
+__device__ inline Words4 load_stream(const Words4 *address) {
+    Words4 words;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words.word[0]), "=r"(words.word[1]), "=r"(words.word[2]), "=r"(words.word[3])
+                 : "l"(__cvta_generic_to_global(address)));
+    return words;
+}
+
+// For memory that others of the block read too: kept in the first-level cache.
+__device__ inline Words4 load_shared_line(const Words4 *address) {
+    Words4 words;
+    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words.word[0]), "=r"(words.word[1]), "=r"(words.word[2]), "=r"(words.word[3])
+                 : "l"(__cvta_generic_to_global(address)));
+    return words;
+}
+
+__device__ inline void store_words(Words4 *address, const Words4 &words) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address)), "r"(words.word[0]),
+                 "r"(words.word[1]), "r"(words.word[2]), "r"(words.word[3])
+                 : "memory");
+}
+
+// ---- copies from global to shared memory ---------------------------------------------------------------------------
+// A thread's copies go on while it works. `commit` closes a group of those started since the last; `wait<N>` returns when
+// all but the last N groups have ended. Other threads see what was copied after a barrier that follows the wait.
+
+#if __CUDA_ARCH__ >= 800
+__device__ inline void copy_async(Words4 *shared, const Words4 *global) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(u32(__cvta_generic_to_shared(shared))),
+                 "l"(__cvta_generic_to_global(global))
+                 : "memory");
+}
+__device__ inline void copy_async(u32 *shared, const u32 *global) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(u32(__cvta_generic_to_shared(shared))),
+                 "l"(__cvta_generic_to_global(global))
+                 : "memory");
+}
+__device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int GROUPS>
+__device__ inline void copy_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+}
+#endif
+
+// ---- matrix units --------------------------------------------------------------------------------------------------
+// d[16][8] += a[16][16] * b[16][8], float32 sums, by the 32 lanes of a warp. With g = lane / 4 and t = lane % 4, lane
+// has these elements, two to a word, the first in the low half:
+//   a[0]: row g,     k = 2t, 2t+1      a[1]: row g + 8, k = 2t, 2t+1
+//   a[2]: row g,     k = 2t+8, 2t+9    a[3]: row g + 8, k = 2t+8, 2t+9
+//   b[0]: k = 2t, 2t+1, column g       b[1]: k = 2t+8, 2t+9, column g
+//   d[0], d[1]: row g, columns 2t, 2t+1      d[2], d[3]: row g + 8, columns 2t, 2t+1
+
+#if __CUDA_ARCH__ >= 800
+__device__ inline void mma_m16n8k16(Bf16, float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ inline void mma_m16n8k16(F16, float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+#endif
+
+#endif

@@ -1,0 +1,297 @@
+// Values to 4-bit codes and one float32 scale per block, as rust/blockwise/scalar.rs defines them.
+//
+// Memory-bound: 2 or 4 bytes in and half a byte out for each value, once. A thread takes eight values at a time. The
+// lanes that share a block of up to 256 values find its largest magnitude by shuffles, larger blocks by way of shared
+// memory. A code is found by one look-up and one exact comparison instead of fifteen: the range is cut into cells so
+// narrow that none holds two thresholds, and a table tells of each cell its threshold and the code below it.
+#include "scales.cuh"
+
+constexpr int THREADS = 512;
+// Values that a thread packs into one word.
+constexpr int GROUP = 8;
+// The largest block size, so that a block never lies in two tiles.
+constexpr int TILE = THREADS * GROUP;
+static_assert(TILE == 4096, "the largest block of values is quantized by one block of threads");
+// Tiles in flight in each block of threads: of 16-bit values 16 KB, three times on a multiprocessor.
+constexpr int DEPTH = 2;
+
+// The cell of a scaled value x is bits 2 to 6 of round(57 x) + 66: four of these steps to a cell, which is then a byte
+// offset into a table of 32 words, one to a bank. -1 ... 1 lie in cells 2 ... 30. A cell is 0.070 wide, and the closest
+// two thresholds are 0.0805 apart (NF4; of FP4 0.0833).
+constexpr float STEPS_PER_UNIT = 57.0f;
+constexpr float CENTRE = 66.0f;
+constexpr int STEPS_PER_CELL = 4;
+constexpr int CELLS = 32;
+constexpr u32 CELL_BITS = (CELLS - 1) * STEPS_PER_CELL;
+// No value lies there, and the bits of NaN do.
+constexpr int NAN_CELL = 31;
+// 1.5 * 2^23: a float32 of this size has no fraction, so that adding it rounds to an integer, in the low bits.
+constexpr float ROUNDER = 12582912.0f;
+
+struct Cells {
+    float threshold[CELLS];  // in the cell, or more than any value
+    u32 below[CELLS];        // the code, or rank, of what does not exceed it
+};
+
+// The table, when compiling. Cells follow one another as values do: what is in a higher cell than a threshold exceeds it.
+// Where exactly they meet does not matter, for no threshold is within 0.003 of such a place.
+template <int LEVELS>
+__device__ constexpr Cells cells_for(const float (&thresholds)[LEVELS]) {
+    Cells cells = {};
+    for (int cell = 0; cell < CELLS; cell++) {
+        cells.threshold[cell] = 3.402823466e38f;
+    }
+    for (int level = 0; level < LEVELS; level++) {
+        const int own = int(thresholds[level] * STEPS_PER_UNIT + CENTRE + 0.5f) / STEPS_PER_CELL;
+        cells.threshold[own] = thresholds[level];
+        for (int cell = own + 1; cell < NAN_CELL; cell++) {
+            cells.below[cell]++;
+        }
+    }
+    return cells;
+}
+
+GLOBAL_TABLE Cells CELLS_OF[2] = {cells_for(NF4_THRESHOLDS), cells_for(FP4_THRESHOLDS)};
+
+template <u32 QUANT_TYPE>
+__device__ inline const float *thresholds() {
+    return QUANT_TYPE == NF4 ? NF4_THRESHOLDS : FP4_THRESHOLDS;
+}
+
+template <u32 QUANT_TYPE>
+constexpr int LEVELS = QUANT_TYPE == NF4 ? NF4_LEVELS : FP4_LEVELS;
+
+template <u32 QUANT_TYPE>
+__device__ inline u32 code_reference(float scaled) {
+    const float x = QUANT_TYPE == NF4 ? scaled : fabsf(scaled);
+    u32 rank = 0;
+    for (int level = 0; level < LEVELS<QUANT_TYPE>; level++) {
+        rank += x > thresholds<QUANT_TYPE>()[level];
+    }
+    if (QUANT_TYPE == NF4) {
+        return rank;
+    }
+    const u32 code_of_rank = 0x32547610;  // a nibble for each rank
+    return ((code_of_rank >> (4 * rank)) & 7) | (scaled < 0.0f ? 8 : 0);
+}
+
+// Eight values as they are in memory.
+template <typename T>
+struct Group {
+    static constexpr int WIDE = sizeof(T) * GROUP / 16;
+    Words4 words[WIDE];
+
+    // Those from `input` on; after the first `count` zeros.
+    __device__ void load(const T *input, u32 count, bool wide) {
+        if (wide && count >= GROUP) {
+#pragma unroll
+            for (int j = 0; j < WIDE; j++) {
+                words[j] = load_stream(reinterpret_cast<const Words4 *>(input) + j);
+            }
+            return;
+        }
+#pragma unroll
+        for (int j = 0; j < WIDE; j++) {
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                const u32 i = u32(4 * j + k);
+                if constexpr (sizeof(T) == 4) {
+                    words[j].word[k] = i < count ? __float_as_uint(input[i]) : 0;
+                } else {
+                    const u32 first = 2 * i < count ? input[2 * i].bits : 0;
+                    const u32 second = 2 * i + 1 < count ? input[2 * i + 1].bits : 0;
+                    words[j].word[k] = first | second << 16;
+                }
+            }
+        }
+    }
+
+    // Value k; k is known at compile time once loops are unrolled.
+    __device__ float operator[](int k) const {
+        if constexpr (sizeof(T) == 4) {
+            return __uint_as_float(words[k / 4].word[k % 4]);
+        } else {
+            const u32 word = words[0].word[k / 2];
+            return k % 2 == 0 ? first_of<T>(word) : second_of<T>(word);
+        }
+    }
+};
+
+// Codes for ranks, eight at once, one in each nibble. FP4's codes of the ranks 0 ... 7 are 0, 1, 6, 7, 4, 5, 2, 3: bit 2
+// is inverted where bit 1 is set.
+template <u32 QUANT_TYPE>
+__device__ inline u32 codes_of(u32 ranks) {
+    return QUANT_TYPE == NF4 ? ranks : ranks ^ ((ranks & 0x22222222u) << 1);
+}
+
+// The ranks of eight values, the first in the highest nibble. EXTREME is for blocks whose reciprocal is infinite or
+// nearly so: there scaled values may be infinite.
+template <u32 QUANT_TYPE, bool EXTREME, typename T>
+__device__ inline u32 ranks_of(const Group<T> &x, float inverse, const Cells &cells) {
+    const float steps = __fmul_rn(inverse, STEPS_PER_UNIT);
+    u32 ranks = 0;
+#pragma unroll
+    for (int k = 0; k < GROUP; k++) {
+        const float scaled = __fmul_rn(x[k], inverse);
+        float value = QUANT_TYPE == NF4 ? scaled : fabsf(scaled);
+        float step;
+        if (EXTREME) {
+            // What is beyond 1 has the code of 1; NaN becomes -1, which has code 0.
+            value = fminf(fmaxf(value, -1.0f), 1.0f);
+            step = multiply_add(value, STEPS_PER_UNIT, ROUNDER + CENTRE);
+        } else {
+            step = multiply_add(QUANT_TYPE == NF4 ? x[k] : fabsf(x[k]), steps, ROUNDER + CENTRE);
+        }
+        const u32 offset = __float_as_uint(step) & CELL_BITS;
+        ranks = ranks * 16 + at_byte(cells.below, offset);
+        // NaN exceeds nothing, and below its cell there is no threshold.
+        if (value > at_byte(cells.threshold, offset)) {
+            ranks += 1;
+        }
+        if (QUANT_TYPE == FP4 && scaled < 0.0f) {
+            ranks += 8;
+        }
+    }
+    return ranks;
+}
+
+// The codes of eight values of a block whose largest magnitude is `max`, as they lie in memory.
+template <u32 QUANT_TYPE, typename T>
+__device__ inline u32 codes_of_group(const Group<T> &x, float max, const Cells &cells) {
+    const float inverse = __frcp_rn(max);
+    u32 ranks;
+    if (max >= 0x1p-120f) {
+        ranks = ranks_of<QUANT_TYPE, false>(x, inverse, cells);
+    } else {
+        ranks = ranks_of<QUANT_TYPE, true>(x, inverse, cells);
+    }
+    if (QUANT_TYPE == FP4) {
+        // The codes of the ranks 0 ... 7 are 0, 1, 6, 7, 4, 5, 2, 3: bit 2 is inverted where bit 1 is set.
+        ranks ^= (ranks & 0x22222222u) << 1;
+    }
+    // The first value is in the highest nibble; in memory it is in the high nibble of the first byte.
+    return permute_bytes(ranks, 0, 0x0123);
+}
+
+template <typename T, u32 QUANT_TYPE>
+__device__ inline void quantize(const T *input, u8 *packed, float *absmax, i64 n, int block_shift) {
+    SHARED_ARRAY(Cells, cells, );
+    SHARED_ARRAY(float, warp_max, [DEPTH][THREADS / WARP]);
+
+    const u32 thread = threadIdx.x;
+    const i64 base = i64(blockIdx.x) * (TILE * DEPTH);
+    const u32 size = u32(n - base < TILE * DEPTH ? n - base : TILE * DEPTH);
+    input += base;
+    packed += base / 2;
+    absmax += base >> block_shift;
+    const bool wide = is_aligned(input, 16);
+
+    Group<T> x[DEPTH];
+#pragma unroll
+    for (u32 d = 0; d < DEPTH; d++) {
+        const u32 i = d * TILE + thread * GROUP;
+        x[d].load(input + i, i < size ? size - i : 0, wide);
+    }
+    if (thread < CELLS) {
+        cells.threshold[thread] = CELLS_OF[QUANT_TYPE].threshold[thread];
+        cells.below[thread] = CELLS_OF[QUANT_TYPE].below[thread];
+    }
+
+    float max[DEPTH];
+#pragma unroll
+    for (int d = 0; d < DEPTH; d++) {
+        max[d] = 0.0f;
+#pragma unroll
+        for (int k = 0; k < GROUP; k++) {
+            max[d] = fmaxf(max[d], fabsf(x[d][k]));  // passes NaN over
+        }
+    }
+    // Lanes of one block: 4 to 32.
+    const int lanes = block_shift < 8 ? 1 << (block_shift - 3) : WARP;
+    for (int step = 1; step < lanes; step *= 2) {
+#pragma unroll
+        for (int d = 0; d < DEPTH; d++) {
+            max[d] = fmaxf(max[d], __shfl_xor_sync(ALL_LANES, max[d], step));
+        }
+    }
+    if (thread % WARP == 0) {
+#pragma unroll
+        for (int d = 0; d < DEPTH; d++) {
+            warp_max[d][thread / WARP] = max[d];
+        }
+    }
+    __syncthreads();
+
+#pragma unroll
+    for (u32 d = 0; d < DEPTH; d++) {
+        const u32 i = d * TILE + thread * GROUP;
+        if (i >= size) {
+            return;
+        }
+        if (block_shift > 8) {
+            // Blocks of two warps and more.
+            const u32 warps = 1u << (block_shift - 8);
+            const u32 first = thread / WARP & ~(warps - 1);
+            for (u32 k = 0; k < warps; k++) {
+                max[d] = fmaxf(max[d], warp_max[d][first + k]);
+            }
+        }
+        if ((i & ((1u << block_shift) - 1)) == 0) {
+            absmax[i >> block_shift] = max[d];
+        }
+        const u32 codes = codes_of_group<QUANT_TYPE>(x[d], max[d], cells);
+        if (i + GROUP <= size && is_aligned(packed, 4)) {
+            *reinterpret_cast<u32 *>(packed + i / 2) = codes;
+        } else {
+            const u32 end = size - i < GROUP ? size : i + GROUP;
+#pragma unroll 1
+            for (u32 k = i; k < end; k += 2) {
+                packed[k / 2] = u8(codes >> (8 * ((k - i) / 2)));
+            }
+        }
+    }
+}
+
+// The definition: a thread for each block. The fast kernel must give the same bits.
+template <typename T, u32 QUANT_TYPE>
+__device__ inline void quantize_reference(const T *input, u8 *packed, float *absmax, i64 n, int block_shift) {
+    const i64 block = i64(blockIdx.x) * THREADS + threadIdx.x;
+    const i64 first = block << block_shift;
+    if (first >= n) {
+        return;
+    }
+    const i64 last = n - first < (i64(1) << block_shift) ? n : first + (i64(1) << block_shift);
+    float max = 0.0f;
+    for (i64 i = first; i < last; i++) {
+        max = fmaxf(max, fabsf(to_f32(input[i])));
+    }
+    absmax[block] = max;
+    const float inverse = __frcp_rn(max);
+    for (i64 i = first; i < last; i += 2) {
+        const u32 high = code_reference<QUANT_TYPE>(__fmul_rn(to_f32(input[i]), inverse));
+        const float second = i + 1 < last ? to_f32(input[i + 1]) : 0.0f;
+        packed[i / 2] = u8(high << 4 | code_reference<QUANT_TYPE>(__fmul_rn(second, inverse)));
+    }
+}
+
+// input:       [n] aligned to its elements
+// packed:      [ceil(n / 2)] any alignment; two codes to a byte, the earlier in the high nibble
+// absmax:      [ceil(n / blocksize)]
+// block_shift: log2 of the block size, 5 to 12
+// Grid: ceil(n / (TILE * DEPTH)) blocks of THREADS; the reference ceil(blocks / THREADS).
+#define INSTANCE(name, T, quant_type)                                                                            \
+    extern "C" __global__ void __launch_bounds__(THREADS, 3)                                                     \
+        quantize_##name(const T *input, u8 *packed, float *absmax, i64 n, int block_shift) {                     \
+        quantize<T, quant_type>(input, packed, absmax, n, block_shift);                                          \
+    }                                                                                                            \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                        \
+        quantize_reference_##name(const T *input, u8 *packed, float *absmax, i64 n, int block_shift) {           \
+        quantize_reference<T, quant_type>(input, packed, absmax, n, block_shift);                                \
+    }
+
+INSTANCE(bf16_nf4, Bf16, NF4)
+INSTANCE(f16_nf4, F16, NF4)
+INSTANCE(f32_nf4, float, NF4)
+INSTANCE(bf16_fp4, Bf16, FP4)
+INSTANCE(f16_fp4, F16, FP4)
+INSTANCE(f32_fp4, float, FP4)

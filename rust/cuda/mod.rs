@@ -1,0 +1,39 @@
+//! The kernels of `kernels/` on NVIDIA GPUs: launched on a stream of the caller's, in memory of the caller's.
+//!
+//! Nothing here allocates on the device, waits for it, or touches another stream. A launcher checks what numbers can be
+//! checked, picks the kernel, and gives the launch to [`driver`], the only file that knows the driver's library.
+
+mod blockwise;
+pub mod driver;
+mod memory;
+mod nested;
+mod product;
+pub(crate) mod ptx;
+
+pub use blockwise::{dequantize, quantize};
+pub use driver::{Device, Stream};
+pub use memory::{DType, Memory, Scales};
+pub use nested::{compress, compress_workspace};
+pub use product::{Choice, Product, product};
+
+/// Which of two kernels with the same meaning.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Variant {
+    /// The fastest one that takes the arguments.
+    #[default]
+    Fast,
+    /// The plain one that defines the result: for tests.
+    Reference,
+}
+
+/// The kernel's parameters, as the driver wants them: the addresses of variables. Of variables alone, because a temporary
+/// value would be gone when the driver reads it.
+macro_rules! parameters {
+    ($($variable:ident),* $(,)?) => {
+        &mut [$(std::ptr::from_ref(&$variable).cast_mut().cast::<std::ffi::c_void>()),*]
+    };
+}
+use parameters;
+
+#[cfg(test)]
+mod tests;

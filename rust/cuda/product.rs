@@ -1,0 +1,305 @@
+//! Products with a 4-bit weight that is not unpacked before.
+
+use super::blockwise::quant_type_parameter;
+use super::driver::{Capability, Device, Kernel, Stream};
+use super::memory::{DType, Memory, Scales, block_shift};
+use super::parameters;
+use super::ptx::Module;
+use crate::codebook::QuantType;
+use crate::error::{Error, Result};
+use crate::geometry::{BlockSize, packed_len};
+
+/// `y[m][n] = x[m][k] · W[n][k]ᵀ + bias[n]`, row-major.
+#[derive(Debug, Clone, Copy)]
+pub struct Product<'a> {
+    /// `[m][k]`, of the type in which the product is made.
+    pub x: &'a Memory,
+    /// The codes of `W`, uint8.
+    pub packed: &'a Memory,
+    /// The scales of `W`.
+    pub scales: &'a Scales,
+    /// `[n]`, of the type of `x`.
+    pub bias: Option<&'a Memory>,
+    /// `[m][n]`, of the type of `x`.
+    pub y: &'a Memory,
+    /// Rows of `x`.
+    pub m: usize,
+    /// Rows of `W`.
+    pub n: usize,
+    /// Columns of both.
+    pub k: usize,
+    /// The codebook of `W`.
+    pub quant_type: QuantType,
+    /// Values of `W` that share a scale.
+    pub blocksize: BlockSize,
+}
+
+/// The kernel that [`product`] used: its name begins with `decode` or `product`.
+pub type KernelName = &'static str;
+
+// Of kernels/product.cu.
+const PRODUCT_THREADS: u32 = 256;
+const PRODUCT_ELEMENTS: usize = 8;
+
+// Of kernels/decode.cu.
+const DECODE_NEEDS: Capability = Capability(8, 0);
+const DECODE_BLOCK: usize = 64;
+const DECODE_ROWS: usize = 16;
+const DECODE_COLUMNS: usize = 8;
+const DECODE_FRAGMENTS: usize = 2;
+const DECODE_WARPS: usize = 16;
+const DECODE_CHUNK: usize = 4;
+const DECODE_TABLE: usize = 256 * 256;
+const DECODE_MAP: usize = 1024;
+const DECODE_RING: usize = 3 * 32 * 1024;
+/// Partial sums of one column of a tile.
+const DECODE_COLUMN: usize = 16 * 4;
+/// Shared memory that the device keeps for itself, before the block's: the table of `decode_ring` begins at a multiple of
+/// its size, whether or not there is such a part.
+const RESERVED_SHARED: usize = 1024;
+
+fn product_kernel(dtype: DType, nested: bool) -> Kernel {
+    let name = match (dtype, nested) {
+        (DType::Bf16, false) => "product_bf16",
+        (DType::Bf16, true) => "product_bf16_nested",
+        (DType::F16, false) => "product_f16",
+        (DType::F16, true) => "product_f16_nested",
+        (_, false) => "product_f32",
+        (_, true) => "product_f32_nested",
+    };
+    Kernel { module: Module::Product, name, threads: PRODUCT_THREADS, large_shared: false }
+}
+
+/// What `DecodePlan` is to the kernel.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Plan {
+    rows: i32,
+    slots: i32,
+    per_pass: i32,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Decode {
+    kernel: Kernel,
+    plan: Plan,
+    blocks: u64,
+    shared: u32,
+}
+
+/// How the work is divided, or `None` when shared memory has no room for one tile.
+fn decode_plan(
+    (m, n, k): (usize, usize, usize),
+    ring: bool,
+    multiprocessors: usize,
+    shared_per_block: usize,
+) -> Option<(Plan, u64, u32)> {
+    let fragments = m.div_ceil(DECODE_COLUMNS);
+    let (warps, chunk) = (DECODE_WARPS / fragments, DECODE_CHUNK * fragments);
+    // As many parts of K as leave each warp most of a chunk.
+    let mut slots = warps;
+    while slots > 1 && k / DECODE_BLOCK < slots * chunk * 3 / 4 {
+        slots /= 2;
+    }
+    let rows = n.div_ceil(multiprocessors);
+    let tiles = rows.div_ceil(DECODE_ROWS);
+    let partial = slots * m * DECODE_COLUMN;
+    let (before, behind) = if ring {
+        // What is before the table fits in front of the first place for it, whichever that is.
+        let whole = 2 * DECODE_TABLE + DECODE_RING;
+        (DECODE_MAP, shared_per_block.checked_sub(whole).map(|_| DECODE_TABLE - RESERVED_SHARED)?)
+    } else {
+        (DECODE_TABLE + DECODE_MAP, shared_per_block)
+    };
+    let room = behind.checked_sub(before)? / partial;
+    if room == 0 {
+        return None;
+    }
+    // Passes of equal length.
+    let per_pass = tiles.div_ceil(tiles.div_ceil(room));
+    let plan = Plan {
+        rows: i32::try_from(rows).ok()?,
+        slots: i32::try_from(slots).ok()?,
+        per_pass: i32::try_from(per_pass).ok()?,
+    };
+    let shared = if ring { 2 * DECODE_TABLE + DECODE_RING } else { before + per_pass * partial };
+    Some((plan, n.div_ceil(rows) as u64, u32::try_from(shared).ok()?))
+}
+
+impl Product<'_> {
+    fn decode(&self, device: &Device, ring: bool) -> Option<Decode> {
+        let (m, n, k) = (self.m, self.n, self.k);
+        let suits = device.capability() >= DECODE_NEEDS
+            && (1..=DECODE_COLUMNS * DECODE_FRAGMENTS).contains(&m)
+            && n >= 1
+            && i32::try_from(n).is_ok()
+            && k >= DECODE_BLOCK
+            && k.is_multiple_of(DECODE_BLOCK)
+            && i32::try_from(k).is_ok()
+            && self.blocksize.get() >= DECODE_BLOCK
+            && self.x.is_aligned(16)
+            && self.packed.is_aligned(if ring { 16 } else { 8 });
+        if !suits {
+            return None;
+        }
+        let name = match (self.x.dtype(), m <= DECODE_COLUMNS, self.scales.is_nested(), ring) {
+            (DType::Bf16, true, false, false) => "decode_bf16_8",
+            (DType::Bf16, true, true, false) => "decode_bf16_8_nested",
+            (DType::Bf16, false, false, false) => "decode_bf16_16",
+            (DType::Bf16, false, true, false) => "decode_bf16_16_nested",
+            (DType::F16, true, false, false) => "decode_f16_8",
+            (DType::F16, true, true, false) => "decode_f16_8_nested",
+            (DType::F16, false, false, false) => "decode_f16_16",
+            (DType::F16, false, true, false) => "decode_f16_16_nested",
+            (DType::Bf16, true, false, true) => "decode_ring_bf16_8",
+            (DType::Bf16, true, true, true) => "decode_ring_bf16_8_nested",
+            (DType::Bf16, false, false, true) => "decode_ring_bf16_16",
+            (DType::Bf16, false, true, true) => "decode_ring_bf16_16_nested",
+            (DType::F16, true, false, true) => "decode_ring_f16_8",
+            (DType::F16, true, true, true) => "decode_ring_f16_8_nested",
+            (DType::F16, false, false, true) => "decode_ring_f16_16",
+            (DType::F16, false, true, true) => "decode_ring_f16_16_nested",
+            _ => return None,
+        };
+        let (multiprocessors, shared) = (device.multiprocessors() as usize, device.shared_per_block() as usize);
+        let (plan, blocks, shared) = decode_plan((m, n, k), ring, multiprocessors, shared)?;
+        let threads = (DECODE_WARPS / m.div_ceil(DECODE_COLUMNS) * 32) as u32;
+        let kernel = Kernel { module: Module::Decode, name, threads, large_shared: true };
+        Some(Decode { kernel, plan, blocks, shared })
+    }
+
+    fn check(&self) -> Result<usize> {
+        let floats = [DType::F16, DType::Bf16, DType::F32];
+        let dtype = self.x.of(&floats)?.dtype();
+        let size = |argument, a: usize, b: usize| {
+            a.checked_mul(b)
+                .filter(|&count| i64::try_from(count).is_ok())
+                .ok_or_else(|| Error::argument(argument, format!("{a} x {b}"), "less than 2^63 elements"))
+        };
+        self.x.long(size("x", self.m, self.k)?, "m x k")?;
+        self.y.of(&[dtype])?.long(size("y", self.m, self.n)?, "m x n")?;
+        let values = size("packed", self.n, self.k)?;
+        self.packed.of(&[DType::U8])?.long(packed_len(values), "two codes to a byte")?;
+        if let Some(bias) = self.bias {
+            bias.of(&[dtype])?.long(self.n, "one per row of the weight")?;
+        }
+        Ok(values)
+    }
+}
+
+/// Which kernel makes a product.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Choice {
+    /// The fastest that takes the arguments.
+    #[default]
+    Best,
+    /// With the matrix units, the weight by way of shared memory.
+    DecodeRing,
+    /// With the matrix units, the weight by way of registers.
+    Decode,
+    /// The plain one.
+    Plain,
+}
+
+impl Choice {
+    const NAMES: [(&'static str, Self); 4] =
+        [("best", Self::Best), ("decode_ring", Self::DecodeRing), ("decode", Self::Decode), ("plain", Self::Plain)];
+
+    /// The kernels to try, best first.
+    fn decoders(self) -> &'static [bool] {
+        match self {
+            Self::Best => &[true, false],
+            Self::DecodeRing => &[true],
+            Self::Decode => &[false],
+            Self::Plain => &[],
+        }
+    }
+}
+
+impl std::str::FromStr for Choice {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        let legal = Self::NAMES.map(|(name, _)| name);
+        let found = Self::NAMES.into_iter().find(|(n, _)| *n == name);
+        found.map(|(_, c)| c).ok_or_else(|| Error::argument("kernel", format!("{name:?}"), format!("one of {legal:?}")))
+    }
+}
+
+/// Makes the product; gives the name of the kernel that it used.
+///
+/// The matrix units take float16 and bfloat16 with up to 16 rows of `x` on devices of compute capability 8.0 and later,
+/// when `k` is a multiple of 64, the block size at least 64, and `x` and `packed` aligned to 16 bytes. There each weight is
+/// its codebook value rounded to the type of `x`, and the scale is applied in float32 to the sums of a block. Everything
+/// else goes to a plain kernel: correct, and slow for many rows.
+///
+/// The result is the same from run to run on one device; sums are float32.
+///
+/// # Errors
+/// [`Error::Argument`] for a dtype or a length that does not fit, and when the kernel chosen does not take the arguments;
+/// [`Error::Cuda`] when the launch fails.
+///
+/// # Safety
+/// The memory is of this device, stays valid until the kernel has ended on `stream`, and is not written by others; `y` is
+/// neither read nor written by others, and shares nothing with the inputs. The stream is of this device.
+pub unsafe fn product(device: &Device, stream: Stream, product: &Product<'_>, choice: Choice) -> Result<KernelName> {
+    let values = product.check()?;
+    let scales = product.scales.parameter(values, product.blocksize)?;
+    let bias = product.bias.map_or(0, Memory::address);
+    let shift = block_shift(product.blocksize);
+    let quant_type = quant_type_parameter(product.quant_type);
+    let (x, packed, y) = (product.x.address(), product.packed.address(), product.y.address());
+    let (m, n, k) = (product.m, product.n, product.k);
+    if let Some(decode) = choice.decoders().iter().find_map(|&ring| product.decode(device, ring)) {
+        let (m, n, k, plan) = (m as i32, n as i32, k as i32, decode.plan);
+        let parameters = parameters![x, packed, scales, bias, y, m, n, k, shift, quant_type, plan];
+        // SAFETY: the kernel's parameters in its order; lengths and alignment were checked, the rest is the caller's.
+        unsafe { device.launch(stream, &decode.kernel, decode.blocks, decode.shared, parameters) }?;
+        return Ok(decode.kernel.name);
+    }
+    if matches!(choice, Choice::Decode | Choice::DecodeRing) {
+        let expected = "\"best\", because this kernel does not take these arguments on this device";
+        return Err(Error::argument("kernel", format!("{choice:?}"), expected));
+    }
+    let kernel = product_kernel(product.x.dtype(), product.scales.is_nested());
+    let blocks = (m * n).div_ceil(PRODUCT_ELEMENTS) as u64;
+    let (m, n, k) = (m as i64, n as i64, k as i64);
+    let parameters = parameters![x, packed, scales, bias, y, m, n, k, shift, quant_type];
+    // SAFETY: as above.
+    unsafe { device.launch(stream, &kernel, blocks, 0, parameters) }?;
+    Ok(kernel.name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_row_and_every_block_has_a_warp() {
+        for (ring, multiprocessors, shared) in
+            [(true, 132, 232_448), (false, 108, 166_912), (false, 82, 101_376), (false, 1, 101_376)]
+        {
+            for m in [1, 3, 8, 9, 16] {
+                for n in [1, 7, 16, 100, 4096, 5120, 14336, 128_256] {
+                    for k in [64, 128, 320, 1024, 4096, 5120, 14336] {
+                        let (plan, blocks, bytes) = decode_plan((m, n, k), ring, multiprocessors, shared).unwrap();
+                        let (rows, slots) = (plan.rows as usize, plan.slots as usize);
+                        assert!(blocks as usize * rows >= n && (blocks as usize - 1) * rows < n, "{m} {n} {k}");
+                        assert!(blocks as usize <= multiprocessors);
+                        assert!(slots.is_power_of_two() && slots * DECODE_BLOCK <= k);
+                        assert!(slots * m.div_ceil(DECODE_COLUMNS) <= DECODE_WARPS);
+                        assert!(plan.per_pass >= 1 && bytes as usize <= shared);
+                        let partial = plan.per_pass as usize * slots * m * DECODE_COLUMN;
+                        assert!(!ring || partial + DECODE_MAP + RESERVED_SHARED <= DECODE_TABLE);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn shared_memory_without_room() {
+        assert_eq!(decode_plan((16, 4096, 4096), false, 40, 65536), None);
+        assert_eq!(decode_plan((1, 4096, 4096), true, 108, 166_912), None);
+    }
+}

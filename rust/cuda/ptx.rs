@@ -1,0 +1,46 @@
+//! The compiled kernels, as `kernels/build_ptx.py` wrote them, and which of them a device takes.
+
+use super::driver::Capability;
+
+/// One source file of kernels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Module {
+    /// 4-bit codes to values.
+    Dequantize,
+    /// Values to 4-bit codes.
+    Quantize,
+    /// Scales to 8-bit codes.
+    Nested,
+    /// Products of any shape.
+    Product,
+    /// Products of few rows with the matrix units.
+    Decode,
+}
+
+impl Module {
+    /// Every module.
+    pub const ALL: [Self; 5] = [Self::Dequantize, Self::Quantize, Self::Nested, Self::Product, Self::Decode];
+
+    /// Compiled once for each of these virtual architectures, ascending: PTX that ends with a zero byte.
+    fn images(self) -> &'static [(Capability, &'static str)] {
+        macro_rules! image {
+            ($name:literal) => {
+                concat!(include_str!(concat!("../../kernels/ptx/", $name, ".ptx")), "\0")
+            };
+        }
+        const TURING: Capability = Capability(7, 5);
+        const AMPERE: Capability = Capability(8, 0);
+        match self {
+            Self::Dequantize => &[(TURING, image!("dequantize_75")), (AMPERE, image!("dequantize_80"))],
+            Self::Quantize => &[(TURING, image!("quantize_75"))],
+            Self::Nested => &[(TURING, image!("nested_75"))],
+            Self::Product => &[(TURING, image!("product_75"))],
+            Self::Decode => &[(AMPERE, image!("decode_80"))],
+        }
+    }
+
+    /// The best image for a device, or `None` when the module needs a newer one.
+    pub fn image(self, device: Capability) -> Option<&'static str> {
+        self.images().iter().rev().find(|(needs, _)| *needs <= device).map(|(_, image)| *image)
+    }
+}

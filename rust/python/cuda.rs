@@ -1,0 +1,224 @@
+//! The kernels on device memory of Python's. The caller keeps the memory alive until the stream has come past the call.
+//! The GIL is released while a device is opened and modules are loaded, and kept for launches: they take microseconds.
+
+use pyo3::prelude::*;
+
+use super::buffer::RawBuffer;
+use super::error::to_py;
+use crate::cuda::driver;
+use crate::cuda::ptx::Module;
+use crate::cuda::{self, DType, Device, Memory, Product, Scales, Stream, Variant};
+use crate::error::{Error, Result};
+use crate::geometry::BlockSize;
+
+/// Adds this room's functions to the module.
+pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add_function(wrap_pyfunction!(cuda_driver_version, m)?)?;
+    m.add_function(wrap_pyfunction!(cuda_device_count, m)?)?;
+    m.add_function(wrap_pyfunction!(cuda_device, m)?)?;
+    m.add_function(wrap_pyfunction!(cuda_prepare, m)?)?;
+    m.add_function(wrap_pyfunction!(cuda_quantize_4bit, m)?)?;
+    m.add_function(wrap_pyfunction!(cuda_dequantize_4bit, m)?)?;
+    m.add_function(wrap_pyfunction!(cuda_compress_workspace, m)?)?;
+    m.add_function(wrap_pyfunction!(cuda_compress_absmax, m)?)?;
+    m.add_function(wrap_pyfunction!(cuda_matmul_4bit, m)?)
+}
+
+/// The CUDA version that the driver supports.
+#[pyfunction]
+fn cuda_driver_version(py: Python<'_>) -> PyResult<(i32, i32)> {
+    py.detach(driver::supported_cuda).map_err(to_py)
+}
+
+/// The number of visible devices.
+#[pyfunction]
+fn cuda_device_count(py: Python<'_>) -> PyResult<usize> {
+    py.detach(driver::device_count).map_err(to_py)
+}
+
+/// Name, compute capability, multiprocessors and shared memory per block of a device.
+#[pyfunction]
+fn cuda_device(py: Python<'_>, device: usize) -> PyResult<(String, (i32, i32), u32, u32)> {
+    let device = open(py, device, &[])?;
+    let capability = device.capability();
+    let shared = device.shared_per_block();
+    Ok((device.name().to_owned(), (capability.0, capability.1), device.multiprocessors(), shared))
+}
+
+/// Load every kernel that the device takes.
+#[pyfunction]
+fn cuda_prepare(py: Python<'_>, device: usize) -> PyResult<()> {
+    let capability = open(py, device, &[])?.capability();
+    let modules: Vec<_> = Module::ALL.into_iter().filter(|m| m.image(capability).is_some()).collect();
+    open(py, device, &modules).map(|_| ())
+}
+
+/// The device with these modules loaded.
+fn open(py: Python<'_>, ordinal: usize, modules: &[Module]) -> PyResult<&'static Device> {
+    if let Some(device) = Device::ready(ordinal)
+        && modules.iter().all(|&m| device.is_loaded(m))
+    {
+        return Ok(device);
+    }
+    py.detach(|| {
+        let device = Device::get(ordinal)?;
+        modules.iter().try_for_each(|&m| device.load(m))?;
+        Ok(device)
+    })
+    .map_err(to_py)
+}
+
+fn memory(argument: &'static str, (address, count, dtype): RawBuffer) -> Result<Memory> {
+    let Some(dtype) = DType::ALL.into_iter().find(|d| d.as_str() == dtype) else {
+        let legal: Vec<_> = DType::ALL.iter().map(|d| d.as_str()).collect();
+        return Err(Error::argument(argument, format!("of dtype {dtype:?}"), format!("one of {legal:?}")));
+    };
+    Memory::new(argument, address, count, dtype)
+}
+
+fn scales(absmax: RawBuffer, absmax2: Option<RawBuffer>, offset: Option<RawBuffer>) -> Result<Scales> {
+    let absmax = memory("absmax", absmax)?;
+    match (absmax2, offset) {
+        (None, None) => Ok(Scales::Plain(absmax)),
+        (Some(absmax2), Some(offset)) => Ok(Scales::Nested {
+            codes: absmax,
+            absmax2: memory("absmax2", absmax2)?,
+            offset: memory("offset", offset)?,
+        }),
+        (None, Some(_)) => Err(Error::argument("absmax2", "None", "given, because offset is")),
+        (Some(_), None) => Err(Error::argument("offset", "None", "given, because absmax2 is")),
+    }
+}
+
+fn variant(reference: bool) -> Variant {
+    if reference { Variant::Reference } else { Variant::Fast }
+}
+
+/// Quantize `input` to 4 bits.
+#[pyfunction]
+#[pyo3(signature = (device, stream, input, packed, absmax, quant_type, blocksize, reference=false))]
+#[allow(clippy::too_many_arguments)] // Python's arguments
+fn cuda_quantize_4bit(
+    py: Python<'_>,
+    device: usize,
+    stream: usize,
+    input: RawBuffer,
+    packed: RawBuffer,
+    absmax: RawBuffer,
+    quant_type: &str,
+    blocksize: usize,
+    reference: bool,
+) -> PyResult<()> {
+    let check = || {
+        let (input, packed, absmax) = (memory("input", input)?, memory("packed", packed)?, memory("absmax", absmax)?);
+        Ok((input, packed, absmax, quant_type.parse()?, BlockSize::new(blocksize)?))
+    };
+    let (input, packed, absmax, quant_type, blocksize) = check().map_err(to_py)?;
+    let device = open(py, device, &[Module::Quantize])?;
+    // SAFETY: the Python caller's to keep.
+    unsafe {
+        cuda::quantize(device, Stream(stream), &input, &packed, &absmax, quant_type, blocksize, variant(reference))
+    }
+    .map_err(to_py)
+}
+
+/// Read 4-bit codes back into `out`.
+#[pyfunction]
+#[pyo3(signature = (device, stream, packed, absmax, absmax2, offset, out, quant_type, blocksize, reference=false))]
+#[allow(clippy::too_many_arguments)] // Python's arguments
+fn cuda_dequantize_4bit(
+    py: Python<'_>,
+    device: usize,
+    stream: usize,
+    packed: RawBuffer,
+    absmax: RawBuffer,
+    absmax2: Option<RawBuffer>,
+    offset: Option<RawBuffer>,
+    out: RawBuffer,
+    quant_type: &str,
+    blocksize: usize,
+    reference: bool,
+) -> PyResult<()> {
+    let check = || {
+        let (packed, out) = (memory("packed", packed)?, memory("out", out)?);
+        Ok((packed, scales(absmax, absmax2, offset)?, out, quant_type.parse()?, BlockSize::new(blocksize)?))
+    };
+    let (packed, scales, out, quant_type, blocksize) = check().map_err(to_py)?;
+    let device = open(py, device, &[Module::Dequantize])?;
+    // SAFETY: the Python caller's to keep.
+    unsafe {
+        cuda::dequantize(device, Stream(stream), &packed, &scales, &out, quant_type, blocksize, variant(reference))
+    }
+    .map_err(to_py)
+}
+
+/// How many float64 `cuda_compress_absmax` needs to work with.
+#[pyfunction]
+fn cuda_compress_workspace(scales: usize) -> usize {
+    cuda::compress_workspace(scales)
+}
+
+/// Quantize scales to 8 bits.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)] // Python's arguments
+fn cuda_compress_absmax(
+    py: Python<'_>,
+    device: usize,
+    stream: usize,
+    absmax: RawBuffer,
+    codes: RawBuffer,
+    absmax2: RawBuffer,
+    offset: RawBuffer,
+    workspace: RawBuffer,
+) -> PyResult<()> {
+    let check = || {
+        let (absmax, codes, absmax2) =
+            (memory("absmax", absmax)?, memory("codes", codes)?, memory("absmax2", absmax2)?);
+        Ok((absmax, codes, absmax2, memory("offset", offset)?, memory("workspace", workspace)?))
+    };
+    let (absmax, codes, absmax2, offset, workspace) = check().map_err(to_py)?;
+    let device = open(py, device, &[Module::Nested])?;
+    // SAFETY: the Python caller's to keep.
+    unsafe { cuda::compress(device, Stream(stream), &absmax, &codes, &absmax2, &offset, &workspace) }.map_err(to_py)
+}
+
+/// `y = x · Wᵀ + bias`; gives the name of the kernel that was used.
+#[pyfunction]
+#[pyo3(signature = (
+    device, stream, x, packed, absmax, absmax2, offset, bias, y, m, n, k, quant_type, blocksize, kernel="best"
+))]
+#[allow(clippy::too_many_arguments)] // Python's arguments
+fn cuda_matmul_4bit(
+    py: Python<'_>,
+    device: usize,
+    stream: usize,
+    x: RawBuffer,
+    packed: RawBuffer,
+    absmax: RawBuffer,
+    absmax2: Option<RawBuffer>,
+    offset: Option<RawBuffer>,
+    bias: Option<RawBuffer>,
+    y: RawBuffer,
+    m: usize,
+    n: usize,
+    k: usize,
+    quant_type: &str,
+    blocksize: usize,
+    kernel: &str,
+) -> PyResult<&'static str> {
+    let check = || {
+        let (x, packed, y) = (memory("x", x)?, memory("packed", packed)?, memory("y", y)?);
+        let bias = bias.map(|bias| memory("bias", bias)).transpose()?;
+        let scales = scales(absmax, absmax2, offset)?;
+        Ok((x, packed, scales, bias, y, quant_type.parse()?, BlockSize::new(blocksize)?, kernel.parse()?))
+    };
+    let (x, packed, scales, bias, y, quant_type, blocksize, kernel) = check().map_err(to_py)?;
+    let modules = [Module::Product, Module::Decode];
+    let capability = open(py, device, &[])?.capability();
+    let taken = modules.iter().take_while(|m| m.image(capability).is_some()).count();
+    let device = open(py, device, &modules[..taken])?;
+    let product =
+        Product { x: &x, packed: &packed, scales: &scales, bias: bias.as_ref(), y: &y, m, n, k, quant_type, blocksize };
+    // SAFETY: the Python caller's to keep.
+    unsafe { cuda::product(device, Stream(stream), &product, kernel) }.map_err(to_py)
+}

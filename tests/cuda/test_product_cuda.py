@@ -1,0 +1,128 @@
+"""Products with 4-bit weights on the GPU, against float64."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from halfbyte import _native  # noqa: E402
+
+import kernels as k  # noqa: E402
+
+
+@functools.lru_cache(maxsize=32)
+def weight_of(n: int, columns: int, quant_type: str, blocksize: int, nested: bool) -> tuple[k.Quantized, torch.Tensor]:
+    """A quantized weight on the GPU, and what it stands for in float64."""
+    generator = torch.Generator().manual_seed(n * columns)
+    values = torch.randn(n, columns, generator=generator) * torch.rand(n, 1, generator=generator)
+    weight = k.cpu_quantize(values, quant_type, blocksize)
+    if nested:
+        weight = k.cpu_compress(weight)
+    meant = k.cpu_dequantize(weight, n * columns, torch.float32, quant_type, blocksize)
+    on_gpu = k.Quantized(*(None if t is None else t.cuda() for t in weight.parts))
+    return on_gpu, meant.view(n, columns).double().cuda()
+
+
+def check(
+    m: int, n: int, columns: int, dtype: torch.dtype, *, blocksize: int = 64, nested: bool = False, **how: object
+) -> str:
+    """Compare one product with float64; gives the kernel's name."""
+    quant_type = str(how.pop("quant_type", "nf4"))
+    weight, meant = weight_of(n, columns, quant_type, blocksize, nested)
+    x = torch.randn(m, columns, dtype=dtype, device="cuda")
+    bias = torch.randn(n, dtype=dtype, device="cuda") if how.pop("bias", False) else None
+    y, kernel = k.product(x, weight, n, quant_type, blocksize, bias=bias, **how)  # type: ignore[arg-type]
+    exact = x.double() @ meant.T + (0 if bias is None else bias.double())
+    # Rounding of each weight and of the result, and of float32 sums, in units of what the terms sum up to.
+    unit = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-22}[dtype]
+    magnitude = (x.double().square() @ meant.T.square()).sqrt() + (0 if bias is None else bias.double().abs())
+    error = (y.double() - exact).abs()
+    bound = 2 * unit * (exact.abs() + 3 * magnitude) + 1e-30
+    assert bool((error <= bound).all()), (m, n, columns, kernel, float((error / bound).max()))
+    again, _ = k.product(x, weight, n, quant_type, blocksize, bias=bias, **how)  # type: ignore[arg-type]
+    assert k.same_bits(y, again), "differs from run to run"
+    return kernel
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m", range(1, 17))
+def test_few_rows(m: int, dtype: torch.dtype) -> None:
+    for n, columns in ((4096, 4096), (1000, 320), (17, 64), (1, 128), (133, 11008)):
+        for nested in (False, True):
+            best = check(m, n, columns, dtype, nested=nested, bias=m % 2 == 0)
+            assert best.startswith("decode"), best
+            check(m, n, columns, dtype, nested=nested, kernel="decode")
+
+
+@pytest.mark.parametrize("columns", [64, 128, 192, 576, 1536, 2048, 2560, 3072, 5120, 8192, 14336, 28672])
+def test_many_columns(columns: int) -> None:
+    for m in (1, 5, 16):
+        assert check(m, 300, columns, torch.bfloat16, nested=m == 5).startswith("decode")
+        check(m, 300, columns, torch.bfloat16, nested=m == 5, kernel="decode")
+
+
+def test_many_rows_of_the_weight() -> None:
+    for m in (1, 16):
+        assert check(m, 128_256, 2048, torch.bfloat16).startswith("decode")
+        check(m, 128_256, 2048, torch.bfloat16, kernel="decode")
+
+
+@pytest.mark.parametrize("quant_type", k.QUANT_TYPES)
+@pytest.mark.parametrize("blocksize", k.BLOCK_SIZES)
+def test_block_sizes(blocksize: int, quant_type: str) -> None:
+    # Blocks larger than a row run across rows.
+    for n, columns in ((100, 1024), (64, 576)):
+        kernel = check(3, n, columns, torch.float16, blocksize=blocksize, quant_type=quant_type, nested=True)
+        assert kernel.startswith("product" if blocksize == 32 else "decode")
+
+
+@pytest.mark.parametrize("dtype", k.DTYPES)
+def test_ragged(dtype: torch.dtype) -> None:
+    for m, n, columns in ((1, 1, 1), (3, 7, 33), (2, 5, 100), (20, 50, 128), (1, 300, 65)):
+        assert check(m, n, columns, dtype, bias=True).startswith("product")
+        check(m, n, columns, dtype, nested=True, kernel="plain")
+
+
+def test_float32_is_exact_to_rounding() -> None:
+    assert check(4, 256, 512, torch.float32).startswith("product")
+
+
+def test_unaligned_operands_take_the_plain_kernel() -> None:
+    weight, _ = weight_of(64, 128, "nf4", 64, nested=False)
+    x = torch.randn(2 * 128 + 1, dtype=torch.bfloat16, device="cuda")[1:].view(2, 128)
+    y, kernel = k.product(x, weight, 64, "nf4", 64)
+    expected, fast = k.product(x.clone(), weight, 64, "nf4", 64)
+    assert (kernel.split("_")[0], fast.split("_")[0]) == ("product", "decode")
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_a_kernel_that_does_not_take_the_arguments() -> None:
+    weight, _ = weight_of(64, 128, "nf4", 64, nested=False)
+    x = torch.randn(17, 128, dtype=torch.bfloat16, device="cuda")
+    with pytest.raises(ValueError, match="kernel is"):
+        k.product(x, weight, 64, "nf4", 64, kernel="decode")
+
+
+def test_no_rows_and_no_columns() -> None:
+    weight, _ = weight_of(64, 128, "nf4", 64, nested=False)
+    y, _ = k.product(torch.empty(0, 128, dtype=torch.bfloat16, device="cuda"), weight, 64, "nf4", 64)
+    assert y.shape == (0, 64)
+    empty = k.Quantized(k.poisoned(0, torch.uint8), k.poisoned(0, torch.float32))
+    bias = torch.randn(5, device="cuda")
+    y, _ = k.product(torch.empty(3, 0, device="cuda"), empty, 5, "nf4", 64, bias=bias)
+    assert torch.equal(y, bias.expand(3, 5))
+
+
+def test_in_a_graph() -> None:
+    weight, meant = weight_of(512, 1024, "nf4", 64, nested=True)
+    x = torch.zeros(1, 1024, dtype=torch.bfloat16, device="cuda")
+    _native.cuda_prepare(torch.cuda.current_device())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, _ = k.product(x, weight, 512, "nf4", 64)
+    x.normal_()
+    graph.replay()
+    torch.testing.assert_close(y.double(), x.double() @ meant.T, rtol=2e-2, atol=2e-1)
