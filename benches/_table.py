@@ -7,6 +7,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -43,9 +44,17 @@ def versions_line(*packages: str) -> str:
         try:
             return f"{package} {metadata.version(package)}"
         except metadata.PackageNotFoundError:
-            return f"{package} not installed"
+            # halfbyte may be used from its source tree.
+            return f"{package} {_source_tree_version()}" if package == "halfbyte" else f"{package} not installed"
 
     return ", ".join(version(package) for package in packages)
+
+
+def _source_tree_version() -> str:
+    """The version of a halfbyte that is not installed but importable."""
+    import halfbyte
+
+    return f"{halfbyte.__version__} (source tree)"
 
 
 def best_seconds(work: Callable[[], object], *, at_least: int = 5, seconds: float = 1.0) -> float:
@@ -73,30 +82,39 @@ class Process:
     peak: int
 
 
+# Starts the command in argv[2:], writes its wall seconds, CPU seconds, ru_maxrss and exit code to the file argv[1].
+_LAUNCHER = """
+import os, sys, time
+start = time.perf_counter()
+pid = os.posix_spawnp(sys.argv[2], sys.argv[2:], os.environ)
+_, status, usage = os.wait4(pid, 0)
+wall = time.perf_counter() - start
+with open(sys.argv[1], "w") as file:
+    print(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss, os.waitstatus_to_exitcode(status), file=file)
+"""
+
+
 def run_process(command: Sequence[str], *, environment: dict[str, str] | None = None) -> Process:
     """Run a command to its end and measure it; its output is shown only when it fails.
 
-    The kernel counts in a child's peak also the memory that its parent held when it started the child, so call this
-    from a process that has not grown: the benches make their data in a child of its own.
+    The kernel counts in a child's peak also the memory that its parent holds when it starts the child. So a bare
+    interpreter starts it, which is smaller than any Python command that could be measured.
     """
-    start = time.perf_counter()
-    with subprocess.Popen(
-        list(command),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, **(environment or {})},
-    ) as child:
-        assert child.stdout is not None
-        output = child.stdout.read()
-        _, status, usage = os.wait4(child.pid, 0)
-        wall = time.perf_counter() - start
-        child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode != 0:
-        sys.stderr.write(output.decode(errors="replace"))
-        raise SystemExit(f"error: exit code {child.returncode} of: {' '.join(command)}")
+    with tempfile.NamedTemporaryFile("r") as result:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _LAUNCHER, result.name, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(environment or {})},
+            check=False,
+        )
+        fields = result.read().split()
+    if done.returncode != 0 or len(fields) != 4 or fields[3] != "0":
+        sys.stderr.write(done.stdout.decode(errors="replace"))
+        raise SystemExit(f"error: exit code {fields[3:] or done.returncode} of: {' '.join(command)}")
     unit = 1 if sys.platform == "darwin" else 1024
-    return Process(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit)
+    return Process(float(fields[0]), float(fields[1]), int(fields[2]) * unit)
 
 
 def best_process(runs: Sequence[Process]) -> Process:

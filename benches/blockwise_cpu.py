@@ -101,11 +101,11 @@ def work_of_memcpy(megabytes: int, threads: int, quant_type: str) -> dict[str, C
 CONTENDERS = {"ours": work_of_ours, "bitsandbytes": work_of_bitsandbytes, "memcpy": work_of_memcpy}
 
 
-def worker(contender: str, megabytes: int, threads: int, quant_type: str) -> None:
+def worker(contender: str, megabytes: int, threads: int, quant_type: str, seconds: float) -> None:
     """The body of one process: print the seconds of each operation as JSON."""
     work = CONTENDERS[contender](megabytes, threads, quant_type)
     at_least = 2 if contender == "bitsandbytes" else 9  # bitsandbytes takes seconds per call
-    print(json.dumps({name: best_seconds(call, at_least=at_least, seconds=2.0) for name, call in work.items()}))
+    print(json.dumps({name: best_seconds(call, at_least=at_least, seconds=seconds) for name, call in work.items()}))
 
 
 def measure(contender: str, options: argparse.Namespace, threads: int, simd: str | None = None) -> dict[str, float]:
@@ -115,7 +115,7 @@ def measure(contender: str, options: argparse.Namespace, threads: int, simd: str
     if simd is not None:
         environment["HALFBYTE_SIMD"] = simd
     command = [sys.executable, __file__, "--worker", contender, "--megabytes", str(options.megabytes)]
-    command += ["--type", options.type, "--threads", str(threads)]
+    command += ["--type", options.type, "--threads", str(threads), "--seconds", str(options.seconds)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise SystemExit(f"error: {contender} {simd or ''}: {result.stderr.strip()}")
@@ -137,10 +137,11 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=512, help="bytes of bfloat16 weights, in MB (default: 512)")
     parser.add_argument("--type", choices=("nf4", "fp4"), default="nf4")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--seconds", type=float, default=2.0, help="time for each measurement (default: 2)")
     parser.add_argument("--worker", choices=tuple(CONTENDERS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        worker(options.worker, options.megabytes, options.threads[0], options.type)
+        worker(options.worker, options.megabytes, options.threads[0], options.type, options.seconds)
         return
 
     print(machine_line())

@@ -7,9 +7,9 @@ The checkpoint is generated (bfloat16, random normal weights of standard deviati
 .cache/benches/; it is in the page cache before anything is timed, every run writes a fresh destination, and dirty
 pages of one run are flushed before the next begins. Times are from process start to exit, the best of --runs.
 
-The floor is what the machine needs to read every input byte and write every output byte once, in one thread
-through an 8 MiB buffer, with nothing computed: no program that makes this output from this input by read and write
-calls is faster.
+The floor rows read every input byte and write every output byte once, in one thread through an 8 MiB buffer, with
+nothing computed. They show the order of magnitude that the machine allows, and are no strict bound: several threads,
+or writing out to disk while the work goes on, can be faster, above all where fsync is waited for at the end.
 
 Nothing is asserted here; results with their commands are in benches/RESULTS.md.
 """
@@ -130,10 +130,7 @@ def generate(folder: Path, shapes: dict[str, tuple[int, ...]], config: dict[str,
 
 
 def checkpoint(name: str) -> Path:
-    """The generated checkpoint of that name ("layers-16", "huge"), made in a child process when it is not there.
-
-    In a child, because a parent that has held the pool would lend its peak memory to what it measures later.
-    """
+    """The generated checkpoint of that name ("layers-16", "huge"), made by a process of its own if need be."""
     folder = CACHE / name
     if not folder.is_dir():
         print(f"generating {folder} …", file=sys.stderr, flush=True)

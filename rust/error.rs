@@ -3,6 +3,7 @@
 //! A message is one line, names what was looked at (argument, file, tensor), the value found, and what would
 //! have been right. [`Error::kind`] sorts them for callers: the command's exit code and the Python exception.
 
+use std::borrow::Cow;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -14,7 +15,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[non_exhaustive]
 pub enum Error {
     /// An argument has a value that is not legal.
-    #[error("{argument} is {value}: expected {expected}")]
+    #[error("{argument} is {}: expected {}", line(value), line(expected))]
     Argument {
         /// The argument's name as the caller writes it.
         argument: &'static str,
@@ -24,7 +25,7 @@ pub enum Error {
         expected: String,
     },
     /// A file of a checkpoint breaks its format.
-    #[error("{}: {problem}", path.display())]
+    #[error("{}: {}", place(path), line(problem))]
     File {
         /// The file.
         path: PathBuf,
@@ -32,7 +33,7 @@ pub enum Error {
         problem: String,
     },
     /// One tensor of a checkpoint breaks its format.
-    #[error("{}: tensor {tensor:?}: {problem}", path.display())]
+    #[error("{}: tensor {}: {}", place(path), quoted(tensor), line(problem))]
     Tensor {
         /// The file that holds the tensor.
         path: PathBuf,
@@ -43,9 +44,10 @@ pub enum Error {
     },
     /// A weight to be quantized holds NaN or an infinity.
     #[error(
-        "{}: tensor {tensor:?}: element {index} (row-major; shape {shape:?}) is {value}: expected finite weights; \
+        "{}: tensor {}: element {index} (row-major; shape {shape:?}) is {value}: expected finite weights; \
          keep this tensor with a rule, or allow it with --allow-nonfinite",
-        path.display()
+        place(path),
+        quoted(tensor)
     )]
     NonFinite {
         /// The file that holds the tensor.
@@ -60,7 +62,7 @@ pub enum Error {
         value: f32,
     },
     /// The destination cannot be used as asked.
-    #[error("{}: {problem}", path.display())]
+    #[error("{}: {}", place(path), line(problem))]
     Destination {
         /// The destination folder.
         path: PathBuf,
@@ -70,7 +72,7 @@ pub enum Error {
     /// The file system of the destination has too little room.
     #[error(
         "{}: the output needs {needed} bytes and the file system has {available} free: free some space, or choose another destination",
-        path.display()
+        place(path)
     )]
     NoSpace {
         /// The destination folder.
@@ -81,7 +83,7 @@ pub enum Error {
         available: u64,
     },
     /// The operating system refused.
-    #[error("{}: cannot {action}: {}", path.display(), words(source))]
+    #[error("{}: cannot {action}: {}", place(path), words(source))]
     Io {
         /// The file or folder.
         path: PathBuf,
@@ -99,7 +101,7 @@ pub enum Error {
         problem: String,
     },
     /// An invariant of this crate does not hold.
-    #[error("a bug in halfbyte, please report it: {words}")]
+    #[error("a bug in halfbyte, please report it: {}", line(words))]
     Bug {
         /// What the panic said.
         words: String,
@@ -116,6 +118,53 @@ pub enum Error {
 fn words(error: &io::Error) -> String {
     let text = error.to_string();
     text.split_once(" (os error ").map_or(text.clone(), |(words, _)| words.to_owned())
+}
+
+/// The longest part of a message, in bytes. Names in a hostile header may be a hundred megabytes long.
+const LONGEST: usize = 1000;
+
+/// A text that may come from someone else's file, on one line that moves no cursor: control and direction characters
+/// are spelled out, and the middle of a very long one is left out.
+fn line(text: &str) -> Cow<'_, str> {
+    let hidden = |c: char| {
+        c.is_control()
+            || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
+    };
+    let text = shorten(text);
+    if !text.contains(hidden) {
+        return text;
+    }
+    let escaped = text.chars().fold(String::new(), |mut out, c| {
+        if hidden(c) {
+            out.extend(c.escape_default())
+        } else {
+            out.push(c)
+        }
+        out
+    });
+    Cow::Owned(escaped)
+}
+
+fn shorten(text: &str) -> Cow<'_, str> {
+    if text.len() <= LONGEST {
+        return Cow::Borrowed(text);
+    }
+    let (mut head, mut tail) = (LONGEST * 2 / 3, text.len() - LONGEST / 3);
+    while !text.is_char_boundary(head) {
+        head -= 1;
+    }
+    while !text.is_char_boundary(tail) {
+        tail += 1;
+    }
+    Cow::Owned(format!("{}…{}", &text[..head], &text[tail..]))
+}
+
+fn place(path: &Path) -> String {
+    line(&path.to_string_lossy()).into_owned()
+}
+
+fn quoted(name: &str) -> String {
+    format!("{:?}", shorten(name))
 }
 
 /// What an [`Error`] means to a caller.
@@ -176,6 +225,38 @@ impl Error {
             Self::Cuda { .. } => ErrorKind::Gpu,
             Self::Bug { .. } => ErrorKind::Bug,
             Self::Interrupted { .. } => ErrorKind::Interrupted,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_are_one_short_line() {
+        let bad = "a\nb\u{1b}[31m\u{202e}\u{2028}é".to_owned();
+        let long = "é\n".repeat(1 << 20);
+        for text in [bad, long] {
+            let path = PathBuf::from(&text);
+            for error in [
+                Error::argument("dtype", &text, text.clone()),
+                Error::file(&path, text.clone()),
+                Error::tensor(&path, text.clone(), text.clone()),
+                Error::destination(&path, text.clone()),
+                Error::io(&path, "open")(io::ErrorKind::NotFound.into()),
+                Error::NoSpace { path: path.clone(), needed: 1, available: 0 },
+                Error::Bug { words: text.clone() },
+                Error::NonFinite { path, tensor: text.clone(), index: 0, shape: vec![1], value: f32::NAN },
+            ] {
+                let message = error.to_string();
+                assert!(
+                    !message.contains(|c: char| c.is_control() || c == '\u{202e}' || c == '\u{2028}'),
+                    "{message:?}"
+                );
+                assert!(message.len() < 6 * LONGEST, "{} bytes", message.len());
+                assert!(message.contains('é'), "what can be printed is");
+            }
         }
     }
 }

@@ -5,7 +5,7 @@
 //! | floor | modules |
 //! |---|---|
 //! | plain facts | [`error`], [`codebook`], [`geometry`] |
-//! | arithmetic | [`blockwise`], [`nested`] |
+//! | arithmetic | [`blockwise`], [`nested`], [`matmul`] |
 //! | checkpoints | [`checkpoint`] |
 //! | GPUs | `cuda` (feature `cuda`) |
 //! | Python | `python` (feature `python`) |
@@ -19,6 +19,7 @@ pub mod codebook;
 pub mod cuda;
 pub mod error;
 pub mod geometry;
+pub mod matmul;
 pub mod nested;
 #[cfg(feature = "python")]
 mod python;

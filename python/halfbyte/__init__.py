@@ -8,7 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from halfbyte import functional as functional
+    from halfbyte import nn as nn
     from halfbyte._native import __version__ as __version__
+    from halfbyte.autograd import matmul_4bit as matmul_4bit
     from halfbyte.checkpoint import (
         CheckpointError as CheckpointError,
     )
@@ -28,27 +31,44 @@ if TYPE_CHECKING:
         verify_checkpoint as verify_checkpoint,
     )
     from halfbyte.config import BitsAndBytesConfig as BitsAndBytesConfig
+    from halfbyte.loading import load_quantized as load_quantized
+    from halfbyte.swap import dequantize_model as dequantize_model
+    from halfbyte.swap import quantize_model as quantize_model
 
-# Public name -> the module that defines it.
+# Public name -> the module that it is imported from: `halfbyte` for what is a module itself.
 _HOME = {
     "BitsAndBytesConfig": "halfbyte.config",
     "CheckpointError": "halfbyte.checkpoint",
     "__version__": "halfbyte._native",
     "dequantize_checkpoint": "halfbyte.checkpoint",
+    "dequantize_model": "halfbyte.swap",
+    "functional": "halfbyte",
     "inspect_checkpoint": "halfbyte.checkpoint",
+    "load_quantized": "halfbyte.loading",
+    "matmul_4bit": "halfbyte.autograd",
+    "nn": "halfbyte",
     "plan_checkpoint": "halfbyte.checkpoint",
     "quantize_checkpoint": "halfbyte.checkpoint",
+    "quantize_model": "halfbyte.swap",
     "verify_checkpoint": "halfbyte.checkpoint",
 }
+
+_NEEDS_TORCH = {"functional", "matmul_4bit", "nn"}
 
 __all__ = [
     "BitsAndBytesConfig",
     "CheckpointError",
     "__version__",
     "dequantize_checkpoint",
+    "dequantize_model",
+    "functional",
     "inspect_checkpoint",
+    "load_quantized",
+    "matmul_4bit",
+    "nn",
     "plan_checkpoint",
     "quantize_checkpoint",
+    "quantize_model",
     "verify_checkpoint",
 ]
 
@@ -61,7 +81,14 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module 'halfbyte' has no attribute {name!r}; it has {', '.join(__all__)}") from None
     import importlib
 
-    value: object = getattr(importlib.import_module(home), name)
+    if name in _NEEDS_TORCH:
+        from halfbyte._extras import require
+
+        require("torch", "torch", f"halfbyte.{name}")
+    if home == __name__:
+        value: object = importlib.import_module(f"{home}.{name}")
+    else:
+        value = getattr(importlib.import_module(home), name)
     globals()[name] = value
     return value
 

@@ -101,15 +101,15 @@ def existing_quantization(config: dict[str, Any]) -> str | None:
     return None
 
 
-def with_quantization(config: dict[str, Any], quantization: dict[str, Any]) -> str:
-    """The text of the output's ``config.json``: the source's keys and order, and ``quantization_config``.
+def with_quantization(config: dict[str, Any], quantization: dict[str, Any], dtype: str | None = None) -> str:
+    """The text of the output's ``config.json``: the source's keys and order, ``quantization_config``, and ``dtype``.
 
     transformers writes its configs sorted, two spaces to a level, with a final newline. The new key goes to its place
     in the alphabet when the source's keys are sorted, else to the end; its own keys are sorted, as transformers has
     them.
     """
     quantization = dict(sorted(quantization.items()))
-    out = {k: v for k, v in config.items() if k != "quantization_config"}
+    out = _with_dtype({k: v for k, v in config.items() if k != "quantization_config"}, dtype)
     keys = list(out)
     place = bisect.bisect(keys, "quantization_config") if keys == sorted(keys) else len(keys)
     items = list(out.items())
@@ -118,25 +118,29 @@ def with_quantization(config: dict[str, Any], quantization: dict[str, Any]) -> s
 
 
 def without_quantization(config: dict[str, Any], dtype: str | None) -> str:
-    """The text of the config of a dequantized checkpoint: no ``quantization_config``, and ``dtype`` where it is named.
+    """The text of the config of a dequantized checkpoint: without ``quantization_config``, in ``dtype``."""
+    return dump(_with_dtype({k: v for k, v in config.items() if k != "quantization_config"}, dtype))
+
+
+def _with_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
+    """The config of a model in another dtype; None leaves it as it is.
 
     ``dtype`` goes under the names that the source uses: ``dtype``, ``torch_dtype`` (transformers before 4.56), or both;
     parts of composite models that name a dtype get it too.
     """
-    out = {k: v for k, v in config.items() if k != "quantization_config"}
-    if dtype is not None:
-        if not any(key in out for key in ("dtype", "torch_dtype")):
-            # All versions of transformers read the older name.
-            out["torch_dtype"] = dtype
-        parts = {k: dict(v) for k, v in out.items() if k.endswith("_config") and isinstance(v, dict)}
-        out.update(parts)
-        for part in [out, *parts.values()]:
-            for key in ("dtype", "torch_dtype"):
-                if key in part:
-                    part[key] = dtype
-    if list(config) == sorted(config):
-        out = dict(sorted(out.items()))
-    return dump(out)
+    if dtype is None:
+        return config
+    out = dict(config)
+    if not any(key in out for key in ("dtype", "torch_dtype")):
+        # All versions of transformers read the older name.
+        out["torch_dtype"] = dtype
+    parts = {k: dict(v) for k, v in out.items() if k.endswith("_config") and isinstance(v, dict)}
+    out.update(parts)
+    for part in [out, *parts.values()]:
+        for key in ("dtype", "torch_dtype"):
+            if key in part:
+                part[key] = dtype
+    return dict(sorted(out.items())) if list(config) == sorted(config) else out
 
 
 def dump(config: dict[str, Any]) -> str:

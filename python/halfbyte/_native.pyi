@@ -10,6 +10,15 @@ __all__ = [
     "codebook",
     "compress_absmax",
     "cpu_features",
+    "cuda_compress_absmax",
+    "cuda_compress_workspace",
+    "cuda_dequantize_4bit",
+    "cuda_device",
+    "cuda_device_count",
+    "cuda_driver_version",
+    "cuda_matmul_4bit",
+    "cuda_prepare",
+    "cuda_quantize_4bit",
     "dequantize_4bit",
     "dequantize_8bit",
     "dynamic_map",
@@ -17,6 +26,9 @@ __all__ = [
     "get_threads",
     "inspect",
     "is_conv1d",
+    "linear_4bit",
+    "linear_4bit_backward",
+    "matmul_path",
     "plan_dequantize",
     "plan_quantize",
     "quant_map",
@@ -55,6 +67,53 @@ def quantize_8bit(input: _Buffer, map: _Buffer, codes: _Buffer, absmax: _Buffer,
 def dequantize_8bit(codes: _Buffer, absmax: _Buffer, map: _Buffer, out: _Buffer, blocksize: int) -> None:
     """Read `n` float32 values back: `map[code] * absmax[block]`."""
 
+def linear_4bit(
+    x: _Buffer,
+    packed: _Buffer,
+    absmax: _Buffer,
+    bias: _Buffer | None,
+    out: _Buffer,
+    m: int,
+    n: int,
+    k: int,
+    quant_type: str,
+    blocksize: int,
+    compute_dtype: str,
+    threads: int,
+    absmax2: _Buffer | None = None,
+    offset: float = 0.0,
+) -> None:
+    """`out[m, n] = x[m, k] @ dequantized[n, k].T + bias[n]`, all row-major; no dense copy of the weight is made.
+
+    `x`, `bias` and `out` are float16, bfloat16 or float32, each its own. `x` is rounded to `compute_dtype` ("float32",
+    "float16" or "bfloat16"); sums and the bias are float32, rounded once to `out`. Weights are rounded to bfloat16 when
+    `matmul_path()` is "avx512bf16" and `compute_dtype` is "bfloat16", and stay float32 otherwise.
+    `absmax` is float32 [ceil(n * k / blocksize)]; or, with `absmax2`, the uint8 codes of doubly quantized scales, read
+    as `expand_absmax` reads them. At most `threads` threads work, the same bits with every number: those of torch's
+    OpenMP runtime when the process has loaded it, or else of the pool (no more than `get_threads()`). The GIL is
+    released unless the product is small.
+    """
+
+def linear_4bit_backward(
+    grad: _Buffer,
+    packed: _Buffer,
+    absmax: _Buffer,
+    out: _Buffer,
+    m: int,
+    n: int,
+    k: int,
+    quant_type: str,
+    blocksize: int,
+    compute_dtype: str,
+    threads: int,
+    absmax2: _Buffer | None = None,
+    offset: float = 0.0,
+) -> None:
+    """`out[m, k] = grad[m, n] @ dequantized[n, k]`: the gradient of `linear_4bit`'s `x`, under the same rules."""
+
+def matmul_path() -> str:
+    """The instructions that products use: "scalar", "avx2", "avx512" or "avx512bf16"."""
+
 def compress_absmax(absmax: _Buffer, codes: _Buffer, absmax2: _Buffer) -> float:
     """Quantize `n` float32 scales to `codes` uint8 [n] and `absmax2` float32 [ceil(n / 256)]; gives the offset."""
 
@@ -86,7 +145,7 @@ def cuda_driver_version() -> tuple[int, int]:
     """The CUDA version that the NVIDIA driver supports. RuntimeError when there is no driver; starts nothing."""
 
 def cuda_device_count() -> int:
-    """The number of visible devices. RuntimeError when there is no driver, one older than CUDA 12.0, or after a fork."""
+    """The number of visible devices. RuntimeError without a driver, with one before CUDA 12.0, or after a fork."""
 
 def cuda_device(device: int) -> tuple[str, tuple[int, int], int, int]:
     """Name, compute capability, multiprocessors and bytes of shared memory per block of a device.
@@ -125,7 +184,10 @@ def cuda_dequantize_4bit(
     blocksize: int,
     reference: bool = False,
 ) -> None:
-    """Launch the way back. Nested scales: `absmax` uint8 codes, `absmax2` float32 [ceil(n / 256)], `offset` float32 [1]."""
+    """Launch the way back.
+
+    Nested scales: `absmax` uint8 codes, `absmax2` float32 [ceil(n / 256)], `offset` float32 [1].
+    """
 
 def cuda_compress_workspace(scales: int) -> int:
     """How many float64 `cuda_compress_absmax` needs for so many scales."""
@@ -161,8 +223,8 @@ def cuda_matmul_4bit(
     """Launch `y [m, n] = x [m, k] @ weight [n, k].T + bias [n]`; gives the kernel's name.
 
     "decode_..." are the fast kernels: float16 and bfloat16, m <= 16, k a multiple of 64, blocksize >= 64, x and packed
-    aligned to 16 bytes, compute capability 8.0. "product_..." take everything, slowly. `kernel` insists on "decode_ring",
-    "decode" or "plain"; ValueError when that one does not take the arguments.
+    aligned to 16 bytes, compute capability 8.0. "product_..." take everything, slowly. `kernel` insists on
+    "decode_ring", "decode" or "plain"; ValueError when that one does not take the arguments.
     """
 
 class CheckpointError(ValueError):

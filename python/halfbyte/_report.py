@@ -123,7 +123,8 @@ class TensorComparison(_Report):
     name
         The tensor, or the 4-bit weight with its state.
     status
-        ``"identical"``: the same bytes, of a 4-bit weight beside an original those of a fresh quantization.
+        ``"identical"``: the same bytes (of a 4-bit weight beside an original: those of a fresh quantization), or the
+        same values in another dtype.
         ``"equal-codes"``: the same codes, scales that differ in rounding. ``"differs"``. ``"shape"``: not comparable.
         ``"missing"``: only in the first checkpoint. ``"extra"``: only in the second.
     kind

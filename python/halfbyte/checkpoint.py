@@ -98,7 +98,7 @@ class Prepared:
             return None
         if self.quantization is None:
             return _config_json.without_quantization(self.config, self.dtype)
-        return _config_json.with_quantization(self.config, self.quantization)
+        return _config_json.with_quantization(self.config, self.quantization, self.dtype)
 
 
 def plan_checkpoint(
@@ -108,6 +108,7 @@ def plan_checkpoint(
     rules: Iterable[Rule] = (),
     skip: Iterable[str] = (),
     selection: Selection = "rules",
+    dtype: object = None,
     max_shard_size: int | str | None = None,
     allow_nonfinite: bool = False,
     blocksize: int = 64,
@@ -122,6 +123,7 @@ def plan_checkpoint(
         rules=rules,
         skip=skip,
         selection=selection,
+        dtype=dtype,
         max_shard_size=max_shard_size,
         allow_nonfinite=allow_nonfinite,
         blocksize=blocksize,
@@ -136,6 +138,7 @@ def quantize_checkpoint(
     rules: Iterable[Rule] = (),
     skip: Iterable[str] = (),
     selection: Selection = "rules",
+    dtype: object = None,
     max_shard_size: int | str | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -165,8 +168,12 @@ def quantize_checkpoint(
     selection
         ``"rules"``: which weights are linear layers is decided from config, names and shapes.
         ``"transformers"``: the installed transformers is asked (it and torch are imported).
+    dtype
+        ``"bfloat16"``, ``"float16"`` or ``"float32"`` (or torch's dtype): what weights are cast to before they are
+        quantized or kept, written to ``config.json`` too. None for the dtype that ``config.json`` names, which is what
+        transformers loads a model in; without one, weights are taken as they are stored.
     max_shard_size
-        Most bytes of an output file: ``"5GB"`` (10^9), ``"2GiB"`` (2^30) or an int. None keeps the source's division.
+        Most bytes of an output file: ``"5GB"`` (10^9), ``"2GiB"`` (2^30) or an int. None is 5 GB.
     overwrite
         Replace an earlier output in ``dst``.
     resume
@@ -175,8 +182,8 @@ def quantize_checkpoint(
         Quantize weights that hold NaN or infinities, instead of raising.
     blocksize
         Weights per scale: 32, 64, 128, 256, 512, 1024, 2048 or 4096. ``config.json`` has no place for it; each weight's
-        state says it, and transformers with bitsandbytes 0.50 loads, dequantizes and trains with all of them. On a CPU
-        with AVX512-BF16, bitsandbytes' inference needs a blocksize that divides the width of every layer, 64 too.
+        state says it, and transformers with bitsandbytes 0.50 loads all of them. On a CPU with AVX-512, though,
+        bitsandbytes 0.50 multiplies with wrong scales unless the blocksize, 64 too, divides the width of every layer.
     threads
         How many to use; None for one per core that this process may run on.
     fsync
@@ -202,6 +209,7 @@ def quantize_checkpoint(
         rules=rules,
         skip=skip,
         selection=selection,
+        dtype=dtype,
         max_shard_size=max_shard_size,
         allow_nonfinite=allow_nonfinite,
         blocksize=blocksize,
@@ -218,6 +226,7 @@ def prepare_quantize(
     rules: Iterable[Rule] = (),
     skip: Iterable[str] = (),
     selection: Selection = "rules",
+    dtype: object = None,
     max_shard_size: int | str | None = None,
     allow_nonfinite: bool = False,
     blocksize: int = 64,
@@ -232,6 +241,7 @@ def prepare_quantize(
         "blocksize": blocksize,
         "double_quant": quantization["bnb_4bit_use_double_quant"],
         "storage": quantization["bnb_4bit_quant_storage"],
+        "dtype": (name := _dtype_name(dtype)),
         "max_shard_size": _shard_size(max_shard_size),
         "rules": [_rule_text(rule) for rule in rules],
         "skip": [*(quantization["llm_int8_skip_modules"] or ()), *skip_names],
@@ -251,7 +261,7 @@ def prepare_quantize(
         options["explicit"] = transformers_selection(folder)
     plan = CheckpointPlan.of(_native.plan_quantize(str(folder), _json_or_none(model_config), json.dumps(options)))
     quantization["llm_int8_skip_modules"] = plan.skip_modules
-    return Prepared(plan, model_config, quantization)
+    return Prepared(plan, model_config, quantization, name)
 
 
 def run_quantize(
@@ -339,9 +349,7 @@ def prepare_dequantize(
     max_shard_size: int | str | None = None,
     hub_progress: bool = False,
 ) -> Prepared:
-    name = None if dtype is None else str(dtype).removeprefix("torch.")
-    if name is not None and name not in FLOAT_DTYPES:
-        raise ValueError(f"dtype is {dtype!r}: expected {', '.join(FLOAT_DTYPES)}")
+    name = _dtype_name(dtype)
     options = {"dtype": name, "max_shard_size": _shard_size(max_shard_size)}
     folder = resolve_source(src, progress=hub_progress)
     config = _config_json.read_config(folder if folder.is_dir() else folder.parent)
@@ -431,6 +439,9 @@ def _run(
     """Execute a plan; the fields of `ConvertReport`."""
     if overwrite and resume:
         raise ValueError("overwrite and resume are both set: expected at most one of them")
+    if not os.fspath(dst):
+        # As a path it would stand for the working directory: not what an unset variable in a script means.
+        raise ValueError("dst is '': expected the folder to write to")
     mode = "overwrite" if overwrite else "resume" if resume else "new"
     plan = prepared.plan
     destination = Path(dst)
@@ -522,6 +533,13 @@ def _threads(threads: int | None) -> int:
     if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
         raise ValueError(f"threads is {threads!r}: expected an int of at least 1, or None for one per core")
     return threads
+
+
+def _dtype_name(dtype: object) -> str | None:
+    name = None if dtype is None else str(dtype).removeprefix("torch.")
+    if name is not None and name not in FLOAT_DTYPES:
+        raise ValueError(f"dtype is {dtype!r}: expected {', '.join(FLOAT_DTYPES)}")
+    return name
 
 
 def _shard_size(value: int | str | None) -> int | None:

@@ -220,6 +220,12 @@ def _add_quantize(sub: argparse.ArgumentParser) -> None:
         default="bfloat16",
         help="dtype that loaders multiply in, written to config.json (default: bfloat16)",
     )
+    form.add_argument(
+        "--dtype",
+        choices=FLOAT_DTYPES,
+        help="dtype to cast weights to before they are quantized or kept (default: that of config.json, which is what "
+        "transformers loads a model in)",
+    )
     which = sub.add_argument_group("which tensors")
     which.add_argument(
         "--rule",
@@ -289,6 +295,7 @@ def _quantize(args: argparse.Namespace) -> int:
         rules=args.rule,
         skip=args.skip,
         selection=args.selection,
+        dtype=args.dtype,
         max_shard_size=args.max_shard_size,
         allow_nonfinite=args.allow_nonfinite,
         blocksize=args.blocksize,

@@ -13,13 +13,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use half::{bf16, f16};
 use safetensors::Dtype;
 
+use super::cast::cast;
 use super::file::{read_exact_at, write_all_at};
 use super::flush::Flusher;
 use super::job::Progress;
 use super::layout::Layout;
-use super::plan::{Action, ShardPlan, WeightOutputs, WeightSource};
+use super::plan::{Action, ShardPlan, WeightOutputs};
 use super::source::{Checkpoint, TensorRef};
 use super::state::{State, item_size};
+use super::weights::WeightSource;
 use super::workers;
 use crate::blockwise::{self, Element, Finite, dequantize_8bit};
 use crate::codebook::dynamic_map;
@@ -35,6 +37,8 @@ pub const PIECE_BYTES: usize = 512 << 10;
 pub struct Scratch {
     dense: Vec<u64>,
     packed: Vec<u64>,
+    /// Weights as they are stored, when they are cast before they are quantized.
+    stored: Vec<u64>,
 }
 
 /// The first `len` bytes of a buffer that grows as needed.
@@ -121,7 +125,10 @@ impl<'a> ShardJob<'a> {
                 Action::Copy { source: at, .. } => (source.tensor(*at).len as usize, PIECE_BYTES),
                 // A transposed weight is taken whole: its pieces would be strided reads.
                 Action::Quantize { state, transpose: true, .. } => (state.elements(), usize::MAX),
-                Action::Quantize { state, .. } => (state.elements(), PIECE_BYTES / item_size(state.dtype)),
+                Action::Quantize { source: at, state, .. } => {
+                    let widest = item_size(state.dtype).max(item_size(source.tensor(*at).dtype));
+                    (state.elements(), PIECE_BYTES / widest)
+                }
                 Action::Dequantize { source, transpose: true, .. } => (source.state.elements(), usize::MAX),
                 Action::Dequantize { source, output, .. } => {
                     (source.state.elements(), PIECE_BYTES / item_size(shard.layout.tensors[*output].dtype))
@@ -196,9 +203,17 @@ impl<'a> ShardJob<'a> {
             Action::Copy { source, output } => {
                 let buffer = bytes(&mut scratch.dense, piece.len);
                 self.read(*source, piece.start, buffer)?;
-                self.write(*output, piece.start, buffer)?;
                 self.progress.add(piece.len as u64);
-                Ok(piece.len as u64)
+                let (from, to) = (self.source.tensor(*source).dtype, self.layout().tensors[*output].dtype);
+                if from == to {
+                    self.write(*output, piece.start, buffer)?;
+                    return Ok(piece.len as u64);
+                }
+                let (before, after) = (item_size(from), item_size(to));
+                let other = bytes(&mut scratch.packed, piece.len / before * after);
+                cast(from, to, buffer, other);
+                self.write(*output, piece.start / before * after, other)?;
+                Ok(other.len() as u64)
             }
             Action::Quantize { source, state, transpose, outputs } => {
                 let found = with_element!(state.dtype, T => self.quantize::<T>(scratch, piece, *source, state, *transpose, outputs))?;
@@ -242,9 +257,16 @@ impl<'a> ShardJob<'a> {
         transpose: bool,
         outputs: &WeightOutputs,
     ) -> Result<Vec<f32>> {
-        let size = size_of::<T>();
-        let dense = bytes(&mut scratch.dense, piece.len * size);
-        self.read(source, piece.start * size, dense)?;
+        let from = self.source.tensor(source).dtype;
+        let size = item_size(from);
+        let dense = bytes(&mut scratch.dense, piece.len * size_of::<T>());
+        if from == state.dtype {
+            self.read(source, piece.start * size, dense)?;
+        } else {
+            let stored = bytes(&mut scratch.stored, piece.len * size);
+            self.read(source, piece.start * size, stored)?;
+            cast(from, state.dtype, stored, dense);
+        }
         let turned;
         let values: &[T] = if transpose {
             // The state's shape is that of the result: [columns, rows] of what was read.
@@ -368,7 +390,8 @@ pub fn read_scales(source: &Checkpoint, weight: &WeightSource) -> Result<Vec<f32
     Ok(scales)
 }
 
-fn floats(bytes: &[u8]) -> Vec<f32> {
+/// Little-endian float32 values.
+pub fn floats(bytes: &[u8]) -> Vec<f32> {
     bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
 }
 

@@ -30,7 +30,10 @@ impl Flusher {
         let (wake, woken) = channel();
         let flusher = Self { written: AtomicU64::new(0), wake: Some(wake) };
         thread::scope(|scope| {
-            let syncing = scope.spawn(move || sync_when_woken(file, &woken));
+            // Where the system gives no more threads, the one sync at the end has to do.
+            let Ok(syncing) = thread::Builder::new().spawn_scoped(scope, move || sync_when_woken(file, &woken)) else {
+                return (body(&Self::idle()), Ok(()));
+            };
             let value = body(&flusher);
             // Hangs up; the thread ends after the sync that it is in.
             drop(flusher);

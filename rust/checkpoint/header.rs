@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 use crate::geometry::element_count;
 
 /// The largest header that safetensors accepts.
-const MAX_HEADER_LEN: u64 = 100_000_000;
+pub const MAX_HEADER_LEN: u64 = 100_000_000;
 
 /// Most dimensions a tensor may have: far above any real one, low enough that a shape can be printed.
 const MAX_DIMENSIONS: usize = 64;

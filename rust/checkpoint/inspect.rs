@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, HashSet};
 
 use serde_json::{Value, json};
 
-use super::plan::find_weights;
 use super::source::{Checkpoint, TensorRef};
 use super::state::torch_name;
+use super::weights::find_weights;
 use crate::error::Result;
 
 /// A description for programs: files, each 4-bit weight with its state, every other tensor, totals.

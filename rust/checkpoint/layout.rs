@@ -8,7 +8,7 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
 
 use safetensors::Dtype;
-use safetensors::tensor::{Metadata, TensorInfo};
+use serde::Serialize;
 
 /// One tensor of an output file.
 #[derive(Debug, Clone)]
@@ -36,6 +36,11 @@ impl OutputTensor {
     pub fn text(name: String, max_len: usize) -> Self {
         Self { name, dtype: Dtype::U8, shape: vec![max_len], len: max_len as u64, text: true }
     }
+
+    /// What the order of a file's tensors is by.
+    fn place(&self) -> (bool, Reverse<Dtype>, &str) {
+        (self.text, Reverse(self.dtype), &self.name)
+    }
 }
 
 /// An output file's header and the place of every tensor in it.
@@ -51,24 +56,15 @@ pub struct Layout {
     pub max_len: u64,
     metadata: BTreeMap<String, String>,
     first_text: usize,
-    by_name: HashMap<String, usize>,
 }
 
 impl Layout {
     /// Lays out `tensors`: the widest element type first and then by name, as the safetensors library does, texts last.
     pub fn new(mut tensors: Vec<OutputTensor>, metadata: BTreeMap<String, String>) -> Self {
-        tensors.sort_by(|a, b| (a.text, Reverse(a.dtype), &a.name).cmp(&(b.text, Reverse(b.dtype), &b.name)));
+        tensors.sort_by(|a, b| a.place().cmp(&b.place()));
         let first_text = tensors.iter().position(|t| t.text).unwrap_or(tensors.len());
         let lens: Vec<u64> = tensors.iter().map(|t| t.len).collect();
-        let mut layout = Self {
-            by_name: tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect(),
-            offsets: Vec::new(),
-            header_len: 0,
-            max_len: 0,
-            tensors,
-            metadata,
-            first_text,
-        };
+        let mut layout = Self { offsets: Vec::new(), header_len: 0, max_len: 0, tensors, metadata, first_text };
         // With every text at its longest all numbers have the most digits that they can have.
         layout.header_len = (layout.header_json(&lens).len() as u64).next_multiple_of(8);
         let mut at = 8 + layout.header_len;
@@ -80,9 +76,9 @@ impl Layout {
         layout
     }
 
-    /// The position of the tensor `name` in [`Layout::tensors`].
-    pub fn index(&self, name: &str) -> Option<usize> {
-        self.by_name.get(name).copied()
+    /// The position of a tensor in [`Layout::tensors`].
+    pub fn index(&self, tensor: &OutputTensor) -> Option<usize> {
+        self.tensors.binary_search_by(|t| t.place().cmp(&tensor.place())).ok()
     }
 
     /// The bytes that end the file, where they start, and the bytes that begin it, once the texts are known.
@@ -96,35 +92,43 @@ impl Layout {
         }
         let tail_start = self.offsets.get(self.first_text).copied().unwrap_or(self.max_len);
         let mut head = self.header_len.to_le_bytes().to_vec();
-        head.extend_from_slice(self.header_json(&lens).as_bytes());
+        head.extend_from_slice(&self.header_json(&lens));
         head.resize(8 + self.header_len as usize, b' ');
         (tail_start, tail, head)
     }
 
-    fn header_json(&self, lens: &[u64]) -> String {
-        let mut at = 0;
-        let tensors: Vec<(String, TensorInfo)> = self
-            .tensors
-            .iter()
-            .zip(lens)
-            .map(|(t, &len)| {
-                let from = at;
-                at += len as usize;
-                let shape = if t.text { vec![len as usize] } else { t.shape.clone() };
-                (t.name.clone(), TensorInfo { dtype: t.dtype, shape, data_offsets: (from, at) })
-            })
-            .collect();
-        // A map of more than one key would be written in an order that differs from run to run.
-        let mut text = String::from("{");
-        if !self.metadata.is_empty() {
-            text.push_str("\"__metadata__\":");
-            text.push_str(&serde_json::to_string(&self.metadata).expect("a map of strings is JSON"));
-            if !tensors.is_empty() {
-                text.push(',');
-            }
+    fn header_json(&self, lens: &[u64]) -> Vec<u8> {
+        /// As `safetensors::tensor::TensorInfo` is written, without a copy of the shape.
+        #[derive(Serialize)]
+        struct Entry<'a> {
+            dtype: Dtype,
+            shape: &'a [usize],
+            data_offsets: (u64, u64),
         }
-        let body = Metadata::new(None, tensors).expect("a layout has neither gaps nor overlaps");
-        let body = serde_json::to_string(&body).expect("a header is JSON");
-        text + body.strip_prefix('{').unwrap_or(&body)
+        let mut at = 0;
+        let mut text = Vec::from(b"{");
+        // A map of more than one key would be written in an order that differs from run to run.
+        if !self.metadata.is_empty() {
+            text.extend(b"\"__metadata__\":");
+            write_json(&mut text, &self.metadata);
+        }
+        for (t, &len) in self.tensors.iter().zip(lens) {
+            if text.len() > 1 {
+                text.push(b',');
+            }
+            let data_offsets = (at, at + len);
+            at += len;
+            write_json(&mut text, &t.name);
+            text.push(b':');
+            let length = [len as usize];
+            let shape: &[usize] = if t.text { &length } else { &t.shape };
+            write_json(&mut text, &Entry { dtype: t.dtype, shape, data_offsets });
+        }
+        text.push(b'}');
+        text
     }
+}
+
+fn write_json(text: &mut Vec<u8>, value: &impl Serialize) {
+    serde_json::to_writer(text, value).expect("names, numbers and lists are JSON");
 }

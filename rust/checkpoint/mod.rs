@@ -4,6 +4,7 @@
 //! to the byte; [`run`] carries a plan out (threads in [`workers`], pieces in [`convert`]) into a [`stage`] whose files
 //! appear together; [`verify`](mod@verify) and [`inspect`](mod@inspect) look at the result.
 
+pub mod cast;
 pub mod convert;
 pub mod file;
 pub mod flush;
@@ -18,4 +19,8 @@ pub mod source;
 pub mod stage;
 pub mod state;
 pub mod verify;
+pub mod weights;
 pub mod workers;
+
+#[cfg(test)]
+mod tests;

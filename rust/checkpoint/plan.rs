@@ -1,15 +1,18 @@
 //! What a run will do, computed from headers alone: which tensor becomes what, why, how many bytes, in which file.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
 
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
+use super::cast::{config_dtype, is_float};
+use super::header::{MAX_HEADER_LEN, TensorEntry};
 use super::layout::{Layout, OutputTensor};
 use super::selection::{self, SelectionOptions, TensorFacts, Treatment};
 use super::source::{Checkpoint, SINGLE_FILE, TensorRef};
 use super::state::{self, State, packed_shape};
+use super::weights::{WeightSource, find_weights};
 use crate::error::{Error, Result};
 use crate::geometry::{BlockSize, NESTED_BLOCK_SIZE};
 
@@ -25,6 +28,8 @@ pub struct QuantizeOptions {
     pub double_quant: bool,
     /// The dtype that packed codes are stored as.
     pub storage: Dtype,
+    /// The dtype that weights are taken in before they are quantized or kept; none for that of config.json.
+    pub dtype: Option<Dtype>,
     /// Largest output file in bytes; one weight alone may exceed it.
     pub max_shard_size: u64,
     /// Which tensors.
@@ -88,23 +93,6 @@ pub struct WeightOutputs {
     pub nested: Option<(usize, usize)>,
     /// The JSON.
     pub state: usize,
-}
-
-/// A 4-bit weight of a source.
-#[derive(Debug, Clone)]
-pub struct WeightSource {
-    /// Its name.
-    pub name: String,
-    /// What its JSON says.
-    pub state: State,
-    /// Packed codes.
-    pub packed: TensorRef,
-    /// Scales.
-    pub absmax: TensorRef,
-    /// The scales' scales and codebook.
-    pub nested: Option<(TensorRef, TensorRef)>,
-    /// All tensors that belong to it.
-    pub parts: Vec<TensorRef>,
 }
 
 /// One file to write.
@@ -195,11 +183,14 @@ impl Plan {
             })
             .collect();
         let selection = selection::select(config, &facts, &options.selection)?;
+        let model_dtype = options.dtype.or_else(|| config_dtype(config));
         let mut groups = Vec::with_capacity(source.order.len());
         for (&at, decision) in source.order.iter().zip(&selection.decisions) {
             let entry = source.tensor(at);
             groups.push(match decision.treatment {
-                Treatment::Keep => keep(&source, at, decision.reason.clone()),
+                Treatment::Keep => {
+                    keep(&source, at, decision.reason.clone(), weight_dtype(entry, decision.float32, model_dtype))
+                }
                 Treatment::Quantize { quant_type, transpose } => {
                     let mut shape = entry.shape.clone();
                     if transpose {
@@ -208,7 +199,7 @@ impl Plan {
                     let state = State {
                         quant_type,
                         blocksize: options.blocksize,
-                        dtype: entry.dtype,
+                        dtype: weight_dtype(entry, false, model_dtype),
                         shape,
                         nested_offset: options.double_quant.then_some(0.0),
                     };
@@ -277,6 +268,13 @@ impl Plan {
                 let to = dtype.unwrap_or(weight.state.dtype);
                 let transpose = selection::is_conv1d(config, &weight.name);
                 let mut shape = weight.state.shape.clone();
+                if transpose && shape.len() != 2 {
+                    return Err(Error::tensor(
+                        &source.file(at).path,
+                        &weight.name,
+                        format!("has the shape {shape:?}: expected two dimensions of the weight of a Conv1D"),
+                    ));
+                }
                 if transpose {
                     shape.reverse();
                 }
@@ -297,7 +295,7 @@ impl Plan {
                     line,
                 });
             } else if !parts.contains(&at) {
-                groups.push(keep(&source, at, "not quantized".to_owned()));
+                groups.push(keep(&source, at, "not quantized".to_owned(), source.tensor(at).dtype));
             }
         }
         let (shards, tensors) = pack(&source, groups, max_shard_size)?;
@@ -398,23 +396,37 @@ fn refuse_quantized(source: &Checkpoint, config: Option<&Value>) -> Result<()> {
     Ok(())
 }
 
-fn keep(source: &Checkpoint, at: TensorRef, reason: String) -> Group {
+/// The dtype that a loader which does not know of quantization would give a tensor, and which it must be stored in
+/// since loaders take the weights of a quantized checkpoint as they are: the model's for weights and biases, float32
+/// instead of float16 where the architecture computes in float32. Other tensors (buffers, tables, and parameters that
+/// models make in a dtype of their own, such as `A_log`) stay as they are.
+fn weight_dtype(entry: &TensorEntry, float32: bool, model: Option<Dtype>) -> Dtype {
+    let named = [".weight", ".bias"].iter().any(|end| entry.name.ends_with(end));
+    let dtype = match model {
+        Some(model) if named && is_float(entry.dtype) => model,
+        _ => entry.dtype,
+    };
+    if float32 && dtype == Dtype::F16 { Dtype::F32 } else { dtype }
+}
+
+fn keep(source: &Checkpoint, at: TensorRef, mut reason: String, dtype: Dtype) -> Group {
     let entry = source.tensor(at);
+    let output = OutputTensor::fixed(entry.name.clone(), dtype, entry.shape.clone());
+    if dtype != entry.dtype {
+        let name = |d| state::torch_name(d).unwrap_or("another dtype");
+        reason = format!("{reason}; {} becomes {}", name(entry.dtype), name(dtype));
+    }
     let line = TensorPlan {
         name: entry.name.clone(),
         shape: entry.shape.clone(),
         from: entry.dtype.to_string(),
         to: "keep".to_owned(),
         bytes_in: entry.len,
-        bytes_out: entry.len,
+        bytes_out: output.len,
         reason,
         shard: 0,
     };
-    Group {
-        outputs: vec![OutputTensor::fixed(entry.name.clone(), entry.dtype, entry.shape.clone())],
-        kind: Kind::Copy(at),
-        line,
-    }
+    Group { outputs: vec![output], kind: Kind::Copy(at), line }
 }
 
 /// The tensors of one 4-bit weight, in the order that [`pack`] gives them back in: codes, scales, codebook, JSON, then
@@ -438,44 +450,85 @@ fn weight_outputs(name: &str, state: &State, storage: Dtype) -> Vec<OutputTensor
     outputs
 }
 
-/// Deals groups out to files of at most `max_shard_size` bytes, in order; a weight and its state stay together.
-fn pack(source: &Checkpoint, groups: Vec<Group>, max_shard_size: u64) -> Result<(Vec<ShardPlan>, Vec<TensorPlan>)> {
-    let mut names = HashSet::new();
-    let mut bins: Vec<Vec<Group>> = Vec::new();
-    let mut filled = 0;
+/// A bound of the bytes that an entry of this name takes in a header, but for its shape: the name, each byte of which
+/// JSON may spell in six, and its dtype and offsets.
+fn header_room(name: &str) -> u64 {
+    let escaped: usize = name
+        .bytes()
+        .map(|b| {
+            if b < 0x20 || b == 0x7f {
+                6
+            } else if b == b'"' || b == b'\\' {
+                2
+            } else {
+                1
+            }
+        })
+        .sum();
+    escaped as u64 + 100
+}
+
+/// Fails when two tensors of the output have one name.
+fn refuse_duplicates(source: &Checkpoint, groups: &[Group]) -> Result<()> {
+    let mut owners: HashMap<&str, &str> = HashMap::new();
     for group in groups {
         for output in &group.outputs {
-            if !names.insert(output.name.clone()) {
+            if let Some(other) = owners.insert(&output.name, &group.line.name) {
+                let weight = if other == output.name { &group.line.name } else { other };
                 return Err(Error::tensor(
                     &source.folder,
                     &output.name,
                     format!(
-                        "would stand twice in the output: once as it is, once as a part of the 4-bit weight {:?}",
-                        group.line.name
+                        "would stand twice in the output: it has the name of a part of the 4-bit weight {weight:?}"
                     ),
                 ));
             }
         }
+    }
+    Ok(())
+}
+
+/// Deals groups out to files of at most `max_shard_size` bytes, in order; a weight and its state stay together.
+fn pack(source: &Checkpoint, groups: Vec<Group>, max_shard_size: u64) -> Result<(Vec<ShardPlan>, Vec<TensorPlan>)> {
+    refuse_duplicates(source, &groups)?;
+    let mut metadata = source.metadata();
+    // transformers asks for it and writes it itself.
+    metadata.entry("format".to_owned()).or_insert_with(|| "pt".to_owned());
+    let metadata_len: u64 = metadata.iter().map(|(k, v)| header_room(k) + header_room(v)).sum();
+    let mut bins: Vec<Vec<Group>> = Vec::new();
+    let (mut filled, mut header) = (0, 0);
+    for group in groups {
         let len = group.line.bytes_out;
-        if bins.is_empty() || (filled > 0 && filled + len > max_shard_size) {
+        let room: u64 = group.outputs.iter().map(|o| header_room(&o.name) + 24 * o.shape.len() as u64).sum();
+        // A 4-bit weight has six entries in a header where the weight itself had one.
+        let full = filled > 0 && filled + len > max_shard_size || header + room > MAX_HEADER_LEN;
+        if bins.last().is_none_or(|bin| full && !bin.is_empty()) {
             bins.push(Vec::new());
-            filled = 0;
+            (filled, header) = (0, metadata_len);
         }
         filled += len;
+        header += room;
         if let Some(bin) = bins.last_mut() {
             bin.push(group);
         }
     }
-    let mut metadata = source.metadata();
-    // transformers asks for it and writes it itself.
-    metadata.entry("format".to_owned()).or_insert_with(|| "pt".to_owned());
     let count = bins.len();
     let mut shards = Vec::with_capacity(count);
     let mut lines = Vec::new();
     for (number, bin) in bins.into_iter().enumerate() {
         let outputs: Vec<OutputTensor> = bin.iter().flat_map(|g| g.outputs.iter().cloned()).collect();
         let layout = Layout::new(outputs, metadata.clone());
-        let place = |o: &OutputTensor| layout.index(&o.name).expect("a layout holds what it was made of");
+        if layout.header_len > MAX_HEADER_LEN {
+            return Err(Error::file(
+                &source.folder,
+                format!(
+                    "has so long names or so much metadata that a header of the output would have {} bytes: \
+                     safetensors allows {MAX_HEADER_LEN}",
+                    layout.header_len
+                ),
+            ));
+        }
+        let place = |o: &OutputTensor| layout.index(o).expect("a layout holds what it was made of");
         let mut actions = Vec::with_capacity(bin.len());
         for mut group in bin {
             let at: Vec<usize> = group.outputs.iter().map(place).collect();
@@ -506,78 +559,4 @@ fn pack(source: &Checkpoint, groups: Vec<Group>, max_shard_size: u64) -> Result<
         shards.push(ShardPlan { name, layout, actions });
     }
     Ok((shards, lines))
-}
-
-/// The 4-bit weights of a checkpoint, each checked: its parts are there and have the shapes that its JSON asks for.
-pub fn find_weights(source: &Checkpoint) -> Result<Vec<WeightSource>> {
-    let mut weights = Vec::new();
-    for &at in &source.order {
-        let name = &source.tensor(at).name;
-        if let Some((weight, suffix)) = name.split_once(state::STATE_INFIX) {
-            weights.push(read_weight(source, at, weight, suffix)?);
-        }
-    }
-    Ok(weights)
-}
-
-fn read_weight(source: &Checkpoint, at: TensorRef, name: &str, suffix: &str) -> Result<WeightSource> {
-    let (file, entry) = (source.file(at), source.tensor(at));
-    let fail = |tensor: &str, problem: String| Error::tensor(&file.path, tensor, problem);
-    if entry.dtype != Dtype::U8 || entry.len > 1 << 16 {
-        return Err(fail(
-            &entry.name,
-            format!("is {} of {} bytes: expected the uint8 text of a quantization state", entry.dtype, entry.len),
-        ));
-    }
-    let state = State::parse(&source.read(at)?).map_err(|problem| fail(&entry.name, problem))?;
-    if state.quant_type.as_str() != suffix {
-        return Err(fail(
-            &entry.name,
-            format!("says quant_type {:?}: expected {suffix:?}, as in its name", state.quant_type.as_str()),
-        ));
-    }
-    let part = |suffix: &str| {
-        let wanted = format!("{name}{suffix}");
-        source.find(&wanted).ok_or_else(|| fail(name, format!("has a quantization state and no {wanted:?} beside it")))
-    };
-    let n = state.elements();
-    let packed = part("")?;
-    let codes = source.tensor(packed);
-    let itemsize = state::item_size(codes.dtype);
-    if state::torch_name(codes.dtype).is_none() || codes.len != (packed_shape(n, codes.dtype)[0] * itemsize) as u64 {
-        return Err(fail(
-            name,
-            format!(
-                "holds {} bytes of {}: expected {} packed bytes for the shape {:?}",
-                codes.len,
-                codes.dtype,
-                crate::geometry::packed_len(n),
-                state.shape
-            ),
-        ));
-    }
-    let expect = |at: TensorRef, dtype: Dtype, len: usize| {
-        let t = source.tensor(at);
-        if t.dtype == dtype && t.elements() == len {
-            Ok(at)
-        } else {
-            Err(fail(&t.name, format!("is {} of shape {:?}: expected {dtype} of shape [{len}]", t.dtype, t.shape)))
-        }
-    };
-    let scales = state.blocksize.absmax_len(n);
-    let mut parts = vec![packed, at];
-    if let Some(map) = source.find(&format!("{name}{}", state::QUANT_MAP)) {
-        parts.push(map);
-    }
-    let nested = if state.nested_offset.is_some() {
-        let absmax = expect(part(state::NESTED_ABSMAX)?, Dtype::F32, scales.div_ceil(NESTED_BLOCK_SIZE))?;
-        let map = expect(part(state::NESTED_QUANT_MAP)?, Dtype::F32, 256)?;
-        parts.extend([absmax, map]);
-        Some((absmax, map))
-    } else {
-        None
-    };
-    let absmax = expect(part(state::ABSMAX)?, if nested.is_some() { Dtype::U8 } else { Dtype::F32 }, scales)?;
-    parts.push(absmax);
-    Ok(WeightSource { name: name.to_owned(), state, packed, absmax, nested, parts })
 }

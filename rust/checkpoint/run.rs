@@ -1,8 +1,8 @@
 //! A plan carried out: files made in the stage, then moved into the destination together.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io;
+use std::fs;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -35,9 +35,10 @@ pub fn run(plan: &Plan, destination: &Path, options: &RunOptions, progress: &Pro
     let start = Instant::now();
     progress.set_total(plan.bytes_in());
     let identity = identity(plan, options);
-    let opened = Stage::open(destination, &plan.source.folder, options.mode, &identity, options.durable, |folder| {
-        is_complete(plan, folder, options)
-    })?;
+    let names = output_names(plan, options);
+    let places = plan.source.places();
+    let complete = |folder: &Path| is_complete(plan, folder, options);
+    let opened = Stage::open(destination, &places, names, options.mode, &identity, options.durable, complete)?;
     let stage = match opened {
         Opened::Complete => return report(plan, &file::resolve(destination)?, options, start, plan.shards.len(), true),
         Opened::Write(stage) => stage,
@@ -53,7 +54,7 @@ pub fn run(plan: &Plan, destination: &Path, options: &RunOptions, progress: &Pro
         resumed = plan.shards.len();
     }
     let destination = stage.destination().to_path_buf();
-    stage.commit(&output_names(plan, options))?;
+    stage.commit()?;
     report(plan, &destination, options, start, resumed, false)
 }
 
@@ -85,8 +86,8 @@ fn write_all(
     *resumed = plan.shards.len() - todo.len();
     *done = *resumed;
     check_space(plan, stage, &todo)?;
-    let finished: u64 =
-        plan.tensors.iter().filter(|t| stage.has(Path::new(&plan.shards[t.shard].name))).map(|t| t.bytes_in).sum();
+    let finished: Vec<bool> = plan.shards.iter().map(|s| stage.has(Path::new(&s.name))).collect();
+    let finished: u64 = plan.tensors.iter().filter(|t| finished[t.shard]).map(|t| t.bytes_in).sum();
     progress.add(finished);
     for shard in todo {
         write_shard(plan, shard, stage, options, progress)?;
@@ -94,7 +95,7 @@ fn write_all(
     }
     for (name, len) in &plan.source.small_files {
         progress.check()?;
-        copy(&plan.source.folder.join(name), stage, name, *len)?;
+        copy(&plan.source.folder.join(name), stage, name, *len, progress)?;
     }
     if plan.sharded() {
         stage.write(Path::new(INDEX_FILE), index_text(plan, stage)?.as_bytes())?;
@@ -121,7 +122,7 @@ fn write_shard(plan: &Plan, shard: &ShardPlan, stage: &Stage, options: &RunOptio
     let name = Path::new(&shard.name);
     let partial = stage.partial(name)?;
     let outcome = (|| {
-        let out = File::create(&partial).map_err(Error::io(&partial, "create"))?;
+        let out = file::create(&partial)?;
         file::reserve(&out, &partial, shard.layout.max_len)?;
         let job = ShardJob::new(&plan.source, shard, &out, &partial, plan.allow_nonfinite, progress);
         job.run(options.threads, options.durable)?;
@@ -131,19 +132,33 @@ fn write_shard(plan: &Plan, shard: &ShardPlan, stage: &Stage, options: &RunOptio
         stage.accept(name, &partial, &out)
     })();
     if outcome.is_err() {
-        let _ = fs::remove_file(&partial);
+        let _ = file::remove_if_present(&partial);
     }
     outcome
 }
 
-fn copy(from: &Path, stage: &Stage, name: &Path, len: u64) -> Result<()> {
+fn copy(from: &Path, stage: &Stage, name: &Path, len: u64, progress: &Progress) -> Result<()> {
+    /// Bytes between two looks at whether to stop: a fraction of a second of a slow disk.
+    const STEP: u64 = 32 << 20;
     if stage.has(name) && fs::metadata(stage.files().join(name)).is_ok_and(|f| f.len() == len) {
         return Ok(());
     }
     let partial = stage.partial(name)?;
-    let (mut source, _) = file::open_regular(from)?;
-    let mut out = File::create(&partial).map_err(Error::io(&partial, "create"))?;
-    io::copy(&mut source, &mut out).map_err(Error::io(&partial, "copy to"))?;
+    let (mut source, facts) = file::open_regular(from)?;
+    let mut out = file::create(&partial)?;
+    let mut left = len;
+    while left > 0 {
+        progress.check()?;
+        let count =
+            io::copy(&mut (&mut source).take(left.min(STEP)), &mut out).map_err(Error::io(&partial, "copy to"))?;
+        if count == 0 {
+            break;
+        }
+        left -= count;
+    }
+    if left > 0 || facts.len() != len {
+        return Err(Error::file(from, "was changed while it was being read"));
+    }
     stage.accept(name, &partial, &out)
 }
 
@@ -186,12 +201,15 @@ fn identity(plan: &Plan, options: &RunOptions) -> Value {
         }).collect::<Vec<_>>(),
         "options": plan.options,
         "output files": plan.shards.iter().map(|s| json!([s.name, s.layout.max_len])).collect::<Vec<_>>(),
-        "copied files": plan.source.small_files.iter().map(|(n, l)| json!([n.to_string_lossy(), l])).collect::<Vec<_>>(),
+        "copied files": plan.source.small_files.iter().map(|(n, l)| {
+            let modified = fs::metadata(plan.source.folder.join(n)).as_ref().map_or(0, file::modified_ns);
+            json!([n.to_string_lossy(), l, modified])
+        }).collect::<Vec<_>>(),
         "config.json": options.config_text,
     })
 }
 
-/// Whether `folder` holds the finished output of `plan`.
+/// Whether `folder` holds the finished output of `plan`: its config, its tensors, nothing older than the source.
 fn is_complete(plan: &Plan, folder: &Path, options: &RunOptions) -> bool {
     let config = match &options.config_text {
         Some(text) => fs::read_to_string(folder.join(CONFIG_FILE)).is_ok_and(|found| found == *text),
@@ -201,7 +219,9 @@ fn is_complete(plan: &Plan, folder: &Path, options: &RunOptions) -> bool {
         && (!plan.sharded() || folder.join(INDEX_FILE).is_file())
         && plan.shards.iter().all(|shard| {
             let Ok(file) = SourceFile::open(&folder.join(&shard.name)) else { return false };
-            file.tensors.len() == shard.layout.tensors.len()
+            // The same layout with other values, when the model was trained on.
+            plan.source.files.iter().all(|source| source.modified_ns <= file.modified_ns)
+                && file.tensors.len() == shard.layout.tensors.len()
                 && file.tensors.iter().zip(&shard.layout.tensors).all(|(found, planned)| {
                     found.name == planned.name
                         && found.dtype == planned.dtype

@@ -78,6 +78,9 @@ pub struct Decision {
     pub treatment: Treatment,
     /// Why, in a few words.
     pub reason: String,
+    /// The architecture computes with this weight in float32. A loader of a quantized checkpoint takes weights in the
+    /// dtype that they are stored in, so a float16 one has to be stored wider.
+    pub float32: bool,
 }
 
 /// The decisions for a whole checkpoint.
@@ -139,12 +142,13 @@ pub fn select(config: Option<&Value>, tensors: &[TensorFacts<'_>], options: &Sel
             options.rules.iter().position(|rule| rule.matches(tensor.name, source) || rule.matches(&module, &module));
 
         let by_itself = model.explain(class.reason());
-        let decision = match (rule, class.never.or(class.kept), skipped) {
+        let mut decision = match (rule, class.never.or(class.kept), skipped) {
             (Some(index), ..) => rule_use[index].decide(&options.rules[index], tensor, &class, by_itself),
             (None, Some(_), _) => keep(by_itself),
             (None, None, Some(index)) => keep(format!("skip list ({})", skip[index].text())),
             (None, None, None) => quantize(options.quant_type, class.conv1d, by_itself),
         };
+        decision.float32 = decision.treatment == Treatment::Keep && model.is_float32(tensor);
         if class.linear || !class.parts.is_empty() {
             let converted = decision.treatment != Treatment::Keep;
             // What cannot be quantized here the loader would convert all the same.
@@ -204,11 +208,11 @@ fn module_of(name: &str) -> &str {
 }
 
 fn keep(reason: String) -> Decision {
-    Decision { treatment: Treatment::Keep, reason }
+    Decision { treatment: Treatment::Keep, reason, float32: false }
 }
 
 fn quantize(quant_type: QuantType, transpose: bool, reason: String) -> Decision {
-    Decision { treatment: Treatment::Quantize { quant_type, transpose }, reason }
+    Decision { treatment: Treatment::Quantize { quant_type, transpose }, reason, float32: false }
 }
 
 fn check_explicit(explicit: &HashSet<String>, tensors: &[TensorFacts<'_>]) -> Result<()> {
@@ -272,7 +276,7 @@ impl RuleUse {
         if self.quantized == 0 {
             return Err(Error::argument(
                 "rule",
-                format!("{:?}, which reaches {what}", rule.to_string()),
+                format!("'{rule}', which reaches {what}"),
                 "a pattern for two-dimensional F16, BF16 or F32 weights of linear layers",
             ));
         }

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
+use std::io::Read;
 use std::path::{Component, Path, PathBuf};
 
 use serde::Deserialize;
@@ -20,6 +21,9 @@ pub const CONFIG_FILE: &str = "config.json";
 
 /// The largest index file that is read: 1.5 million tensors at 200 bytes each.
 const MAX_INDEX_LEN: u64 = 300_000_000;
+/// Bytes of all weight files together, at most: so large that only files with holes get there, so small that no sum
+/// of lengths (eight times as long when 4-bit weights become float32) overflows.
+const MAX_TOTAL_LEN: u64 = 1 << 59;
 /// How deep folders of small files are followed.
 const MAX_DEPTH: usize = 8;
 
@@ -55,7 +59,7 @@ pub struct Checkpoint {
     pub order: Vec<TensorRef>,
     /// Small files to copy: path relative to the folder, and length.
     pub small_files: Vec<(PathBuf, u64)>,
-    /// Files that hold weights in another form: relative path and why they are left out.
+    /// What is not copied, weights in another form above all: relative path and why.
     pub left_out: Vec<(PathBuf, String)>,
     /// Remarks for the reader of a plan.
     pub notes: Vec<String>,
@@ -75,6 +79,13 @@ pub struct TensorRef {
 #[derive(Debug)]
 struct Index {
     weight_map: BTreeMap<String, String>,
+}
+
+/// An index with its place, and the shards that it names in the order in which they are opened.
+struct Listed {
+    path: PathBuf,
+    index: Index,
+    shards: Vec<String>,
 }
 
 impl<'de> Deserialize<'de> for Index {
@@ -118,9 +129,10 @@ impl Checkpoint {
             (vec![SourceFile::open(&single)?], None)
         } else if exists(&index_path)? {
             let index = read_index(&index_path)?;
-            let names: BTreeSet<&String> = index.weight_map.values().collect();
-            let mut files = Vec::with_capacity(names.len());
-            for name in names {
+            let shards: BTreeSet<String> = index.weight_map.values().cloned().collect();
+            let shards = Vec::from_iter(shards);
+            let mut files = Vec::with_capacity(shards.len());
+            for name in &shards {
                 let path = path.join(name);
                 if !exists(&path)? {
                     let first = index.weight_map.iter().find(|(_, f)| *f == name).map_or("", |(t, _)| t);
@@ -131,7 +143,7 @@ impl Checkpoint {
                 }
                 files.push(SourceFile::open(&path)?);
             }
-            (files, Some((index_path, index)))
+            (files, Some(Listed { path: index_path, index, shards }))
         } else {
             return Err(nothing_here(path, &left_out));
         };
@@ -144,19 +156,25 @@ impl Checkpoint {
     fn collect(
         folder: PathBuf,
         files: Vec<SourceFile>,
-        index: Option<(PathBuf, Index)>,
+        index: Option<Listed>,
         small_files: Vec<(PathBuf, u64)>,
         left_out: Vec<(PathBuf, String)>,
     ) -> Result<Self> {
+        let total = files.iter().fold(0u64, |n, f| n.saturating_add(f.len));
+        if total > MAX_TOTAL_LEN {
+            return Err(Error::file(
+                &folder,
+                format!("has weight files of {total} bytes together: expected at most {MAX_TOTAL_LEN}"),
+            ));
+        }
         let mut order = Vec::new();
         let mut by_name: HashMap<String, usize> = HashMap::new();
         let mut unlisted = 0usize;
         for (f, source) in files.iter().enumerate() {
-            let file_name = source.path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
             for (t, tensor) in source.tensors.iter().enumerate() {
-                if let Some((_, index)) = &index {
-                    match index.weight_map.get(&tensor.name) {
-                        Some(shard) if !same_shard(shard, file_name, &source.path) => continue,
+                if let Some(listed) = &index {
+                    match listed.index.weight_map.get(&tensor.name) {
+                        Some(shard) if *shard != listed.shards[f] => continue,
                         Some(_) => {}
                         None => unlisted += 1,
                     }
@@ -174,7 +192,7 @@ impl Checkpoint {
             }
         }
         let mut notes = Vec::new();
-        if let Some((path, index)) = &index {
+        if let Some(Listed { path, index, .. }) = &index {
             if let Some((tensor, shard)) = index.weight_map.iter().find(|(t, _)| !by_name.contains_key(*t)) {
                 return Err(Error::tensor(
                     path,
@@ -193,6 +211,21 @@ impl Checkpoint {
             return Err(Error::file(path, "holds no tensor"));
         }
         Ok(Self { folder, files, order, small_files, left_out, notes, by_name })
+    }
+
+    /// What a run must never write to: the folder, and the places outside it that files of the checkpoint are links to.
+    pub fn places(&self) -> Vec<PathBuf> {
+        let names = self.small_files.iter().map(|f| self.folder.join(&f.0));
+        let others = [CONFIG_FILE, INDEX_FILE].iter().map(|n| self.folder.join(n));
+        let weights = self.files.iter().map(|f| f.path.clone());
+        let mut places = BTreeSet::new();
+        for path in names.chain(others).chain(weights) {
+            places.extend(path.canonicalize());
+            // The folder of a single file as it was named, which may be a link to elsewhere.
+            places.extend(path.parent().and_then(|folder| file::resolve(folder).ok()));
+        }
+        places.retain(|place| !place.starts_with(&self.folder));
+        [self.folder.clone()].into_iter().chain(places).collect()
     }
 
     /// The tensor at `at`.
@@ -228,10 +261,6 @@ impl Checkpoint {
     }
 }
 
-fn same_shard(listed: &str, file_name: &str, path: &Path) -> bool {
-    listed == file_name || path.ends_with(listed)
-}
-
 fn exists(path: &Path) -> Result<bool> {
     match fs::symlink_metadata(path) {
         Ok(_) => Ok(true),
@@ -241,11 +270,12 @@ fn exists(path: &Path) -> Result<bool> {
 }
 
 fn read_index(path: &Path) -> Result<Index> {
-    let (_, facts) = file::open_regular(path)?;
+    let (file, facts) = file::open_regular(path)?;
     if facts.len() > MAX_INDEX_LEN {
         return Err(Error::file(path, format!("is {} bytes long: expected at most {MAX_INDEX_LEN}", facts.len())));
     }
-    let text = fs::read(path).map_err(Error::io(path, "read"))?;
+    let mut text = Vec::new();
+    file.take(MAX_INDEX_LEN).read_to_end(&mut text).map_err(Error::io(path, "read"))?;
     parse_index(path, &text)
 }
 
@@ -297,6 +327,8 @@ fn small_files(folder: &Path) -> Result<Listing> {
             if kind.is_dir() {
                 if depth < MAX_DEPTH {
                     open.push((path, depth + 1));
+                } else {
+                    weights.push((relative, format!("a folder {MAX_DEPTH} folders deep")));
                 }
                 continue;
             }

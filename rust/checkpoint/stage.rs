@@ -17,15 +17,20 @@ use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use super::file;
-use super::source::{CONFIG_FILE, INDEX_FILE};
+use super::source::{CONFIG_FILE, INDEX_FILE, SINGLE_FILE};
 use crate::error::{Error, Result};
 
 /// The hidden folder inside a destination.
 pub const STAGE_FOLDER: &str = ".halfbyte-partial";
+
+/// Its file that says what is being made.
+const JOURNAL: &str = "journal.json";
 
 /// Version of the journal; another version's runs are not continued.
 const JOURNAL_VERSION: u64 = 1;
@@ -68,84 +73,73 @@ pub struct Stage {
     /// Folders above the files that this run made, the outermost first; removed again when nothing comes of it.
     made: Vec<PathBuf>,
     journal: Value,
+    /// The files of the output in the order in which they appear.
+    names: Vec<PathBuf>,
     _lock: File,
     durable: bool,
     settled: bool,
 }
 
 impl Stage {
-    /// Prepares `destination`.
+    /// Prepares `destination` for the files `names`, config.json last.
     ///
-    /// `identity` describes source and options: an interrupted run goes on only when it is the same. `complete` tells
-    /// whether the destination holds the finished output of this plan.
+    /// `source` are the places that must not be written to. `identity` describes source and options: an interrupted
+    /// run goes on only when it is the same. `complete` tells whether the destination holds the finished output of
+    /// this plan.
     pub fn open(
         destination: &Path,
-        source: &Path,
+        source: &[PathBuf],
+        names: Vec<PathBuf>,
         mode: Mode,
         identity: &Value,
         durable: bool,
-        complete: impl FnOnce(&Path) -> bool,
+        complete: impl Fn(&Path) -> bool,
     ) -> Result<Opened> {
         let destination = file::resolve(destination)?;
-        refuse_overlap(&destination, source)?;
-        let in_use = contents(&destination)?;
+        for place in source {
+            refuse_overlap(&destination, place)?;
+        }
+        refuse_obstacles(&destination, &names)?;
         let stage = destination.join(STAGE_FOLDER);
-        let interrupted = in_use.contains(STAGE_FOLDER);
-        let occupied = in_use.iter().any(|n| n != STAGE_FOLDER);
-        let mut go_on = None;
-        match mode {
-            Mode::New if interrupted => {
-                return Err(Error::destination(
-                    &destination,
-                    "holds a run that was interrupted: --resume continues it, --overwrite starts again",
-                ));
-            }
-            Mode::New if occupied => {
-                return Err(Error::destination(
-                    &destination,
-                    "is not empty: choose another folder, or --overwrite to replace its checkpoint",
-                ));
-            }
-            Mode::Resume if interrupted => go_on = read_journal(&stage)?,
-            Mode::Resume if occupied => {
-                if complete(&destination) {
-                    return Ok(Opened::Complete);
-                }
-                return Err(Error::destination(
-                    &destination,
-                    "holds files and no interrupted run, so there is nothing to resume: --overwrite replaces its checkpoint",
-                ));
-            }
-            _ => {}
-        }
-        if let Some(journal) = &go_on
-            && journal.get("identity") != Some(identity)
+        // What is refused is refused before anything is made.
+        let found = look(&destination, mode, identity, false, &complete)?;
+        if let Found::Complete = found
+            && !exists(&stage)
         {
-            return Err(Error::destination(
-                &destination,
-                format!(
-                    "holds an interrupted run of another kind ({}): --overwrite starts again",
-                    difference(journal, identity)
-                ),
-            ));
+            return Ok(Opened::Complete);
         }
-        let made = make_folders(&stage)?;
-        let lock = lock(&stage.join("lock"), &destination)?;
-        let committing = go_on.as_ref().is_some_and(|j| j["phase"] == "commit");
-        let fresh = json!({
-            "version": JOURNAL_VERSION,
-            "phase": "write",
-            // A resumed run finds other files only when the first one was allowed to replace them.
-            "replace": mode == Mode::Overwrite || occupied,
-            "identity": identity,
-        });
+        let mut made = make_folders(&stage)?;
+        let lock = lock(&stage, &destination, &mut made).inspect_err(|error| {
+            if matches!(error, Error::Io { .. }) && made.contains(&stage) {
+                discard(&stage, &made);
+            }
+        })?;
+        // Another process may have written, or ended, until the lock was ours.
+        let found = look(&destination, mode, identity, true, &complete).inspect_err(|_| {
+            if !exists(&stage.join(JOURNAL)) {
+                discard(&stage, &made);
+            }
+        })?;
+        let (journal, occupied) = match found {
+            Found::Complete => {
+                discard(&stage, &made);
+                return Ok(Opened::Complete);
+            }
+            Found::Interrupted(journal) => (Some(journal), true),
+            Found::Fresh { occupied } => (None, occupied),
+        };
+        let replace = mode == Mode::Overwrite || occupied;
+        let fresh = json!({"version": JOURNAL_VERSION, "phase": "write", "replace": replace, "identity": identity});
+        let go_on = journal.is_some();
         let mut this =
-            Self { journal: go_on.clone().unwrap_or(fresh), destination, made, _lock: lock, durable, settled: false };
-        if go_on.is_none() {
+            Self { journal: journal.unwrap_or(fresh), destination, names, made, _lock: lock, durable, settled: go_on };
+        if !go_on {
             this.clear_files()?;
             this.write_journal()?;
-        } else if committing {
-            this.settled = true;
+        } else if !this.committing() {
+            this.settled = false;
+            // Their room is needed again.
+            remove_partials(&this.files());
         }
         Ok(Opened::Write(this))
     }
@@ -171,7 +165,7 @@ impl Stage {
         path.push(".partial");
         let path = PathBuf::from(path);
         if let Some(folder) = path.parent() {
-            fs::create_dir_all(folder).map_err(Error::io(folder, "make"))?;
+            file::create_folders(folder)?;
         }
         Ok(path)
     }
@@ -194,7 +188,7 @@ impl Stage {
     /// Writes a small file whole.
     pub fn write(&self, name: &Path, bytes: &[u8]) -> Result<()> {
         let partial = self.partial(name)?;
-        let mut out = File::create(&partial).map_err(Error::io(&partial, "create"))?;
+        let mut out = file::create(&partial)?;
         out.write_all(bytes).map_err(Error::io(&partial, "write"))?;
         self.accept(name, &partial, &out)
     }
@@ -204,45 +198,55 @@ impl Stage {
         self.files().join(name).is_file()
     }
 
-    /// Moves every file of `names` into the destination, in this order, and ends the run. `names` ends with
-    /// config.json, if there is one. Files of an earlier checkpoint that the new one does not replace are removed.
-    pub fn commit(mut self, names: &[PathBuf]) -> Result<()> {
-        // From here on the outcome is decided; whoever finds the journal finishes.
+    /// Moves every file into the destination, config.json last, and ends the run. Files of an earlier checkpoint that
+    /// the new one does not replace are removed.
+    pub fn commit(mut self) -> Result<()> {
+        // All files are complete: whatever goes wrong from here on, a resumed run only has to move them.
         self.settled = true;
+        refuse_obstacles(&self.destination, &self.names)?;
         self.journal["phase"] = json!("commit");
         self.write_journal()?;
         let files = self.files();
+        let config = Path::new(CONFIG_FILE);
         if self.journal["replace"] == true {
             // A half-replaced folder must not look like a model. A config.json that has moved already is the new one.
-            let config = Path::new(CONFIG_FILE);
-            if files.join(config).is_file() || !names.iter().any(|n| n == config) {
+            if files.join(config).is_file() || !self.names.iter().any(|n| n == config) {
                 file::remove_if_present(&self.destination.join(config))?;
             }
-            self.remove_stale(names)?;
+            self.remove_stale()?;
         }
-        for name in names {
+        let mut folders = BTreeSet::from([self.destination.clone()]);
+        for name in &self.names {
             let (from, to) = (files.join(name), self.destination.join(name));
             if let Some(folder) = to.parent() {
-                fs::create_dir_all(folder).map_err(Error::io(folder, "make"))?;
+                file::create_folders(folder)?;
+                let inside = folder.ancestors().take_while(|f| *f != self.destination);
+                folders.extend(inside.map(Path::to_path_buf));
             }
-            match fs::rename(&from, &to) {
+            if name == config {
+                self.sync(&folders)?;
+            }
+            match file::rename(&from, &to) {
                 // Moved by the run that was interrupted in its commit.
-                Err(e) if e.kind() == io::ErrorKind::NotFound && to.is_file() => {}
-                outcome => outcome.map_err(Error::io(&to, "rename into place"))?,
+                Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound && to.is_file() => {}
+                outcome => outcome?,
             }
         }
-        if self.durable {
-            file::sync_folder(&self.destination)?;
-        }
+        self.sync(&folders)?;
         let stage = self.stage();
         // The journal goes last: without it a stage is rubbish, with it a promise.
-        let _ = fs::remove_dir_all(&files);
-        fs::remove_dir_all(&stage).map_err(Error::io(&stage, "remove"))?;
+        file::remove_tree(&files)?;
+        file::remove_if_present(&stage.join(JOURNAL))?;
+        file::remove_tree(&stage)?;
+        folders.extend(self.destination.parent().map(Path::to_path_buf));
+        folders.extend(self.made.iter().filter_map(|f| f.parent()).map(Path::to_path_buf));
+        folders.remove(&stage);
+        self.sync(&folders)
+    }
+
+    fn sync(&self, folders: &BTreeSet<PathBuf>) -> Result<()> {
         if self.durable {
-            file::sync_folder(&self.destination)?;
-            if let Some(parent) = self.destination.parent() {
-                file::sync_folder(parent)?;
-            }
+            folders.iter().try_for_each(|folder| file::sync_folder(folder))?;
         }
         Ok(())
     }
@@ -259,19 +263,16 @@ impl Stage {
 
     fn clear_files(&self) -> Result<()> {
         let stage = self.stage();
-        file::remove_if_present(&stage.join("journal.json"))?;
+        file::remove_if_present(&stage.join(JOURNAL))?;
         let files = self.files();
-        match fs::remove_dir_all(&files) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(Error::io(&files, "remove")(e)),
-            _ => {}
-        }
-        fs::create_dir_all(&files).map_err(Error::io(&files, "make"))
+        file::remove_tree(&files)?;
+        file::create_folders(&files)
     }
 
     fn write_journal(&self) -> Result<()> {
-        let path = self.stage().join("journal.json");
+        let path = self.stage().join(JOURNAL);
         let partial = self.stage().join("journal.json.partial");
-        let mut out = File::create(&partial).map_err(Error::io(&partial, "create"))?;
+        let mut out = file::create(&partial)?;
         out.write_all(self.journal.to_string().as_bytes()).map_err(Error::io(&partial, "write"))?;
         if self.durable {
             out.sync_all().map_err(Error::io(&partial, "sync"))?;
@@ -283,13 +284,15 @@ impl Stage {
         Ok(())
     }
 
-    /// Removes the weight files of an earlier checkpoint: its index and `model*.safetensors` that are not made anew.
-    fn remove_stale(&self, names: &[PathBuf]) -> Result<()> {
-        let new: BTreeSet<&Path> = names.iter().map(PathBuf::as_path).collect();
+    /// Removes the weight files of an earlier checkpoint that are not made anew: those that a loader would find.
+    fn remove_stale(&self) -> Result<()> {
+        let new: BTreeSet<&Path> = self.names.iter().map(PathBuf::as_path).collect();
         for name in contents(&self.destination)? {
-            let weights = name.starts_with("model") && name.ends_with(".safetensors");
-            if (weights || name == INDEX_FILE) && !new.contains(Path::new(&name)) {
-                file::remove_if_present(&self.destination.join(&name))?;
+            let stale = name == SINGLE_FILE || name == INDEX_FILE || is_shard(&name);
+            let path = self.destination.join(&name);
+            // No loader takes a folder for weights.
+            if stale && !new.contains(Path::new(&name)) && !is_folder(&path) {
+                file::remove_if_present(&path)?;
             }
         }
         Ok(())
@@ -298,15 +301,124 @@ impl Stage {
 
 impl Drop for Stage {
     fn drop(&mut self) {
-        if self.settled {
-            return;
-        }
-        // A failed run leaves nothing behind; what cannot be removed is a hidden folder that says so itself.
-        let _ = fs::remove_dir_all(self.stage());
-        for folder in self.made.iter().rev() {
-            let _ = fs::remove_dir(folder);
+        if !self.settled {
+            discard(&self.stage(), &self.made);
         }
     }
+}
+
+/// Removes what a run has made. What cannot be removed is a hidden folder that says so itself.
+fn discard(stage: &Path, made: &[PathBuf]) {
+    let _ = file::remove_tree(stage);
+    for folder in made.iter().rev() {
+        file::remove_folder(folder);
+    }
+}
+
+/// Is it `model-00001-of-00002.safetensors` or its like?
+fn is_shard(name: &str) -> bool {
+    let number = |text: &str| text.len() >= 5 && text.bytes().all(|b| b.is_ascii_digit());
+    name.strip_prefix("model-")
+        .and_then(|rest| rest.strip_suffix(".safetensors"))
+        .and_then(|numbers| numbers.split_once("-of-"))
+        .is_some_and(|(part, count)| number(part) && number(count))
+}
+
+/// What a destination holds.
+enum Found {
+    /// The finished output.
+    Complete,
+    /// A run to go on with: its journal.
+    Interrupted(Value),
+    /// Nothing that is to be kept until the commit but, perhaps, files to replace.
+    Fresh { occupied: bool },
+}
+
+/// Looks whether `mode` suits what is in `destination`; `holding` is whether its lock is ours.
+fn look(
+    destination: &Path,
+    mode: Mode,
+    identity: &Value,
+    holding: bool,
+    complete: &impl Fn(&Path) -> bool,
+) -> Result<Found> {
+    let stage = destination.join(STAGE_FOLDER);
+    let occupied = contents(destination)?.iter().any(|name| name != STAGE_FOLDER);
+    let there = exists(&stage);
+    for folder in [&stage, &stage.join("files")] {
+        if exists(folder) && !is_folder(folder) {
+            return Err(Error::destination(folder, "is no folder: remove it, no run of halfbyte has made it"));
+        }
+    }
+    let journal = match mode {
+        // Whatever it says, it is replaced.
+        Mode::Overwrite => None,
+        _ if !there => None,
+        Mode::New | Mode::Resume => read_journal(&stage)?,
+    };
+    let fresh = Ok(Found::Fresh { occupied });
+    match (mode, journal) {
+        (Mode::Overwrite, _) => fresh,
+        (Mode::New, Some(_)) if !holding && is_locked(&stage) => Err(in_use(destination)),
+        (Mode::New, Some(_)) => Err(Error::destination(
+            destination,
+            "holds a run that was interrupted: --resume continues it, --overwrite starts again",
+        )),
+        (Mode::New, None) if occupied => Err(Error::destination(
+            destination,
+            "is not empty: choose another folder, or --overwrite to replace its checkpoint",
+        )),
+        (Mode::New, None) => fresh,
+        (Mode::Resume, Some(journal)) if journal.get("identity") == Some(identity) => Ok(Found::Interrupted(journal)),
+        (Mode::Resume, Some(journal)) => Err(Error::destination(
+            destination,
+            format!(
+                "holds an interrupted run of another kind ({}): --overwrite starts again",
+                difference(&journal, identity)
+            ),
+        )),
+        (Mode::Resume, None) if occupied && complete(destination) => Ok(Found::Complete),
+        // A stage without a journal was left by --overwrite in its first moments.
+        (Mode::Resume, None) if occupied && !there => Err(Error::destination(
+            destination,
+            "holds files that are not the output of this command, and no interrupted run to resume: --overwrite \
+             replaces its checkpoint",
+        )),
+        (Mode::Resume, None) => fresh,
+    }
+}
+
+fn in_use(destination: &Path) -> Error {
+    Error::destination(destination, "is being written by another halfbyte process: wait for it, or stop it")
+}
+
+fn exists(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok()
+}
+
+/// Whether it is a folder itself, not a link to one.
+fn is_folder(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|facts| facts.is_dir())
+}
+
+/// Fails where a file of the output cannot take its place: better now than in the middle of the commit. Links to
+/// folders are not followed, so that nothing is written outside the destination.
+fn refuse_obstacles(destination: &Path, names: &[PathBuf]) -> Result<()> {
+    for name in names {
+        let path = destination.join(name);
+        if is_folder(&path) {
+            return Err(Error::destination(path, "is a folder where the output has a file: remove it"));
+        }
+        for folder in path.ancestors().skip(1).take_while(|f| *f != destination) {
+            if exists(folder) && !is_folder(folder) {
+                return Err(Error::destination(
+                    folder,
+                    "is a file or a link where the output has a folder of its own: remove it",
+                ));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The names in a folder; none when it does not exist. A name that is no Unicode counts as itself, replaced.
@@ -325,19 +437,19 @@ fn contents(folder: &Path) -> Result<BTreeSet<String>> {
 }
 
 /// The source is never written to, however the two are connected.
-fn refuse_overlap(destination: &Path, source: &Path) -> Result<()> {
-    let problem = if destination == source {
+fn refuse_overlap(destination: &Path, place: &Path) -> Result<()> {
+    let problem = if file::is_same(destination, place) {
         "is the source itself"
-    } else if destination.starts_with(source) {
+    } else if destination.ancestors().any(|folder| file::is_same(folder, place)) {
         "is inside the source folder"
-    } else if source.starts_with(destination) {
-        "contains the source folder"
+    } else if place.ancestors().any(|folder| file::is_same(folder, destination)) {
+        if place.is_dir() { "contains the source folder" } else { "contains a file that the source links to" }
     } else {
         return Ok(());
     };
     Err(Error::destination(
         destination,
-        format!("{problem} ({}): expected a folder beside it; the source is never changed", source.display()),
+        format!("{problem} ({}): expected a folder beside it; the source is never changed", place.display()),
     ))
 }
 
@@ -347,35 +459,74 @@ fn make_folders(folder: &Path) -> Result<Vec<PathBuf>> {
         folder.ancestors().take_while(|f| !f.as_os_str().is_empty() && !f.exists()).map(Path::to_path_buf).collect();
     missing.reverse();
     for (done, path) in missing.iter().enumerate() {
-        match fs::create_dir(path) {
-            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => {
-                for made in missing[..done].iter().rev() {
-                    let _ = fs::remove_dir(made);
-                }
-                return Err(Error::io(path, "make the folder")(e));
+        // One that appeared meanwhile will do.
+        if let Err(error) = file::create_folders(path) {
+            for made in missing[..done].iter().rev() {
+                file::remove_folder(made);
             }
-            _ => {}
+            return Err(error);
         }
     }
     Ok(missing)
 }
 
-fn lock(path: &Path, destination: &Path) -> Result<File> {
-    let lock = File::create(path).map_err(Error::io(path, "create"))?;
-    match lock.try_lock() {
-        Ok(()) => Ok(lock),
-        Err(fs::TryLockError::WouldBlock) => Err(Error::destination(
-            destination,
-            "is being written by another halfbyte process: wait for it, or stop it",
-        )),
-        // File systems without locks: two runs at once are the user's care there.
-        Err(fs::TryLockError::Error(_)) => Ok(lock),
+/// Takes the lock of a stage; adds to `made` what was removed meanwhile and had to be made again.
+fn lock(stage: &Path, destination: &Path, made: &mut Vec<PathBuf>) -> Result<File> {
+    let path = stage.join("lock");
+    // Who only looks whether there is a lock holds it for a moment.
+    for wait in [0, 5, 20, 50] {
+        thread::sleep(Duration::from_millis(wait));
+        let lock = match open_lock(&path, true) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                made.extend(make_folders(stage)?);
+                continue;
+            }
+            outcome => outcome.map_err(Error::io(&path, "create"))?,
+        };
+        match lock.try_lock() {
+            Ok(()) if is_still(&lock, &path) => return Ok(lock),
+            // It was removed, with its stage, by the process that held it.
+            Ok(()) => {}
+            Err(fs::TryLockError::WouldBlock) => {}
+            // File systems without locks: two runs at once are the user's care there.
+            Err(fs::TryLockError::Error(_)) => return Ok(lock),
+        }
+    }
+    Err(in_use(destination))
+}
+
+/// Whether another process holds the lock of a stage.
+fn is_locked(stage: &Path) -> bool {
+    open_lock(&stage.join("lock"), false).is_ok_and(|f| matches!(f.try_lock(), Err(fs::TryLockError::WouldBlock)))
+}
+
+/// Opens a lock file as it is; a link is not followed.
+fn open_lock(path: &Path, create: bool) -> io::Result<File> {
+    let mut options = fs::OpenOptions::new();
+    options.read(true).write(true).create(create);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, rustix::fs::OFlags::NOFOLLOW.bits().cast_signed());
+    options.open(path)
+}
+
+fn is_still(file: &File, path: &Path) -> bool {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        let identity = |facts: fs::Metadata| (facts.dev(), facts.ino());
+        let there = fs::symlink_metadata(path).map(identity);
+        there.is_ok_and(|there| file.metadata().map(identity).is_ok_and(|ours| ours == there))
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = file;
+        path.exists()
     }
 }
 
 /// The journal of an interrupted run; `None` when it stopped before it had written one.
 fn read_journal(stage: &Path) -> Result<Option<Value>> {
-    let path = stage.join("journal.json");
+    let path = stage.join(JOURNAL);
     let text = match fs::read(&path) {
         Ok(text) => text,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -409,7 +560,7 @@ fn remove_partials(folder: &Path) {
         if path.is_dir() {
             remove_partials(&path);
         } else if path.extension().is_some_and(|e| e == "partial") {
-            let _ = fs::remove_file(&path);
+            let _ = file::remove_if_present(&path);
         }
     }
 }

@@ -166,7 +166,7 @@ impl State {
             .map_err(|_| format!("has the dtype {:?}: expected float32, float16 or bfloat16", raw.dtype))?;
         let shape: Option<Vec<usize>> = raw.shape.iter().map(|&d| usize::try_from(d).ok()).collect();
         let shape = shape
-            .filter(|s| s.len() <= 64 && element_count(s).and_then(|n| n.checked_mul(4)).is_some())
+            .filter(|s| s.len() <= 64 && element_count(s).and_then(|n| n.checked_mul(64)).is_some())
             .ok_or_else(|| format!("has a shape {:?} whose size overflows", raw.shape))?;
         let nested_offset = match (raw.nested_blocksize, raw.nested_offset) {
             (None, None) => None,
@@ -195,8 +195,8 @@ impl State {
     }
 }
 
-/// A float as Python's `repr` (and so its `json`) writes it: the shortest digits that read back the same, as a plain
-/// number for exponents from -4 to 15.
+/// A float as Python's `repr` (and so its `json`) writes it: the fewest digits that read back the same, of those the
+/// nearest and in a tie the even ones, as a plain number for exponents from -4 to 15.
 fn python_float(x: f64) -> String {
     if x.is_nan() {
         return "NaN".to_owned();
@@ -204,15 +204,24 @@ fn python_float(x: f64) -> String {
     if x.is_infinite() {
         return if x > 0.0 { "Infinity" } else { "-Infinity" }.to_owned();
     }
-    let scientific = format!("{x:e}");
+    let shortest = format!("{x:e}");
+    let places = shortest.split_once('e').and_then(|(digits, _)| digits.split_once('.')).map_or(0, |(_, f)| f.len());
+    // Rust's shortest form takes the upper one of two that are equally near; so many digits given, it rounds to even.
+    let even = format!("{x:.places$e}");
+    let scientific = if even.parse() == Ok(x) { even } else { shortest };
     let (digits, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
     let exponent: i32 = exponent.parse().unwrap_or(0);
-    if x == 0.0 || (-4..16).contains(&exponent) {
-        let plain = format!("{x}");
-        if plain.contains('.') { plain } else { plain + ".0" }
-    } else {
-        format!("{digits}e{}{:02}", if exponent < 0 { '-' } else { '+' }, exponent.abs())
+    if !(-4..16).contains(&exponent) {
+        return format!("{digits}e{}{:02}", if exponent < 0 { '-' } else { '+' }, exponent.abs());
     }
+    let (sign, digits) = digits.strip_prefix('-').map_or(("", digits), |rest| ("-", rest));
+    let digits = digits.replace('.', "");
+    if exponent < 0 {
+        return format!("{sign}0.{}{digits}", "0".repeat((-exponent - 1) as usize));
+    }
+    let (whole, fraction) = digits.split_at(digits.len().min(exponent as usize + 1));
+    let zeros = "0".repeat(exponent as usize + 1 - whole.len());
+    format!("{sign}{whole}{zeros}.{}", if fraction.is_empty() { "0" } else { fraction })
 }
 
 #[cfg(test)]
@@ -234,6 +243,13 @@ mod tests {
             (f64::from(0.03125001_f32), "0.031250011175870895"),
             (f64::from(1e-8_f32), "9.99999993922529e-09"),
             (f64::from(0.1_f32), "0.10000000149011612"),
+            // Between two shortest forms that are equally near: …03203125 lies in the middle of …0320312 and …0320313.
+            (f64::from(0.085_193_634_f32), "0.08519363403320312"),
+            (257.5 / 524_288.0, "0.0004911422729492188"),
+            (f64::from(-8_388_607.5_f32), "-8388607.5"),
+            (1e15, "1000000000000000.0"),
+            (1.5e15, "1500000000000000.0"),
+            (-2.5e-3, "-0.0025"),
             (f64::from(f32::MAX), "3.4028234663852886e+38"),
             (f64::NEG_INFINITY, "-Infinity"),
         ] {

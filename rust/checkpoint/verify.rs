@@ -9,18 +9,27 @@ use half::{bf16, f16};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
-use super::convert::{PIECE_BYTES, read_scales, transposed, with_element};
+use super::cast::{cast_to_vec, is_float};
+use super::convert::{PIECE_BYTES, floats, read_scales, transposed, with_element};
 use super::file::read_exact_at;
 use super::job::Progress;
-use super::plan::{WeightSource, find_weights};
 use super::selection;
 use super::source::{Checkpoint, TensorRef};
 use super::state::item_size;
+use super::weights::{WeightSource, find_weights};
 use super::workers;
 use crate::blockwise::{self, Element};
+use crate::codebook::dynamic_map;
 use crate::error::Result;
-use crate::geometry::packed_len;
-use crate::nested;
+use crate::geometry::{NESTED_BLOCK_SIZE, packed_len};
+use crate::nested::{self, Nested};
+
+/// How far from the nearest 8-bit code a scale's code may lie, as a share of the block's largest: bitsandbytes looks the
+/// code up in a table of 2^16 steps on a CPU.
+const CODE_SLACK: f32 = 1.0 / 16384.0;
+
+/// How far two means of the same scales may lie apart, relative to them: the order of the sum is up to the writer.
+const MEAN_SLACK: f32 = 1.0 / 1_048_576.0;
 
 /// Values per piece when both sides are read as float32.
 const PIECE_VALUES: usize = PIECE_BYTES / 4;
@@ -46,6 +55,17 @@ struct Found {
     scales: Vec<f32>,
 }
 
+/// How the scales of a 4-bit weight stand to what they should be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Scales {
+    /// The same bytes.
+    Same,
+    /// Doubly quantized by the same rule, rounded another way.
+    Rounded,
+    /// Neither.
+    Different,
+}
+
 struct Task {
     name: String,
     pair: Pair,
@@ -64,9 +84,9 @@ type ScaleCache = Mutex<HashMap<(usize, bool), Arc<Vec<f32>>>>;
 /// Compares every tensor of `b` with `a` and gives a report; `config` is the config.json of `a`, which tells of
 /// weights that are stored transposed.
 ///
-/// Each tensor's `status` is `identical` (same bytes; for a 4-bit weight beside a dense one: the same bytes as a fresh
-/// quantization), `equal-codes` (4-bit codes alike, scales not), `differs`, `shape` (not comparable), `missing` (not
-/// in b) or `extra` (not in a). `rmse` and `max_error` compare the values that a loader would see.
+/// Each tensor's `status` is `identical` (same bytes, or the same values in another dtype; for a 4-bit weight beside
+/// a dense one: the same bytes as a fresh quantization), `equal-codes` (4-bit codes alike, doubly quantized scales
+/// that differ in their rounding), `differs`, `shape` (not comparable), `missing` (not in b) or `extra` (not in a). `rmse` and `max_error` compare the values that a loader would see.
 pub fn verify(
     a: &Checkpoint,
     b: &Checkpoint,
@@ -186,16 +206,11 @@ pub fn verify(
     }))
 }
 
-fn is_float(dtype: Dtype) -> bool {
-    matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16)
-}
-
 impl Sides<'_> {
     fn piece(&self, pair: &Pair, task: usize, start: usize, len: usize, cache: &ScaleCache) -> Result<Found> {
         match pair {
             Pair::Fresh { a, b, transpose } => {
-                let dtype = self.a.tensor(*a).dtype;
-                with_element!(dtype, T => self.fresh::<T>(*a, b, *transpose, task, start, len, cache))
+                with_element!(b.state.dtype, T => self.fresh::<T>(*a, b, *transpose, task, start, len, cache))
             }
             Pair::Weights { a, b } => {
                 let (x, codes_a) = weight_values(self.a, a, (task, false), start, len, cache)?;
@@ -210,12 +225,12 @@ impl Sides<'_> {
                 if ta == tb && raw_a == raw_b {
                     return Ok(Found::default());
                 }
-                let mut found = if is_float(ta) && is_float(tb) {
-                    distance(&to_floats(ta, &raw_a), &to_floats(tb, &raw_b))
-                } else {
-                    Found::default()
-                };
-                found.differing = count_differing(&raw_a, &raw_b);
+                if !is_float(ta) || !is_float(tb) {
+                    return Ok(Found { differing: count_differing(&raw_a, &raw_b), ..Found::default() });
+                }
+                // A loader casts to the dtype of the model; storing the cast values is no difference.
+                let mut found = distance(&to_floats(ta, &raw_a), &to_floats(tb, &raw_b));
+                found.differing = count_differing(&cast_to_vec(ta, tb, &raw_a), &raw_b);
                 Ok(found)
             }
         }
@@ -233,15 +248,9 @@ impl Sides<'_> {
         cache: &ScaleCache,
     ) -> Result<Found> {
         let state = &b.state;
-        let size = size_of::<T>();
-        let (file, entry) = (self.a.file(a), self.a.tensor(a));
-        let mut values = vec![T::default(); len];
-        read_exact_at(
-            &file.file,
-            &file.path,
-            bytemuck::cast_slice_mut(&mut values),
-            entry.offset + (start * size) as u64,
-        )?;
+        // Quantized as a loader would have: cast to the dtype of the model first.
+        let bytes = cast_to_vec(self.a.tensor(a).dtype, state.dtype, &raw(self.a, a, start, len)?);
+        let mut values: Vec<T> = bytemuck::pod_collect_to_vec(&bytes);
         if transpose {
             values = transposed(&values, state.shape[1], state.shape[0]);
         }
@@ -277,43 +286,131 @@ impl Sides<'_> {
         let squares: f64 = found.iter().map(|f| f.squares).sum();
         let largest =
             found.iter().fold(0.0, |m: f64, f| if f.largest > m || f.largest.is_nan() { f.largest } else { m });
-        let scales_equal = match &task.pair {
+        let scales = match &task.pair {
             Pair::Fresh { b, .. } => {
                 let scales: Vec<f32> = found.into_iter().flat_map(|f| f.scales).collect();
                 self.scales_as_fresh(b, &scales)?
             }
-            Pair::Weights { a, b } => {
-                let part = |c: &Checkpoint, w: &WeightSource| -> Result<_> {
-                    let nested = w.nested.map(|(absmax, _)| c.read(absmax)).transpose()?;
-                    Ok((c.read(w.absmax)?, nested, w.state.clone()))
-                };
-                part(self.a, a)? == part(self.b, b)?
-            }
-            Pair::Dense { a, b } => self.a.tensor(*a).dtype == self.b.tensor(*b).dtype,
+            Pair::Weights { a, b } => self.scales_of_both(a, b)?,
+            Pair::Dense { .. } => Scales::Same,
         };
-        let status = match (differing, scales_equal) {
-            (0, true) => "identical",
-            (0, false) if !matches!(task.pair, Pair::Dense { .. }) => "equal-codes",
+        let status = match (differing, scales) {
+            (0, Scales::Same) => "identical",
+            (0, Scales::Rounded) => "equal-codes",
             _ => "differs",
         };
         let rmse = if task.values == 0 { 0.0 } else { (squares / task.values as f64).sqrt() };
-        Ok(json!({
+        let mut row = json!({
             "name": task.name, "status": status, "kind": kind, "shape": shape, "rmse": rmse, "max_error": largest,
             "differing_bytes": differing,
-        }))
+        });
+        if let Pair::Dense { a, b } = &task.pair
+            && self.a.tensor(*a).dtype != self.b.tensor(*b).dtype
+        {
+            row["detail"] = json!(format!("{} in the first, {kind} in the second", self.a.tensor(*a).dtype));
+        }
+        Ok(row)
     }
 
-    /// Whether the stored scales of `b` are those of a fresh quantization, to the bit.
-    fn scales_as_fresh(&self, b: &WeightSource, fresh: &[f32]) -> Result<bool> {
-        let stored = self.b.read(b.absmax)?;
-        let Some((nested_absmax, _)) = b.nested else {
-            return Ok(stored == cast_slice::<f32, u8>(fresh));
+    /// The stored scales of `b` beside those of a fresh quantization.
+    fn scales_as_fresh(&self, b: &WeightSource, fresh: &[f32]) -> Result<Scales> {
+        if !tables_as_defined(self.b, b)? {
+            return Ok(Scales::Different);
+        }
+        let Some(stored) = read_nested(self.b, b)? else {
+            let same = self.b.read(b.absmax)? == cast_slice::<f32, u8>(fresh);
+            return Ok(if same { Scales::Same } else { Scales::Different });
         };
-        let fresh = nested::compress(fresh);
-        Ok(stored == fresh.codes
-            && self.b.read(nested_absmax)? == cast_slice::<f32, u8>(&fresh.absmax)
-            && b.state.nested_offset.map(f32::to_bits) == Some(fresh.offset.to_bits()))
+        Ok(nested_beside_exact(&stored, fresh))
     }
+
+    /// The scales of two 4-bit weights beside each other.
+    fn scales_of_both(&self, a: &WeightSource, b: &WeightSource) -> Result<Scales> {
+        if a.state.dtype != b.state.dtype || !tables_as_defined(self.a, a)? || !tables_as_defined(self.b, b)? {
+            return Ok(Scales::Different);
+        }
+        Ok(match (read_nested(self.a, a)?, read_nested(self.b, b)?) {
+            (Some(x), Some(y)) => nested_beside_nested(&x, &y),
+            // One of them is singly quantized: the other is no more than a rounding of it.
+            (None, Some(y)) => nested_beside_exact(&y, &floats(&self.a.read(a.absmax)?)).at_most_rounded(),
+            (Some(x), None) => nested_beside_exact(&x, &floats(&self.b.read(b.absmax)?)).at_most_rounded(),
+            (None, None) if self.a.read(a.absmax)? == self.b.read(b.absmax)? => Scales::Same,
+            (None, None) => Scales::Different,
+        })
+    }
+}
+
+impl Scales {
+    fn at_most_rounded(self) -> Self {
+        if self == Self::Same { Self::Rounded } else { self }
+    }
+}
+
+/// Whether the tables that a weight brings along are those of the format, whatever the sign of their zeros.
+fn tables_as_defined(side: &Checkpoint, weight: &WeightSource) -> Result<bool> {
+    if let Some(map) = weight.quant_map
+        && floats(&side.read(map)?) != weight.state.quant_type.quant_map()
+    {
+        return Ok(false);
+    }
+    match weight.nested {
+        Some((_, map)) => Ok(floats(&side.read(map)?) == dynamic_map()),
+        None => Ok(true),
+    }
+}
+
+/// The doubly quantized scales of a weight, as stored; `None` when it has single ones.
+fn read_nested(side: &Checkpoint, weight: &WeightSource) -> Result<Option<Nested>> {
+    let Some((absmax, _)) = weight.nested else { return Ok(None) };
+    let offset = weight.state.nested_offset.unwrap_or(0.0);
+    Ok(Some(Nested { codes: side.read(weight.absmax)?, absmax: floats(&side.read(absmax)?), offset }))
+}
+
+/// Doubly quantized scales beside the scales that they stand for.
+fn nested_beside_exact(stored: &Nested, exact: &[f32]) -> Scales {
+    let fresh = nested::compress(exact);
+    if same_nested(stored, &fresh) {
+        return Scales::Same;
+    }
+    let map = dynamic_map();
+    let blocks = exact.chunks(NESTED_BLOCK_SIZE).zip(stored.codes.chunks(NESTED_BLOCK_SIZE));
+    let near =
+        blocks.zip(fresh.codes.chunks(NESTED_BLOCK_SIZE)).zip(&fresh.absmax).all(|(((exact, at), best), &max)| {
+            let slack = CODE_SLACK + MEAN_SLACK * fresh.offset.abs() / max;
+            exact.iter().zip(at).zip(best).all(|((&exact, &at), &best)| {
+                let scaled = (exact - fresh.offset) / max;
+                let distance = |code: u8| (map[usize::from(code)] - scaled).abs();
+                at == best || distance(at) <= distance(best) + slack
+            })
+        });
+    if near && near_statistics(stored, &fresh) { Scales::Rounded } else { Scales::Different }
+}
+
+/// Two sets of doubly quantized scales, of which nobody knows what they stood for: codes next to each other may.
+fn nested_beside_nested(x: &Nested, y: &Nested) -> Scales {
+    if same_nested(x, y) {
+        return Scales::Same;
+    }
+    let map = dynamic_map();
+    let near =
+        x.codes.iter().zip(&y.codes).all(|(&x, &y)| {
+            x.abs_diff(y) <= 1 || (map[usize::from(x)] - map[usize::from(y)]).abs() <= 2.0 * CODE_SLACK
+        });
+    if near && x.codes.len() == y.codes.len() && near_statistics(x, y) { Scales::Rounded } else { Scales::Different }
+}
+
+fn same_nested(x: &Nested, y: &Nested) -> bool {
+    x.offset.to_bits() == y.offset.to_bits()
+        && x.codes == y.codes
+        && cast_slice::<f32, u8>(&x.absmax) == cast_slice::<f32, u8>(&y.absmax)
+}
+
+/// Whether the means, and what is left of the largest scales without them, differ by rounding only.
+fn near_statistics(x: &Nested, y: &Nested) -> bool {
+    let slack = |size: f32| MEAN_SLACK * size.max(x.offset.abs());
+    (x.offset - y.offset).abs() <= slack(0.0)
+        && x.absmax.len() == y.absmax.len()
+        && x.absmax.iter().zip(&y.absmax).all(|(&x, &y)| (x - y).abs() <= slack(x.abs()))
 }
 
 /// Values of a 4-bit weight as a loader sees them (rounded to the weight's own dtype), and their packed codes.
@@ -364,19 +461,30 @@ fn to_floats(dtype: Dtype, bytes: &[u8]) -> Vec<f32> {
     with_element!(dtype, T => bytes.chunks_exact(size).map(|b| bytemuck::pod_read_unaligned::<T>(b).to_f32()).collect())
 }
 
+/// Sum of squares and maximum of the differences, in lanes that the compiler turns into vectors. Infinities of one sign
+/// are equal; a NaN on one side makes both figures NaN.
 fn distance(x: &[f32], y: &[f32]) -> Found {
-    let mut found = Found::default();
-    for (x, y) in x.iter().zip(y) {
-        if x == y {
-            continue;
-        }
-        let d = (f64::from(*x) - f64::from(*y)).abs();
-        found.squares += d * d;
-        if d > found.largest || d.is_nan() {
-            found.largest = d;
+    const LANES: usize = 8;
+    let mut squares = [0f64; LANES];
+    let mut largest = [0f64; LANES];
+    let mut add = |lane: usize, x: f32, y: f32| {
+        let d = if x == y { 0.0 } else { (f64::from(x) - f64::from(y)).abs() };
+        squares[lane] += d * d;
+        largest[lane] = if d > largest[lane] { d } else { largest[lane] };
+    };
+    let (whole_x, rest_x) = x.as_chunks::<LANES>();
+    let (whole_y, rest_y) = y.as_chunks::<LANES>();
+    for (x, y) in whole_x.iter().zip(whole_y) {
+        for lane in 0..LANES {
+            add(lane, x[lane], y[lane]);
         }
     }
-    found
+    for (lane, (x, y)) in rest_x.iter().zip(rest_y).enumerate() {
+        add(lane, *x, *y);
+    }
+    let squares: f64 = squares.iter().sum();
+    let largest = if squares.is_nan() { f64::NAN } else { largest.iter().fold(0.0, |m: f64, &d| m.max(d)) };
+    Found { squares, largest, ..Found::default() }
 }
 
 fn count_differing(a: &[u8], b: &[u8]) -> u64 {

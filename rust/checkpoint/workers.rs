@@ -42,7 +42,10 @@ pub fn run<L>(
     thread::scope(|scope| {
         // The calling thread is one of them.
         for _ in 1..threads.clamp(1, count.max(1)) {
-            scope.spawn(body);
+            // Where the system gives no more threads, those that there are do the work.
+            if thread::Builder::new().spawn_scoped(scope, body).is_err() {
+                break;
+            }
         }
         body();
     });

@@ -6,6 +6,8 @@ mod checkpoint;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod error;
+mod matmul;
+mod openmp;
 mod selection;
 mod threads;
 
@@ -19,5 +21,6 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     #[cfg(feature = "cuda")]
     cuda::register(m)?;
     checkpoint::register(m)?;
+    matmul::register(m)?;
     selection::register(m)
 }

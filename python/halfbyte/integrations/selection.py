@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["converted_tensors", "skeleton", "transformers_selection"]
+__all__ = ["converted_modules", "converted_tensors", "skeleton", "transformers_selection"]
 
 
 def transformers_selection(source: str | Path, skip: Sequence[str] = ()) -> list[str]:
@@ -135,7 +135,10 @@ def converted_modules(model: PreTrainedModel, skip: Sequence[str] = (), replace:
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     keep = HfQuantizer.get_modules_to_not_convert(
-        model, list(skip) if replace or skip else None, model._keep_in_fp32_modules, add_default_skips=not replace
+        model,
+        skip_modules=list(skip) if replace or skip else None,
+        keep_in_fp32_modules=list(model._keep_in_fp32_modules or []),
+        add_default_skips=not replace,
     )
     return {
         name
@@ -157,12 +160,11 @@ def _model_class(config: PreTrainedConfig, source: Path) -> type[PreTrainedModel
             f"{source / 'config.json'}: architectures is {name!r}: expected a class of transformers "
             f"{transformers.__version__}; code that comes with a checkpoint is not run"
         )
-    cls = MODEL_MAPPING.get(type(config))
-    if isinstance(cls, (tuple, list)):
-        cls = cls[0]
-    if cls is None:
+    found: Any = MODEL_MAPPING.get(type(config), None)
+    if found is None:
         raise ValueError(f"{source / 'config.json'}: names no architectures, and {config.model_type!r} has no model")
-    return cls
+    base: type[PreTrainedModel] = found[0] if isinstance(found, (tuple, list)) else found
+    return base
 
 
 def _tensor_names(source: Path) -> list[str]:

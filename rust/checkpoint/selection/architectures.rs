@@ -8,6 +8,9 @@
 //!
 //! Paths are the last components of a module's path; `*` stands for any component, `^` for the start of the path.
 
+use std::collections::HashSet;
+use std::sync::LazyLock;
+
 /// Where one family of models differs from the general rules.
 #[derive(Debug)]
 pub(super) struct Family {
@@ -361,38 +364,39 @@ pub(super) static BESIDE_OUTPUT: &[(&str, &str)] = &[
 /// Names of Mixture-of-Experts routers, whose weight is a parameter of their own.
 pub(super) static ROUTERS: &[&str] = &["gate", "router"];
 
-/// Is this the path of an embedding table (`nn.Embedding`)?
+/// Names of embedding tables (`nn.Embedding`).
+#[rustfmt::skip]
+static EMBEDDINGS: &[&str] = &[
+    // Tokens.
+    "embed_tokens", "embeddings", "embedding", "embed", "embed_in", "shared", "wte", "token_embedding",
+    "tok_embeddings", "tokens_embed", "word_embedding", "word_embeddings", "embed_char", "embed_audio_tokens",
+    "embed_text_tokens", "encoder_hash_tok_embedding", "text_token_embedding", "HashBucketCodepointEmbedder",
+    "input_embeds_layer", "input_embeds_layers", "generation_embeddings", "visual_embeddings_table", "codec_embed",
+    "codebook", "value_embeddings", "embed_tokens_per_layer", "unit_embedding", "audio_bos_eos_token",
+    // Positions.
+    "wpe", "position_embedding", "position_embeddings", "embed_positions", "pos_embed", "pos_emb", "positions_embed",
+    "position_embeds_layer", "position_embedding_table", "text_position_embedding", "x_position_embeddings",
+    "y_position_embeddings", "h_position_embeddings", "w_position_embeddings", "box_position_embeddings",
+    "char_position_embeddings", "query_position_embeddings", "row_position_embeddings", "col_position_embeddings",
+    "visual_position_embeddings", "row_embeddings", "column_embeddings", "row_embedder", "column_embedder",
+    "tile_embedding", "relative_attention_bias", "rel_attn_embed", "rel_embeddings", "rel_pos_emb",
+    "distance_embedding", "pe_k", "embed_timestep", "freq_emb", "bias_values", "ngram_embeddings", "embed_global",
+    // Types, languages, speakers.
+    "token_type_embeddings", "visual_token_type_embeddings", "segment_embedding", "segment_emb", "entity_embeddings",
+    "label_embeddings", "label_embed", "cls_embed", "level_embed", "shape_embed", "pronunciation_embed",
+    "xpath_tag_sub_embeddings", "xpath_subs_sub_embeddings", "speaker_embedding", "language_embedding",
+    "num_speakers_embed",
+    // Learned queries of detectors and segmenters.
+    "denoising_class_embed", "no_mask_embed", "not_a_point_embed", "point_embed", "iou_token", "mask_tokens",
+    "obj_score_token", "hq_token", "presence_token", "query_embed", "query_feat", "queries_embedder",
+    "queries_features", "reference_point_embed", "refpoint_embed", "objective",
+];
+
+/// Is this the path of an embedding table?
 pub(super) fn is_embedding(module: &str) -> bool {
+    static NAMES: LazyLock<HashSet<&str>> = LazyLock::new(|| EMBEDDINGS.iter().copied().collect());
+    // The items of a list count under the list's name, and so do `token_type_embeddings_0`, `_1`, …
     let mut components = module.rsplit('.').skip_while(|name| name.bytes().all(|b| b.is_ascii_digit()));
-    let name = components.next().unwrap_or("");
-    // `token_type_embeddings_2`, `HashBucketCodepointEmbedder_3`: tables numbered within their name.
-    let name = name.trim_end_matches(|c: char| c.is_ascii_digit()).trim_end_matches('_');
-    matches!(
-        name,
-        // Tokens.
-        "embed_tokens" | "embeddings" | "embedding" | "embed" | "embed_in" | "shared" | "wte" | "token_embedding"
-            | "tok_embeddings" | "tokens_embed" | "word_embedding" | "word_embeddings" | "embed_char"
-            | "embed_audio_tokens" | "embed_text_tokens" | "encoder_hash_tok_embedding" | "text_token_embedding"
-            | "HashBucketCodepointEmbedder" | "input_embeds_layer" | "input_embeds_layers" | "generation_embeddings"
-            | "visual_embeddings_table" | "codec_embed" | "codebook" | "value_embeddings" | "embed_tokens_per_layer"
-            | "unit_embedding" | "audio_bos_eos_token"
-        // Positions.
-            | "wpe" | "position_embedding" | "position_embeddings" | "embed_positions" | "pos_embed" | "pos_emb"
-            | "positions_embed" | "position_embeds_layer" | "position_embedding_table" | "text_position_embedding"
-            | "x_position_embeddings" | "y_position_embeddings" | "h_position_embeddings" | "w_position_embeddings"
-            | "box_position_embeddings" | "char_position_embeddings" | "query_position_embeddings"
-            | "row_position_embeddings" | "col_position_embeddings" | "visual_position_embeddings"
-            | "row_embeddings" | "column_embeddings" | "row_embedder" | "column_embedder" | "tile_embedding"
-            | "relative_attention_bias" | "rel_attn_embed" | "rel_embeddings" | "rel_pos_emb" | "distance_embedding"
-            | "pe_k" | "embed_timestep" | "freq_emb" | "bias_values" | "ngram_embeddings" | "embed_global"
-        // Types, languages, speakers.
-            | "token_type_embeddings" | "visual_token_type_embeddings" | "segment_embedding" | "segment_emb"
-            | "entity_embeddings" | "label_embeddings" | "label_embed" | "cls_embed" | "level_embed" | "shape_embed"
-            | "pronunciation_embed" | "xpath_tag_sub_embeddings" | "xpath_subs_sub_embeddings"
-            | "speaker_embedding" | "language_embedding" | "num_speakers_embed"
-        // Learned queries of detectors and segmenters.
-            | "denoising_class_embed" | "no_mask_embed" | "not_a_point_embed" | "point_embed" | "iou_token"
-            | "mask_tokens" | "obj_score_token" | "hq_token" | "presence_token" | "query_embed" | "query_feat"
-            | "queries_embedder" | "queries_features" | "reference_point_embed" | "refpoint_embed" | "objective"
-    )
+    let name = components.next().unwrap_or("").trim_end_matches(|c: char| c.is_ascii_digit()).trim_end_matches('_');
+    NAMES.contains(name)
 }

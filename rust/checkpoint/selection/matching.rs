@@ -54,6 +54,9 @@ pub(super) fn path_matches(pattern: &str, module: &str) -> bool {
         Some(rest) => (rest, true),
         None => (pattern, false),
     };
+    if !pattern.contains('*') {
+        return module.strip_suffix(pattern).is_some_and(|rest| rest.is_empty() || !whole && rest.ends_with('.'));
+    }
     let mut components = module.rsplit('.');
     for expected in pattern.rsplit('.') {
         match components.next() {

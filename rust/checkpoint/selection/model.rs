@@ -193,8 +193,7 @@ impl<'c> Model<'c> {
 
     fn classify_linear(&self, tensor: &TensorFacts<'_>, module: &str) -> Class {
         let tied = |facts: &ClassFacts| facts.tied.iter().any(|path| path_matches(path, module));
-        let kept = if self.families.iter().any(|family| family.float32.iter().any(|key| plain_key_matches(key, module)))
-        {
+        let kept = if self.in_float32(module) {
             Some(Reason::Float32)
         } else if self.class.is_some_and(tied) {
             Some(Reason::Tied)
@@ -213,6 +212,15 @@ impl<'c> Model<'c> {
             kept.filter(|reason| matches!(reason, Reason::Float32 | Reason::Tied))
         };
         Class { linear: true, conv1d: self.is_conv1d(module), kept, never, parts: &[] }
+    }
+
+    fn in_float32(&self, module: &str) -> bool {
+        self.families.iter().any(|family| family.float32.iter().any(|key| plain_key_matches(key, module)))
+    }
+
+    /// Whether this is the weight, of whatever kind, of a module that the architecture keeps in float32.
+    pub fn is_float32(&self, tensor: &TensorFacts<'_>) -> bool {
+        tensor.name.ends_with(".weight") && self.in_float32(module_of(tensor.name))
     }
 
     pub fn is_conv1d(&self, module: &str) -> bool {

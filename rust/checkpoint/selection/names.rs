@@ -181,7 +181,7 @@ const TABLES: &[Table] = &[
 ];
 
 /// The `model_type`s whose modules transformers renames in other ways.
-static RENAMED_OTHERWISE: &[&str] = &[
+pub(super) static RENAMED_OTHERWISE: &[&str] = &[
     "altclip",
     "axk2",
     "bailing_hybrid",

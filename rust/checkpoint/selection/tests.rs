@@ -95,6 +95,46 @@ fn skip_names_match_as_transformers_does() {
     }
 }
 
+#[test]
+fn paths_match_from_their_end() {
+    for (pattern, module, expected) in [
+        ("lm_head", "language_model.lm_head", true),
+        ("lm_head", "audio_lm_head", false),
+        ("^head", "head", true),
+        ("^head", "decoder.head", false),
+        ("lm_heads.*", "decoder.lm_heads.3", true),
+        ("^lm_heads.*", "decoder.lm_heads.3", false),
+        ("a.*.b", "a.b", false),
+    ] {
+        assert_eq!(matching::path_matches(pattern, module), expected, "{pattern} {module}");
+    }
+}
+
+#[test]
+fn a_list_skips_exactly_what_it_should() {
+    let owned = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+    // `fc` ends `my_fc`, and `layers.0.fc` ends a path of the decoder: neither short form would be exact.
+    let kept = owned(&["layers.0.fc", "layers.0.out", "encoder.x.a", "encoder.x.b"]);
+    let converted = owned(&["decoder.layers.0.fc", "layers.0.my_fc", "encoder.y.a", "other.b", "layers.1.out"]);
+    for starts in [true, false] {
+        let list = matching::skip_list(&kept, &converted, starts);
+        let keys: Vec<SkipKey> = list.iter().map(|name| SkipKey::new(name).unwrap()).collect();
+        for module in &kept {
+            assert!(keys.iter().any(|key| key.matches(module)), "{list:?} {module}");
+        }
+        for module in &converted {
+            assert!(!keys.iter().any(|key| key.matches(module)), "{list:?} {module}");
+        }
+        assert_eq!(list.contains(&"encoder.x".to_owned()), starts, "{list:?}");
+    }
+}
+
+#[test]
+fn lists_that_are_searched_are_sorted() {
+    assert!(known::KNOWN.is_sorted());
+    assert!(names::RENAMED_OTHERWISE.is_sorted());
+}
+
 fn any_json() -> impl Strategy<Value = Value> {
     let leaf = prop_oneof![
         Just(Value::Null),

@@ -1,0 +1,122 @@
+// The functions of ptx.cuh in C++.
+#pragma once
+
+#include "copies.h"
+#include "matrices.h"
+#include "runtime.h"
+
+// ---- floats --------------------------------------------------------------------------------------------------------
+
+inline float half_to_float(u16 bits) {
+    const u32 exponent = bits >> 10 & 31, fraction = bits & 1023u, sign = u32(bits & 0x8000) << 16;
+    if (exponent == 0) {
+        // A multiple of 2^-24: exact.
+        return __uint_as_float(sign | __float_as_uint(float(fraction) * 0x1p-24f));
+    }
+    if (exponent == 31) {
+        return fraction == 0 ? __uint_as_float(sign | 0x7f800000u) : __uint_as_float(0x7fffffffu);
+    }
+    return __uint_as_float(sign | (exponent + 112) << 23 | fraction << 13);
+}
+
+inline u16 float_to_half(float value) {
+    const u32 bits = __float_as_uint(value), size = bits & 0x7fffffffu;
+    const u16 sign = u16(bits >> 16 & 0x8000);
+    if (size > 0x7f800000u) {
+        return 0x7fff;
+    }
+    if (size >= 0x477ff000u) {
+        return u16(sign | 0x7c00);  // from 65520 on
+    }
+    if (size < 0x38800000u) {
+        // Below 2^-14: adding 0.5 leaves a multiple of 2^-24 in the low bits, rounded to even.
+        return u16(sign | (__float_as_uint(__uint_as_float(size) + 0.5f) - 0x3f000000u));
+    }
+    const u32 rounded = size + 0xfff + (size >> 13 & 1);
+    return u16(sign | ((rounded >> 13) - (112u << 10)));
+}
+
+inline u16 float_to_bfloat(float value) {
+    const u32 bits = __float_as_uint(value);
+    return value == value ? u16((bits + 0x7fffu + (bits >> 16 & 1)) >> 16) : u16(0x7fff);
+}
+
+inline u32 pack_half2(float first, float second) { return u32(float_to_half(first)) | u32(float_to_half(second)) << 16; }
+inline u32 pack_bfloat2(float first, float second) {
+    return u32(float_to_bfloat(first)) | u32(float_to_bfloat(second)) << 16;
+}
+
+inline float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+
+// ---- bytes ---------------------------------------------------------------------------------------------------------
+
+inline u32 permute_bytes(u32 a, u32 b, u32 selector, host::Site site = host::Site::here()) {
+    return __byte_perm(a, b, selector, site);
+}
+
+// ---- tables in shared memory ---------------------------------------------------------------------------------------
+
+constexpr int LANE_TABLE_ROW = 64;
+constexpr u32 LANE_TABLE_BYTES = 256 * LANE_TABLE_ROW * 4;
+
+inline u32 lane_table_place(const void *shared) { return (0u - host::shared_address(shared)) & (LANE_TABLE_BYTES - 1); }
+
+// A pointer, for accesses to be checked like any other.
+struct LaneTable {
+    const u32 *entries;
+};
+
+inline LaneTable lane_table(const u32 *table, int lane, host::Site site = host::Site::here()) {
+    if (host::shared_address(table) % LANE_TABLE_BYTES != 0) {
+        host::fail(site, "a table of lanes that does not begin at a multiple of %u", LANE_TABLE_BYTES);
+    }
+    return {table + lane};
+}
+
+template <int BYTE>
+inline u32 look_up(LaneTable table, u32 word) {
+    return table.entries[(word >> (8 * BYTE) & 0xff) * LANE_TABLE_ROW];
+}
+
+// ---- global memory -------------------------------------------------------------------------------------------------
+
+inline u32 load_stream(const u32 *address, host::Site site = host::Site::here()) {
+    host::check_aligned(address, sizeof *address, site);
+    return *address;
+}
+inline Words2 load_stream(const Words2 *address, host::Site site = host::Site::here()) {
+    host::check_aligned(address, sizeof *address, site);
+    return *address;
+}
+inline Words4 load_stream(const Words4 *address, host::Site site = host::Site::here()) {
+    host::check_aligned(address, sizeof *address, site);
+    return *address;
+}
+inline Words4 load_shared_line(const Words4 *address, host::Site site = host::Site::here()) {
+    host::check_aligned(address, sizeof *address, site);
+    return *address;
+}
+inline void store_words(Words4 *address, const Words4 &words, host::Site site = host::Site::here()) {
+    host::check_aligned(address, sizeof *address, site);
+    *address = words;
+}
+
+// ---- copies from global to shared memory ---------------------------------------------------------------------------
+
+inline void copy_async(Words4 *shared, const Words4 *global, host::Site site = host::Site::here()) {
+    host::issue_copy(shared, global, sizeof *shared, sizeof *shared, site);
+}
+inline void copy_async_commit() { host::commit_copies(); }
+template <int GROUPS>
+inline void copy_async_wait() {
+    host::wait_copies(GROUPS);
+}
+
+// ---- matrix units --------------------------------------------------------------------------------------------------
+
+inline void mma_m16n8k16(Bf16, float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, host::Site site = host::Site::here()) {
+    host::multiply(host::Meeting::mma_bf16, d, a, b0, b1, site);
+}
+inline void mma_m16n8k16(F16, float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, host::Site site = host::Site::here()) {
+    host::multiply(host::Meeting::mma_f16, d, a, b0, b1, site);
+}

@@ -1,0 +1,307 @@
+"""What the tensor operations accept: every check of their arguments, in one place.
+
+Each function raises `TypeError` for a wrong type or dtype and `ValueError` for a wrong value; the message names the
+argument, what it is, and what is legal. Kernels and fake kernels call the same functions, so that an eager call, a
+traced one and a call on the meta device refuse the same things. What passes here is safe to hand to native code as
+addresses.
+
+The functions that small products wait for first ask, in one expression, whether all is well; what is wrong is only then
+looked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+QUANT_TYPES = ("nf4", "fp4")
+"""The two sets of sixteen values."""
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""How many consecutive values may share a scale."""
+
+_BLOCK_SIZES = frozenset(BLOCK_SIZES)
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""What can be quantized, computed with, and dequantized to."""
+
+STORAGE_DTYPES = (torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""As what packed bytes may be viewed."""
+
+INDEX_DTYPES = (torch.int64, torch.int32)
+"""What `embedding` takes as indices."""
+
+NESTED_BLOCKSIZE = 256
+"""How many scales share a scale of their own."""
+
+
+def names(dtypes: Sequence[torch.dtype]) -> str:
+    """Dtypes as a user writes them: `torch.float16, torch.bfloat16`."""
+    return ", ".join(map(str, dtypes))
+
+
+def check_quant_type(quant_type: object) -> None:
+    """`quant_type` is "nf4" or "fp4"."""
+    if quant_type not in QUANT_TYPES:
+        kind = ValueError if isinstance(quant_type, str) else TypeError
+        raise kind(f"quant_type: {quant_type!r} is not one of {', '.join(map(repr, QUANT_TYPES))}")
+
+
+def check_blocksize(blocksize: object) -> None:
+    """`blocksize` is a power of two from 32 to 4096."""
+    if blocksize not in BLOCK_SIZES or isinstance(blocksize, (bool, float)):
+        kind = ValueError if isinstance(blocksize, int) and not isinstance(blocksize, bool) else TypeError
+        raise kind(f"blocksize: {blocksize!r} is not one of {', '.join(map(str, BLOCK_SIZES))}")
+
+
+def check_storage(quant_storage: object) -> None:
+    """`quant_storage` is a dtype as which bytes may be viewed."""
+    if quant_storage not in STORAGE_DTYPES:
+        kind = ValueError if isinstance(quant_storage, torch.dtype) else TypeError
+        raise kind(f"quant_storage: {quant_storage!r} is not one of {names(STORAGE_DTYPES)}")
+
+
+def check_float(argument: str, dtype: torch.dtype) -> None:
+    """`dtype` is one that the arithmetic knows."""
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{argument}: dtype {dtype} is not one of {names(FLOAT_DTYPES)}")
+
+
+def check_tensor(argument: str, tensor: object) -> None:
+    """`tensor` is a dense tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{argument}: {type(tensor).__name__} is not a torch.Tensor")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{argument}: layout {tensor.layout} is not torch.strided; call .to_dense() first")
+
+
+def check_shape(argument: str, shape: object, dims: int | None = None) -> None:
+    """`shape` is a sequence of non-negative integers, of `dims` dimensions where given."""
+    legal = "a shape" if dims is None else f"a shape of {dims} dimensions"
+    if shape is None or not isinstance(shape, Sequence) or isinstance(shape, str):
+        raise TypeError(f"{argument}: {shape!r} is not {legal}")
+    if (dims is not None and len(shape) != dims) or any(n < 0 for n in shape):
+        raise ValueError(f"{argument}: {list(shape)} is not {legal}")
+
+
+def same_device(argument: str, tensor: Tensor, other: str, device: torch.device) -> None:
+    """`tensor` is on `device`, which is that of the argument `other`."""
+    if tensor.device != device:
+        raise ValueError(f"{argument}: is on {tensor.device}, but {other} is on {device}; move them to one device")
+
+
+def blocks_of(n: int, blocksize: int) -> int:
+    """How many blocks `n` values fill, the last one perhaps in part."""
+    return (n + blocksize - 1) // blocksize
+
+
+def packed_bytes(n: int) -> int:
+    """How many bytes hold the codes of `n` values."""
+    return (n + 1) // 2
+
+
+def check_quantize(input: Tensor, blocksize: int, quant_type: str) -> None:
+    """The arguments of `quantize_4bit`."""
+    check_tensor("input", input)
+    check_float("input", input.dtype)
+    check_blocksize(blocksize)
+    check_quant_type(quant_type)
+
+
+def check_scales(
+    absmax: Tensor, absmax2: Tensor | None, offset: Tensor | None, blocks: int, device: torch.device
+) -> None:
+    """Scales of `blocks` blocks: float32, or 8-bit codes with scales and an offset of their own."""
+    check_tensor("absmax", absmax)
+    same_device("absmax", absmax, "packed", device)
+    if absmax.numel() != blocks:
+        raise ValueError(f"absmax: {absmax.numel()} scales do not fit; shape and blocksize make {blocks} blocks")
+    if absmax2 is None or offset is None:
+        if absmax2 is not None or offset is not None:
+            missing, given = ("absmax2", "offset") if absmax2 is None else ("offset", "absmax2")
+            raise ValueError(f"{missing}: None, but {given} is given; nested scales have both, plain scales neither")
+        if absmax.dtype is not torch.float32:
+            raise TypeError(f"absmax: dtype {absmax.dtype} is not torch.float32 (or torch.uint8 for nested scales)")
+        return
+    if absmax.dtype is not torch.uint8:
+        raise TypeError(f"absmax: dtype {absmax.dtype} is not torch.uint8, which nested scales are")
+    for argument, tensor, count in (
+        ("absmax2", absmax2, blocks_of(blocks, NESTED_BLOCKSIZE)),
+        ("offset", offset, 1),
+    ):
+        check_tensor(argument, tensor)
+        same_device(argument, tensor, "packed", device)
+        if tensor.dtype is not torch.float32:
+            raise TypeError(f"{argument}: dtype {tensor.dtype} is not torch.float32")
+        if tensor.numel() != count:
+            raise ValueError(f"{argument}: {tensor.numel()} elements, expected {count} for {blocks} nested scales")
+
+
+def check_packed_length(argument: str, packed: Tensor, n: int) -> None:
+    """`packed` holds the codes of `n` values, rounded up to whole elements of its storage dtype."""
+    if packed.dtype not in STORAGE_DTYPES:
+        raise TypeError(f"{argument}: dtype {packed.dtype} is not one of {names(STORAGE_DTYPES)}")
+    size = packed.element_size()
+    if packed.numel() != (packed_bytes(n) + size - 1) // size:
+        raise ValueError(
+            f"{argument}: {packed.numel()} elements of {packed.dtype} do not hold {n} values; "
+            f"expected {(packed_bytes(n) + size - 1) // size}"
+        )
+
+
+def check_weight(
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    shape: Sequence[int],
+    blocksize: int,
+    quant_type: str,
+) -> None:
+    """A packed tensor of `shape` and its scales."""
+    if (
+        blocksize in _BLOCK_SIZES
+        and quant_type in QUANT_TYPES
+        and type(packed) is Tensor
+        and type(absmax) is Tensor
+        and len(shape) == 2
+    ):
+        n = shape[0] * shape[1]
+        blocks = (n + blocksize - 1) // blocksize
+        if (
+            packed.dtype is torch.uint8
+            and packed.layout is torch.strided
+            and packed.numel() == (n + 1) // 2
+            and absmax.numel() == blocks
+            and absmax.layout is torch.strided
+            and absmax.device == packed.device
+        ):
+            if absmax2 is None or offset is None:
+                if absmax2 is offset and absmax.dtype is torch.float32:
+                    return
+            elif (
+                type(absmax2) is Tensor
+                and type(offset) is Tensor
+                and absmax.dtype is torch.uint8
+                and absmax2.dtype is torch.float32
+                and offset.dtype is torch.float32
+                and absmax2.numel() == (blocks + NESTED_BLOCKSIZE - 1) // NESTED_BLOCKSIZE
+                and offset.numel() == 1
+                and absmax2.layout is torch.strided
+                and absmax2.device == packed.device
+                and offset.device == packed.device
+            ):
+                return
+    check_blocksize(blocksize)
+    check_quant_type(quant_type)
+    check_tensor("packed", packed)
+    check_shape("shape", shape)
+    n = prod(shape)
+    check_packed_length("packed", packed, n)
+    check_scales(absmax, absmax2, offset, blocks_of(n, blocksize), packed.device)
+
+
+def check_product(
+    x: Tensor, argument: str, bias: Tensor | None, shape: Sequence[int], packed: Tensor, dim: int
+) -> None:
+    """A factor of a product with a packed matrix of `shape`, whose dimension `dim` it meets."""
+    if (
+        type(x) is Tensor
+        and x.dtype in FLOAT_DTYPES
+        and x.layout is torch.strided
+        and x.device == packed.device
+        and len(shape) == 2
+        and x.dim() > 0
+        and x.shape[-1] == shape[dim]
+        and (
+            bias is None
+            or (
+                bias.dtype in FLOAT_DTYPES
+                and bias.dim() == 1
+                and bias.shape[0] == shape[1 - dim]
+                and bias.layout is torch.strided
+                and bias.device == x.device
+            )
+        )
+    ):
+        return
+    check_tensor(argument, x)
+    check_float(argument, x.dtype)
+    check_shape("shape", shape, 2)
+    same_device("packed", packed, argument, x.device)
+    if x.dim() == 0 or x.shape[-1] != shape[dim]:
+        name = "in_features" if dim == 1 else "out_features"
+        raise ValueError(f"{argument}: shape {list(x.shape)} does not end with {name}, {shape[dim]}")
+    if bias is not None:
+        check_tensor("bias", bias)
+        same_device("bias", bias, argument, x.device)
+        check_float("bias", bias.dtype)
+        if bias.dim() != 1 or bias.shape[0] != shape[1 - dim]:
+            raise ValueError(f"bias: shape {list(bias.shape)} is not [{shape[1 - dim]}]")
+
+
+def check_embedding(indices: Tensor, packed: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """The arguments of `embedding_4bit` beside the weight."""
+    check_tensor("indices", indices)
+    if indices.dtype not in INDEX_DTYPES:
+        raise TypeError(f"indices: dtype {indices.dtype} is not one of {names(INDEX_DTYPES)}")
+    same_device("indices", indices, "packed", packed.device)
+    check_shape("shape", shape, 2)
+    check_float("dtype", dtype)
+
+
+def check_code(code: Tensor, device: torch.device) -> None:
+    """An 8-bit map: float32 [256]."""
+    check_tensor("code", code)
+    same_device("code", code, "the input", device)
+    if code.dtype is not torch.float32:
+        raise TypeError(f"code: dtype {code.dtype} is not torch.float32")
+    if code.numel() != 256:
+        raise ValueError(f"code: {code.numel()} elements, expected 256")
+
+
+def check_blocksize_8bit(blocksize: object) -> None:
+    """`blocksize` of the 8-bit functions: any positive number of values."""
+    if not isinstance(blocksize, int) or isinstance(blocksize, bool):
+        raise TypeError(f"blocksize: {blocksize!r} is not a positive integer")
+    if blocksize <= 0:
+        raise ValueError(f"blocksize: {blocksize} is not a positive integer")
+
+
+def check_quantize_blockwise(input: Tensor, code: Tensor, blocksize: int) -> None:
+    """The arguments of `quantize_blockwise`."""
+    check_tensor("input", input)
+    check_float("input", input.dtype)
+    check_code(code, input.device)
+    check_blocksize_8bit(blocksize)
+
+
+def check_dequantize_blockwise(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> None:
+    """The arguments of `dequantize_blockwise`."""
+    check_tensor("codes", codes)
+    if codes.dtype is not torch.uint8:
+        raise TypeError(f"codes: dtype {codes.dtype} is not torch.uint8")
+    check_float("dtype", dtype)
+    check_code(code, codes.device)
+    check_blocksize_8bit(blocksize)
+    check_tensor("absmax", absmax)
+    same_device("absmax", absmax, "codes", codes.device)
+    if absmax.dtype is not torch.float32:
+        raise TypeError(f"absmax: dtype {absmax.dtype} is not torch.float32")
+    blocks = blocks_of(codes.numel(), blocksize)
+    if absmax.numel() != blocks:
+        raise ValueError(f"absmax: {absmax.numel()} scales do not fit; {codes.numel()} codes make {blocks} blocks")
+
+
+def check_out(out: object, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    """`out`, an argument that a result is written to."""
+    check_tensor("out", out)
+    assert isinstance(out, Tensor)
+    if out.dtype != dtype:
+        raise TypeError(f"out: dtype {out.dtype} is not {dtype}")
+    if list(out.shape) != list(shape):
+        raise ValueError(f"out: shape {list(out.shape)} is not {list(shape)}")
+    same_device("out", out, "the input", device)

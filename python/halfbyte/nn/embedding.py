@@ -1,0 +1,98 @@
+"""`Embedding4bit`: an embedding whose table is packed to 4 bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte._ops import kernels, plain
+from halfbyte.nn._quantized import Quantized
+
+
+class Embedding4bit(Quantized, torch.nn.Embedding):
+    """`torch.nn.Embedding` with a table of 4 bits a value, quantized when the module is first moved to a device.
+
+    Args:
+        num_embeddings: Rows of the table.
+        embedding_dim: Values of a row; any number.
+        dtype: Of the output; by default torch's default dtype.
+        quant_type: "nf4" or "fp4".
+        quant_storage: The dtype as which the packed bytes are viewed: uint8, int8, float16, bfloat16, float32 or
+            float64.
+        device: Where the float table is made that is to be quantized.
+
+    Only the rows asked for are dequantized. There is no gradient. Unlike bitsandbytes' it can be saved and loaded, with
+    the keys that a linear layer has.
+
+    >>> import torch
+    >>> from halfbyte.nn import Embedding4bit
+    >>> table = Embedding4bit(1000, 64, quant_type="nf4").to("cpu")
+    >>> table(torch.tensor([[3, 1], [4, 1]])).shape
+    torch.Size([2, 2, 64])
+    """
+
+    dtype: torch.dtype
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        dtype: torch.dtype | None = None,
+        quant_type: str = "fp4",
+        quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | int | None = None,
+    ) -> None:
+        """Make a table of random values that are to be quantized; see the class."""
+        super().__init__(num_embeddings, embedding_dim, device=device, dtype=dtype)
+        self.dtype = self.weight.dtype
+        self._pack(self.weight, False, quant_type, quant_storage)
+
+    def _weight_shape(self) -> tuple[int, int]:
+        return self.num_embeddings, self.embedding_dim
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Rows of the table: `[...]`, int64 or int32, to `[..., embedding_dim]`."""
+        state = self._state()
+        absmax, absmax2, offset = state.scales()
+        shape, blocksize, quant_type = state.weight()
+        weight: Tensor = self.weight
+        call: Any = torch.ops.halfbyte
+        direct = kernels(input, None, weight, absmax, absmax2, offset)
+        if direct is not None:
+            call, weight = direct, plain(weight)
+        rows: Tensor = call.embedding_4bit(
+            input, weight, absmax, absmax2, offset, shape, self.dtype, blocksize, quant_type
+        )
+        return rows
+
+
+class EmbeddingNF4(Embedding4bit):
+    """`Embedding4bit` with quantiles of the normal distribution: `quant_type="nf4"`."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        dtype: torch.dtype | None = None,
+        quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | int | None = None,
+    ) -> None:
+        """Make a table; see `Embedding4bit`."""
+        super().__init__(num_embeddings, embedding_dim, dtype, "nf4", quant_storage, device)
+
+
+class EmbeddingFP4(Embedding4bit):
+    """`Embedding4bit` with 4-bit floating-point values: `quant_type="fp4"`."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        dtype: torch.dtype | None = None,
+        quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | int | None = None,
+    ) -> None:
+        """Make a table; see `Embedding4bit`."""
+        super().__init__(num_embeddings, embedding_dim, dtype, "fp4", quant_storage, device)

@@ -1,0 +1,178 @@
+//! Products with few rows: codes are looked up into registers and multiplied there. The weight is decoded nowhere, and
+//! a scale is applied once to the sum of its block.
+//!
+//! This takes rows that begin with a block or a half of one, in steps of 64 values: `k` a multiple of 64 and blocks of
+//! at least 64. 64 packed bytes at a time are a *group* of 128 values. A register of them is shifted by 0, 4, 8, … bits,
+//! which brings each nibble of its words (of 16 or 32 bits) to the low end in turn, where the look-up wants it; the
+//! activations are laid out in that order instead of the weight's.
+
+use std::ops::Range;
+
+use super::blocked::Out;
+use super::pack::Matrix;
+use super::scratch::{Scratch, Words};
+use super::weight::Weight;
+use super::workers::Workers;
+
+/// Values of a group.
+pub(super) const GROUP: usize = 128;
+
+/// Bytes of activations that stay in the first-level cache: of longer rows, a part is multiplied with a task's rows of
+/// the weight before the next part is.
+const PART: usize = 32 << 10;
+
+/// Rows of the weight in a task, at most.
+const TASK: usize = 32;
+
+/// Words of the sums of two rows of the weight: a register of 16 for each of both and each lane.
+const SUMS: usize = 2 * LANES * 16;
+
+/// Pairs of rows from codes to those that are asked for meanwhile. The processor's own prefetching ends with every page
+/// of 4096 bytes; with this, reading from memory is three times as fast.
+const AHEAD_PAIRS: usize = 4;
+
+/// Rows of activations that are multiplied with the same look-ups.
+pub(super) const LANES: usize = 4;
+
+/// A path's direct product.
+#[derive(Clone, Copy)]
+pub(super) struct Direct {
+    /// Words of a group of activations.
+    pub group_words: usize,
+    /// Lays one row of activations out: `[groups][group_words]`, what is missing in the last is zero.
+    ///
+    /// # Safety
+    /// The machine has the path.
+    pub prepare: unsafe fn(Matrix<'_>, row: usize, out: &mut [u32]),
+    /// The products of two rows of the weight with up to [`LANES`] rows of activations.
+    ///
+    /// # Safety
+    /// The machine has the path; all of `Pair` is readable, and its sums writable.
+    pub pair: unsafe fn(&Pair) -> [[f32; LANES]; 2],
+}
+
+/// What a product of two rows of a weight reads.
+pub(super) struct Pair {
+    /// The packed rows, which may be the same one.
+    pub codes: [*const u8; 2],
+    /// The scales of the rows' blocks.
+    pub scales: [*const f32; 2],
+    /// Where in its first block each row begins.
+    pub offsets: [usize; 2],
+    /// The base-2 logarithm of the block size.
+    pub shift: u32,
+    /// The codebook.
+    pub values: &'static [f32; 16],
+    /// Whole groups in a row.
+    pub groups: usize,
+    /// The whole groups that are multiplied now.
+    pub part: Range<usize>,
+    /// Whether half a group follows, now.
+    pub half: bool,
+    /// Bytes from codes to those that are asked for meanwhile.
+    pub ahead: usize,
+    /// Sums of the parts before this one, unless it is the first; of this one too when it is not the last.
+    pub sums: *mut [f32; 16],
+    /// Whether this is the first part.
+    pub first: bool,
+    /// Whether this is the last part. Only then is the result worth something.
+    pub last: bool,
+    /// Prepared activations.
+    pub x: *const u32,
+    /// Words between rows of activations.
+    pub x_stride: usize,
+    /// Rows of activations, 1 to [`LANES`].
+    pub count: usize,
+}
+
+impl Pair {
+    /// The scales of both halves of a group of row `r`.
+    ///
+    /// # Safety
+    /// The group is within the row, and so is its second half, unless it is the last and `half`.
+    #[inline(always)]
+    pub unsafe fn scales_of(&self, r: usize, group: usize) -> [f32; 2] {
+        let at = self.offsets[r] + group * GROUP;
+        let second = if group < self.groups { at + GROUP / 2 } else { at };
+        // SAFETY: the caller's.
+        unsafe { [*self.scales[r].add(at >> self.shift), *self.scales[r].add(second >> self.shift)] }
+    }
+}
+
+/// Whether the direct product takes this weight.
+pub(super) fn takes(weight: &Weight<'_>) -> bool {
+    weight.cols().is_multiple_of(GROUP / 2) && weight.blocksize() >= GROUP / 2 && weight.cols() > 0
+}
+
+/// `out[m, n] = x[m, k] · weight[n, k]ᵀ`.
+pub(super) fn forward(
+    direct: Direct,
+    x: Matrix<'_>,
+    m: usize,
+    weight: &Weight<'_>,
+    out: &Out<'_>,
+    workers: Workers<'_>,
+) {
+    let (n, k) = (weight.rows(), weight.cols());
+    let stride = k.div_ceil(GROUP) * direct.group_words;
+    let mut prepared = Words::zeroed(m * stride);
+    for (row, words) in prepared.as_mut_slice().chunks_exact_mut(stride).take(m).enumerate() {
+        // SAFETY: the path is available.
+        unsafe { (direct.prepare)(x, row, words) }
+    }
+    let prepared = prepared.as_slice();
+    let task_rows = n.div_ceil(8 * workers.threads()).next_multiple_of(16).min(TASK);
+    workers.for_each(n.div_ceil(task_rows), |task| {
+        let rows = task * task_rows..n.min((task + 1) * task_rows);
+        Scratch::with(|scratch| {
+            let results: &mut [f32] = bytemuck::cast_slice_mut(scratch.tile.at_least(m * TASK));
+            let sums = scratch.sums.at_least(TASK / 2 * SUMS);
+            let blocks = weight.blocks_of(rows.start * k..rows.end * k);
+            let origin = blocks.start * weight.blocksize();
+            let scales = weight.scales(blocks, &mut scratch.scales);
+            for first_lane in (0..m).step_by(LANES) {
+                let count = LANES.min(m - first_lane);
+                let groups = k / GROUP;
+                let part = PART / (count * direct.group_words * size_of::<u32>());
+                for start in (0..groups.max(1)).step_by(part) {
+                    let end = groups.min(start + part);
+                    for (row, sums) in rows.clone().step_by(2).zip(sums.chunks_exact_mut(SUMS)) {
+                        let both = [row, (row + 1).min(rows.end - 1)];
+                        let starts = both.map(|row| row * k - origin);
+                        let pair = Pair {
+                            codes: both.map(|row| &raw const weight.packed()[row * k / 2]),
+                            scales: starts.map(|start| &raw const scales[start / weight.blocksize()]),
+                            offsets: starts.map(|start| start % weight.blocksize()),
+                            shift: weight.blocksize().trailing_zeros(),
+                            values: weight.values(),
+                            groups,
+                            part: start..end,
+                            half: end == groups && !k.is_multiple_of(GROUP),
+                            ahead: AHEAD_PAIRS * k, // `k` bytes are two rows
+                            sums: sums.as_mut_ptr().cast(),
+                            first: start == 0,
+                            last: end == groups,
+                            x: &raw const prepared[first_lane * stride],
+                            x_stride: stride,
+                            count,
+                        };
+                        // SAFETY: the path is available; rows, scales and activations are as long as `k` says.
+                        let result = unsafe { (direct.pair)(&pair) };
+                        if !pair.last {
+                            continue;
+                        }
+                        for (row, result) in both.into_iter().zip(result) {
+                            for (lane, result) in result.into_iter().enumerate().take(count) {
+                                results[(first_lane + lane) * TASK + row - rows.start] = result;
+                            }
+                        }
+                    }
+                }
+            }
+            for (row, results) in results.chunks_exact_mut(TASK).enumerate() {
+                // SAFETY: this task alone has these rows of the weight, which are columns of the result.
+                unsafe { out.store(row, rows.start, &mut results[..rows.len()]) }
+            }
+        });
+    });
+}

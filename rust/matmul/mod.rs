@@ -1,0 +1,218 @@
+//! Products with a packed weight: `x · Wᵀ` and `grad · W`, without a dense copy of the weight.
+//!
+//! # What is rounded, and when
+//! The result that is approximated is that of `linear(x.to(compute), W.to(compute), bias)` with `W` dequantized.
+//!
+//! - Activations (and gradients) are rounded to the compute type first; that is exact when they have it already.
+//! - Weights are `codebook[code] * scale` in float32, rounded to bfloat16 when [`Path::rounds_weights`] says so
+//!   (bfloat16 compute on AVX512-BF16) and not at all otherwise: float16 compute, and bfloat16 compute on other paths,
+//!   are more exact than the reference. With few rows it is the codebook that is rounded, not the product with the
+//!   scale: a relative error of at most 2⁻⁸ per weight either way.
+//! - Products are added up in float32, in an order that depends on the shape and the path, and on neither the run nor
+//!   the number of threads: the same bits every time. AVX512-BF16 rounds sums to nearest and takes denormals for zero.
+//! - The bias is added in float32, and the sum is rounded once, to the type of the result.
+//!
+//! So with `u = 2⁻²⁴` and `e = 2⁻⁸` (weights rounded) or 0, a result differs from the exact one (of rounded
+//! activations) by at most `(e + (k + 8) u) · Σ |x·w|`, plus the rounding to the result's type; sums below 2⁻¹⁰⁰ aside.
+//! A scale that is not finite makes the results it has a part in not finite.
+//!
+//! # How
+//! Few rows of activations are multiplied with codes looked up in registers (`direct`), or with a row of the weight
+//! decoded into the first-level cache where codes begin in the middle of a byte or a block; many with a tile of the
+//! weight decoded into the second-level cache (`blocked`). A thread needs 1.1 MB at most, and the rounded activations
+//! of up to 512 rows are held once. Threads share results, never a sum.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod blocked;
+mod direct;
+#[cfg(target_arch = "x86_64")]
+mod direct_bf16;
+#[cfg(target_arch = "x86_64")]
+mod direct_f32;
+mod floats;
+mod kernel;
+mod pack;
+mod path;
+mod scratch;
+mod weight;
+mod workers;
+
+use std::str::FromStr;
+
+use crate::blockwise::check_length;
+use crate::error::{Error, Result};
+
+use blocked::Out;
+pub use floats::{Floats, FloatsMut};
+use kernel::{Kernel, Scalar};
+use pack::Matrix;
+pub use path::Path;
+pub use weight::{Scales, Weight};
+pub use workers::{Parallel, Workers};
+
+/// Up to so many rows of activations are multiplied without laying them out for the blocked product.
+const FEW_ROWS: usize = 8;
+
+/// Up to so many with codes looked up in registers, where that is possible.
+const DIRECT_ROWS: usize = 20;
+
+/// Multiplications that one thread does in the time it takes to wake another: tens of microseconds.
+const SERIAL_WORK: usize = 1 << 20;
+
+/// The type that activations are rounded to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Compute {
+    /// float32
+    F32,
+    /// float16
+    F16,
+    /// bfloat16
+    Bf16,
+}
+
+impl Compute {
+    /// Every type.
+    pub const ALL: [Self; 3] = [Self::F32, Self::F16, Self::Bf16];
+
+    /// The name in torch.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::F32 => "float32",
+            Self::F16 => "float16",
+            Self::Bf16 => "bfloat16",
+        }
+    }
+}
+
+impl FromStr for Compute {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        Self::ALL.into_iter().find(|c| c.as_str() == name).ok_or_else(|| {
+            let legal = Self::ALL.map(Self::as_str);
+            Error::argument("compute_dtype", format!("{name:?}"), format!("one of {legal:?}"))
+        })
+    }
+}
+
+/// `out[m, n] = x[m, k] · weight[n, k]ᵀ + bias[n]`, all row-major. The module's description is the contract.
+///
+/// # Errors
+/// [`Error::Argument`] unless the lengths of `x`, `bias` and `out` are those of `m` rows, and when this machine lacks
+/// the path.
+#[allow(clippy::too_many_arguments, reason = "a product has that many")]
+pub fn linear(
+    path: Path,
+    workers: Workers<'_>,
+    m: usize,
+    x: Floats<'_>,
+    weight: &Weight<'_>,
+    bias: Option<Floats<'_>>,
+    out: FloatsMut<'_>,
+    compute: Compute,
+) -> Result<()> {
+    let path = path.checked()?;
+    let (n, k) = (weight.rows(), weight.cols());
+    check_length("x", x.len(), area("x", m, k)?, "rows of the weight's columns")?;
+    check_length("out", out.len(), area("out", m, n)?, "rows of the weight's rows")?;
+    if let Some(bias) = bias {
+        check_length("bias", bias.len(), n, "one per row of the weight")?;
+    }
+    if m == 0 || n == 0 {
+        return Ok(());
+    }
+    let bias: Option<Vec<f32>> = bias.map(|bias| (0..n).map(|i| bias.get(i)).collect());
+    let out = Out { values: out.share(), cols: n, bias: bias.as_deref() };
+    if k == 0 {
+        zero(m, &out);
+        return Ok(());
+    }
+    let x = Matrix { floats: x, cols: k, compute };
+    let workers = workers.for_work(m.saturating_mul(n).saturating_mul(k), SERIAL_WORK);
+    match (path, compute) {
+        (Path::Scalar, _) => forward::<Scalar>(x, m, weight, &out, workers),
+        #[cfg(target_arch = "x86_64")]
+        (Path::Avx2, _) => forward::<avx2::Avx2>(x, m, weight, &out, workers),
+        #[cfg(target_arch = "x86_64")]
+        (Path::Avx512Bf16, Compute::Bf16) => forward::<avx512::Avx512Bf16>(x, m, weight, &out, workers),
+        #[cfg(target_arch = "x86_64")]
+        (Path::Avx512 | Path::Avx512Bf16, _) => forward::<avx512::Avx512>(x, m, weight, &out, workers),
+        #[cfg(not(target_arch = "x86_64"))]
+        _ => unreachable!("{path} is not available here"),
+    }
+    Ok(())
+}
+
+fn forward<K: Kernel>(x: Matrix<'_>, m: usize, weight: &Weight<'_>, out: &Out<'_>, workers: Workers<'_>) {
+    match K::direct() {
+        Some(direct) if m <= DIRECT_ROWS && direct::takes(weight) => {
+            direct::forward(direct, x, m, weight, out, workers);
+        }
+        _ if m <= FEW_ROWS => blocked::forward_few::<K>(x, m, weight, out, workers),
+        _ => blocked::forward::<K>(x, m, weight, out, workers),
+    }
+}
+
+/// `out[m, k] = grad[m, n] · weight[n, k]`, all row-major: the gradient of [`linear`]'s `x`. The module's description is
+/// the contract.
+///
+/// # Errors
+/// [`Error::Argument`] unless the lengths of `grad` and `out` are those of `m` rows, and when this machine lacks the
+/// path.
+pub fn linear_backward(
+    path: Path,
+    workers: Workers<'_>,
+    m: usize,
+    grad: Floats<'_>,
+    weight: &Weight<'_>,
+    out: FloatsMut<'_>,
+    compute: Compute,
+) -> Result<()> {
+    let path = path.checked()?;
+    let (n, k) = (weight.rows(), weight.cols());
+    check_length("grad", grad.len(), area("grad", m, n)?, "rows of the weight's rows")?;
+    check_length("out", out.len(), area("out", m, k)?, "rows of the weight's columns")?;
+    if m == 0 || k == 0 {
+        return Ok(());
+    }
+    let out = Out { values: out.share(), cols: k, bias: None };
+    if n == 0 {
+        zero(m, &out);
+        return Ok(());
+    }
+    let grad = Matrix { floats: grad, cols: n, compute };
+    let workers = workers.for_work(m.saturating_mul(n).saturating_mul(k), SERIAL_WORK);
+    match (path, compute) {
+        (Path::Scalar, _) => blocked::backward::<Scalar>(grad, m, weight, &out, workers),
+        #[cfg(target_arch = "x86_64")]
+        (Path::Avx2, _) => blocked::backward::<avx2::Avx2>(grad, m, weight, &out, workers),
+        #[cfg(target_arch = "x86_64")]
+        (Path::Avx512Bf16, Compute::Bf16) => blocked::backward::<avx512::Avx512Bf16>(grad, m, weight, &out, workers),
+        #[cfg(target_arch = "x86_64")]
+        (Path::Avx512 | Path::Avx512Bf16, _) => blocked::backward::<avx512::Avx512>(grad, m, weight, &out, workers),
+        #[cfg(not(target_arch = "x86_64"))]
+        _ => unreachable!("{path} is not available here"),
+    }
+    Ok(())
+}
+
+/// Sums of nothing.
+fn zero(m: usize, out: &Out<'_>) {
+    let mut row = vec![0.0; out.cols];
+    for i in 0..m {
+        row.fill(0.0);
+        // SAFETY: there is one thread.
+        unsafe { out.store(i, 0, &mut row) }
+    }
+}
+
+fn area(argument: &'static str, rows: usize, cols: usize) -> Result<usize> {
+    rows.checked_mul(cols)
+        .ok_or_else(|| Error::argument(argument, format!("[{rows}, {cols}]"), "a number of values that fits in memory"))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,95 @@
+//! Rounds activations to words and lays them out for the block product.
+
+use std::ops::Range;
+
+use super::kernel::{CHUNK, Kernel};
+use super::scratch::{SharedWords, Words};
+use super::workers::Workers;
+use super::{Compute, Floats};
+
+/// A row-major list of floats, `[rows, cols]`, and what they are rounded to.
+#[derive(Clone, Copy)]
+pub(super) struct Matrix<'a> {
+    pub floats: Floats<'a>,
+    pub cols: usize,
+    pub compute: Compute,
+}
+
+impl Matrix<'_> {
+    /// Columns `cols` of a row as words; a last value without a partner gets a zero.
+    pub fn words<K: Kernel>(self, row: usize, cols: Range<usize>, out: &mut [u32]) {
+        let range = row * self.cols + cols.start..row * self.cols + cols.end;
+        if K::DEPTH == 1 {
+            self.floats.to_f32(range, self.compute, bytemuck::cast_slice_mut(out));
+        } else {
+            let out: &mut [u16] = bytemuck::cast_slice_mut(out);
+            let (out, rest) = out.split_at_mut(cols.len());
+            self.floats.to_bf16(range, out);
+            rest.fill(0);
+        }
+    }
+}
+
+/// Rows of a matrix in groups of `width`: `[chunk][group][word][width]`, the last group filled up with zeros.
+pub(super) struct Panels {
+    words: Words,
+    width: usize,
+    groups: usize,
+}
+
+/// Words `chunk` of all rows.
+#[derive(Clone, Copy)]
+pub(super) struct Chunk {
+    /// The first word.
+    pub start: usize,
+    /// How many.
+    pub len: usize,
+}
+
+impl Chunk {
+    /// The values of the chunk, of `cols` in all.
+    pub fn values<K: Kernel>(self, cols: usize) -> Range<usize> {
+        self.start * K::DEPTH..((self.start + self.len) * K::DEPTH).min(cols)
+    }
+
+    /// All chunks of `cols` values.
+    pub fn all<K: Kernel>(cols: usize) -> impl Iterator<Item = Self> {
+        let words = cols.div_ceil(K::DEPTH);
+        (0..words).step_by(CHUNK).map(move |start| Self { start, len: CHUNK.min(words - start) })
+    }
+}
+
+impl Panels {
+    /// Packs `rows` of `matrix`.
+    pub fn pack<K: Kernel>(matrix: Matrix<'_>, rows: Range<usize>, width: usize, workers: Workers<'_>) -> Self {
+        let groups = rows.len().div_ceil(width);
+        let mut words = Words::zeroed(matrix.cols.div_ceil(K::DEPTH) * groups * width);
+        let chunks: Vec<Chunk> = Chunk::all::<K>(matrix.cols).collect();
+        let shared = SharedWords::new(&mut words);
+        workers.for_each(chunks.len() * groups, |task| {
+            let (chunk, group) = (chunks[task / groups], task % groups);
+            // SAFETY: every chunk and group has its own words.
+            let panel = unsafe { shared.part((chunk.start * groups + group * chunk.len) * width, chunk.len * width) };
+            let first = rows.start + group * width;
+            let mut row_words = [0u32; CHUNK];
+            for i in 0..width.min(rows.end - first) {
+                let row_words = &mut row_words[..chunk.len];
+                matrix.words::<K>(first + i, chunk.values::<K>(matrix.cols), row_words);
+                for (to, word) in panel.chunks_exact_mut(width).zip(row_words) {
+                    to[i] = *word;
+                }
+            }
+        });
+        Self { words, width, groups }
+    }
+
+    /// How many groups of rows.
+    pub fn groups(&self) -> usize {
+        self.groups
+    }
+
+    /// One chunk of one group: `[chunk.len][width]`.
+    pub fn panel(&self, chunk: Chunk, group: usize) -> &[u32] {
+        &self.words.as_slice()[(chunk.start * self.groups + group * chunk.len) * self.width..][..chunk.len * self.width]
+    }
+}

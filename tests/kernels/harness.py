@@ -1,0 +1,332 @@
+"""Kernels on the processor: launches as data, run in this process or in a program with a sanitizer.
+
+A `Case` has buffers and the launches that use them. `Library` runs it with the arrays of this process; `Program`
+writes it to a file, for a build with AddressSanitizer or ThreadSanitizer to run. Both give what is in the buffers
+afterwards.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import re
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import build_host
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+GUARD = 64
+CANARY = 0xA5
+# A report of a sanitizer ends the program with this.
+SANITIZER_EXIT = 66
+
+
+class KernelError(Exception):
+    """What the engine found wrong with a kernel, or with its launch."""
+
+
+class SanitizerError(Exception):
+    """What a sanitizer reported."""
+
+
+@dataclass(eq=False)
+class Buffer:
+    """Memory of a device: the bytes of `data`, `shift` bytes behind a multiple of 256."""
+
+    data: np.ndarray
+    shift: int = 0
+
+
+@dataclass(frozen=True)
+class Argument:
+    """The bytes of one argument, and the buffers whose addresses are in it, by their place."""
+
+    data: bytes
+    addresses: tuple[tuple[int, Buffer], ...] = ()
+
+
+def int32(value: int) -> Argument:
+    """An `int` or, of the same bits, a `u32`."""
+    return Argument(struct.pack("<I", value & 0xFFFFFFFF))
+
+
+def int64(value: int) -> Argument:
+    """An `i64`."""
+    return Argument(struct.pack("<q", value))
+
+
+def pointers(*buffers: Buffer | None) -> Argument:
+    """A pointer, or a struct of several. None is null."""
+    places = tuple((8 * i, buffer) for i, buffer in enumerate(buffers) if buffer is not None)
+    return Argument(bytes(8 * len(buffers)), places)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, its grid and its arguments. `window`: the first of the blocks that are run, and how many; None: all."""
+
+    kernel: str
+    grid: int
+    block: int
+    arguments: Sequence[Argument]
+    shared: int = 0
+    window: tuple[int, int] | None = None
+
+    def blocks(self) -> tuple[int, int]:
+        """The first block that is run, and how many are."""
+        return self.window or (0, self.grid)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Launches one after another."""
+
+    launches: Sequence[Launch]
+    buffers: list[Buffer] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Finds the buffers, each once."""
+        found: dict[int, Buffer] = {}
+        for launch in self.launches:
+            for argument in launch.arguments:
+                for _, buffer in argument.addresses:
+                    found[id(buffer)] = buffer
+        object.__setattr__(self, "buffers", list(found.values()))
+
+
+class _Launch(ctypes.Structure):
+    _fields_ = (
+        ("kernel", ctypes.c_char_p),
+        ("grid", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32 * 3),
+        ("shared", ctypes.c_uint64),
+        ("first_block", ctypes.c_uint64),
+        ("blocks", ctypes.c_uint64),
+        ("highest_first", ctypes.c_uint32),
+        ("count", ctypes.c_uint32),
+        ("arguments", ctypes.POINTER(ctypes.c_void_p)),
+        ("sizes", ctypes.POINTER(ctypes.c_uint64)),
+    )
+
+
+def _describe(text: str) -> tuple[dict[str, int], dict[str, int]]:
+    kernels = {match[1]: int(match[2]) for match in re.finditer(r"^kernel (\w+) (\d+)", text, re.MULTILINE)}
+    constants = {match[1]: int(match[2]) for match in re.finditer(r"^constant (\w+) (-?\d+)$", text, re.MULTILINE)}
+    return kernels, constants
+
+
+class Library:
+    """A source as a shared library in this process. Writes outside of a buffer are found when they are close to it."""
+
+    def __init__(self, path: Path) -> None:
+        self._library = ctypes.CDLL(str(path))
+        self._library.halfbyte_host_launch.restype = ctypes.c_char_p
+        self._library.halfbyte_host_describe.restype = ctypes.c_char_p
+        self.description: str = self._library.halfbyte_host_describe().decode()
+        self.threads, self.constants = _describe(self.description)
+
+    def run(self, case: Case, highest_first: bool = False) -> list[np.ndarray]:
+        """The buffers of a case afterwards, in their order."""
+        memory = []
+        for buffer in case.buffers:
+            data = np.ascontiguousarray(buffer.data)
+            outer = np.full(data.nbytes + buffer.shift + 2 * GUARD + 256, CANARY, np.uint8)
+            begin = GUARD + -(outer.ctypes.data + GUARD) % 256 + buffer.shift
+            outer[begin : begin + data.nbytes] = data.reshape(-1).view(np.uint8)
+            memory.append((outer, begin, data))
+        addresses = {id(b): m[0].ctypes.data + m[1] for b, m in zip(case.buffers, memory, strict=True)}
+        for launch in case.launches:
+            self.launch(launch, addresses, highest_first)
+        results = []
+        for k, (outer, begin, data) in enumerate(memory):
+            end = begin + data.nbytes
+            if not ((outer[:begin] == CANARY).all() and (outer[end:] == CANARY).all()):
+                raise KernelError(f"a write outside of buffer {k}, which has {data.nbytes} bytes")
+            results.append(outer[begin:end].copy().view(data.dtype).reshape(data.shape))
+        return results
+
+    def launch(self, launch: Launch, addresses: dict[int, int], highest_first: bool = False) -> None:
+        """Run one launch on memory of this process: `addresses` has that of each buffer by the buffer's id."""
+        values = []
+        for argument in launch.arguments:
+            # In words of 8 bytes, as an argument is aligned to as many at most.
+            value = (ctypes.c_uint64 * (len(argument.data) // 8 + 1))()
+            data = bytearray(argument.data)
+            for at, buffer in argument.addresses:
+                struct.pack_into("<Q", data, at, addresses[id(buffer)])
+            ctypes.memmove(value, bytes(data), len(data))
+            values.append(value)
+        first, blocks = launch.blocks()
+        raw = _Launch(
+            kernel=launch.kernel.encode(),
+            grid=(launch.grid, 1, 1),
+            block=(launch.block, 1, 1),
+            shared=launch.shared,
+            first_block=first,
+            blocks=blocks,
+            highest_first=highest_first,
+            count=len(values),
+            arguments=(ctypes.c_void_p * len(values))(*map(ctypes.addressof, values)),
+            sizes=(ctypes.c_uint64 * len(values))(*(len(argument.data) for argument in launch.arguments)),
+        )
+        error = self._library.halfbyte_host_launch(ctypes.byref(raw))
+        if error:
+            raise KernelError(error.decode())
+
+
+# What the sanitizers are told. A leak of the engine is none of a kernel; one report is enough.
+OPTIONS = {
+    "ASAN_OPTIONS": f"detect_leaks=0:exitcode={SANITIZER_EXIT}",
+    "UBSAN_OPTIONS": f"print_stacktrace=1:exitcode={SANITIZER_EXIT}",
+    "TSAN_OPTIONS": f"halt_on_error=1:exitcode={SANITIZER_EXIT}:atexit_sleep_ms=0",
+}
+
+
+def _fixed_addresses() -> None:
+    # Older race detectors do not start where addresses are too random. Without the permission they may still.
+    ctypes.CDLL(None).personality(0x0040000)
+
+
+class Program:
+    """A source as a program with a sanitizer; a process for each run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.description = self._execute([]).decode()
+        self.threads, self.constants = _describe(self.description)
+
+    def _execute(self, arguments: list[str]) -> bytes:
+        done = subprocess.run(
+            [self.path, *arguments],
+            capture_output=True,
+            check=False,
+            env={**os.environ, **OPTIONS},
+            preexec_fn=_fixed_addresses,
+            timeout=300,
+        )
+        text = done.stderr.decode(errors="replace")
+        if done.returncode == 1 and "runtime error" not in text:
+            raise KernelError(text.strip())
+        if done.returncode != 0:
+            raise SanitizerError(f"exit status {done.returncode}\n{text}")
+        return done.stdout
+
+    def run_all(self, cases: Sequence[Case], highest_first: bool = False) -> list[list[np.ndarray]]:
+        """The buffers of each case afterwards, in their order."""
+        with tempfile.TemporaryDirectory() as folder:
+            source, output = Path(folder, "cases"), Path(folder, "output")
+            source.write_bytes(b"".join(_encode(cases, highest_first)))
+            self._execute([str(source), str(output)])
+            data, at, results = output.read_bytes(), 0, []
+            for case in cases:
+                results.append([])
+                for buffer in case.buffers:
+                    array = np.frombuffer(data, buffer.data.dtype, buffer.data.size, at)
+                    results[-1].append(array.reshape(buffer.data.shape))
+                    at += buffer.data.nbytes
+            assert at == len(data)
+            return results
+
+    def run(self, case: Case, highest_first: bool = False) -> list[np.ndarray]:
+        """The buffers of a case afterwards, in their order."""
+        return self.run_all([case], highest_first)[0]
+
+
+def _encode(cases: Sequence[Case], highest_first: bool) -> Iterable[bytes]:
+    """As kernels/host/program.cpp reads them."""
+
+    def numbers(*values: int) -> bytes:
+        return struct.pack(f"<{len(values)}q", *values)
+
+    yield numbers(len(cases))
+    for case in cases:
+        yield numbers(len(case.buffers))
+        for buffer in case.buffers:
+            yield numbers(buffer.data.nbytes, buffer.shift) + np.ascontiguousarray(buffer.data).tobytes()
+        index = {id(buffer): k for k, buffer in enumerate(case.buffers)}
+        yield numbers(len(case.launches))
+        for launch in case.launches:
+            yield numbers(len(launch.kernel)) + launch.kernel.encode()
+            yield numbers(launch.grid, 1, 1, launch.block, 1, 1, launch.shared, *launch.blocks(), highest_first)
+            yield numbers(len(launch.arguments))
+            for argument in launch.arguments:
+                yield numbers(len(argument.data)) + argument.data + numbers(len(argument.addresses))
+                for at, target in argument.addresses:
+                    yield numbers(at, index[id(target)])
+
+
+@functools.cache
+def _tried(mode: str) -> str:
+    """Why builds of this mode do not run on this machine, or nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "empty.cpp")
+        source.write_text("int main() {}\n", encoding="utf-8")
+        link = [word for word in build_host.MODES[mode].link if word != "-shared"]
+        try:
+            build_host.execute([*build_host.compiler(), *link, str(source), "-o", str(source.with_suffix(""))])
+            Program._execute(_Bare(source.with_suffix("")), [])  # type: ignore[arg-type]
+        except OSError as error:
+            return f"no C++ compiler: {error}"
+        except (build_host.BuildError, KernelError, SanitizerError) as error:
+            return f"{mode} does not work with {build_host.compiler()[0]} here: {error}"
+    return ""
+
+
+@dataclass
+class _Bare:
+    path: Path
+
+
+def need(mode: str) -> None:
+    """Skip the test where this mode cannot be had, with the reason."""
+    reason = _tried(mode)
+    if reason:
+        pytest.skip(reason)
+
+
+@functools.cache
+def _built(mode: str) -> dict[Path, Path | build_host.BuildError]:
+    """Every source in a mode: all at once, for they are built side by side."""
+    # Only the engine's own kernels are tried with the portable way to switch stacks.
+    pairs = [(s, mode) for s in build_host.sources() if mode != "ucontext" or s.parent.name == "tests"]
+    return {source: result for (source, _), result in build_host.build_all(pairs).items()}
+
+
+@functools.cache
+def built(source: Path, mode: str) -> Library | Program:
+    """A source in a mode. A kernel that does not compile fails the test."""
+    need(mode)
+    result = _built(mode)[source]
+    if isinstance(result, build_host.BuildError):
+        raise result
+    return Library(result) if result.suffix == ".so" else Program(result)
+
+
+def library(name: str) -> Library:
+    """kernels/NAME.cu, in this process."""
+    found = built(build_host.KERNELS / f"{name}.cu", "library")
+    assert isinstance(found, Library)
+    return found
+
+
+def program(name: str, mode: str) -> Program:
+    """kernels/NAME.cu, with a sanitizer."""
+    found = built(build_host.KERNELS / f"{name}.cu", mode)
+    assert isinstance(found, Program)
+    return found
+
+
+def run_both_ways(library: Library, case: Case) -> list[NDArray]:
+    """What both orders give, which must be the same bits."""
+    lowest, highest = library.run(case), library.run(case, highest_first=True)
+    for k, (a, b) in enumerate(zip(lowest, highest, strict=True)):
+        assert a.tobytes() == b.tobytes(), f"buffer {k} depends on the order of the threads"
+    return lowest

@@ -1,0 +1,307 @@
+"""Kernels of the package as cases with their expected results, for any way to run them.
+
+Each function takes the runner's description (`constants` and `threads` of kernels), because the sources alone say how
+many values a block of threads takes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import native
+import numpy as np
+import reference
+from harness import Argument, Buffer, Case, Launch, int32, int64, pointers
+
+
+class Described(Protocol):
+    """What is known of a built source."""
+
+    threads: dict[str, int]
+    constants: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A case, and for some of its buffers what must be in them: a function that gives the difference, or nothing."""
+
+    name: str
+    case: Case
+    wanted: list[tuple[Buffer, Callable[[np.ndarray], str]]]
+
+    def against(self, results: list[np.ndarray]) -> None:
+        """Fail if a result is not as expected."""
+        for buffer, compare in self.wanted:
+            index = next(k for k, other in enumerate(self.case.buffers) if other is buffer)
+            difference = compare(results[index])
+            assert not difference, f"{self.name}: {difference}"
+
+
+def bits(expected: np.ndarray, dtype: str | None = None) -> Callable[[np.ndarray], str]:
+    """The same bits, or NaN for NaN."""
+
+    def compare(found: np.ndarray) -> str:
+        if native.same_bits(found, expected, dtype):
+            return ""
+        differ = np.flatnonzero(found.view(f"u{found.itemsize}") != expected.view(f"u{expected.itemsize}"))
+        first = differ[:8]
+        return f"{differ.size} of {expected.size} differ, at {first}: {found[first]}, expected {expected[first]}"
+
+    return compare
+
+
+def near(expected: np.ndarray, bound: np.ndarray, dtype: str) -> Callable[[np.ndarray], str]:
+    """Within a bound for each element."""
+
+    def compare(found: np.ndarray) -> str:
+        error = np.abs(native.to_float32(found, dtype).astype(np.float64) - expected)
+        worst = np.unravel_index(np.argmax(error - bound), error.shape)
+        if np.all(error <= bound):
+            return ""
+        return f"{found[worst]} at {worst}, {expected[worst]} expected: {error[worst] / bound[worst]:.2f} of the bound"
+
+    return compare
+
+
+def _filled(size: int, dtype: np.dtype | type) -> np.ndarray:
+    """What an output is before: nothing that a kernel would write by chance."""
+    return np.frombuffer(b"\xa7" * (size * np.dtype(dtype).itemsize), dtype).copy()
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _shift(blocksize: int) -> Argument:
+    return int32(int(math.log2(blocksize)))
+
+
+def _type(quant_type: str) -> Argument:
+    return int32({"nf4": 0, "fp4": 1}[quant_type])
+
+
+def quantize(
+    source: Described,
+    values: np.ndarray,
+    dtype: str,
+    quant_type: str,
+    blocksize: int,
+    shifts: tuple[int, int] = (0, 0),
+    slow: bool = False,
+) -> Check:
+    """`shifts`: those of input and packed codes, in bytes. `slow`: the kernel that is the definition."""
+    kernel = f"quantize_{'reference_' if slow else ''}{dtype}_{quant_type}"
+    n, threads = values.size, source.threads[kernel]
+    packed, absmax = native.quantize(values, dtype, quant_type, blocksize)
+    per_block = threads * blocksize if slow else source.constants["TILE"] * source.constants["DEPTH"]
+    x, p, a = (
+        Buffer(values, shifts[0]),
+        Buffer(_filled(packed.size, np.uint8), shifts[1]),
+        Buffer(_filled(absmax.size, "f4")),
+    )
+    arguments = [pointers(x), pointers(p), pointers(a), int64(n), _shift(blocksize)]
+    launch = Launch(kernel, _ceil(n, per_block), threads, arguments)
+    name = f"{kernel}, {n} values in blocks of {blocksize}, shifts {shifts}"
+    return Check(name, Case([launch]), [(p, bits(packed)), (a, bits(absmax))])
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Scales of a tensor: plain, or (`codes`) nested."""
+
+    absmax: native.Array
+    codes: native.Bytes | None = None
+    absmax2: native.Array | None = None
+    offset: np.float32 | None = None
+
+    @staticmethod
+    def plain(absmax: native.Array) -> Scales:
+        """As they are."""
+        return Scales(absmax)
+
+    @staticmethod
+    def nested(absmax: native.Array) -> Scales:
+        """Quantized: `absmax` is then what they are read as."""
+        codes, absmax2, offset = native.compress(absmax)
+        return Scales(native.expand(codes, absmax2, offset), codes, absmax2, offset)
+
+    @property
+    def suffix(self) -> str:
+        """Of the kernels' names."""
+        return "" if self.codes is None else "_nested"
+
+    def argument(self) -> Argument:
+        """The struct that kernels take; what they have no business with is null."""
+        if self.codes is None or self.absmax2 is None or self.offset is None:
+            return pointers(Buffer(self.absmax), None, None, None)
+        offset = np.array([self.offset], np.float32)
+        return pointers(None, Buffer(self.codes), Buffer(self.absmax2), Buffer(offset))
+
+
+def dequantize(
+    source: Described,
+    packed: native.Bytes,
+    scales: Scales,
+    n: int,
+    dtype: str,
+    quant_type: str,
+    blocksize: int,
+    shifts: tuple[int, int] = (0, 0),
+    slow: bool = False,
+) -> Check:
+    """`shifts`: those of packed codes and output, in bytes."""
+    kernel = f"dequantize_{'reference_' if slow else ''}{dtype}{scales.suffix}"
+    threads = source.threads[kernel]
+    wanted = native.dequantize(packed, scales.absmax, n, dtype, quant_type, blocksize)
+    out = Buffer(_filled(n, wanted.dtype), shifts[1])
+    arguments = [
+        pointers(Buffer(packed, shifts[0])), scales.argument(), pointers(out),
+        int64(n), _shift(blocksize), _type(quant_type),
+    ]  # fmt: skip
+    launch = Launch(kernel, _ceil(n, threads if slow else source.constants["TILE"]), threads, arguments)
+    name = f"{kernel}, {n} {quant_type} values in blocks of {blocksize}, shifts {shifts}"
+    return Check(name, Case([launch]), [(out, bits(wanted, dtype))])
+
+
+def compress(source: Described, absmax: native.Array, levels: int = 1) -> Check:
+    """Nested quantization of scales. `levels`: how often sums are added up before the last kernel."""
+    codes, absmax2, offset = native.compress(absmax)
+    group, warps, threads = source.constants["GROUP"], source.constants["WARPS"], source.constants["THREADS"]
+    x, n = Buffer(absmax), absmax.size
+    launches, values, count = [], x, n
+    for level in range(levels):
+        sums = Buffer(_filled(_ceil(count, group), "f8"))
+        kernel = "nested_sums" if level == 0 else "nested_sums_of_sums"
+        arguments = [pointers(values), pointers(sums), int64(count)]
+        launches.append(Launch(kernel, _ceil(count, group * warps), threads, arguments))
+        values, count = sums, sums.data.size
+    c, a, o = Buffer(_filled(n, np.uint8)), Buffer(_filled(absmax2.size, "f4")), Buffer(_filled(1, "f4"))
+    arguments = [pointers(x), pointers(values), int64(count), pointers(c), pointers(a), pointers(o), int64(n)]
+    launches.append(Launch("nested_compress", _ceil(n, group * warps), threads, arguments))
+    wanted = [(c, bits(codes)), (a, bits(absmax2)), (o, bits(np.array([offset], np.float32)))]
+    return Check(f"nested_compress, {n} scales, {levels} levels", Case(launches), wanted)
+
+
+@dataclass(frozen=True)
+class Product:
+    """x[M][K], a quantized W[N][K] and perhaps a bias, and the product in float64 with the error that is allowed."""
+
+    dtype: str
+    quant_type: str
+    blocksize: int
+    x: np.ndarray
+    packed: native.Bytes
+    scales: Scales
+    bias: np.ndarray | None
+    weights: np.ndarray  # [N][K] codes' values
+
+    @staticmethod
+    def random(
+        m: int, n: int, k: int, dtype: str, quant_type: str, blocksize: int, nested: bool = False, bias: bool = False
+    ) -> Product:
+        """Of normal values."""
+        random = np.random.default_rng([m, n, k, blocksize])
+        x = native.from_float32(random.standard_normal((m, k), np.float32), dtype)
+        w = random.standard_normal(n * k, np.float32)
+        packed, absmax = native.quantize(w, "f32", quant_type, blocksize)
+        codes = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[: n * k]
+        added = native.from_float32(random.standard_normal(n, np.float32), dtype) if bias else None
+        return Product(
+            dtype,
+            quant_type,
+            blocksize,
+            x,
+            packed,
+            Scales.nested(absmax) if nested else Scales.plain(absmax),
+            added,
+            reference.CODEBOOKS[quant_type][codes].reshape(n, k),
+        )
+
+    def result(self, weights: np.ndarray, roundings: float) -> Callable[[np.ndarray], str]:
+        """Compares with the product by `weights`; a sum may have been rounded to float32 that often in turn."""
+        n, k = weights.shape
+        scaled = weights.astype(np.float64) * np.repeat(self.scales.absmax, self.blocksize)[: n * k].reshape(n, k)
+        x = native.to_float32(self.x, self.dtype).astype(np.float64)
+        y = x @ scaled.T
+        size = np.abs(x) @ np.abs(scaled).T
+        if self.bias is not None:
+            added = native.to_float32(self.bias, self.dtype).astype(np.float64)
+            y, size = y + added, size + np.abs(added)
+        bound = roundings * 2.0**-24 * size
+        return near(y, bound + native.EPSILON[self.dtype] * (np.abs(y) + bound) + 1e-30, self.dtype)
+
+    def buffers(self, shift: int = 0) -> tuple[Argument, Argument, Argument, Argument, Buffer]:
+        """The arguments that products share; the packed codes are `shift` bytes off."""
+        y = Buffer(_filled(self.x.shape[0] * self.weights.shape[0], self.x.dtype).reshape(self.x.shape[0], -1))
+        bias = pointers(None if self.bias is None else Buffer(self.bias))
+        return pointers(Buffer(self.x)), pointers(Buffer(self.packed, shift)), self.scales.argument(), bias, y
+
+
+def plain_product(source: Described, product: Product, shift: int = 0) -> Check:
+    """By a warp for each element, in float32."""
+    (m, k), n = product.x.shape, product.weights.shape[0]
+    kernel = f"product_{product.dtype}{product.scales.suffix}"
+    x, packed, scales, bias, y = product.buffers(shift)
+    arguments = [
+        x, packed, scales, bias, pointers(y), int64(m), int64(n), int64(k),
+        _shift(product.blocksize), _type(product.quant_type),
+    ]  # fmt: skip
+    launch = Launch(kernel, _ceil(m * n, source.constants["WARPS"]), source.threads[kernel], arguments)
+    # A product and a sum for each value of a lane, then five sums, the scale's and the bias.
+    wanted = product.result(product.weights, 2 * _ceil(k, 32) + 8)
+    return Check(f"{kernel}, {m} x {n} x {k}", Case([launch]), [(y, wanted)])
+
+
+def decode(source: Described, product: Product, rows: int, slots: int, per_pass: int, ring: bool = False) -> Check:
+    """By matrix units: at most 16 rows of x. `rows`, `slots` and `per_pass` are the members of the kernel's plan.
+
+    `ring`: the kernel that copies packed codes to shared memory.
+    """
+    (m, k), n = product.x.shape, product.weights.shape[0]
+    constants = source.constants
+    kernel = f"decode_{'ring_' if ring else ''}{product.dtype}_{8 if m <= 8 else 16}{product.scales.suffix}"
+    x, packed, scales, bias, y = product.buffers()
+    plan = Argument(b"".join(value.to_bytes(4, "little") for value in (rows, slots, per_pass)))
+    arguments = [
+        x, packed, scales, bias, pointers(y), int32(m), int32(n), int32(k),
+        _shift(product.blocksize), _type(product.quant_type), plan,
+    ]  # fmt: skip
+    partial = per_pass * slots * m * constants["ROWS"] * 4
+    shared = constants["MAP_BYTES"] + partial + constants["LANE_TABLE_BYTES"]
+    if ring:
+        # The table begins at a multiple of its size; 1 KB of shared memory is the system's.
+        shared = 2 * constants["LANE_TABLE_BYTES"] - 1024 + constants["STAGES"] * (32 << 10)
+    launch = Launch(kernel, _ceil(n, rows), source.threads[kernel], arguments, shared)
+    # Weights are rounded to x's type before they are scaled. The sums of a block are rounded once for each product of
+    # matrices, then the blocks' and the slots' are added.
+    table = native.to_float32(native.from_float32(product.weights, product.dtype), product.dtype)
+    wanted = product.result(table, 8 + 2 * k / 64 + slots)
+    name = f"{kernel}, {m} x {n} x {k}, {product.quant_type} in {product.blocksize}, plan {rows, slots, per_pass}"
+    return Check(name, Case([launch]), [(y, wanted)])
+
+
+def floor(source: Described, words: np.ndarray, out_count: int, grid: int) -> Check:
+    """Traffic alone: every thread reads its part of the 16-byte `words`, [count][4], and writes what they mix to."""
+    threads = source.constants["THREADS"]
+    out = Buffer(_filled(out_count * 4, np.uint32).reshape(-1, 4))
+    wanted = np.zeros((out_count, 4), np.uint32)
+    for block in range(grid):
+        begin, end = (len(words) * b // grid for b in (block, block + 1))
+        rows = np.bitwise_xor.reduce(words[begin:end], axis=1)
+        rows = np.pad(rows, (0, -len(rows) % threads)).reshape(-1, threads)
+        mixed = np.bitwise_xor.reduce(rows, axis=0)
+        begin, end = (out_count * b // grid for b in (block, block + 1))
+        wanted[begin:end] = np.resize(mixed, end - begin)[:, None]
+    arguments = [pointers(Buffer(words)), int64(len(words)), pointers(out), int64(out_count)]
+    return Check("floor_traffic", Case([Launch("floor_traffic", grid, threads, arguments)]), [(out, bits(wanted))])
+
+
+def floor_read(source: Described, words: np.ndarray, grid: int, wanted: int) -> Check:
+    """Reading alone: nothing is written, but for one sum that the test can bring about."""
+    sink = Buffer(np.array([7], np.uint32))
+    arguments = [pointers(Buffer(words)), int64(len(words)), pointers(sink)]
+    launch = Launch("floor_read", grid, source.constants["THREADS"], arguments)
+    return Check("floor_read", Case([launch]), [(sink, bits(np.array([wanted], np.uint32)))])

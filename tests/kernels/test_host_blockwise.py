@@ -1,0 +1,168 @@
+"""The CUDA sources of quantize, dequantize and nested scales, on the processor: the compiled core's bits."""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+
+import launches
+import native
+import numpy as np
+import pytest
+import values
+from halfbyte import _native
+from harness import Buffer, Launch, int32, int64, library, pointers, run_both_ways
+from native import BLOCK_SIZES, QUANT_TYPES, STORED
+
+DTYPES = tuple(STORED)
+# Around a thread's eight values, a block's and a warp's, and around what a block of threads takes.
+SIZES = (1, 2, 7, 8, 9, 31, 33, 255, 256, 257, 4095, 4097, 8191, 8192, 8193, 20000, 24571)
+
+
+def check(name: str, found: launches.Check) -> None:
+    found.against(run_both_ways(library(name), found.case))
+
+
+@pytest.mark.parametrize("blocksize", BLOCK_SIZES)
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantize(dtype: str, quant_type: str, blocksize: int) -> None:
+    source = library("quantize")
+    item = STORED[dtype].itemsize
+    for k, n in enumerate(SIZES):
+        data = values.normal(n, dtype, k) if k % 2 == 0 else values.awkward(n, dtype, k)
+        # Aligned, then only to elements; packed codes to anything.
+        for shifts in ((0, 0), (item * (1 + k % 7), k % 4)):
+            check("quantize", launches.quantize(source, data, dtype, quant_type, blocksize, shifts))
+
+
+@pytest.mark.parametrize("slow", [False, True], ids=["fast", "reference"])
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_quantize_every_16_bit_value(dtype: str, quant_type: str, slow: bool) -> None:
+    source = library("quantize")
+    for data, blocksize in itertools.product(
+        (values.patterns(dtype), values.mixed(dtype), values.scaled_patterns(dtype)), BLOCK_SIZES
+    ):
+        check("quantize", launches.quantize(source, data, dtype, quant_type, blocksize, slow=slow))
+
+
+@pytest.mark.parametrize("slow", [False, True], ids=["fast", "reference"])
+@pytest.mark.parametrize("blocksize", BLOCK_SIZES)
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+def test_quantize_where_codes_change(quant_type: str, blocksize: int, slow: bool) -> None:
+    data = values.at_thresholds(quant_type, blocksize)
+    check("quantize", launches.quantize(library("quantize"), data, "f32", quant_type, blocksize, slow=slow))
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("blocksize", BLOCK_SIZES)
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dequantize(dtype: str, quant_type: str, blocksize: int, nested: bool) -> None:
+    source = library("dequantize")
+    item = STORED[dtype].itemsize
+    for k, n in enumerate(SIZES):
+        packed, absmax = values.codes(n, k), values.scales(-(-n // blocksize), k)
+        if nested:
+            scales = launches.Scales.nested(np.abs(np.nan_to_num(absmax, posinf=1, nan=2)).clip(0, 1000))
+        else:
+            scales = launches.Scales.plain(absmax)
+        for shifts in ((0, 0), (k % 4, item * (k % 8)), (4 * (k % 5), 16)):
+            found = launches.dequantize(
+                source, packed, scales, n, dtype, quant_type, blocksize, shifts, slow=k % 5 == 4
+            )
+            check("dequantize", found)
+
+
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dequantize_rounds_every_code_at_every_scale(dtype: str, quant_type: str) -> None:
+    """Scales of all exponents: results are normal, denormal, zero and infinite in every type."""
+    exponents = np.repeat(np.arange(1, 255, dtype=np.uint32), 8)
+    mantissas = np.random.default_rng(6).integers(0, 1 << 23, exponents.size, np.uint32)
+    absmax = (exponents << np.uint32(23) | mantissas).view(np.float32)
+    packed = np.tile(np.array([0x01, 0x23, 0x45, 0x67, 0x89, 0xAB, 0xCD, 0xEF] * 2, np.uint8), absmax.size)
+    scales = launches.Scales.plain(absmax)
+    for slow in (False, True):
+        found = launches.dequantize(
+            library("dequantize"), packed, scales, absmax.size * 32, dtype, quant_type, 32, slow=slow
+        )
+        check("dequantize", found)
+
+
+@pytest.mark.parametrize("n", [1, 2, 31, 255, 256, 257, 2047, 2048, 2049, 70001])
+def test_nested_scales(n: int) -> None:
+    source = library("nested")
+    absmax = np.exp2(np.random.default_rng(n).normal(-5, 2, n)).astype(np.float32)
+    for levels in (1, 2, 3):
+        check("nested", launches.compress(source, absmax, levels))
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 1e-40, 3e38])
+def test_nested_scales_that_are_all_the_same(value: float) -> None:
+    """Nothing is left when their mean is taken off, or very little."""
+    check("nested", launches.compress(library("nested"), np.full(600, value, np.float32)))
+
+
+def test_nested_scales_with_nan_and_infinity() -> None:
+    absmax = np.linspace(0.5, 2, 700, dtype=np.float32)
+    for special in (np.nan, np.inf, -np.inf):
+        absmax[300] = special
+        check("nested", launches.compress(library("nested"), absmax))
+
+
+def test_nested_scales_between_codes() -> None:
+    """Scales that are, once the mean is off, in the middle between two values of the map or next to it."""
+    map_ = np.array(_native.dynamic_map(), np.float32)
+    middles = ((map_[:-1] + map_[1:]) * np.float32(0.5)).astype(np.float32)
+    around = [np.nextafter(middles, np.float32(-2)), middles, np.nextafter(middles, np.float32(2))]
+    half = np.concatenate([*around, map_])
+    # Mirrored, so that the mean is 0; every group has the scale 1.
+    groups = np.concatenate([half, -half])
+    rows = np.concatenate([groups, np.zeros(-len(groups) % 254, np.float32)]).reshape(-1, 254)
+    rows = np.concatenate([rows, np.tile(np.array([1, -1], np.float32), (len(rows), 1))], axis=1)
+    check("nested", launches.compress(library("nested"), rows.reshape(-1)))
+
+
+class Sparse:
+    """Zeros without end: only pages that are written take memory."""
+
+    def __init__(self, nbytes: int) -> None:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        self.array = np.frombuffer(mmap.mmap(-1, nbytes, flags=flags), np.uint8)
+        # What a launch refers to; the memory is not to be copied.
+        self.buffer = Buffer(np.zeros(0, np.uint8))
+
+
+def test_more_values_than_32_bits_count() -> None:
+    """The last blocks of threads of 2^32 + 5000 values: offsets and indices of more than 32 bits."""
+    n, blocksize, tail = (1 << 32) + 5000, 64, 3 * 8192 + 5000
+    data = values.normal(tail, "bf16")
+    packed, absmax = native.quantize(data, "bf16", "nf4", blocksize)
+    try:
+        memory = [Sparse(size) for size in (2 * n, n // 2, 4 * -(-n // blocksize), 2 * n)]
+    except OSError as error:
+        pytest.skip(f"18 GiB of addresses cannot be had: {error}")
+    x, p, a, y = (m.buffer for m in memory)
+    memory[0].array[-2 * tail :] = data.view(np.uint8)
+    addresses = {id(m.buffer): m.array.ctypes.data for m in memory}
+
+    source = library("quantize")
+    per_block, threads = source.constants["TILE"] * source.constants["DEPTH"], source.threads["quantize_bf16_nf4"]
+    blocks = -(-n // per_block)
+    arguments = [pointers(x), pointers(p), pointers(a), int64(n), int32(6)]
+    window = (blocks - 4, 4)
+    source.launch(Launch("quantize_bf16_nf4", blocks, threads, arguments, window=window), addresses)
+    assert native.same_bits(memory[1].array[-packed.size :], packed)
+    assert native.same_bits(memory[2].array[-absmax.nbytes :].view(np.float32), absmax)
+    assert not memory[1].array[: 1 << 20].any(), "the beginning is written to"
+
+    source = library("dequantize")
+    threads = source.threads["dequantize_bf16"]
+    blocks = -(-n // source.constants["TILE"])
+    arguments = [pointers(p), pointers(a, None, None, None), pointers(y), int64(n), int32(6), int32(0)]
+    source.launch(Launch("dequantize_bf16", blocks, threads, arguments, window=(blocks - 4, 4)), addresses)
+    wanted = native.dequantize(packed, absmax, tail, "bf16", "nf4", blocksize)
+    assert native.same_bits(memory[3].array[-2 * tail :].view(np.uint16), wanted)
+    assert not memory[3].array[: 1 << 20].any(), "the beginning is written to"

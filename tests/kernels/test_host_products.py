@@ -1,0 +1,45 @@
+"""The CUDA sources of products with quantized weights, on the processor: within the bound of their arithmetic."""
+
+from __future__ import annotations
+
+import itertools
+
+import launches
+import pytest
+from harness import library, run_both_ways
+from launches import Product
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_plain_product(dtype: str, quant_type: str) -> None:
+    """Any shape, alignment and block size; blocks run on across rows."""
+    source = library("product")
+    shapes = [(1, 1, 1), (1, 9, 31), (3, 7, 65), (2, 5, 100), (5, 3, 129), (1, 16, 512)]
+    for k, (shape, blocksize) in enumerate(zip(shapes, itertools.cycle((32, 64, 4096)), strict=False)):
+        product = Product.random(*shape, dtype, quant_type, blocksize, nested=k % 2 == 1, bias=k % 3 == 1)
+        check = launches.plain_product(source, product, shift=k % 4)
+        check.against(run_both_ways(source, check.case))
+
+
+# N, K, the block size and the plan: fewer rows than a tile, rows that end inside of one; K of one block, of parts that
+# differ in length, of several chunks; one pass and several, of as many tiles as they allow or fewer.
+DECODE = [
+    (5, 64, 64, (5, 1, 1)),
+    (16, 128, 64, (16, 2, 1)),
+    (40, 192, 128, (24, 1, 2)),
+    (70, 320, 64, (40, 4, 1)),
+    (33, 640, 4096, (33, 8, 3)),
+    (50, 1088, 256, (50, 1, 4)),
+]
+
+
+@pytest.mark.parametrize(("n", "k", "blocksize", "plan"), DECODE)
+@pytest.mark.parametrize("m", [1, 3, 8, 9, 16])
+@pytest.mark.parametrize("ring", [False, True], ids=["registers", "ring"])
+def test_decode(ring: bool, m: int, n: int, k: int, blocksize: int, plan: tuple[int, int, int]) -> None:
+    source = library("decode")
+    for j, (dtype, quant_type) in enumerate(itertools.product(("bf16", "f16"), ("nf4", "fp4"))):
+        product = Product.random(m, n, k, dtype, quant_type, blocksize, nested=(j + m) % 2 == 1, bias=(j + n) % 3 == 0)
+        check = launches.decode(source, product, *plan, ring=ring)
+        check.against(run_both_ways(source, check.case))
