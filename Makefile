@@ -145,7 +145,7 @@ kernels-host: setup-test develop ## run kernels/*.cu on the processor: the core'
 	$(py) -m pytest tests/kernels $(ARGS)
 
 cargo-test: rust-toolchain ## the Rust tests, without Python
-	cargo test --release --locked --quiet --no-default-features
+	cargo test --release --locked --quiet --no-default-features --features cuda
 
 pytest: setup-test develop ## the Python tests
 	$(py) -m pytest $(ARGS)

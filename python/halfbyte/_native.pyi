@@ -222,8 +222,8 @@ def cuda_matmul_4bit(
 ) -> str:
     """Launch `y [m, n] = x [m, k] @ weight [n, k].T + bias [n]`; gives the kernel's name.
 
-    "decode_..." are the fast kernels: float16 and bfloat16, m <= 16, k a multiple of 64, blocksize >= 64, x and packed
-    aligned to 16 bytes, compute capability 8.0. "product_..." take everything, slowly. `kernel` insists on
+    "decode_..." are the fast kernels: float16 and bfloat16, m <= 16, k a multiple of 64, blocksize >= 64, x and
+    packed aligned to 16 bytes, compute capability 8.0. "product_..." take everything, slowly. `kernel` insists on
     "decode_ring", "decode" or "plain"; ValueError when that one does not take the arguments.
     """
 

@@ -42,7 +42,7 @@ def examine() -> dict[str, Any]:
         "cpu": _cpu(),
         "memory": _memory(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "gpu": _gpu(),
+        "gpu": {**_gpu(), "kernels": _gpu_kernels()},
         "disk": _disk(Path.cwd() if _cwd_exists() else Path("/")),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("HALFBYTE_")},
     }
@@ -71,6 +71,8 @@ def render(found: dict[str, Any]) -> str:
         lines.append((f"GPU {number}", ", ".join(parts)))
     if not devices:
         lines.append(("GPU", "none found; the offline tool needs none"))
+    for number, kernels in enumerate(gpu["kernels"]):
+        lines.append((f"GPU kernels {number}" if number else "GPU kernels", kernels))
     driver = gpu["driver"]
     if driver:
         cuda = f", CUDA up to {gpu['cuda']}" if gpu["cuda"] else ""
@@ -185,6 +187,23 @@ def _gpu() -> dict[str, Any]:
         # "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.95.05  Tue Sep …"
         words = (_field(_read("/proc/driver/nvidia/version"), "NVRM version") or "").split()
         found["driver"] = next((w for w in words if w[0].isdecimal() and "." in w), None)
+    return found
+
+
+def _gpu_kernels() -> list[str]:
+    """Of every GPU whether halfbyte's kernels can be used there, or why not; of no GPU nothing."""
+    try:
+        count = _native.cuda_device_count()
+    except RuntimeError as error:
+        # Without a driver that is no news.
+        return [] if "is not installed" in str(error) else [str(error)]
+    found = []
+    for device in range(count):
+        try:
+            name, (major, minor), multiprocessors, _ = _native.cuda_device(device)
+            found.append(f"usable on {name} (sm_{major}{minor}, {multiprocessors} multiprocessors)")
+        except (RuntimeError, ValueError) as error:
+            found.append(str(error))
     return found
 
 

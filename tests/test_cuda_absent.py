@@ -1,0 +1,55 @@
+"""The CUDA functions of the compiled core where there is no GPU, or where the call is wrong anyway."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+from halfbyte import _native
+
+
+def has_driver() -> bool:
+    """Whether the NVIDIA driver's library can be opened."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+EMPTY = (0, 0, "uint8")
+
+
+def test_without_a_driver_the_error_says_so() -> None:
+    if has_driver():
+        pytest.skip("this machine has an NVIDIA driver")
+    for call in (
+        _native.cuda_driver_version,
+        _native.cuda_device_count,
+        lambda: _native.cuda_device(0),
+        lambda: _native.cuda_prepare(0),
+        lambda: _native.cuda_quantize_4bit(0, 0, (0, 0, "float32"), EMPTY, (0, 0, "float32"), "nf4", 64),
+    ):
+        with pytest.raises(RuntimeError, match=r"libcuda\) is not installed"):
+            call()
+
+
+def test_wrong_arguments_are_found_before_a_device_is_asked_for() -> None:
+    floats = (0, 0, "float32")
+    with pytest.raises(ValueError, match="blocksize is 48"):
+        _native.cuda_quantize_4bit(0, 0, floats, EMPTY, floats, "nf4", 48)
+    with pytest.raises(ValueError, match='quant_type is "int3"'):
+        _native.cuda_dequantize_4bit(0, 0, EMPTY, floats, None, None, floats, "int3", 64)
+    with pytest.raises(ValueError, match="offset is None: expected given, because absmax2 is"):
+        _native.cuda_dequantize_4bit(0, 0, EMPTY, EMPTY, floats, None, floats, "nf4", 64)
+    with pytest.raises(ValueError, match="input is at address 0x1"):
+        _native.cuda_quantize_4bit(0, 0, (1, 8, "float32"), EMPTY, floats, "nf4", 64)
+    with pytest.raises(ValueError, match='kernel is "other"'):
+        _native.cuda_matmul_4bit(
+            0, 0, floats, EMPTY, floats, None, None, None, floats, 0, 0, 0, "nf4", 64, kernel="other"
+        )
+
+
+def test_the_workspace_has_a_sum_for_every_group_of_every_level() -> None:
+    assert [_native.cuda_compress_workspace(n) for n in (0, 1, 256, 257, 256**3)] == [0, 1, 1, 2, 256**2]
+    assert _native.cuda_compress_workspace(256**3 + 1) == 256**2 + 1 + 257
