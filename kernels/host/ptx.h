@@ -106,6 +106,9 @@ inline void store_words(Words4 *address, const Words4 &words, host::Site site = 
 inline void copy_async(Words4 *shared, const Words4 *global, host::Site site = host::Site::here()) {
     host::issue_copy(shared, global, sizeof *shared, sizeof *shared, site);
 }
+inline void copy_async(u32 *shared, const u32 *global, host::Site site = host::Site::here()) {
+    host::issue_copy(shared, global, sizeof *shared, sizeof *shared, site);
+}
 inline void copy_async_commit() { host::commit_copies(); }
 template <int GROUPS>
 inline void copy_async_wait() {

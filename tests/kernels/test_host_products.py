@@ -38,7 +38,7 @@ DECODE = [
 @pytest.mark.parametrize("m", [1, 3, 8, 9, 16])
 @pytest.mark.parametrize("ring", [False, True], ids=["registers", "ring"])
 def test_decode(ring: bool, m: int, n: int, k: int, blocksize: int, plan: tuple[int, int, int]) -> None:
-    source = library("decode")
+    source = library("decode_ring" if ring else "decode")
     for j, (dtype, quant_type) in enumerate(itertools.product(("bf16", "f16"), ("nf4", "fp4"))):
         product = Product.random(m, n, k, dtype, quant_type, blocksize, nested=(j + m) % 2 == 1, bias=(j + n) % 3 == 0)
         check = launches.decode(source, product, *plan, ring=ring)
