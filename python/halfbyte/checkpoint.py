@@ -61,7 +61,9 @@ Progress: TypeAlias = "Callable[[int, int, str], None] | bool | None"
 Selection: TypeAlias = Literal["rules", "transformers"]
 
 FLOAT_DTYPES = ("bfloat16", "float16", "float32")
-_POLL_SECONDS = 0.1
+# Python looks at signals between two waits.
+_POLL_SECONDS = 0.02
+_SHOW_SECONDS = 0.1
 # Where the compiled core keeps complete files until all of them are there (rust/checkpoint/stage.rs).
 _STAGE = ".halfbyte-partial"
 
@@ -488,8 +490,11 @@ def _wait(job: _native.Job, show: Callable[[int, int, str], None]) -> str:
     """Follow a job to its end. An interruption stops it, waits until it has stopped, and is raised again."""
     try:
         show(*job.progress())
+        shown = time.monotonic()
         while not job.wait(_POLL_SECONDS):
-            show(*job.progress())
+            if time.monotonic() - shown >= _SHOW_SECONDS:
+                show(*job.progress())
+                shown = time.monotonic()
     except BaseException:
         job.cancel()
         # A second Ctrl-C ends the wait too; what was being written is a temporary file then, and resuming finds it.
