@@ -296,6 +296,31 @@ def check_dequantize_blockwise(codes: Tensor, absmax: Tensor, code: Tensor, bloc
         raise ValueError(f"absmax: {absmax.numel()} scales do not fit; {codes.numel()} codes make {blocks} blocks")
 
 
+def check_quantize_rows(input: Tensor) -> None:
+    """The argument of `quantize_rows`."""
+    check_tensor("input", input)
+    check_float("input", input.dtype)
+    if input.dim() == 0:
+        raise ValueError("input: shape [] has no rows; expected [..., columns]")
+
+
+def check_dequantize_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> None:
+    """The arguments of `dequantize_rows`."""
+    check_tensor("codes", codes)
+    if codes.dtype is not torch.int8:
+        raise TypeError(f"codes: dtype {codes.dtype} is not torch.int8")
+    if codes.dim() == 0:
+        raise ValueError("codes: shape [] has no rows; expected [..., columns]")
+    check_float("dtype", dtype)
+    check_tensor("scales", scales)
+    same_device("scales", scales, "codes", codes.device)
+    if scales.dtype is not torch.float32:
+        raise TypeError(f"scales: dtype {scales.dtype} is not torch.float32")
+    rows = codes.shape[:-1].numel()
+    if scales.numel() != rows:
+        raise ValueError(f"scales: {scales.numel()} scales do not fit; codes {list(codes.shape)} have {rows} rows")
+
+
 def check_out(out: object, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
     """`out`, an argument that a result is written to."""
     check_tensor("out", out)

@@ -19,10 +19,12 @@ from halfbyte._checks import (
     NESTED_BLOCKSIZE,
     blocks_of,
     check_dequantize_blockwise,
+    check_dequantize_rows,
     check_embedding,
     check_product,
     check_quantize,
     check_quantize_blockwise,
+    check_quantize_rows,
     check_weight,
     packed_bytes,
 )
@@ -33,6 +35,7 @@ Raw = tuple[int, int, str]
 
 _NAMES = {
     torch.uint8: "uint8",
+    torch.int8: "int8",
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
     torch.float32: "float32",
@@ -147,7 +150,8 @@ def linear_4bit(
     x, packed, absmax = x.contiguous(), packed.contiguous(), absmax.contiguous()
     bias = None if bias is None else bias.contiguous()
     absmax2 = None if absmax2 is None else absmax2.contiguous()
-    out = x.new_empty((*x.shape[:-1], n))
+    # Numbers are parsed faster than a tuple of them.
+    out = x.new_empty(x.shape[0], n) if x.dim() == 2 else x.new_empty((*x.shape[:-1], n))
     _native.linear_4bit(
         _raw(x),
         _raw_bytes(packed, n * k),
@@ -290,3 +294,25 @@ def dequantize_blockwise(
         scales = absmax.reshape(-1).repeat_interleave(blocksize)[: codes.numel()].view(codes.shape)
         torch.mul(code[codes.long()], scales, out=values)
     return values.to(dtype) if out is None else out.copy_(values)
+
+
+def quantize_rows(input: Tensor) -> tuple[Tensor, Tensor]:
+    """8-bit codes int8 like `input`, and the largest magnitude of each row, float32 [rows]."""
+    check_quantize_rows(input)
+    input = input.contiguous()
+    rows, columns = input.shape[:-1].numel(), input.shape[-1]
+    codes = input.new_empty(input.shape, dtype=torch.int8)
+    scales = input.new_empty(rows, dtype=torch.float32)
+    _follow_threads()
+    _native.quantize_rows(_raw(input), _raw(codes), _raw(scales), rows, columns)
+    return codes, scales
+
+
+def dequantize_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The way back of `quantize_rows`: `codes.shape`, `dtype`."""
+    check_dequantize_rows(codes, scales, dtype)
+    codes, scales = codes.contiguous(), scales.contiguous()
+    out = codes.new_empty(codes.shape, dtype=dtype)
+    _follow_threads()
+    _native.dequantize_rows(_raw(codes), _raw(scales), _raw(out), scales.numel(), codes.shape[-1])
+    return out

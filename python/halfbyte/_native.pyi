@@ -203,6 +203,32 @@ def cuda_compress_absmax(
 ) -> None:
     """Launch `compress_absmax`; `offset` float32 [1] stays on the device."""
 
+@final
+class CudaLinear:
+    """Products `x · Wᵀ + bias` with weights of one shape and kind: what does not change is checked once."""
+
+    def __new__(
+        cls, device: int, dtype: str, n: int, k: int, quant_type: str, blocksize: int, nested: bool
+    ) -> CudaLinear:
+        """Check the kind, and load the kernels."""
+
+    def launch(
+        self,
+        stream: int,
+        m: int,
+        x: int,
+        packed: int,
+        absmax: int,
+        absmax2: int,
+        offset: int,
+        bias: int,
+        y: int,
+    ) -> None:
+        """Make one product on `stream`, with `m` rows of `x`. All others are addresses in the device's memory: of `x`
+        and `y` in the dtype, of the codes, the scales (two levels and the offset when nested, else 0), and the bias
+        or 0. How much memory there is, the caller has checked.
+        """
+
 def cuda_matmul_4bit(
     device: int,
     stream: int,

@@ -1,8 +1,8 @@
 """The operations as torch sees them: `torch.ops.halfbyte.*`.
 
-Here are schemas, fake kernels (what a traced or meta call returns), the CPU registrations, and `kernels`, through which
-eager calls go straight to a device's kernels. Kernels of another device are registered like `_cpu`'s: one
-`_register` call. Derivatives and batching rules are in `halfbyte.autograd`.
+Here are schemas, fake kernels (what a traced or meta call returns), the registrations of `_cpu` and `_cuda`, and
+`kernels`, through which eager calls go straight to a device's kernels. Kernels of another device are registered
+likewise: one `_register` call. Derivatives and batching rules are in `halfbyte.autograd`.
 
 All operations are functional: no output shares memory with an input. A packed weight is several arguments: `packed`
 (bytes viewed as any storage dtype), `absmax`, and `absmax2` and `offset` where the scales are nested; then its `shape`,
@@ -18,16 +18,18 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from halfbyte import _cpu
+from halfbyte import _cpu, _cuda, _native
 from halfbyte._checks import (
     NESTED_BLOCKSIZE,
     blocks_of,
     check_dequantize_blockwise,
+    check_dequantize_rows,
     check_embedding,
     check_float,
     check_product,
     check_quantize,
     check_quantize_blockwise,
+    check_quantize_rows,
     check_weight,
     packed_bytes,
 )
@@ -44,6 +46,8 @@ SCHEMAS = {
     "expand_absmax": "(Tensor codes, Tensor absmax2, Tensor offset) -> Tensor",
     "quantize_blockwise": "(Tensor input, Tensor code, int blocksize) -> (Tensor, Tensor)",
     "dequantize_blockwise": "(Tensor codes, Tensor absmax, Tensor code, int blocksize, ScalarType dtype) -> Tensor",
+    "quantize_rows": "(Tensor input) -> (Tensor, Tensor)",
+    "dequantize_rows": "(Tensor codes, Tensor scales, ScalarType dtype) -> Tensor",
     "linear_4bit": f"(Tensor x, {_WEIGHT}, Tensor? bias, SymInt[] shape, {_HOW}) -> Tensor",
     "linear_4bit_backward": f"(Tensor grad, {_WEIGHT}, SymInt[] shape, {_HOW}) -> Tensor",
     "embedding_4bit": f"(Tensor indices, {_WEIGHT}, SymInt[] shape, ScalarType dtype, {_HOW}) -> Tensor",
@@ -123,6 +127,21 @@ def _dequantize_blockwise(codes: Tensor, absmax: Tensor, code: Tensor, blocksize
     return codes.new_empty(codes.shape, dtype=dtype)
 
 
+@_fake("quantize_rows")
+def _quantize_rows(input: Tensor) -> tuple[Tensor, Tensor]:
+    check_quantize_rows(input)
+    return (
+        input.new_empty(input.shape, dtype=torch.int8),
+        input.new_empty(input.shape[:-1].numel(), dtype=torch.float32),
+    )
+
+
+@_fake("dequantize_rows")
+def _dequantize_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    check_dequantize_rows(codes, scales, dtype)
+    return codes.new_empty(codes.shape, dtype=dtype)
+
+
 @_fake("linear_4bit")
 def _linear_4bit(
     x: Tensor,
@@ -186,6 +205,8 @@ def _register(device: str, kernels: ModuleType) -> None:
 
 
 _register("cpu", _cpu)
+if hasattr(_native, "cuda_quantize_4bit"):
+    _register("cuda", _cuda)
 
 
 # ---- eager calls -----------------------------------------------------------------------------------------------------
@@ -194,29 +215,38 @@ _register("cpu", _cpu)
 PLAIN_TYPES: set[type] = {torch.Tensor, torch.nn.Parameter, type(None)}
 
 
-def kernels(x: Tensor, factor: Tensor | None = None, *constants: Tensor | None) -> ModuleType | None:
+def kernels(
+    x: Tensor,
+    factor: Tensor | None = None,
+    first: Tensor | None = None,
+    second: Tensor | None = None,
+    third: Tensor | None = None,
+    fourth: Tensor | None = None,
+) -> ModuleType | None:
     """The kernels to call directly, or None where only the dispatcher does right.
 
     A call through torch's dispatcher costs more than a small product. It is needed where something listens or
     transforms (compiling, tracing, dispatch and function modes, `torch.func`), where tensors are subclasses or lazily
-    negated views, and where a derivative is to be taken, with regard to `x` or `factor`.
+    negated views, and where a derivative is to be taken, with regard to `x` or `factor`. All others are constants.
     """
+    plain = PLAIN_TYPES
     if (
         torch.compiler.is_compiling()
-        or type(x) not in PLAIN_TYPES
-        or type(factor) not in PLAIN_TYPES
         or _dispatch_modes()
         or _function_modes()
         or _transforms() is not None
         or _tracing() is not None
+        or type(x) not in plain
+        or type(factor) not in plain
+        or type(first) not in plain
+        or type(second) not in plain
+        or type(third) not in plain
+        or type(fourth) not in plain
         or x.is_neg()
     ):
         return None
-    if torch.is_grad_enabled() and (x.requires_grad or (factor is not None and factor.requires_grad)):
+    if _is_grad_enabled() and (x.requires_grad or (factor is not None and factor.requires_grad)):
         return None
-    for tensor in constants:
-        if type(tensor) not in PLAIN_TYPES:
-            return None
     return _KERNELS.get(x.device.type)
 
 
@@ -224,6 +254,7 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _transforms = torch._C._functorch.peek_interpreter_stack
 _tracing = torch._C._get_tracing_state
+_is_grad_enabled = torch.is_grad_enabled
 
 
 def plain(tensor: Tensor) -> Tensor:

@@ -125,13 +125,23 @@ class _FuncInputGradient(torch.autograd.Function):
         return _vmap_linear_backward(_input_gradient, info, in_dims, *args)
 
 
-def _product(x: Tensor, packed: Tensor, *args: Any) -> Tensor:
+def _product(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    *how: Any,
+) -> Tensor:
     """`linear_4bit` by the way that is right now."""
-    direct = kernels(x, args[3], packed, *args[:3])
+    direct = kernels(x, bias, packed, absmax, absmax2, offset)
     y: Tensor
     if direct is not None:
-        y = direct.linear_4bit(x, plain(packed), *args)
-    elif torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        y = direct.linear_4bit(x, plain(packed), absmax, absmax2, offset, bias, *how)
+        return y
+    args = absmax, absmax2, offset, bias, *how
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         y = _ops.linear_4bit(x, packed, *args)
     elif torch._C._functorch.peek_interpreter_stack() is None:
         y = _Linear4bit.apply(x, packed, *args)
@@ -176,6 +186,8 @@ for _name in (
     "expand_absmax",
     "quantize_blockwise",
     "dequantize_blockwise",
+    "quantize_rows",
+    "dequantize_rows",
     "embedding_4bit",
 ):
     _register_constant(_name)
@@ -242,6 +254,8 @@ for _name in (
     "expand_absmax",
     "quantize_blockwise",
     "dequantize_blockwise",
+    "quantize_rows",
+    "dequantize_rows",
 ):
     _register_vmap_each(_name)
 

@@ -27,6 +27,7 @@ from halfbyte._checks import (
     check_code,
     check_float,
     check_out,
+    check_quantize_rows,
     check_storage,
     check_tensor,
 )
@@ -47,6 +48,8 @@ __all__ = [
     "dequantize_nf4",
     "gemv_4bit",
     "get_4bit_type",
+    "int8_vectorwise_dequant",
+    "int8_vectorwise_quant",
     "matmul_4bit",
     "quantize_4bit",
     "quantize_blockwise",
@@ -318,6 +321,60 @@ def dequantize_blockwise(
         return result
     result = _ops.dequantize_blockwise(A, scales, values, quant_state.blocksize, dtype)
     return result if out is None else out.copy_(result)
+
+
+# ---- rows of LLM.int8() ----------------------------------------------------------------------------------------------
+
+
+def int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Quantize each row of a matrix to 8 bits, by its largest magnitude (LLM.int8(), arXiv 2208.07339).
+
+    Args:
+        A: float16, bfloat16 or float32 `[..., columns]`.
+        threshold: When positive, columns with a value of at least this magnitude are outliers: their codes are 0, and
+            those values do not count for their rows' scales.
+
+    Returns:
+        The codes, int8, shaped as `A`: `round(127 * value / scale)`; the scales, float32 `[rows]`; and the outlier
+        columns, int64, ascending, or None without a threshold. To know them, the host waits for the device.
+
+    Raises:
+        TypeError: A wrong type or dtype. The message names the argument and the legal ones.
+        ValueError: A negative `threshold`, or an `A` without dimensions.
+
+    >>> codes, scales, _ = int8_vectorwise_quant(torch.tensor([[1.0, -4.0, 2.0]]))
+    >>> codes, scales
+    (tensor([[  32, -127,   64]], dtype=torch.int8), tensor([4.]))
+    """
+    check_quantize_rows(A)
+    if not threshold >= 0:
+        raise ValueError(f"threshold: {threshold} is negative; expected 0 (none) or more")
+    A = A.detach() if A.requires_grad else A
+    columns = None
+    if threshold > 0:
+        outliers = A.abs() >= threshold
+        columns = outliers.reshape(-1, A.shape[-1]).any(0).nonzero().view(-1)
+        A = A.masked_fill(outliers, 0)
+    codes, scales = (kernels(A) or _ops).quantize_rows(A)
+    return codes if columns is None else codes.index_fill_(-1, columns, 0), scales, columns
+
+
+def int8_vectorwise_dequant(A: Tensor, stats: Tensor) -> Tensor:
+    """Read back what `int8_vectorwise_quant` gave: `A * stats / 127`.
+
+    Args:
+        A: The codes, int8 `[..., columns]`.
+        stats: The scales, float32 `[rows]`.
+
+    Returns:
+        float32, shaped as `A`.
+
+    Raises:
+        TypeError: A wrong type or dtype. The message names the argument and the legal ones.
+        ValueError: Scales that do not fit the codes.
+    """
+    result: Tensor = (kernels(A, None, stats) or _ops).dequantize_rows(A, stats, torch.float32)
+    return result
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from halfbyte import _native
+from halfbyte import _cuda, _native
 from halfbyte._checks import FLOAT_DTYPES, NESTED_BLOCKSIZE, QUANT_TYPES, check_blocksize, check_quant_type
 
 PACKED_KEYS = tuple(f"quant_state.bitsandbytes__{quant_type}" for quant_type in QUANT_TYPES)
@@ -48,12 +48,22 @@ _DYNAMIC_MAP = _constant(_native.dynamic_map())
 
 def quant_map(quant_type: str, device: torch.device | str | None = None) -> Tensor:
     """The sixteen values of `quant_type`, float32 [16], as they are stored beside a weight. A copy."""
-    return _copy(_QUANT_MAPS[quant_type], device)
+    target = _cuda_device(device)
+    return _copy(_QUANT_MAPS[quant_type], device) if target is None else _cuda.quant_map(quant_type, target)
 
 
 def dynamic_map(device: torch.device | str | None = None) -> Tensor:
     """The 256 values of the signed 8-bit dynamic map, float32, ascending. A copy."""
-    return _copy(_DYNAMIC_MAP, device)
+    target = _cuda_device(device)
+    return _copy(_DYNAMIC_MAP, device) if target is None else _cuda.dynamic_map(target)
+
+
+def _cuda_device(device: torch.device | str | None) -> torch.device | None:
+    """The device, if a map is to be made there by kernels: a copy from the host would wait, and spoil a capture."""
+    if device is None or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return None
+    device = torch.device(device)
+    return device if device.type == "cuda" and torch.version.hip is None else None
 
 
 def _copy(values: Tensor, device: torch.device | str | None) -> Tensor:
@@ -162,10 +172,11 @@ class QuantState:
 
     def weight(self) -> tuple[tuple[int, ...], int, str]:
         """`shape, blocksize, quant_type` as the operations take them."""
-        if self.shape is None or self.blocksize is None or self.quant_type is None:
+        shape, blocksize, quant_type = self.shape, self.blocksize, self.quant_type
+        if shape is None or blocksize is None or quant_type is None:
             missing = [name for name in ("shape", "blocksize", "quant_type") if getattr(self, name) is None]
             raise ValueError(f"quant_state: has no {', '.join(missing)}; a 4-bit state has all of them")
-        return tuple(self.shape), self.blocksize, self.quant_type
+        return shape if isinstance(shape, tuple) else tuple(shape), blocksize, quant_type
 
     # ---- devices -----------------------------------------------------------------------------------------------------
 

@@ -54,7 +54,7 @@ fn cuda_prepare(py: Python<'_>, device: usize) -> PyResult<()> {
 }
 
 /// The device with these modules loaded.
-fn open(py: Python<'_>, ordinal: usize, modules: &[Module]) -> PyResult<&'static Device> {
+pub(super) fn open(py: Python<'_>, ordinal: usize, modules: &[Module]) -> PyResult<&'static Device> {
     if let Some(device) = Device::ready(ordinal)
         && modules.iter().all(|&m| device.is_loaded(m))
     {

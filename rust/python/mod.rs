@@ -5,6 +5,8 @@ mod buffer;
 mod checkpoint;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(feature = "cuda")]
+mod cuda_linear;
 mod error;
 mod matmul;
 mod openmp;
@@ -20,6 +22,8 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     blockwise::register(m)?;
     #[cfg(feature = "cuda")]
     cuda::register(m)?;
+    #[cfg(feature = "cuda")]
+    m.add_class::<cuda_linear::CudaLinear>()?;
     checkpoint::register(m)?;
     matmul::register(m)?;
     selection::register(m)

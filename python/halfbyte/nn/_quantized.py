@@ -55,9 +55,9 @@ class Quantized(torch.nn.Module):
                 self.quant_state = param.quant_state
             self.quant_storage = param.quant_storage
 
-    def _state(self) -> QuantState:
-        """The state of the weight: its own, or else the module's."""
-        weight = self.weight
+    def _state(self, weight: Tensor | None = None) -> QuantState:
+        """The state of the weight, which is `weight` where that is known: its own, or else the module's."""
+        weight = self.weight if weight is None else weight
         state: QuantState | None = getattr(weight, "quant_state", None)
         if state is not None:
             return state

@@ -70,14 +70,20 @@ class Linear4bit(Quantized, torch.nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """`input @ weight.T + bias`: `[..., in_features]` to `[..., out_features]`."""
-        state = self._state()
+        # Looked up where parameters usually are: as attributes they take `torch.nn.Module` a while to find.
+        parameters = self._parameters
+        weight = parameters.get("weight")
+        if weight is None:
+            weight = self.weight
+        bias = parameters["bias"] if "bias" in parameters else self.bias
+        state = self._state(weight)
         dtype = autocast_dtype(input) or input.dtype
         compute = self.compute_dtype
         if compute is None:
             compute = dtype
         elif compute is torch.float32 and dtype is not compute and not torch.compiler.is_compiling():
             _say_slow(dtype, compute)
-        output = linear_4bit(input if input.dtype is compute else input.to(compute), self.weight, state, self.bias)
+        output = linear_4bit(input if input.dtype is compute else input.to(compute), weight, state, bias)
         return output if dtype is compute else output.to(dtype)
 
     def extra_repr(self) -> str:

@@ -1,0 +1,204 @@
+"""The compiled core's CUDA functions, done by its CPU functions: so `halfbyte._cuda` runs on CPU tensors.
+
+What is tested so is what Python does around kernels: which one it takes, parts of weights and of batches, addresses,
+lengths, memory. The kernels themselves are tested in tests/kernels and tests/cuda.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from halfbyte import _native
+
+Raw = tuple[int, int, str]
+
+
+def tensor(raw: Raw | None) -> torch.Tensor | None:
+    """The memory that a raw value names, as a tensor."""
+    if raw is None:
+        return None
+    address, count, name = raw
+    dtype = getattr(torch, name)
+    if count == 0:
+        return torch.empty(0, dtype=dtype)
+    assert address % dtype.itemsize == 0
+    return torch.frombuffer((ctypes.c_char * (count * dtype.itemsize)).from_address(address), dtype=dtype)
+
+
+def blocks(n: int, blocksize: int) -> int:
+    """How many scales `n` values have."""
+    return -(-n // blocksize)
+
+
+class StandIn:
+    """Functions by the names of the compiled core's; `calls` lists those that were called, and `rows` of products."""
+
+    def __init__(self, capability: tuple[int, int] = (9, 0)) -> None:
+        self.capability = capability
+        self.calls: list[str] = []
+        self.rows: list[int] = []
+
+    def cuda_device(self, device: int) -> tuple[str, tuple[int, int], int, int]:
+        """A device of the capability asked for."""
+        return "stand-in", self.capability, 132, 232_448
+
+    def cuda_quantize_4bit(
+        self, device: int, stream: int, input: Raw, packed: Raw, absmax: Raw, quant_type: str, blocksize: int
+    ) -> None:
+        """As the kernel."""
+        self.calls.append("quantize")
+        _native.quantize_4bit(input, packed, absmax, quant_type, blocksize)
+
+    def cuda_compress_workspace(self, n: int) -> int:
+        """As the core."""
+        return _native.cuda_compress_workspace(n)
+
+    def cuda_compress_absmax(
+        self, device: int, stream: int, absmax: Raw, codes: Raw, absmax2: Raw, offset: Raw, workspace: Raw
+    ) -> None:
+        """As the kernels."""
+        self.calls.append("compress")
+        assert workspace[1:] == (_native.cuda_compress_workspace(absmax[1]), "float64")
+        value = _native.compress_absmax(absmax, codes, absmax2)
+        ctypes.c_float.from_address(offset[0]).value = value
+
+    def cuda_expand_absmax(self, device: int, stream: int, codes: Raw, absmax2: Raw, offset: Raw, out: Raw) -> None:
+        """As the kernel."""
+        self.calls.append("expand")
+        assert offset[1:] == (1, "float32")
+        _native.expand_absmax(codes, absmax2, ctypes.c_float.from_address(offset[0]).value, out)
+
+    def _scales(self, absmax: Raw, absmax2: Raw | None, offset: Raw | None, n: int, blocksize: int) -> torch.Tensor:
+        count = blocks(n, blocksize)
+        assert absmax[1] == count
+        if absmax2 is None or offset is None:
+            assert absmax2 is offset
+            assert absmax[2] == "float32"
+            plain = tensor(absmax)
+            assert plain is not None
+            return plain
+        assert absmax[2] == "uint8"
+        assert absmax2[1:] == (blocks(count, 256), "float32")
+        assert offset[1:] == (1, "float32")
+        plain = torch.empty(count)
+        value = ctypes.c_float.from_address(offset[0]).value
+        _native.expand_absmax(absmax, absmax2, value, (plain.data_ptr(), count, "float32"))
+        return plain
+
+    def cuda_dequantize_4bit(
+        self,
+        device: int,
+        stream: int,
+        packed: Raw,
+        absmax: Raw,
+        absmax2: Raw | None,
+        offset: Raw | None,
+        out: Raw,
+        quant_type: str,
+        blocksize: int,
+    ) -> None:
+        """As the kernel."""
+        self.calls.append("dequantize")
+        scales = self._scales(absmax, absmax2, offset, out[1], blocksize)
+        _native.dequantize_4bit(packed, (scales.data_ptr(), scales.numel(), "float32"), out, quant_type, blocksize)
+
+    def CudaLinear(
+        self, device: int, dtype: str, n: int, k: int, quant_type: str, blocksize: int, nested: bool
+    ) -> Linear:
+        """As the core's class."""
+        return Linear(self, dtype, n, k, quant_type, blocksize, nested)
+
+    def cuda_embedding_4bit(
+        self,
+        device: int,
+        stream: int,
+        indices: Raw,
+        packed: Raw,
+        absmax: Raw,
+        absmax2: Raw | None,
+        offset: Raw | None,
+        out: Raw,
+        rows: int,
+        columns: int,
+        quant_type: str,
+        blocksize: int,
+    ) -> None:
+        """As the kernel."""
+        self.calls.append("embedding")
+        assert out[1] == indices[1] * columns
+        scales = self._scales(absmax, absmax2, offset, rows * columns, blocksize)
+        table = torch.empty(rows, columns, dtype=getattr(torch, out[2]))
+        _native.dequantize_4bit(
+            packed, (scales.data_ptr(), scales.numel(), "float32"), (table.data_ptr(), rows * columns, out[2]),
+            quant_type, blocksize,
+        )  # fmt: skip
+        wanted, result = tensor(indices), tensor(out)
+        assert wanted is not None
+        assert result is not None
+        there = (wanted >= 0) & (wanted < rows)
+        found = table[torch.where(there, wanted, 0).long()] if rows else table.new_empty(len(wanted), columns)
+        result.view(-1, columns).copy_(torch.where(there[:, None], found, torch.nan))
+
+    def cuda_quantize_8bit(
+        self, device: int, stream: int, input: Raw, code: Raw, codes: Raw, absmax: Raw, blocksize: int
+    ) -> None:
+        """As the kernel, for the block sizes that the core knows."""
+        self.calls.append("quantize 8")
+        values = tensor(input)
+        assert values is not None
+        values = values.float()
+        _native.quantize_8bit((values.data_ptr(), values.numel(), "float32"), code, codes, absmax, blocksize)
+
+    def cuda_dequantize_8bit(
+        self, device: int, stream: int, codes: Raw, absmax: Raw, code: Raw, out: Raw, blocksize: int
+    ) -> None:
+        """As the kernel, for the block sizes that the core knows."""
+        self.calls.append("dequantize 8")
+        values, result = torch.empty(codes[1]), tensor(out)
+        _native.dequantize_8bit(codes, absmax, code, (values.data_ptr(), codes[1], "float32"), blocksize)
+        assert result is not None
+        result.copy_(values)
+
+
+@dataclass
+class Linear:
+    """Products as the kernels make them, in float64, rounded once."""
+
+    native: StandIn
+    dtype: str
+    n: int
+    k: int
+    quant_type: str
+    blocksize: int
+    nested: bool
+
+    def launch(
+        self, stream: int, m: int, x: int, packed: int, absmax: int, absmax2: int, offset: int, bias: int, y: int
+    ) -> None:
+        """One product."""
+        self.native.calls.append("product")
+        self.native.rows.append(m)
+        n, k, dtype = self.n, self.k, self.dtype
+        count = blocks(n * k, self.blocksize)
+        assert self.nested == (absmax2 != 0) == (offset != 0)
+        if self.nested:
+            raw = (absmax, count, "uint8"), (absmax2, blocks(count, 256), "float32"), (offset, 1, "float32")
+        else:
+            raw = (absmax, count, "float32"), None, None
+        scales = self.native._scales(*raw, n * k, self.blocksize)
+        dense = torch.empty(n * k)
+        _native.dequantize_4bit(
+            (packed, (n * k + 1) // 2, "uint8"), (scales.data_ptr(), count, "float32"),
+            (dense.data_ptr(), n * k, "float32"), self.quant_type, self.blocksize,
+        )  # fmt: skip
+        rows, shift, out = (
+            tensor((x, m * k, dtype)),
+            tensor((bias, n, dtype) if bias else None),
+            tensor((y, m * n, dtype)),
+        )
+        assert rows is not None
+        assert out is not None
+        exact = rows.view(m, k).double() @ dense.view(n, k).double().T
+        out.view(m, n).copy_(exact if shift is None else exact + shift.double())

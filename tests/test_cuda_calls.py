@@ -1,0 +1,175 @@
+"""What `halfbyte._cuda` does around its kernels: on CPU tensors, with the core's CPU functions in their place."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+
+import halfbyte.functional as F
+import pytest
+import torch
+import torch_reference as ref
+from cuda_stand_in import StandIn
+from halfbyte import _cpu, _cuda
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+TINY = 2.0**-24  # half a step of float16 below its normal numbers, twice
+
+
+@pytest.fixture
+def native(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    """The stand-in, in the core's place."""
+    stand_in = StandIn()
+    monkeypatch.setattr(_cuda, "_native", stand_in)
+    monkeypatch.setattr(_cuda, "_stream", lambda device: 0)
+    _cuda._kernel.cache_clear()
+    yield stand_in
+    _cuda._kernel.cache_clear()
+
+
+def weight(n, k, dtype=torch.float32, *, nested=False, quant_type="nf4", blocksize=64, storage=torch.uint8):
+    """The arguments of an operation that a packed weight makes, and its dense values in float64."""
+    values = torch.randn(n, k, dtype=dtype) * torch.rand(n, 1, dtype=dtype)
+    packed, state = F.quantize_4bit(
+        values, blocksize=blocksize, quant_type=quant_type, compress_statistics=nested, quant_storage=storage
+    )
+    return (packed, *state.scales()), state.weight(), F.dequantize_4bit(packed, state)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_quantize_and_back(native, dtype, nested):
+    for shape, blocksize in itertools.product([(64, 64), (7, 65), (1, 1), (3, 0), ()], [32, 64, 4096]):
+        values = torch.randn(shape, dtype=dtype)
+        for ours, theirs in zip(
+            _cuda.quantize_4bit(values, blocksize, "nf4"), _cpu.quantize_4bit(values, blocksize, "nf4"), strict=True
+        ):
+            assert torch.equal(ours, theirs)
+        packed, absmax = _cuda.quantize_4bit(values, blocksize, "nf4")
+        scales = _cuda.compress_absmax(absmax) if nested else (absmax, None, None)
+        if nested:
+            for ours, theirs in zip(scales, _cpu.compress_absmax(absmax), strict=True):
+                assert torch.equal(ours, theirs)
+            assert torch.equal(_cuda.expand_absmax(*scales), _cpu.expand_absmax(*scales))
+        arguments = (packed, *scales, values.shape, dtype, blocksize, "nf4")
+        assert torch.equal(_cuda.dequantize_4bit(*arguments), _cpu.dequantize_4bit(*arguments))
+        out = torch.full_like(values, torch.nan)
+        assert _cuda.dequantize_4bit(*arguments, out) is out
+        assert torch.equal(out, _cpu.dequantize_4bit(*arguments))
+        if values.dim() == 2:
+            out = torch.empty(shape[::-1], dtype=dtype).t()
+            assert torch.equal(_cuda.dequantize_4bit(*arguments, out), _cpu.dequantize_4bit(*arguments))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("slab_bytes", [1, 5000, 2**30])
+def test_products(native, monkeypatch, dtype, nested, slab_bytes):
+    """Every number of rows on every path, weights cut to parts of every size."""
+    monkeypatch.setattr(_cuda, "_SLAB_BYTES", slab_bytes)
+    monkeypatch.setattr(_cuda, "_MOST_DENSE_BYTES", 3 * slab_bytes)
+    monkeypatch.setattr(_cuda, "_SLAB_ROWS", 100)
+    for (n, k), blocksize in itertools.product([(96, 128), (50, 96), (7, 65), (129, 64), (1, 1)], [32, 64, 256]):
+        tensors, how, dense = weight(n, k, dtype, nested=nested, blocksize=blocksize)
+        for m, with_bias in itertools.product([1, 4, 5, 16, 17, 33, 101], [False, True]):
+            x = torch.randn(m, k, dtype=dtype)
+            bias = torch.randn(n) if with_bias else None
+            y = _cuda.linear_4bit(x, *tensors, bias, *how)
+            assert (y.shape, y.dtype) == ((m, n), dtype)
+            bound = 2 * ref.product_bound(x, dense, bias) + TINY
+            assert ((y.double() - ref.linear(x, dense, bias)).abs() <= bound).all(), (n, k, blocksize, m)
+            grad = torch.randn(m, n, dtype=dtype)
+            g = _cuda.linear_4bit_backward(grad, *tensors, *how)
+            bound = 2 * ref.product_bound(grad, dense.T, None) + TINY
+            assert ((g.double() - ref.linear(grad, dense.T, None)).abs() <= bound).all(), (n, k, blocksize, m)
+
+
+def test_which_kernel_is_taken(native):
+    tensors, how, _ = weight(96, 128, torch.bfloat16)
+    odd, odd_how, _ = weight(96, 65, torch.bfloat16)
+
+    def calls(x, tensors=tensors, how=how):
+        native.calls.clear()
+        native.rows.clear()
+        _cuda.linear_4bit(x, *tensors, None, *how)
+        return native.calls, native.rows
+
+    for m, rows in ((1, [1]), (16, [16]), (17, [16, 1]), (32, [16, 16])):
+        assert calls(torch.randn(m, 128, dtype=torch.bfloat16)) == (["product"] * len(rows), rows)
+    assert calls(torch.randn(33, 128, dtype=torch.bfloat16))[0] == ["dequantize"]
+    # Rows are those of the matrix that leading dimensions make.
+    assert calls(torch.randn(2, 3, 128, dtype=torch.bfloat16))[1] == [6]
+    assert calls(torch.randn(0, 128, dtype=torch.bfloat16))[0] == []
+    # What the fused product does not take: few rows go to the plain one, more to a dense product.
+    assert calls(torch.randn(4, 65, dtype=torch.bfloat16), odd, odd_how)[0] == ["product"]
+    assert calls(torch.randn(5, 65, dtype=torch.bfloat16), odd, odd_how)[0] == ["dequantize"]
+    assert calls(torch.randn(5, 128))[0] == ["dequantize"]
+    shifted = (torch.nn.functional.pad(tensors[0].view(-1), (1, 0))[1:].view(-1, 1), *tensors[1:])
+    assert calls(torch.randn(8, 128, dtype=torch.bfloat16), shifted)[0] == ["dequantize"]
+
+
+def test_inputs_of_any_layout(native):
+    tensors, how, dense = weight(96, 128, torch.bfloat16)
+    wide = torch.randn(3, 300, dtype=torch.bfloat16)
+    for x in (
+        wide[:, 1:129],
+        wide[:, ::2][:, :128],
+        wide.view(-1)[1:129].view(1, 128),
+        torch.randn(128, 3).t().bfloat16(),
+    ):
+        expected = ref.linear(x, dense, None)
+        y = _cuda.linear_4bit(x, *tensors, None, *how)
+        assert ((y.double() - expected).abs() <= 2 * ref.product_bound(x, dense, None)).all()
+
+
+def test_a_slow_way_is_said_once(native, caplog):
+    tensors, how, _ = weight(96, 65, torch.bfloat16)
+    x = torch.randn(1, 65, dtype=torch.bfloat16)
+    with caplog.at_level(logging.WARNING, logger="halfbyte"):
+        for _ in range(3):
+            _cuda.linear_4bit(x, *tensors, None, *how)
+    (record,) = caplog.records
+    assert "in_features is no multiple of 64" in record.getMessage()
+    assert "[96, 65]" in record.getMessage()
+    caplog.clear()
+    native.capability = (7, 5)
+    _cuda._kernel.cache_clear()
+    tensors, how, _ = weight(64, 64, torch.bfloat16)
+    with caplog.at_level(logging.WARNING, logger="halfbyte"):
+        _cuda.linear_4bit(torch.randn(1, 64, dtype=torch.bfloat16), *tensors, None, *how)
+    assert "compute capability 7.5" in caplog.text
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_embedding(native, nested):
+    tensors, (shape, *how), dense = weight(40, 33, nested=nested, storage=torch.bfloat16)
+    for indices in (torch.randint(0, 40, (3, 4)), torch.tensor([], dtype=torch.int64), torch.tensor(7).int()):
+        y = _cuda.embedding_4bit(indices, *tensors, shape, torch.float32, *how)
+        assert torch.equal(y, dense[indices.long()])
+    y = _cuda.embedding_4bit(torch.tensor([0, 40, -1]), *tensors, shape, torch.float16, *how)
+    assert y.isnan().any(1).tolist() == [False, True, True]
+
+
+def test_8_bits(native):
+    values, code = torch.randn(5, 77, dtype=torch.bfloat16), F.create_dynamic_map()
+    ours, theirs = _cuda.quantize_blockwise(values, code, 64), _cpu.quantize_blockwise(values, code, 64)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+    for out in (None, torch.empty(77, 5, dtype=torch.bfloat16).t(), torch.empty(5, 77, dtype=torch.bfloat16)):
+        back = _cuda.dequantize_blockwise(*ours, code, 64, torch.bfloat16, out)
+        assert torch.equal(back, _cpu.dequantize_blockwise(*ours, code, 64, torch.bfloat16))
+
+
+def test_maps_are_made_by_kernels(native):
+    for quant_type in ("nf4", "fp4"):
+        assert torch.equal(_cuda.quant_map(quant_type, torch.device("cpu")), F.get_4bit_type(quant_type, "cpu"))
+    assert torch.equal(_cuda.dynamic_map(torch.device("cpu")), F.create_dynamic_map())
+
+
+def test_arguments_are_checked(native):
+    tensors, how, _ = weight(16, 32)
+    with pytest.raises(ValueError, match=r"x: shape .* does not end with in_features, 32"):
+        _cuda.linear_4bit(torch.randn(3, 31), *tensors, None, *how)
+    with pytest.raises(ValueError, match="absmax: is on meta"):
+        _cuda.dequantize_4bit(tensors[0], tensors[1].to("meta"), None, None, (16, 32), torch.float32, 64, "nf4")
+    assert native.calls == []
