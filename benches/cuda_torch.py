@@ -2,10 +2,10 @@
 
     python benches/cuda_torch.py [--shapes 14336x4096] [--m 1,16,64] [--backward] [--no-peers]
 
-Layers are rotated through more memory than the second-level cache holds. "graph" is the GPU's time of one call inside a
-replayed CUDA graph, "eager" the same launched one by one, "host" what a call costs the host, without waiting for the GPU
-(measured with the least shape, so that no queue of launches is ever full). NF4, blocks of 64, plain scales; forward
-without gradients, or with --backward the gradient of the input alone.
+Layers are rotated through more memory than the second-level cache holds. "graph" is the GPU's time of one call inside
+a replayed CUDA graph, "eager" the same launched one by one, "host" what a call costs the host, without waiting for the
+GPU (of a layer so small that no queue of launches is ever full). NF4, blocks of 64, plain scales; forward without
+gradients, or with --backward the gradient of the input alone.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ from halfbyte.nn import LinearNF4
 ROWS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
-def layers(make: Callable[[], torch.nn.Module], bytes_each: int) -> list[torch.nn.Module]:
-    """As many as are rotated."""
-    return [make().requires_grad_(False) for _ in range(rotation(bytes_each))]
-
-
-def contenders(n: int, k: int, peer: object) -> dict[str, list[torch.nn.Module]]:
-    """Layers by the names of their makers."""
+def contenders(n: int, k: int, peer: object, count: int | None = None) -> dict[str, list[torch.nn.Module]]:
+    """Layers by the names of their makers: `count`, or as many as are rotated."""
     dtype = torch.bfloat16
+
+    def layers(make: Callable[[], torch.nn.Module], bytes_each: int) -> list[torch.nn.Module]:
+        return [make().requires_grad_(False) for _ in range(count or rotation(bytes_each))]
+
     found = {
         "dense": layers(lambda: torch.nn.Linear(k, n, bias=False, dtype=dtype, device="cuda"), n * k * 2),
         "halfbyte": layers(
@@ -102,11 +101,11 @@ def main() -> None:
 
 def host(peer: object, rows: list[int], backward: bool) -> None:
     """The host's time of a call."""
-    modules = contenders(64, 64, peer)
+    modules = contenders(64, 64, peer, count=1)
     table = []
     with torch.set_grad_enabled(backward):
         for m in (m for m in rows if m <= 64):
-            times = {name: host_seconds(calls(each[:1], m, 64, backward)) for name, each in modules.items()}
+            times = {name: host_seconds(calls(each, m, 64, backward)) for name, each in modules.items()}
             cells = [f"{seconds * 1e6:.1f}" for seconds in times.values()]
             table.append([f"M={m}", *cells, f"{times['halfbyte'] / times['dense']:.2f}"])
     print("\nhost, microseconds\n")

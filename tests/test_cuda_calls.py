@@ -63,12 +63,11 @@ def test_quantize_and_back(native, dtype, nested):
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("slab_bytes", [1, 5000, 2**30])
-def test_products(native, monkeypatch, dtype, nested, slab_bytes):
+@pytest.mark.parametrize("part", [(1, 1), (5000, 1), (5000, 16), (2**30, 256)], ids=str)
+def test_products(native, monkeypatch, dtype, nested, part):
     """Every number of rows on every path, weights cut to parts of every size."""
-    monkeypatch.setattr(_cuda, "_SLAB_BYTES", slab_bytes)
-    monkeypatch.setattr(_cuda, "_MOST_DENSE_BYTES", 3 * slab_bytes)
-    monkeypatch.setattr(_cuda, "_SLAB_ROWS", 100)
+    monkeypatch.setattr(_cuda, "_DENSE_BYTES", part[0])
+    monkeypatch.setattr(_cuda, "_DENSE_ROWS", part[1])
     for (n, k), blocksize in itertools.product([(96, 128), (50, 96), (7, 65), (129, 64), (1, 1)], [32, 64, 256]):
         tensors, how, dense = weight(n, k, dtype, nested=nested, blocksize=blocksize)
         for m, with_bias in itertools.product([1, 4, 5, 16, 17, 33, 101], [False, True]):
@@ -84,7 +83,7 @@ def test_products(native, monkeypatch, dtype, nested, slab_bytes):
             assert ((g.double() - ref.linear(grad, dense.T, None)).abs() <= bound).all(), (n, k, blocksize, m)
 
 
-def test_which_kernel_is_taken(native):
+def test_which_kernel_is_taken(native, monkeypatch):
     tensors, how, _ = weight(96, 128, torch.bfloat16)
     odd, odd_how, _ = weight(96, 65, torch.bfloat16)
 
@@ -97,6 +96,9 @@ def test_which_kernel_is_taken(native):
     for m, rows in ((1, [1]), (16, [16]), (17, [16, 1]), (32, [16, 16])):
         assert calls(torch.randn(m, 128, dtype=torch.bfloat16)) == (["product"] * len(rows), rows)
     assert calls(torch.randn(33, 128, dtype=torch.bfloat16))[0] == ["dequantize"]
+    monkeypatch.setattr(_cuda, "_LARGE", 96 * 128)
+    assert calls(torch.randn(33, 128, dtype=torch.bfloat16))[1] == [16, 16, 1]
+    assert calls(torch.randn(65, 128, dtype=torch.bfloat16))[0] == ["dequantize"]
     # Rows are those of the matrix that leading dimensions make.
     assert calls(torch.randn(2, 3, 128, dtype=torch.bfloat16))[1] == [6]
     assert calls(torch.randn(0, 128, dtype=torch.bfloat16))[0] == []
@@ -162,8 +164,10 @@ def test_8_bits(native):
 
 def test_maps_are_made_by_kernels(native):
     for quant_type in ("nf4", "fp4"):
-        assert torch.equal(_cuda.quant_map(quant_type, torch.device("cpu")), F.get_4bit_type(quant_type, "cpu"))
-    assert torch.equal(_cuda.dynamic_map(torch.device("cpu")), F.create_dynamic_map())
+        ours, theirs = _cuda.quant_map(quant_type, torch.device("cpu")), F.get_4bit_type(quant_type, "cpu")
+        assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32))
+    ours, theirs = _cuda.dynamic_map(torch.device("cpu")), F.create_dynamic_map()
+    assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32))
 
 
 def test_arguments_are_checked(native):

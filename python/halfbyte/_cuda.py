@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from math import gcd, prod
+from collections.abc import Callable, Sequence
+from math import gcd, lcm, prod
 
 import torch
 from torch import Tensor
@@ -49,20 +49,22 @@ _NAMES = {
 _DECODE_ROWS = 16
 """Rows of `x` that the fused product takes at once."""
 
-_FUSED_ROWS = 32
-"""Up to so many rows the fused product, called several times, is faster than a dense copy of the weight."""
+_FUSED_ROWS = (32, 64)
+"""Up to so many rows the fused product, called several times, is faster than a dense copy of the weight: of a weight
+that fills the GPU only once or twice, and of a larger one."""
+
+_LARGE = 2**25
+"""Values of such a larger weight."""
 
 _PLAIN_ROWS = 4
 """Up to so many rows the plain product, which takes everything, is faster than a dense copy of the weight."""
 
-_SLAB_BYTES = 24 * 2**20
-"""Of the dense copy of a part of the weight: what is written stays in the second-level cache until it is read."""
+_DENSE_BYTES = 2**29
+"""Of a dense copy at most, however large the weight is. Parts that fit into the second-level cache are no faster:
+products with so few of the weight's rows do not fill the GPU."""
 
-_SLAB_ROWS = 512
-"""With more rows of `x` than this the product takes long, and its parts would be too small for the matrix units."""
-
-_MOST_DENSE_BYTES = 2**29
-"""Of a dense copy of a part of the weight, where only memory limits it."""
+_DENSE_ROWS = 256
+"""Rows of the weight in each part are a multiple of this, as the matrix units want it."""
 
 _ALIGNMENT = 16
 """In bytes, of what the fused product reads."""
@@ -236,7 +238,7 @@ class _Weight:
         self.here = _here(packed)
 
     def dense(self, begin: int, end: int, out: Tensor) -> None:
-        """Rows `begin` to `end` of the weight to `out`; `begin` is one of `slabs`."""
+        """Rows `begin` to `end` of the weight to `out`; `begin` is one of `parts`."""
         first, count = begin * self.k, (end - begin) * self.k
         block, blocks = first // self.blocksize, blocks_of(count, self.blocksize)
         absmax, absmax2, offset = self.scales
@@ -250,17 +252,17 @@ class _Weight:
             *self.here, packed, absmax, absmax2, offset, _raw(out), self.quant_type, self.blocksize
         )
 
-    def slabs(self, most_bytes: int, itemsize: int) -> Iterator[tuple[int, int]]:
-        """Parts of the rows, begin and end, whose dense copies are of `most_bytes` where that can be.
+    def parts(self, itemsize: int) -> list[tuple[int, int]]:
+        """Parts of the rows, begin and end, whose dense copies are of at most `_DENSE_BYTES` where that can be.
 
         Each begins with a whole group of scales that share one, so that it can be dequantized by itself.
         """
         group = self.blocksize * (1 if self.scales[1] is None else NESTED_BLOCKSIZE)
-        unit = group // gcd(group, self.k)
-        parts = blocks_of(self.n * self.k * itemsize, most_bytes)
+        unit = lcm(group // gcd(group, self.k), _DENSE_ROWS)
+        parts = blocks_of(self.n * self.k * itemsize, _DENSE_BYTES)
         # Of equal size, but for the last.
         step = blocks_of(blocks_of(self.n, parts), unit) * unit
-        return ((begin, min(begin + step, self.n)) for begin in range(0, self.n, step))
+        return [(begin, min(begin + step, self.n)) for begin in range(0, self.n, step)]
 
 
 def linear_4bit(
@@ -295,7 +297,7 @@ def linear_4bit(
     x, packed, absmax = x.contiguous(), packed.contiguous(), absmax.contiguous()
     if bias is not None:
         bias = (bias if bias.dtype is dtype else bias.to(dtype)).contiguous()
-    if m <= _FUSED_ROWS or k == 0:
+    if m <= _FUSED_ROWS[n * k >= _LARGE] or k == 0:
         nested = absmax2 is not None and offset is not None
         device = x.get_device()
         launch, fused = _kernel(device, dtype, n, k, quant_type, blocksize, nested)
@@ -323,11 +325,9 @@ def linear_4bit(
             return out
     weight = _Weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
     x, into = x.view(m, k), out.view(m, n)
-    most = _SLAB_BYTES if m <= _SLAB_ROWS else _MOST_DENSE_BYTES
-    buffer = None
-    for begin, end in weight.slabs(most, dtype.itemsize):
-        if buffer is None:
-            buffer = x.new_empty((end - begin, k))
+    parts = weight.parts(dtype.itemsize)
+    buffer = x.new_empty(parts[0][1], k)
+    for begin, end in parts:
         dense = buffer[: end - begin]
         weight.dense(begin, end, dense)
         if bias is None:
@@ -357,15 +357,15 @@ def linear_4bit_backward(
         return out.zero_()
     grad = grad.contiguous().view(m, n)
     weight = _Weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
-    slabs = list(weight.slabs(_MOST_DENSE_BYTES, grad.element_size()))
-    buffer = grad.new_empty((slabs[0][1], k))
-    if len(slabs) == 1:
+    parts = weight.parts(grad.element_size())
+    buffer = grad.new_empty(parts[0][1], k)
+    if len(parts) == 1:
         weight.dense(0, n, buffer)
         torch.mm(grad, buffer, out=out.view(m, k))
         return out
     # Parts are summed up in float32: in the dtype of `grad` each would be rounded on top of the sum of all before.
     total = grad.new_zeros((m, k), dtype=torch.float32)
-    for begin, end in slabs:
+    for begin, end in parts:
         dense = buffer[: end - begin]
         weight.dense(begin, end, dense)
         total += torch.mm(grad[:, begin:end], dense)

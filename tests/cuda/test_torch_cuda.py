@@ -62,7 +62,9 @@ def same_state(a: F.QuantState, b: F.QuantState) -> bool:
 @pytest.fixture
 def no_waiting():
     """An error for whatever makes the host wait for the GPU."""
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
     yield
     torch.cuda.set_sync_debug_mode("default")
 
@@ -170,8 +172,8 @@ def test_products_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         packed, state, dense = pair(1000, 1024, compress_statistics=nested)
         x = torch.randn(64, 1024, dtype=torch.bfloat16, device="cuda", requires_grad=True)
         whole = F.matmul_4bit(x, packed, state)
-        monkeypatch.setattr(_cuda, "_SLAB_BYTES", 2**18)
-        monkeypatch.setattr(_cuda, "_MOST_DENSE_BYTES", 2**18)
+        monkeypatch.setattr(_cuda, "_DENSE_BYTES", 2**18)
+        monkeypatch.setattr(_cuda, "_LARGE", 2**40)
         y = F.matmul_4bit(x, packed, state, bias=torch.zeros(1000, dtype=torch.bfloat16, device="cuda"))
         monkeypatch.undo()
         close(y, x, dense)

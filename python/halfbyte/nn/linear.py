@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,11 +72,12 @@ class Linear4bit(Quantized, torch.nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """`input @ weight.T + bias`: `[..., in_features]` to `[..., out_features]`."""
         # Looked up where parameters usually are: as attributes they take `torch.nn.Module` a while to find.
-        parameters = self._parameters
-        weight = parameters.get("weight")
-        if weight is None:
-            weight = self.weight
-        bias = parameters["bias"] if "bias" in parameters else self.bias
+        weight: Any
+        bias: Tensor | None
+        try:
+            weight, bias = self._parameters["weight"], self._parameters["bias"]
+        except KeyError:
+            weight, bias = self.weight, self.bias
         state = self._state(weight)
         dtype = autocast_dtype(input) or input.dtype
         compute = self.compute_dtype
