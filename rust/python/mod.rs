@@ -8,6 +8,7 @@ mod cuda;
 mod error;
 mod matmul;
 mod openmp;
+mod rowwise;
 mod selection;
 mod threads;
 
@@ -22,5 +23,6 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     cuda::register(m)?;
     checkpoint::register(m)?;
     matmul::register(m)?;
+    rowwise::register(m)?;
     selection::register(m)
 }
