@@ -5,7 +5,7 @@
 //! | floor | modules |
 //! |---|---|
 //! | plain facts | [`error`], [`codebook`], [`geometry`] |
-//! | arithmetic | [`blockwise`], [`nested`], [`matmul`] |
+//! | arithmetic | [`blockwise`], [`nested`], [`rowwise`], [`matmul`] |
 //! | checkpoints | [`checkpoint`] |
 //! | GPUs | `cuda` (feature `cuda`) |
 //! | Python | `python` (feature `python`) |
@@ -23,5 +23,6 @@ pub mod matmul;
 pub mod nested;
 #[cfg(feature = "python")]
 mod python;
+pub mod rowwise;
 
 pub use error::{Error, Result};

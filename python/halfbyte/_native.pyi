@@ -4,6 +4,7 @@ from typing import TypeAlias, final
 
 __all__ = [
     "CheckpointError",
+    "CudaLinear",
     "Job",
     "Plan",
     "__version__",
@@ -13,14 +14,21 @@ __all__ = [
     "cuda_compress_absmax",
     "cuda_compress_workspace",
     "cuda_dequantize_4bit",
+    "cuda_dequantize_8bit",
+    "cuda_dequantize_rows",
     "cuda_device",
     "cuda_device_count",
     "cuda_driver_version",
+    "cuda_embedding_4bit",
+    "cuda_expand_absmax",
     "cuda_matmul_4bit",
     "cuda_prepare",
     "cuda_quantize_4bit",
+    "cuda_quantize_8bit",
+    "cuda_quantize_rows",
     "dequantize_4bit",
     "dequantize_8bit",
+    "dequantize_rows",
     "dynamic_map",
     "expand_absmax",
     "get_threads",
@@ -34,6 +42,7 @@ __all__ = [
     "quant_map",
     "quantize_4bit",
     "quantize_8bit",
+    "quantize_rows",
     "run_plan",
     "select",
     "set_threads",
@@ -44,9 +53,9 @@ __all__ = [
 __version__: str
 
 _Buffer: TypeAlias = tuple[int, int, str]
-"""Address, number of elements, and dtype: "uint8", "float16", "bfloat16" or "float32". The caller keeps the memory
-alive and to itself during the call. ValueError for a null or misaligned address, another dtype than the function
-takes, a length that does not fit the others, and an output in the memory of another argument."""
+"""Address, number of elements, and dtype: "uint8", "int8", "float16", "bfloat16" or "float32". The caller keeps the
+memory alive and to itself during the call. ValueError for a null or misaligned address, another dtype than the
+function takes, a length that does not fit the others, and an output in the memory of another argument."""
 
 def quantize_4bit(input: _Buffer, packed: _Buffer, absmax: _Buffer, quant_type: str, blocksize: int) -> bool:
     """Quantize `n` floats to `packed` uint8 [ceil(n / 2)] and `absmax` float32 [ceil(n / blocksize)].
@@ -66,6 +75,20 @@ def quantize_8bit(input: _Buffer, map: _Buffer, codes: _Buffer, absmax: _Buffer,
 
 def dequantize_8bit(codes: _Buffer, absmax: _Buffer, map: _Buffer, out: _Buffer, blocksize: int) -> None:
     """Read `n` float32 values back: `map[code] * absmax[block]`."""
+
+def quantize_rows(input: _Buffer, codes: _Buffer, scales: _Buffer, rows: int, columns: int) -> None:
+    """Quantize the rows of `input` [rows, columns] to `codes` int8 and `scales` float32 [rows], as LLM.int8() does.
+
+    `input` is float16, bfloat16 or float32. The scale is the largest magnitude of a row, where NaN does not count; the
+    code is `x * 127 / scale`, a float32 product and quotient, rounded to the nearest, ties to even; 0 of NaN and in a
+    row of zeros. The GIL is released; results do not depend on the number of threads.
+    """
+
+def dequantize_rows(codes: _Buffer, scales: _Buffer, out: _Buffer, rows: int, columns: int) -> None:
+    """Read rows back into float16, bfloat16 or float32 `out`: `code * scale * (1 / 127)`.
+
+    Two float32 products, then one rounding to the dtype of `out`.
+    """
 
 def linear_4bit(
     x: _Buffer,
@@ -228,6 +251,91 @@ class CudaLinear:
         and `y` in the dtype, of the codes, the scales (two levels and the offset when nested, else 0), and the bias
         or 0. How much memory there is, the caller has checked.
         """
+def cuda_expand_absmax(
+    device: int,
+    stream: int,
+    codes: _Buffer,
+    absmax2: _Buffer,
+    offset: _Buffer,
+    out: _Buffer,
+    reference: bool = False,
+) -> None:
+    """Launch `expand_absmax`; `offset` is float32 [1] on the device."""
+
+def cuda_embedding_4bit(
+    device: int,
+    stream: int,
+    indices: _Buffer,
+    packed: _Buffer,
+    absmax: _Buffer,
+    absmax2: _Buffer | None,
+    offset: _Buffer | None,
+    out: _Buffer,
+    rows: int,
+    columns: int,
+    quant_type: str,
+    blocksize: int,
+    reference: bool = False,
+) -> None:
+    """Launch `out[i] = table[indices[i]]` for the packed table [rows, columns]: the bits of `cuda_dequantize_4bit`.
+
+    `indices` is int64 or int32; `out` is float16, bfloat16 or float32 [indices, columns]. An index below 0, or not
+    below `rows`, makes NaN of its row: that is no error, and nothing waits to find out. Fast when `columns` is a
+    multiple of 8, `packed` aligned to 4 bytes and `out` to 16.
+    """
+
+def cuda_quantize_8bit(
+    device: int,
+    stream: int,
+    input: _Buffer,
+    code: _Buffer,
+    codes: _Buffer,
+    absmax: _Buffer,
+    blocksize: int,
+    reference: bool = False,
+) -> None:
+    """Launch `quantize_8bit` for float16, bfloat16 or float32 `input`, with the map `code` float32 [256].
+
+    `code` must be finite and ascending, which is not checked: else codes mean nothing. `blocksize` is any number from 1
+    on; the powers of two from 32 to 4096 are fast. With others a NaN counts: it is the scale of its block, whose codes
+    are then 0.
+    """
+
+def cuda_dequantize_8bit(
+    device: int,
+    stream: int,
+    codes: _Buffer,
+    absmax: _Buffer,
+    code: _Buffer,
+    out: _Buffer,
+    blocksize: int,
+    reference: bool = False,
+) -> None:
+    """Launch the way back, to float16, bfloat16 or float32; any `blocksize` from 1 on, multiples of 8 being fast."""
+
+def cuda_quantize_rows(
+    device: int,
+    stream: int,
+    input: _Buffer,
+    codes: _Buffer,
+    scales: _Buffer,
+    rows: int,
+    columns: int,
+    reference: bool = False,
+) -> None:
+    """Launch `quantize_rows`."""
+
+def cuda_dequantize_rows(
+    device: int,
+    stream: int,
+    codes: _Buffer,
+    scales: _Buffer,
+    out: _Buffer,
+    rows: int,
+    columns: int,
+    reference: bool = False,
+) -> None:
+    """Launch `dequantize_rows`."""
 
 def cuda_matmul_4bit(
     device: int,

@@ -6,8 +6,14 @@ use crate::geometry::{BlockSize, NESTED_BLOCK_SIZE};
 /// The types of elements in device memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DType {
-    /// Packed codes.
+    /// Packed codes, and codes of 8 bits.
     U8,
+    /// Codes of 8-bit rows.
+    I8,
+    /// Indices.
+    I32,
+    /// Indices.
+    I64,
     /// IEEE half precision.
     F16,
     /// The upper half of a float32.
@@ -20,12 +26,15 @@ pub enum DType {
 
 impl DType {
     /// Every type.
-    pub const ALL: [Self; 5] = [Self::U8, Self::F16, Self::Bf16, Self::F32, Self::F64];
+    pub const ALL: [Self; 8] = [Self::U8, Self::I8, Self::I32, Self::I64, Self::F16, Self::Bf16, Self::F32, Self::F64];
 
     /// The name in torch and numpy.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::U8 => "uint8",
+            Self::I8 => "int8",
+            Self::I32 => "int32",
+            Self::I64 => "int64",
             Self::F16 => "float16",
             Self::Bf16 => "bfloat16",
             Self::F32 => "float32",
@@ -36,10 +45,10 @@ impl DType {
     /// Bytes of an element, and its alignment.
     pub const fn size(self) -> usize {
         match self {
-            Self::U8 => 1,
+            Self::U8 | Self::I8 => 1,
             Self::F16 | Self::Bf16 => 2,
-            Self::F32 => 4,
-            Self::F64 => 8,
+            Self::I32 | Self::F32 => 4,
+            Self::I64 | Self::F64 => 8,
         }
     }
 }

@@ -5,16 +5,24 @@
 
 mod blockwise;
 pub mod driver;
+mod eight_bit;
+mod embedding;
+mod expand;
 mod memory;
 mod nested;
 mod product;
 pub(crate) mod ptx;
+mod rows;
 
 pub use blockwise::{dequantize, quantize};
 pub use driver::{Device, Stream};
+pub use eight_bit::{dequantize_8bit, quantize_8bit};
+pub use embedding::{Table, embedding};
+pub use expand::expand;
 pub use memory::{DType, Memory, Scales};
 pub use nested::{compress, compress_workspace};
 pub use product::{Choice, Product, product};
+pub use rows::{dequantize_rows, quantize_rows};
 
 /// Which of two kernels with the same meaning.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -11,6 +11,16 @@ pub enum Module {
     Quantize,
     /// Scales to 8-bit codes.
     Nested,
+    /// 8-bit codes to scales.
+    Expand,
+    /// Rows of a 4-bit table.
+    Embedding,
+    /// 8-bit codes to values.
+    Dequantize8Bit,
+    /// Values to 8-bit codes.
+    Quantize8Bit,
+    /// Rows to 8 bits and back.
+    Rows,
     /// Products of any shape.
     Product,
     /// Products of few rows with the matrix units.
@@ -21,8 +31,19 @@ pub enum Module {
 
 impl Module {
     /// Every module.
-    pub const ALL: [Self; 6] =
-        [Self::Dequantize, Self::Quantize, Self::Nested, Self::Product, Self::Decode, Self::DecodeRing];
+    pub const ALL: [Self; 11] = [
+        Self::Dequantize,
+        Self::Quantize,
+        Self::Nested,
+        Self::Expand,
+        Self::Embedding,
+        Self::Dequantize8Bit,
+        Self::Quantize8Bit,
+        Self::Rows,
+        Self::Product,
+        Self::Decode,
+        Self::DecodeRing,
+    ];
 
     /// Compiled once for each of these virtual architectures, ascending: PTX that ends with a zero byte.
     fn images(self) -> &'static [(Capability, &'static str)] {
@@ -38,6 +59,11 @@ impl Module {
             Self::Dequantize => &[(TURING, image!("dequantize_75")), (AMPERE, image!("dequantize_80"))],
             Self::Quantize => &[(TURING, image!("quantize_75"))],
             Self::Nested => &[(TURING, image!("nested_75"))],
+            Self::Expand => &[(TURING, image!("expand_75"))],
+            Self::Embedding => &[(TURING, image!("embedding_75")), (AMPERE, image!("embedding_80"))],
+            Self::Dequantize8Bit => &[(TURING, image!("dequantize_8bit_75")), (AMPERE, image!("dequantize_8bit_80"))],
+            Self::Quantize8Bit => &[(TURING, image!("quantize_8bit_75"))],
+            Self::Rows => &[(TURING, image!("rows_75")), (AMPERE, image!("rows_80"))],
             Self::Product => &[(TURING, image!("product_75"))],
             Self::Decode => &[(AMPERE, image!("decode_80"))],
             Self::DecodeRing => &[(HOPPER, image!("decode_ring_90"))],

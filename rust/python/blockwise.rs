@@ -50,7 +50,7 @@ fn quantize_4bit(
             DType::F32 => quantize::<f32>(&input, &packed, &absmax, quant_type, blocksize),
             DType::F16 => quantize::<f16>(&input, &packed, &absmax, quant_type, blocksize),
             DType::Bf16 => quantize::<bf16>(&input, &packed, &absmax, quant_type, blocksize),
-            DType::U8 => Err(input.wrong_dtype(&FLOATS)),
+            DType::U8 | DType::I8 => Err(input.wrong_dtype(&FLOATS)),
         }
     })
     .map_err(to_py)
@@ -88,7 +88,7 @@ fn dequantize_4bit(
             DType::F32 => dequantize::<f32>(&packed, &absmax, &out, quant_type, blocksize),
             DType::F16 => dequantize::<f16>(&packed, &absmax, &out, quant_type, blocksize),
             DType::Bf16 => dequantize::<bf16>(&packed, &absmax, &out, quant_type, blocksize),
-            DType::U8 => Err(out.wrong_dtype(&FLOATS)),
+            DType::U8 | DType::I8 => Err(out.wrong_dtype(&FLOATS)),
         }
     })
     .map_err(to_py)
@@ -240,6 +240,6 @@ fn buffer(argument: &'static str, raw: RawBuffer) -> Result<Buffer> {
 }
 
 /// Runs work on `n` values on the pool, or here when there is only one task of it.
-fn in_parallel<R: Send>(n: usize, work: impl FnOnce() -> Result<R> + Send) -> Result<R> {
+pub(super) fn in_parallel<R: Send>(n: usize, work: impl FnOnce() -> Result<R> + Send) -> Result<R> {
     if n <= TASK { work() } else { threads::pool()?.install(work) }
 }

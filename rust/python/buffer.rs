@@ -14,17 +14,19 @@ pub type RawBuffer = (usize, usize, String);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DType {
     U8,
+    I8,
     F16,
     Bf16,
     F32,
 }
 
 impl DType {
-    const ALL: [Self; 4] = [Self::U8, Self::F16, Self::Bf16, Self::F32];
+    const ALL: [Self; 5] = [Self::U8, Self::I8, Self::F16, Self::Bf16, Self::F32];
 
     pub fn as_str(self) -> &'static str {
         match self {
             Self::U8 => "uint8",
+            Self::I8 => "int8",
             Self::F16 => "float16",
             Self::Bf16 => "bfloat16",
             Self::F32 => "float32",
@@ -34,7 +36,7 @@ impl DType {
     /// Bytes of one element, and the alignment it wants.
     fn size(self) -> usize {
         match self {
-            Self::U8 => 1,
+            Self::U8 | Self::I8 => 1,
             Self::F16 | Self::Bf16 => 2,
             Self::F32 => 4,
         }
@@ -48,6 +50,10 @@ pub trait Plain: Copy + 'static {
 
 impl Plain for u8 {
     const DTYPE: DType = DType::U8;
+}
+
+impl Plain for i8 {
+    const DTYPE: DType = DType::I8;
 }
 
 impl Plain for f16 {

@@ -7,7 +7,7 @@ use super::buffer::RawBuffer;
 use super::error::to_py;
 use crate::cuda::driver;
 use crate::cuda::ptx::Module;
-use crate::cuda::{self, DType, Device, Memory, Product, Scales, Stream, Variant};
+use crate::cuda::{self, DType, Device, Memory, Product, Scales, Stream, Table, Variant};
 use crate::error::{Error, Result};
 use crate::geometry::BlockSize;
 
@@ -21,6 +21,12 @@ pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(cuda_dequantize_4bit, m)?)?;
     m.add_function(wrap_pyfunction!(cuda_compress_workspace, m)?)?;
     m.add_function(wrap_pyfunction!(cuda_compress_absmax, m)?)?;
+    m.add_function(wrap_pyfunction!(cuda_expand_absmax, m)?)?;
+    m.add_function(wrap_pyfunction!(cuda_embedding_4bit, m)?)?;
+    m.add_function(wrap_pyfunction!(cuda_quantize_8bit, m)?)?;
+    m.add_function(wrap_pyfunction!(cuda_dequantize_8bit, m)?)?;
+    m.add_function(wrap_pyfunction!(cuda_quantize_rows, m)?)?;
+    m.add_function(wrap_pyfunction!(cuda_dequantize_rows, m)?)?;
     m.add_function(wrap_pyfunction!(cuda_matmul_4bit, m)?)
 }
 
@@ -180,6 +186,166 @@ fn cuda_compress_absmax(
     let device = open(py, device, &[Module::Nested])?;
     // SAFETY: the Python caller's to keep.
     unsafe { cuda::compress(device, Stream(stream), &absmax, &codes, &absmax2, &offset, &workspace) }.map_err(to_py)
+}
+
+/// Read doubly quantized scales back into float32 `out`.
+#[pyfunction]
+#[pyo3(signature = (device, stream, codes, absmax2, offset, out, reference=false))]
+#[allow(clippy::too_many_arguments)] // Python's arguments
+fn cuda_expand_absmax(
+    py: Python<'_>,
+    device: usize,
+    stream: usize,
+    codes: RawBuffer,
+    absmax2: RawBuffer,
+    offset: RawBuffer,
+    out: RawBuffer,
+    reference: bool,
+) -> PyResult<()> {
+    let check = || {
+        let (codes, absmax2) = (memory("codes", codes)?, memory("absmax2", absmax2)?);
+        Ok((codes, absmax2, memory("offset", offset)?, memory("out", out)?))
+    };
+    let (codes, absmax2, offset, out) = check().map_err(to_py)?;
+    let device = open(py, device, &[Module::Expand])?;
+    // SAFETY: the Python caller's to keep.
+    unsafe { cuda::expand(device, Stream(stream), &codes, &absmax2, &offset, &out, variant(reference)) }.map_err(to_py)
+}
+
+/// Read rows of a packed table into `out`.
+#[pyfunction]
+#[pyo3(signature = (
+    device, stream, indices, packed, absmax, absmax2, offset, out, rows, columns, quant_type, blocksize, reference=false
+))]
+#[allow(clippy::too_many_arguments)] // Python's arguments
+fn cuda_embedding_4bit(
+    py: Python<'_>,
+    device: usize,
+    stream: usize,
+    indices: RawBuffer,
+    packed: RawBuffer,
+    absmax: RawBuffer,
+    absmax2: Option<RawBuffer>,
+    offset: Option<RawBuffer>,
+    out: RawBuffer,
+    rows: usize,
+    columns: usize,
+    quant_type: &str,
+    blocksize: usize,
+    reference: bool,
+) -> PyResult<()> {
+    let check = || {
+        let (indices, packed, out) = (memory("indices", indices)?, memory("packed", packed)?, memory("out", out)?);
+        let scales = scales(absmax, absmax2, offset)?;
+        Ok((indices, packed, scales, out, quant_type.parse()?, BlockSize::new(blocksize)?))
+    };
+    let (indices, packed, scales, out, quant_type, blocksize) = check().map_err(to_py)?;
+    let device = open(py, device, &[Module::Embedding])?;
+    let table = Table { packed: &packed, scales: &scales, rows, columns, quant_type, blocksize };
+    // SAFETY: the Python caller's to keep.
+    unsafe { cuda::embedding(device, Stream(stream), &indices, &table, &out, variant(reference)) }.map_err(to_py)
+}
+
+/// Quantize `input` to 8 bits with the map `code`.
+#[pyfunction]
+#[pyo3(signature = (device, stream, input, code, codes, absmax, blocksize, reference=false))]
+#[allow(clippy::too_many_arguments)] // Python's arguments
+fn cuda_quantize_8bit(
+    py: Python<'_>,
+    device: usize,
+    stream: usize,
+    input: RawBuffer,
+    code: RawBuffer,
+    codes: RawBuffer,
+    absmax: RawBuffer,
+    blocksize: usize,
+    reference: bool,
+) -> PyResult<()> {
+    let check = || {
+        let (input, code) = (memory("input", input)?, memory("code", code)?);
+        Ok((input, code, memory("codes", codes)?, memory("absmax", absmax)?))
+    };
+    let (input, code, codes, absmax) = check().map_err(to_py)?;
+    let device = open(py, device, &[Module::Quantize8Bit])?;
+    // SAFETY: the Python caller's to keep.
+    unsafe {
+        cuda::quantize_8bit(device, Stream(stream), &input, &code, &codes, &absmax, blocksize, variant(reference))
+    }
+    .map_err(to_py)
+}
+
+/// Read 8-bit codes back into `out`.
+#[pyfunction]
+#[pyo3(signature = (device, stream, codes, absmax, code, out, blocksize, reference=false))]
+#[allow(clippy::too_many_arguments)] // Python's arguments
+fn cuda_dequantize_8bit(
+    py: Python<'_>,
+    device: usize,
+    stream: usize,
+    codes: RawBuffer,
+    absmax: RawBuffer,
+    code: RawBuffer,
+    out: RawBuffer,
+    blocksize: usize,
+    reference: bool,
+) -> PyResult<()> {
+    let check = || {
+        let (codes, absmax) = (memory("codes", codes)?, memory("absmax", absmax)?);
+        Ok((codes, absmax, memory("code", code)?, memory("out", out)?))
+    };
+    let (codes, absmax, code, out) = check().map_err(to_py)?;
+    let device = open(py, device, &[Module::Dequantize8Bit])?;
+    // SAFETY: the Python caller's to keep.
+    unsafe {
+        cuda::dequantize_8bit(device, Stream(stream), &codes, &absmax, &code, &out, blocksize, variant(reference))
+    }
+    .map_err(to_py)
+}
+
+/// Quantize rows to 8 bits, each by its largest magnitude.
+#[pyfunction]
+#[pyo3(signature = (device, stream, input, codes, scales, rows, columns, reference=false))]
+#[allow(clippy::too_many_arguments)] // Python's arguments
+fn cuda_quantize_rows(
+    py: Python<'_>,
+    device: usize,
+    stream: usize,
+    input: RawBuffer,
+    codes: RawBuffer,
+    scales: RawBuffer,
+    rows: usize,
+    columns: usize,
+    reference: bool,
+) -> PyResult<()> {
+    let check = || Ok((memory("input", input)?, memory("codes", codes)?, memory("scales", scales)?));
+    let (input, codes, scales) = check().map_err(to_py)?;
+    let device = open(py, device, &[Module::Rows])?;
+    // SAFETY: the Python caller's to keep.
+    unsafe { cuda::quantize_rows(device, Stream(stream), &input, &codes, &scales, rows, columns, variant(reference)) }
+        .map_err(to_py)
+}
+
+/// Read 8-bit rows back into `out`.
+#[pyfunction]
+#[pyo3(signature = (device, stream, codes, scales, out, rows, columns, reference=false))]
+#[allow(clippy::too_many_arguments)] // Python's arguments
+fn cuda_dequantize_rows(
+    py: Python<'_>,
+    device: usize,
+    stream: usize,
+    codes: RawBuffer,
+    scales: RawBuffer,
+    out: RawBuffer,
+    rows: usize,
+    columns: usize,
+    reference: bool,
+) -> PyResult<()> {
+    let check = || Ok((memory("codes", codes)?, memory("scales", scales)?, memory("out", out)?));
+    let (codes, scales, out) = check().map_err(to_py)?;
+    let device = open(py, device, &[Module::Rows])?;
+    // SAFETY: the Python caller's to keep.
+    unsafe { cuda::dequantize_rows(device, Stream(stream), &codes, &scales, &out, rows, columns, variant(reference)) }
+        .map_err(to_py)
 }
 
 /// `y = x · Wᵀ + bias`; gives the name of the kernel that was used.

@@ -76,7 +76,7 @@ unsafe fn floats<'a>(buffer: &Buffer) -> Result<Floats<'a>> {
             DType::F32 => Floats::F32(buffer.slice()?),
             DType::F16 => Floats::F16(buffer.slice::<f16>()?),
             DType::Bf16 => Floats::Bf16(buffer.slice::<bf16>()?),
-            DType::U8 => return Err(buffer.wrong_dtype(&FLOATS)),
+            DType::U8 | DType::I8 => return Err(buffer.wrong_dtype(&FLOATS)),
         })
     }
 }
@@ -90,7 +90,7 @@ unsafe fn floats_mut<'a>(buffer: &Buffer) -> Result<FloatsMut<'a>> {
             DType::F32 => FloatsMut::F32(buffer.slice_mut()?),
             DType::F16 => FloatsMut::F16(buffer.slice_mut::<f16>()?),
             DType::Bf16 => FloatsMut::Bf16(buffer.slice_mut::<bf16>()?),
-            DType::U8 => return Err(buffer.wrong_dtype(&FLOATS)),
+            DType::U8 | DType::I8 => return Err(buffer.wrong_dtype(&FLOATS)),
         })
     }
 }

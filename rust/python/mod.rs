@@ -10,6 +10,7 @@ mod cuda_linear;
 mod error;
 mod matmul;
 mod openmp;
+mod rowwise;
 mod selection;
 mod threads;
 
@@ -26,5 +27,6 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<cuda_linear::CudaLinear>()?;
     checkpoint::register(m)?;
     matmul::register(m)?;
+    rowwise::register(m)?;
     selection::register(m)
 }

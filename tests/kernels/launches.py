@@ -185,6 +185,162 @@ def compress(source: Described, absmax: native.Array, levels: int = 1) -> Check:
     return Check(f"nested_compress, {n} scales, {levels} levels", Case(launches), wanted)
 
 
+def expand(source: Described, absmax: native.Array, shifts: tuple[int, int] = (0, 0), slow: bool = False) -> Check:
+    """Nested scales as float32; `absmax` is what they are made from. `shifts`: those of codes and output, in bytes."""
+    scales = Scales.nested(absmax)
+    assert scales.codes is not None
+    assert scales.absmax2 is not None
+    kernel, n = f"expand_absmax{'_reference' if slow else ''}", absmax.size
+    threads = source.threads[kernel]
+    out = Buffer(_filled(n, "f4"), shifts[1])
+    offset = Buffer(np.array([scales.offset], np.float32))
+    arguments = [
+        pointers(Buffer(scales.codes, shifts[0])), pointers(Buffer(scales.absmax2)), pointers(offset),
+        pointers(out), int64(n),
+    ]  # fmt: skip
+    launch = Launch(kernel, _ceil(n, threads if slow else source.constants["TILE"]), threads, arguments)
+    return Check(f"{kernel}, {n} scales, shifts {shifts}", Case([launch]), [(out, bits(scales.absmax))])
+
+
+@dataclass(frozen=True)
+class Table:
+    """A quantized matrix, and what it is dequantized to in each type."""
+
+    shape: tuple[int, int]
+    quant_type: str
+    blocksize: int
+    packed: native.Bytes
+    scales: Scales
+
+    def rows(self, indices: np.ndarray, dtype: str) -> np.ndarray:
+        """Its rows; NaN for those that it lacks."""
+        rows, columns = self.shape
+        values = native.dequantize(
+            self.packed, self.scales.absmax, rows * columns, dtype, self.quant_type, self.blocksize
+        ).reshape(rows, columns)
+        there = (indices >= 0) & (indices < rows)
+        found = values[np.where(there, indices, 0)] if rows else np.zeros((indices.size, columns), values.dtype)
+        found[~there] = native.from_float32(np.array([np.nan], np.float32), dtype)
+        return found
+
+
+def embedding(
+    source: Described,
+    table: Table,
+    indices: np.ndarray,
+    dtype: str,
+    shifts: tuple[int, int] = (0, 0),
+    slow: bool = False,
+) -> Check:
+    """Rows of a table. `shifts`: those of packed codes and output, in bytes."""
+    kernel = f"embedding_{'reference_' if slow else ''}{dtype}{table.scales.suffix}"
+    threads, (rows, columns) = source.threads[kernel], table.shape
+    wanted = table.rows(indices, dtype)
+    out = Buffer(_filled(wanted.size, wanted.dtype).reshape(wanted.shape), shifts[1])
+    which = pointers(Buffer(indices))
+    size_and_rows = indices.itemsize.to_bytes(8, "little") + rows.to_bytes(8, "little")
+    arguments = [
+        Argument(which.data + size_and_rows, which.addresses), pointers(Buffer(table.packed, shifts[0])),
+        table.scales.argument(), pointers(out), int64(wanted.size), int32(columns),
+        _shift(table.blocksize), _type(table.quant_type),
+    ]  # fmt: skip
+    launch = Launch(kernel, _ceil(wanted.size, threads if slow else source.constants["TILE"]), threads, arguments)
+    name = f"{kernel}, {indices.size} {indices.dtype} of {rows} x {columns} in {table.blocksize}, shifts {shifts}"
+    return Check(name, Case([launch]), [(out, bits(wanted, dtype))])
+
+
+def dequantize_8bit(
+    source: Described,
+    codes: native.Bytes,
+    absmax: native.Array,
+    map_: native.Array,
+    dtype: str,
+    blocksize: int,
+    shifts: tuple[int, int] = (0, 0),
+    slow: bool = False,
+) -> Check:
+    """`shifts`: those of codes and output, in bytes."""
+    kernel, n = f"dequantize_8bit_{'reference_' if slow else ''}{dtype}", codes.size
+    threads = source.threads[kernel]
+    wanted = native.dequantize_blockwise(codes, absmax, map_, dtype, blocksize)
+    out = Buffer(_filled(n, wanted.dtype), shifts[1])
+    arguments = [
+        pointers(Buffer(codes, shifts[0])), pointers(Buffer(absmax)), pointers(Buffer(map_)), pointers(out),
+        int64(n), int64(blocksize),
+    ]  # fmt: skip
+    per_block = threads if slow else source.constants["TILE_BYTES"] // wanted.itemsize
+    launch = Launch(kernel, _ceil(n, per_block), threads, arguments)
+    name = f"{kernel}, {n} values in blocks of {blocksize}, shifts {shifts}"
+    return Check(name, Case([launch]), [(out, bits(wanted, dtype))])
+
+
+def quantize_8bit(
+    source: Described,
+    values: np.ndarray,
+    dtype: str,
+    map_: native.Array,
+    blocksize: int,
+    shifts: tuple[int, int] = (0, 0),
+    slow: bool = False,
+    grid: int = 2,
+) -> Check:
+    """`shifts`: those of input and codes, in bytes. `grid`: blocks of threads that share the work."""
+    any_size = blocksize not in native.BLOCK_SIZES
+    kernel = f"quantize_8bit_{'reference_' if slow else 'any_' if any_size else ''}{dtype}"
+    n, threads = values.size, source.threads[kernel]
+    codes, absmax = native.quantize_blockwise(values, dtype, map_, blocksize)
+    x, c, a = (
+        Buffer(values, shifts[0]),
+        Buffer(_filled(n, np.uint8), shifts[1]),
+        Buffer(_filled(absmax.size, "f4")),
+    )
+    size = int64(blocksize) if slow or any_size else _shift(blocksize)
+    arguments = [pointers(x), pointers(Buffer(map_)), pointers(c), pointers(a), int64(n), size]
+    launch = Launch(kernel, _ceil(absmax.size, threads) if slow else grid, threads, arguments)
+    name = f"{kernel}, {n} values in blocks of {blocksize}, shifts {shifts}"
+    return Check(name, Case([launch]), [(a, bits(absmax)), (c, bits(codes))])
+
+
+def quantize_rows(
+    source: Described,
+    values: np.ndarray,
+    dtype: str,
+    shifts: tuple[int, int] = (0, 0),
+    slow: bool = False,
+    grid: int = 2,
+) -> Check:
+    """The rows of a matrix. `shifts`: those of input and codes, in bytes. `grid`: as for `quantize_8bit`."""
+    kernel = f"quantize_rows_{'reference_' if slow else ''}{dtype}"
+    (rows, columns), threads = values.shape, source.threads[kernel]
+    codes, scales = native.quantize_rows(values, dtype)
+    c, s = Buffer(_filled(codes.size, np.int8).reshape(codes.shape), shifts[1]), Buffer(_filled(rows, "f4"))
+    arguments = [pointers(Buffer(values, shifts[0])), pointers(c), pointers(s), int64(rows), int64(columns)]
+    launch = Launch(kernel, _ceil(rows, threads) if slow else grid, threads, arguments)
+    name = f"{kernel}, {rows} x {columns}, shifts {shifts}"
+    return Check(name, Case([launch]), [(s, bits(scales)), (c, bits(codes))])
+
+
+def dequantize_rows(
+    source: Described,
+    codes: np.ndarray,
+    scales: native.Array,
+    dtype: str,
+    shifts: tuple[int, int] = (0, 0),
+    slow: bool = False,
+) -> Check:
+    """The way back. `shifts`: those of codes and output, in bytes."""
+    kernel = f"dequantize_rows_{'reference_' if slow else ''}{dtype}"
+    wanted, threads = native.dequantize_rows(codes, scales, dtype), source.threads[kernel]
+    out = Buffer(_filled(wanted.size, wanted.dtype).reshape(wanted.shape), shifts[1])
+    arguments = [
+        pointers(Buffer(codes, shifts[0])), pointers(Buffer(scales)), pointers(out),
+        int64(codes.size), int64(codes.shape[1]),
+    ]  # fmt: skip
+    per_block = threads if slow else source.constants["TILE_BYTES"] // wanted.itemsize
+    launch = Launch(kernel, _ceil(codes.size, per_block), threads, arguments)
+    return Check(f"{kernel}, {codes.shape}, shifts {shifts}", Case([launch]), [(out, bits(wanted, dtype))])
+
+
 @dataclass(frozen=True)
 class Product:
     """x[M][K], a quantized W[N][K] and perhaps a bias, and the product in float64 with the error that is allowed."""

@@ -53,6 +53,46 @@ def expand(codes: Bytes, absmax2: Array, offset: np.float32) -> Array:
     return out
 
 
+def dynamic_map() -> list[float]:
+    """The values of the signed dynamic map."""
+    return _native.dynamic_map()
+
+
+def quantize_blockwise(values: np.ndarray, dtype: str, map_: Array, blocksize: int) -> tuple[Bytes, Array]:
+    """8-bit codes and scales, for any block size: what the tensor operation gives on the processor."""
+    import torch
+    from halfbyte import _cpu
+
+    stored = torch.from_numpy(values.view(np.int16) if dtype == "bf16" else values)
+    tensor = stored.view(torch.bfloat16) if dtype == "bf16" else stored
+    # It fills up the last block with zeros: one much longer than the values has the same result as a shorter one.
+    blocksize = min(blocksize, 2 * values.size + 1) if blocksize > 8192 else blocksize
+    codes, absmax = _cpu.quantize_blockwise(tensor, torch.from_numpy(map_), blocksize)
+    return codes.numpy(), absmax.numpy()
+
+
+def dequantize_blockwise(codes: Bytes, absmax: Array, map_: Array, dtype: str, blocksize: int) -> np.ndarray:
+    """The values of 8-bit codes, in `dtype`."""
+    scales = np.repeat(absmax, min(blocksize, max(codes.size, 1)))[: codes.size]
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        return from_float32(map_[codes] * scales, dtype)
+
+
+def quantize_rows(values: np.ndarray, dtype: str) -> tuple[NDArray[np.int8], Array]:
+    """Codes and scales of the rows of a matrix."""
+    rows, columns = values.shape
+    codes, scales = np.zeros((rows, columns), np.int8), np.zeros(rows, np.float32)
+    _native.quantize_rows(_raw(values, DTYPES[dtype]), _raw(codes), _raw(scales), rows, columns)
+    return codes, scales
+
+
+def dequantize_rows(codes: NDArray[np.int8], scales: Array, dtype: str) -> np.ndarray:
+    """The values of codes of rows, in `dtype`."""
+    out = np.zeros(codes.shape, STORED[dtype])
+    _native.dequantize_rows(_raw(codes), _raw(scales), _raw(out, DTYPES[dtype]), *codes.shape)
+    return out
+
+
 def from_float32(values: Array, dtype: str) -> np.ndarray:
     """Rounded to `dtype`, to the nearest, ties to even."""
     with np.errstate(over="ignore"):

@@ -90,7 +90,82 @@ def of_floor(source: Described) -> Iterator[Check]:
     yield launches.floor_read(source, magic, 1, 0x9E3779B9)
 
 
+def of_expand(source: Described) -> Iterator[Check]:
+    """Both kernels; a ragged end, nothing aligned."""
+    for n, shifts in ((4096 + 259, (0, 0)), (1030, (1, 4)), (1, (3, 0))):
+        for slow in (False, True):
+            yield launches.expand(source, np.abs(values.normal(n, "f32")), shifts, slow)
+
+
+def of_embedding(source: Described) -> Iterator[Check]:
+    """Every kernel; rows that share bytes and blocks, and indices that are no rows."""
+    for dtype in STORED:
+        item = STORED[dtype].itemsize
+        for nested in (False, True):
+            for columns, blocksize, shifts in ((24, 64, (0, 0)), (37, 32, (1, item)), (4104, 4096, (0, 0))):
+                table = values.table(7, columns, "nf4", blocksize, nested)
+                for slow in (False, True):
+                    kind = np.int32 if slow else np.int64
+                    indices = np.array([6, 0, -1, 3, 7, 6, np.iinfo(kind).min], kind)
+                    yield launches.embedding(source, table, indices, dtype, shifts, slow)
+
+
+def of_dequantize_8bit(source: Described) -> Iterator[Check]:
+    """Every kernel; blocks that begin anywhere."""
+    map_ = values.maps()["dynamic"]
+    for dtype in STORED:
+        item = STORED[dtype].itemsize
+        for n, blocksize, shifts in (
+            (16384 + 77, 64, (0, 0)),
+            (1500, 7, (0, 0)),
+            (333, 4096, (3, item)),
+            (5, 1, (0, 0)),
+        ):
+            codes, absmax = values.codes(2 * n), np.abs(values.normal(-(-n // blocksize), "f32"))
+            for slow in (False, True):
+                yield launches.dequantize_8bit(source, codes, absmax, map_, dtype, blocksize, shifts, slow)
+
+
+def of_quantize_8bit(source: Described) -> Iterator[Check]:
+    """Every kernel: several tiles or blocks for one block of threads, blocks of a lane's values to all of them."""
+    maps = values.maps()
+    for dtype in STORED:
+        item = STORED[dtype].itemsize
+        for n, blocksize, shifts in (
+            (3 * 4096 + 77, 64, (0, 0)),
+            (4 * 4096 + 5, 4096, (item, 3)),
+            (2000, 100, (0, 1)),
+            (5000, 1500, (0, 0)),
+            (3, 1, (0, 0)),
+        ):
+            data = values.awkward(n, dtype)
+            yield launches.quantize_8bit(source, data, dtype, maps["dynamic"], blocksize, shifts)
+        yield launches.quantize_8bit(source, values.normal(999, dtype), dtype, maps["crowded"], 128)
+        yield launches.quantize_8bit(source, values.normal(99, dtype), dtype, maps["dynamic"], 10, slow=True)
+
+
+def of_rows(source: Described) -> Iterator[Check]:
+    """Every kernel: rows for a warp, for a block of threads, and longer ones than it has registers for."""
+    for dtype in STORED:
+        item = STORED[dtype].itemsize
+        for rows, columns, shifts in ((19, 72, (0, 0)), (3, 1032, (0, 0)), (3, 8200 + 61, (item, 1)), (5, 1, (0, 0))):
+            data = values.awkward(rows * columns, dtype).reshape(rows, columns)
+            yield launches.quantize_rows(source, data, dtype, shifts)
+            codes = values.codes(2 * rows * columns).view(np.int8).reshape(rows, columns)
+            scales = np.abs(values.normal(rows, "f32"))
+            yield launches.dequantize_rows(source, codes, scales, dtype, shifts[::-1])
+        small = values.normal(6 * 50, dtype).reshape(6, 50)
+        yield launches.quantize_rows(source, small, dtype, slow=True)
+        codes = values.codes(600).view(np.int8).reshape(6, 50)
+        yield launches.dequantize_rows(source, codes, np.ones(6, np.float32), dtype, slow=True)
+
+
 FAMILIES = {
+    "expand": of_expand,
+    "embedding": of_embedding,
+    "dequantize_8bit": of_dequantize_8bit,
+    "quantize_8bit": of_quantize_8bit,
+    "rows": of_rows,
     "quantize": of_quantize,
     "dequantize": of_dequantize,
     "nested": of_nested,

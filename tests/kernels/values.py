@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import launches
 import native
 import numpy as np
 import reference
@@ -72,6 +73,14 @@ def codes(n: int, seed: int = 0) -> native.Bytes:
     return np.random.default_rng([n, seed, 3]).integers(0, 256, -(-n // 2), np.uint8)
 
 
+def table(rows: int, columns: int, quant_type: str, blocksize: int, nested: bool, seed: int = 0) -> launches.Table:
+    """Random codes, with scales of all sizes where they are not nested."""
+    blocks = -(-rows * columns // blocksize)
+    absmax = np.abs(normal(blocks, "f32", seed)) if nested else scales(blocks, seed)
+    kind = launches.Scales.nested if nested else launches.Scales.plain
+    return launches.Table((rows, columns), quant_type, blocksize, codes(rows * columns, seed), kind(absmax))
+
+
 def scales(count: int, seed: int = 0) -> native.Array:
     """Positive scales of all sizes, with NaN, infinity, zero and denormals among them."""
     random = np.random.default_rng([count, seed, 4])
@@ -79,3 +88,36 @@ def scales(count: int, seed: int = 0) -> native.Array:
     for special in (np.nan, np.inf, 0.0, 1e-42, 3e38):
         values[random.random(count) < 0.02] = special
     return values
+
+
+def maps() -> dict[str, native.Array]:
+    """Maps of 256 ascending values: the dynamic one, evenly spaced ones, and some with all that the search may meet."""
+    random = np.random.default_rng(11)
+    dynamic = np.array(native.dynamic_map(), np.float32)
+    crowded = np.sort(np.concatenate([np.linspace(0.5, 0.5001, 200), random.uniform(-1, 1, 56)])).astype(np.float32)
+    sizes = np.exp2(random.uniform(-149, 127, 256)).astype(np.float32) * random.choice([-1, 1], 256)
+    return {
+        "dynamic": dynamic,
+        "linear": np.linspace(-1, 1, 256, dtype=np.float32),
+        "unsigned": np.linspace(0, 1, 256, dtype=np.float32),
+        "padded": np.sort(np.concatenate([np.linspace(-1, 1, 16), np.zeros(240)])).astype(np.float32),
+        "crowded": crowded,
+        "sizes": np.sort(sizes).astype(np.float32),
+        "symmetric": np.sort(np.concatenate([dynamic[:128], -dynamic[:128]])).astype(np.float32),
+    }
+
+
+def at_boundaries(map_: native.Array, blocksize: int) -> native.Array:
+    """Float32 within some steps of the map's values and of the middles between them, in blocks of several scales."""
+    with np.errstate(over="ignore"):
+        middles = (map_[:-1] + map_[1:]) * np.float32(0.5)
+    points = np.concatenate([map_, middles, np.exp2(np.arange(-24, 1)), np.arange(64, 129) / 128]).astype(np.float32)
+    points = np.concatenate([points, -points])
+    points = np.unique(points[np.abs(points) <= 1])
+    steps = (points.view(np.int32)[:, None] + np.arange(-2, 3, dtype=np.int32)).view(np.float32).reshape(-1)
+    near = steps[np.abs(steps) <= 1]
+    per_block = max(blocksize - 1, 1)
+    near = np.concatenate([near, np.zeros(-near.size % per_block, np.float32)]).reshape(-1, per_block)
+    blocks = np.concatenate([np.ones((len(near), 1), np.float32), near], axis=1)
+    with np.errstate(under="ignore"):
+        return np.concatenate([(blocks * np.float32(s)).reshape(-1) for s in (1.0, 0.3, 2.0**-140)])
