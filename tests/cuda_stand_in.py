@@ -161,6 +161,20 @@ class StandIn:
         assert result is not None
         result.copy_(values)
 
+    def cuda_quantize_rows(
+        self, device: int, stream: int, input: Raw, codes: Raw, scales: Raw, rows: int, columns: int
+    ) -> None:
+        """As the kernel."""
+        self.calls.append("quantize rows")
+        _native.quantize_rows(input, codes, scales, rows, columns)
+
+    def cuda_dequantize_rows(
+        self, device: int, stream: int, codes: Raw, scales: Raw, out: Raw, rows: int, columns: int
+    ) -> None:
+        """As the kernel."""
+        self.calls.append("dequantize rows")
+        _native.dequantize_rows(codes, scales, out, rows, columns)
+
 
 @dataclass
 class Linear:

@@ -534,3 +534,55 @@ def test_threads_follow_torch():
         "    torch.set_num_threads(n); quantize_4bit(torch.ones(8)); assert _native.get_threads() == n, n\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---- rows of LLM.int8() ----------------------------------------------------------------------------------------------
+
+
+def test_golden_rows():
+    with safe_open(GOLDEN.with_name("int8.safetensors"), "pt") as file:
+        names = {name.partition(".")[0] for name in file.keys() if name.startswith("r")}  # noqa: SIM118
+        assert names
+        for name in names:
+            values, codes, scales, dense = (
+                file.get_tensor(f"{name}.{part}") for part in ("input", "CB", "SCB", "dequantized")
+            )
+            ours, stats, columns = F.int8_vectorwise_quant(values)
+            assert torch.equal(ours, codes)
+            assert torch.equal(stats, scales.view(-1))
+            assert columns is None
+            again = F.int8_vectorwise_dequant(codes, scales.view(-1))
+            assert torch.equal(again.to(dense.dtype), dense)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_outlier_columns(dtype):
+    values = torch.randn(2, 4, 50).to(dtype)
+    values[0, 1, 7], values[1, 3, 40] = 8.0, -9.0
+    codes, scales, columns = F.int8_vectorwise_quant(values, threshold=6.0)
+    assert columns.tolist() == [7, 40]
+    assert not codes[..., [7, 40]].any()
+    kept = values.masked_fill(values.abs() >= 6, 0).float()
+    assert torch.equal(scales, kept.abs().amax(-1).view(-1))
+    expected = (kept * 127 / scales.view(2, 4, 1)).round().to(torch.int8)
+    expected[..., [7, 40]] = 0
+    assert torch.equal(codes, expected)
+    assert values[0, 1, 7] == 8.0
+    assert F.int8_vectorwise_quant(values, threshold=20.0)[2].tolist() == []
+    strided = values.transpose(0, 2)
+    for a, b in zip(F.int8_vectorwise_quant(strided), F.int8_vectorwise_quant(strided.contiguous()), strict=True):
+        assert a is b is None or torch.equal(a, b)
+
+
+def test_what_rows_refuse():
+    with pytest.raises(TypeError, match=r"input: dtype torch.int64 is not one of torch.float16"):
+        F.int8_vectorwise_quant(torch.ones(2, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"input: shape \[\] has no rows"):
+        F.int8_vectorwise_quant(torch.tensor(1.0))
+    with pytest.raises(ValueError, match=r"threshold: -1 is negative"):
+        F.int8_vectorwise_quant(torch.ones(2, 2), threshold=-1)
+    codes, scales, _ = F.int8_vectorwise_quant(torch.ones(2, 2))
+    with pytest.raises(ValueError, match=r"scales: 1 scales do not fit; codes \[2, 2\] have 2 rows"):
+        F.int8_vectorwise_dequant(codes, scales[:1])
+    with pytest.raises(TypeError, match=r"codes: dtype torch.uint8 is not torch.int8"):
+        F.int8_vectorwise_dequant(codes.view(torch.uint8), scales)

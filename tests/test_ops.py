@@ -70,6 +70,14 @@ def test_opcheck_8bit(blocksize):
         opcheck(ops.dequantize_blockwise.default, (codes, absmax, code, blocksize, dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_opcheck_rows(dtype):
+    for shape in ((5, 77), (1, 1), (3, 0), (2, 3, 4), (6,)):
+        tensor = torch.randn(shape, dtype=dtype)
+        opcheck(ops.quantize_rows.default, (tensor,))
+        opcheck(ops.dequantize_rows.default, (*ops.quantize_rows(tensor), dtype))
+
+
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_opcheck_linear(dtype, nested):

@@ -123,7 +123,9 @@ def compress_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return codes, absmax2, absmax.new_zeros(())
     offset = absmax.new_empty(())
     workspace = absmax.new_empty(_native.cuda_compress_workspace(n), dtype=torch.float64)
-    _native.cuda_compress_absmax(*_here(absmax), *map(_raw, (absmax, codes, absmax2, offset, workspace)))
+    _native.cuda_compress_absmax(
+        *_here(absmax), _raw(absmax), _raw(codes), _raw(absmax2), _raw(offset), _raw(workspace)
+    )
     return codes, absmax2, offset
 
 
@@ -131,7 +133,7 @@ def expand_absmax(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
     """The way back of `compress_absmax`: float32 [n]."""
     codes, absmax2 = codes.contiguous(), absmax2.contiguous()
     absmax = absmax2.new_empty(codes.numel())
-    _native.cuda_expand_absmax(*_here(codes), *map(_raw, (codes, absmax2, offset, absmax)))
+    _native.cuda_expand_absmax(*_here(codes), _raw(codes), _raw(absmax2), _raw(offset), _raw(absmax))
     return absmax
 
 
@@ -150,9 +152,11 @@ def dequantize_4bit(
     check_weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
     result = out if out is not None and out.is_contiguous() else packed.new_empty(shape, dtype=dtype)
     packed = packed.contiguous()
-    scales, _kept = _raw_scales(absmax, absmax2, offset)
+    (first, second, third), _kept = _raw_scales(absmax, absmax2, offset)
     n = result.numel()
-    _native.cuda_dequantize_4bit(*_here(packed), _raw_bytes(packed, n), *scales, _raw(result), quant_type, blocksize)
+    _native.cuda_dequantize_4bit(
+        *_here(packed), _raw_bytes(packed, n), first, second, third, _raw(result), quant_type, blocksize
+    )
     return result if out is None or out is result else out.copy_(result)
 
 
@@ -175,13 +179,15 @@ def embedding_4bit(
     check_embedding(indices, packed, shape, dtype)
     rows, dim = shape
     indices, packed = indices.contiguous(), packed.contiguous()
-    scales, _kept = _raw_scales(absmax, absmax2, offset)
+    (first, second, third), _kept = _raw_scales(absmax, absmax2, offset)
     out = packed.new_empty((*indices.shape, dim), dtype=dtype)
     _native.cuda_embedding_4bit(
         *_here(packed),
         _raw(indices),
         _raw_bytes(packed, rows * dim),
-        *scales,
+        first,
+        second,
+        third,
         _raw(out),
         rows,
         dim,
@@ -384,7 +390,7 @@ def quantize_blockwise(input: Tensor, code: Tensor, blocksize: int) -> tuple[Ten
     input, code = input.contiguous(), code.contiguous()
     codes = input.new_empty(input.shape, dtype=torch.uint8)
     absmax = input.new_empty(blocks_of(input.numel(), blocksize), dtype=torch.float32)
-    _native.cuda_quantize_8bit(*_here(input), *map(_raw, (input, code, codes, absmax)), blocksize)
+    _native.cuda_quantize_8bit(*_here(input), _raw(input), _raw(code), _raw(codes), _raw(absmax), blocksize)
     return codes, absmax
 
 
@@ -395,7 +401,7 @@ def dequantize_blockwise(
     check_dequantize_blockwise(codes, absmax, code, blocksize, dtype)
     codes, absmax, code = codes.contiguous(), absmax.contiguous(), code.contiguous()
     result = out if out is not None and out.is_contiguous() else codes.new_empty(codes.shape, dtype=dtype)
-    _native.cuda_dequantize_8bit(*_here(codes), *map(_raw, (codes, absmax, code, result)), blocksize)
+    _native.cuda_dequantize_8bit(*_here(codes), _raw(codes), _raw(absmax), _raw(code), _raw(result), blocksize)
     return result if out is None or out is result else out.copy_(result)
 
 
@@ -426,9 +432,10 @@ def quant_map(quant_type: str, device: torch.device) -> Tensor:
     """The sixteen values of `quant_type`, float32 [16], made on the device: no copy from the host that waits for it."""
     # Two codes to a byte: 0x01, 0x23, ... 0xef.
     packed = torch.arange(0x01, 0x100, 0x22, dtype=torch.uint8, device=device)
-    return dequantize_4bit(
-        packed, packed.new_ones(1, dtype=torch.float32), None, None, (16,), torch.float32, 32, quant_type
-    )
+    one = packed.new_ones(1, dtype=torch.float32)
+    values = dequantize_4bit(packed, one, None, None, (16,), torch.float32, 32, quant_type)
+    # FP4 has two zeros; in the map, both are positive.
+    return values.add_(0.0) if quant_type == "fp4" else values
 
 
 def dynamic_map(device: torch.device) -> Tensor:

@@ -251,6 +251,7 @@ class CudaLinear:
         and `y` in the dtype, of the codes, the scales (two levels and the offset when nested, else 0), and the bias
         or 0. How much memory there is, the caller has checked.
         """
+
 def cuda_expand_absmax(
     device: int,
     stream: int,
