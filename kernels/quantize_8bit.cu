@@ -9,6 +9,8 @@
 
 constexpr int THREADS = 512;
 constexpr int WARPS = THREADS / WARP;
+// Blocks on a multiprocessor: while they work on a tile, the next is on the way, 24 KB of 16-bit values.
+constexpr int RESIDENT = 3;
 // Values that a thread packs into one store.
 constexpr int GROUP = 8;
 // The largest block size of the fast kernel, so that a block never lies in two tiles.
@@ -102,16 +104,28 @@ __device__ inline int first_step(const Search &search) {
     return bits == 0 ? 0 : 1 << (bits - 1);
 }
 
-// The code of a scaled value; of NaN 0.
-__device__ inline u32 code_of(const Search &search, int first, float scaled) {
-    int code = search.below[cell_of(scaled)];
+// The codes of scaled values, the first in the lowest byte; of NaN 0. The searches take turns, so that none waits for
+// memory alone.
+template <int COUNT>
+__device__ inline u64 codes_of(const Search &search, int first, const float (&scaled)[COUNT]) {
+    int code[COUNT];
+#pragma unroll
+    for (int k = 0; k < COUNT; k++) {
+        code[k] = search.below[cell_of(scaled[k])];
+    }
     for (int step = first; step > 0; step /= 2) {
-        // Exceeds this boundary, and so all before it.
-        if (scaled > search.boundaries[code + step - 1]) {
-            code += step;
+#pragma unroll
+        for (int k = 0; k < COUNT; k++) {
+            // Exceeds this boundary, and so all before it.
+            code[k] += scaled[k] > search.boundaries[code[k] + step - 1] ? step : 0;
         }
     }
-    return scaled == scaled ? u32(code) : 0;
+    u64 word = 0;
+#pragma unroll
+    for (int k = 0; k < COUNT; k++) {
+        word |= u64(scaled[k] == scaled[k] ? u32(code[k]) : 0) << (8 * k);
+    }
+    return word;
 }
 
 // Blocks of a power of two of values, 32 to 4096.
@@ -168,11 +182,12 @@ __device__ inline void quantize_8bit(const T *input, const float *map, u8 *codes
             absmax[i >> block_shift] = max;
         }
         const float inverse = __frcp_rn(max);
-        u64 word = 0;
+        float scaled[GROUP];
 #pragma unroll
         for (int k = 0; k < GROUP; k++) {
-            word |= u64(code_of(search, first, __fmul_rn(now[k], inverse))) << (8 * k);
+            scaled[k] = __fmul_rn(now[k], inverse);
         }
+        const u64 word = codes_of(search, first, scaled);
         if (count == GROUP && whole_words) {
             *reinterpret_cast<u64 *>(codes + i) = word;
         } else {
@@ -234,7 +249,8 @@ __device__ inline void quantize_8bit_any(const T *input, const float *map, u8 *c
         const float inverse = __frcp_rn(largest);
 #pragma unroll 4
         for (i64 i = begin + member; i < end; i += members) {
-            codes[i] = u8(code_of(search, first, __fmul_rn(to_f32(input[i]), inverse)));
+            const float scaled[1] = {__fmul_rn(to_f32(input[i]), inverse)};
+            codes[i] = u8(codes_of(search, first, scaled));
         }
     }
 }
@@ -275,11 +291,11 @@ __device__ inline void quantize_8bit_reference(const T *input, const float *map,
 // Grid, in blocks of THREADS: any number for the first two, which share the work among those there are; ceil(blocks /
 // THREADS) for the reference.
 #define INSTANCE(name, T)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) quantize_8bit_##name(                                     \
+    extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) quantize_8bit_##name(                              \
         const T *input, const float *map, u8 *codes, float *absmax, i64 n, int block_shift) {                          \
         quantize_8bit<T>(input, map, codes, absmax, n, block_shift);                                                   \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) quantize_8bit_any_##name(                                 \
+    extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) quantize_8bit_any_##name(                          \
         const T *input, const float *map, u8 *codes, float *absmax, i64 n, i64 blocksize) {                            \
         quantize_8bit_any<T>(input, map, codes, absmax, n, blocksize);                                                 \
     }                                                                                                                  \

@@ -29,6 +29,9 @@ def test_without_a_driver_the_error_says_so() -> None:
         lambda: _native.cuda_device(0),
         lambda: _native.cuda_prepare(0),
         lambda: _native.cuda_quantize_4bit(0, 0, (0, 0, "float32"), EMPTY, (0, 0, "float32"), "nf4", 64),
+        lambda: _native.cuda_expand_absmax(0, 0, EMPTY, *[(0, 0, "float32")] * 3),
+        lambda: _native.cuda_quantize_8bit(0, 0, *[(0, 0, "float32")] * 2, EMPTY, (0, 0, "float32"), 64),
+        lambda: _native.cuda_quantize_rows(0, 0, (0, 0, "float32"), (0, 0, "int8"), (0, 0, "float32"), 0, 0),
     ):
         with pytest.raises(RuntimeError, match=r"libcuda\) is not installed"):
             call()
@@ -44,6 +47,20 @@ def test_wrong_arguments_are_found_before_a_device_is_asked_for() -> None:
         _native.cuda_dequantize_4bit(0, 0, EMPTY, EMPTY, floats, None, floats, "nf4", 64)
     with pytest.raises(ValueError, match="input is at address 0x1"):
         _native.cuda_quantize_4bit(0, 0, (1, 8, "float32"), EMPTY, floats, "nf4", 64)
+    with pytest.raises(ValueError, match="codes is at address 0x2: expected an address that is a multiple of 8"):
+        _native.cuda_expand_absmax(0, 0, (2, 8, "int64"), floats, floats, floats)
+    with pytest.raises(ValueError, match="absmax2 is None: expected given, because offset is"):
+        _native.cuda_embedding_4bit(0, 0, (0, 0, "int64"), EMPTY, floats, None, floats, floats, 0, 0, "nf4", 64)
+    with pytest.raises(ValueError, match='indices is of dtype "int16": expected one of'):
+        _native.cuda_embedding_4bit(0, 0, (0, 0, "int16"), EMPTY, floats, None, None, floats, 0, 0, "nf4", 64)
+    with pytest.raises(ValueError, match="input is at the null address"):
+        _native.cuda_quantize_8bit(0, 0, (0, 8, "float32"), floats, EMPTY, floats, 64)
+    with pytest.raises(ValueError, match="out is at address 0x1: expected an address that is a multiple of 2"):
+        _native.cuda_dequantize_8bit(0, 0, EMPTY, floats, floats, (1, 8, "bfloat16"), 64)
+    with pytest.raises(ValueError, match='scales is of dtype "complex64"'):
+        _native.cuda_quantize_rows(0, 0, floats, (0, 0, "int8"), (0, 0, "complex64"), 0, 0)
+    with pytest.raises(ValueError, match="scales is at address 0x2"):
+        _native.cuda_dequantize_rows(0, 0, (0, 0, "int8"), (2, 1, "float32"), floats, 1, 0)
     with pytest.raises(ValueError, match='kernel is "other"'):
         _native.cuda_matmul_4bit(
             0, 0, floats, EMPTY, floats, None, None, None, floats, 0, 0, 0, "nf4", 64, kernel="other"

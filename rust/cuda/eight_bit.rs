@@ -21,7 +21,7 @@ const QUANTIZE_TILE: u64 = 4096;
 const QUANTIZE_WARPS: u64 = 16;
 const QUANTIZE_WARP_BLOCK: usize = 1024;
 /// Blocks of threads for each multiprocessor: as many as it takes at once, because each makes a table first.
-const QUANTIZE_RESIDENT: u64 = 2;
+const QUANTIZE_RESIDENT: u64 = 3;
 
 /// The block size as kernels take it, and how many blocks `n` values are.
 fn blocks_of(n: usize, blocksize: usize) -> Result<(i64, usize)> {
