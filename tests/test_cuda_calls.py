@@ -104,9 +104,10 @@ def test_which_kernel_is_taken(native, monkeypatch):
     assert calls(torch.randn(2, 3, 128, dtype=torch.bfloat16))[1] == [6]
     assert calls(torch.randn(0, 128, dtype=torch.bfloat16))[0] == []
     # What the fused product does not take: few rows go to the plain one, more to a dense product.
-    assert calls(torch.randn(4, 65, dtype=torch.bfloat16), odd, odd_how)[0] == ["product"]
-    assert calls(torch.randn(5, 65, dtype=torch.bfloat16), odd, odd_how)[0] == ["dequantize"]
-    assert calls(torch.randn(5, 128))[0] == ["dequantize"]
+    assert calls(torch.randn(1, 65, dtype=torch.bfloat16), odd, odd_how)[0] == ["product"]
+    assert calls(torch.randn(2, 65, dtype=torch.bfloat16), odd, odd_how)[0] == ["dequantize"]
+    assert calls(torch.randn(3, 128))[0] == ["product"]
+    assert calls(torch.randn(4, 128))[0] == ["dequantize"]
     shifted = (torch.nn.functional.pad(tensors[0].view(-1), (1, 0))[1:].view(-1, 1), *tensors[1:])
     assert calls(torch.randn(8, 128, dtype=torch.bfloat16), shifted)[0] == ["dequantize"]
 

@@ -569,6 +569,8 @@ def test_outlier_columns(dtype):
     assert torch.equal(codes, expected)
     assert values[0, 1, 7] == 8.0
     assert F.int8_vectorwise_quant(values, threshold=20.0)[2].tolist() == []
+    assert F.int8_vectorwise_quant(values[0, 1], threshold=6.0)[2].tolist() == [7]
+    assert F.int8_vectorwise_quant(values[:, :, :0], threshold=6.0)[0].shape == (2, 4, 0)
     strided = values.transpose(0, 2)
     for a, b in zip(F.int8_vectorwise_quant(strided), F.int8_vectorwise_quant(strided.contiguous()), strict=True):
         assert a is b is None or torch.equal(a, b)

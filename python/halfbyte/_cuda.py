@@ -56,8 +56,9 @@ that fills the GPU only once or twice, and of a larger one."""
 _LARGE = 2**25
 """Values of such a larger weight."""
 
-_PLAIN_ROWS = 4
-"""Up to so many rows the plain product, which takes everything, is faster than a dense copy of the weight."""
+_PLAIN_ROWS, _PLAIN_ROWS_32 = 1, 3
+"""Up to so many rows the plain product, which takes everything, is faster than a dense copy of the weight: of 16 bits,
+and of 32."""
 
 _DENSE_BYTES = 2**29
 """Of a dense copy at most, however large the weight is. Parts that fit into the second-level cache are no faster:
@@ -310,7 +311,7 @@ def linear_4bit(
         codes = packed.data_ptr()
         if codes % _ALIGNMENT:
             fused = False
-        if fused or m <= _PLAIN_ROWS or k == 0:
+        if fused or m <= (_PLAIN_ROWS_32 if dtype is torch.float32 else _PLAIN_ROWS) or k == 0:
             if nested:
                 absmax2 = absmax2.contiguous()  # type: ignore[union-attr]
                 scales = absmax.data_ptr(), absmax2.data_ptr(), offset.data_ptr()  # type: ignore[union-attr]

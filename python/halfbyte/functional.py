@@ -353,7 +353,8 @@ def int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Te
     columns = None
     if threshold > 0:
         outliers = A.abs() >= threshold
-        columns = outliers.reshape(-1, A.shape[-1]).any(0).nonzero().view(-1)
+        rows = tuple(range(A.dim() - 1))
+        columns = (outliers.any(rows) if rows else outliers).nonzero().view(-1)
         A = A.masked_fill(outliers, 0)
     codes, scales = (kernels(A) or _ops).quantize_rows(A)
     return codes if columns is None else codes.index_fill_(-1, columns, 0), scales, columns

@@ -632,7 +632,7 @@ def tiny_llama():
         vocab_size=160, max_position_embeddings=128,
     )  # fmt: skip
     torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    return transformers.LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
 
 
 def test_a_llama_from_quantizing_to_generating(tmp_path: Path) -> None:
