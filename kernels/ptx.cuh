@@ -63,6 +63,13 @@ __device__ inline float multiply_add(float a, float b, float c) {
     return value;
 }
 
+// 1 / x within one step, for 2^-126 <= x < 2^126.
+__device__ inline float reciprocal_near(float x) {
+    float value;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+    return value;
+}
+
 // ---- bytes ---------------------------------------------------------------------------------------------------------
 
 // Byte i of the result is byte `selector >> 4i & 7` of the eight in (a, b), a's four first.
@@ -96,6 +103,22 @@ __device__ inline u32 look_up(LaneTable table, u32 word) {
     u32 entry;
     // Byte 1 of the address from the word, the others from the lane's.
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(entry) : "r"(__byte_perm(word, table.address, 0x7604 | BYTE << 4)));
+    return entry;
+}
+
+// A table whose first address is a multiple of a power of two: bits below that, masked, are the place of an entry, and one
+// logical operation makes its address.
+struct MaskedTable {
+    u32 address;
+};
+
+__device__ inline MaskedTable masked_table(const void *table) { return {u32(__cvta_generic_to_shared(table))}; }
+
+// The word that is OFFSET + (bits & MASK) bytes behind the first.
+template <u32 MASK, u32 OFFSET>
+__device__ inline u32 look_up(MaskedTable table, u32 bits) {
+    u32 entry;
+    asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(entry) : "r"((bits & MASK) | table.address), "n"(OFFSET));
     return entry;
 }
 
@@ -161,6 +184,19 @@ template <int GROUPS>
 __device__ inline void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 }
+#endif
+
+// ---- one kernel after another --------------------------------------------------------------------------------------
+// A kernel that is launched to start early (Device::launch_early) does so once every block of the kernel before it on the
+// stream has ended or called `let_next_start`. It must not touch what that one reads or writes before `wait_for_previous`,
+// which returns when it has ended and all that it wrote can be seen. Without such a launch both do nothing.
+
+#if __CUDA_ARCH__ >= 900
+__device__ inline void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ inline void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+#else
+__device__ inline void let_next_start() {}
+__device__ inline void wait_for_previous() {}
 #endif
 
 // ---- matrix units --------------------------------------------------------------------------------------------------

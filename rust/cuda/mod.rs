@@ -10,10 +10,10 @@ mod nested;
 mod product;
 pub(crate) mod ptx;
 
-pub use blockwise::{dequantize, quantize};
+pub use blockwise::{dequantize, quantize, quantize_nested};
 pub use driver::{Device, Stream};
 pub use memory::{DType, Memory, Scales};
-pub use nested::{compress, compress_workspace};
+pub use nested::{Compressed, compress, compress_workspace};
 pub use product::{Choice, Product, product};
 
 /// Which of two kernels with the same meaning.

@@ -36,8 +36,8 @@ impl Module {
         const HOPPER: Capability = Capability(9, 0);
         match self {
             Self::Dequantize => &[(TURING, image!("dequantize_75")), (AMPERE, image!("dequantize_80"))],
-            Self::Quantize => &[(TURING, image!("quantize_75"))],
-            Self::Nested => &[(TURING, image!("nested_75"))],
+            Self::Quantize => &[(TURING, image!("quantize_75")), (HOPPER, image!("quantize_90"))],
+            Self::Nested => &[(TURING, image!("nested_75")), (HOPPER, image!("nested_90"))],
             Self::Product => &[(TURING, image!("product_75"))],
             Self::Decode => &[(AMPERE, image!("decode_80"))],
             Self::DecodeRing => &[(HOPPER, image!("decode_ring_90"))],
