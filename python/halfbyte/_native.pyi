@@ -220,8 +220,8 @@ def cuda_quantize_4bit_nested(
     """Launch `cuda_quantize_4bit` and `cuda_compress_absmax` as one, which is faster.
 
     `absmax_scratch` is left with the float32 scales, one per block. `workspace` is float64, as many as
-    `cuda_compress_workspace(scales)` says; it may hold anything, and belongs to this call until the stream has come past
-    it: calls on other streams need workspaces of their own.
+    `cuda_compress_workspace(scales)` says; it may hold anything, and belongs to this call until the stream has come
+    past it: calls on other streams need workspaces of their own.
     """
 
 def cuda_matmul_4bit(

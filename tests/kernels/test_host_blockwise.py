@@ -121,20 +121,19 @@ def test_nested_scales_with_nan_and_infinity() -> None:
 
 
 def test_nested_scales_between_codes() -> None:
-    """Scales that are, once the mean is off, in the middle between two values of the map or next to it; and where the cells
-    begin of the table in which codes are looked up."""
+    """Scales in the middle between two values of the map, next to it, or next to where a cell of the look-up begins."""
     map_ = np.array(_native.dynamic_map(), np.float32)
     middles = ((map_[:-1] + map_[1:]) * np.float32(0.5)).astype(np.float32)
     around = [np.nextafter(middles, np.float32(-2)), middles, np.nextafter(middles, np.float32(2))]
     cells = np.arange(0x34000000, 0x3F800000, 1 << 17, dtype=np.uint32)
-    edges = np.concatenate([cells - 1, cells]).view(np.float32)
-    half = np.concatenate([*around, map_, edges])
-    # Mirrored, so that the mean is 0; every group has the scale 1.
-    groups = np.concatenate([half, -half])
-    rows = np.concatenate([groups, np.zeros(-len(groups) % 254, np.float32)]).reshape(-1, 254)
-    rows = np.concatenate([rows, np.tile(np.array([1, -1], np.float32), (len(rows), 1))], axis=1)
-    check("nested", launches.compress(library("nested"), rows.reshape(-1)))
-    check("nested", launches.compress_slowly(library("nested"), rows.reshape(-1)))
+    half = np.concatenate([*around, map_, (cells - 1).view(np.float32), cells.view(np.float32)])
+    # Each group has the scale 1, and half of it mirrors the other, so that the mean is 0.
+    rows = np.concatenate([half, np.zeros(-len(half) % 127, np.float32)]).reshape(-1, 127)
+    rows = np.concatenate([rows, np.ones((len(rows), 1), np.float32)], axis=1)
+    absmax = np.concatenate([rows, -rows], axis=1).reshape(-1)
+    assert native.compress(absmax)[2] == 0
+    check("nested", launches.compress(library("nested"), absmax))
+    check("nested", launches.compress_slowly(library("nested"), absmax))
 
 
 class Sparse:

@@ -52,8 +52,7 @@ def of_dequantize(source: Described) -> Iterator[Check]:
 
 
 def of_nested(source: Described) -> Iterator[Check]:
-    """A warp that has nothing to do, a group that is not full, more levels than needed, sums of two warps; several groups
-    for one warp; nothing aligned."""
+    """A warp with nothing to do or several groups, one that is not full, more levels than needed, nothing aligned."""
     for n, levels, grid, shifts in (
         (1, 1, 1, (0, 0)),
         (256, 1, 1, (0, 0)),
