@@ -193,7 +193,7 @@ __device__ inline float mean_of(
 // codes:     [n]
 // absmax2:   [ceil(n / 256)]
 // offset:    [1]
-// Grid: ceil(n / (256 * WARPS)) blocks of THREADS, or fewer. May start early: see let_next_start.
+// Grid: ceil(n / (256 * WARPS)) blocks of THREADS, or fewer, which may start early.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     nested_compress(const float *absmax, const double *sums, i64 sum_count, u8 *codes, float *absmax2, float *offset, i64 n) {
     SHARED_ARRAY(Ranks, ranks, );
@@ -210,6 +210,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         table = reinterpret_cast<const Words4 *>(RANKS_OF_CELLS.cell)[thread];
     }
     wait_for_previous();
+    let_next_start();
     LaneScales next;
     next.load(absmax, n, group, lane, wide);
     double part[SUM_PER_LANE];

@@ -209,6 +209,7 @@ __device__ inline void quantize(const T *input, u8 *packed, float *absmax, doubl
     SHARED_ARRAY(Cells, cells, );
     SHARED_ARRAY(float, warp_max, [STEPS][WARPS]);
     SHARED_ARRAY(float, scales, [MOST_SCALES]);
+    wait_for_previous();
     let_next_start();
 
     const u32 thread = threadIdx.x, lead = thread * GROUP;
@@ -331,7 +332,7 @@ __device__ inline void quantize_reference(const T *input, u8 *packed, float *abs
 // sums:        [ceil(n / blocksize / 256)] of 256 scales each, as nested_sums writes them; or null. Only for blocks of 32 or
 //              64, of which a tile has whole groups.
 // block_shift: log2 of the block size, 5 to 12
-// Grid: ceil(n / TILE) blocks of THREADS; the reference ceil(blocks / THREADS).
+// Grid: ceil(n / TILE) blocks of THREADS, which may start early; the reference ceil(blocks / THREADS).
 #define INSTANCE(name, T, quant_type)                                                                            \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS<T>)                                             \
         quantize_##name(const T *input, u8 *packed, float *absmax, double *sums, i64 n, int block_shift) {       \

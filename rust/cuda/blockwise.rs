@@ -119,13 +119,14 @@ pub unsafe fn quantize(
     let (n, values) = (input.count() as i64, input.count());
     let kernel = quantize_kernel(input.dtype(), quant_type, variant);
     let (input, packed, absmax, shift) = (input.address(), packed.address(), absmax.address(), block_shift(blocksize));
-    // SAFETY: the kernel's parameters in its order; lengths were checked, the rest is the caller's.
+    // SAFETY: the kernel's parameters in its order; lengths were checked, the fast kernel waits for those before it, the
+    // rest is the caller's.
     unsafe {
         match variant {
             Variant::Fast => {
                 let no_sums = 0u64;
                 let parameters = parameters![input, packed, absmax, no_sums, n, shift];
-                device.launch(stream, &kernel, (values as u64).div_ceil(QUANTIZE_TILE), 0, parameters)
+                device.launch_early(stream, &kernel, (values as u64).div_ceil(QUANTIZE_TILE), parameters)
             }
             Variant::Reference => {
                 let blocks = (blocksize.absmax_len(values) as u64).div_ceil(u64::from(QUANTIZE_THREADS));
@@ -162,9 +163,10 @@ pub unsafe fn quantize_nested(
     let with_sums = blocksize.get() * NESTED_BLOCK_SIZE <= QUANTIZE_TILE as usize;
     let sums = if with_sums { out.workspace.address() } else { 0 };
     let (input, packed, scales, shift) = (input.address(), packed.address(), absmax.address(), block_shift(blocksize));
-    // SAFETY: the kernel's parameters in its order; lengths were checked, the rest is the caller's.
+    // SAFETY: the kernels' parameters in their order; lengths were checked, those that start early wait, the rest is the
+    // caller's.
     unsafe {
-        device.launch(stream, &kernel, grid, 0, parameters![input, packed, scales, sums, n, shift])?;
+        device.launch_early(stream, &kernel, grid, parameters![input, packed, scales, sums, n, shift])?;
         if !with_sums {
             write_sums(device, stream, absmax, out)?;
         }
