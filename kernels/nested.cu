@@ -164,28 +164,36 @@ struct LaneScales {
     }
 };
 
-// The mean of the `n` values whose group sums these are, by all threads together; `second` is for the sums of those sums,
-// and `part` is this lane's part of the first that its warp adds.
+// The mean of the `n` values whose group sums these are, by all threads together; of nothing 0. `second` is for the sums of
+// those sums, and `part` is this lane's part of the first that its warp adds.
 __device__ inline float mean_of(
-    double (&part)[SUM_PER_LANE], double (&second)[GROUP], const double *sums, i64 sum_count, i64 n) {
+    double (&part)[SUM_PER_LANE], double (&second)[GROUP], float &mean, const double *sums, int sum_count, i64 n) {
     const int lane = int(threadIdx.x) % WARP, warp = int(threadIdx.x) / WARP;
-    const int count = int((sum_count + GROUP - 1) / GROUP);
+    const int count = (sum_count + GROUP - 1) / GROUP;
     for (int s = warp; s < count; s += WARPS) {
         double now[SUM_PER_LANE];
 #pragma unroll
         for (int k = 0; k < SUM_PER_LANE; k++) {
             now[k] = part[k];
         }
-        load_group(part, sums, sum_count, s + WARPS, lane);
+        if (s + WARPS < count) {
+            load_group(part, sums, sum_count, s + WARPS, lane);
+        }
         const double sum = tree_sum(now);
         if (lane == 0) {
             second[s] = sum;
         }
     }
     __syncthreads();
-    // Every warp for itself. One sum is its own tree: adding zeros changes nothing.
-    const double total = __shfl_sync(ALL_LANES, group_sum(&second[0], count, 0, lane), 0);
-    return float(total / double(n));
+    if (warp == 0) {
+        // One sum is its own tree: adding zeros changes nothing.
+        const double total = group_sum(&second[0], count, 0, lane);
+        if (lane == 0) {
+            mean = n > 0 ? float(total / double(n)) : 0.0f;
+        }
+    }
+    __syncthreads();
+    return mean;
 }
 
 // absmax:    [n] float32
@@ -193,11 +201,12 @@ __device__ inline float mean_of(
 // codes:     [n]
 // absmax2:   [ceil(n / 256)]
 // offset:    [1]
-// Grid: ceil(n / (256 * WARPS)) blocks of THREADS, or fewer, which may start early.
+// Grid: ceil(n / (256 * WARPS)) blocks of THREADS, or fewer, but one; they may start early.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     nested_compress(const float *absmax, const double *sums, i64 sum_count, u8 *codes, float *absmax2, float *offset, i64 n) {
     SHARED_ARRAY(Ranks, ranks, );
     SHARED_ARRAY(double, second_sums, [GROUP]);
+    SHARED_ARRAY(float, mean_of_all, [1]);
 
     const int thread = int(threadIdx.x);
     const int lane = thread % WARP, warp = thread / WARP;
@@ -214,11 +223,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     LaneScales next;
     next.load(absmax, n, group, lane, wide);
     double part[SUM_PER_LANE];
-    load_group(part, sums, sum_count, warp, lane);
+    load_group(part, sums, int(sum_count), warp, lane);
     if (thread < TABLE_WORDS) {
         reinterpret_cast<Words4 *>(ranks.cell)[thread] = table;
     }
-    const float mean = mean_of(part, second_sums, sums, sum_count, n);
+    const float mean = mean_of(part, second_sums, mean_of_all[0], sums, int(sum_count), n);
     if (blockIdx.x == 0 && thread == 0) {
         *offset = mean;
     }
@@ -226,7 +235,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const i64 stride = i64(gridDim.x) * WARPS;
     for (; group * GROUP < n; group += stride) {
         LaneScales scales = next;
-        next.load(absmax, n, group + stride, lane, wide);
+        if ((group + stride) * GROUP < n) {
+            next.load(absmax, n, group + stride, lane, wide);
+        }
         const float max = scales.centre(mean);
         if (lane == 0) {
             absmax2[group] = max;

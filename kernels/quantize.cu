@@ -297,7 +297,7 @@ __device__ inline void quantize(const T *input, u8 *packed, float *absmax, doubl
     }
     const u32 warp = thread / WARP;
     if (sums != nullptr && warp * SUM_GROUP < count) {
-        const double sum = group_sum(&scales[0], count, warp, int(thread % WARP));
+        const double sum = group_sum(&scales[0], int(count), int(warp), int(thread % WARP));
         if (thread % WARP == 0) {
             sums[(base >> block_shift) / SUM_GROUP + warp] = sum;
         }

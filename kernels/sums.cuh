@@ -9,12 +9,12 @@ constexpr int SUM_GROUP = 256;
 // Values of a group that a lane has: lane, lane + 32, ...
 constexpr int SUM_PER_LANE = SUM_GROUP / WARP;
 
-// A lane's part of one group of `values`.
-template <typename V>
-__device__ inline void load_group(double (&x)[SUM_PER_LANE], const V *values, i64 n, i64 group, int lane) {
+// A lane's part of one group of `values`. I: what counts them.
+template <typename V, typename I>
+__device__ inline void load_group(double (&x)[SUM_PER_LANE], const V *values, I n, I group, int lane) {
 #pragma unroll
     for (int k = 0; k < SUM_PER_LANE; k++) {
-        const i64 i = group * SUM_GROUP + k * WARP + lane;
+        const I i = group * SUM_GROUP + k * WARP + lane;
         x[k] = i < n ? double(values[i]) : 0.0;
     }
 }
@@ -37,8 +37,8 @@ __device__ inline double tree_sum(double (&x)[SUM_PER_LANE]) {
 }
 
 // One group of `values`, by a warp; the sum in lane 0.
-template <typename V>
-__device__ inline double group_sum(const V *values, i64 n, i64 group, int lane) {
+template <typename V, typename I>
+__device__ inline double group_sum(const V *values, I n, I group, int lane) {
     double x[SUM_PER_LANE];
     load_group(x, values, n, group, lane);
     return tree_sum(x);

@@ -111,7 +111,8 @@ pub(super) unsafe fn compress_with_sums(
         sums = next;
         count = (count as usize).div_ceil(NESTED_BLOCK_SIZE) as i64;
     }
-    let grid = blocks(n).min(u64::from(device.multiprocessors()) * BLOCKS);
+    // Of no scales one block, for the offset.
+    let grid = blocks(n).clamp(1, u64::from(device.multiprocessors()) * BLOCKS);
     let (absmax, codes, absmax2) = (absmax.address(), out.codes.address(), out.absmax2.address());
     let (offset, n) = (out.offset.address(), n as i64);
     let parameters = parameters![absmax, sums, count, codes, absmax2, offset, n];

@@ -247,6 +247,9 @@ def test_nothing() -> None:
     weight = k.quantize(empty, "nf4", 64)
     assert weight.packed.numel() == weight.absmax.numel() == 0
     assert k.dequantize(weight, 0, torch.bfloat16, "nf4", 64).numel() == 0
+    # The mean of nothing is 0, as on the processor.
+    assert k.same(k.compress(weight), k.cpu_compress(weight.cpu()))
+    check_nested(empty, "nf4", 64)
 
 
 def test_wrong_calls() -> None:

@@ -208,7 +208,7 @@ def compress(
         values, count = sums, sums.data.size
     c, a, o = Buffer(_filled(n, np.uint8), shifts[1]), Buffer(_filled(absmax2.size, "f4")), Buffer(_filled(1, "f4"))
     arguments = [pointers(x), pointers(values), int64(count), pointers(c), pointers(a), pointers(o), int64(n)]
-    blocks = min(_ceil(n, group * warps), grid or n)
+    blocks = max(1, min(_ceil(n, group * warps), grid or n))
     launches.append(Launch("nested_compress", blocks, threads, arguments))
     wanted = [(c, bits(codes)), (a, bits(absmax2)), (o, bits(np.array([offset], np.float32)))]
     name = f"nested_compress, {n} scales, {levels} levels, {blocks} blocks, shifts {shifts}"

@@ -104,6 +104,11 @@ def test_nested_scales(n: int) -> None:
     check("nested", launches.compress_slowly(source, absmax))
 
 
+def test_nested_scales_of_nothing() -> None:
+    """Their mean is 0."""
+    check("nested", launches.compress(library("nested"), np.zeros(0, np.float32), levels=0))
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e-40, 3e38])
 def test_nested_scales_that_are_all_the_same(value: float) -> None:
     """Nothing is left when their mean is taken off, or very little."""
