@@ -149,6 +149,15 @@ __device__ inline Words4 load_stream(const Words4 *address) {
     return words;
 }
 
+// The same for memory that the kernel before may still write when this one starts: to be read after `wait_for_previous`.
+__device__ inline Words4 load_stream_after(const Words4 *address) {
+    Words4 words;
+    asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words.word[0]), "=r"(words.word[1]), "=r"(words.word[2]), "=r"(words.word[3])
+                 : "l"(__cvta_generic_to_global(address)));
+    return words;
+}
+
 // For memory that others of the block read too: kept in the first-level cache.
 __device__ inline Words4 load_shared_line(const Words4 *address) {
     Words4 words;
@@ -189,7 +198,8 @@ __device__ inline void copy_async_wait() {
 // ---- one kernel after another --------------------------------------------------------------------------------------
 // A kernel that is launched to start early (Device::launch_early) does so once every block of the kernel before it on the
 // stream has ended or called `let_next_start`. It must not touch what that one reads or writes before `wait_for_previous`,
-// which returns when it has ended and all that it wrote can be seen. Without such a launch both do nothing.
+// which returns when it has ended and all that it wrote can be seen; nor read such memory with the loads above that are for
+// memory that nobody writes during the kernel. Without such a launch both do nothing.
 
 #if __CUDA_ARCH__ >= 900
 __device__ inline void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }

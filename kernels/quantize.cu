@@ -97,7 +97,7 @@ struct Group {
     __device__ void load(const T *input) {
 #pragma unroll
         for (int j = 0; j < WIDE; j++) {
-            words[j] = load_stream(reinterpret_cast<const Words4 *>(input) + j);
+            words[j] = load_stream_after(reinterpret_cast<const Words4 *>(input) + j);
         }
     }
 

@@ -109,6 +109,9 @@ inline Words4 load_stream(const Words4 *address, host::Site site = host::Site::h
     host::check_aligned(address, sizeof *address, site);
     return *address;
 }
+inline Words4 load_stream_after(const Words4 *address, host::Site site = host::Site::here()) {
+    return load_stream(address, site);
+}
 inline Words4 load_shared_line(const Words4 *address, host::Site site = host::Site::here()) {
     host::check_aligned(address, sizeof *address, site);
     return *address;
