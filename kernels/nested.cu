@@ -52,8 +52,8 @@ __device__ constexpr u32 bits_of(float value) {
     return exponent << 23 | u32((value - 1.0f) * 0x1p23f);
 }
 
-// A cell is all the float32 that share the sign, the exponent and 6 bits of the fraction: below 1 at most 1/128 wide, and
-// nowhere are two boundaries of the same exponent as close as that is for it.
+// A cell is the float32 that share an exponent and 6 bits of the fraction: 1/128 wide below 1, and narrower further down. No
+// cell holds two boundaries.
 constexpr int CELL_SHIFT = 17;
 constexpr u32 IN_CELL = (1u << CELL_SHIFT) - 1;
 // The first boundary is 2.75e-7, more than 2^-22; what is below is in the cell before. The last cell begins with 1.
@@ -201,7 +201,7 @@ __device__ inline float mean_of(
 // codes:     [n]
 // absmax2:   [ceil(n / 256)]
 // offset:    [1]
-// Grid: ceil(n / (256 * WARPS)) blocks of THREADS, or fewer, but one; they may start early.
+// Grid: ceil(n / (256 * WARPS)) blocks of THREADS or fewer, at least one; they may start early.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     nested_compress(const float *absmax, const double *sums, i64 sum_count, u8 *codes, float *absmax2, float *offset, i64 n) {
     SHARED_ARRAY(Ranks, ranks, );

@@ -197,9 +197,9 @@ __device__ inline void copy_async_wait() {
 
 // ---- one kernel after another --------------------------------------------------------------------------------------
 // A kernel that is launched to start early (Device::launch_early) does so once every block of the kernel before it on the
-// stream has ended or called `let_next_start`. It must not touch what that one reads or writes before `wait_for_previous`,
-// which returns when it has ended and all that it wrote can be seen; nor read such memory with the loads above that are for
-// memory that nobody writes during the kernel. Without such a launch both do nothing.
+// stream has ended or called `let_next_start`. Until `wait_for_previous` returns it must not touch what that one reads or
+// writes; then that one has ended, and all that it wrote can be seen, though not by load_stream and load_shared_line, which
+// are for memory that nobody writes from the start of a kernel on. Launched otherwise, both do nothing.
 
 #if __CUDA_ARCH__ >= 900
 __device__ inline void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
