@@ -48,9 +48,8 @@ class Case:
 
     def quantize_nested(self, i: int) -> None:
         """The same, and the scales to 8 bits."""
-        self.quantize(i)
-        parts = (self.absmax[i], self.codes[i], self.absmax2[i], self.offset, self.workspace)
-        _native.cuda_compress_absmax(*here(), *map(raw, parts))
+        parts = (self.values[i], self.packed[i], self.absmax[i], self.codes[i], self.absmax2[i], self.offset)
+        _native.cuda_quantize_4bit_nested(*here(), *map(raw, parts), raw(self.workspace), "nf4", BLOCKSIZE)
 
     def dequantize(self, i: int) -> None:
         """Codes and scales to values."""

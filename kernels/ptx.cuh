@@ -63,6 +63,13 @@ __device__ inline float multiply_add(float a, float b, float c) {
     return value;
 }
 
+// 1 / x within one step, for 2^-126 <= x < 2^126.
+__device__ inline float reciprocal_near(float x) {
+    float value;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+    return value;
+}
+
 // ---- bytes ---------------------------------------------------------------------------------------------------------
 
 // Byte i of the result is byte `selector >> 4i & 7` of the eight in (a, b), a's four first.
@@ -99,6 +106,22 @@ __device__ inline u32 look_up(LaneTable table, u32 word) {
     return entry;
 }
 
+// A table whose first address is a multiple of a power of two: bits below that, masked, are the place of an entry, and one
+// logical operation makes its address.
+struct MaskedTable {
+    u32 address;
+};
+
+__device__ inline MaskedTable masked_table(const void *table) { return {u32(__cvta_generic_to_shared(table))}; }
+
+// The word that is OFFSET + (bits & MASK) bytes behind the first.
+template <u32 MASK, u32 OFFSET>
+__device__ inline u32 look_up(MaskedTable table, u32 bits) {
+    u32 entry;
+    asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(entry) : "r"((bits & MASK) | table.address), "n"(OFFSET));
+    return entry;
+}
+
 // ---- global memory -------------------------------------------------------------------------------------------------
 // Streaming loads are for memory that nobody writes during the kernel and nobody reads twice: they leave the first-level
 // cache alone, and have the second level fetch the whole 128-byte line of which they want a part. They are issued where
@@ -121,6 +144,15 @@ __device__ inline Words2 load_stream(const Words2 *address) {
 __device__ inline Words4 load_stream(const Words4 *address) {
     Words4 words;
     asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words.word[0]), "=r"(words.word[1]), "=r"(words.word[2]), "=r"(words.word[3])
+                 : "l"(__cvta_generic_to_global(address)));
+    return words;
+}
+
+// The same for memory that the kernel before may still write when this one starts: to be read after `wait_for_previous`.
+__device__ inline Words4 load_stream_after(const Words4 *address) {
+    Words4 words;
+    asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(words.word[0]), "=r"(words.word[1]), "=r"(words.word[2]), "=r"(words.word[3])
                  : "l"(__cvta_generic_to_global(address)));
     return words;
@@ -161,6 +193,20 @@ template <int GROUPS>
 __device__ inline void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 }
+#endif
+
+// ---- one kernel after another --------------------------------------------------------------------------------------
+// A kernel that is launched to start early (Device::launch_early) does so once every block of the kernel before it on the
+// stream has ended or called `let_next_start`. Until `wait_for_previous` returns it must not touch what that one reads or
+// writes; then that one has ended, and all that it wrote can be seen, though not by load_stream and load_shared_line, which
+// are for memory that nobody writes from the start of a kernel on. Launched otherwise, both do nothing.
+
+#if __CUDA_ARCH__ >= 900
+__device__ inline void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ inline void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+#else
+__device__ inline void let_next_start() {}
+__device__ inline void wait_for_previous() {}
 #endif
 
 // ---- matrix units --------------------------------------------------------------------------------------------------

@@ -1,19 +1,27 @@
 // Values to 4-bit codes and one float32 scale per block, as rust/blockwise/scalar.rs defines them.
 //
-// Memory-bound: 2 or 4 bytes in and half a byte out for each value, once. A thread takes eight values at a time. The
-// lanes that share a block of up to 256 values find its largest magnitude by shuffles, larger blocks by way of shared
-// memory. A code is found by one look-up and one exact comparison instead of fifteen: the range is cut into cells so
-// narrow that none holds two thresholds, and a table tells of each cell its threshold and the code below it.
+// Memory-bound: 2 or 4 bytes in and half a byte out for each value, once. A block of threads takes a tile in some steps; a
+// thread takes eight values in each, and while it works on them those of its next step are on their way. The lanes that
+// share a block of up to 256 values find its largest magnitude by shuffles, larger blocks by way of shared memory. A code
+// is found by one look-up and one exact comparison instead of fifteen: the range is cut into cells so narrow that none
+// holds two thresholds, and a table tells of each cell its threshold and the code below it. Scales leave together at the
+// end of the tile, and with them, where a tile has whole groups of 256, the groups' sums: the first step of nested.cu.
 #include "scales.cuh"
+#include "sums.cuh"
 
 constexpr int THREADS = 512;
+constexpr int WARPS = THREADS / WARP;
 // Values that a thread packs into one word.
 constexpr int GROUP = 8;
-// The largest block size, so that a block never lies in two tiles.
-constexpr int TILE = THREADS * GROUP;
-static_assert(TILE == 4096, "the largest block of values is quantized by one block of threads");
-// Tiles in flight in each block of threads: of 16-bit values 16 KB, three times on a multiprocessor.
-constexpr int DEPTH = 2;
+constexpr int STEP = THREADS * GROUP;
+static_assert(STEP == 4096, "the largest block of values is quantized in one step");
+// 256 blocks of 64 values.
+constexpr int TILE = 16384;
+constexpr int STEPS = TILE / STEP;
+constexpr int MOST_SCALES = TILE / 32;
+// Blocks of threads on a multiprocessor: as many as it has threads for, each with 32 registers. Four-byte values take more.
+template <typename T>
+constexpr int BLOCKS = sizeof(T) == 2 ? 4 : 3;
 
 // The cell of a scaled value x is bits 2 to 6 of round(57 x) + 66: four of these steps to a cell, which is then a byte
 // offset into a table of 32 words, one to a bank. -1 ... 1 lie in cells 2 ... 30. A cell is 0.070 wide, and the closest
@@ -28,10 +36,14 @@ constexpr int NAN_CELL = 31;
 // 1.5 * 2^23: a float32 of this size has no fraction, so that adding it rounds to an integer, in the low bits.
 constexpr float ROUNDER = 12582912.0f;
 
-struct Cells {
+// Looked up with masked_table.
+struct alignas(128) Cells {
     float threshold[CELLS];  // in the cell, or more than any value
     u32 below[CELLS];        // the code, or rank, of what does not exceed it
 };
+// Bytes before each member.
+constexpr u32 THRESHOLDS_AT = 0;
+constexpr u32 BELOW_AT = CELLS * 4;
 
 // The table, when compiling. Cells follow one another as values do: what is in a higher cell than a threshold exceeds it.
 // Where exactly they meet does not matter, for no threshold is within 0.003 of such a place.
@@ -81,15 +93,16 @@ struct Group {
     static constexpr int WIDE = sizeof(T) * GROUP / 16;
     Words4 words[WIDE];
 
-    // Those from `input` on; after the first `count` zeros.
-    __device__ void load(const T *input, u32 count, bool wide) {
-        if (wide && count >= GROUP) {
+    // Those from `input` on, a multiple of 16.
+    __device__ void load(const T *input) {
 #pragma unroll
-            for (int j = 0; j < WIDE; j++) {
-                words[j] = load_stream(reinterpret_cast<const Words4 *>(input) + j);
-            }
-            return;
+        for (int j = 0; j < WIDE; j++) {
+            words[j] = load_stream_after(reinterpret_cast<const Words4 *>(input) + j);
         }
+    }
+
+    // The first `count` of them, from anywhere; then zeros.
+    __device__ void load_some(const T *input, u32 count) {
 #pragma unroll
         for (int j = 0; j < WIDE; j++) {
 #pragma unroll
@@ -115,23 +128,27 @@ struct Group {
             return k % 2 == 0 ? first_of<T>(word) : second_of<T>(word);
         }
     }
+
+    __device__ float largest() const {
+        float max = 0.0f;
+#pragma unroll
+        for (int k = 0; k < GROUP; k++) {
+            max = fmaxf(max, fabsf((*this)[k]));  // passes NaN over
+        }
+        return max;
+    }
 };
 
-// Codes for ranks, eight at once, one in each nibble. FP4's codes of the ranks 0 ... 7 are 0, 1, 6, 7, 4, 5, 2, 3: bit 2
-// is inverted where bit 1 is set.
-template <u32 QUANT_TYPE>
-__device__ inline u32 codes_of(u32 ranks) {
-    return QUANT_TYPE == NF4 ? ranks : ranks ^ ((ranks & 0x22222222u) << 1);
-}
-
-// The ranks of eight values, the first in the highest nibble. EXTREME is for blocks whose reciprocal is infinite or
-// nearly so: there scaled values may be infinite.
+// The ranks of eight values, the first in the highest nibble. EXTREME is for blocks whose reciprocal is not an ordinary
+// number: there scaled values may be infinite.
 template <u32 QUANT_TYPE, bool EXTREME, typename T>
-__device__ inline u32 ranks_of(const Group<T> &x, float inverse, const Cells &cells) {
+__device__ inline u32 ranks_of(const Group<T> &x, float inverse, MaskedTable cells) {
     const float steps = __fmul_rn(inverse, STEPS_PER_UNIT);
-    u32 ranks = 0;
+    // Two sums, so that neither waits for the other.
+    u32 below = 0, above = 0;
 #pragma unroll
     for (int k = 0; k < GROUP; k++) {
+        const u32 one = 1u << (4 * (GROUP - 1 - k));
         const float scaled = __fmul_rn(x[k], inverse);
         float value = QUANT_TYPE == NF4 ? scaled : fabsf(scaled);
         float step;
@@ -142,28 +159,29 @@ __device__ inline u32 ranks_of(const Group<T> &x, float inverse, const Cells &ce
         } else {
             step = multiply_add(QUANT_TYPE == NF4 ? x[k] : fabsf(x[k]), steps, ROUNDER + CENTRE);
         }
-        const u32 offset = __float_as_uint(step) & CELL_BITS;
-        ranks = ranks * 16 + at_byte(cells.below, offset);
+        const u32 bits = __float_as_uint(step);
+        below = below * 16 + look_up<CELL_BITS, BELOW_AT>(cells, bits);
         // NaN exceeds nothing, and below its cell there is no threshold.
-        if (value > at_byte(cells.threshold, offset)) {
-            ranks += 1;
-        }
-        if (QUANT_TYPE == FP4 && scaled < 0.0f) {
-            ranks += 8;
+        const float threshold = __uint_as_float(look_up<CELL_BITS, THRESHOLDS_AT>(cells, bits));
+        above += value > threshold ? one : 0;
+        if (QUANT_TYPE == FP4) {
+            above += scaled < 0.0f ? 8 * one : 0;
         }
     }
-    return ranks;
+    return below + above;
 }
 
 // The codes of eight values of a block whose largest magnitude is `max`, as they lie in memory.
 template <u32 QUANT_TYPE, typename T>
-__device__ inline u32 codes_of_group(const Group<T> &x, float max, const Cells &cells) {
-    const float inverse = __frcp_rn(max);
+__device__ inline u32 codes_of_group(const Group<T> &x, float max, MaskedTable cells) {
     u32 ranks;
-    if (max >= 0x1p-120f) {
+    if (max >= 0x1p-120f && max < 0x1p126f) {
+        // The bits of __frcp_rn, which does the same behind a test of the range: an approximation and a step of Newton's.
+        const float near = reciprocal_near(max);
+        const float inverse = multiply_add(near, multiply_add(-max, near, 1.0f), near);
         ranks = ranks_of<QUANT_TYPE, false>(x, inverse, cells);
     } else {
-        ranks = ranks_of<QUANT_TYPE, true>(x, inverse, cells);
+        ranks = ranks_of<QUANT_TYPE, true>(x, __frcp_rn(max), cells);
     }
     if (QUANT_TYPE == FP4) {
         // The codes of the ranks 0 ... 7 are 0, 1, 6, 7, 4, 5, 2, 3: bit 2 is inverted where bit 1 is set.
@@ -173,81 +191,115 @@ __device__ inline u32 codes_of_group(const Group<T> &x, float max, const Cells &
     return permute_bytes(ranks, 0, 0x0123);
 }
 
-template <typename T, u32 QUANT_TYPE>
-__device__ inline void quantize(const T *input, u8 *packed, float *absmax, i64 n, int block_shift) {
-    SHARED_ARRAY(Cells, cells, );
-    SHARED_ARRAY(float, warp_max, [DEPTH][THREADS / WARP]);
-
-    const u32 thread = threadIdx.x;
-    const i64 base = i64(blockIdx.x) * (TILE * DEPTH);
-    const u32 size = u32(n - base < TILE * DEPTH ? n - base : TILE * DEPTH);
-    input += base;
-    packed += base / 2;
-    absmax += base >> block_shift;
-    const bool wide = is_aligned(input, 16);
-
-    Group<T> x[DEPTH];
+// The largest magnitude among the values of eight that share a block within a warp: 4 to 32 lanes.
+template <typename T>
+__device__ inline float largest_of_lanes(const Group<T> &x, int block_shift) {
+    float max = x.largest();
 #pragma unroll
-    for (u32 d = 0; d < DEPTH; d++) {
-        const u32 i = d * TILE + thread * GROUP;
-        x[d].load(input + i, i < size ? size - i : 0, wide);
+    for (int lanes = 1; lanes < WARP; lanes *= 2) {
+        if (lanes < 4 || lanes * GROUP < 1 << block_shift) {
+            max = fmaxf(max, __shfl_xor_sync(ALL_LANES, max, lanes));
+        }
+    }
+    return max;
+}
+
+template <typename T, u32 QUANT_TYPE>
+__device__ inline void quantize(const T *input, u8 *packed, float *absmax, double *sums, i64 n, int block_shift) {
+    SHARED_ARRAY(Cells, cells, );
+    SHARED_ARRAY(float, warp_max, [STEPS][WARPS]);
+    SHARED_ARRAY(float, scales, [MOST_SCALES]);
+    wait_for_previous();
+    let_next_start();
+
+    const u32 thread = threadIdx.x, lead = thread * GROUP;
+    const i64 base = i64(blockIdx.x) * TILE;
+    const u32 size = u32(n - base < TILE ? n - base : TILE);
+    const bool aligned = is_aligned(input, 16) && is_aligned(packed, 4);
+    const bool ordinary = aligned && size == TILE && block_shift <= 8;
+    input += base + lead;
+    packed += base / 2 + lead / 2;
+
+    Group<T> next;
+    if (ordinary) {
+        next.load(input);
     }
     if (thread < CELLS) {
         cells.threshold[thread] = CELLS_OF[QUANT_TYPE].threshold[thread];
         cells.below[thread] = CELLS_OF[QUANT_TYPE].below[thread];
     }
+    __syncthreads();
 
-    float max[DEPTH];
+    const MaskedTable table = masked_table(&cells);
+    const bool first_of_block = (lead & ((1u << block_shift) - 1)) == 0;
+    float *const own_scale = &scales[lead >> block_shift];
+    const u32 scales_per_step = u32(STEP) >> block_shift;
+    if (ordinary) {
 #pragma unroll
-    for (int d = 0; d < DEPTH; d++) {
-        max[d] = 0.0f;
-#pragma unroll
-        for (int k = 0; k < GROUP; k++) {
-            max[d] = fmaxf(max[d], fabsf(x[d][k]));  // passes NaN over
+        for (int step = 0; step < STEPS; step++) {
+            const Group<T> x = next;
+            if (step + 1 < STEPS) {
+                next.load(input + (step + 1) * STEP);
+            }
+            const float max = largest_of_lanes(x, block_shift);
+            if (first_of_block) {
+                own_scale[step * scales_per_step] = max;
+            }
+            *reinterpret_cast<u32 *>(packed + step * (STEP / 2)) = codes_of_group<QUANT_TYPE>(x, max, table);
         }
-    }
-    // Lanes of one block: 4 to 32.
-    const int lanes = block_shift < 8 ? 1 << (block_shift - 3) : WARP;
-    for (int step = 1; step < lanes; step *= 2) {
-#pragma unroll
-        for (int d = 0; d < DEPTH; d++) {
-            max[d] = fmaxf(max[d], __shfl_xor_sync(ALL_LANES, max[d], step));
-        }
-    }
-    if (thread % WARP == 0) {
-#pragma unroll
-        for (int d = 0; d < DEPTH; d++) {
-            warp_max[d][thread / WARP] = max[d];
+    } else {
+        // The same for anything: an end of the tensor, any alignment, blocks of more than one warp.
+#pragma unroll 1
+        for (int step = 0; step < STEPS; step++) {
+            const u32 i = step * STEP + lead;
+            const u32 count = i >= size ? 0 : size - i < GROUP ? size - i : GROUP;
+            const bool wide = aligned && count == GROUP;
+            Group<T> x;
+            if (wide) {
+                x.load(input + step * STEP);
+            } else {
+                x.load_some(input + step * STEP, count);
+            }
+            float max = largest_of_lanes(x, block_shift);
+            if (block_shift > 8) {
+                if (thread % WARP == 0) {
+                    warp_max[step][thread / WARP] = max;
+                }
+                __syncthreads();
+                const u32 warps = 1u << (block_shift - 8);
+                const u32 first = thread / WARP & ~(warps - 1);
+#pragma unroll 1
+                for (u32 k = 0; k < warps; k++) {
+                    max = fmaxf(max, warp_max[step][first + k]);
+                }
+            }
+            if (first_of_block) {
+                own_scale[step * scales_per_step] = max;
+            }
+            const u32 codes = codes_of_group<QUANT_TYPE>(x, max, table);
+            if (wide) {
+                *reinterpret_cast<u32 *>(packed + step * (STEP / 2)) = codes;
+            } else {
+#pragma unroll 1
+                for (u32 k = 0; k < count; k += 2) {
+                    packed[(step * STEP + k) / 2] = u8(codes >> (4 * k));
+                }
+            }
         }
     }
     __syncthreads();
 
-#pragma unroll
-    for (u32 d = 0; d < DEPTH; d++) {
-        const u32 i = d * TILE + thread * GROUP;
-        if (i >= size) {
-            return;
-        }
-        if (block_shift > 8) {
-            // Blocks of two warps and more.
-            const u32 warps = 1u << (block_shift - 8);
-            const u32 first = thread / WARP & ~(warps - 1);
-            for (u32 k = 0; k < warps; k++) {
-                max[d] = fmaxf(max[d], warp_max[d][first + k]);
-            }
-        }
-        if ((i & ((1u << block_shift) - 1)) == 0) {
-            absmax[i >> block_shift] = max[d];
-        }
-        const u32 codes = codes_of_group<QUANT_TYPE>(x[d], max[d], cells);
-        if (i + GROUP <= size && is_aligned(packed, 4)) {
-            *reinterpret_cast<u32 *>(packed + i / 2) = codes;
-        } else {
-            const u32 end = size - i < GROUP ? size : i + GROUP;
+    const u32 count = ((size - 1) >> block_shift) + 1;
+    absmax += base >> block_shift;
 #pragma unroll 1
-            for (u32 k = i; k < end; k += 2) {
-                packed[k / 2] = u8(codes >> (8 * ((k - i) / 2)));
-            }
+    for (u32 i = thread; i < count; i += THREADS) {
+        absmax[i] = scales[i];
+    }
+    const u32 warp = thread / WARP;
+    if (sums != nullptr && warp * SUM_GROUP < count) {
+        const double sum = group_sum(&scales[0], int(count), int(warp), int(thread % WARP));
+        if (thread % WARP == 0) {
+            sums[(base >> block_shift) / SUM_GROUP + warp] = sum;
         }
     }
 }
@@ -277,12 +329,14 @@ __device__ inline void quantize_reference(const T *input, u8 *packed, float *abs
 // input:       [n] aligned to its elements
 // packed:      [ceil(n / 2)] any alignment; two codes to a byte, the earlier in the high nibble
 // absmax:      [ceil(n / blocksize)]
+// sums:        [ceil(n / blocksize / 256)] of 256 scales each, as nested_sums writes them; or null. Only for blocks of 32 or
+//              64, of which a tile has whole groups.
 // block_shift: log2 of the block size, 5 to 12
-// Grid: ceil(n / (TILE * DEPTH)) blocks of THREADS; the reference ceil(blocks / THREADS).
+// Grid: ceil(n / TILE) blocks of THREADS, which may start early; the reference ceil(blocks / THREADS).
 #define INSTANCE(name, T, quant_type)                                                                            \
-    extern "C" __global__ void __launch_bounds__(THREADS, 3)                                                     \
-        quantize_##name(const T *input, u8 *packed, float *absmax, i64 n, int block_shift) {                     \
-        quantize<T, quant_type>(input, packed, absmax, n, block_shift);                                          \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS<T>)                                             \
+        quantize_##name(const T *input, u8 *packed, float *absmax, double *sums, i64 n, int block_shift) {       \
+        quantize<T, quant_type>(input, packed, absmax, sums, n, block_shift);                                    \
     }                                                                                                            \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                        \
         quantize_reference_##name(const T *input, u8 *packed, float *absmax, i64 n, int block_shift) {           \

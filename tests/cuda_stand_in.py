@@ -64,6 +64,24 @@ class StandIn:
         value = _native.compress_absmax(absmax, codes, absmax2)
         ctypes.c_float.from_address(offset[0]).value = value
 
+    def cuda_quantize_4bit_nested(
+        self,
+        device: int,
+        stream: int,
+        input: Raw,
+        packed: Raw,
+        absmax_scratch: Raw,
+        codes: Raw,
+        absmax2: Raw,
+        offset: Raw,
+        workspace: Raw,
+        quant_type: str,
+        blocksize: int,
+    ) -> None:
+        """As the kernels."""
+        self.cuda_quantize_4bit(device, stream, input, packed, absmax_scratch, quant_type, blocksize)
+        self.cuda_compress_absmax(device, stream, absmax_scratch, codes, absmax2, offset, workspace)
+
     def cuda_expand_absmax(self, device: int, stream: int, codes: Raw, absmax2: Raw, offset: Raw, out: Raw) -> None:
         """As the kernel."""
         self.calls.append("expand")

@@ -51,6 +51,9 @@ def test_quantize_and_back(native, dtype, nested):
         if nested:
             for ours, theirs in zip(scales, _cpu.compress_absmax(absmax), strict=True):
                 assert torch.equal(ours, theirs)
+            at_once = _cuda.quantize_4bit_nested(values, blocksize, "nf4")
+            for ours, theirs in zip(at_once, (packed, *scales), strict=True):
+                assert torch.equal(ours, theirs)
             assert torch.equal(_cuda.expand_absmax(*scales), _cpu.expand_absmax(*scales))
         arguments = (packed, *scales, values.shape, dtype, blocksize, "nf4")
         assert torch.equal(_cuda.dequantize_4bit(*arguments), _cpu.dequantize_4bit(*arguments))

@@ -41,6 +41,7 @@ def test_opcheck_quantize(quant_type, dtype):
     for shape in (*SHAPES, (3, 0), (2, 3, 5), ()):
         tensor = torch.randn(shape, dtype=dtype)
         opcheck(ops.quantize_4bit.default, (tensor, 64, quant_type))
+        opcheck(ops.quantize_4bit_nested.default, (tensor, 64, quant_type))
         opcheck(ops.quantize_4bit.default, (tensor.clone().requires_grad_(), 32, quant_type))
 
 

@@ -48,6 +48,8 @@ inline u32 pack_bfloat2(float first, float second) {
 
 inline float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
+inline float reciprocal_near(float x) { return __frcp_rn(x); }
+
 // ---- bytes ---------------------------------------------------------------------------------------------------------
 
 inline u32 permute_bytes(u32 a, u32 b, u32 selector, host::Site site = host::Site::here()) {
@@ -78,6 +80,21 @@ inline u32 look_up(LaneTable table, u32 word) {
     return table.entries[(word >> (8 * BYTE) & 0xff) * LANE_TABLE_ROW];
 }
 
+// A pointer, as above.
+struct MaskedTable {
+    const u8 *base;
+};
+
+inline MaskedTable masked_table(const void *table) { return {static_cast<const u8 *>(table)}; }
+
+template <u32 MASK, u32 OFFSET>
+inline u32 look_up(MaskedTable table, u32 bits, host::Site site = host::Site::here()) {
+    if ((host::shared_address(table.base) & MASK) != 0) {
+        host::fail(site, "a table in whose first address bits of the mask %#x are set", MASK);
+    }
+    return *reinterpret_cast<const u32 *>(table.base + OFFSET + (bits & MASK));
+}
+
 // ---- global memory -------------------------------------------------------------------------------------------------
 
 inline u32 load_stream(const u32 *address, host::Site site = host::Site::here()) {
@@ -91,6 +108,9 @@ inline Words2 load_stream(const Words2 *address, host::Site site = host::Site::h
 inline Words4 load_stream(const Words4 *address, host::Site site = host::Site::here()) {
     host::check_aligned(address, sizeof *address, site);
     return *address;
+}
+inline Words4 load_stream_after(const Words4 *address, host::Site site = host::Site::here()) {
+    return load_stream(address, site);
 }
 inline Words4 load_shared_line(const Words4 *address, host::Site site = host::Site::here()) {
     host::check_aligned(address, sizeof *address, site);
@@ -114,6 +134,12 @@ template <int GROUPS>
 inline void copy_async_wait() {
     host::wait_copies(GROUPS);
 }
+
+// ---- one kernel after another --------------------------------------------------------------------------------------
+
+// One has ended before the next starts.
+inline void let_next_start() {}
+inline void wait_for_previous() {}
 
 // ---- matrix units --------------------------------------------------------------------------------------------------
 

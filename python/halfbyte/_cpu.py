@@ -85,6 +85,12 @@ def quantize_4bit(input: Tensor, blocksize: int, quant_type: str) -> tuple[Tenso
     return packed, absmax
 
 
+def quantize_4bit_nested(input: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes of `input`, and what `compress_absmax` makes of its scales."""
+    packed, absmax = quantize_4bit(input, blocksize, quant_type)
+    return packed, *compress_absmax(absmax)
+
+
 def compress_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Float32 scales to 8 bits: codes uint8 [n], their scales float32 [ceil(n / 256)], and the offset float32 []."""
     absmax = absmax.contiguous()

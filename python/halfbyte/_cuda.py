@@ -114,14 +114,39 @@ def quantize_4bit(input: Tensor, blocksize: int, quant_type: str) -> tuple[Tenso
     return packed, absmax
 
 
+def quantize_4bit_nested(input: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes of `input`, and what `compress_absmax` makes of its scales; faster than the two by themselves."""
+    check_quantize(input, blocksize, quant_type)
+    input = input.contiguous()
+    n = input.numel()
+    blocks = blocks_of(n, blocksize)
+    packed = input.new_empty((packed_bytes(n), 1), dtype=torch.uint8)
+    absmax = input.new_empty(blocks, dtype=torch.float32)
+    codes = packed.new_empty(blocks)
+    absmax2 = absmax.new_empty(blocks_of(blocks, NESTED_BLOCKSIZE))
+    offset = absmax.new_empty(())
+    workspace = absmax.new_empty(_native.cuda_compress_workspace(blocks), dtype=torch.float64)
+    _native.cuda_quantize_4bit_nested(
+        *_here(input),
+        _raw(input),
+        _raw(packed),
+        _raw(absmax),
+        _raw(codes),
+        _raw(absmax2),
+        _raw(offset),
+        _raw(workspace),
+        quant_type,
+        blocksize,
+    )
+    return packed, codes, absmax2, offset
+
+
 def compress_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Float32 scales to 8 bits: codes uint8 [n], their scales float32 [ceil(n / 256)], and the offset float32 []."""
     absmax = absmax.contiguous()
     n = absmax.numel()
     codes = absmax.new_empty(n, dtype=torch.uint8)
     absmax2 = absmax.new_empty(blocks_of(n, NESTED_BLOCKSIZE))
-    if n == 0:
-        return codes, absmax2, absmax.new_zeros(())
     offset = absmax.new_empty(())
     workspace = absmax.new_empty(_native.cuda_compress_workspace(n), dtype=torch.float64)
     _native.cuda_compress_absmax(

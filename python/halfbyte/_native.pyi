@@ -24,6 +24,7 @@ __all__ = [
     "cuda_matmul_4bit",
     "cuda_prepare",
     "cuda_quantize_4bit",
+    "cuda_quantize_4bit_nested",
     "cuda_quantize_8bit",
     "cuda_quantize_rows",
     "dequantize_4bit",
@@ -213,7 +214,7 @@ def cuda_dequantize_4bit(
     """
 
 def cuda_compress_workspace(scales: int) -> int:
-    """How many float64 `cuda_compress_absmax` needs for so many scales."""
+    """How many float64 `cuda_compress_absmax` and `cuda_quantize_4bit_nested` need for so many scales."""
 
 def cuda_compress_absmax(
     device: int,
@@ -224,7 +225,27 @@ def cuda_compress_absmax(
     offset: _Buffer,
     workspace: _Buffer,
 ) -> None:
-    """Launch `compress_absmax`; `offset` float32 [1] stays on the device."""
+    """Launch `compress_absmax`; `offset` float32 [1] stays on the device. `workspace` may hold anything."""
+
+def cuda_quantize_4bit_nested(
+    device: int,
+    stream: int,
+    input: _Buffer,
+    packed: _Buffer,
+    absmax_scratch: _Buffer,
+    codes: _Buffer,
+    absmax2: _Buffer,
+    offset: _Buffer,
+    workspace: _Buffer,
+    quant_type: str,
+    blocksize: int,
+) -> None:
+    """Launch `cuda_quantize_4bit` and `cuda_compress_absmax` as one, which is faster.
+
+    `absmax_scratch` is left with the float32 scales, one per block. `workspace` is float64, as many as
+    `cuda_compress_workspace(scales)` says; it may hold anything, and belongs to this call until the stream has come
+    past it: calls on other streams need workspaces of their own.
+    """
 
 @final
 class CudaLinear:

@@ -41,6 +41,7 @@ _HOW = "int blocksize, str quant_type"
 
 SCHEMAS = {
     "quantize_4bit": f"(Tensor input, {_HOW}) -> (Tensor, Tensor)",
+    "quantize_4bit_nested": f"(Tensor input, {_HOW}) -> (Tensor, Tensor, Tensor, Tensor)",
     "dequantize_4bit": f"({_WEIGHT}, SymInt[] shape, ScalarType dtype, {_HOW}) -> Tensor",
     "compress_absmax": "(Tensor absmax) -> (Tensor, Tensor, Tensor)",
     "expand_absmax": "(Tensor codes, Tensor absmax2, Tensor offset) -> Tensor",
@@ -79,6 +80,12 @@ def _quantize_4bit(input: Tensor, blocksize: int, quant_type: str) -> tuple[Tens
         input.new_empty((packed_bytes(n), 1), dtype=torch.uint8),
         input.new_empty(blocks_of(n, blocksize), dtype=torch.float32),
     )
+
+
+@_fake("quantize_4bit_nested")
+def _quantize_4bit_nested(input: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    packed, absmax = _quantize_4bit(input, blocksize, quant_type)
+    return packed, *_compress_absmax(absmax)
 
 
 @_fake("dequantize_4bit")

@@ -181,6 +181,7 @@ def _register_constant(name: str) -> None:
 
 for _name in (
     "quantize_4bit",
+    "quantize_4bit_nested",
     "dequantize_4bit",
     "compress_absmax",
     "expand_absmax",
@@ -249,6 +250,7 @@ torch.library.register_vmap("halfbyte::linear_4bit_backward", partial(_vmap_line
 torch.library.register_vmap("halfbyte::embedding_4bit", _vmap_embedding)
 for _name in (
     "quantize_4bit",
+    "quantize_4bit_nested",
     "dequantize_4bit",
     "compress_absmax",
     "expand_absmax",

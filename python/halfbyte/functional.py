@@ -104,12 +104,14 @@ def quantize_4bit(
     check_tensor("A", A)
     A = A.detach() if A.requires_grad else A
     call = kernels(A) or _ops
-    packed, scales = call.quantize_4bit(A, blocksize, quant_type)
+    if compress_statistics:
+        packed, scales, absmax2, offset = call.quantize_4bit_nested(A, blocksize, quant_type)
+    else:
+        packed, scales = call.quantize_4bit(A, blocksize, quant_type)
     state = QuantState(scales, A.shape, quant_map(quant_type, A.device), blocksize, quant_type, A.dtype)
     if compress_statistics:
-        codes, absmax2, state.offset = call.compress_absmax(scales)
+        state.offset, state.nested = offset, True
         state.state2 = QuantState(absmax2, code=dynamic_map(A.device), blocksize=NESTED_BLOCKSIZE, dtype=torch.float32)
-        state.absmax, state.nested = codes, True
     if quant_storage is not torch.uint8:
         packed = _view_as(packed, quant_storage)
     if absmax is not None:

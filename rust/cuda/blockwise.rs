@@ -2,11 +2,12 @@
 
 use super::driver::{Device, Kernel, Stream};
 use super::memory::{DType, Memory, Scales, block_shift};
+use super::nested::{Compressed, compress_with_sums, write_sums};
 use super::ptx::Module;
 use super::{Variant, parameters};
 use crate::codebook::QuantType;
 use crate::error::Result;
-use crate::geometry::{BlockSize, packed_len};
+use crate::geometry::{BlockSize, NESTED_BLOCK_SIZE, packed_len};
 
 const FLOATS: [DType; 3] = [DType::F16, DType::Bf16, DType::F32];
 
@@ -16,7 +17,7 @@ const DEQUANTIZE_TILE: u64 = 8192;
 
 // Of kernels/quantize.cu.
 const QUANTIZE_THREADS: u32 = 512;
-const QUANTIZE_TILE: u64 = 8192;
+const QUANTIZE_TILE: u64 = 16384;
 
 /// What `quant_type` is to a kernel.
 pub(super) fn quant_type_parameter(quant_type: QuantType) -> u32 {
@@ -114,17 +115,68 @@ pub unsafe fn quantize(
     blocksize: BlockSize,
     variant: Variant,
 ) -> Result<()> {
+    check_quantize(input, packed, absmax, blocksize)?;
+    let (n, values) = (input.count() as i64, input.count());
+    let kernel = quantize_kernel(input.dtype(), quant_type, variant);
+    let (input, packed, absmax, shift) = (input.address(), packed.address(), absmax.address(), block_shift(blocksize));
+    // SAFETY: the kernel's parameters in its order; lengths were checked, the fast kernel waits for those before it, the
+    // rest is the caller's.
+    unsafe {
+        match variant {
+            Variant::Fast => {
+                let no_sums = 0u64;
+                let parameters = parameters![input, packed, absmax, no_sums, n, shift];
+                device.launch_early(stream, &kernel, (values as u64).div_ceil(QUANTIZE_TILE), parameters)
+            }
+            Variant::Reference => {
+                let blocks = (blocksize.absmax_len(values) as u64).div_ceil(u64::from(QUANTIZE_THREADS));
+                device.launch(stream, &kernel, blocks, 0, parameters![input, packed, absmax, n, shift])
+            }
+        }
+    }
+}
+
+/// Quantizes `input` to 4 bits and its scales to 8 bits: [`quantize`] and [`super::compress`], in two launches for blocks
+/// of 32 and 64 values, and three for larger ones. `absmax` is left with the float32 scales.
+///
+/// # Errors
+/// As [`dequantize`].
+///
+/// # Safety
+/// As [`dequantize`], the outputs being `packed`, `absmax` and the memory of `out`.
+#[allow(clippy::too_many_arguments)] // what the kernels need, each with a type of its own
+pub unsafe fn quantize_nested(
+    device: &Device,
+    stream: Stream,
+    input: &Memory,
+    packed: &Memory,
+    absmax: &Memory,
+    out: &Compressed,
+    quant_type: QuantType,
+    blocksize: BlockSize,
+) -> Result<()> {
+    check_quantize(input, packed, absmax, blocksize)?;
+    out.check(absmax.count())?;
+    let (grid, n) = ((input.count() as u64).div_ceil(QUANTIZE_TILE), input.count() as i64);
+    let kernel = quantize_kernel(input.dtype(), quant_type, Variant::Fast);
+    // Each tile has whole groups of scales, and writes their sums.
+    let with_sums = blocksize.get() * NESTED_BLOCK_SIZE <= QUANTIZE_TILE as usize;
+    let sums = if with_sums { out.workspace.address() } else { 0 };
+    let (input, packed, scales, shift) = (input.address(), packed.address(), absmax.address(), block_shift(blocksize));
+    // SAFETY: the kernels' parameters in their order; lengths were checked, those that start early wait, the rest is the
+    // caller's.
+    unsafe {
+        device.launch_early(stream, &kernel, grid, parameters![input, packed, scales, sums, n, shift])?;
+        if !with_sums {
+            write_sums(device, stream, absmax, out)?;
+        }
+        compress_with_sums(device, stream, absmax, out)
+    }
+}
+
+fn check_quantize(input: &Memory, packed: &Memory, absmax: &Memory, blocksize: BlockSize) -> Result<()> {
     let n = input.of(&FLOATS)?.count();
     packed.of(&[DType::U8])?.long(packed_len(n), "two codes to a byte")?;
     absmax.of(&[DType::F32])?.long(blocksize.absmax_len(n), "one scale per block")?;
-    let kernel = quantize_kernel(input.dtype(), quant_type, variant);
-    let blocks = match variant {
-        Variant::Fast => (n as u64).div_ceil(QUANTIZE_TILE),
-        Variant::Reference => (blocksize.absmax_len(n) as u64).div_ceil(u64::from(QUANTIZE_THREADS)),
-    };
-    let (input, packed, absmax, n) = (input.address(), packed.address(), absmax.address(), n as i64);
-    let shift = block_shift(blocksize);
-    let parameters = parameters![input, packed, absmax, n, shift];
-    // SAFETY: the kernel's parameters in its order; lengths were checked, the rest is the caller's.
-    unsafe { device.launch(stream, &kernel, blocks, 0, parameters) }
+    Ok(())
 }

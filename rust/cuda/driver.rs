@@ -20,6 +20,10 @@ const LEAST_CUDA: (i32, i32) = (12, 0);
 /// The least compute capability.
 const LEAST_CAPABILITY: Capability = Capability(7, 5);
 
+/// From these on kernels can start early (programmatic dependent launch), and drivers can capture such launches.
+const EARLY_CAPABILITY: Capability = Capability(9, 0);
+const EARLY_CUDA: (i32, i32) = (12, 3);
+
 /// More than any machine has; bounds the table of devices.
 const MOST_DEVICES: usize = 64;
 
@@ -67,6 +71,8 @@ pub struct Device {
     capability: Capability,
     multiprocessors: u32,
     shared_per_block: u32,
+    /// Whether it has launches that start early, in stream captures too.
+    starts_early: bool,
     context: Handle<sys::CUcontext>,
     modules: Mutex<HashMap<Module, Handle<sys::CUmodule>>>,
     functions: RwLock<HashMap<&'static str, Handle<sys::CUfunction>>>,
@@ -131,6 +137,7 @@ impl Device {
             capability,
             multiprocessors: u32::try_from(multiprocessors).unwrap_or(1).max(1),
             shared_per_block: u32::try_from(shared_per_block).unwrap_or(0),
+            starts_early: capability >= EARLY_CAPABILITY && supported_cuda()? >= EARLY_CUDA,
             context: Handle(context),
             modules: Mutex::default(),
             functions: RwLock::default(),
@@ -245,6 +252,47 @@ impl Device {
         shared: u32,
         parameters: &mut [*mut c_void],
     ) -> Result<()> {
+        // SAFETY: the caller's.
+        unsafe { self.start(stream, kernel, blocks, shared, parameters, &mut []) }
+    }
+
+    /// As [`Device::launch`], without dynamic shared memory; on devices that can, blocks of the kernel start while the last
+    /// ones of the kernel before it on the stream still run.
+    ///
+    /// # Errors
+    /// As [`Device::launch`].
+    ///
+    /// # Safety
+    /// As [`Device::launch`]; and every thread of the kernel calls `wait_for_previous` (of `kernels/ptx.cuh`) before it
+    /// touches memory that an earlier one writes, or writes what an earlier one touches.
+    pub unsafe fn launch_early(
+        &self,
+        stream: Stream,
+        kernel: &Kernel,
+        blocks: u64,
+        parameters: &mut [*mut c_void],
+    ) -> Result<()> {
+        let early = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let attributes = &mut [early][..usize::from(self.starts_early)];
+        // SAFETY: the caller's.
+        unsafe { self.start(stream, kernel, blocks, 0, parameters, attributes) }
+    }
+
+    /// # Safety
+    /// As [`Device::launch`]; the attributes are such that the kernel keeps to its contract.
+    unsafe fn start(
+        &self,
+        stream: Stream,
+        kernel: &Kernel,
+        blocks: u64,
+        shared: u32,
+        parameters: &mut [*mut c_void],
+        attributes: &mut [sys::CUlaunchAttribute],
+    ) -> Result<()> {
         if blocks == 0 {
             return Ok(());
         }
@@ -261,12 +309,23 @@ impl Device {
             return Err(Error::cuda(describe(), "the tensor is too large for one launch".to_owned()));
         };
         let function = self.function(kernel)?;
-        let stream = std::ptr::with_exposed_provenance_mut(stream.0);
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid,
+            gridDimY: 1,
+            gridDimZ: 1,
+            blockDimX: kernel.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared,
+            hStream: std::ptr::with_exposed_provenance_mut(stream.0),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: attributes.len() as u32,
+        };
         self.bound(|| {
-            let threads = (kernel.threads, 1, 1);
             // SAFETY: the function is of this context, which is current; the rest is the caller's.
-            unsafe { result::launch_kernel(function, (grid, 1, 1), threads, shared, stream, parameters) }
-                .map_err(|error| driver_error(describe(), "cuLaunchKernel", error))
+            unsafe { sys::cuLaunchKernelEx(&raw const config, function, parameters.as_mut_ptr(), std::ptr::null_mut()) }
+                .result()
+                .map_err(|error| driver_error(describe(), "cuLaunchKernelEx", error))
         })
     }
 

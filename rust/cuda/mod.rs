@@ -14,13 +14,13 @@ mod product;
 pub(crate) mod ptx;
 mod rows;
 
-pub use blockwise::{dequantize, quantize};
+pub use blockwise::{dequantize, quantize, quantize_nested};
 pub use driver::{Device, Stream};
 pub use eight_bit::{dequantize_8bit, quantize_8bit};
 pub use embedding::{Table, embedding};
 pub use expand::expand;
 pub use memory::{DType, Memory, Scales};
-pub use nested::{compress, compress_workspace};
+pub use nested::{Compressed, compress, compress_workspace};
 pub use product::{Choice, Product, product};
 pub use rows::{dequantize_rows, quantize_rows};
 

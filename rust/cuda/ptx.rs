@@ -57,8 +57,8 @@ impl Module {
         const HOPPER: Capability = Capability(9, 0);
         match self {
             Self::Dequantize => &[(TURING, image!("dequantize_75")), (AMPERE, image!("dequantize_80"))],
-            Self::Quantize => &[(TURING, image!("quantize_75"))],
-            Self::Nested => &[(TURING, image!("nested_75"))],
+            Self::Quantize => &[(TURING, image!("quantize_75")), (HOPPER, image!("quantize_90"))],
+            Self::Nested => &[(TURING, image!("nested_75")), (HOPPER, image!("nested_90"))],
             Self::Expand => &[(TURING, image!("expand_75"))],
             Self::Embedding => &[(TURING, image!("embedding_75")), (AMPERE, image!("embedding_80"))],
             Self::Dequantize8Bit => &[(TURING, image!("dequantize_8bit_75")), (AMPERE, image!("dequantize_8bit_80"))],

@@ -7,7 +7,7 @@ use super::buffer::RawBuffer;
 use super::error::to_py;
 use crate::cuda::driver;
 use crate::cuda::ptx::Module;
-use crate::cuda::{self, DType, Device, Memory, Product, Scales, Stream, Table, Variant};
+use crate::cuda::{self, Compressed, DType, Device, Memory, Product, Scales, Stream, Table, Variant};
 use crate::error::{Error, Result};
 use crate::geometry::BlockSize;
 
@@ -21,6 +21,7 @@ pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(cuda_dequantize_4bit, m)?)?;
     m.add_function(wrap_pyfunction!(cuda_compress_workspace, m)?)?;
     m.add_function(wrap_pyfunction!(cuda_compress_absmax, m)?)?;
+    m.add_function(wrap_pyfunction!(cuda_quantize_4bit_nested, m)?)?;
     m.add_function(wrap_pyfunction!(cuda_expand_absmax, m)?)?;
     m.add_function(wrap_pyfunction!(cuda_embedding_4bit, m)?)?;
     m.add_function(wrap_pyfunction!(cuda_quantize_8bit, m)?)?;
@@ -183,9 +184,47 @@ fn cuda_compress_absmax(
         Ok((absmax, codes, absmax2, memory("offset", offset)?, memory("workspace", workspace)?))
     };
     let (absmax, codes, absmax2, offset, workspace) = check().map_err(to_py)?;
+    let out = Compressed { codes: &codes, absmax2: &absmax2, offset: &offset, workspace: &workspace };
     let device = open(py, device, &[Module::Nested])?;
     // SAFETY: the Python caller's to keep.
-    unsafe { cuda::compress(device, Stream(stream), &absmax, &codes, &absmax2, &offset, &workspace) }.map_err(to_py)
+    unsafe { cuda::compress(device, Stream(stream), &absmax, &out) }.map_err(to_py)
+}
+
+/// Quantize `input` to 4 bits and its scales to 8 bits.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)] // Python's arguments
+fn cuda_quantize_4bit_nested(
+    py: Python<'_>,
+    device: usize,
+    stream: usize,
+    input: RawBuffer,
+    packed: RawBuffer,
+    absmax_scratch: RawBuffer,
+    codes: RawBuffer,
+    absmax2: RawBuffer,
+    offset: RawBuffer,
+    workspace: RawBuffer,
+    quant_type: &str,
+    blocksize: usize,
+) -> PyResult<()> {
+    let check = || {
+        let (input, packed, scratch) =
+            (memory("input", input)?, memory("packed", packed)?, memory("absmax_scratch", absmax_scratch)?);
+        let (codes, absmax2) = (memory("codes", codes)?, memory("absmax2", absmax2)?);
+        let (offset, workspace) = (memory("offset", offset)?, memory("workspace", workspace)?);
+        Ok((
+            (input, packed, scratch),
+            (codes, absmax2, offset, workspace),
+            quant_type.parse()?,
+            BlockSize::new(blocksize)?,
+        ))
+    };
+    let ((input, packed, scratch), out, quant_type, blocksize) = check().map_err(to_py)?;
+    let out = Compressed { codes: &out.0, absmax2: &out.1, offset: &out.2, workspace: &out.3 };
+    let device = open(py, device, &[Module::Quantize, Module::Nested])?;
+    // SAFETY: the Python caller's to keep.
+    unsafe { cuda::quantize_nested(device, Stream(stream), &input, &packed, &scratch, &out, quant_type, blocksize) }
+        .map_err(to_py)
 }
 
 /// Read doubly quantized scales back into float32 `out`.

@@ -67,6 +67,18 @@ def compress(plain: Quantized) -> Quantized:
     return Quantized(plain.packed, codes, absmax2, offset)
 
 
+def quantize_nested(values: torch.Tensor, quant_type: str, blocksize: int, *, offset: int = 0) -> Quantized:
+    """Quantize values and their scales on the GPU in one call, the codes `offset` bytes behind an aligned address."""
+    n = -(-values.numel() // blocksize)
+    packed, scratch = poisoned(-(-values.numel() // 2), torch.uint8, offset), poisoned(n, torch.float32)
+    codes, absmax2 = poisoned(n, torch.uint8, offset), poisoned(-(-n // 256), torch.float32)
+    mean = poisoned(1, torch.float32)
+    workspace = poisoned(_native.cuda_compress_workspace(n), torch.float64)
+    parts = (values, packed, scratch, codes, absmax2, mean, workspace)
+    _native.cuda_quantize_4bit_nested(*here(), *map(raw, parts), quant_type, blocksize)
+    return Quantized(packed, codes, absmax2, mean)
+
+
 def dequantize(
     weight: Quantized,
     n: int,

@@ -10,7 +10,7 @@ from halfbyte import _native  # noqa: E402
 
 import kernels as k  # noqa: E402
 
-SIZES = (1, 2, 7, 8, 9, 63, 64, 65, 4095, 4096, 4097, 8191, 8192, 8193, 100_003)
+SIZES = (1, 2, 7, 8, 9, 63, 64, 65, 4095, 4096, 4097, 8191, 8192, 8193, 16383, 16384, 16385, 100_003)
 
 
 def extremes(n: int, dtype: torch.dtype) -> torch.Tensor:
@@ -90,6 +90,39 @@ def test_quantize_unaligned(dtype: torch.dtype) -> None:
             assert k.same(k.quantize(part, "nf4", 64, offset=offset), expected), (start, offset)
 
 
+def check_nested(values: torch.Tensor, quant_type: str, blocksize: int, *, offset: int = 0) -> None:
+    expected = k.cpu_compress(k.cpu_quantize(values.cpu(), quant_type, blocksize))
+    assert k.same(k.quantize_nested(values.cuda(), quant_type, blocksize, offset=offset), expected)
+
+
+@pytest.mark.parametrize("dtype", k.DTYPES)
+@pytest.mark.parametrize("quant_type", k.QUANT_TYPES)
+def test_quantize_nested(quant_type: str, dtype: torch.dtype) -> None:
+    for n in (*SIZES, 3_000_003, 1 << 22):
+        generator = torch.Generator().manual_seed(n)
+        values = (torch.randn(n, generator=generator) * torch.rand(n, generator=generator)).to(dtype)
+        for blocksize in k.BLOCK_SIZES:
+            check_nested(values, quant_type, blocksize)
+        check_nested(extremes(n, dtype), quant_type, 64)
+        check_nested(values.cuda()[n % 9 :], quant_type, 64, offset=n % 4)
+
+
+def test_quantize_nested_on_several_streams() -> None:
+    """Calls one after another and side by side, each with a workspace of its own."""
+    tensors = [torch.randn((1 << 20) + 64 * i, dtype=torch.bfloat16, device="cuda") * i for i in range(1, 9)]
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(20):
+        for i, values in enumerate(tensors):
+            with torch.cuda.stream(streams[i % 4]):
+                found.append((values, k.quantize_nested(values, "nf4", 64)))
+    torch.cuda.synchronize()
+    expected = [k.cpu_compress(k.cpu_quantize(values.cpu(), "nf4", 64)) for values in tensors]
+    for i, (_, weight) in enumerate(found):
+        assert k.same(weight, expected[i % len(tensors)]), i
+
+
 def scales_of(n: int, nested: bool) -> k.Quantized:
     """Random codes with random scales, some of them not finite."""
     generator = torch.Generator().manual_seed(n)
@@ -152,6 +185,23 @@ def test_compress_odd_scales(special: float) -> None:
         assert k.same(k.compress(k.Quantized(plain.packed.cuda(), absmax.cuda())), k.cpu_compress(plain))
 
 
+def test_compress_between_codes() -> None:
+    """Scales in the middle between two values of the map, next to it, or next to where a cell of the look-up begins."""
+    map_ = torch.tensor(_native.dynamic_map())
+    cells = torch.arange(0x34000000, 0x3F800000, 1 << 17, dtype=torch.int32).view(torch.float32)
+    points = torch.cat([(map_[:-1] + map_[1:]) * 0.5, map_[map_ != 0], cells])
+    near = (points.view(torch.int32)[:, None] + torch.arange(-2, 3, dtype=torch.int32)).view(torch.float32).reshape(-1)
+    near = near[near.abs() <= 1]
+    # Each group has the scale 1, and half of it mirrors the other, so that the mean is 0.
+    rows = torch.nn.functional.pad(near, (0, -near.numel() % 127)).view(-1, 127)
+    rows = torch.cat([rows, torch.ones(len(rows), 1)], 1)
+    rows = torch.cat([rows, -rows], 1).reshape(-1)
+    plain = k.Quantized(torch.empty(0, dtype=torch.uint8), rows)
+    expected = k.cpu_compress(plain)
+    assert expected.offset == 0
+    assert k.same(k.compress(k.Quantized(plain.packed.cuda(), plain.absmax.cuda())), expected)
+
+
 def test_more_than_two_to_the_31_values() -> None:
     n = 2**31 + 12_345
     if torch.cuda.mem_get_info()[0] < 12 * 2**30:
@@ -165,9 +215,7 @@ def test_more_than_two_to_the_31_values() -> None:
     del values
     out = k.dequantize(weight, n, torch.bfloat16, "nf4", 64)
     assert k.same_bits(out[last:], k.cpu_dequantize(expected, n - last, torch.bfloat16, "nf4", 64))
-    nested = k.compress(weight)
     assert k.same(k.compress(weight).cpu(), k.cpu_compress(weight.cpu()))
-    assert nested.offset is not None
 
 
 def test_in_a_graph_and_on_another_stream() -> None:
@@ -179,10 +227,12 @@ def test_in_a_graph_and_on_another_stream() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         weight = k.compress(k.quantize(on_gpu, "nf4", 64))
+        in_one = k.quantize_nested(on_gpu, "nf4", 64)
         out = k.dequantize(weight, values.numel(), torch.bfloat16, "nf4", 64)
     on_gpu.copy_(values)
     graph.replay()
     assert k.same(weight, expected)
+    assert k.same(in_one, expected)
     assert k.same_bits(out, back)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -197,6 +247,9 @@ def test_nothing() -> None:
     weight = k.quantize(empty, "nf4", 64)
     assert weight.packed.numel() == weight.absmax.numel() == 0
     assert k.dequantize(weight, 0, torch.bfloat16, "nf4", 64).numel() == 0
+    # The mean of nothing is 0, as on the processor.
+    assert k.same(k.compress(weight), k.cpu_compress(weight.cpu()))
+    check_nested(empty, "nf4", 64)
 
 
 def test_wrong_calls() -> None:

@@ -245,6 +245,7 @@ def test_opcheck(dtype: torch.dtype, nested: bool) -> None:
     for n, columns in ((64, 64), (7, 65)):
         values = torch.randn(n, columns, dtype=dtype, device="cuda")
         opcheck(ops.quantize_4bit.default, (values, 64, "nf4"))
+        opcheck(ops.quantize_4bit_nested.default, (values, 64, "nf4"))
         packed, state = F.quantize_4bit(values, quant_type="nf4", compress_statistics=nested)
         tensors, (shape, *how) = (packed, *state.scales()), state.weight()
         opcheck(ops.dequantize_4bit.default, (*tensors, shape, dtype, *how))

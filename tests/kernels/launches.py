@@ -96,16 +96,39 @@ def quantize(
     kernel = f"quantize_{'reference_' if slow else ''}{dtype}_{quant_type}"
     n, threads = values.size, source.threads[kernel]
     packed, absmax = native.quantize(values, dtype, quant_type, blocksize)
-    per_block = threads * blocksize if slow else source.constants["TILE"] * source.constants["DEPTH"]
+    per_block = threads * blocksize if slow else source.constants["TILE"]
     x, p, a = (
         Buffer(values, shifts[0]),
         Buffer(_filled(packed.size, np.uint8), shifts[1]),
         Buffer(_filled(absmax.size, "f4")),
     )
-    arguments = [pointers(x), pointers(p), pointers(a), int64(n), _shift(blocksize)]
+    wanted = [(p, bits(packed)), (a, bits(absmax))]
+    sums = []
+    if not slow:
+        # Where tiles have whole groups of scales, the kernel writes their sums.
+        added = group_sums(absmax)
+        s = Buffer(_filled(added.size, "f8")) if blocksize * GROUP <= per_block else None
+        sums = [pointers(s)]
+        if s is not None:
+            wanted.append((s, bits(added)))
+    arguments = [pointers(x), pointers(p), pointers(a), *sums, int64(n), _shift(blocksize)]
     launch = Launch(kernel, _ceil(n, per_block), threads, arguments)
     name = f"{kernel}, {n} values in blocks of {blocksize}, shifts {shifts}"
-    return Check(name, Case([launch]), [(p, bits(packed)), (a, bits(absmax))])
+    return Check(name, Case([launch]), wanted)
+
+
+GROUP = 256
+"""Scales that are added together, and that share a second scale."""
+
+
+def group_sums(absmax: native.Array) -> np.ndarray:
+    """The float64 sums of groups of 256 scales, each by a binary tree."""
+    x = np.pad(absmax.astype(np.float64), (0, -absmax.size % GROUP)).reshape(-1, GROUP)
+    with np.errstate(invalid="ignore"):
+        while x.shape[1] > 1:
+            half = x.shape[1] // 2
+            x = x[:, :half] + x[:, half:]
+    return x[:, 0].copy()
 
 
 @dataclass(frozen=True)
@@ -166,11 +189,16 @@ def dequantize(
     return Check(name, Case([launch]), [(out, bits(wanted, dtype))])
 
 
-def compress(source: Described, absmax: native.Array, levels: int = 1) -> Check:
-    """Nested quantization of scales. `levels`: how often sums are added up before the last kernel."""
+def compress(
+    source: Described, absmax: native.Array, levels: int = 1, grid: int | None = None, shifts: tuple[int, int] = (0, 0)
+) -> Check:
+    """Nested quantization of scales. `levels`: how often sums are added up before the last kernel.
+
+    `grid`: blocks of threads at most in that one; `shifts`: those of scales and codes, in bytes.
+    """
     codes, absmax2, offset = native.compress(absmax)
     group, warps, threads = source.constants["GROUP"], source.constants["WARPS"], source.constants["THREADS"]
-    x, n = Buffer(absmax), absmax.size
+    x, n = Buffer(absmax, shifts[0]), absmax.size
     launches, values, count = [], x, n
     for level in range(levels):
         sums = Buffer(_filled(_ceil(count, group), "f8"))
@@ -178,11 +206,24 @@ def compress(source: Described, absmax: native.Array, levels: int = 1) -> Check:
         arguments = [pointers(values), pointers(sums), int64(count)]
         launches.append(Launch(kernel, _ceil(count, group * warps), threads, arguments))
         values, count = sums, sums.data.size
-    c, a, o = Buffer(_filled(n, np.uint8)), Buffer(_filled(absmax2.size, "f4")), Buffer(_filled(1, "f4"))
+    c, a, o = Buffer(_filled(n, np.uint8), shifts[1]), Buffer(_filled(absmax2.size, "f4")), Buffer(_filled(1, "f4"))
     arguments = [pointers(x), pointers(values), int64(count), pointers(c), pointers(a), pointers(o), int64(n)]
-    launches.append(Launch("nested_compress", _ceil(n, group * warps), threads, arguments))
+    blocks = max(1, min(_ceil(n, group * warps), grid or n))
+    launches.append(Launch("nested_compress", blocks, threads, arguments))
     wanted = [(c, bits(codes)), (a, bits(absmax2)), (o, bits(np.array([offset], np.float32)))]
-    return Check(f"nested_compress, {n} scales, {levels} levels", Case(launches), wanted)
+    name = f"nested_compress, {n} scales, {levels} levels, {blocks} blocks, shifts {shifts}"
+    return Check(name, Case(launches), wanted)
+
+
+def compress_slowly(source: Described, absmax: native.Array) -> Check:
+    """The definition of the last kernel, given the offset."""
+    codes, absmax2, offset = native.compress(absmax)
+    threads, n = source.constants["THREADS"], absmax.size
+    o = Buffer(np.array([offset], np.float32))
+    c, a = Buffer(_filled(n, np.uint8)), Buffer(_filled(absmax2.size, "f4"))
+    arguments = [pointers(Buffer(absmax)), pointers(o), pointers(c), pointers(a), int64(n)]
+    launch = Launch("nested_compress_reference", _ceil(absmax2.size, threads), threads, arguments)
+    return Check(f"nested_compress_reference, {n} scales", Case([launch]), [(c, bits(codes)), (a, bits(absmax2))])
 
 
 def expand(source: Described, absmax: native.Array, shifts: tuple[int, int] = (0, 0), slow: bool = False) -> Check:

@@ -15,8 +15,8 @@ from harness import Buffer, Launch, int32, int64, library, pointers, run_both_wa
 from native import BLOCK_SIZES, QUANT_TYPES, STORED
 
 DTYPES = tuple(STORED)
-# Around a thread's eight values, a block's and a warp's, and around what a block of threads takes.
-SIZES = (1, 2, 7, 8, 9, 31, 33, 255, 256, 257, 4095, 4097, 8191, 8192, 8193, 20000, 24571)
+# Around a thread's eight values, a block's and a warp's, and around what a block of threads takes in a step and in all.
+SIZES = (1, 2, 7, 8, 9, 31, 33, 255, 256, 257, 4095, 4097, 8191, 8192, 8193, 16383, 16384, 16385, 20000, 37001)
 
 
 def check(name: str, found: launches.Check) -> None:
@@ -97,12 +97,24 @@ def test_nested_scales(n: int) -> None:
     absmax = np.exp2(np.random.default_rng(n).normal(-5, 2, n)).astype(np.float32)
     for levels in (1, 2, 3):
         check("nested", launches.compress(source, absmax, levels))
+    # More than one group for a warp, and no alignment beyond that of elements.
+    check("nested", launches.compress(source, absmax, grid=2))
+    for shifts in ((4, 0), (0, 1), (12, 3)):
+        check("nested", launches.compress(source, absmax, shifts=shifts))
+    check("nested", launches.compress_slowly(source, absmax))
+
+
+def test_nested_scales_of_nothing() -> None:
+    """Their mean is 0."""
+    check("nested", launches.compress(library("nested"), np.zeros(0, np.float32), levels=0))
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e-40, 3e38])
 def test_nested_scales_that_are_all_the_same(value: float) -> None:
     """Nothing is left when their mean is taken off, or very little."""
-    check("nested", launches.compress(library("nested"), np.full(600, value, np.float32)))
+    absmax = np.full(600, value, np.float32)
+    check("nested", launches.compress(library("nested"), absmax))
+    check("nested", launches.compress_slowly(library("nested"), absmax))
 
 
 def test_nested_scales_with_nan_and_infinity() -> None:
@@ -110,19 +122,23 @@ def test_nested_scales_with_nan_and_infinity() -> None:
     for special in (np.nan, np.inf, -np.inf):
         absmax[300] = special
         check("nested", launches.compress(library("nested"), absmax))
+        check("nested", launches.compress_slowly(library("nested"), absmax))
 
 
 def test_nested_scales_between_codes() -> None:
-    """Scales that are, once the mean is off, in the middle between two values of the map or next to it."""
+    """Scales in the middle between two values of the map, next to it, or next to where a cell of the look-up begins."""
     map_ = np.array(_native.dynamic_map(), np.float32)
     middles = ((map_[:-1] + map_[1:]) * np.float32(0.5)).astype(np.float32)
     around = [np.nextafter(middles, np.float32(-2)), middles, np.nextafter(middles, np.float32(2))]
-    half = np.concatenate([*around, map_])
-    # Mirrored, so that the mean is 0; every group has the scale 1.
-    groups = np.concatenate([half, -half])
-    rows = np.concatenate([groups, np.zeros(-len(groups) % 254, np.float32)]).reshape(-1, 254)
-    rows = np.concatenate([rows, np.tile(np.array([1, -1], np.float32), (len(rows), 1))], axis=1)
-    check("nested", launches.compress(library("nested"), rows.reshape(-1)))
+    cells = np.arange(0x34000000, 0x3F800000, 1 << 17, dtype=np.uint32)
+    half = np.concatenate([*around, map_, (cells - 1).view(np.float32), cells.view(np.float32)])
+    # Each group has the scale 1, and half of it mirrors the other, so that the mean is 0.
+    rows = np.concatenate([half, np.zeros(-len(half) % 127, np.float32)]).reshape(-1, 127)
+    rows = np.concatenate([rows, np.ones((len(rows), 1), np.float32)], axis=1)
+    absmax = np.concatenate([rows, -rows], axis=1).reshape(-1)
+    assert native.compress(absmax)[2] == 0
+    check("nested", launches.compress(library("nested"), absmax))
+    check("nested", launches.compress_slowly(library("nested"), absmax))
 
 
 class Sparse:
@@ -137,32 +153,36 @@ class Sparse:
 
 def test_more_values_than_32_bits_count() -> None:
     """The last blocks of threads of 2^32 + 5000 values: offsets and indices of more than 32 bits."""
-    n, blocksize, tail = (1 << 32) + 5000, 64, 3 * 8192 + 5000
+    n, blocksize, tail = (1 << 32) + 5000, 64, 3 * 16384 + 5000
+    per_group = blocksize * launches.GROUP
     data = values.normal(tail, "bf16")
     packed, absmax = native.quantize(data, "bf16", "nf4", blocksize)
+    sums = launches.group_sums(absmax)
     try:
-        memory = [Sparse(size) for size in (2 * n, n // 2, 4 * -(-n // blocksize), 2 * n)]
+        memory = [Sparse(size) for size in (2 * n, n // 2, 4 * -(-n // blocksize), 2 * n, 8 * -(-n // per_group))]
     except OSError as error:
         pytest.skip(f"18 GiB of addresses cannot be had: {error}")
-    x, p, a, y = (m.buffer for m in memory)
+    x, p, a, y, s = (m.buffer for m in memory)
     memory[0].array[-2 * tail :] = data.view(np.uint8)
     addresses = {id(m.buffer): m.array.ctypes.data for m in memory}
 
     source = library("quantize")
-    per_block, threads = source.constants["TILE"] * source.constants["DEPTH"], source.threads["quantize_bf16_nf4"]
+    per_block, threads = source.constants["TILE"], source.threads["quantize_bf16_nf4"]
     blocks = -(-n // per_block)
-    arguments = [pointers(x), pointers(p), pointers(a), int64(n), int32(6)]
+    arguments = [pointers(x), pointers(p), pointers(a), pointers(s), int64(n), int32(6)]
     window = (blocks - 4, 4)
     source.launch(Launch("quantize_bf16_nf4", blocks, threads, arguments, window=window), addresses)
     assert native.same_bits(memory[1].array[-packed.size :], packed)
     assert native.same_bits(memory[2].array[-absmax.nbytes :].view(np.float32), absmax)
+    assert native.same_bits(memory[4].array[-sums.nbytes :].view(np.float64), sums)
     assert not memory[1].array[: 1 << 20].any(), "the beginning is written to"
 
     source = library("dequantize")
     threads = source.threads["dequantize_bf16"]
-    blocks = -(-n // source.constants["TILE"])
+    blocks, last = -(-n // source.constants["TILE"]), -(-tail // source.constants["TILE"])
     arguments = [pointers(p), pointers(a, None, None, None), pointers(y), int64(n), int32(6), int32(0)]
-    source.launch(Launch("dequantize_bf16", blocks, threads, arguments, window=(blocks - 4, 4)), addresses)
+    window = (blocks - last, last)
+    source.launch(Launch("dequantize_bf16", blocks, threads, arguments, window=window), addresses)
     wanted = native.dequantize(packed, absmax, tail, "bf16", "nf4", blocksize)
     assert native.same_bits(memory[3].array[-2 * tail :].view(np.uint16), wanted)
     assert not memory[3].array[: 1 << 20].any(), "the beginning is written to"

@@ -25,9 +25,9 @@ def of_quantize(source: Described) -> Iterator[Check]:
         item = STORED[dtype].itemsize
         for quant_type in QUANT_TYPES:
             for n, blocksize, shifts in (
-                (8192 + 77, 64, (0, 0)),
+                (16384 + 77, 64, (0, 0)),
                 (333, 4096, (item, 3)),
-                (4097, 512, (0, 0)),
+                (8193, 512, (0, 0)),
                 (1, 32, (0, 1)),
             ):
                 yield launches.quantize(source, values.awkward(n, dtype), dtype, quant_type, blocksize, shifts)
@@ -52,9 +52,16 @@ def of_dequantize(source: Described) -> Iterator[Check]:
 
 
 def of_nested(source: Described) -> Iterator[Check]:
-    """A warp that has nothing to do, a group that is not full, more levels than needed, sums of two warps."""
-    for n, levels in ((1, 1), (256, 1), (2500, 2), (70001, 1)):
-        yield launches.compress(source, np.abs(values.normal(n, "f32")), levels)
+    """A warp with nothing to do or several groups, one that is not full, more levels than needed, nothing aligned."""
+    for n, levels, grid, shifts in (
+        (1, 1, 1, (0, 0)),
+        (256, 1, 1, (0, 0)),
+        (2500, 2, 1, (4, 1)),
+        (9001, 1, 2, (0, 0)),
+        (70001, 1, 9, (0, 0)),
+    ):
+        yield launches.compress(source, np.abs(values.normal(n, "f32")), levels, grid, shifts)
+    yield launches.compress_slowly(source, np.abs(values.normal(600, "f32")))
 
 
 def of_product(source: Described) -> Iterator[Check]:
