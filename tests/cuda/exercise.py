@@ -10,13 +10,13 @@ from halfbyte import _cuda
 def main() -> None:
     """Run them; what they give is tested elsewhere."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for n, k in ((37, 192), (50, 65), (130, 1024)):
+        for n, k in ((37, 192), (50, 65)):
             values = torch.randn(n, k, dtype=dtype, device="cuda")
             for quant_type, nested, blocksize in (("nf4", False, 64), ("fp4", True, 64), ("nf4", True, 512)):
                 how = {"quant_type": quant_type, "compress_statistics": nested, "blocksize": blocksize}
                 packed, state = F.quantize_4bit(values, **how)
                 F.dequantize_4bit(packed, state)
-                for m in (1, 5, 16, 30):
+                for m in (1, 9, 30):
                     F.matmul_4bit(torch.randn(m, k, dtype=dtype, device="cuda"), packed, state)
                 indices = torch.tensor([0, n - 1, n, -1], device="cuda")
                 arguments = (packed, *state.scales(), (n, k), dtype, blocksize, quant_type)
