@@ -289,6 +289,8 @@ class _Weight:
 
         Each begins with a whole group of scales that share one, so that it can be dequantized by itself.
         """
+        if self.n * self.k * itemsize <= _DENSE_BYTES:
+            return [(0, self.n)]
         group = self.blocksize * (1 if self.scales[1] is None else NESTED_BLOCKSIZE)
         unit = lcm(group // gcd(group, self.k), _DENSE_ROWS)
         parts = blocks_of(self.n * self.k * itemsize, _DENSE_BYTES)
@@ -359,13 +361,16 @@ def linear_4bit(
     x, into = x.view(m, k), out.view(m, n)
     parts = weight.parts(dtype.itemsize)
     buffer = x.new_empty(parts[0][1], k)
+    # With `out`, the matrix products stay in this dtype whatever autocast wants.
     for begin, end in parts:
-        dense = buffer[: end - begin]
+        dense, columns = buffer, into
+        if len(parts) > 1:
+            dense, columns = buffer[: end - begin], into[:, begin:end]
         weight.dense(begin, end, dense)
         if bias is None:
-            torch.mm(x, dense.t(), out=into[:, begin:end])
+            torch.mm(x, dense.t(), out=columns)
         else:
-            torch.addmm(bias[begin:end], x, dense.t(), out=into[:, begin:end])
+            torch.addmm(bias[begin:end], x, dense.t(), out=columns)
     return out
 
 
@@ -397,10 +402,11 @@ def linear_4bit_backward(
         return out
     # Parts are summed up in float32: in the dtype of `grad` each would be rounded on top of the sum of all before.
     total = grad.new_zeros((m, k), dtype=torch.float32)
+    part = grad.new_empty(m, k)
     for begin, end in parts:
         dense = buffer[: end - begin]
         weight.dense(begin, end, dense)
-        total += torch.mm(grad[:, begin:end], dense)
+        total += torch.mm(grad[:, begin:end], dense, out=part)
     return out.copy_(total.view(out.shape))
 
 
