@@ -38,7 +38,7 @@ unexport PYTHONHOME
 
 rust_files := Cargo.toml Cargo.lock pyproject.toml $(shell find rust -name '*.rs' 2>/dev/null) $(wildcard kernels/ptx/*.ptx)
 
-.PHONY: help demo test setup-demo setup-test develop rust-toolchain lint fmt typecheck stubtest cargo-test pytest bench ptx ptx-check kernels-host clean
+.PHONY: help demo test setup-demo setup-test develop rust-toolchain lint fmt typecheck stubtest cargo-test pytest bench bench-cuda ptx ptx-check kernels-host clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / && !seen[$$1]++ { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -152,7 +152,14 @@ pytest: setup-test develop ## the Python tests
 
 bench: setup-test develop ## the benches, as tables; minutes, on a quiet machine (benches/RESULTS.md)
 	$(py) benches/blockwise_cpu.py $(ARGS)
+	$(py) benches/linear_cpu.py $(ARGS)
 	$(py) benches/offline.py $(ARGS)
+
+bench-cuda: setup-test develop ## the benches that need a GPU
+	$(py) benches/cuda_blockwise.py $(ARGS)
+	$(py) benches/cuda_linear.py $(ARGS)
+	$(py) benches/cuda_torch.py $(ARGS)
+	$(py) benches/cuda_torch.py --backward $(ARGS)
 
 clean: ## remove what was built and cached, and .venv
 	cargo clean --quiet || rm -rf target

@@ -361,6 +361,13 @@ def test_autocast() -> None:
     assert y.dtype == torch.float16
     y.float().sum().backward()
     assert x.grad.dtype == torch.float32
+    # A layer that computes in float32 does so under autocast too, also where torch makes the product.
+    exact = hnn.LinearNF4(64, 48, compute_dtype=torch.float32).to("cuda")
+    x = torch.randn(100, 64, device="cuda", dtype=torch.float16)
+    with torch.autocast("cuda", dtype=torch.float16), torch.no_grad():
+        y = exact(x)
+    expected = x.double() @ exact.dequantize().double().T + exact.bias.double()
+    torch.testing.assert_close(y, expected.half(), rtol=2.0**-10, atol=1e-6)
 
 
 class Small(torch.nn.Module):
