@@ -45,6 +45,9 @@ struct F16 {
 struct alignas(8) Words2 {
     u32 word[2];
 };
+struct alignas(8) Floats2 {
+    float value[2];
+};
 struct alignas(16) Words4 {
     u32 word[4];
 };

@@ -1,245 +1,374 @@
 // The products of decode.cuh, W by way of shared memory: each warp copies its bytes and scales with cp.async into a ring of
-// its own, STAGES tiles ahead, so that 64 KB are always on the way to each multiprocessor. Needs 224 KB of shared memory,
-// which compute capability 9.0 and 10.0 have.
+// its own, so that 64 KB are always on the way to each multiprocessor. Needs 224 KB of shared memory, which compute
+// capability 9.0 and 10.0 have.
+//
+// K is cut into chunks, and a chunk into slots beside each other, one for each warp of a group: what the warps of a group
+// read at a time is one piece of each row. A round is of as many chunks as registers have room for x of a warp's slots: two
+// for 8 columns, one for 16. In a round a warp walks over all rows of the block of threads, a step at a time: a tile of rows
+// for each group.
 #include "decode.cuh"
 
-// Chunks of a warp in its ring: while it works on one, two are on the way. 32 KB each for all warps.
+constexpr int LOG2_WARPS = 4;
+constexpr int RING_WARPS = 1 << LOG2_WARPS;
+constexpr int RING_THREADS = RING_WARPS * WARP;
+// Blocks of a slot in a chunk.
+constexpr int RING_CHUNK = 4;
+// Parts of steps, of a chunk each, of a warp in its ring: while it works on one, two are on the way. 32 KB each for all warps.
 constexpr int STAGES = 3;
+constexpr int STAGE_BYTES = ROWS * RING_CHUNK * BLOCK_BYTES;
+// With more rows of x, their way from the second-level cache takes longer than that of a stage from memory.
+constexpr int FEW_COLUMNS = 4;
+// Sums of a warp for 8 columns of a step: [row][column], the pairs of columns exchanged by row, so that neither the lanes
+// that store a fragment nor those that add up two columns meet in a bank.
+constexpr int SUMS = ROWS * COLUMNS;
+
+// How the launcher divides the work. Whole numbers that take a division are its business.
+struct RingPlan {
+    int rows;        // of W, for each block of threads
+    int log2_slots;  // of a chunk: at most RING_WARPS
+    int width;       // of a slot's part of a chunk, in blocks: at most RING_CHUNK
+    int chunks;      // of K: the last may have less, or no, blocks for a slot
+    int per_pass;    // steps whose sums fit in shared memory
+};
+
+// A chunk of a step.
+struct Turn {
+    int chunk, step;
+};
+
+// What a warp has to do.
+struct Share {
+    int row_blocks, first_row, rows, steps;
+    int slots, slot, groups, group;
+    int width, chunks;
+
+    __device__ Share(int n, int k, const RingPlan &plan) : row_blocks(k / BLOCK), width(plan.width), chunks(plan.chunks) {
+        const int warp = int(threadIdx.x / WARP);
+        first_row = int(blockIdx.x) * plan.rows;
+        rows = n - first_row < plan.rows ? n - first_row : plan.rows;
+        slots = 1 << plan.log2_slots;
+        slot = warp & (slots - 1);
+        group = warp >> plan.log2_slots;
+        groups = RING_WARPS >> plan.log2_slots;
+        // Both factors are powers of two.
+        steps = int(u32(rows + groups * ROWS - 1) / ROWS) >> (LOG2_WARPS - plan.log2_slots);
+    }
+    __device__ int first_block(int chunk) const { return (chunk * slots + slot) * width; }
+    // None, or less than that, when there is nothing left for this slot.
+    __device__ int blocks(int chunk) const {
+        const int left = row_blocks - first_block(chunk);
+        return left < width ? left : width;
+    }
+    __device__ int tile_row(int step) const { return (step * groups + group) * ROWS; }
+};
 
 // Block j of row r lies at block j ^ (r % 4) of its row in a stage: so the eight rows that a warp reads at a time, four in
 // each half of the warp, are in different banks.
-template <int CHUNK>
-__device__ inline int ring_offset(int row, int block) {
-    return (row * CHUNK + (block ^ (row % 4))) * BLOCK_BYTES;
-}
+__device__ inline int ring_offset(int row, int block) { return (row * RING_CHUNK + (block ^ (row % 4))) * BLOCK_BYTES; }
 
-// Copies of a warp's places, one place after the other.
-template <bool NESTED, int WARPS, int CHUNK>
+// Copies of a warp's turns, one after the other. ROUND: chunks of a round.
+template <bool NESTED, int ROUND>
 struct Copier {
     // Of the codes of W 16 bytes for each lane, and as many rows at a time as that gives.
-    static constexpr int PIECES = CHUNK * BLOCK_BYTES / 16, AT_A_TIME = WARP / PIECES;
-    static constexpr int STAGE_BYTES = ROWS * CHUNK * BLOCK_BYTES;
-    // Of the scales, 4 bytes for each lane at a time: of a chunk's blocks t, t + 4, ..., for row g and row g + 8. They lie in
-    // the unused halves of the table's rows, WARP words in each; nested ones after one another the words that hold the
-    // codes, and the second scales.
-    static constexpr int QUADS = CHUNK / 4;
-    static constexpr int SCALE_ROWS = (NESTED ? 4 : 2) * QUADS;
-    static_assert(WARPS * STAGES * SCALE_ROWS <= 256 && WARP * 2 == LANE_TABLE_ROW, "halves of the table's rows");
+    static constexpr int PIECES = RING_CHUNK * BLOCK_BYTES / 16, AT_A_TIME = WARP / PIECES;
+    static_assert(AT_A_TIME % 4 == 0, "rows that are so far apart have their blocks in the same order");
+    // Scales lie in the unused halves of the table's rows, WARP words in each: four of each row, of the rows from 0 and from
+    // 8. Of nested ones it is these that are made there; behind them are the words that hold the codes, and the second
+    // scales. When four scales lie together (`quads`), a lane copies those of a row, else of row g or g + 8 that of block t.
+    static constexpr int SCALE_ROWS = NESTED ? 4 : 2;
+    static_assert(RING_WARPS * STAGES * SCALE_ROWS <= 256 && WARP * 2 == LANE_TABLE_ROW, "halves of the table's rows");
 
-    using W = Work<NESTED, WARPS, CHUNK>;
-    const W &work;
+    const Share &share;
+    const Scales &scales;
     const u8 *const packed;
     u8 *const ring;     // [STAGES][STAGE_BYTES] of this warp
     u32 *const halves;  // [STAGES][SCALE_ROWS][LANE_TABLE_ROW] of this warp
-    const int lane, row, piece;
-    Place place;
-    int blocks;      // of the chunk; none: no more places
-    const u8 *from;  // this lane's piece of the first rows
-    i64 low_block;   // of row g, the chunk's first
-    u32 code_shifts = 0;  // where in their words this lane's codes are, in bytes: CODE_BITS for each stage, the oldest lowest
-    static constexpr int CODE_BITS = 4 * QUADS;
-    static_assert(CODE_BITS * STAGES <= 32, "two bits for each code");
+    const int shift;    // log2 of the blocks here that share a scale
+    const u32 scale_count;
+    const bool quads;
+    Turn turn = {0, 0};
 
-    __device__ Copier(const W &work, const u8 *packed, u8 *rings, u32 *table)
-        : work(work),
+    __device__ Copier(const Share &share, const Scales &scales, const u8 *packed, u8 *rings, u32 *table, int shift, int n)
+        : share(share),
+          scales(scales),
           packed(packed),
           ring(rings + threadIdx.x / WARP * (STAGES * STAGE_BYTES)),
           halves(table + WARP + threadIdx.x / WARP * (STAGES * SCALE_ROWS * LANE_TABLE_ROW)),
-          lane(int(threadIdx.x) % WARP),
-          row(lane / PIECES),
-          piece(lane % PIECES),
-          place(work.first()) {
-        aim();
-    }
-    __device__ void aim() {
-        blocks = work.exists(place) ? work.chunk_blocks(place.chunk) : 0;
-        from = packed + work.block_of(place, row) * BLOCK_BYTES + piece * 16;
-        low_block = work.block_of(place, work.g);
+          shift(shift),
+          scale_count(u32((i64(n) * share.row_blocks + (i64(1) << shift) - 1) >> shift)),
+          quads(shift == 0 && share.width == RING_CHUNK && share.row_blocks % RING_CHUNK == 0 &&
+                (NESTED || is_aligned(scales.absmax, sizeof(Words4)))) {}
+
+    // The first block of a slot in a row of a tile.
+    __device__ u32 block_of(const Turn &turn, int row) const {
+        return u32(share.first_row + share.tile_row(turn.step) + row) * u32(share.row_blocks) +
+               u32(share.first_block(turn.chunk));
     }
     __device__ u32 *scale_row(u32 stage, int i) const { return halves + (stage * SCALE_ROWS + i) * LANE_TABLE_ROW; }
 
-    // The word that holds a code. Where part of the word lies outside of the codes, the byte alone is read, and at once.
-    __device__ void copy_code(u32 *to, const u8 *code) const {
-        const u32 *const word = reinterpret_cast<const u32 *>(code - (u64(code) & 3));
-        const u8 *const first = work.scales.codes, *const last = first + work.scale_count;
-        if (reinterpret_cast<const u8 *>(word) >= first && reinterpret_cast<const u8 *>(word + 1) <= last) {
-            copy_async(to, word);
-        } else {
-            *to = u32(*code) << (8 * (u64(code) & 3));
+    __device__ void copy_quads(u32 stage, int rows, bool there) const {
+        const int lane = int(threadIdx.x % WARP), row = lane % ROWS;
+        const u32 block = block_of(turn, row);
+        if (!there || row >= rows) {
+            return;
+        }
+        if constexpr (NESTED) {
+            const u8 *const from = lane < ROWS ? scales.codes + block
+                                               : reinterpret_cast<const u8 *>(scales.absmax2 + (block >> NESTED_SHIFT));
+            copy_async(scale_row(stage, 2) + lane, reinterpret_cast<const u32 *>(from), 4);
+        } else if (lane < ROWS) {
+            copy_async(reinterpret_cast<Words4 *>(scale_row(stage, row / 8) + row % 8 * RING_CHUNK),
+                       reinterpret_cast<const Words4 *>(scales.absmax + block));
         }
     }
-    __device__ void copy_scale(u32 stage, int q, int high, i64 block) {
-        const i64 scale = block >> work.scale_shift;
-        u32 *const to = scale_row(stage, 2 * q + high) + lane;
-        if constexpr (NESTED) {
-            const u8 *const code = work.scales.codes + scale;
-            copy_code(to, code);
-            code_shifts |= u32(u64(code) & 3) << (CODE_BITS * (STAGES - 1) + 4 * q + 2 * high);
-            copy_async(scale_row(stage, 2 * (QUADS + q) + high) + lane,
-                       reinterpret_cast<const u32 *>(work.scales.absmax2 + (scale >> NESTED_SHIFT)));
-        } else {
-            copy_async(to, reinterpret_cast<const u32 *>(work.scales.absmax + scale));
+    // Of blocks that are not there, zeros: they have no part in a sum.
+    __device__ void copy_scales(u32 stage, int rows, int blocks) const {
+        const int lane = int(threadIdx.x % WARP), t = lane % 4;
+#pragma unroll 1
+        for (int half = 0; half < 2; half++) {
+            const int row = lane / 4 + half * (ROWS / 2);
+            const bool there = t < blocks && row < rows;
+            const u32 scale = there ? (block_of(turn, row) + u32(t)) >> shift : 0;
+            if constexpr (NESTED) {
+                // The word that holds the code, without what lies behind the last.
+                const u32 first = scale & ~3u;
+                copy_async(scale_row(stage, half) + lane, reinterpret_cast<const u32 *>(scales.codes + first),
+                           there ? scale_count - first : 0);
+                copy_async(scale_row(stage, 2 + half) + lane,
+                           reinterpret_cast<const u32 *>(scales.absmax2 + (scale >> NESTED_SHIFT)), there ? 4 : 0);
+            } else {
+                copy_async(scale_row(stage, half) + lane, reinterpret_cast<const u32 *>(scales.absmax + scale), there ? 4 : 0);
+            }
         }
     }
 
-    // Starts copying a place to a stage, and goes on to the next place. What belongs to rows behind the last is left as it
-    // is: what comes of it is not written.
+    // Starts copying a turn to a stage, and goes on to the next. What belongs to rows behind the last is left as it is: what
+    // comes of it is not written.
     __device__ void copy(u32 stage) {
-        const i64 row_bytes = i64(work.row_blocks) * BLOCK_BYTES;
-        const int rows = work.rows - place.tile * ROWS;
-        if (piece / 2 < blocks) {
-            u8 *const to = ring + (stage * STAGE_BYTES + u32(ring_offset<CHUNK>(row, piece / 2) + piece % 2 * 16));
+        if (turn.chunk < share.chunks) {
+            const int blocks = share.blocks(turn.chunk), rows = share.rows - share.tile_row(turn.step);
+            const int lane = int(threadIdx.x % WARP), row = lane / PIECES, piece = lane % PIECES;
+            u8 *const to = ring + (stage * STAGE_BYTES + u32(ring_offset(row, piece / 2) + piece % 2 * 16));
+            const u8 *from = packed + (u64(block_of(turn, row)) * BLOCK_BYTES + u32(piece * 16));
+            const int row_end = piece / 2 < blocks ? rows - row : 0;
 #pragma unroll
             for (int i = 0; i < ROWS; i += AT_A_TIME) {
-                if (row + i < rows) {
-                    // Rows that are AT_A_TIME apart have their blocks in the same order, or in one that is exchanged.
-                    u8 *const row_to = AT_A_TIME % 4 == 0 ? to + i * CHUNK * BLOCK_BYTES
-                                                          : ring + (stage * STAGE_BYTES +
-                                                                    u32(ring_offset<CHUNK>(row + i, piece / 2) + piece % 2 * 16));
-                    copy_async(reinterpret_cast<Words4 *>(row_to), reinterpret_cast<const Words4 *>(from + i * row_bytes));
+                if (i < row_end) {
+                    copy_async(reinterpret_cast<Words4 *>(to + i * RING_CHUNK * BLOCK_BYTES),
+                               reinterpret_cast<const Words4 *>(from));
                 }
+                from += i64(AT_A_TIME * BLOCK_BYTES) * share.row_blocks;
             }
-        }
-        const i64 high_block = low_block + i64(ROWS / 2) * work.row_blocks;
-        code_shifts >>= CODE_BITS;
-#pragma unroll
-        for (int q = 0; q < QUADS; q++) {
-            const int block = q * 4 + work.t;
-            if (block < blocks && work.g < rows) {
-                copy_scale(stage, q, 0, low_block + block);
+            if (quads) {
+                copy_quads(stage, rows, blocks > 0);
+            } else {
+                copy_scales(stage, rows, blocks);
             }
-            if (block < blocks && work.g + ROWS / 2 < rows) {
-                copy_scale(stage, q, 1, high_block + block);
+            if (turn.chunk % ROUND + 1 < ROUND && turn.chunk + 1 < share.chunks) {
+                turn.chunk++;
+            } else if (++turn.step < share.steps) {
+                turn.chunk -= turn.chunk % ROUND;
+            } else {
+                turn = {turn.chunk + 1, 0};
             }
         }
         copy_async_commit();
-        if (work.advance(place)) {
-            const i64 step = i64(work.groups * ROWS) * work.row_blocks;
-            from += step * BLOCK_BYTES;
-            low_block += step;
-            blocks = work.exists(place) ? blocks : 0;
-        } else {
-            aim();
-        }
     }
 
-    // Once a stage's copies have ended for all lanes: the float32 scales of row g (0) and row g + 8 (1), for four blocks.
-    __device__ const float *scales_of(u32 stage, int q, int high) const {
-        return reinterpret_cast<const float *>(scale_row(stage, 2 * q + high) + work.g * 4);
+    // Once a stage's copies have ended for all lanes: four scales of row g (0) or row g + 8 (1).
+    __device__ const float *scales_of(u32 stage, int half) const {
+        return reinterpret_cast<const float *>(scale_row(stage, half) + threadIdx.x % WARP / 4 * RING_CHUNK);
     }
-    // Makes them of nested ones in the oldest stage, each lane those that it copied.
-    __device__ void expand_scales(u32 stage, const float *map, float offset) const {
-        if constexpr (NESTED) {
+    // Makes them of nested ones.
+    __device__ void expand_scales(u32 stage, const Turn &turn, const float *map, float offset) const {
+        const int lane = int(threadIdx.x % WARP), g = lane / 4, t = lane % 4;
 #pragma unroll
-            for (int i = 0; i < 2 * QUADS; i++) {
-                u32 *const word = scale_row(stage, i) + lane;
-                const u32 code = (*word >> (8 * (code_shifts >> (2 * i) & 3))) & 0xff;
-                const RawScale<true> raw = {code, __uint_as_float(scale_row(stage, 2 * QUADS + i)[lane])};
-                *word = __float_as_uint(raw.value(map, offset));
+        for (int half = 0; half < 2; half++) {
+            u32 *const to = scale_row(stage, half) + lane;
+            u32 word, absmax2;
+            int byte = t;
+            if (quads) {
+                word = scale_row(stage, 2)[half * (ROWS / 2) + g];
+                absmax2 = scale_row(stage, 2)[ROWS + half * (ROWS / 2) + g];
+            } else {
+                word = *to;
+                absmax2 = scale_row(stage, 2 + half)[lane];
+                byte = int((block_of(turn, g + half * (ROWS / 2)) + u32(t)) >> shift & 3);
             }
+            const RawScale<true> raw = {word >> (8 * byte) & 0xff, __uint_as_float(absmax2)};
+            *to = __float_as_uint(raw.value(map, offset));
         }
     }
 };
 
 template <typename T, bool NESTED, int FRAGMENTS>
 __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &scales, const T *bias, T *y, int m, int n,
-                                   int k, int block_shift, u32 quant_type, const DecodePlan &plan) {
-    constexpr int WARPS = Sizes<FRAGMENTS>::WARPS, THREADS = Sizes<FRAGMENTS>::THREADS, CHUNK = Sizes<FRAGMENTS>::CHUNK;
-    // Blocks with nothing to decide in between, so that look-ups of one go on during the products of another. For more of
-    // them, or with two fragments, there are no registers.
-    constexpr int TOGETHER = FRAGMENTS == 1 ? 2 : 1;
+                                   int k, int block_shift, u32 quant_type, const RingPlan &plan) {
+    constexpr int ROUND = 2 / FRAGMENTS;
     DYNAMIC_SHARED(shared);
-    float *const map = reinterpret_cast<float *>(shared);                  // [256]
-    float *const partial = reinterpret_cast<float *>(shared + MAP_BYTES);  // [tile][slot][m][16]
-    const u32 before = MAP_BYTES + u32(plan.per_pass * plan.slots * m * ROWS) * sizeof(float);
+    const Share share(n, k, plan);
+    float *const map = reinterpret_cast<float *>(shared);                   // [256]
+    float *const all_sums = reinterpret_cast<float *>(shared + MAP_BYTES);  // [step][RING_WARPS][FRAGMENTS][SUMS]
+    const u32 sums_count = u32(plan.per_pass * RING_WARPS * FRAGMENTS * SUMS);
+    float *const whole = all_sums + sums_count;  // [m][plan.rows], when there are several rounds
+    const u32 before = MAP_BYTES + (sums_count + (share.chunks > ROUND ? u32(m * plan.rows) : 0)) * sizeof(float);
     const u32 place_of_table = before + lane_table_place(shared + before);
     u32 *const table = reinterpret_cast<u32 *>(shared + place_of_table);  // [256][LANE_TABLE_ROW], half used
 
-    const Work<NESTED, WARPS, CHUNK> work(scales, n, k, block_shift, plan);
-    const int lane = int(threadIdx.x) % WARP, g = work.g, t = work.t;
+    const int lane = int(threadIdx.x % WARP), warp = int(threadIdx.x / WARP);
+    const int g = lane / 4, t = lane % 4;
 
-    // What comes behind copies waits for them in the memory's queue: so everything else is loaded behind the first alone.
-    Copier<NESTED, WARPS, CHUNK> copier(work, packed, shared + (place_of_table + LANE_TABLE_BYTES), table);
-    copier.copy(0);
-    const float offset = NESTED ? *scales.offset : 0.0f;
-    u32 x_words[CHUNK][FRAGMENTS][8];
-    load_x<FRAGMENTS, CHUNK>(x_words, x, m, k, work.chunk_begin(0), work.chunk_blocks(0), g, t);
-    fill_map<NESTED, THREADS>(map);
-#pragma unroll 1
-    for (u32 s = 1; s < STAGES; s++) {
-        copier.copy(s);
+    // What comes behind copies waits for them in the memory's queue: so x is loaded behind the first alone, and before it
+    // where there is much of it.
+    Copier<NESTED, ROUND> copier(share, scales, packed, shared + (place_of_table + LANE_TABLE_BYTES), table,
+                                 block_shift - BLOCK_SHIFT, n);
+    u32 started = 0;
+    if (m <= FEW_COLUMNS) {
+        copier.copy(started++);
     }
-    fill_table<T, THREADS>(table, quant_type);
+    const float offset = NESTED ? *scales.offset : 0.0f;
+    u32 x_words[ROUND][RING_CHUNK][FRAGMENTS][8];
+    const auto load_round = [&](int first) {
+        const int lane = read_lane();
+#pragma unroll
+        for (int c = 0; c < ROUND; c++) {
+            load_x<FRAGMENTS, RING_CHUNK>(x_words[c], x, m, k, share.first_block(first + c), share.blocks(first + c),
+                                          lane / 4, lane % 4);
+        }
+    };
+    load_round(0);
+    fill_map<NESTED, RING_THREADS>(map);
+#pragma unroll 1
+    for (; started < STAGES; started++) {
+        copier.copy(started);
+    }
+    fill_table<T, RING_THREADS>(table, quant_type);
     __syncthreads();
 
     const LaneTable entries = lane_table(table, lane);
     // This lane's 8 bytes of block j are at this offset, with bits 5 and 6 inverted where those of 32 j are set.
-    static_assert(BLOCK_BYTES == 32, "bits 5 and 6");
-    const u32 lane_offset = u32(ring_offset<CHUNK>(g, 0) + t * 8);
-    int chunk_of_x = 0;
+    static_assert(BLOCK_BYTES == 32 && RING_CHUNK == 4, "bits 5 and 6");
+    const u32 lane_offset = u32(ring_offset(g, 0) + t * 8);
+    float *const own_sums = all_sums + warp * (FRAGMENTS * SUMS);
+    const int low_place = g * COLUMNS + (t ^ g / 4) * 2;
     u32 stage = 0;
-    for (int begin = 0, end; begin < work.tiles; begin = end) {
-        end = work.end_of_pass(begin);
-        for (int chunk = 0; chunk < work.chunks; chunk++) {
-            const int blocks = work.chunk_blocks(chunk);
-            if (chunk != chunk_of_x) {
-                chunk_of_x = chunk;
-                load_x<FRAGMENTS, CHUNK>(x_words, x, m, k, work.chunk_begin(chunk), blocks, g, t);
-            }
-            for (int tile = begin + work.group; tile < end; tile += work.groups) {
-                // The oldest copy has ended, for all lanes.
-                copy_async_wait<STAGES - 1>();
-                copier.expand_scales(stage, map, offset);
-                __syncwarp();
-                const u8 *const bytes = copier.ring + stage * copier.STAGE_BYTES;
+    for (int chunk = 0; chunk < share.chunks; chunk += ROUND) {
+        if (chunk > 0) {
+            load_round(chunk);
+        }
+        for (int begin = 0, end; begin < share.steps; begin = end) {
+            end = share.steps - begin < plan.per_pass ? share.steps : begin + plan.per_pass;
+#pragma unroll 1
+            for (int step = begin; step < end; step++) {
                 float sums[FRAGMENTS][4] = {};
-                const auto add = [&](int j) {
-                    const float *const low_scales = copier.scales_of(stage, j / 4, 0);
-                    const float *const high_scales = copier.scales_of(stage, j / 4, 1);
-                    const u8 *const lane_bytes = bytes + (lane_offset ^ u32(j * BLOCK_BYTES));
-                    const Words2 low = *reinterpret_cast<const Words2 *>(lane_bytes);
-                    const Words2 high = *reinterpret_cast<const Words2 *>(lane_bytes + copier.STAGE_BYTES / 2);
-                    add_block<T>(sums, entries, low, high, x_words[j], low_scales[j % 4], high_scales[j % 4]);
-                };
 #pragma unroll
-                for (int j = 0; j < CHUNK; j += TOGETHER) {
-                    if (j + TOGETHER <= blocks) {
+                for (int c = 0; c < ROUND; c++) {
+                    if (chunk + c >= share.chunks) {
+                        break;
+                    }
+                    // The oldest copy has ended, for all lanes.
+                    copy_async_wait<STAGES - 1>();
+                    if constexpr (NESTED) {
+                        __syncwarp();
+                        copier.expand_scales(stage, {chunk + c, step}, map, offset);
+                    }
+                    __syncwarp();
+                    if (share.blocks(chunk + c) > 0) {
+                        const u8 *const bytes = copier.ring + stage * STAGE_BYTES;
+                        const float *const low_scales = copier.scales_of(stage, 0);
+                        const float *const high_scales = copier.scales_of(stage, 1);
 #pragma unroll
-                        for (int i = 0; i < TOGETHER; i++) {
-                            add(j + i);
+                        for (int j = 0; j < RING_CHUNK; j += 2) {
+                            const Floats2 low_scale = *reinterpret_cast<const Floats2 *>(low_scales + j);
+                            const Floats2 high_scale = *reinterpret_cast<const Floats2 *>(high_scales + j);
+#pragma unroll
+                            for (int i = 0; i < 2; i++) {
+                                const u8 *const lane_bytes = bytes + (lane_offset ^ u32((j + i) * BLOCK_BYTES));
+                                const Words2 low = *reinterpret_cast<const Words2 *>(lane_bytes);
+                                const Words2 high = *reinterpret_cast<const Words2 *>(lane_bytes + STAGE_BYTES / 2);
+                                add_block<T>(sums, entries, low, high, x_words[c][j + i], low_scale.value[i],
+                                             high_scale.value[i]);
+                            }
                         }
-                    } else if (j < blocks) {
-                        add(j);
+                    }
+                    // Every lane has read its part.
+                    __syncwarp();
+                    copier.copy(stage);
+                    stage = stage + 1 < STAGES ? stage + 1 : 0;
+                }
+                float *const step_sums = own_sums + (step - begin) * (RING_WARPS * FRAGMENTS * SUMS);
+#pragma unroll
+                for (int f = 0; f < FRAGMENTS; f++) {
+                    *reinterpret_cast<Floats2 *>(step_sums + f * SUMS + low_place) = {sums[f][0], sums[f][1]};
+                    *reinterpret_cast<Floats2 *>(step_sums + f * SUMS + (low_place ^ 4) + SUMS / 2) = {sums[f][2], sums[f][3]};
+                }
+            }
+            __syncthreads();
+            // y, or the sums so far: a lane adds up those of one row and two columns, a warp those of two tiles.
+            const int pairs_of_tiles = ((end - begin) * share.groups + 1) / 2;
+#pragma unroll 1
+            for (int two = warp, pair = 0;; two += RING_WARPS) {
+                for (; two >= pairs_of_tiles; two -= pairs_of_tiles) {
+                    pair++;
+                }
+                if (2 * pair >= m) {
+                    break;
+                }
+                const int row_of_tile = lane % ROWS, tile = 2 * two + lane / ROWS;
+                const int row = (begin * share.groups + tile) * ROWS + row_of_tile;
+                if (tile < (end - begin) * share.groups && row < share.rows) {
+                    const float *const from = all_sums + ((tile << plan.log2_slots) * FRAGMENTS + pair / 4) * SUMS +
+                                              row_of_tile * COLUMNS + (pair % 4 ^ row_of_tile / 4) * 2;
+                    float sums[2] = {};
+                    if (chunk == 0 && bias != nullptr) {
+                        sums[0] = sums[1] = to_f32(bias[share.first_row + row]);
+                    }
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        if (chunk > 0 && 2 * pair + i < m) {
+                            sums[i] = whole[(2 * pair + i) * plan.rows + row];
+                        }
+                    }
+#pragma unroll 8
+                    for (int s = 0; s < share.slots; s++) {
+                        const Floats2 part = *reinterpret_cast<const Floats2 *>(from + s * (FRAGMENTS * SUMS));
+                        sums[0] += part.value[0];
+                        sums[1] += part.value[1];
+                    }
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        const int column = 2 * pair + i;
+                        if (column >= m) {
+                            continue;
+                        }
+                        if (chunk + ROUND < share.chunks) {
+                            whole[column * plan.rows + row] = sums[i];
+                        } else {
+                            y[i64(column) * n + share.first_row + row] = from_f32<T>(sums[i]);
+                        }
                     }
                 }
-                // Every lane has read its part.
-                __syncwarp();
-                copier.copy(stage);
-                stage = stage + 1 < STAGES ? stage + 1 : 0;
-                float *const own = partial + ((tile - begin) * work.slots + work.slot) * m * ROWS;
-                add_partial(own, sums, m, chunk == 0, g, t);
             }
+            __syncthreads();
         }
-        __syncthreads();
-        write_pass<T, WARPS>(work, begin, end, partial, bias, y, m, n);
-        __syncthreads();
     }
+    copy_async_wait<0>();
 }
 
 // x:           [m][k] aligned to 16 bytes; m at most 8 times the number of fragments
 // packed:      [n * k / 2] aligned to 16 bytes; k is a multiple of 64
-// scales:      of n * k / blocksize blocks
+// scales:      of n * k / blocksize blocks, less than 2^32; codes aligned to 4 bytes
 // bias:        [n] or null
 // y:           [m][n]
 // block_shift: log2 of the block size, 6 to 12
 // quant_type:  NF4 or FP4
-// Grid: ceil(n / plan.rows) blocks of Sizes<fragments>::THREADS. Dynamic shared memory, with P = plan.per_pass * plan.slots *
-// m * 64 bytes: MAP_BYTES + P, then the table at the next place where it may begin,
+// Grid: ceil(n / plan.rows) blocks of RING_THREADS. Dynamic shared memory: MAP_BYTES, 512 * fragments bytes for each warp and
+// step of a pass and, when there are several rounds, 4 * m * plan.rows, then the table at the next place where it may begin,
 // and STAGES * 32 KB behind it.
 #define INSTANCE(name, T, nested, fragments)                                                                          \
-    extern "C" __global__ void __launch_bounds__(Sizes<fragments>::THREADS, 1)                                        \
+    extern "C" __global__ void __launch_bounds__(RING_THREADS, 1)                                                     \
         decode_ring_##name(const T *x, const u8 *packed, Scales scales, const T *bias, T *y, int m, int n, int k,    \
-                  int block_shift, u32 quant_type, DecodePlan plan) {                                                 \
+                  int block_shift, u32 quant_type, RingPlan plan) {                                                   \
         decode_ring<T, nested, fragments>(x, packed, scales, bias, y, m, n, k, block_shift, quant_type, plan);        \
     }
 

@@ -75,6 +75,15 @@ __device__ inline float reciprocal_near(float x) {
 // Byte i of the result is byte `selector >> 4i & 7` of the eight in (a, b), a's four first.
 __device__ inline u32 permute_bytes(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
 
+// ---- lanes ---------------------------------------------------------------------------------------------------------
+
+// This thread's lane, read anew: what is computed from it need not be kept in registers since it was computed before.
+__device__ inline int read_lane() {
+    int lane;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    return lane;
+}
+
 // ---- tables in shared memory ---------------------------------------------------------------------------------------
 // A table of 256 words for each lane, so that no two lanes of a warp meet in a bank: entry `byte` of lane l is
 // table[byte][l], rows being 64 words apart. The table begins at a multiple of 64 KB of the shared memory's addresses:
@@ -183,9 +192,10 @@ __device__ inline void copy_async(Words4 *shared, const Words4 *global) {
                  "l"(__cvta_generic_to_global(global))
                  : "memory");
 }
-__device__ inline void copy_async(u32 *shared, const u32 *global) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(u32(__cvta_generic_to_shared(shared))),
-                 "l"(__cvta_generic_to_global(global))
+// Reads the first `bytes` bytes of the word alone, all from 4 on, and makes the others zero.
+__device__ inline void copy_async(u32 *shared, const u32 *global, u32 bytes) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(u32(__cvta_generic_to_shared(shared))),
+                 "l"(__cvta_generic_to_global(global)), "r"(bytes < 4 ? bytes : 4)
                  : "memory");
 }
 __device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

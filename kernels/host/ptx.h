@@ -56,6 +56,10 @@ inline u32 permute_bytes(u32 a, u32 b, u32 selector, host::Site site = host::Sit
     return __byte_perm(a, b, selector, site);
 }
 
+// ---- lanes ---------------------------------------------------------------------------------------------------------
+
+inline int read_lane() { return int(threadIdx.x % 32); }
+
 // ---- tables in shared memory ---------------------------------------------------------------------------------------
 
 constexpr int LANE_TABLE_ROW = 64;
@@ -126,8 +130,8 @@ inline void store_words(Words4 *address, const Words4 &words, host::Site site = 
 inline void copy_async(Words4 *shared, const Words4 *global, host::Site site = host::Site::here()) {
     host::issue_copy(shared, global, sizeof *shared, sizeof *shared, site);
 }
-inline void copy_async(u32 *shared, const u32 *global, host::Site site = host::Site::here()) {
-    host::issue_copy(shared, global, sizeof *shared, sizeof *shared, site);
+inline void copy_async(u32 *shared, const u32 *global, u32 bytes, host::Site site = host::Site::here()) {
+    host::issue_copy(shared, global, sizeof *shared, bytes, site);
 }
 inline void copy_async_commit() { host::commit_copies(); }
 template <int GROUPS>

@@ -50,9 +50,12 @@ const DECODE_WARPS: usize = 16;
 const DECODE_CHUNK: usize = 4;
 const DECODE_TABLE: usize = 256 * 256;
 const DECODE_MAP: usize = 1024;
-const DECODE_RING: usize = 3 * 32 * 1024;
 /// Partial sums of one column of a tile.
 const DECODE_COLUMN: usize = 16 * 4;
+const RING_CHUNK: usize = 4;
+const RING_BYTES: usize = 3 * 32 * 1024;
+/// Sums of eight columns of a step.
+const RING_SUMS: usize = DECODE_WARPS * 16 * 8 * 4;
 /// Shared memory that the device keeps for itself, before the block's: the table of `decode_ring` begins at a multiple of
 /// its size, whether or not there is such a part.
 const RESERVED_SHARED: usize = 1024;
@@ -69,7 +72,7 @@ fn product_kernel(dtype: DType, nested: bool) -> Kernel {
     Kernel { module: Module::Product, name, threads: PRODUCT_THREADS, large_shared: false }
 }
 
-/// What `DecodePlan` is to the kernel.
+/// What `DecodePlan` is to `decode`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Plan {
@@ -78,39 +81,53 @@ struct Plan {
     per_pass: i32,
 }
 
+/// What `RingPlan` is to `decode_ring`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct RingPlan {
+    rows: i32,
+    log2_slots: i32,
+    width: i32,
+    chunks: i32,
+    per_pass: i32,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum AnyPlan {
+    Registers(Plan),
+    Ring(RingPlan),
+}
+
 #[derive(Debug, Clone, Copy)]
 struct Decode {
     kernel: Kernel,
-    plan: Plan,
+    plan: AnyPlan,
     blocks: u64,
     shared: u32,
 }
 
-/// How the work is divided, or `None` when shared memory has no room for one tile.
-fn decode_plan(
-    (m, n, k): (usize, usize, usize),
-    ring: bool,
-    multiprocessors: usize,
-    shared_per_block: usize,
-) -> Option<(Plan, u64, u32)> {
-    let fragments = m.div_ceil(DECODE_COLUMNS);
-    let (warps, chunk) = (DECODE_WARPS / fragments, DECODE_CHUNK * fragments);
-    // As many parts of K as leave each warp most of a chunk.
+/// As many parts of K, a power of two, as leave each warp most of a chunk.
+fn parts_of_k(k: usize, warps: usize, chunk: usize) -> usize {
     let mut slots = warps;
     while slots > 1 && k / DECODE_BLOCK < slots * chunk * 3 / 4 {
         slots /= 2;
     }
+    slots
+}
+
+/// How the work is divided, or `None` when shared memory has no room for one tile: the plan, the blocks of threads, and the
+/// shared memory of each.
+fn decode_plan(
+    (m, n, k): (usize, usize, usize),
+    multiprocessors: usize,
+    shared_per_block: usize,
+) -> Option<(Plan, u64, u32)> {
+    let fragments = m.div_ceil(DECODE_COLUMNS);
+    let slots = parts_of_k(k, DECODE_WARPS / fragments, DECODE_CHUNK * fragments);
     let rows = n.div_ceil(multiprocessors);
     let tiles = rows.div_ceil(DECODE_ROWS);
     let partial = slots * m * DECODE_COLUMN;
-    let (before, behind) = if ring {
-        // What is before the table fits in front of the first place for it, whichever that is.
-        let whole = 2 * DECODE_TABLE + DECODE_RING;
-        (DECODE_MAP, shared_per_block.checked_sub(whole).map(|_| DECODE_TABLE - RESERVED_SHARED)?)
-    } else {
-        (DECODE_TABLE + DECODE_MAP, shared_per_block)
-    };
-    let room = behind.checked_sub(before)? / partial;
+    let room = shared_per_block.checked_sub(DECODE_TABLE + DECODE_MAP)? / partial;
     if room == 0 {
         return None;
     }
@@ -121,7 +138,44 @@ fn decode_plan(
         slots: i32::try_from(slots).ok()?,
         per_pass: i32::try_from(per_pass).ok()?,
     };
-    let shared = if ring { 2 * DECODE_TABLE + DECODE_RING } else { before + per_pass * partial };
+    let shared = DECODE_TABLE + DECODE_MAP + per_pass * partial;
+    Some((plan, n.div_ceil(rows) as u64, u32::try_from(shared).ok()?))
+}
+
+/// The same for `decode_ring`.
+fn ring_plan(
+    (m, n, k): (usize, usize, usize),
+    multiprocessors: usize,
+    shared_per_block: usize,
+) -> Option<(RingPlan, u64, u32)> {
+    // What is before the table fits in front of the first place for it, whichever that is.
+    let shared = 2 * DECODE_TABLE + RING_BYTES;
+    if shared > shared_per_block {
+        return None;
+    }
+    let fragments = m.div_ceil(DECODE_COLUMNS);
+    let slots = parts_of_k(k, DECODE_WARPS, RING_CHUNK);
+    let chunks = (k / DECODE_BLOCK).div_ceil(slots * RING_CHUNK);
+    let width = (k / DECODE_BLOCK).div_ceil(chunks).div_ceil(slots);
+    // Between rounds the sums of all rows are kept. When there is no room for them, more blocks have fewer rows each.
+    let kept = if chunks > DECODE_FRAGMENTS / fragments { m * 4 } else { 0 };
+    let mut rows = n.div_ceil(multiprocessors);
+    let room = loop {
+        let room = (DECODE_TABLE - RESERVED_SHARED - DECODE_MAP).saturating_sub(rows * kept) / (RING_SUMS * fragments);
+        if room > 0 {
+            break room;
+        }
+        rows = rows.div_ceil(2);
+    };
+    let steps = rows.div_ceil(DECODE_ROWS * (DECODE_WARPS / slots));
+    let plan = RingPlan {
+        rows: i32::try_from(rows).ok()?,
+        log2_slots: slots.ilog2() as i32,
+        width: i32::try_from(width).ok()?,
+        chunks: i32::try_from(chunks).ok()?,
+        // Passes of equal length.
+        per_pass: i32::try_from(steps.div_ceil(steps.div_ceil(room))).ok()?,
+    };
     Some((plan, n.div_ceil(rows) as u64, u32::try_from(shared).ok()?))
 }
 
@@ -138,7 +192,8 @@ impl Product<'_> {
             && i32::try_from(k).is_ok()
             && self.blocksize.get() >= DECODE_BLOCK
             && self.x.is_aligned(16)
-            && self.packed.is_aligned(if ring { 16 } else { 8 });
+            && self.packed.is_aligned(if ring { 16 } else { 8 })
+            && (!ring || self.suits_ring());
         if !suits {
             return None;
         }
@@ -162,10 +217,25 @@ impl Product<'_> {
             _ => return None,
         };
         let (multiprocessors, shared) = (device.multiprocessors() as usize, device.shared_per_block() as usize);
-        let (plan, blocks, shared) = decode_plan((m, n, k), ring, multiprocessors, shared)?;
-        let threads = (DECODE_WARPS / m.div_ceil(DECODE_COLUMNS) * 32) as u32;
+        let (plan, blocks, shared, warps) = if ring {
+            let (plan, blocks, shared) = ring_plan((m, n, k), multiprocessors, shared)?;
+            (AnyPlan::Ring(plan), blocks, shared, DECODE_WARPS)
+        } else {
+            let (plan, blocks, shared) = decode_plan((m, n, k), multiprocessors, shared)?;
+            (AnyPlan::Registers(plan), blocks, shared, DECODE_WARPS / m.div_ceil(DECODE_COLUMNS))
+        };
+        let threads = (warps * 32) as u32;
         let kernel = Kernel { module, name, threads, large_shared: true };
         Some(Decode { kernel, plan, blocks, shared })
+    }
+
+    /// Codes are copied in words, and blocks counted in 32 bits.
+    fn suits_ring(&self) -> bool {
+        let aligned = match self.scales {
+            Scales::Plain(_) => true,
+            Scales::Nested { codes, .. } => codes.is_aligned(4),
+        };
+        aligned && self.n.checked_mul(self.k / DECODE_BLOCK).is_some_and(|blocks| u32::try_from(blocks).is_ok())
     }
 
     fn check(&self) -> Result<usize> {
@@ -251,10 +321,17 @@ pub unsafe fn product(device: &Device, stream: Stream, product: &Product<'_>, ch
     let (x, packed, y) = (product.x.address(), product.packed.address(), product.y.address());
     let (m, n, k) = (product.m, product.n, product.k);
     if let Some(decode) = choice.decoders().iter().find_map(|&ring| product.decode(device, ring)) {
-        let (m, n, k, plan) = (m as i32, n as i32, k as i32, decode.plan);
-        let parameters = parameters![x, packed, scales, bias, y, m, n, k, shift, quant_type, plan];
-        // SAFETY: the kernel's parameters in its order; lengths and alignment were checked, the rest is the caller's.
-        unsafe { device.launch(stream, &decode.kernel, decode.blocks, decode.shared, parameters) }?;
+        let (m, n, k) = (m as i32, n as i32, k as i32);
+        let launch = |parameters: &mut [_]| {
+            // SAFETY: the kernel's parameters in its order; lengths and alignment were checked, the rest is the caller's.
+            unsafe { device.launch(stream, &decode.kernel, decode.blocks, decode.shared, parameters) }
+        };
+        match decode.plan {
+            AnyPlan::Registers(plan) => {
+                launch(parameters![x, packed, scales, bias, y, m, n, k, shift, quant_type, plan])?;
+            }
+            AnyPlan::Ring(plan) => launch(parameters![x, packed, scales, bias, y, m, n, k, shift, quant_type, plan])?,
+        }
         return Ok(decode.kernel.name);
     }
     if matches!(choice, Choice::Decode | Choice::DecodeRing) {
@@ -274,32 +351,50 @@ pub unsafe fn product(device: &Device, stream: Stream, product: &Product<'_>, ch
 mod tests {
     use super::*;
 
+    const M: [usize; 5] = [1, 3, 8, 9, 16];
+    const N: [usize; 8] = [1, 7, 16, 100, 4096, 5120, 14336, 128_256];
+    const K: [usize; 8] = [64, 128, 320, 1024, 4096, 5120, 14336, 28672];
+
+    fn shapes() -> impl Iterator<Item = (usize, usize, usize)> {
+        M.into_iter().flat_map(|m| N.into_iter().flat_map(move |n| K.into_iter().map(move |k| (m, n, k))))
+    }
+
     #[test]
     fn every_row_and_every_block_has_a_warp() {
-        for (ring, multiprocessors, shared) in
-            [(true, 132, 232_448), (false, 108, 166_912), (false, 82, 101_376), (false, 1, 101_376)]
-        {
-            for m in [1, 3, 8, 9, 16] {
-                for n in [1, 7, 16, 100, 4096, 5120, 14336, 128_256] {
-                    for k in [64, 128, 320, 1024, 4096, 5120, 14336] {
-                        let (plan, blocks, bytes) = decode_plan((m, n, k), ring, multiprocessors, shared).unwrap();
-                        let (rows, slots) = (plan.rows as usize, plan.slots as usize);
-                        assert!(blocks as usize * rows >= n && (blocks as usize - 1) * rows < n, "{m} {n} {k}");
-                        assert!(blocks as usize <= multiprocessors);
-                        assert!(slots.is_power_of_two() && slots * DECODE_BLOCK <= k);
-                        assert!(slots * m.div_ceil(DECODE_COLUMNS) <= DECODE_WARPS);
-                        assert!(plan.per_pass >= 1 && bytes as usize <= shared);
-                        let partial = plan.per_pass as usize * slots * m * DECODE_COLUMN;
-                        assert!(!ring || partial + DECODE_MAP + RESERVED_SHARED <= DECODE_TABLE);
-                    }
-                }
+        for (multiprocessors, shared) in [(108, 166_912), (82, 101_376), (1, 101_376)] {
+            for (m, n, k) in shapes() {
+                let (plan, blocks, bytes) = decode_plan((m, n, k), multiprocessors, shared).unwrap();
+                let (rows, slots) = (plan.rows as usize, plan.slots as usize);
+                assert!(blocks as usize * rows >= n && (blocks as usize - 1) * rows < n, "{m} {n} {k}");
+                assert!(blocks as usize <= multiprocessors);
+                assert!(slots.is_power_of_two() && slots * DECODE_BLOCK <= k);
+                assert!(slots * m.div_ceil(DECODE_COLUMNS) <= DECODE_WARPS);
+                assert!(plan.per_pass >= 1 && bytes as usize <= shared);
             }
         }
     }
 
     #[test]
+    fn every_row_and_every_block_has_a_warp_and_a_place_in_the_ring() {
+        for (m, n, k) in shapes() {
+            let (plan, blocks, bytes) = ring_plan((m, n, k), 132, 232_448).unwrap();
+            let (rows, slots, width, chunks) =
+                (plan.rows as usize, 1 << plan.log2_slots, plan.width as usize, plan.chunks as usize);
+            assert!(blocks as usize * rows >= n && (blocks as usize - 1) * rows < n, "{m} {n} {k}");
+            assert!(slots <= DECODE_WARPS && (1..=RING_CHUNK).contains(&width));
+            // No chunk is without blocks, and none are left.
+            assert!(chunks * width * slots * DECODE_BLOCK >= k && (chunks - 1) * width * slots * DECODE_BLOCK < k);
+            let fragments = m.div_ceil(DECODE_COLUMNS);
+            let kept = if chunks > DECODE_FRAGMENTS / fragments { m * rows * 4 } else { 0 };
+            let sums = plan.per_pass as usize * RING_SUMS * fragments;
+            assert!(plan.per_pass >= 1 && DECODE_MAP + sums + kept + RESERVED_SHARED <= DECODE_TABLE);
+            assert!(bytes as usize <= 232_448);
+        }
+    }
+
+    #[test]
     fn shared_memory_without_room() {
-        assert_eq!(decode_plan((16, 4096, 4096), false, 40, 65536), None);
-        assert_eq!(decode_plan((1, 4096, 4096), true, 108, 166_912), None);
+        assert_eq!(decode_plan((16, 4096, 4096), 40, 65536), None);
+        assert_eq!(ring_plan((1, 4096, 4096), 108, 166_912), None);
     }
 }

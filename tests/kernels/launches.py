@@ -7,6 +7,7 @@ many values a block of threads takes.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -156,10 +157,10 @@ class Scales:
         """Of the kernels' names."""
         return "" if self.codes is None else "_nested"
 
-    def argument(self) -> Argument:
-        """The struct that kernels take; what they have no business with is null."""
+    def argument(self, shift: int = 0) -> Argument:
+        """The struct that kernels take; what they have no business with is null. Plain scales are `shift` bytes off."""
         if self.codes is None or self.absmax2 is None or self.offset is None:
-            return pointers(Buffer(self.absmax), None, None, None)
+            return pointers(Buffer(self.absmax, shift), None, None, None)
         offset = np.array([self.offset], np.float32)
         return pointers(None, Buffer(self.codes), Buffer(self.absmax2), Buffer(offset))
 
@@ -430,11 +431,17 @@ class Product:
         bound = roundings * 2.0**-24 * size
         return near(y, bound + native.EPSILON[self.dtype] * (np.abs(y) + bound) + 1e-30, self.dtype)
 
-    def buffers(self, shift: int = 0) -> tuple[Argument, Argument, Argument, Argument, Buffer]:
-        """The arguments that products share; the packed codes are `shift` bytes off."""
+    def buffers(self, shift: int = 0, scale_shift: int = 0) -> tuple[Argument, Argument, Argument, Argument, Buffer]:
+        """The arguments that products share; the packed codes are `shift` bytes off, plain scales `scale_shift`."""
         y = Buffer(_filled(self.x.shape[0] * self.weights.shape[0], self.x.dtype).reshape(self.x.shape[0], -1))
         bias = pointers(None if self.bias is None else Buffer(self.bias))
-        return pointers(Buffer(self.x)), pointers(Buffer(self.packed, shift)), self.scales.argument(), bias, y
+        return (
+            pointers(Buffer(self.x)),
+            pointers(Buffer(self.packed, shift)),
+            self.scales.argument(scale_shift),
+            bias,
+            y,
+        )
 
 
 def plain_product(source: Described, product: Product, shift: int = 0) -> Check:
@@ -452,31 +459,51 @@ def plain_product(source: Described, product: Product, shift: int = 0) -> Check:
     return Check(f"{kernel}, {m} x {n} x {k}", Case([launch]), [(y, wanted)])
 
 
-def decode(source: Described, product: Product, rows: int, slots: int, per_pass: int, ring: bool = False) -> Check:
-    """By matrix units: at most 16 rows of x. `rows`, `slots` and `per_pass` are the members of the kernel's plan.
-
-    `ring`: the kernel that copies packed codes to shared memory.
-    """
-    (m, k), n = product.x.shape, product.weights.shape[0]
-    constants = source.constants
-    kernel = f"decode_{'ring_' if ring else ''}{product.dtype}_{8 if m <= 8 else 16}{product.scales.suffix}"
-    x, packed, scales, bias, y = product.buffers()
-    plan = Argument(b"".join(value.to_bytes(4, "little") for value in (rows, slots, per_pass)))
-    arguments = [
-        x, packed, scales, bias, pointers(y), int32(m), int32(n), int32(k),
-        _shift(product.blocksize), _type(product.quant_type), plan,
-    ]  # fmt: skip
+def decode(source: Described, product: Product, rows: int, slots: int, per_pass: int) -> Check:
+    """By matrix units: at most 16 rows of x. `rows`, `slots` and `per_pass` are the members of the kernel's plan."""
+    (m, _), constants = product.x.shape, source.constants
     partial = per_pass * slots * m * constants["ROWS"] * 4
     shared = constants["MAP_BYTES"] + partial + constants["LANE_TABLE_BYTES"]
-    if ring:
-        # The table begins at a multiple of its size; 1 KB of shared memory is the system's.
-        shared = 2 * constants["LANE_TABLE_BYTES"] - 1024 + constants["STAGES"] * (32 << 10)
-    launch = Launch(kernel, _ceil(n, rows), source.threads[kernel], arguments, shared)
+    return _decode(source, "decode", product, (rows, slots, per_pass), slots, shared)
+
+
+def decode_ring(
+    source: Described, product: Product, rows: int, slots: int, per_pass: int, scale_shift: int = 0
+) -> Check:
+    """The same, packed codes by way of shared memory. `per_pass` is in steps; scales are `scale_shift` bytes off."""
+    constants = source.constants
+    blocks = product.x.shape[1] // constants["BLOCK"]
+    chunks = _ceil(blocks, slots * constants["RING_CHUNK"])
+    width = _ceil(_ceil(blocks, chunks), slots)
+    # The table begins at a multiple of its size; 1 KB of shared memory is the system's.
+    ring = constants["STAGES"] * constants["RING_WARPS"] * constants["STAGE_BYTES"]
+    shared = 2 * constants["LANE_TABLE_BYTES"] - 1024 + ring
+    plan = (rows, int(math.log2(slots)), width, chunks, per_pass)
+    return _decode(source, "decode_ring", product, plan, slots * chunks, shared, scale_shift)
+
+
+def _decode(
+    source: Described,
+    family: str,
+    product: Product,
+    plan: tuple[int, ...],
+    parts: int,
+    shared: int,
+    scale_shift: int = 0,
+) -> Check:
+    (m, k), n = product.x.shape, product.weights.shape[0]
+    kernel = f"{family}_{product.dtype}_{8 if m <= 8 else 16}{product.scales.suffix}"
+    x, packed, scales, bias, y = product.buffers(scale_shift=scale_shift)
+    arguments = [
+        x, packed, scales, bias, pointers(y), int32(m), int32(n), int32(k),
+        _shift(product.blocksize), _type(product.quant_type), Argument(struct.pack(f"<{len(plan)}i", *plan)),
+    ]  # fmt: skip
+    launch = Launch(kernel, _ceil(n, plan[0]), source.threads[kernel], arguments, shared)
     # Weights are rounded to x's type before they are scaled. The sums of a block are rounded once for each product of
-    # matrices, then the blocks' and the slots' are added.
+    # matrices, then the blocks' and the parts' are added.
     table = native.to_float32(native.from_float32(product.weights, product.dtype), product.dtype)
-    wanted = product.result(table, 8 + 2 * k / 64 + slots)
-    name = f"{kernel}, {m} x {n} x {k}, {product.quant_type} in {product.blocksize}, plan {rows, slots, per_pass}"
+    wanted = product.result(table, 8 + 2 * k / 64 + parts)
+    name = f"{kernel}, {m} x {n} x {k}, {product.quant_type} in {product.blocksize}, plan {plan}"
     return Check(name, Case([launch]), [(y, wanted)])
 
 

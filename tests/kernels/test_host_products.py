@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import launches
 import pytest
@@ -34,12 +35,47 @@ DECODE = [
 ]
 
 
+def decode_products(m: int, n: int, k: int, blocksize: int) -> Iterator[Product]:
+    """Both types and codebooks, with and without what is optional."""
+    for j, (dtype, quant_type) in enumerate(itertools.product(("bf16", "f16"), ("nf4", "fp4"))):
+        yield Product.random(m, n, k, dtype, quant_type, blocksize, nested=(j + m) % 2 == 1, bias=(j + n) % 3 == 0)
+
+
 @pytest.mark.parametrize(("n", "k", "blocksize", "plan"), DECODE)
 @pytest.mark.parametrize("m", [1, 3, 8, 9, 16])
-@pytest.mark.parametrize("ring", [False, True], ids=["registers", "ring"])
-def test_decode(ring: bool, m: int, n: int, k: int, blocksize: int, plan: tuple[int, int, int]) -> None:
-    source = library("decode_ring" if ring else "decode")
-    for j, (dtype, quant_type) in enumerate(itertools.product(("bf16", "f16"), ("nf4", "fp4"))):
-        product = Product.random(m, n, k, dtype, quant_type, blocksize, nested=(j + m) % 2 == 1, bias=(j + n) % 3 == 0)
-        check = launches.decode(source, product, *plan, ring=ring)
+def test_decode(m: int, n: int, k: int, blocksize: int, plan: tuple[int, int, int]) -> None:
+    source = library("decode")
+    for product in decode_products(m, n, k, blocksize):
+        check = launches.decode(source, product, *plan)
         check.against(run_both_ways(source, check.case))
+
+
+# Besides: four scales of a slot that lie together, in one chunk, two and three of these, so that there are two rounds;
+# a last chunk that has nothing for some slots; blocks of one part of K in several groups.
+RING = [
+    *DECODE,
+    (20, 1024, 64, (20, 4, 2)),
+    (70, 512, 64, (70, 2, 1)),
+    (33, 2048, 64, (17, 4, 1)),
+    (19, 2304, 64, (19, 4, 2)),
+    (3, 2816, 64, (2, 4, 1)),
+    (18, 1024, 128, (18, 4, 3)),
+]
+
+
+@pytest.mark.parametrize(("n", "k", "blocksize", "plan"), RING)
+@pytest.mark.parametrize("m", [1, 3, 8, 9, 16])
+def test_decode_ring(m: int, n: int, k: int, blocksize: int, plan: tuple[int, int, int]) -> None:
+    source = library("decode_ring")
+    rows, slots, per_pass = plan
+    for product in decode_products(m, n, k, blocksize):
+        check = launches.decode_ring(source, product, rows, slots, min(per_pass, 3))
+        check.against(run_both_ways(source, check.case))
+
+
+@pytest.mark.parametrize("k", [576, 1024])
+def test_decode_ring_takes_scales_of_any_alignment(k: int) -> None:
+    source = library("decode_ring")
+    product = Product.random(5, 20, k, "bf16", "nf4", 64)
+    check = launches.decode_ring(source, product, 20, 4, 2, scale_shift=4)
+    check.against(run_both_ways(source, check.case))

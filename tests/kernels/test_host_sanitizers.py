@@ -72,19 +72,24 @@ def of_product(source: Described) -> Iterator[Check]:
             yield launches.plain_product(source, product, shift=1)
 
 
-def of_decode(source: Described, ring: bool = False) -> Iterator[Check]:
-    """Every kernel: parts of K for several warps, and enough of it for one warp to use each place of a ring twice."""
+def of_decode(source: Described) -> Iterator[Check]:
+    """Every kernel: parts of K for several warps, and enough of it for one warp to use each place twice."""
     for dtype in ("bf16", "f16"):
         for nested in (False, True):
             for m in (3, 11):
                 for k, plan in ((320, (21, 4, 1)), (1088, (37, 1, 3))):
                     product = Product.random(m, 37, k, dtype, "nf4", 64, nested=nested, bias=nested)
-                    yield launches.decode(source, product, *plan, ring)
+                    yield launches.decode(source, product, *plan)
 
 
 def of_decode_ring(source: Described) -> Iterator[Check]:
-    """The same by way of shared memory."""
-    yield from of_decode(source, ring=True)
+    """The same by way of shared memory: scales one by one and four at a time, one round of chunks and two."""
+    for dtype in ("bf16", "f16"):
+        for nested in (False, True):
+            for m in (3, 11):
+                for k, plan in ((320, (21, 4, 1)), (1088, (37, 1, 3)), (2304, (37, 4, 2))):
+                    product = Product.random(m, 37, k, dtype, "nf4", 64, nested=nested, bias=nested)
+                    yield launches.decode_ring(source, product, *plan)
 
 
 def of_floor(source: Described) -> Iterator[Check]:
