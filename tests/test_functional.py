@@ -568,6 +568,8 @@ def test_outlier_columns(dtype):
     expected[..., [7, 40]] = 0
     assert torch.equal(codes, expected)
     assert values[0, 1, 7] == 8.0
+    again = F.int8_vectorwise_dequant(codes, scales.half())
+    torch.testing.assert_close(again.view(-1, 50), codes.view(-1, 50) * (scales.half().float()[:, None] / 127))
     assert F.int8_vectorwise_quant(values, threshold=20.0)[2].tolist() == []
     assert F.int8_vectorwise_quant(values[0, 1], threshold=6.0)[2].tolist() == [7]
     assert F.int8_vectorwise_quant(values[:, :, :0], threshold=6.0)[0].shape == (2, 4, 0)
@@ -577,14 +579,14 @@ def test_outlier_columns(dtype):
 
 
 def test_what_rows_refuse():
-    with pytest.raises(TypeError, match=r"input: dtype torch.int64 is not one of torch.float16"):
+    with pytest.raises(TypeError, match=r"A: dtype torch.int64 is not one of torch.float16"):
         F.int8_vectorwise_quant(torch.ones(2, 2, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"input: shape \[\] has no rows"):
+    with pytest.raises(ValueError, match=r"A: shape \[\] has no rows"):
         F.int8_vectorwise_quant(torch.tensor(1.0))
     with pytest.raises(ValueError, match=r"threshold: -1 is negative"):
         F.int8_vectorwise_quant(torch.ones(2, 2), threshold=-1)
     codes, scales, _ = F.int8_vectorwise_quant(torch.ones(2, 2))
-    with pytest.raises(ValueError, match=r"scales: 1 scales do not fit; codes \[2, 2\] have 2 rows"):
+    with pytest.raises(ValueError, match=r"stats: 1 scales do not fit; A \[2, 2\] has 2 rows"):
         F.int8_vectorwise_dequant(codes, scales[:1])
-    with pytest.raises(TypeError, match=r"codes: dtype torch.uint8 is not torch.int8"):
+    with pytest.raises(TypeError, match=r"A: dtype torch.uint8 is not torch.int8"):
         F.int8_vectorwise_dequant(codes.view(torch.uint8), scales)

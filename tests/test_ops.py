@@ -9,6 +9,7 @@ import halfbyte.functional as F
 import halfbyte.nn as hnn
 import pytest
 import torch
+from halfbyte import _cpu
 from torch._dynamo.testing import CompileCounterWithBackend
 
 ops = torch.ops.halfbyte
@@ -108,6 +109,7 @@ def test_opcheck_embedding(dim, nested):
 @pytest.mark.parametrize("nested", [False, True])
 def test_gradients_of_every_order(nested):
     """The product is linear in both factors: its derivatives are those of the dense product."""
+    torch.manual_seed(0)
     _, _, state = weight(6, 33, nested=nested)
     packed, state = F.quantize_4bit(torch.randn(6, 33), quant_type="nf4", compress_statistics=nested)
     dense = F.dequantize_4bit(packed, state)
@@ -216,6 +218,28 @@ def test_func_grad_and_per_sample_gradients():
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_forward_mode_derivatives():
+    from torch.autograd import forward_ad
+
+    packed, state = F.quantize_4bit(torch.randn(6, 33), quant_type="nf4")
+    dense = F.dequantize_4bit(packed, state)
+    x, dx, bias, dbias = torch.randn(4, 33), torch.randn(4, 33), torch.randn(6), torch.randn(6)
+    layer = hnn.LinearNF4(33, 6, bias=False).to("cpu")
+    with forward_ad.dual_level():
+        dual, shift = forward_ad.make_dual(x, dx), forward_ad.make_dual(bias, dbias)
+        for y, expected in (
+            (F.matmul_4bit(dual, packed, state), dx @ dense.T),
+            (F.matmul_4bit(dual, packed, state, bias=shift), dx @ dense.T + dbias),
+            (F.matmul_4bit(x, packed, state, bias=shift), dbias.expand(4, 6)),
+            (layer(dual), dx @ layer.dequantize().T),
+        ):
+            torch.testing.assert_close(forward_ad.unpack_dual(y).tangent, expected)
+        assert forward_ad.unpack_dual(F.matmul_4bit(x, packed, state)).tangent is None
+    with torch.no_grad():
+        jacobian = torch.func.jacfwd(lambda x: F.matmul_4bit(x, packed, state, bias=bias))(x[0])
+    torch.testing.assert_close(jacobian, dense)
+
+
 def test_embedding_under_vmap():
     table = hnn.EmbeddingNF4(20, 24).to("cpu")
     indices = torch.randint(0, 20, (3, 5))
@@ -305,6 +329,31 @@ def test_refusals_are_the_same_when_traced():
             ops.linear_4bit(torch.empty(3, 32, device=device), *arguments, None, (16, 32), 64, "nf2")
 
 
+def test_scales_are_checked():
+    codes, absmax2, offset = ops.compress_absmax(torch.rand(300))
+    for device in ("cpu", "meta"):
+        moved = [t.to(device) for t in (codes, absmax2, offset)]
+        with pytest.raises(TypeError, match=r"absmax: dtype torch.int16 is not torch.float32"):
+            ops.compress_absmax(torch.ones(3, dtype=torch.int16, device=device))
+        with pytest.raises(ValueError, match=r"absmax2: 1 elements, expected 2 for 300 nested scales"):
+            ops.expand_absmax(moved[0], moved[1][:1], moved[2])
+    with pytest.raises(ValueError, match=r"offset: is on meta, but packed is on cpu"):
+        _cpu.expand_absmax(codes, absmax2, offset.to("meta"))
+
+
+def test_what_is_written_to_was_changed():
+    """Autograd notices that `out` is not what it was."""
+    packed, state = F.quantize_4bit(torch.randn(4, 4), quant_type="nf4")
+    factor, out = torch.ones(4, 4, requires_grad=True), torch.randn(4, 4)
+    y = (factor * out).sum()
+    F.dequantize_4bit(packed, state, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+    negated = torch.randn(4, 4, dtype=torch.complex64).conj().imag
+    with pytest.raises(ValueError, match="out: is a lazily negated view"):
+        F.dequantize_4bit(packed, state, out=negated)
+
+
 def test_a_lazily_negated_input_is_not_mistaken():
     tensors, _, state = weight(16, 32)
     z = torch.randn(3, 32, dtype=torch.complex64)
@@ -312,6 +361,9 @@ def test_a_lazily_negated_input_is_not_mistaken():
     assert negated.is_neg()
     expected = F.matmul_4bit(negated.clone().resolve_neg(), tensors[0], state)
     assert torch.equal(F.matmul_4bit(negated, tensors[0], state), expected)
+    bias = torch.conj(torch.randn(16, dtype=torch.complex64)).imag
+    expected = F.matmul_4bit(negated, tensors[0], state, bias=bias.clone().resolve_neg())
+    assert torch.equal(F.matmul_4bit(negated, tensors[0], state, bias=bias), expected)
 
 
 # ---- compilation -----------------------------------------------------------------------------------------------------

@@ -140,6 +140,19 @@ def check_scales(
             raise ValueError(f"{argument}: {tensor.numel()} elements, expected {count} for {blocks} nested scales")
 
 
+def check_compress(absmax: Tensor) -> None:
+    """The argument of `compress_absmax`."""
+    check_tensor("absmax", absmax)
+    if absmax.dtype is not torch.float32:
+        raise TypeError(f"absmax: dtype {absmax.dtype} is not torch.float32")
+
+
+def check_expand(codes: Tensor, absmax2: Tensor, offset: Tensor) -> None:
+    """The arguments of `expand_absmax`."""
+    check_tensor("codes", codes)
+    check_scales(codes, absmax2, offset, codes.numel(), codes.device)
+
+
 def check_packed_length(argument: str, packed: Tensor, n: int) -> None:
     """`packed` holds the codes of `n` values, rounded up to whole elements of its storage dtype."""
     if packed.dtype not in STORAGE_DTYPES:
@@ -296,29 +309,32 @@ def check_dequantize_blockwise(codes: Tensor, absmax: Tensor, code: Tensor, bloc
         raise ValueError(f"absmax: {absmax.numel()} scales do not fit; {codes.numel()} codes make {blocks} blocks")
 
 
-def check_quantize_rows(input: Tensor) -> None:
-    """The argument of `quantize_rows`."""
-    check_tensor("input", input)
-    check_float("input", input.dtype)
+def check_quantize_rows(input: Tensor, argument: str = "input") -> None:
+    """The argument of `quantize_rows`, by the name that its caller has for it."""
+    check_tensor(argument, input)
+    check_float(argument, input.dtype)
     if input.dim() == 0:
-        raise ValueError("input: shape [] has no rows; expected [..., columns]")
+        raise ValueError(f"{argument}: shape [] has no rows; expected [..., columns]")
 
 
-def check_dequantize_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> None:
-    """The arguments of `dequantize_rows`."""
-    check_tensor("codes", codes)
+def check_dequantize_rows(
+    codes: Tensor, scales: Tensor, dtype: torch.dtype, arguments: tuple[str, str] = ("codes", "scales")
+) -> None:
+    """The arguments of `dequantize_rows`, the tensors by the names that the caller has for them."""
+    first, second = arguments
+    check_tensor(first, codes)
     if codes.dtype is not torch.int8:
-        raise TypeError(f"codes: dtype {codes.dtype} is not torch.int8")
+        raise TypeError(f"{first}: dtype {codes.dtype} is not torch.int8")
     if codes.dim() == 0:
-        raise ValueError("codes: shape [] has no rows; expected [..., columns]")
+        raise ValueError(f"{first}: shape [] has no rows; expected [..., columns]")
     check_float("dtype", dtype)
-    check_tensor("scales", scales)
-    same_device("scales", scales, "codes", codes.device)
+    check_tensor(second, scales)
+    same_device(second, scales, first, codes.device)
     if scales.dtype is not torch.float32:
-        raise TypeError(f"scales: dtype {scales.dtype} is not torch.float32")
-    rows = codes.shape[:-1].numel()
+        raise TypeError(f"{second}: dtype {scales.dtype} is not torch.float32")
+    rows = prod(codes.shape[:-1])
     if scales.numel() != rows:
-        raise ValueError(f"scales: {scales.numel()} scales do not fit; codes {list(codes.shape)} have {rows} rows")
+        raise ValueError(f"{second}: {scales.numel()} scales do not fit; {first} {list(codes.shape)} has {rows} rows")
 
 
 def check_out(out: object, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
@@ -330,3 +346,5 @@ def check_out(out: object, shape: Sequence[int], dtype: torch.dtype, device: tor
     if list(out.shape) != list(shape):
         raise ValueError(f"out: shape {list(out.shape)} is not {list(shape)}")
     same_device("out", out, "the input", device)
+    if out.is_neg():
+        raise ValueError("out: is a lazily negated view; pass memory of its own")

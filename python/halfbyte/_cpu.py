@@ -18,9 +18,12 @@ from halfbyte._checks import (
     BLOCK_SIZES,
     NESTED_BLOCKSIZE,
     blocks_of,
+    check_compress,
     check_dequantize_blockwise,
     check_dequantize_rows,
     check_embedding,
+    check_expand,
+    check_float,
     check_product,
     check_quantize,
     check_quantize_blockwise,
@@ -93,6 +96,7 @@ def quantize_4bit_nested(input: Tensor, blocksize: int, quant_type: str) -> tupl
 
 def compress_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Float32 scales to 8 bits: codes uint8 [n], their scales float32 [ceil(n / 256)], and the offset float32 []."""
+    check_compress(absmax)
     absmax = absmax.contiguous()
     n = absmax.numel()
     codes = absmax.new_empty(n, dtype=torch.uint8)
@@ -103,6 +107,7 @@ def compress_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def expand_absmax(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
     """The way back of `compress_absmax`: float32 [n]."""
+    check_expand(codes, absmax2, offset)
     codes, absmax2 = codes.contiguous(), absmax2.contiguous()
     absmax = absmax2.new_empty(codes.numel())
     _native.expand_absmax(_raw(codes), _raw(absmax2), offset.item(), _raw(absmax))
@@ -129,6 +134,7 @@ def dequantize_4bit(
 ) -> Tensor:
     """The values of a packed tensor, `shape` and `dtype`; into `out` where given (checked by the caller)."""
     check_weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
+    check_float("dtype", dtype)
     result = out if out is not None and out.is_contiguous() else packed.new_empty(shape, dtype=dtype)
     packed = packed.contiguous()
     absmax = _plain_absmax(absmax, absmax2, offset)
@@ -306,7 +312,7 @@ def quantize_rows(input: Tensor) -> tuple[Tensor, Tensor]:
     """8-bit codes int8 like `input`, and the largest magnitude of each row, float32 [rows]."""
     check_quantize_rows(input)
     input = input.contiguous()
-    rows, columns = input.shape[:-1].numel(), input.shape[-1]
+    rows, columns = prod(input.shape[:-1]), input.shape[-1]
     codes = input.new_empty(input.shape, dtype=torch.int8)
     scales = input.new_empty(rows, dtype=torch.float32)
     _follow_threads()

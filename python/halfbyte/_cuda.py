@@ -19,9 +19,12 @@ from halfbyte import _native
 from halfbyte._checks import (
     NESTED_BLOCKSIZE,
     blocks_of,
+    check_compress,
     check_dequantize_blockwise,
     check_dequantize_rows,
     check_embedding,
+    check_expand,
+    check_float,
     check_product,
     check_quantize,
     check_quantize_blockwise,
@@ -143,6 +146,7 @@ def quantize_4bit_nested(input: Tensor, blocksize: int, quant_type: str) -> tupl
 
 def compress_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Float32 scales to 8 bits: codes uint8 [n], their scales float32 [ceil(n / 256)], and the offset float32 []."""
+    check_compress(absmax)
     absmax = absmax.contiguous()
     n = absmax.numel()
     codes = absmax.new_empty(n, dtype=torch.uint8)
@@ -157,6 +161,7 @@ def compress_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def expand_absmax(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
     """The way back of `compress_absmax`: float32 [n]."""
+    check_expand(codes, absmax2, offset)
     codes, absmax2 = codes.contiguous(), absmax2.contiguous()
     absmax = absmax2.new_empty(codes.numel())
     _native.cuda_expand_absmax(*_here(codes), _raw(codes), _raw(absmax2), _raw(offset), _raw(absmax))
@@ -176,6 +181,7 @@ def dequantize_4bit(
 ) -> Tensor:
     """The values of a packed tensor, `shape` and `dtype`; into `out` where given (checked by the caller)."""
     check_weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
+    check_float("dtype", dtype)
     result = out if out is not None and out.is_contiguous() else packed.new_empty(shape, dtype=dtype)
     packed = packed.contiguous()
     (first, second, third), _kept = _raw_scales(absmax, absmax2, offset)
@@ -233,7 +239,7 @@ def _slow(device: int, dtype: torch.dtype, k: int, blocksize: int) -> str | None
         return "the matrix units have no float32"
     if major < 8:
         return f"the matrix units of compute capability {major}.{minor} do not do it, those of 8.0 and later do"
-    if k % 64:
+    if k % 64 or k == 0:
         return "in_features is no multiple of 64"
     return f"the block size is {blocksize}, less than 64" if blocksize < 64 else None
 
@@ -248,6 +254,15 @@ def _kernel(
         _logger.warning("products of few rows with a 4-bit weight %s in %s take longer: %s", [n, k], dtype, reason)
     kernel = _native.CudaLinear(device, _NAMES[dtype], n, k, quant_type, blocksize, nested)
     return kernel.launch, reason is None
+
+
+@functools.lru_cache(maxsize=4096)
+def _say_unaligned(n: int, k: int) -> None:
+    """Once: the fused product takes such a weight, but not where it lies."""
+    _logger.warning(
+        "products of few rows with a 4-bit weight %s take longer: its codes do not begin at a multiple of %d bytes",
+        [n, k], _ALIGNMENT,
+    )  # fmt: skip
 
 
 class _Weight:
@@ -336,7 +351,8 @@ def linear_4bit(
         device = x.get_device()
         launch, fused = _kernel(device, dtype, n, k, quant_type, blocksize, nested)
         codes = packed.data_ptr()
-        if codes % _ALIGNMENT:
+        if fused and codes % _ALIGNMENT:
+            _say_unaligned(n, k)
             fused = False
         if fused or m <= (_PLAIN_ROWS_32 if dtype is torch.float32 else _PLAIN_ROWS) or k == 0:
             if nested:
@@ -441,7 +457,7 @@ def quantize_rows(input: Tensor) -> tuple[Tensor, Tensor]:
     """8-bit codes int8 like `input`, and the largest magnitude of each row, float32 [rows]."""
     check_quantize_rows(input)
     input = input.contiguous()
-    rows, columns = input.shape[:-1].numel(), input.shape[-1]
+    rows, columns = prod(input.shape[:-1]), input.shape[-1]
     codes = input.new_empty(input.shape, dtype=torch.int8)
     scales = input.new_empty(rows, dtype=torch.float32)
     _native.cuda_quantize_rows(*_here(input), _raw(input), _raw(codes), _raw(scales), rows, columns)

@@ -12,6 +12,7 @@ All operations are functional: no output shares memory with an input. A packed w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -22,9 +23,11 @@ from halfbyte import _cpu, _cuda, _native
 from halfbyte._checks import (
     NESTED_BLOCKSIZE,
     blocks_of,
+    check_compress,
     check_dequantize_blockwise,
     check_dequantize_rows,
     check_embedding,
+    check_expand,
     check_float,
     check_product,
     check_quantize,
@@ -106,6 +109,7 @@ def _dequantize_4bit(
 
 @_fake("compress_absmax")
 def _compress_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    check_compress(absmax)
     n = absmax.numel()
     return (
         absmax.new_empty(n, dtype=torch.uint8),
@@ -116,6 +120,7 @@ def _compress_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @_fake("expand_absmax")
 def _expand_absmax(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
+    check_expand(codes, absmax2, offset)
     return absmax2.new_empty(codes.numel())
 
 
@@ -139,7 +144,7 @@ def _quantize_rows(input: Tensor) -> tuple[Tensor, Tensor]:
     check_quantize_rows(input)
     return (
         input.new_empty(input.shape, dtype=torch.int8),
-        input.new_empty(input.shape[:-1].numel(), dtype=torch.float32),
+        input.new_empty(prod(input.shape[:-1]), dtype=torch.float32),
     )
 
 
@@ -212,7 +217,8 @@ def _register(device: str, kernels: ModuleType) -> None:
 
 
 _register("cpu", _cpu)
-if hasattr(_native, "cuda_quantize_4bit"):
+# A ROCm build of torch calls its devices "cuda" too; the kernels are not for them.
+if hasattr(_native, "cuda_quantize_4bit") and torch.version.hip is None:
     _register("cuda", _cuda)
 
 
@@ -250,6 +256,9 @@ def kernels(
         or type(third) not in plain
         or type(fourth) not in plain
         or x.is_neg()
+        or (factor is not None and factor.is_neg())
+        # Forward-mode derivatives: tensors with a tangent look like others.
+        or _forward_ad._current_level >= 0
     ):
         return None
     if _is_grad_enabled() and (x.requires_grad or (factor is not None and factor.requires_grad)):
@@ -262,6 +271,7 @@ _function_modes = torch._C._len_torch_function_stack
 _transforms = torch._C._functorch.peek_interpreter_stack
 _tracing = torch._C._get_tracing_state
 _is_grad_enabled = torch.is_grad_enabled
+_forward_ad = torch.autograd.forward_ad
 
 
 def plain(tensor: Tensor) -> Tensor:

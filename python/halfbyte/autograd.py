@@ -33,6 +33,18 @@ def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(packed, absmax, absmax2, offset)
 
 
+def _setup_linear_both(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _setup_linear(ctx, inputs, output)
+    ctx.save_for_forward(*inputs[1:5])
+
+
+def _linear_tangent(ctx: Any, x: Tensor, *tangents: Any) -> Tensor:
+    """Of the result, those of `x` and the bias being given; zeros where there is none."""
+    y = _product(x, *ctx.saved_tensors, None, *ctx.how)
+    bias = tangents[4]
+    return y if bias is None else y + bias.to(y.dtype)
+
+
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
@@ -83,10 +95,11 @@ class _Linear4bit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         y = _forward(*inputs)
-        _setup_linear(ctx, inputs, y)
+        _setup_linear_both(ctx, inputs, y)
         return y
 
     backward = staticmethod(_linear_backward)
+    jvp = staticmethod(_linear_tangent)
 
 
 class _InputGradient(torch.autograd.Function):
@@ -105,8 +118,9 @@ class _FuncLinear4bit(torch.autograd.Function):
     """`_Linear4bit` in the form that torch.func asks for, which takes its time."""
 
     forward = staticmethod(_forward)
-    setup_context = staticmethod(_setup_linear)
+    setup_context = staticmethod(_setup_linear_both)
     backward = staticmethod(_linear_backward)
+    jvp = staticmethod(_linear_tangent)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:

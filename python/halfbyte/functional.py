@@ -25,6 +25,7 @@ from halfbyte._checks import (
     NESTED_BLOCKSIZE,
     check_blocksize_8bit,
     check_code,
+    check_dequantize_rows,
     check_float,
     check_out,
     check_quantize_rows,
@@ -189,6 +190,7 @@ def dequantize_4bit(
         result: Tensor = direct.dequantize_4bit(
             plain(A), scales, absmax2, offset, shape, dtype, blocksize, quant_type, out
         )
+        _tell_autograd(out)
     else:
         result = _ops.dequantize_4bit(A, scales, absmax2, offset, shape, dtype, blocksize, quant_type)
         result = result if out is None else out.copy_(result)
@@ -263,12 +265,19 @@ def quantize_blockwise(
     Raises:
         TypeError: A wrong type or dtype. The message names the argument and the legal ones.
         ValueError: A wrong `blocksize`, a `code` that does not ascend, an `out` or `absmax` of another shape or device.
+            A `code` on a GPU is not looked at, which would mean to wait: if it does not ascend, codes mean nothing.
     """
     check_tensor("A", A)
     check_float("A", A.dtype)
     check_blocksize_8bit(blocksize)
     A = A.detach() if A.requires_grad else A
-    code = dynamic_map(A.device) if code is None else code.to(device=A.device, dtype=torch.float32, copy=True)
+    if code is None:
+        code = dynamic_map(A.device)
+    else:
+        check_tensor("code", code)
+        if code.device.type == "cpu" and A.is_cuda and kernels(code) and not bool((code[1:] >= code[:-1]).all()):
+            raise ValueError("code: is not in ascending order")
+        code = code.to(device=A.device, dtype=torch.float32, copy=True)
     check_code(code, A.device)
     codes, scales = (kernels(A, None, code) or _ops).quantize_blockwise(A, code, blocksize)
     state = QuantState(scales, code=code, blocksize=blocksize, dtype=A.dtype)
@@ -320,6 +329,7 @@ def dequantize_blockwise(
     direct = kernels(A, None, scales, values, out)
     if direct is not None:
         result: Tensor = direct.dequantize_blockwise(A, scales, values, quant_state.blocksize, dtype, out)
+        _tell_autograd(out)
         return result
     result = _ops.dequantize_blockwise(A, scales, values, quant_state.blocksize, dtype)
     return result if out is None else out.copy_(result)
@@ -348,7 +358,9 @@ def int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Te
     >>> codes, scales
     (tensor([[  32, -127,   64]], dtype=torch.int8), tensor([4.]))
     """
-    check_quantize_rows(A)
+    check_quantize_rows(A, "A")
+    if not isinstance(threshold, (int, float)):
+        raise TypeError(f"threshold: {threshold!r} is not a number")
     if not threshold >= 0:
         raise ValueError(f"threshold: {threshold} is negative; expected 0 (none) or more")
     A = A.detach() if A.requires_grad else A
@@ -367,7 +379,7 @@ def int8_vectorwise_dequant(A: Tensor, stats: Tensor) -> Tensor:
 
     Args:
         A: The codes, int8 `[..., columns]`.
-        stats: The scales, float32 `[rows]`.
+        stats: The scales, float32 `[rows]`; other floats are converted.
 
     Returns:
         float32, shaped as `A`.
@@ -376,6 +388,9 @@ def int8_vectorwise_dequant(A: Tensor, stats: Tensor) -> Tensor:
         TypeError: A wrong type or dtype. The message names the argument and the legal ones.
         ValueError: Scales that do not fit the codes.
     """
+    check_tensor("stats", stats)
+    stats = stats.to(torch.float32).resolve_neg()
+    check_dequantize_rows(A, stats, torch.float32, ("A", "stats"))
     result: Tensor = (kernels(A, None, stats) or _ops).dequantize_rows(A, stats, torch.float32)
     return result
 
@@ -389,6 +404,12 @@ def _general_scales(state: QuantState) -> tuple[Tensor, Tensor | None, Tensor | 
     if state.nested and second is not None and offset is not None and second.blocksize != NESTED_BLOCKSIZE:
         return dequantize_blockwise(state.absmax, second) + offset, None, None
     return state.scales()
+
+
+def _tell_autograd(out: Tensor | None) -> None:
+    """That native code wrote to a tensor: what was saved of it for a backward pass is no longer there."""
+    if out is not None and not out.is_inference():
+        torch.autograd.graph.increment_version(out)
 
 
 def _view_as(packed: Tensor, quant_storage: torch.dtype) -> Tensor:

@@ -60,10 +60,18 @@ def dynamic_map(device: torch.device | str | None = None) -> Tensor:
 
 def _cuda_device(device: torch.device | str | None) -> torch.device | None:
     """The device, if a map is to be made there by kernels: a copy from the host would wait, and spoil a capture."""
-    if device is None or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if (
+        device is None
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.version.hip is not None
+        or not hasattr(_native, "cuda_quantize_4bit")
+    ):
         return None
     device = torch.device(device)
-    return device if device.type == "cuda" and torch.version.hip is None else None
+    return device if device.type == "cuda" else None
 
 
 def _copy(values: Tensor, device: torch.device | str | None) -> Tensor:

@@ -170,7 +170,8 @@ impl Device {
 
     /// Whether a module is loaded, so that a launch will not wait for it.
     pub fn is_loaded(&self, module: Module) -> bool {
-        self.modules.lock().is_ok_and(|modules| modules.contains_key(&module))
+        // Who loads one holds the lock all the while: then this one counts as not loaded.
+        self.modules.try_lock().is_ok_and(|modules| modules.contains_key(&module))
     }
 
     /// Loads a module unless it is: the driver compiles it for the device, or finds it in its cache on disk. Allowed
@@ -329,7 +330,8 @@ impl Device {
         })
     }
 
-    /// Calls with this device's context bound to the thread, and binds again what was bound before.
+    /// Calls with this device's context bound to the thread, and binds again what was bound before, if anything was or the
+    /// device is not the first.
     fn bound<T>(&self, call: impl FnOnce() -> Result<T>) -> Result<T> {
         let failed = |what: &'static str| move |error| driver_error(self.words(), what, error);
         let before = result::ctx::get_current().map_err(failed("cuCtxGetCurrent"))?;
@@ -339,6 +341,11 @@ impl Device {
         // SAFETY: a primary context that stays retained.
         unsafe { result::ctx::set_current(self.context.0) }.map_err(failed("cuCtxSetCurrent"))?;
         let answer = call();
+        if before.is_none() && self.ordinal == 0 {
+            // What the runtime would do too: a thread without a context gets that of the first device. Torch warns when it
+            // comes to a matrix product without one, as after a kernel of ours in the thread of a backward pass.
+            return answer;
+        }
         // SAFETY: what was current before; null for none.
         let restored = unsafe { result::ctx::set_current(before.unwrap_or(std::ptr::null_mut())) };
         let answer = answer?;

@@ -1,5 +1,6 @@
 //! The kernels on device memory of Python's. The caller keeps the memory alive until the stream has come past the call.
-//! The GIL is released while a device is opened and modules are loaded, and kept for launches: they take microseconds.
+//! The GIL is released meanwhile: opening a device and loading modules take long, and a launch waits where too many are
+//! on their way.
 
 use pyo3::prelude::*;
 
@@ -123,9 +124,9 @@ fn cuda_quantize_4bit(
     let (input, packed, absmax, quant_type, blocksize) = check().map_err(to_py)?;
     let device = open(py, device, &[Module::Quantize])?;
     // SAFETY: the Python caller's to keep.
-    unsafe {
+    py.detach(|| unsafe {
         cuda::quantize(device, Stream(stream), &input, &packed, &absmax, quant_type, blocksize, variant(reference))
-    }
+    })
     .map_err(to_py)
 }
 
@@ -153,9 +154,9 @@ fn cuda_dequantize_4bit(
     let (packed, scales, out, quant_type, blocksize) = check().map_err(to_py)?;
     let device = open(py, device, &[Module::Dequantize])?;
     // SAFETY: the Python caller's to keep.
-    unsafe {
+    py.detach(|| unsafe {
         cuda::dequantize(device, Stream(stream), &packed, &scales, &out, quant_type, blocksize, variant(reference))
-    }
+    })
     .map_err(to_py)
 }
 
@@ -187,7 +188,7 @@ fn cuda_compress_absmax(
     let out = Compressed { codes: &codes, absmax2: &absmax2, offset: &offset, workspace: &workspace };
     let device = open(py, device, &[Module::Nested])?;
     // SAFETY: the Python caller's to keep.
-    unsafe { cuda::compress(device, Stream(stream), &absmax, &out) }.map_err(to_py)
+    py.detach(|| unsafe { cuda::compress(device, Stream(stream), &absmax, &out) }).map_err(to_py)
 }
 
 /// Quantize `input` to 4 bits and its scales to 8 bits.
@@ -223,8 +224,10 @@ fn cuda_quantize_4bit_nested(
     let out = Compressed { codes: &out.0, absmax2: &out.1, offset: &out.2, workspace: &out.3 };
     let device = open(py, device, &[Module::Quantize, Module::Nested])?;
     // SAFETY: the Python caller's to keep.
-    unsafe { cuda::quantize_nested(device, Stream(stream), &input, &packed, &scratch, &out, quant_type, blocksize) }
-        .map_err(to_py)
+    py.detach(|| unsafe {
+        cuda::quantize_nested(device, Stream(stream), &input, &packed, &scratch, &out, quant_type, blocksize)
+    })
+    .map_err(to_py)
 }
 
 /// Read doubly quantized scales back into float32 `out`.
@@ -248,7 +251,8 @@ fn cuda_expand_absmax(
     let (codes, absmax2, offset, out) = check().map_err(to_py)?;
     let device = open(py, device, &[Module::Expand])?;
     // SAFETY: the Python caller's to keep.
-    unsafe { cuda::expand(device, Stream(stream), &codes, &absmax2, &offset, &out, variant(reference)) }.map_err(to_py)
+    py.detach(|| unsafe { cuda::expand(device, Stream(stream), &codes, &absmax2, &offset, &out, variant(reference)) })
+        .map_err(to_py)
 }
 
 /// Read rows of a packed table into `out`.
@@ -282,7 +286,8 @@ fn cuda_embedding_4bit(
     let device = open(py, device, &[Module::Embedding])?;
     let table = Table { packed: &packed, scales: &scales, rows, columns, quant_type, blocksize };
     // SAFETY: the Python caller's to keep.
-    unsafe { cuda::embedding(device, Stream(stream), &indices, &table, &out, variant(reference)) }.map_err(to_py)
+    py.detach(|| unsafe { cuda::embedding(device, Stream(stream), &indices, &table, &out, variant(reference)) })
+        .map_err(to_py)
 }
 
 /// Quantize `input` to 8 bits with the map `code`.
@@ -307,9 +312,9 @@ fn cuda_quantize_8bit(
     let (input, code, codes, absmax) = check().map_err(to_py)?;
     let device = open(py, device, &[Module::Quantize8Bit])?;
     // SAFETY: the Python caller's to keep.
-    unsafe {
+    py.detach(|| unsafe {
         cuda::quantize_8bit(device, Stream(stream), &input, &code, &codes, &absmax, blocksize, variant(reference))
-    }
+    })
     .map_err(to_py)
 }
 
@@ -335,9 +340,9 @@ fn cuda_dequantize_8bit(
     let (codes, absmax, code, out) = check().map_err(to_py)?;
     let device = open(py, device, &[Module::Dequantize8Bit])?;
     // SAFETY: the Python caller's to keep.
-    unsafe {
+    py.detach(|| unsafe {
         cuda::dequantize_8bit(device, Stream(stream), &codes, &absmax, &code, &out, blocksize, variant(reference))
-    }
+    })
     .map_err(to_py)
 }
 
@@ -360,8 +365,10 @@ fn cuda_quantize_rows(
     let (input, codes, scales) = check().map_err(to_py)?;
     let device = open(py, device, &[Module::Rows])?;
     // SAFETY: the Python caller's to keep.
-    unsafe { cuda::quantize_rows(device, Stream(stream), &input, &codes, &scales, rows, columns, variant(reference)) }
-        .map_err(to_py)
+    py.detach(|| unsafe {
+        cuda::quantize_rows(device, Stream(stream), &input, &codes, &scales, rows, columns, variant(reference))
+    })
+    .map_err(to_py)
 }
 
 /// Read 8-bit rows back into `out`.
@@ -383,8 +390,10 @@ fn cuda_dequantize_rows(
     let (codes, scales, out) = check().map_err(to_py)?;
     let device = open(py, device, &[Module::Rows])?;
     // SAFETY: the Python caller's to keep.
-    unsafe { cuda::dequantize_rows(device, Stream(stream), &codes, &scales, &out, rows, columns, variant(reference)) }
-        .map_err(to_py)
+    py.detach(|| unsafe {
+        cuda::dequantize_rows(device, Stream(stream), &codes, &scales, &out, rows, columns, variant(reference))
+    })
+    .map_err(to_py)
 }
 
 /// `y = x · Wᵀ + bias`; gives the name of the kernel that was used.
@@ -425,5 +434,5 @@ fn cuda_matmul_4bit(
     let product =
         Product { x: &x, packed: &packed, scales: &scales, bias: bias.as_ref(), y: &y, m, n, k, quant_type, blocksize };
     // SAFETY: the Python caller's to keep.
-    unsafe { cuda::product(device, Stream(stream), &product, kernel) }.map_err(to_py)
+    py.detach(|| unsafe { cuda::product(device, Stream(stream), &product, kernel) }).map_err(to_py)
 }

@@ -61,6 +61,7 @@ impl CudaLinear {
     #[allow(clippy::too_many_arguments)] // Python's arguments
     fn launch(
         &self,
+        py: Python<'_>,
         stream: usize,
         m: usize,
         x: usize,
@@ -108,6 +109,6 @@ impl CudaLinear {
             // SAFETY: the Python caller's to keep.
             unsafe { cuda::product(self.device, Stream(stream), &product, Choice::Best) }.map(|_| ())
         };
-        call().map_err(to_py)
+        py.detach(call).map_err(to_py)
     }
 }

@@ -204,6 +204,7 @@ def test_inputs_of_any_layout() -> None:
 
 
 def test_gradients_of_every_order() -> None:
+    torch.manual_seed(0)
     packed, state, dense = pair(6, 33, torch.float32)
     x = torch.randn(2, 4, 33, device="cuda", requires_grad=True)
     bias = torch.randn(6, device="cuda", requires_grad=True)
@@ -617,6 +618,28 @@ def test_devices_must_agree() -> None:
         F.dequantize_4bit(packed, state, out=torch.empty(48, 64, dtype=torch.bfloat16))
     # None of it has spoilt anything.
     assert F.matmul_4bit(x, packed, state).shape == (2, 48)
+
+
+def test_scales_must_be_on_the_device() -> None:
+    codes, absmax2, offset = ops.compress_absmax(torch.rand(300, device="cuda"))
+    for wrong in ((codes, absmax2.cpu(), offset), (codes, absmax2, offset.cpu())):
+        with pytest.raises(ValueError, match="is on cpu, but packed is on cuda:0"):
+            ops.expand_absmax(*wrong)
+    with pytest.raises(ValueError, match="code: is not in ascending order"):
+        F.quantize_blockwise(torch.randn(5, device="cuda"), code=torch.linspace(1, -1, 256))
+    torch.cuda.synchronize()
+
+
+def test_under_transforms() -> None:
+    weight, x = torch.randn(16, 64, device="cuda"), torch.randn(3, 64, device="cuda")
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        packed, state = F.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        return F.matmul_4bit(x, packed, state).sum()
+
+    expected = F.dequantize_4bit(*F.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)).sum(0)
+    torch.testing.assert_close(torch.func.grad(loss)(x), expected.expand(3, 64), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.func.functionalize(loss)(x), loss(x))
 
 
 def test_a_packed_weight_that_is_not_contiguous() -> None:

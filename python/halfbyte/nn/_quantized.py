@@ -98,12 +98,14 @@ class Quantized(torch.nn.Module):
                 self._replace(weight, fn(weight))
                 return self
             state = getattr(weight, "quant_state", None) or self.quant_state
-            self._replace(weight, _as_bytes(weight.data, fn))
+            moved = None
             if state is not None:
                 moved = state.map(lambda tensor: _as_bytes(tensor, fn))
-                if moved.absmax.device != state.absmax.device:
+                if state.code is not None and state.code.is_meta and not moved.absmax.is_meta:
                     # Of maps, the numbers are known: they come back even from the meta device.
                     moved.code = quant_map(state.weight()[2], moved.absmax.device)
+            self._replace(weight, _as_bytes(weight.data, fn))
+            if moved is not None:
                 self.quant_state = moved
                 new = self._parameters["weight"]
                 if isinstance(new, Params4bit):
