@@ -229,11 +229,12 @@ impl Product<'_> {
         Some(Decode { kernel, plan, blocks, shared })
     }
 
-    /// Codes are copied in words, and blocks counted in 32 bits.
+    /// Codes of scales are copied in words, the last one too: only the bytes that there are, but tools that watch memory
+    /// see the word. Blocks are counted in 32 bits.
     fn suits_ring(&self) -> bool {
         let aligned = match self.scales {
             Scales::Plain(_) => true,
-            Scales::Nested { codes, .. } => codes.is_aligned(4),
+            Scales::Nested { codes, .. } => codes.is_aligned(4) && codes.count().is_multiple_of(4),
         };
         aligned && self.n.checked_mul(self.k / DECODE_BLOCK).is_some_and(|blocks| u32::try_from(blocks).is_ok())
     }

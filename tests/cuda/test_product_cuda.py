@@ -90,6 +90,14 @@ def test_float32_is_exact_to_rounding() -> None:
     assert check(4, 256, 512, torch.float32).startswith("product")
 
 
+def test_codes_of_scales_that_are_no_whole_words() -> None:
+    for n, ring in ((37, False), (36, True)):
+        kernel = check(1, n, 192, torch.bfloat16, nested=True)
+        assert kernel.startswith(
+            "decode_ring" if ring and torch.cuda.get_device_capability() >= (9, 0) else "decode_bf16"
+        )
+
+
 def test_unaligned_operands_take_the_plain_kernel() -> None:
     weight, _ = weight_of(64, 128, "nf4", 64, nested=False)
     x = torch.randn(2 * 128 + 1, dtype=torch.bfloat16, device="cuda")[1:].view(2, 128)
