@@ -27,6 +27,7 @@ pub struct CudaLinear {
 impl CudaLinear {
     /// Check the kind, and load the kernels.
     #[new]
+    #[allow(clippy::too_many_arguments)] // Python's arguments
     fn new(
         py: Python<'_>,
         device: usize,
