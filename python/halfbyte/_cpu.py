@@ -266,11 +266,17 @@ def _boundaries(code: Tensor) -> Tensor:
     return torch.where(odd & (middle > lower), torch.nextafter(middle, torch.tensor(-torch.inf)), middle)
 
 
+def _bounded(blocksize: int, n: int) -> int:
+    """One that is not the format's is no larger than `n` values, which are the same block then: blocks are filled up."""
+    return blocksize if blocksize in BLOCK_SIZES else min(blocksize, max(n, 1))
+
+
 def quantize_blockwise(input: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     """8-bit codes like `input`, and scales float32 [blocks]."""
     check_quantize_blockwise(input, code, blocksize)
     values = input.contiguous().to(torch.float32)
     n = values.numel()
+    blocksize = _bounded(blocksize, n)
     codes = torch.empty(input.shape, dtype=torch.uint8)
     absmax = torch.empty(blocks_of(n, blocksize), dtype=torch.float32)
     code = code.contiguous()
@@ -292,6 +298,7 @@ def dequantize_blockwise(
     """The way back of `quantize_blockwise`: `codes.shape`, `dtype`; into `out` where given (checked by the caller)."""
     check_dequantize_blockwise(codes, absmax, code, blocksize, dtype)
     values = torch.empty(codes.shape, dtype=torch.float32)
+    blocksize = _bounded(blocksize, codes.numel())
     _follow_threads()
     if blocksize in BLOCK_SIZES:
         codes, absmax, code = codes.contiguous(), absmax.contiguous(), code.contiguous()
