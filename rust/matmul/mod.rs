@@ -7,7 +7,7 @@
 //! - Weights are `codebook[code] * scale` in float32, rounded to bfloat16 when [`Path::rounds_weights`] says so
 //!   (bfloat16 compute on AVX512-BF16) and not at all otherwise: float16 compute, and bfloat16 compute on other paths,
 //!   are more exact than the reference. With few rows it is the codebook that is rounded, not the product with the
-//!   scale: a relative error of at most 2⁻⁸ per weight either way.
+//!   scale: a relative error of at most 2⁻⁸ per weight either way. A single row of gradients meets exact weights.
 //! - Products are added up in float32, in an order that depends on the shape and the path, and on neither the run nor
 //!   the number of threads: the same bits every time. AVX512-BF16 rounds sums to nearest and takes denormals for zero.
 //! - The bias is added in float32, and the sum is rounded once, to the type of the result.
