@@ -264,6 +264,16 @@ def test_blockwise_8bit(blocksize, dtype, nested):
         assert torch.equal(same.to(dtype), again)
 
 
+def test_blockwise_8bit_of_less_than_a_block():
+    tensor, blocksize = torch.randn(3, 70), 10**12
+    codes, state = F.quantize_blockwise(tensor, blocksize=blocksize)
+    expected, _ = F.quantize_blockwise(tensor, blocksize=tensor.numel())
+    assert state.absmax.tolist() == [tensor.abs().max().item()]
+    assert torch.equal(codes, expected)
+    values = F.dequantize_blockwise(codes, state)
+    assert torch.equal(values, F.dequantize_blockwise(codes, absmax=state.absmax, blocksize=tensor.numel()))
+
+
 def test_blockwise_8bit_codes_are_the_nearest():
     tensor = torch.cat([torch.ones(1), torch.rand(4000) * 2 - 1, torch.zeros(7)])
     for code in (F.create_dynamic_map(), F.create_dynamic_map(signed=False), F.create_linear_map(),

@@ -12,6 +12,7 @@ from math import prod
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from halfbyte import _native
 from halfbyte._checks import (
@@ -43,6 +44,12 @@ _NAMES = {
     torch.bfloat16: "bfloat16",
     torch.float32: "float32",
 }
+
+
+# To make others from: for a new tensor, to name its dtype costs as much as all the rest. Ordinary CPU tensors, in
+# whatever modes torch is at the moment.
+with torch.inference_mode(False), _disable_current_modes():
+    _EMPTY = {dtype: torch.empty(0, dtype=dtype, device="cpu") for dtype in _NAMES}
 
 
 def _raw(tensor: Tensor) -> Raw:
@@ -80,8 +87,8 @@ def quantize_4bit(input: Tensor, blocksize: int, quant_type: str) -> tuple[Tenso
     check_quantize(input, blocksize, quant_type)
     input = input.contiguous()
     n = input.numel()
-    packed = input.new_empty((packed_bytes(n), 1), dtype=torch.uint8)
-    absmax = input.new_empty(blocks_of(n, blocksize), dtype=torch.float32)
+    packed = _EMPTY[torch.uint8].new_empty(packed_bytes(n), 1)
+    absmax = _EMPTY[torch.float32].new_empty(blocks_of(n, blocksize))
     _follow_threads()
     if not _native.quantize_4bit(_raw(input), _raw(packed), _raw(absmax), quant_type, blocksize):
         _logger.warning("a tensor %s to quantize holds NaN or an infinity: its block is lost", list(input.shape))
@@ -135,7 +142,7 @@ def dequantize_4bit(
     """The values of a packed tensor, `shape` and `dtype`; into `out` where given (checked by the caller)."""
     check_weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
     check_float("dtype", dtype)
-    result = out if out is not None and out.is_contiguous() else packed.new_empty(shape, dtype=dtype)
+    result = out if out is not None and out.is_contiguous() else _EMPTY[dtype].new_empty(shape)
     packed = packed.contiguous()
     absmax = _plain_absmax(absmax, absmax2, offset)
     _follow_threads()
@@ -272,11 +279,17 @@ def _boundaries(code: Tensor) -> Tensor:
     return torch.where(odd & (middle > lower), torch.nextafter(middle, torch.tensor(-torch.inf)), middle)
 
 
+def _bounded(blocksize: int, n: int) -> int:
+    """What makes the same blocks of `n` values without any that is larger than they are: blocks are filled up."""
+    return blocksize if blocksize in BLOCK_SIZES else min(blocksize, max(n, 1))
+
+
 def quantize_blockwise(input: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     """8-bit codes like `input`, and scales float32 [blocks]."""
     check_quantize_blockwise(input, code, blocksize)
     values = input.contiguous().to(torch.float32)
     n = values.numel()
+    blocksize = _bounded(blocksize, n)
     codes = torch.empty(input.shape, dtype=torch.uint8)
     absmax = torch.empty(blocks_of(n, blocksize), dtype=torch.float32)
     code = code.contiguous()
@@ -298,6 +311,7 @@ def dequantize_blockwise(
     """The way back of `quantize_blockwise`: `codes.shape`, `dtype`; into `out` where given (checked by the caller)."""
     check_dequantize_blockwise(codes, absmax, code, blocksize, dtype)
     values = torch.empty(codes.shape, dtype=torch.float32)
+    blocksize = _bounded(blocksize, codes.numel())
     _follow_threads()
     if blocksize in BLOCK_SIZES:
         codes, absmax, code = codes.contiguous(), absmax.contiguous(), code.contiguous()

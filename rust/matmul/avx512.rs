@@ -12,13 +12,20 @@ pub(super) struct Avx512;
 
 impl Decoder for Avx512 {
     type Value = f32;
+    type Codebook = __m512;
     type Table = __m512;
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,f16c,fma")]
-    unsafe fn table(values: &[f32; 16], scale: f32) -> __m512 {
+    unsafe fn codebook(values: &[f32; 16]) -> __m512 {
         // SAFETY: sixteen values.
-        _mm512_mul_ps(unsafe { _mm512_loadu_ps(values.as_ptr()) }, _mm512_set1_ps(scale))
+        unsafe { _mm512_loadu_ps(values.as_ptr()) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,f16c,fma")]
+    unsafe fn table(codebook: __m512, scale: f32) -> __m512 {
+        _mm512_mul_ps(codebook, _mm512_set1_ps(scale))
     }
 
     #[inline]
@@ -92,14 +99,21 @@ pub(super) struct Avx512Bf16;
 
 impl Decoder for Avx512Bf16 {
     type Value = u16;
+    type Codebook = __m512;
     /// Sixteen bfloat16, twice.
     type Table = __m512i;
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-    unsafe fn table(values: &[f32; 16], scale: f32) -> __m512i {
+    unsafe fn codebook(values: &[f32; 16]) -> __m512 {
         // SAFETY: sixteen values.
-        let values = _mm512_mul_ps(unsafe { _mm512_loadu_ps(values.as_ptr()) }, _mm512_set1_ps(scale));
+        unsafe { _mm512_loadu_ps(values.as_ptr()) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn table(codebook: __m512, scale: f32) -> __m512i {
+        let values = _mm512_mul_ps(codebook, _mm512_set1_ps(scale));
         bits(_mm512_cvtne2ps_pbh(values, values))
     }
 

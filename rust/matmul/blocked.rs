@@ -23,6 +23,10 @@ const TILE_ROWS: usize = 48;
 /// Columns of a backward tile at most: a multiple of every `Kernel::LANES`.
 const TILE_COLS: usize = 512;
 
+/// Words from one panel of a backward tile to the next, beyond those of the panel: a cache line, so that the panels' words
+/// of one row fall into different sets of the cache.
+const PANEL_GAP: usize = 16;
+
 /// Rows of a tile that are asked for before they are needed.
 const ROWS_AHEAD: usize = 16;
 
@@ -152,13 +156,13 @@ pub(super) fn backward<K: Kernel>(
             let cols = task * tile_cols..k.min((task + 1) * tile_cols);
             let padded = cols.len().next_multiple_of(K::LANES);
             Scratch::with(|scratch| {
-                let tile = scratch.tile.at_least(CHUNK * TILE_COLS);
+                let tile = scratch.tile.at_least(TILE_COLS / K::LANES * (CHUNK * K::LANES + PANEL_GAP));
                 let sums: &mut [f32] =
                     bytemuck::cast_slice_mut(scratch.sums.at_least(panels.groups() * K::ROWS * padded));
                 for chunk in Chunk::all::<K>(n) {
                     decode_lanes::<K>(weight, chunk, cols.clone(), padded, tile, &mut scratch.scales);
                     for panel in 0..padded / K::LANES {
-                        let lanes = &tile[panel * chunk.len * K::LANES..][..chunk.len * K::LANES];
+                        let lanes = &tile[panel * (chunk.len * K::LANES + PANEL_GAP)..][..chunk.len * K::LANES];
                         for group in 0..panels.groups() {
                             let rows = Rows {
                                 words: panels.panel(chunk, group).as_ptr(),
@@ -182,7 +186,8 @@ pub(super) fn backward<K: Kernel>(
     }
 }
 
-/// Decodes columns `cols` of the rows of a chunk as `[panel][word][LANES]`; lanes beyond the columns are zeros.
+/// Decodes columns `cols` of the rows of a chunk as `[panel][word][LANES]`, with gaps between panels; lanes beyond the
+/// columns are zeros.
 fn decode_lanes<K: Kernel>(
     weight: &Weight<'_>,
     chunk: Chunk,
@@ -207,7 +212,8 @@ fn decode_lanes<K: Kernel>(
             }
         }
         for panel in 0..padded / K::LANES {
-            let to = &mut tile[(panel * chunk.len + word) * K::LANES..][..K::LANES];
+            let to = panel * (chunk.len * K::LANES + PANEL_GAP) + word * K::LANES;
+            let to = &mut tile[to..to + K::LANES];
             let [first, second] = &decoded;
             let from = panel * K::LANES / K::DEPTH..(panel + 1) * K::LANES / K::DEPTH;
             // SAFETY: the path is available, and all three hold a panel's lanes.

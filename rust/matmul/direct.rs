@@ -31,12 +31,23 @@ const SUMS: usize = 2 * LANES * 16;
 /// of 4096 bytes; with this, reading from memory is three times as fast.
 const AHEAD_PAIRS: usize = 4;
 
+/// Columns that a stripe is made of: they are in one block.
+pub(super) const PIECE: usize = GROUP / 2;
+
+/// Rows of a stripe, at most: while one is multiplied, the codes of the next are on their way.
+pub(super) const STRIPE_ROWS: usize = 16;
+
+/// Columns of a stripe, at most: their sums stay in the first-level cache.
+const STRIPE_COLS: usize = 1024;
+
 /// Rows of activations that are multiplied with the same look-ups.
 pub(super) const LANES: usize = 4;
 
 /// A path's direct product.
 #[derive(Clone, Copy)]
 pub(super) struct Direct {
+    /// Up to so many rows of activations are multiplied in this way.
+    pub rows: usize,
     /// Words of a group of activations.
     pub group_words: usize,
     /// Lays one row of activations out: `[groups][group_words]`, what is missing in the last is zero.
@@ -49,6 +60,13 @@ pub(super) struct Direct {
     /// # Safety
     /// The machine has the path; all of `Pair` is readable, and its sums writable.
     pub pair: unsafe fn(&Pair) -> [[f32; LANES]; 2],
+    /// Up to so many rows of gradients are multiplied by [`Direct::stripe`].
+    pub backward_rows: usize,
+    /// Adds the products of one stripe of the weight with up to [`LANES`] rows of gradients to the sums.
+    ///
+    /// # Safety
+    /// The machine has the path; all of `Stripe` is readable, and its sums writable.
+    pub stripe: unsafe fn(&Stripe),
 }
 
 /// What a product of two rows of a weight reads.
@@ -85,6 +103,26 @@ pub(super) struct Pair {
     pub count: usize,
 }
 
+/// Some rows and columns of a weight, and what they are multiplied with.
+pub(super) struct Stripe {
+    /// The packed values of the first row.
+    pub codes: *const u8,
+    /// Bytes from one row to the next.
+    pub stride: usize,
+    /// Rows, at most [`STRIPE_ROWS`].
+    pub rows: usize,
+    /// Columns, in pieces of [`PIECE`].
+    pub pieces: usize,
+    /// The codebook.
+    pub values: &'static [f32; 16],
+    /// Gradient times scale: `[count][pieces][STRIPE_ROWS]`.
+    pub factors: *const f32,
+    /// `[count][pieces][PIECE]`, in the order of [`value_at`].
+    pub sums: *mut f32,
+    /// Rows of gradients, 1 to [`LANES`].
+    pub count: usize,
+}
+
 impl Pair {
     /// The scales of both halves of a group of row `r`.
     ///
@@ -102,6 +140,13 @@ impl Pair {
 /// Whether the direct product takes this weight.
 pub(super) fn takes(weight: &Weight<'_>) -> bool {
     weight.cols().is_multiple_of(GROUP / 2) && weight.blocksize() >= GROUP / 2 && weight.cols() > 0
+}
+
+/// Which of the 64 values of 32 packed bytes comes at `place`, where bytes are looked up in registers of 32, their high
+/// nibbles first, and four neighbours from each half of such a register share one of eight values.
+pub(super) fn value_at(place: usize) -> usize {
+    let (nibble, register, lane) = (place / 32, place / 8 % 4, place % 8);
+    2 * (lane / 4 * 16 + register * 4 + lane % 4) + nibble
 }
 
 /// `out[m, n] = x[m, k] · weight[n, k]ᵀ`.
@@ -172,6 +217,75 @@ pub(super) fn forward(
             for (row, results) in results.chunks_exact_mut(TASK).enumerate() {
                 // SAFETY: this task alone has these rows of the weight, which are columns of the result.
                 unsafe { out.store(row, rows.start, &mut results[..rows.len()]) }
+            }
+        });
+    });
+}
+
+/// `out[m, k] = grad[m, n] · weight[n, k]`. A sum is made of all rows of the weight in order, whoever makes it.
+pub(super) fn backward(
+    direct: Direct,
+    grad: Matrix<'_>,
+    m: usize,
+    weight: &Weight<'_>,
+    out: &Out<'_>,
+    workers: Workers<'_>,
+) {
+    let (n, k) = (weight.rows(), weight.cols());
+    let mut gradients = Words::zeroed(m * n);
+    let gradients: &mut [f32] = bytemuck::cast_slice_mut(gradients.as_mut_slice());
+    grad.floats.to_f32(0..m * n, grad.compute, &mut gradients[..m * n]);
+    let gradients = &*gradients;
+    let stripe_cols = k.div_ceil(2 * workers.threads()).next_multiple_of(PIECE).min(STRIPE_COLS);
+    workers.for_each(k.div_ceil(stripe_cols), |task| {
+        let cols = task * stripe_cols..k.min((task + 1) * stripe_cols);
+        let pieces = cols.len() / PIECE;
+        Scratch::with(|scratch| {
+            let sums: &mut [f32] = bytemuck::cast_slice_mut(scratch.sums.at_least(LANES * STRIPE_COLS));
+            let factors: &mut [f32] =
+                bytemuck::cast_slice_mut(scratch.tile.at_least(LANES * STRIPE_COLS / PIECE * STRIPE_ROWS));
+            for first_lane in (0..m).step_by(LANES) {
+                let count = LANES.min(m - first_lane);
+                let sums = &mut sums[..count * cols.len()];
+                sums.fill(0.0);
+                for start in (0..n).step_by(STRIPE_ROWS) {
+                    let rows = start..n.min(start + STRIPE_ROWS);
+                    weight.prefetch(rows.end..rows.end + STRIPE_ROWS, cols.clone());
+                    for row in rows.clone() {
+                        let first = row * k + cols.start;
+                        let blocks = weight.blocks_of(first..row * k + cols.end);
+                        let origin = blocks.start * weight.blocksize();
+                        let shift = weight.blocksize().trailing_zeros();
+                        let scales = weight.scales(blocks, &mut scratch.scales);
+                        for lane in 0..count {
+                            let gradient = gradients[(first_lane + lane) * n + row];
+                            let factors = &mut factors[lane * pieces * STRIPE_ROWS + row - start..];
+                            for (piece, factor) in factors.iter_mut().step_by(STRIPE_ROWS).take(pieces).enumerate() {
+                                *factor = gradient * scales[(first - origin + piece * PIECE) >> shift];
+                            }
+                        }
+                    }
+                    let stripe = Stripe {
+                        codes: &raw const weight.packed()[(start * k + cols.start) / 2],
+                        stride: k / 2,
+                        rows: rows.len(),
+                        pieces,
+                        values: weight.values(),
+                        factors: factors.as_ptr(),
+                        sums: sums.as_mut_ptr(),
+                        count,
+                    };
+                    // SAFETY: the path is available; rows, factors and sums are as long as `Stripe` says.
+                    unsafe { (direct.stripe)(&stripe) }
+                }
+                let mut natural = [0.0; STRIPE_COLS];
+                for (lane, sums) in sums.chunks_exact(cols.len()).enumerate() {
+                    for (natural, sums) in natural.chunks_exact_mut(PIECE).zip(sums.chunks_exact(PIECE)) {
+                        sums.iter().enumerate().for_each(|(place, sum)| natural[value_at(place)] = *sum);
+                    }
+                    // SAFETY: this task alone has these columns.
+                    unsafe { out.store(first_lane + lane, cols.start, &mut natural[..cols.len()]) }
+                }
             }
         });
     });

@@ -6,10 +6,12 @@ use std::arch::x86_64::*;
 
 use super::avx512::{bits, pairs};
 use super::direct::{Direct, GROUP, LANES, Pair};
+use super::direct_avx2;
 use super::pack::Matrix;
 use super::weight::prefetch;
 
-pub(super) const DIRECT: Direct = Direct { group_words: GROUP / 2, prepare, pair };
+pub(super) const DIRECT: Direct =
+    Direct { rows: 20, group_words: GROUP / 2, prepare, pair, backward_rows: 1, stripe: direct_avx2::stripe };
 
 /// Which of a 16-bit word's four values its nibbles are, lowest nibble first.
 const ORDER: [usize; 4] = [1, 0, 3, 2];

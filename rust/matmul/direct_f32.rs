@@ -3,10 +3,12 @@
 use std::arch::x86_64::*;
 
 use super::direct::{Direct, GROUP, LANES, Pair};
+use super::direct_avx2;
 use super::pack::Matrix;
 use super::weight::prefetch;
 
-pub(super) const DIRECT: Direct = Direct { group_words: GROUP, prepare, pair };
+pub(super) const DIRECT: Direct =
+    Direct { rows: 20, group_words: GROUP, prepare, pair, backward_rows: 1, stripe: direct_avx2::stripe };
 
 /// Register `j` of a group, place `w`: value `8 w + (j ^ 1)`, since of a byte's values the earlier is the high nibble.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,f16c,fma")]

@@ -70,9 +70,11 @@ pub(super) trait Kernel {
     ///
     /// # Safety
     /// The machine has the path.
+    #[inline(always)]
     unsafe fn weave(first: &[u32], second: &[u32], out: &mut [u32]) {
         debug_assert!(Self::DEPTH == 1 && second.len() == out.len());
-        out.copy_from_slice(first);
+        // The number is known when this is compiled: a few moves, not a call.
+        out[..Self::LANES].copy_from_slice(&first[..Self::LANES]);
     }
 
     /// The path's way to multiply few rows without decoding the weight to memory, where it has one.
@@ -85,14 +87,22 @@ pub(super) trait Kernel {
 pub(super) trait Decoder {
     /// A decoded value.
     type Value: Copy;
+    /// The codebook, as [`Self::table`] wants it.
+    type Codebook: Copy;
     /// A block's sixteen values, ready for look-ups.
     type Table: Copy;
+
+    /// Once for all blocks of a run.
+    ///
+    /// # Safety
+    /// The machine has the path.
+    unsafe fn codebook(values: &[f32; 16]) -> Self::Codebook;
 
     /// The values of a block with this scale.
     ///
     /// # Safety
     /// The machine has the path.
-    unsafe fn table(values: &[f32; 16], scale: f32) -> Self::Table;
+    unsafe fn table(codebook: Self::Codebook, scale: f32) -> Self::Table;
 
     /// Writes the values of the [`STEP`] codes in 16 bytes.
     ///
@@ -110,6 +120,8 @@ pub(super) unsafe fn decode<D: Decoder>(run: &Run<'_>, out: *mut D::Value) {
     let (mut at, end, mut out) = (run.start, run.start + run.len, out);
     let shift = run.blocksize.trailing_zeros();
     let first = at >> shift;
+    // SAFETY: the caller's.
+    let codebook = unsafe { D::codebook(run.values) };
     if at.is_multiple_of(STEP) && end.is_multiple_of(STEP) {
         // The usual weight: nothing but whole steps.
         let mut codes = run.packed[at / 2..end / 2].as_ptr();
@@ -120,7 +132,7 @@ pub(super) unsafe fn decode<D: Decoder>(run: &Run<'_>, out: *mut D::Value) {
             let stop = (((at >> shift) + 1) << shift).min(end);
             // SAFETY: `codes` has the bytes of values up to `end`, and `out` has room for them.
             unsafe {
-                let table = D::table(run.values, scale);
+                let table = D::table(codebook, scale);
                 for _ in 0..(stop - at) / STEP {
                     D::look_up(table, codes, out);
                     (codes, out) = (codes.add(STEP / 2), out.add(STEP));
@@ -135,7 +147,7 @@ pub(super) unsafe fn decode<D: Decoder>(run: &Run<'_>, out: *mut D::Value) {
         let stop = ((block + 1) << shift).min(end);
         // SAFETY: `codes` reads bytes of values `at..stop` only, and `out` has room for them.
         unsafe {
-            let table = D::table(run.values, run.scales[block - first]);
+            let table = D::table(codebook, run.scales[block - first]);
             if at % 2 == 1 {
                 // In the middle of a byte: the one before goes to waste.
                 part::<D>(run.packed, table, at, 1, out);
@@ -173,11 +185,17 @@ pub(super) struct Scalar;
 
 impl Decoder for Scalar {
     type Value = f32;
+    type Codebook = [f32; 16];
     type Table = [f32; 16];
 
     #[inline]
-    unsafe fn table(values: &[f32; 16], scale: f32) -> [f32; 16] {
-        values.map(|v| v * scale)
+    unsafe fn codebook(values: &[f32; 16]) -> [f32; 16] {
+        *values
+    }
+
+    #[inline]
+    unsafe fn table(codebook: [f32; 16], scale: f32) -> [f32; 16] {
+        codebook.map(|v| v * scale)
     }
 
     #[inline]

@@ -7,7 +7,7 @@
 //! - Weights are `codebook[code] * scale` in float32, rounded to bfloat16 when [`Path::rounds_weights`] says so
 //!   (bfloat16 compute on AVX512-BF16) and not at all otherwise: float16 compute, and bfloat16 compute on other paths,
 //!   are more exact than the reference. With few rows it is the codebook that is rounded, not the product with the
-//!   scale: a relative error of at most 2⁻⁸ per weight either way.
+//!   scale: a relative error of at most 2⁻⁸ per weight either way. A single row of gradients meets exact weights.
 //! - Products are added up in float32, in an order that depends on the shape and the path, and on neither the run nor
 //!   the number of threads: the same bits every time. AVX512-BF16 rounds sums to nearest and takes denormals for zero.
 //! - The bias is added in float32, and the sum is rounded once, to the type of the result.
@@ -17,9 +17,9 @@
 //! A scale that is not finite makes the results it has a part in not finite.
 //!
 //! # How
-//! Few rows of activations are multiplied with codes looked up in registers (`direct`), or with a row of the weight
-//! decoded into the first-level cache where codes begin in the middle of a byte or a block; many with a tile of the
-//! weight decoded into the second-level cache (`blocked`). A thread needs 1.1 MB at most, and the rounded activations
+//! Few rows of activations or gradients are multiplied with codes looked up in registers (`direct`); where codes begin in
+//! the middle of a byte or a block, activations with a row of the weight decoded into the first-level cache; many rows
+//! with a tile of the weight decoded into the second-level cache (`blocked`). A thread needs 1.1 MB at most, and the rounded activations
 //! of up to 512 rows are held once. Threads share results, never a sum.
 
 #[cfg(target_arch = "x86_64")]
@@ -28,6 +28,8 @@ mod avx2;
 mod avx512;
 mod blocked;
 mod direct;
+#[cfg(target_arch = "x86_64")]
+mod direct_avx2;
 #[cfg(target_arch = "x86_64")]
 mod direct_bf16;
 #[cfg(target_arch = "x86_64")]
@@ -55,9 +57,6 @@ pub use workers::{Parallel, Workers};
 
 /// Up to so many rows of activations are multiplied without laying them out for the blocked product.
 const FEW_ROWS: usize = 8;
-
-/// Up to so many with codes looked up in registers, where that is possible.
-const DIRECT_ROWS: usize = 20;
 
 /// Multiplications that one thread does in the time it takes to wake another: tens of microseconds.
 const SERIAL_WORK: usize = 1 << 20;
@@ -148,7 +147,7 @@ pub fn linear(
 
 fn forward<K: Kernel>(x: Matrix<'_>, m: usize, weight: &Weight<'_>, out: &Out<'_>, workers: Workers<'_>) {
     match K::direct() {
-        Some(direct) if m <= DIRECT_ROWS && direct::takes(weight) => {
+        Some(direct) if m <= direct.rows && direct::takes(weight) => {
             direct::forward(direct, x, m, weight, out, workers);
         }
         _ if m <= FEW_ROWS => blocked::forward_few::<K>(x, m, weight, out, workers),
@@ -186,17 +185,26 @@ pub fn linear_backward(
     let grad = Matrix { floats: grad, cols: n, compute };
     let workers = workers.for_work(m.saturating_mul(n).saturating_mul(k), SERIAL_WORK);
     match (path, compute) {
-        (Path::Scalar, _) => blocked::backward::<Scalar>(grad, m, weight, &out, workers),
+        (Path::Scalar, _) => backward::<Scalar>(grad, m, weight, &out, workers),
         #[cfg(target_arch = "x86_64")]
-        (Path::Avx2, _) => blocked::backward::<avx2::Avx2>(grad, m, weight, &out, workers),
+        (Path::Avx2, _) => backward::<avx2::Avx2>(grad, m, weight, &out, workers),
         #[cfg(target_arch = "x86_64")]
-        (Path::Avx512Bf16, Compute::Bf16) => blocked::backward::<avx512::Avx512Bf16>(grad, m, weight, &out, workers),
+        (Path::Avx512Bf16, Compute::Bf16) => backward::<avx512::Avx512Bf16>(grad, m, weight, &out, workers),
         #[cfg(target_arch = "x86_64")]
-        (Path::Avx512 | Path::Avx512Bf16, _) => blocked::backward::<avx512::Avx512>(grad, m, weight, &out, workers),
+        (Path::Avx512 | Path::Avx512Bf16, _) => backward::<avx512::Avx512>(grad, m, weight, &out, workers),
         #[cfg(not(target_arch = "x86_64"))]
         _ => unreachable!("{path} is not available here"),
     }
     Ok(())
+}
+
+fn backward<K: Kernel>(grad: Matrix<'_>, m: usize, weight: &Weight<'_>, out: &Out<'_>, workers: Workers<'_>) {
+    match K::direct() {
+        Some(direct) if m <= direct.backward_rows && direct::takes(weight) => {
+            direct::backward(direct, grad, m, weight, out, workers);
+        }
+        _ => blocked::backward::<K>(grad, m, weight, out, workers),
+    }
 }
 
 /// Sums of nothing.
