@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import json
 import re
 import struct
@@ -126,3 +128,19 @@ def test_links_inside_the_repository_lead_somewhere(page: str) -> None:
         assert linked.exists(), f"{page}: {target}"
         if anchor:
             assert anchor in anchors(linked.read_text(encoding="utf-8")), f"{page}: {target}"
+
+
+# ---- docstrings ------------------------------------------------------------------------------------------------------
+
+PACKAGE = ROOT / "python" / "halfbyte"
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in sorted(PACKAGE.rglob("*.py")) if ">>> " in p.read_text(encoding="utf-8")], ids=lambda p: p.stem
+)
+def test_examples_of_docstrings(path: Path) -> None:
+    pytest.importorskip("torch")
+    name = ".".join(("halfbyte", *path.relative_to(PACKAGE).with_suffix("").parts))
+    failed, tried = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    assert tried > 0
+    assert failed == 0
