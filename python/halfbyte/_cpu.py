@@ -279,17 +279,11 @@ def _boundaries(code: Tensor) -> Tensor:
     return torch.where(odd & (middle > lower), torch.nextafter(middle, torch.tensor(-torch.inf)), middle)
 
 
-def _bounded(blocksize: int, n: int) -> int:
-    """What makes the same blocks of `n` values without any that is larger than they are: blocks are filled up."""
-    return blocksize if blocksize in BLOCK_SIZES else min(blocksize, max(n, 1))
-
-
 def quantize_blockwise(input: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     """8-bit codes like `input`, and scales float32 [blocks]."""
     check_quantize_blockwise(input, code, blocksize)
     values = input.contiguous().to(torch.float32)
     n = values.numel()
-    blocksize = _bounded(blocksize, n)
     codes = torch.empty(input.shape, dtype=torch.uint8)
     absmax = torch.empty(blocks_of(n, blocksize), dtype=torch.float32)
     code = code.contiguous()
@@ -297,7 +291,9 @@ def quantize_blockwise(input: Tensor, code: Tensor, blocksize: int) -> tuple[Ten
     if blocksize in BLOCK_SIZES:
         _native.quantize_8bit(_raw(values), _raw(code), _raw(codes), _raw(absmax), blocksize)
         return codes, absmax
-    # The core knows the block sizes of the format; the others are for callers of this function alone.
+    # The core knows the block sizes of the format; the others are for callers of this function alone. Blocks are filled
+    # up: so none is larger than all values.
+    blocksize = min(blocksize, max(n, 1))
     padded = torch.nn.functional.pad(values.reshape(-1), (0, -n % blocksize)).view(-1, blocksize)
     torch.amax(padded.abs(), 1, out=absmax)
     scaled = (padded * (1.0 / absmax)[:, None]).view(-1)[:n]
@@ -311,13 +307,16 @@ def dequantize_blockwise(
     """The way back of `quantize_blockwise`: `codes.shape`, `dtype`; into `out` where given (checked by the caller)."""
     check_dequantize_blockwise(codes, absmax, code, blocksize, dtype)
     values = torch.empty(codes.shape, dtype=torch.float32)
-    blocksize = _bounded(blocksize, codes.numel())
     _follow_threads()
     if blocksize in BLOCK_SIZES:
         codes, absmax, code = codes.contiguous(), absmax.contiguous(), code.contiguous()
         _native.dequantize_8bit(_raw(codes), _raw(absmax), _raw(code), _raw(values), blocksize)
     else:
-        scales = absmax.reshape(-1).repeat_interleave(blocksize)[: codes.numel()].view(codes.shape)
+        scales = (
+            absmax.reshape(-1)
+            .repeat_interleave(min(blocksize, max(codes.numel(), 1)))[: codes.numel()]
+            .view(codes.shape)
+        )
         torch.mul(code[codes.long()], scales, out=values)
     return values.to(dtype) if out is None else out.copy_(values)
 
