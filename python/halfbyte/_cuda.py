@@ -347,19 +347,18 @@ def linear_4bit(
     if bias is not None:
         bias = (bias if bias.dtype is dtype else bias.to(dtype)).contiguous()
     if m <= _FUSED_ROWS[n * k >= _LARGE] or k == 0:
-        nested = absmax2 is not None and offset is not None
         device = x.get_device()
-        launch, fused = _kernel(device, dtype, n, k, quant_type, blocksize, nested)
+        launch, fused = _kernel(device, dtype, n, k, quant_type, blocksize, absmax2 is not None)
         codes = packed.data_ptr()
         if fused and codes % _ALIGNMENT:
             _say_unaligned(n, k)
             fused = False
         if fused or m <= (_PLAIN_ROWS_32 if dtype is torch.float32 else _PLAIN_ROWS) or k == 0:
-            if nested:
-                absmax2 = absmax2.contiguous()  # type: ignore[union-attr]
-                scales = absmax.data_ptr(), absmax2.data_ptr(), offset.data_ptr()  # type: ignore[union-attr]
-            else:
+            if absmax2 is None or offset is None:
                 scales = absmax.data_ptr(), 0, 0
+            else:
+                absmax2 = absmax2.contiguous()
+                scales = absmax.data_ptr(), absmax2.data_ptr(), offset.data_ptr()
             rows, shift, result = x.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr()
             if rows % _ALIGNMENT:
                 x = x.clone()

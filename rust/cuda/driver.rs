@@ -1,7 +1,8 @@
 //! The driver's library: opened when first asked for, never linked. The only file that names cudarc.
 //!
 //! A [`Device`] holds its primary context, the one that torch uses, retained for the life of the process; modules are
-//! loaded into it once and stay. Each call binds that context to its thread and puts back what was bound before.
+//! loaded into it once and stay. Each call binds that context to its thread and puts back what was bound before
+//! (in a thread that had none it leaves that of the first device, as the runtime would).
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_int, c_void};

@@ -80,7 +80,6 @@ unsafe fn rows<const M: usize>(pair: &Pair) -> [[f32; LANES]; 2] {
 /// Adds the products of half a group.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-#[allow(clippy::needless_range_loop, reason = "the same lane of several arrays")]
 unsafe fn multiply<const M: usize>(
     pair: &Pair,
     r: usize,
@@ -149,7 +148,6 @@ unsafe fn pieces<const M: usize>(stripe: &Stripe) {
 /// Adds the products of the high (0) or low (1) nibbles of a piece.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-#[allow(clippy::needless_range_loop, reason = "the same lane of several arrays")]
 unsafe fn half_piece<const M: usize, const NIBBLE: usize>(stripe: &Stripe, piece: usize, planes: Planes) {
     // SAFETY: the caller's.
     unsafe {
