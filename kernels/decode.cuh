@@ -47,24 +47,36 @@ __device__ inline void fill_map(float *map) {
     }
 }
 
-// This lane's part of x for a chunk: of column g of each fragment the values 16t ... 16t + 15 of each block.
+// This lane's part of x for a chunk: of column g of each fragment the values 16t ... 16t + 15 of each block, zeros of blocks
+// that are not there. Columns that are not there get what the last one has, so that all lanes load alike; what comes of them
+// is not written.
 template <int FRAGMENTS, int CHUNK, typename T>
 __device__ inline void load_x(u32 (&words)[CHUNK][FRAGMENTS][8], const T *x, int m, int k, int begin, int blocks, int g,
                               int t) {
 #pragma unroll
-    for (int j = 0; j < CHUNK; j++) {
-#pragma unroll
-        for (int f = 0; f < FRAGMENTS; f++) {
-            const int column = f * COLUMNS + g;
-            const bool there = column < m && j < blocks;
-            const Words4 *const from = reinterpret_cast<const Words4 *>(x + (i64(column) * k + i64(begin + j) * BLOCK + t * 16));
+    for (int f = 0; f < FRAGMENTS; f++) {
+        const int column = f * COLUMNS + g < m ? f * COLUMNS + g : m - 1;
+        const Words4 *const from = reinterpret_cast<const Words4 *>(x + (i64(column) * k + i64(begin) * BLOCK + t * 16));
+        const auto load = [&](int j, bool there) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const Words4 loaded = there ? load_shared_line(from + half) : Words4{};
+                const Words4 loaded = there ? load_shared_line(from + j * (BLOCK / 8) + half) : Words4{};
 #pragma unroll
                 for (int w = 0; w < 4; w++) {
                     words[j][f][half * 4 + w] = loaded.word[w];
                 }
+            }
+        };
+        // No load waits for another one, nor for a condition.
+        if (blocks >= CHUNK) {
+#pragma unroll
+            for (int j = 0; j < CHUNK; j++) {
+                load(j, true);
+            }
+        } else {
+#pragma unroll
+            for (int j = 0; j < CHUNK; j++) {
+                load(j, j < blocks);
             }
         }
     }

@@ -22,13 +22,17 @@ constexpr int FEW_COLUMNS = 4;
 // that store a fragment nor those that add up two columns meet in a bank.
 constexpr int SUMS = ROWS * COLUMNS;
 
+// Room for a barrier of each place of MOST_STEPS steps.
+constexpr int MOST_STEPS = 8;
+constexpr u32 BARRIER_BYTES = MOST_STEPS * RING_WARPS / 2 * sizeof(Barrier);
+
 // How the launcher divides the work. Whole numbers that take a division are its business.
 struct RingPlan {
     int rows;        // of W, for each block of threads
-    int log2_slots;  // of a chunk: at most RING_WARPS
+    int log2_slots;  // of a chunk: 2 to RING_WARPS
     int width;       // of a slot's part of a chunk, in blocks: at most RING_CHUNK
     int chunks;      // of K: the last may have less, or no, blocks for a slot
-    int per_pass;    // steps whose sums fit in shared memory
+    int per_pass;    // steps whose sums fit in shared memory, at most MOST_STEPS
 };
 
 // A chunk of a step.
@@ -201,22 +205,40 @@ struct Copier {
     }
 };
 
+// Where the sums of a step are. Those of 16 columns of all warps would leave room for few steps in a pass, and passes end with
+// barriers: there the warps of two neighbouring slots share a place, the second one adding its own to what it finds. With
+// nested scales registers do not suffice for that.
+template <bool NESTED, int FRAGMENTS>
+struct StepSums {
+    static constexpr int SHARING = FRAGMENTS > 1 && !NESTED ? 2 : 1;
+    static constexpr int PLACE = FRAGMENTS * SUMS;
+    static constexpr int PLACES = RING_WARPS / SHARING;
+};
+
 template <typename T, bool NESTED, int FRAGMENTS>
 __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &scales, const T *bias, T *y, int m, int n,
                                    int k, int block_shift, u32 quant_type, const RingPlan &plan) {
     constexpr int ROUND = 2 / FRAGMENTS;
     DYNAMIC_SHARED(shared);
     const Share share(n, k, plan);
-    float *const map = reinterpret_cast<float *>(shared);                   // [256]
-    float *const all_sums = reinterpret_cast<float *>(shared + MAP_BYTES);  // [step][RING_WARPS][FRAGMENTS][SUMS]
-    const u32 sums_count = u32(plan.per_pass * RING_WARPS * FRAGMENTS * SUMS);
+    using Sums = StepSums<NESTED, FRAGMENTS>;
+    Barrier *const stored = reinterpret_cast<Barrier *>(shared);          // [step][PLACES], when places are shared
+    float *const map = reinterpret_cast<float *>(shared + BARRIER_BYTES);  // [256]
+    float *const all_sums = map + MAP_BYTES / sizeof(float);               // [step][PLACES][FRAGMENTS][SUMS]
+    const u32 sums_count = u32(plan.per_pass * Sums::PLACES * Sums::PLACE);
     float *const whole = all_sums + sums_count;  // [m][plan.rows], when there are several rounds
-    const u32 before = MAP_BYTES + (sums_count + (share.chunks > ROUND ? u32(m * plan.rows) : 0)) * sizeof(float);
+    const u32 before = BARRIER_BYTES + MAP_BYTES + (sums_count + (share.chunks > ROUND ? u32(m * plan.rows) : 0)) * sizeof(float);
     const u32 place_of_table = before + lane_table_place(shared + before);
     u32 *const table = reinterpret_cast<u32 *>(shared + place_of_table);  // [256][LANE_TABLE_ROW], half used
 
     const int lane = int(threadIdx.x % WARP), warp = int(threadIdx.x / WARP);
     const int g = lane / 4, t = lane % 4;
+
+    let_next_start();
+    if (Sums::SHARING > 1 && threadIdx.x < u32(plan.per_pass * Sums::PLACES)) {
+        barrier_init(stored + threadIdx.x, 1);
+    }
+    wait_for_previous();
 
     // What comes behind copies waits for them in the memory's queue: so x is loaded behind the first alone, and before it
     // where there is much of it.
@@ -249,9 +271,9 @@ __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &s
     // This lane's 8 bytes of block j are at this offset, with bits 5 and 6 inverted where those of 32 j are set.
     static_assert(BLOCK_BYTES == 32 && RING_CHUNK == 4, "bits 5 and 6");
     const u32 lane_offset = u32(ring_offset(g, 0) + t * 8);
-    float *const own_sums = all_sums + warp * (FRAGMENTS * SUMS);
+    const bool is_second = Sums::SHARING > 1 && warp % 2 != 0;
     const int low_place = g * COLUMNS + (t ^ g / 4) * 2;
-    u32 stage = 0;
+    u32 stage = 0, pass = 0;  // the pass's parity
     for (int chunk = 0; chunk < share.chunks; chunk += ROUND) {
         if (chunk > 0) {
             load_round(chunk);
@@ -296,13 +318,40 @@ __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &s
                     copier.copy(stage);
                     stage = stage + 1 < STAGES ? stage + 1 : 0;
                 }
-                float *const step_sums = own_sums + (step - begin) * (RING_WARPS * FRAGMENTS * SUMS);
+                const int place = (step - begin) * Sums::PLACES + warp / Sums::SHARING;
+                float *const step_sums = all_sums + place * Sums::PLACE;
+                if (is_second) {
+                    barrier_wait(stored + place, pass);
+#pragma unroll
+                    for (int f = 0; f < FRAGMENTS; f++) {
+                        const float *const from = step_sums + f * SUMS;
+                        const Floats2 low = *reinterpret_cast<const Floats2 *>(from + low_place);
+                        const Floats2 high = *reinterpret_cast<const Floats2 *>(from + (low_place ^ 4) + SUMS / 2);
+                        sums[f][0] += low.value[0];
+                        sums[f][1] += low.value[1];
+                        sums[f][2] += high.value[0];
+                        sums[f][3] += high.value[1];
+                    }
+                }
 #pragma unroll
                 for (int f = 0; f < FRAGMENTS; f++) {
                     *reinterpret_cast<Floats2 *>(step_sums + f * SUMS + low_place) = {sums[f][0], sums[f][1]};
                     *reinterpret_cast<Floats2 *>(step_sums + f * SUMS + (low_place ^ 4) + SUMS / 2) = {sums[f][2], sums[f][3]};
                 }
+                if (Sums::SHARING > 1 && !is_second) {
+                    __syncwarp();
+                    if (lane == 0) {
+                        barrier_arrive(stored + place);
+                    }
+                }
             }
+            // A pass ends one phase of every barrier, also of those of steps that it lacks.
+            if (Sums::SHARING > 1 && !is_second && lane == 0) {
+                for (int step = end - begin; step < plan.per_pass; step++) {
+                    barrier_arrive(stored + (step * Sums::PLACES + warp / Sums::SHARING));
+                }
+            }
+            pass ^= 1;
             __syncthreads();
             // y, or the sums so far: a lane adds up those of one row and two columns, a warp those of two tiles.
             const int pairs_of_tiles = ((end - begin) * share.groups + 1) / 2;
@@ -317,7 +366,7 @@ __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &s
                 const int row_of_tile = lane % ROWS, tile = 2 * two + lane / ROWS;
                 const int row = (begin * share.groups + tile) * ROWS + row_of_tile;
                 if (tile < (end - begin) * share.groups && row < share.rows) {
-                    const float *const from = all_sums + ((tile << plan.log2_slots) * FRAGMENTS + pair / 4) * SUMS +
+                    const float *const from = all_sums + (tile << plan.log2_slots) / Sums::SHARING * Sums::PLACE + pair / 4 * SUMS +
                                               row_of_tile * COLUMNS + (pair % 4 ^ row_of_tile / 4) * 2;
                     float sums[2] = {};
                     if (chunk == 0 && bias != nullptr) {
@@ -330,8 +379,8 @@ __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &s
                         }
                     }
 #pragma unroll 8
-                    for (int s = 0; s < share.slots; s++) {
-                        const Floats2 part = *reinterpret_cast<const Floats2 *>(from + s * (FRAGMENTS * SUMS));
+                    for (int s = 0; s < share.slots / Sums::SHARING; s++) {
+                        const Floats2 part = *reinterpret_cast<const Floats2 *>(from + s * Sums::PLACE);
                         sums[0] += part.value[0];
                         sums[1] += part.value[1];
                     }
@@ -362,9 +411,9 @@ __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &s
 // y:           [m][n]
 // block_shift: log2 of the block size, 6 to 12
 // quant_type:  NF4 or FP4
-// Grid: ceil(n / plan.rows) blocks of RING_THREADS. Dynamic shared memory: MAP_BYTES, 512 * fragments bytes for each warp and
-// step of a pass and, when there are several rounds, 4 * m * plan.rows, then the table at the next place where it may begin,
-// and STAGES * 32 KB behind it.
+// Grid: ceil(n / plan.rows) blocks of RING_THREADS. Dynamic shared memory: BARRIER_BYTES, MAP_BYTES, 8 KB (with 16 columns
+// and nested scales 16) for each step of a pass and, when there are several rounds, 4 * m * plan.rows, then the table at the next place where it may begin, and
+// STAGES * 32 KB behind it.
 #define INSTANCE(name, T, nested, fragments)                                                                          \
     extern "C" __global__ void __launch_bounds__(RING_THREADS, 1)                                                     \
         decode_ring_##name(const T *x, const u8 *packed, Scales scales, const T *bias, T *y, int m, int n, int k,    \

@@ -170,7 +170,7 @@ __device__ inline Words4 load_stream_after(const Words4 *address) {
 // For memory that others of the block read too: kept in the first-level cache.
 __device__ inline Words4 load_shared_line(const Words4 *address) {
     Words4 words;
-    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(words.word[0]), "=r"(words.word[1]), "=r"(words.word[2]), "=r"(words.word[3])
                  : "l"(__cvta_generic_to_global(address)));
     return words;
@@ -205,11 +205,44 @@ __device__ inline void copy_async_wait() {
 }
 #endif
 
+// ---- barriers in shared memory -------------------------------------------------------------------------------------
+// A phase of a barrier ends when as many have arrived as the barrier was made for; then the next one begins. Who waits names
+// a phase by its parity, 0 for the first: the wait is over when that phase is. What was done before an arrival is seen
+// after the wait.
+
+struct Barrier {
+    u64 state;
+};
+
+#if __CUDA_ARCH__ >= 900
+// By one thread, before any other knows of the barrier.
+__device__ inline void barrier_init(Barrier *barrier, u32 arrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(u32(__cvta_generic_to_shared(barrier))), "r"(arrivals) : "memory");
+}
+__device__ inline void barrier_arrive(Barrier *barrier) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(u32(__cvta_generic_to_shared(barrier))) : "memory");
+}
+__device__ inline void barrier_wait(Barrier *barrier, u32 parity) {
+    u32 over;
+    do {
+        asm volatile(
+            "{\n\t"
+            ".reg .pred over;\n\t"
+            "mbarrier.try_wait.parity.shared.b64 over, [%1], %2;\n\t"
+            "selp.u32 %0, 1, 0, over;\n\t"
+            "}"
+            : "=r"(over)
+            : "r"(u32(__cvta_generic_to_shared(barrier))), "r"(parity)
+            : "memory");
+    } while (over == 0);
+}
+#endif
+
 // ---- one kernel after another --------------------------------------------------------------------------------------
 // A kernel that is launched to start early (Device::launch_early) does so once every block of the kernel before it on the
 // stream has ended or called `let_next_start`. Until `wait_for_previous` returns it must not touch what that one reads or
-// writes; then that one has ended, and all that it wrote can be seen, though not by load_stream and load_shared_line, which
-// are for memory that nobody writes from the start of a kernel on. Launched otherwise, both do nothing.
+// writes; then that one has ended, and all that it wrote can be seen, though not by load_stream, which is for memory that
+// nobody writes from the start of a kernel on. Launched otherwise, both do nothing.
 
 #if __CUDA_ARCH__ >= 900
 __device__ inline void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }

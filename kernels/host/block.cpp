@@ -16,6 +16,15 @@ dim3 blockDim, gridDim;
 namespace host {
 namespace {
 
+// A barrier in shared memory.
+struct Phases {
+    const void *address;
+    uint32_t arrivals, missing;
+    uint32_t over;  // phases that have ended
+    char ends[2];   // for the race detector: of even and odd phases
+};
+constexpr unsigned MAX_PHASES = 512;
+
 struct Engine {
     std::vector<std::unique_ptr<Thread>> threads;  // never fewer again, so that stacks are kept
     Fiber caller;
@@ -32,6 +41,11 @@ struct Engine {
     unsigned arrived = 0;
     int true_predicates = 0, result = 0;
     unsigned barriers = 0;
+
+    // Those in shared memory, of the running block, for each set of fibers as below. Nothing is allocated while threads run:
+    // the race detector would take it for theirs.
+    Phases phases[2][MAX_PHASES] = {};
+    unsigned phases_made = 0;
 
     // For the race detector, addresses to release and acquire: of the launch's begin and end, of __threadfence; of
     // barriers and of meetings of lanes, for each set of fibers, two each, used in turn: else a thread that is late at one
@@ -150,6 +164,23 @@ void yield() {
     }
 }
 
+Phases *find_phases(const void *address) {
+    for (unsigned i = 0; i < engine.phases_made; i++) {
+        if (engine.phases[engine.set][i].address == address) {
+            return &engine.phases[engine.set][i];
+        }
+    }
+    return nullptr;
+}
+
+Phases &phases_at(const void *address, Site site) {
+    Phases *const phases = find_phases(address);
+    if (phases == nullptr) {
+        fail_at(site, "no barrier was made at this address");
+    }
+    return *phases;
+}
+
 // What each fiber does: the thread's part of one block, and again when it is started for another.
 void thread_main() {
     Fiber::entered(engine.fiber_of(*engine.running));
@@ -172,6 +203,7 @@ void thread_main() {
 
 void run_block() {
     engine.ended = engine.arrived = 0;
+    engine.phases_made = 0;
     engine.true_predicates = 0;
     shared_begin_block();
     race_release(&engine.begin);
@@ -269,6 +301,55 @@ int barrier(bool predicate, Site site) {
     return engine.result;
 }
 
+void make_phases(void *address, uint32_t arrivals, Site site) {
+    if (arrivals == 0) {
+        fail_at(site, "a barrier for no arrivals");
+    }
+    if (find_phases(address) != nullptr) {
+        fail_at(site, "a barrier where there is one");
+    }
+    if (engine.phases_made == MAX_PHASES) {
+        fail_at(site, "more barriers than there is room for");
+    }
+    engine.phases[engine.set][engine.phases_made++] = {address, arrivals, arrivals, 0, {}};
+}
+
+void arrive(void *address, Site site) {
+    Phases &phases = phases_at(address, site);
+    race_release(&phases.ends[phases.over % 2]);
+    if (--phases.missing > 0) {
+        return;
+    }
+    phases.missing = phases.arrivals;
+    phases.over++;
+    for (unsigned number = 0; number < engine.count; number++) {
+        Thread &thread = *engine.threads[number];
+        if (thread.state == State::waiting && thread.meeting == Meeting::phase && thread.phases == &phases &&
+            thread.mask == (phases.over - 1) % 2) {
+            engine.set_ready(thread);
+        }
+    }
+}
+
+void wait_phase(void *address, uint32_t parity, Site site) {
+    if (parity > 1) {
+        fail_at(site, "a parity of " + std::to_string(parity));
+    }
+    Phases &phases = phases_at(address, site);
+    // The phase that goes on has the parity of `over`.
+    if (phases.over % 2 == parity) {
+        Thread &self = *engine.running;
+        self.state = State::waiting;
+        self.meeting = Meeting::phase;
+        self.mask = parity;
+        self.phases = &phases;
+        self.site = site;
+        engine.clear_ready(self);
+        yield();
+    }
+    race_acquire(&phases.ends[parity]);
+}
+
 void fence() {
     race_acquire(&engine.fence);
     race_release(&engine.fence);
@@ -302,7 +383,7 @@ void meet(Meeting meeting, uint32_t mask, Slot &slot, int first, int second, Sit
     bool complete = true;
     for (uint32_t left = mask; left != 0; left &= left - 1) {
         const Thread &other = *engine.threads[warp + unsigned(__builtin_ctz(left))];
-        if (other.state != State::waiting || other.meeting == Meeting::barrier) {
+        if (other.state != State::waiting || other.meeting == Meeting::barrier || other.meeting == Meeting::phase) {
             complete = false;
         } else if (other.meeting != meeting || other.mask != mask || other.site.line != site.line ||
                    std::strcmp(other.site.file, site.file) != 0) {

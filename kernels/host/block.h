@@ -24,7 +24,8 @@ struct Thread {
     State state = State::ended;
     // What it waits for.
     Meeting meeting = Meeting::barrier;
-    uint32_t mask = 0;
+    uint32_t mask = 0;              // of lanes, or the parity of a phase
+    const void *phases = nullptr;  // the barrier in shared memory
     int first = 0, second = 0;
     Slot slot = {};
     Site site = {};

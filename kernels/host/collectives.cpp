@@ -116,7 +116,7 @@ const char *name_of(Meeting meeting) {
         "__syncthreads",     "__syncwarp",        "__shfl_sync",       "__shfl_up_sync",    "__shfl_down_sync",
         "__shfl_xor_sync",   "a vote",            "__match_any_sync",  "__reduce_add_sync", "__reduce_min_sync",
         "__reduce_max_sync", "__reduce_and_sync", "__reduce_or_sync",  "__reduce_xor_sync", "ldmatrix",
-        "mma",               "mma",
+        "mma",               "mma",               "a barrier in shared memory",
     };
     return names[int(meeting)];
 }

@@ -48,6 +48,7 @@ enum class Meeting : int {
     ldmatrix,
     mma_bf16,
     mma_f16,
+    phase,
 };
 
 // What a lane brings to a meeting, and takes away.
@@ -61,6 +62,12 @@ void meet(Meeting meeting, uint32_t mask, Slot &slot, int first, int second, Sit
 
 // Waits for all threads of the block. Gives the number of threads whose `predicate` is true.
 int barrier(bool predicate, Site site);
+
+// Barriers in shared memory, each at the 8 bytes of its address: made for a number of arrivals, arrived at, and waited for
+// until the phase of a parity has ended.
+void make_phases(void *address, uint32_t arrivals, Site site);
+void arrive(void *address, Site site);
+void wait_phase(void *address, uint32_t parity, Site site);
 
 // __threadfence: what this thread has done so far is seen by whoever fences later.
 void fence();

@@ -139,6 +139,27 @@ inline void copy_async_wait() {
     host::wait_copies(GROUPS);
 }
 
+// ---- barriers in shared memory -------------------------------------------------------------------------------------
+
+struct Barrier {
+    u64 state;
+};
+
+// The bytes are written, and read by others: so that bounds and order are checked as of any shared memory.
+inline void barrier_init(Barrier *barrier, u32 arrivals, host::Site site = host::Site::here()) {
+    host::check_aligned(barrier, sizeof *barrier, site);
+    barrier->state = arrivals;
+    host::make_phases(barrier, arrivals, site);
+}
+inline void barrier_arrive(Barrier *barrier, host::Site site = host::Site::here()) {
+    (void)*static_cast<volatile u64 *>(&barrier->state);
+    host::arrive(barrier, site);
+}
+inline void barrier_wait(Barrier *barrier, u32 parity, host::Site site = host::Site::here()) {
+    (void)*static_cast<volatile u64 *>(&barrier->state);
+    host::wait_phase(barrier, parity, site);
+}
+
 // ---- one kernel after another --------------------------------------------------------------------------------------
 
 // One has ended before the next starts.

@@ -258,7 +258,7 @@ impl Device {
         unsafe { self.start(stream, kernel, blocks, shared, parameters, &mut []) }
     }
 
-    /// As [`Device::launch`], without dynamic shared memory; on devices that can, blocks of the kernel start while the last
+    /// As [`Device::launch`]; on devices that can, blocks of the kernel start while the last
     /// ones of the kernel before it on the stream still run.
     ///
     /// # Errors
@@ -272,6 +272,7 @@ impl Device {
         stream: Stream,
         kernel: &Kernel,
         blocks: u64,
+        shared: u32,
         parameters: &mut [*mut c_void],
     ) -> Result<()> {
         let early = sys::CUlaunchAttribute {
@@ -281,7 +282,7 @@ impl Device {
         };
         let attributes = &mut [early][..usize::from(self.starts_early)];
         // SAFETY: the caller's.
-        unsafe { self.start(stream, kernel, blocks, 0, parameters, attributes) }
+        unsafe { self.start(stream, kernel, blocks, shared, parameters, attributes) }
     }
 
     /// # Safety

@@ -54,8 +54,11 @@ const DECODE_MAP: usize = 1024;
 const DECODE_COLUMN: usize = 16 * 4;
 const RING_CHUNK: usize = 4;
 const RING_BYTES: usize = 3 * 32 * 1024;
-/// Sums of eight columns of a step.
+/// Sums of a step: of eight columns one for each warp, of sixteen one for each two, or, with nested scales, each.
 const RING_SUMS: usize = DECODE_WARPS * 16 * 8 * 4;
+const RING_STEPS: usize = 8;
+/// Barriers of the places that two warps share.
+const RING_BARRIERS: usize = RING_STEPS * DECODE_WARPS / 2 * 8;
 /// Shared memory that the device keeps for itself, before the block's: the table of `decode_ring` begins at a multiple of
 /// its size, whether or not there is such a part.
 const RESERVED_SHARED: usize = 1024;
@@ -145,6 +148,7 @@ fn decode_plan(
 /// The same for `decode_ring`.
 fn ring_plan(
     (m, n, k): (usize, usize, usize),
+    nested: bool,
     multiprocessors: usize,
     shared_per_block: usize,
 ) -> Option<(RingPlan, u64, u32)> {
@@ -154,16 +158,18 @@ fn ring_plan(
         return None;
     }
     let fragments = m.div_ceil(DECODE_COLUMNS);
-    let slots = parts_of_k(k, DECODE_WARPS, RING_CHUNK);
+    let slots = parts_of_k(k, DECODE_WARPS, RING_CHUNK).max(2);
     let chunks = (k / DECODE_BLOCK).div_ceil(slots * RING_CHUNK);
     let width = (k / DECODE_BLOCK).div_ceil(chunks).div_ceil(slots);
+    let step_sums = RING_SUMS * if nested { fragments } else { 1 };
     // Between rounds the sums of all rows are kept. When there is no room for them, more blocks have fewer rows each.
     let kept = if chunks > DECODE_FRAGMENTS / fragments { m * 4 } else { 0 };
     let mut rows = n.div_ceil(multiprocessors);
     let room = loop {
-        let room = (DECODE_TABLE - RESERVED_SHARED - DECODE_MAP).saturating_sub(rows * kept) / (RING_SUMS * fragments);
+        let before_sums = RESERVED_SHARED + RING_BARRIERS + DECODE_MAP + rows * kept;
+        let room = DECODE_TABLE.saturating_sub(before_sums) / step_sums;
         if room > 0 {
-            break room;
+            break room.min(RING_STEPS);
         }
         rows = rows.div_ceil(2);
     };
@@ -218,7 +224,7 @@ impl Product<'_> {
         };
         let (multiprocessors, shared) = (device.multiprocessors() as usize, device.shared_per_block() as usize);
         let (plan, blocks, shared, warps) = if ring {
-            let (plan, blocks, shared) = ring_plan((m, n, k), multiprocessors, shared)?;
+            let (plan, blocks, shared) = ring_plan((m, n, k), self.scales.is_nested(), multiprocessors, shared)?;
             (AnyPlan::Ring(plan), blocks, shared, DECODE_WARPS)
         } else {
             let (plan, blocks, shared) = decode_plan((m, n, k), multiprocessors, shared)?;
@@ -323,16 +329,21 @@ pub unsafe fn product(device: &Device, stream: Stream, product: &Product<'_>, ch
     let (m, n, k) = (product.m, product.n, product.k);
     if let Some(decode) = choice.decoders().iter().find_map(|&ring| product.decode(device, ring)) {
         let (m, n, k) = (m as i32, n as i32, k as i32);
-        let launch = |parameters: &mut [_]| {
-            // SAFETY: the kernel's parameters in its order; lengths and alignment were checked, the rest is the caller's.
-            unsafe { device.launch(stream, &decode.kernel, decode.blocks, decode.shared, parameters) }
-        };
-        match decode.plan {
-            AnyPlan::Registers(plan) => {
-                launch(parameters![x, packed, scales, bias, y, m, n, k, shift, quant_type, plan])?;
+        let Decode { kernel, blocks, shared, .. } = decode;
+        // SAFETY: the kernel's parameters in its order; lengths and alignment were checked, the one that starts early waits,
+        // the rest is the caller's.
+        unsafe {
+            match decode.plan {
+                AnyPlan::Registers(plan) => {
+                    let parameters = parameters![x, packed, scales, bias, y, m, n, k, shift, quant_type, plan];
+                    device.launch(stream, &kernel, blocks, shared, parameters)
+                }
+                AnyPlan::Ring(plan) => {
+                    let parameters = parameters![x, packed, scales, bias, y, m, n, k, shift, quant_type, plan];
+                    device.launch_early(stream, &kernel, blocks, shared, parameters)
+                }
             }
-            AnyPlan::Ring(plan) => launch(parameters![x, packed, scales, bias, y, m, n, k, shift, quant_type, plan])?,
-        }
+        }?;
         return Ok(decode.kernel.name);
     }
     if matches!(choice, Choice::Decode | Choice::DecodeRing) {
@@ -377,8 +388,8 @@ mod tests {
 
     #[test]
     fn every_row_and_every_block_has_a_warp_and_a_place_in_the_ring() {
-        for (m, n, k) in shapes() {
-            let (plan, blocks, bytes) = ring_plan((m, n, k), 132, 232_448).unwrap();
+        for ((m, n, k), nested) in shapes().flat_map(|shape| [(shape, false), (shape, true)]) {
+            let (plan, blocks, bytes) = ring_plan((m, n, k), nested, 132, 232_448).unwrap();
             let (rows, slots, width, chunks) =
                 (plan.rows as usize, 1 << plan.log2_slots, plan.width as usize, plan.chunks as usize);
             assert!(blocks as usize * rows >= n && (blocks as usize - 1) * rows < n, "{m} {n} {k}");
@@ -387,8 +398,9 @@ mod tests {
             assert!(chunks * width * slots * DECODE_BLOCK >= k && (chunks - 1) * width * slots * DECODE_BLOCK < k);
             let fragments = m.div_ceil(DECODE_COLUMNS);
             let kept = if chunks > DECODE_FRAGMENTS / fragments { m * rows * 4 } else { 0 };
-            let sums = plan.per_pass as usize * RING_SUMS * fragments;
-            assert!(plan.per_pass >= 1 && DECODE_MAP + sums + kept + RESERVED_SHARED <= DECODE_TABLE);
+            let sums = plan.per_pass as usize * RING_SUMS * if nested { fragments } else { 1 };
+            assert!((1..=RING_STEPS).contains(&(plan.per_pass as usize)) && plan.log2_slots >= 1);
+            assert!(RING_BARRIERS + DECODE_MAP + sums + kept + RESERVED_SHARED <= DECODE_TABLE);
             assert!(bytes as usize <= 232_448);
         }
     }
@@ -396,6 +408,6 @@ mod tests {
     #[test]
     fn shared_memory_without_room() {
         assert_eq!(decode_plan((16, 4096, 4096), 40, 65536), None);
-        assert_eq!(ring_plan((1, 4096, 4096), 108, 166_912), None);
+        assert_eq!(ring_plan((1, 4096, 4096), false, 108, 166_912), None);
     }
 }

@@ -41,6 +41,7 @@ KERNELS = {
     "by_blocks": Kernel(BLOCKS, BLOCKS * THREADS),
     "add_up": Kernel(BLOCKS, BLOCKS * THREADS),
     "add_up_last": Kernel(BLOCKS, BLOCKS * THREADS),
+    "hand_over": Kernel(1, 3 * THREADS // 2),
 }
 
 
@@ -48,6 +49,8 @@ def expected(kernel: str, data: np.ndarray) -> np.ndarray:
     """What a kernel writes first."""
     if kernel in ("reverse", "reverse_in_turn"):
         return data.reshape(-1, THREADS)[:, ::-1].reshape(-1)
+    if kernel == "hand_over":
+        return data.reshape(-1, THREADS // 2)[:, ::-1].reshape(-1)
     if kernel == "rotate":
         return np.roll(data.reshape(-1, THREADS), -1, axis=1).reshape(-1)
     if kernel == "reverse_in_warp":
@@ -116,6 +119,11 @@ MISTAKES = {
     ("by_blocks", "SAME_ELEMENT"): {"lowest": WRONG, "tsan": RACE},
     ("add_up", "NOT_ATOMIC"): {"tsan": RACE},
     ("add_up_last", "NO_FENCE"): {"tsan": RACE},
+    ("hand_over", "NO_WAIT_FOR_PHASE"): {"lowest": WRONG, "highest": STILL, "tsan": RACE},
+    ("hand_over", "WAIT_FOR_OTHER_PARITY"): dict.fromkeys(WAYS, STILL),
+    ("hand_over", "TOO_FEW_ARRIVALS"): dict.fromkeys(WAYS, STILL),
+    ("hand_over", "NO_BARRIER_MADE"): dict.fromkeys(WAYS, "no barrier was made"),
+    ("hand_over", "NO_WAIT_BEFORE_REUSE"): {"lowest": STILL, "tsan": RACE},
 }
 
 

@@ -83,11 +83,12 @@ def of_decode(source: Described) -> Iterator[Check]:
 
 
 def of_decode_ring(source: Described) -> Iterator[Check]:
-    """The same by way of shared memory: scales one by one and four at a time, one round of chunks and two."""
+    """The same by way of shared memory: scales one by one and four at a time, one round of chunks and two; a pass of
+    fewer steps than others."""
     for dtype in ("bf16", "f16"):
         for nested in (False, True):
             for m in (3, 11):
-                for k, plan in ((320, (21, 4, 1)), (1088, (37, 1, 3)), (2304, (37, 4, 2))):
+                for k, plan in ((320, (21, 4, 1)), (1088, (37, 2, 3)), (2304, (37, 4, 2)), (1024, (37, 16, 2))):
                     product = Product.random(m, 37, k, dtype, "nf4", 64, nested=nested, bias=nested)
                     yield launches.decode_ring(source, product, *plan)
 

@@ -35,6 +35,11 @@ enum Mistake {
     SAME_ELEMENT,
     NOT_ATOMIC,
     NO_FENCE,
+    NO_WAIT_FOR_PHASE,
+    WAIT_FOR_OTHER_PARITY,
+    TOO_FEW_ARRIVALS,
+    NO_BARRIER_MADE,
+    NO_WAIT_BEFORE_REUSE,
 };
 
 // out[block][i] = in[block][THREADS - 1 - i]
@@ -248,6 +253,42 @@ __device__ inline void add_up_last(const float *in, float *out) {
     }
 }
 
+// out[round][i] = in[round][THREADS - 1 - i] of the lower half, by the upper half: one hands over, and hears when it may again.
+template <Mistake MISTAKE>
+__device__ inline void hand_over(const float *in, float *out) {
+    constexpr int HALF = THREADS / 2;
+    SHARED_ARRAY(float, tile, [HALF]);
+    SHARED_ARRAY(Barrier, given, );
+    SHARED_ARRAY(Barrier, taken, );
+    const int i = int(threadIdx.x);
+    if (i == 0) {
+        if (MISTAKE != NO_BARRIER_MADE) {
+            barrier_init(&given, HALF);
+        }
+        barrier_init(&taken, HALF);
+    }
+    __syncthreads();
+    for (u32 round = 0; round < ROUNDS; round++) {
+        if (i < HALF) {
+            if (MISTAKE != NO_WAIT_BEFORE_REUSE && round > 0) {
+                barrier_wait(&taken, (round - 1) % 2);  // NO_WAIT_FOR_PHASE WAIT_FOR_OTHER_PARITY
+            }
+            tile[i] = in[round * HALF + u32(i)];  // NO_WAIT_FOR_PHASE NO_WAIT_BEFORE_REUSE
+            if (MISTAKE != TOO_FEW_ARRIVALS || i != 3) {
+                barrier_arrive(&given);  // NO_BARRIER_MADE
+            }
+        } else {
+            if (MISTAKE != NO_WAIT_FOR_PHASE) {
+                const u32 parity = (round + (MISTAKE == WAIT_FOR_OTHER_PARITY)) % 2;
+                barrier_wait(&given, parity);  // WAIT_FOR_OTHER_PARITY TOO_FEW_ARRIVALS NO_BARRIER_MADE NO_WAIT_BEFORE_REUSE
+            }
+            const float value = tile[THREADS - 1 - i];  // NO_WAIT_FOR_PHASE NO_WAIT_BEFORE_REUSE
+            out[round * HALF + u32(i - HALF)] = value;
+            barrier_arrive(&taken);
+        }
+    }
+}
+
 #define INSTANCE(function, MISTAKE)                                                                       \
     extern "C" __global__ void __launch_bounds__(THREADS) function##_##MISTAKE(const float *in, float *out) { \
         function<MISTAKE>(in, out);                                                                       \
@@ -291,3 +332,9 @@ INSTANCE(add_up, NONE)
 INSTANCE(add_up, NOT_ATOMIC)
 INSTANCE(add_up_last, NONE)
 INSTANCE(add_up_last, NO_FENCE)
+INSTANCE(hand_over, NONE)
+INSTANCE(hand_over, NO_WAIT_FOR_PHASE)
+INSTANCE(hand_over, WAIT_FOR_OTHER_PARITY)
+INSTANCE(hand_over, TOO_FEW_ARRIVALS)
+INSTANCE(hand_over, NO_BARRIER_MADE)
+INSTANCE(hand_over, NO_WAIT_BEFORE_REUSE)
