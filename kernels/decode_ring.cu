@@ -236,7 +236,7 @@ __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &s
 
     let_next_start();
     if (Sums::SHARING > 1 && threadIdx.x < u32(plan.per_pass * Sums::PLACES)) {
-        barrier_init(stored + threadIdx.x, 1);
+        barrier_init(stored + threadIdx.x, WARP);
     }
     wait_for_previous();
 
@@ -339,14 +339,11 @@ __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &s
                     *reinterpret_cast<Floats2 *>(step_sums + f * SUMS + (low_place ^ 4) + SUMS / 2) = {sums[f][2], sums[f][3]};
                 }
                 if (Sums::SHARING > 1 && !is_second) {
-                    __syncwarp();
-                    if (lane == 0) {
-                        barrier_arrive(stored + place);
-                    }
+                    barrier_arrive(stored + place);
                 }
             }
             // A pass ends one phase of every barrier, also of those of steps that it lacks.
-            if (Sums::SHARING > 1 && !is_second && lane == 0) {
+            if (Sums::SHARING > 1 && !is_second) {
                 for (int step = end - begin; step < plan.per_pass; step++) {
                     barrier_arrive(stored + (step * Sums::PLACES + warp / Sums::SHARING));
                 }

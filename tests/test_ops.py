@@ -218,6 +218,19 @@ def test_func_grad_and_per_sample_gradients():
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_functionalize():
+    packed, state = F.quantize_4bit(torch.randn(6, 33), quant_type="nf4", compress_statistics=True)
+
+    def shifted(x):
+        y = F.matmul_4bit(x, packed, state)
+        y += 1
+        return y
+
+    x = torch.randn(5, 33)
+    assert torch.equal(torch.func.functionalize(shifted)(x), shifted(x))
+    assert torch.equal(torch.vmap(torch.func.functionalize(shifted))(x[:, None]), shifted(x)[:, None])
+
+
 def test_forward_mode_derivatives():
     from torch.autograd import forward_ad
 

@@ -139,6 +139,16 @@ class _FuncInputGradient(torch.autograd.Function):
         return _vmap_linear_backward(_input_gradient, info, in_dims, *args)
 
 
+def _needs_op() -> bool:
+    """Whether to call the op: compilers, tracers and functionalize have no rule for autograd.Function."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    functorch = torch._C._functorch
+    if functorch.peek_interpreter_stack() is None:
+        return False
+    return any(level.key() == functorch.TransformType.Functionalize for level in functorch.get_interpreter_stack())
+
+
 def _product(
     x: Tensor,
     packed: Tensor,
@@ -155,7 +165,7 @@ def _product(
         y = direct.linear_4bit(x, plain(packed), absmax, absmax2, offset, bias, *how)
         return y
     args = absmax, absmax2, offset, bias, *how
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if _needs_op():
         y = _ops.linear_4bit(x, packed, *args)
     elif torch._C._functorch.peek_interpreter_stack() is None:
         y = _Linear4bit.apply(x, packed, *args)
@@ -170,7 +180,7 @@ def _input_gradient(grad: Tensor, packed: Tensor, *args: Any) -> Tensor:
     y: Tensor
     if direct is not None:
         y = direct.linear_4bit_backward(grad, plain(packed), *args)
-    elif torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    elif _needs_op():
         y = _ops.linear_4bit_backward(grad, packed, *args)
     elif torch._C._functorch.peek_interpreter_stack() is None:
         y = _InputGradient.apply(grad, packed, *args)

@@ -1,10 +1,15 @@
-"""Every kernel once or a few times, with ends that are not whole: what compute-sanitizer watches."""
+"""Every kernel once or a few times, with ends that are not whole: what compute-sanitizer watches.
+
+python tests/cuda/exercise.py past-the-end    one kernel, of more memory than there is: that the tool would say so
+"""
 
 from __future__ import annotations
 
+import sys
+
 import halfbyte.functional as F
 import torch
-from halfbyte import _cuda
+from halfbyte import _cuda, _native
 
 
 def main() -> None:
@@ -27,10 +32,28 @@ def main() -> None:
                 F.dequantize_blockwise(codes, state)
             codes, scales = _cuda.quantize_rows(values)
             _cuda.dequantize_rows(codes, scales, dtype)
+    # Several steps for each block of threads of the product of few rows, and several passes.
+    values = torch.randn(40 * 132, 4096, dtype=torch.bfloat16, device="cuda")
+    for nested in (False, True):
+        packed, state = F.quantize_4bit(values, quant_type="nf4", compress_statistics=nested)
+        for m in (2, 8, 16):
+            F.matmul_4bit(torch.randn(m, 4096, dtype=torch.bfloat16, device="cuda"), packed, state)
     # More scales than one group of groups.
     F.quantize_4bit(torch.randn(2**21 + 3, device="cuda"), quant_type="nf4", blocksize=32, compress_statistics=True)
     torch.cuda.synchronize()
 
 
+def past_the_end() -> None:
+    """Dequantize twice as many codes as there are."""
+    packed = torch.zeros(2**20, dtype=torch.uint8, device="cuda")
+    absmax, out = torch.ones(2**16, device="cuda"), torch.empty(2**22, device="cuda")
+    where = torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream
+    count = 2 * packed.numel()
+    scales = (absmax.data_ptr(), absmax.numel(), "float32"), None, None
+    raw_out = (out.data_ptr(), out.numel(), "float32")
+    _native.cuda_dequantize_4bit(*where, (packed.data_ptr(), count, "uint8"), *scales, raw_out, "nf4", 64, False)
+    torch.cuda.synchronize()
+
+
 if __name__ == "__main__":
-    main()
+    past_the_end() if sys.argv[1:] == ["past-the-end"] else main()

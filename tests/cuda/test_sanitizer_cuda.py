@@ -13,18 +13,33 @@ import pytest
 TOOL = shutil.which("compute-sanitizer")
 
 
-@pytest.mark.skipif(TOOL is None, reason="compute-sanitizer is not installed")
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
-def test_clean(tool: str) -> None:
+def watched(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """tests/cuda/exercise.py under a tool; status 9 is that it found something."""
     assert TOOL is not None
-    script = Path(__file__).with_name("exercise.py")
     command = [TOOL, "--tool", tool, "--error-exitcode", "9"]
     if tool != "initcheck":
         # Only our kernels: those of torch are many, and not ours to judge. What they write, initcheck must know.
         kernels = "|".join(("quantize", "dequantize", "nested", "product", "decode", "embedding", "expand", "rows"))
         command += ["--kernel-name", f"regex={kernels}"]
-    command += [sys.executable, str(script)]
+    if tool in ("racecheck", "synccheck"):
+        # All barriers in shared memory of a launch: of 132 blocks of threads, say, 64 each.
+        command += ["--num-cuda-barriers", str(2**16)]
+    command += [sys.executable, str(Path(__file__).with_name("exercise.py")), *arguments]
     # Freed memory is given back at once, so that what lies behind an end is nobody's.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, check=False)
+
+
+@pytest.mark.skipif(TOOL is None, reason="compute-sanitizer is not installed")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
+def test_clean(tool: str) -> None:
+    done = watched(tool)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
+@pytest.mark.skipif(TOOL is None, reason="compute-sanitizer is not installed")
+def test_what_is_not_clean_is_found() -> None:
+    done = watched("memcheck", "past-the-end")
+    assert done.returncode == 9, (done.stdout + done.stderr)[-4000:]
+    assert "Invalid __global__ read" in done.stdout
+    assert "dequantize" in done.stdout

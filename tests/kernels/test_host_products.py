@@ -51,8 +51,8 @@ def test_decode(m: int, n: int, k: int, blocksize: int, plan: tuple[int, int, in
 
 
 # Besides: four scales of a slot that lie together, in one chunk, two and three of these, so that there are two rounds;
-# a last chunk that has nothing for some slots; blocks of one part of K in several groups; a last pass of fewer steps, in one
-# round and in two.
+# a last chunk that has nothing for some slots; blocks of one part of K in several groups; a last pass of fewer steps,
+# in one round and in two.
 RING = [
     *DECODE,
     (20, 1024, 64, (20, 4, 2)),

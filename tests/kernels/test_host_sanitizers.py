@@ -83,8 +83,7 @@ def of_decode(source: Described) -> Iterator[Check]:
 
 
 def of_decode_ring(source: Described) -> Iterator[Check]:
-    """The same by way of shared memory: scales one by one and four at a time, one round of chunks and two; a pass of
-    fewer steps than others."""
+    """The same by way of shared memory: scales one by one and by fours, one round and two, a short pass."""
     for dtype in ("bf16", "f16"):
         for nested in (False, True):
             for m in (3, 11):
