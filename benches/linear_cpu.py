@@ -206,11 +206,10 @@ def overhead() -> None:
     plain = torch.nn.Linear(k, n, bias=False, dtype=torch.bfloat16).requires_grad_(False)
     threads = torch.get_num_threads()
     _native.set_threads(threads)
+    core = _native.CpuLinear("bfloat16", n, k, "nf4", BLOCKSIZE, False).forward
     work: dict[str, Callable[[], object]] = {
         "Linear4bit, 1 row": lambda: layer(x),
-        "core: linear_4bit": lambda: _native.linear_4bit(
-            x_, packed_, absmax_, None, out_, 1, n, k, "nf4", BLOCKSIZE, "bfloat16", threads
-        ),
+        "core: linear_4bit": lambda: core(1, x_[0], packed_[0], absmax_[0], 0, 0, 0, out_[0], threads),
         "nn.Linear, 1 row": lambda: plain(x),
         "quantize_4bit": lambda: functional.quantize_4bit(weight, quant_type="nf4"),
         "core: quantize_4bit": lambda: _native.quantize_4bit(weight_, codes_, scales_, "nf4", BLOCKSIZE),

@@ -22,9 +22,8 @@ constexpr int FEW_COLUMNS = 4;
 // that store a fragment nor those that add up two columns meet in a bank.
 constexpr int SUMS = ROWS * COLUMNS;
 
-// Room for a barrier of each place of MOST_STEPS steps.
+// In a pass.
 constexpr int MOST_STEPS = 8;
-constexpr u32 BARRIER_BYTES = MOST_STEPS * RING_WARPS / 2 * sizeof(Barrier);
 
 // How the launcher divides the work. Whole numbers that take a division are its business.
 struct RingPlan {
@@ -213,6 +212,8 @@ struct StepSums {
     static constexpr int SHARING = FRAGMENTS > 1 && !NESTED ? 2 : 1;
     static constexpr int PLACE = FRAGMENTS * SUMS;
     static constexpr int PLACES = RING_WARPS / SHARING;
+    // Room for a barrier of each place of MOST_STEPS steps.
+    static constexpr u32 BARRIER_BYTES = SHARING > 1 ? MOST_STEPS * PLACES * sizeof(Barrier) : 0;
 };
 
 template <typename T, bool NESTED, int FRAGMENTS>
@@ -222,12 +223,12 @@ __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &s
     DYNAMIC_SHARED(shared);
     const Share share(n, k, plan);
     using Sums = StepSums<NESTED, FRAGMENTS>;
-    Barrier *const stored = reinterpret_cast<Barrier *>(shared);          // [step][PLACES], when places are shared
-    float *const map = reinterpret_cast<float *>(shared + BARRIER_BYTES);  // [256]
-    float *const all_sums = map + MAP_BYTES / sizeof(float);               // [step][PLACES][FRAGMENTS][SUMS]
+    Barrier *const stored = reinterpret_cast<Barrier *>(shared);                // [step][PLACES], when places are shared
+    float *const map = reinterpret_cast<float *>(shared + Sums::BARRIER_BYTES);  // [256]
+    float *const all_sums = map + MAP_BYTES / sizeof(float);                     // [step][PLACES][FRAGMENTS][SUMS]
     const u32 sums_count = u32(plan.per_pass * Sums::PLACES * Sums::PLACE);
     float *const whole = all_sums + sums_count;  // [m][plan.rows], when there are several rounds
-    const u32 before = BARRIER_BYTES + MAP_BYTES + (sums_count + (share.chunks > ROUND ? u32(m * plan.rows) : 0)) * sizeof(float);
+    const u32 before = Sums::BARRIER_BYTES + MAP_BYTES + (sums_count + (share.chunks > ROUND ? u32(m * plan.rows) : 0)) * sizeof(float);
     const u32 place_of_table = before + lane_table_place(shared + before);
     u32 *const table = reinterpret_cast<u32 *>(shared + place_of_table);  // [256][LANE_TABLE_ROW], half used
 
@@ -408,8 +409,8 @@ __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &s
 // y:           [m][n]
 // block_shift: log2 of the block size, 6 to 12
 // quant_type:  NF4 or FP4
-// Grid: ceil(n / plan.rows) blocks of RING_THREADS. Dynamic shared memory: BARRIER_BYTES, MAP_BYTES, 8 KB (with 16 columns
-// and nested scales 16) for each step of a pass and, when there are several rounds, 4 * m * plan.rows, then the table at the next place where it may begin, and
+// Grid: ceil(n / plan.rows) blocks of RING_THREADS. Dynamic shared memory: StepSums' barriers, MAP_BYTES, 8 KB (with 16
+// columns and nested scales 16) for each step of a pass and, when there are several rounds, 4 * m * plan.rows, then the table at the next place where it may begin, and
 // STAGES * 32 KB behind it.
 #define INSTANCE(name, T, nested, fragments)                                                                          \
     extern "C" __global__ void __launch_bounds__(RING_THREADS, 1)                                                     \

@@ -6,8 +6,9 @@ Nothing else in the package turns a tensor into an address. A tensor that native
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 
 import torch
@@ -62,13 +63,6 @@ def _raw_bytes(packed: Tensor, n: int) -> Raw:
     return packed.data_ptr(), packed_bytes(n), "uint8"
 
 
-def _raw_nested(absmax2: Tensor | None, offset: Tensor | None) -> tuple[Raw | None, float]:
-    """The second level of nested scales, contiguous, or none."""
-    if absmax2 is None or offset is None:
-        return None, 0.0
-    return _raw(absmax2), offset.item()
-
-
 _threads = 0
 
 
@@ -87,10 +81,12 @@ def quantize_4bit(input: Tensor, blocksize: int, quant_type: str) -> tuple[Tenso
     check_quantize(input, blocksize, quant_type)
     input = input.contiguous()
     n = input.numel()
-    packed = _EMPTY[torch.uint8].new_empty(packed_bytes(n), 1)
-    absmax = _EMPTY[torch.float32].new_empty(blocks_of(n, blocksize))
+    size, blocks = packed_bytes(n), blocks_of(n, blocksize)
+    packed = _EMPTY[torch.uint8].new_empty(size, 1)
+    absmax = _EMPTY[torch.float32].new_empty(blocks)
     _follow_threads()
-    if not _native.quantize_4bit(_raw(input), _raw(packed), _raw(absmax), quant_type, blocksize):
+    codes, scales = (packed.data_ptr(), size, "uint8"), (absmax.data_ptr(), blocks, "float32")
+    if not _native.quantize_4bit(_raw(input), codes, scales, quant_type, blocksize):
         _logger.warning("a tensor %s to quantize holds NaN or an infinity: its block is lost", list(input.shape))
     return packed, absmax
 
@@ -142,13 +138,36 @@ def dequantize_4bit(
     """The values of a packed tensor, `shape` and `dtype`; into `out` where given (checked by the caller)."""
     check_weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
     check_float("dtype", dtype)
-    result = out if out is not None and out.is_contiguous() else _EMPTY[dtype].new_empty(shape)
+    if out is not None and out.is_contiguous():
+        result = out
+    elif len(shape) == 2:
+        # Numbers are parsed faster than a tuple of them.
+        result = _EMPTY[dtype].new_empty(shape[0], shape[1])
+    else:
+        result = _EMPTY[dtype].new_empty(shape)
     packed = packed.contiguous()
     absmax = _plain_absmax(absmax, absmax2, offset)
     _follow_threads()
     n = result.numel()
     _native.dequantize_4bit(_raw_bytes(packed, n), _raw(absmax), _raw(result), quant_type, blocksize)
     return result if out is None or out is result else out.copy_(result)
+
+
+@functools.lru_cache(maxsize=4096)
+def _kernel(
+    dtype: torch.dtype,
+    n: int,
+    k: int,
+    quant_type: str,
+    blocksize: int,
+    nested: bool,
+    bias: torch.dtype | None,
+) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Products with weights of this kind: forward and backward."""
+    kernel = _native.CpuLinear(
+        _NAMES[dtype], n, k, quant_type, blocksize, nested, None if bias is None else _NAMES[bias]
+    )
+    return kernel.forward, kernel.backward
 
 
 def linear_4bit(
@@ -167,24 +186,32 @@ def linear_4bit(
     check_product(x, "x", bias, shape, packed, 1)
     n, k = shape
     x, packed, absmax = x.contiguous(), packed.contiguous(), absmax.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    absmax2 = None if absmax2 is None else absmax2.contiguous()
-    # Numbers are parsed faster than a tuple of them.
-    out = x.new_empty(x.shape[0], n) if x.dim() == 2 else x.new_empty((*x.shape[:-1], n))
-    _native.linear_4bit(
-        _raw(x),
-        _raw_bytes(packed, n * k),
-        _raw(absmax),
-        None if bias is None else _raw(bias),
-        _raw(out),
-        x.numel() // k if k else prod(x.shape[:-1]),
-        n,
-        k,
-        quant_type,
-        blocksize,
-        _NAMES[x.dtype],
+    if x.dim() == 2:
+        m = x.shape[0]
+        # Numbers are parsed faster than a tuple of them.
+        out = x.new_empty(m, n)
+    else:
+        m = x.numel() // k if k else prod(x.shape[:-1])
+        out = x.new_empty((*x.shape[:-1], n))
+    shift, bias_dtype = 0, None
+    if bias is not None:
+        bias, bias_dtype = bias.contiguous(), bias.dtype
+        shift = bias.data_ptr()
+    scales2 = first_offset = 0
+    if absmax2 is not None and offset is not None:
+        absmax2 = absmax2.contiguous()
+        scales2, first_offset = absmax2.data_ptr(), offset.data_ptr()
+    forward, _ = _kernel(x.dtype, n, k, quant_type, blocksize, absmax2 is not None, bias_dtype)
+    forward(
+        m,
+        x.data_ptr(),
+        packed.data_ptr(),
+        absmax.data_ptr(),
+        scales2,
+        first_offset,
+        shift,
+        out.data_ptr(),
         _follow_threads(),
-        *_raw_nested(absmax2, offset),
     )
     return out
 
@@ -204,21 +231,21 @@ def linear_4bit_backward(
     check_product(grad, "grad", None, shape, packed, 0)
     n, k = shape
     grad, packed, absmax = grad.contiguous(), packed.contiguous(), absmax.contiguous()
-    absmax2 = None if absmax2 is None else absmax2.contiguous()
     out = grad.new_empty((*grad.shape[:-1], k))
-    _native.linear_4bit_backward(
-        _raw(grad),
-        _raw_bytes(packed, n * k),
-        _raw(absmax),
-        _raw(out),
+    scales2 = first_offset = 0
+    if absmax2 is not None and offset is not None:
+        absmax2 = absmax2.contiguous()
+        scales2, first_offset = absmax2.data_ptr(), offset.data_ptr()
+    _, backward = _kernel(grad.dtype, n, k, quant_type, blocksize, absmax2 is not None, None)
+    backward(
         grad.numel() // n if n else prod(grad.shape[:-1]),
-        n,
-        k,
-        quant_type,
-        blocksize,
-        _NAMES[grad.dtype],
+        grad.data_ptr(),
+        packed.data_ptr(),
+        absmax.data_ptr(),
+        scales2,
+        first_offset,
+        out.data_ptr(),
         _follow_threads(),
-        *_raw_nested(absmax2, offset),
     )
     return out
 

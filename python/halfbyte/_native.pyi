@@ -4,6 +4,7 @@ from typing import TypeAlias, final
 
 __all__ = [
     "CheckpointError",
+    "CpuLinear",
     "CudaLinear",
     "Job",
     "Plan",
@@ -35,8 +36,6 @@ __all__ = [
     "get_threads",
     "inspect",
     "is_conv1d",
-    "linear_4bit",
-    "linear_4bit_backward",
     "matmul_path",
     "plan_dequantize",
     "plan_quantize",
@@ -91,49 +90,59 @@ def dequantize_rows(codes: _Buffer, scales: _Buffer, out: _Buffer, rows: int, co
     Two float32 products, then one rounding to the dtype of `out`.
     """
 
-def linear_4bit(
-    x: _Buffer,
-    packed: _Buffer,
-    absmax: _Buffer,
-    bias: _Buffer | None,
-    out: _Buffer,
-    m: int,
-    n: int,
-    k: int,
-    quant_type: str,
-    blocksize: int,
-    compute_dtype: str,
-    threads: int,
-    absmax2: _Buffer | None = None,
-    offset: float = 0.0,
-) -> None:
-    """`out[m, n] = x[m, k] @ dequantized[n, k].T + bias[n]`, all row-major; no dense copy of the weight is made.
+@final
+class CpuLinear:
+    """Products with weights of one shape and kind: what does not change is checked once."""
 
-    `x`, `bias` and `out` are float16, bfloat16 or float32, each its own. `x` is rounded to `compute_dtype` ("float32",
-    "float16" or "bfloat16"); sums and the bias are float32, rounded once to `out`. Weights are rounded to bfloat16 when
-    `matmul_path()` is "avx512bf16" and `compute_dtype` is "bfloat16", and stay float32 otherwise.
-    `absmax` is float32 [ceil(n * k / blocksize)]; or, with `absmax2`, the uint8 codes of doubly quantized scales, read
-    as `expand_absmax` reads them. At most `threads` threads work, the same bits with every number: those of torch's
-    OpenMP runtime when the process has loaded it, or else of the pool (no more than `get_threads()`). The GIL is
-    released unless the product is small.
-    """
+    def __new__(
+        cls,
+        dtype: str,
+        n: int,
+        k: int,
+        quant_type: str,
+        blocksize: int,
+        nested: bool,
+        bias: str | None = None,
+    ) -> CpuLinear:
+        """Check the kind. `dtype` is that of the factor and the result: "float16", "bfloat16" or "float32"; `bias` that
+        of the bias, where there is one.
+        """
 
-def linear_4bit_backward(
-    grad: _Buffer,
-    packed: _Buffer,
-    absmax: _Buffer,
-    out: _Buffer,
-    m: int,
-    n: int,
-    k: int,
-    quant_type: str,
-    blocksize: int,
-    compute_dtype: str,
-    threads: int,
-    absmax2: _Buffer | None = None,
-    offset: float = 0.0,
-) -> None:
-    """`out[m, k] = grad[m, n] @ dequantized[n, k]`: the gradient of `linear_4bit`'s `x`, under the same rules."""
+    def forward(
+        self,
+        m: int,
+        x: int,
+        packed: int,
+        absmax: int,
+        absmax2: int,
+        offset: int,
+        bias: int,
+        out: int,
+        threads: int,
+    ) -> None:
+        """`out[m, n] = x[m, k] @ dequantized[n, k].T + bias[n]`, all row-major; no dense copy of the weight is made.
+
+        All but `m` and `threads` are addresses: of float32 scales [ceil(n * k / blocksize)], or, when nested, of the
+        codes of doubly quantized scales, their own scales and the offset, read as `expand_absmax` reads them; 0 where
+        there is nothing. How much memory there is, the caller has checked; here null and misaligned addresses are
+        refused, and an output in the memory of an input. Sums and the bias are float32, rounded once to `out`. Weights
+        are rounded to bfloat16 when `matmul_path()` is "avx512bf16" and `dtype` is "bfloat16", and stay float32
+        otherwise. At most `threads` threads work, the same bits with every number: those of torch's OpenMP runtime
+        where there is one, else of a pool.
+        """
+
+    def backward(
+        self,
+        m: int,
+        grad: int,
+        packed: int,
+        absmax: int,
+        absmax2: int,
+        offset: int,
+        out: int,
+        threads: int,
+    ) -> None:
+        """`out[m, k] = grad[m, n] @ dequantized[n, k]`: the gradient of `forward`'s `x`, under the same rules."""
 
 def matmul_path() -> str:
     """The instructions that products use: "scalar", "avx2", "avx512" or "avx512bf16"."""

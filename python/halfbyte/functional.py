@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halfbyte import _cpu
 from halfbyte._checks import (
     NESTED_BLOCKSIZE,
     check_blocksize_8bit,
@@ -35,7 +36,7 @@ from halfbyte._checks import (
 from halfbyte._maps import create_dynamic_map, create_fp8_map, create_linear_map, create_normal_map, get_4bit_type
 from halfbyte._ops import kernels, plain
 from halfbyte.autograd import matmul_4bit
-from halfbyte.state import QuantState, dynamic_map, quant_map
+from halfbyte.state import QuantState, dynamic_map, quant_map, quant_map_on_cpu
 
 __all__ = [
     "QuantState",
@@ -109,7 +110,8 @@ def quantize_4bit(
         packed, scales, absmax2, offset = call.quantize_4bit_nested(A, blocksize, quant_type)
     else:
         packed, scales = call.quantize_4bit(A, blocksize, quant_type)
-    state = QuantState(scales, A.shape, quant_map(quant_type, A.device), blocksize, quant_type, A.dtype)
+    code = quant_map_on_cpu(quant_type) if call is _cpu else quant_map(quant_type, A.device)
+    state = QuantState(scales, A.shape, code, blocksize, quant_type, A.dtype)
     if compress_statistics:
         state.offset, state.nested = offset, True
         state.state2 = QuantState(absmax2, code=dynamic_map(A.device), blocksize=NESTED_BLOCKSIZE, dtype=torch.float32)

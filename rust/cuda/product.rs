@@ -54,10 +54,9 @@ const DECODE_MAP: usize = 1024;
 const DECODE_COLUMN: usize = 16 * 4;
 const RING_CHUNK: usize = 4;
 const RING_BYTES: usize = 3 * 32 * 1024;
-/// Sums of a step: of eight columns one for each warp, of sixteen one for each two, or, with nested scales, each.
+/// Sums of a step: of eight columns one for each warp, of sixteen one for each two.
 const RING_SUMS: usize = DECODE_WARPS * 16 * 8 * 4;
 const RING_STEPS: usize = 8;
-/// Barriers of the places that two warps share.
 const RING_BARRIERS: usize = RING_STEPS * DECODE_WARPS / 2 * 8;
 /// Shared memory that the device keeps for itself, before the block's: the table of `decode_ring` begins at a multiple of
 /// its size, whether or not there is such a part.
@@ -145,6 +144,15 @@ fn decode_plan(
     Some((plan, n.div_ceil(rows) as u64, u32::try_from(shared).ok()?))
 }
 
+/// Bytes of the sums of a step of `decode_ring`, and of the barriers of places that two warps share.
+fn ring_sums(fragments: usize, nested: bool) -> (usize, usize) {
+    match (fragments, nested) {
+        (1, _) => (RING_SUMS, 0),
+        (_, false) => (RING_SUMS, RING_BARRIERS),
+        (_, true) => (RING_SUMS * fragments, 0),
+    }
+}
+
 /// The same for `decode_ring`.
 fn ring_plan(
     (m, n, k): (usize, usize, usize),
@@ -161,12 +169,12 @@ fn ring_plan(
     let slots = parts_of_k(k, DECODE_WARPS, RING_CHUNK).max(2);
     let chunks = (k / DECODE_BLOCK).div_ceil(slots * RING_CHUNK);
     let width = (k / DECODE_BLOCK).div_ceil(chunks).div_ceil(slots);
-    let step_sums = RING_SUMS * if nested { fragments } else { 1 };
+    let (step_sums, barriers) = ring_sums(fragments, nested);
     // Between rounds the sums of all rows are kept. When there is no room for them, more blocks have fewer rows each.
     let kept = if chunks > DECODE_FRAGMENTS / fragments { m * 4 } else { 0 };
     let mut rows = n.div_ceil(multiprocessors);
     let room = loop {
-        let before_sums = RESERVED_SHARED + RING_BARRIERS + DECODE_MAP + rows * kept;
+        let before_sums = RESERVED_SHARED + barriers + DECODE_MAP + rows * kept;
         let room = DECODE_TABLE.saturating_sub(before_sums) / step_sums;
         if room > 0 {
             break room.min(RING_STEPS);
@@ -398,9 +406,10 @@ mod tests {
             assert!(chunks * width * slots * DECODE_BLOCK >= k && (chunks - 1) * width * slots * DECODE_BLOCK < k);
             let fragments = m.div_ceil(DECODE_COLUMNS);
             let kept = if chunks > DECODE_FRAGMENTS / fragments { m * rows * 4 } else { 0 };
-            let sums = plan.per_pass as usize * RING_SUMS * if nested { fragments } else { 1 };
+            let (step_sums, barriers) = ring_sums(fragments, nested);
+            let sums = plan.per_pass as usize * step_sums;
             assert!((1..=RING_STEPS).contains(&(plan.per_pass as usize)) && plan.log2_slots >= 1);
-            assert!(RING_BARRIERS + DECODE_MAP + sums + kept + RESERVED_SHARED <= DECODE_TABLE);
+            assert!(barriers + DECODE_MAP + sums + kept + RESERVED_SHARED <= DECODE_TABLE);
             assert!(bytes as usize <= 232_448);
         }
     }

@@ -88,6 +88,14 @@ impl Buffer {
             let legal: Vec<_> = DType::ALL.iter().map(|d| d.as_str()).collect();
             return Err(Error::argument(argument, format!("of dtype {dtype:?}"), format!("one of {legal:?}")));
         };
+        Self::of(argument, address, count, dtype)
+    }
+
+    /// The same, of a dtype that is known.
+    ///
+    /// # Errors
+    /// As [`Buffer::new`].
+    pub fn of(argument: &'static str, address: usize, count: usize, dtype: DType) -> Result<Self> {
         let size = dtype.size();
         if count > 0 {
             if address == 0 {

@@ -3,12 +3,13 @@
 use half::{bf16, f16};
 use pyo3::prelude::*;
 
-use super::buffer::{Buffer, DType, RawBuffer, check_disjoint};
+use super::buffer::{Buffer, DType, check_disjoint};
 use super::error::to_py;
 use super::{openmp, threads};
-use crate::error::Result;
-use crate::geometry::BlockSize;
-use crate::matmul::{self, Floats, FloatsMut, Path, Scales, Weight, Workers};
+use crate::codebook::QuantType;
+use crate::error::{Error, Result};
+use crate::geometry::{BlockSize, NESTED_BLOCK_SIZE, packed_len};
+use crate::matmul::{self, Compute, Floats, FloatsMut, Path, Scales, Weight, Workers};
 
 /// Multiplications that take less time than it may take to get the GIL back.
 const SMALL_WORK: usize = 1 << 18;
@@ -17,53 +18,164 @@ const FLOATS: [DType; 3] = [DType::F16, DType::Bf16, DType::F32];
 
 /// Adds this room's functions to the module.
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
-    m.add_function(wrap_pyfunction!(linear_4bit, m)?)?;
-    m.add_function(wrap_pyfunction!(linear_4bit_backward, m)?)?;
+    m.add_class::<CpuLinear>()?;
     m.add_function(wrap_pyfunction!(matmul_path, m)?)
 }
 
-/// A packed weight as Python passes it.
-struct RawWeight<'a> {
-    packed: RawBuffer,
-    absmax: RawBuffer,
-    absmax2: Option<RawBuffer>,
-    offset: f32,
-    quant_type: &'a str,
-    blocksize: usize,
+/// Products with weights of one shape and kind: what does not change from call to call is checked once.
+#[pyclass(frozen, module = "halfbyte._native")]
+struct CpuLinear {
+    dtype: DType,
+    compute: Compute,
     n: usize,
     k: usize,
+    values: usize,
+    quant_type: QuantType,
+    blocksize: BlockSize,
+    nested: bool,
+    bias: Option<DType>,
 }
 
-/// The buffers of a weight.
-struct Buffers {
-    packed: Buffer,
-    absmax: Buffer,
-    absmax2: Option<Buffer>,
+/// Where the parts of a packed weight are; the last two are of nested scales.
+#[derive(Clone, Copy)]
+struct Addresses {
+    packed: usize,
+    absmax: usize,
+    absmax2: usize,
+    offset: usize,
 }
 
-impl RawWeight<'_> {
+impl CpuLinear {
     /// Checks the weight's memory and calls `work` with it; `out` must be apart from it and from `inputs`.
-    fn with<R>(self, inputs: &[&Buffer], out: &Buffer, work: impl FnOnce(&Weight<'_>) -> Result<R>) -> Result<R> {
-        let (quant_type, blocksize) = (self.quant_type.parse()?, BlockSize::new(self.blocksize)?);
-        let buffers = Buffers {
-            packed: Buffer::new("packed", self.packed)?,
-            absmax: Buffer::new("absmax", self.absmax)?,
-            absmax2: self.absmax2.map(|absmax2| Buffer::new("absmax2", absmax2)).transpose()?,
-        };
+    fn with<R>(
+        &self,
+        at: Addresses,
+        inputs: &[&Buffer],
+        out: &Buffer,
+        work: impl FnOnce(&Weight<'_>) -> Result<R>,
+    ) -> Result<R> {
+        let blocks = self.blocksize.absmax_len(self.values);
+        let packed = Buffer::of("packed", at.packed, packed_len(self.values), DType::U8)?;
+        let absmax = Buffer::of("absmax", at.absmax, blocks, if self.nested { DType::U8 } else { DType::F32 })?;
         check_disjoint(inputs, &[out])?;
-        check_disjoint(&[&buffers.packed, &buffers.absmax], &[out])?;
+        check_disjoint(&[&packed, &absmax], &[out])?;
         // SAFETY: not written to, and the Python caller's to keep for the call.
         let (packed, scales) = unsafe {
-            let scales = match &buffers.absmax2 {
-                None => Scales::Plain(buffers.absmax.slice()?),
-                Some(absmax2) => {
-                    check_disjoint(&[absmax2], &[out])?;
-                    Scales::Nested { codes: buffers.absmax.slice()?, absmax: absmax2.slice()?, offset: self.offset }
-                }
+            let scales = if self.nested {
+                let absmax2 = Buffer::of("absmax2", at.absmax2, blocks.div_ceil(NESTED_BLOCK_SIZE), DType::F32)?;
+                let offset = Buffer::of("offset", at.offset, 1, DType::F32)?;
+                check_disjoint(&[&absmax2, &offset], &[out])?;
+                let offset = offset.slice::<f32>()?[0];
+                Scales::Nested { codes: absmax.slice()?, absmax: absmax2.slice()?, offset }
+            } else {
+                Scales::Plain(absmax.slice()?)
             };
-            (buffers.packed.slice()?, scales)
+            (packed.slice()?, scales)
         };
-        work(&Weight::new(packed, scales, quant_type, blocksize, self.n, self.k)?)
+        work(&Weight::new(packed, scales, self.quant_type, self.blocksize, self.n, self.k)?)
+    }
+
+    /// `[rows][columns]` of the type of the factor and of the result.
+    fn matrix(&self, argument: &'static str, address: usize, rows: usize, columns: usize) -> Result<Buffer> {
+        let Some(count) = rows.checked_mul(columns) else {
+            return Err(Error::argument("m", rows, "less than 2^64 elements"));
+        };
+        Buffer::of(argument, address, count, self.dtype)
+    }
+}
+
+#[pymethods]
+impl CpuLinear {
+    /// Check the kind.
+    #[new]
+    #[pyo3(signature = (dtype, n, k, quant_type, blocksize, nested, bias = None))]
+    #[allow(clippy::too_many_arguments, reason = "a weight has that many properties")]
+    fn new(
+        dtype: &str,
+        n: usize,
+        k: usize,
+        quant_type: &str,
+        blocksize: usize,
+        nested: bool,
+        bias: Option<&str>,
+    ) -> PyResult<Self> {
+        let float = |argument, name: &str| {
+            FLOATS.into_iter().find(|d| d.as_str() == name).ok_or_else(|| {
+                let legal = FLOATS.map(DType::as_str);
+                Error::argument(argument, format!("{name:?}"), format!("one of {legal:?}"))
+            })
+        };
+        let check = || {
+            let values = n
+                .checked_mul(k)
+                .ok_or_else(|| Error::argument("n", format!("{n}, with k {k}"), "less than 2^64 weights"))?;
+            Ok(Self {
+                dtype: float("dtype", dtype)?,
+                compute: dtype.parse()?,
+                n,
+                k,
+                values,
+                quant_type: quant_type.parse()?,
+                blocksize: BlockSize::new(blocksize)?,
+                nested,
+                bias: bias.map(|bias| float("bias", bias)).transpose()?,
+            })
+        };
+        check().map_err(to_py)
+    }
+
+    /// `out[m, n] = x[m, k] · weight[n, k]ᵀ + bias[n]`; all but `m` and `threads` are addresses.
+    #[allow(clippy::too_many_arguments, reason = "a product has that many")]
+    fn forward(
+        &self,
+        py: Python<'_>,
+        m: usize,
+        x: usize,
+        packed: usize,
+        absmax: usize,
+        absmax2: usize,
+        offset: usize,
+        bias: usize,
+        out: usize,
+        threads: usize,
+    ) -> PyResult<()> {
+        run(py, [m, self.n, self.k], threads, |workers| {
+            let x = self.matrix("x", x, m, self.k)?;
+            let out = self.matrix("out", out, m, self.n)?;
+            let bias = self.bias.map(|dtype| Buffer::of("bias", bias, self.n, dtype)).transpose()?;
+            let inputs = [&x, bias.as_ref().unwrap_or(&x)];
+            self.with(Addresses { packed, absmax, absmax2, offset }, &inputs, &out, |weight| {
+                // SAFETY: `out` is apart from all others, and all are the Python caller's to keep for the call.
+                let (x, bias, out) =
+                    unsafe { (floats(&x)?, bias.as_ref().map(|bias| floats(bias)).transpose()?, floats_mut(&out)?) };
+                matmul::linear(Path::active()?, workers, m, x, weight, bias, out, self.compute)
+            })
+        })
+    }
+
+    /// `out[m, k] = grad[m, n] · weight[n, k]`; all but `m` and `threads` are addresses.
+    #[allow(clippy::too_many_arguments, reason = "a product has that many")]
+    fn backward(
+        &self,
+        py: Python<'_>,
+        m: usize,
+        grad: usize,
+        packed: usize,
+        absmax: usize,
+        absmax2: usize,
+        offset: usize,
+        out: usize,
+        threads: usize,
+    ) -> PyResult<()> {
+        run(py, [m, self.n, self.k], threads, |workers| {
+            let grad = self.matrix("grad", grad, m, self.n)?;
+            let out = self.matrix("out", out, m, self.k)?;
+            self.with(Addresses { packed, absmax, absmax2, offset }, &[&grad], &out, |weight| {
+                // SAFETY: `out` is apart from all others, and all are the Python caller's to keep for the call.
+                let (grad, out) = unsafe { (floats(&grad)?, floats_mut(&out)?) };
+                matmul::linear_backward(Path::active()?, workers, m, grad, weight, out, self.compute)
+            })
+        })
     }
 }
 
@@ -117,74 +229,6 @@ fn run(
         }
     })
     .map_err(to_py)
-}
-
-/// `out[m, n] = x[m, k] · weight[n, k]ᵀ + bias[n]`.
-#[pyfunction]
-#[pyo3(signature = (x, packed, absmax, bias, out, m, n, k, quant_type, blocksize, compute_dtype, threads, absmax2 = None, offset = 0.0))]
-#[allow(clippy::too_many_arguments, reason = "a product has that many")]
-fn linear_4bit(
-    py: Python<'_>,
-    x: RawBuffer,
-    packed: RawBuffer,
-    absmax: RawBuffer,
-    bias: Option<RawBuffer>,
-    out: RawBuffer,
-    m: usize,
-    n: usize,
-    k: usize,
-    quant_type: &str,
-    blocksize: usize,
-    compute_dtype: &str,
-    threads: usize,
-    absmax2: Option<RawBuffer>,
-    offset: f32,
-) -> PyResult<()> {
-    let weight = RawWeight { packed, absmax, absmax2, offset, quant_type, blocksize, n, k };
-    run(py, [m, n, k], threads, |workers| {
-        let (x, out) = (Buffer::new("x", x)?, Buffer::new("out", out)?);
-        let bias = bias.map(|bias| Buffer::new("bias", bias)).transpose()?;
-        let compute = compute_dtype.parse()?;
-        let inputs = [&x, bias.as_ref().unwrap_or(&x)];
-        weight.with(&inputs, &out, |weight| {
-            // SAFETY: `out` is apart from all others, and all are the Python caller's to keep for the call.
-            let (x, bias, out) =
-                unsafe { (floats(&x)?, bias.as_ref().map(|bias| floats(bias)).transpose()?, floats_mut(&out)?) };
-            matmul::linear(Path::active()?, workers, m, x, weight, bias, out, compute)
-        })
-    })
-}
-
-/// `out[m, k] = grad[m, n] · weight[n, k]`.
-#[pyfunction]
-#[pyo3(signature = (grad, packed, absmax, out, m, n, k, quant_type, blocksize, compute_dtype, threads, absmax2 = None, offset = 0.0))]
-#[allow(clippy::too_many_arguments, reason = "a product has that many")]
-fn linear_4bit_backward(
-    py: Python<'_>,
-    grad: RawBuffer,
-    packed: RawBuffer,
-    absmax: RawBuffer,
-    out: RawBuffer,
-    m: usize,
-    n: usize,
-    k: usize,
-    quant_type: &str,
-    blocksize: usize,
-    compute_dtype: &str,
-    threads: usize,
-    absmax2: Option<RawBuffer>,
-    offset: f32,
-) -> PyResult<()> {
-    let weight = RawWeight { packed, absmax, absmax2, offset, quant_type, blocksize, n, k };
-    run(py, [m, n, k], threads, |workers| {
-        let (grad, out) = (Buffer::new("grad", grad)?, Buffer::new("out", out)?);
-        let compute = compute_dtype.parse()?;
-        weight.with(&[&grad], &out, |weight| {
-            // SAFETY: `out` is apart from all others, and all are the Python caller's to keep for the call.
-            let (grad, out) = unsafe { (floats(&grad)?, floats_mut(&out)?) };
-            matmul::linear_backward(Path::active()?, workers, m, grad, weight, out, compute)
-        })
-    })
 }
 
 /// The instructions that products use.
