@@ -160,6 +160,7 @@ bench-cuda: setup-test develop ## the benches that need a GPU
 	$(py) benches/cuda_linear.py $(ARGS)
 	$(py) benches/cuda_torch.py $(ARGS)
 	$(py) benches/cuda_torch.py --backward $(ARGS)
+	$(py) benches/cuda_first_use.py
 
 clean: ## remove what was built and cached, and .venv
 	cargo clean --quiet || rm -rf target

@@ -9,7 +9,7 @@
 //   - The scale is applied in float32 to the sums of a block, once for 64 products.
 // A block of threads has some consecutive rows of W, all of K. Groups of warps take tiles of 16 rows in turn, and the slots of
 // a group, one for each of its warps, a part of K each: a warp keeps its part of x in registers while it walks over the tiles.
-// The partial sums of the slots meet in shared memory, and are added in the order of the slots: the result does not change
+// The partial sums of the slots meet in shared memory, and are added in an order that is fixed: the result does not change
 // from run to run.
 //
 // Two kernels differ in how W arrives: that of decode.cu by way of registers, that of decode_ring.cu by way of shared memory.
