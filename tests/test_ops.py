@@ -218,6 +218,52 @@ def test_func_grad_and_per_sample_gradients():
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_kind_of_weight_that_is_known_is_checked_again(nested):
+    packed, state = F.quantize_4bit(torch.randn(96, 256), quant_type="nf4", compress_statistics=nested)
+    x = torch.randn(2, 256)
+    absmax, absmax2, offset = state.scales()
+    right = {"packed": packed, "absmax": absmax, "absmax2": absmax2, "offset": offset}
+    how = None, (96, 256), 64, "nf4"
+
+    def product(**wrong):
+        parts = {**right, **wrong}
+        _cpu.linear_4bit(x, *parts.values(), *how)
+        _cpu.linear_4bit_backward(torch.randn(2, 96), *parts.values(), *how[1:])
+
+    product()
+    wrong = [
+        {"packed": packed[:-1]},
+        {"packed": packed.view(1, -1).view(torch.float32)[:, 1:]},
+        {"packed": packed.to(torch.int32)},
+        {"packed": packed.to("meta")},
+        {"absmax": absmax[1:]},
+        {"absmax": absmax.to(torch.float16)},
+        {"absmax": absmax.to("meta")},
+        {"absmax": absmax.to(torch.float32 if nested else torch.uint8)},
+        {"absmax": absmax.to_sparse()},
+        {"offset": None} if nested else {"offset": torch.zeros(())},
+        {"absmax2": None} if nested else {"absmax2": torch.zeros(2)},
+    ]
+    if nested:
+        wrong += [
+            {"absmax2": absmax2[1:]},
+            {"absmax2": absmax2.double()},
+            {"offset": torch.zeros(2)},
+            {"offset": offset.double()},
+            {"offset": offset.to("meta")},
+        ]
+    for parts in wrong:
+        with pytest.raises((ValueError, TypeError), match=r"packed|absmax|offset"):
+            product(**parts)
+    # Of another dtype, and of strides: the same weight.
+    product(packed=packed.view(1, -1).view(torch.bfloat16))
+    product(absmax=torch.stack([absmax, absmax], 1)[:, 0])
+    for part in (x[:, :255], x.double(), x.to("meta")):
+        with pytest.raises((ValueError, TypeError), match="x"):
+            _cpu.linear_4bit(part, *right.values(), *how)
+
+
 def test_functionalize():
     packed, state = F.quantize_4bit(torch.randn(6, 33), quant_type="nf4", compress_statistics=True)
 

@@ -294,7 +294,9 @@ def linear_4bit(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | Non
 
     `packed` and `state` are the weight `[out_features, in_features]`; `x` is `[..., in_features]`.
     """
-    return _product(x, packed, *state.scales(), bias, *state.weight())
+    absmax, absmax2, offset = state.scales()
+    shape, blocksize, quant_type = state.weight()
+    return _product(x, packed, absmax, absmax2, offset, bias, shape, blocksize, quant_type)
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
