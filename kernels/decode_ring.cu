@@ -22,13 +22,13 @@ constexpr int FEW_COLUMNS = 4;
 // that store a fragment nor those that add up two columns meet in a bank.
 constexpr int SUMS = ROWS * COLUMNS;
 
-// In a pass.
+// Steps of a pass, at most: for so many there is room for barriers.
 constexpr int MOST_STEPS = 8;
 
 // How the launcher divides the work. Whole numbers that take a division are its business.
 struct RingPlan {
     int rows;        // of W, for each block of threads
-    int log2_slots;  // of a chunk: 2 to RING_WARPS
+    int log2_slots;  // of a chunk, which has 2 to RING_WARPS
     int width;       // of a slot's part of a chunk, in blocks: at most RING_CHUNK
     int chunks;      // of K: the last may have less, or no, blocks for a slot
     int per_pass;    // steps whose sums fit in shared memory, at most MOST_STEPS
@@ -228,7 +228,8 @@ __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &s
     float *const all_sums = map + MAP_BYTES / sizeof(float);                     // [step][PLACES][FRAGMENTS][SUMS]
     const u32 sums_count = u32(plan.per_pass * Sums::PLACES * Sums::PLACE);
     float *const whole = all_sums + sums_count;  // [m][plan.rows], when there are several rounds
-    const u32 before = Sums::BARRIER_BYTES + MAP_BYTES + (sums_count + (share.chunks > ROUND ? u32(m * plan.rows) : 0)) * sizeof(float);
+    const u32 whole_count = share.chunks > ROUND ? u32(m * plan.rows) : 0;
+    const u32 before = Sums::BARRIER_BYTES + MAP_BYTES + (sums_count + whole_count) * sizeof(float);
     const u32 place_of_table = before + lane_table_place(shared + before);
     u32 *const table = reinterpret_cast<u32 *>(shared + place_of_table);  // [256][LANE_TABLE_ROW], half used
 

@@ -39,6 +39,14 @@ impl BlockSize {
     }
 }
 
+/// The number of weights of a matrix `[n, k]`.
+///
+/// # Errors
+/// [`Error::Argument`] when it does not fit in `usize`.
+pub fn weight_count(n: usize, k: usize) -> Result<usize> {
+    element_count(&[n, k]).ok_or_else(|| Error::argument("n", format!("{n}, with k {k}"), "less than 2^64 weights"))
+}
+
 /// Bytes that hold `n` 4-bit codes.
 pub fn packed_len(n: usize) -> usize {
     n.div_ceil(2)

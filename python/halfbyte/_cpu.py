@@ -6,8 +6,9 @@ Nothing else in the package turns a tensor into an address. A tensor that native
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 
 import torch
@@ -152,89 +153,21 @@ def dequantize_4bit(
     return result if out is None or out is result else out.copy_(result)
 
 
-class _Kind:
-    """Products with weights of one shape and kind in one dtype; and how many elements the parts of a weight have."""
-
-    __slots__ = ("absmax2_count", "absmax_count", "absmax_dtype", "backward", "codes", "forward", "k", "n")
-
-    def __init__(
-        self,
-        dtype: torch.dtype,
-        shape: tuple[int, int],
-        blocksize: int,
-        quant_type: str,
-        nested: bool,
-        bias: torch.dtype | None,
-    ) -> None:
-        self.n, self.k = shape
-        self.codes = packed_bytes(self.n * self.k)
-        self.absmax_count = blocks_of(self.n * self.k, blocksize)
-        self.absmax2_count = blocks_of(self.absmax_count, NESTED_BLOCKSIZE)
-        self.absmax_dtype = torch.uint8 if nested else torch.float32
-        name = None if bias is None else _NAMES[bias]
-        kernel = _native.CpuLinear(_NAMES[dtype], self.n, self.k, quant_type, blocksize, nested, name)
-        self.forward, self.backward = kernel.forward, kernel.backward
-
-    def takes(self, packed: Tensor, absmax: Tensor, absmax2: Tensor | None, offset: Tensor | None) -> bool:
-        """Whether a weight is one of these: asked for each product, and so of nothing but counts and dtypes."""
-        return (
-            packed.dtype is torch.uint8
-            and packed.numel() == self.codes
-            and packed.is_cpu
-            and packed.layout is torch.strided
-            and absmax.dtype is self.absmax_dtype
-            and absmax.numel() == self.absmax_count
-            and absmax.is_cpu
-            and absmax.layout is torch.strided
-            and (
-                absmax2 is offset
-                if absmax2 is None or offset is None
-                else absmax2.dtype is torch.float32
-                and absmax2.numel() == self.absmax2_count
-                and absmax2.is_cpu
-                and absmax2.layout is torch.strided
-                and offset.dtype is torch.float32
-                and offset.numel() == 1
-                and offset.is_cpu
-            )
-        )
-
-
-_MOST_KINDS = 4096
-_kinds: dict[tuple[object, ...], _Kind] = {}
-
-
-def _kind(
-    x: Tensor,
-    argument: str,
-    dim: int,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    shape: Sequence[int],
-    blocksize: int,
+@functools.lru_cache(maxsize=4096)
+def _kernel(
+    dtype: torch.dtype,
+    n: int,
+    k: int,
     quant_type: str,
-) -> _Kind:
-    """That of a product, whose arguments are checked: `x` meets the dimension `dim` of `shape`."""
-    bias_dtype = None if bias is None else bias.dtype
-    shape = shape if isinstance(shape, tuple) else tuple(shape)
-    key = x.dtype, shape, blocksize, quant_type, absmax2 is not None, bias_dtype
-    try:
-        kind = _kinds.get(key)
-    except TypeError:  # a `quant_type` that is a list, say: the checks find the words
-        kind = None
-    if kind is None or not kind.takes(packed, absmax, absmax2, offset):
-        check_weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
-    check_product(x, argument, bias, shape, packed, dim)
-    if kind is None:
-        if len(_kinds) >= _MOST_KINDS:
-            _kinds.clear()
-        kind = _kinds[key] = _Kind(
-            x.dtype, (shape[0], shape[1]), blocksize, quant_type, absmax2 is not None, bias_dtype
-        )
-    return kind
+    blocksize: int,
+    nested: bool,
+    bias: torch.dtype | None,
+) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Products with weights of this kind: forward and backward."""
+    kernel = _native.CpuLinear(
+        _NAMES[dtype], n, k, quant_type, blocksize, nested, None if bias is None else _NAMES[bias]
+    )
+    return kernel.forward, kernel.backward
 
 
 def linear_4bit(
@@ -249,20 +182,22 @@ def linear_4bit(
     quant_type: str,
 ) -> Tensor:
     """`x @ W.T + bias` with the packed `W` of `shape` [out_features, in_features]; computed in the dtype of `x`."""
-    kind = _kind(x, "x", 1, packed, absmax, absmax2, offset, bias, shape, blocksize, quant_type)
+    check_weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
+    check_product(x, "x", bias, shape, packed, 1)
+    n, k = shape
     x, packed, absmax = x.contiguous(), packed.contiguous(), absmax.contiguous()
     if x.dim() == 2:
         m = x.shape[0]
         # Numbers are parsed faster than a tuple of them.
-        out = x.new_empty(m, kind.n)
+        out = x.new_empty(m, n)
     else:
-        m = x.numel() // kind.k if kind.k else prod(x.shape[:-1])
-        out = x.new_empty((*x.shape[:-1], kind.n))
-    if bias is not None:
-        bias = bias.contiguous()
-    if absmax2 is not None:
-        absmax2 = absmax2.contiguous()
-    kind.forward(
+        m = x.numel() // k if k else prod(x.shape[:-1])
+        out = x.new_empty((*x.shape[:-1], n))
+    bias = None if bias is None else bias.contiguous()
+    absmax2 = None if absmax2 is None else absmax2.contiguous()
+    bias_dtype = None if bias is None else bias.dtype
+    forward, _ = _kernel(x.dtype, n, k, quant_type, blocksize, absmax2 is not None, bias_dtype)
+    forward(
         m,
         x.data_ptr(),
         packed.data_ptr(),
@@ -287,12 +222,15 @@ def linear_4bit_backward(
     quant_type: str,
 ) -> Tensor:
     """`grad @ W` with the packed `W` of `shape` [out_features, in_features]; computed in the dtype of `grad`."""
-    kind = _kind(grad, "grad", 0, packed, absmax, absmax2, offset, None, shape, blocksize, quant_type)
+    check_weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
+    check_product(grad, "grad", None, shape, packed, 0)
+    n, k = shape
     grad, packed, absmax = grad.contiguous(), packed.contiguous(), absmax.contiguous()
     absmax2 = None if absmax2 is None else absmax2.contiguous()
-    out = grad.new_empty((*grad.shape[:-1], kind.k))
-    kind.backward(
-        grad.numel() // kind.n if kind.n else prod(grad.shape[:-1]),
+    out = grad.new_empty((*grad.shape[:-1], k))
+    _, backward = _kernel(grad.dtype, n, k, quant_type, blocksize, absmax2 is not None, None)
+    backward(
+        grad.numel() // n if n else prod(grad.shape[:-1]),
         grad.data_ptr(),
         packed.data_ptr(),
         absmax.data_ptr(),

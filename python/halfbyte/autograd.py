@@ -294,9 +294,7 @@ def linear_4bit(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | Non
 
     `packed` and `state` are the weight `[out_features, in_features]`; `x` is `[..., in_features]`.
     """
-    absmax, absmax2, offset = state.scales()
-    shape, blocksize, quant_type = state.weight()
-    return _product(x, packed, absmax, absmax2, offset, bias, shape, blocksize, quant_type)
+    return _product(x, packed, *state.scales(), bias, *state.weight())
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:

@@ -36,7 +36,7 @@ from halfbyte._checks import (
 from halfbyte._maps import create_dynamic_map, create_fp8_map, create_linear_map, create_normal_map, get_4bit_type
 from halfbyte._ops import kernels, plain
 from halfbyte.autograd import matmul_4bit
-from halfbyte.state import QuantState, dynamic_map, quant_map, quant_map_on_cpu
+from halfbyte.state import QuantState, dynamic_map, quant_map
 
 __all__ = [
     "QuantState",
@@ -110,7 +110,8 @@ def quantize_4bit(
         packed, scales, absmax2, offset = call.quantize_4bit_nested(A, blocksize, quant_type)
     else:
         packed, scales = call.quantize_4bit(A, blocksize, quant_type)
-    code = quant_map_on_cpu(quant_type) if call is _cpu else quant_map(quant_type, A.device)
+    # Without a device it is the CPU's, and no time goes into asking for kernels of another.
+    code = quant_map(quant_type, None if call is _cpu else A.device)
     state = QuantState(scales, A.shape, code, blocksize, quant_type, A.dtype)
     if compress_statistics:
         state.offset, state.nested = offset, True

@@ -53,11 +53,6 @@ def quant_map(quant_type: str, device: torch.device | str | None = None) -> Tens
     return _copy(_QUANT_MAPS[quant_type], device) if target is None else _cuda.quant_map(quant_type, target)
 
 
-def quant_map_on_cpu(quant_type: str) -> Tensor:
-    """`quant_map` for callers who know that the device is the CPU and that nothing listens or transforms."""
-    return _QUANT_MAPS[quant_type].clone()
-
-
 def dynamic_map(device: torch.device | str | None = None) -> Tensor:
     """The 256 values of the signed 8-bit dynamic map, float32, ascending. A copy."""
     target = _cuda_device(device)

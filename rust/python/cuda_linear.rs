@@ -8,7 +8,7 @@ use crate::codebook::QuantType;
 use crate::cuda::ptx::Module;
 use crate::cuda::{self, Choice, DType, Device, Memory, Product, Scales, Stream};
 use crate::error::{Error, Result};
-use crate::geometry::{BlockSize, NESTED_BLOCK_SIZE, packed_len};
+use crate::geometry::{BlockSize, NESTED_BLOCK_SIZE, packed_len, weight_count};
 
 /// Products `x · Wᵀ + bias` with weights of one shape and kind.
 #[pyclass(frozen, module = "halfbyte._native")]
@@ -44,10 +44,7 @@ impl CudaLinear {
                 let legal = floats.map(DType::as_str);
                 Error::argument("dtype", format!("{dtype:?}"), format!("one of {legal:?}"))
             })?;
-            let values = n
-                .checked_mul(k)
-                .ok_or_else(|| Error::argument("n", format!("{n}, with k {k}"), "less than 2^63 weights"))?;
-            Ok((dtype, values, quant_type.parse()?, BlockSize::new(blocksize)?))
+            Ok((dtype, weight_count(n, k)?, quant_type.parse()?, BlockSize::new(blocksize)?))
         };
         let (dtype, values, quant_type, blocksize) = check().map_err(to_py)?;
         let modules = [Module::Product, Module::Decode, Module::DecodeRing];

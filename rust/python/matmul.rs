@@ -8,7 +8,7 @@ use super::error::to_py;
 use super::{openmp, threads};
 use crate::codebook::QuantType;
 use crate::error::{Error, Result};
-use crate::geometry::{BlockSize, NESTED_BLOCK_SIZE, packed_len};
+use crate::geometry::{BlockSize, NESTED_BLOCK_SIZE, packed_len, weight_count};
 use crate::matmul::{self, Compute, Floats, FloatsMut, Path, Scales, Weight, Workers};
 
 /// Multiplications that take less time than it may take to get the GIL back.
@@ -106,15 +106,12 @@ impl CpuLinear {
             })
         };
         let check = || {
-            let values = n
-                .checked_mul(k)
-                .ok_or_else(|| Error::argument("n", format!("{n}, with k {k}"), "less than 2^64 weights"))?;
             Ok(Self {
                 dtype: float("dtype", dtype)?,
                 compute: dtype.parse()?,
                 n,
                 k,
-                values,
+                values: weight_count(n, k)?,
                 quant_type: quant_type.parse()?,
                 blocksize: BlockSize::new(blocksize)?,
                 nested,

@@ -11,6 +11,8 @@ import halfbyte.functional as F
 import torch
 from halfbyte import _cuda, _native
 
+from kernels import here, raw
+
 
 def main() -> None:
     """Run them; what they give is tested elsewhere."""
@@ -47,11 +49,8 @@ def past_the_end() -> None:
     """Dequantize twice as many codes as there are."""
     packed = torch.zeros(2**20, dtype=torch.uint8, device="cuda")
     absmax, out = torch.ones(2**16, device="cuda"), torch.empty(2**22, device="cuda")
-    where = torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream
-    count = 2 * packed.numel()
-    scales = (absmax.data_ptr(), absmax.numel(), "float32"), None, None
-    raw_out = (out.data_ptr(), out.numel(), "float32")
-    _native.cuda_dequantize_4bit(*where, (packed.data_ptr(), count, "uint8"), *scales, raw_out, "nf4", 64, False)
+    too_long = packed.data_ptr(), 2 * packed.numel(), "uint8"
+    _native.cuda_dequantize_4bit(*here(), too_long, raw(absmax), None, None, raw(out), "nf4", 64, False)
     torch.cuda.synchronize()
 
 

@@ -22,7 +22,7 @@ def watched(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         kernels = "|".join(("quantize", "dequantize", "nested", "product", "decode", "embedding", "expand", "rows"))
         command += ["--kernel-name", f"regex={kernels}"]
     if tool in ("racecheck", "synccheck"):
-        # All barriers in shared memory of a launch: of 132 blocks of threads, say, 64 each.
+        # Room for barriers in shared memory: what the tool guesses is too low for the 64 of a block of threads.
         command += ["--num-cuda-barriers", str(2**16)]
     command += [sys.executable, str(Path(__file__).with_name("exercise.py")), *arguments]
     # Freed memory is given back at once, so that what lies behind an end is nobody's.

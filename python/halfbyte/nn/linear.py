@@ -79,9 +79,7 @@ class Linear4bit(Quantized, torch.nn.Linear):
         except KeyError:
             weight, bias = self.weight, self.bias
         state = self._state(weight)
-        dtype = input.dtype
-        if torch._C._is_any_autocast_enabled() or torch.compiler.is_compiling():
-            dtype = autocast_dtype(input) or dtype
+        dtype = autocast_dtype(input) or input.dtype
         compute = self.compute_dtype
         if compute is None:
             compute = dtype
