@@ -16,22 +16,22 @@ constexpr int RING_CHUNK = 4;
 // Parts of steps, of a chunk each, of a warp in its ring: while it works on one, two are on the way. 32 KB each for all warps.
 constexpr int STAGES = 3;
 constexpr int STAGE_BYTES = ROWS * RING_CHUNK * BLOCK_BYTES;
-// With more rows of x, their way from the second-level cache takes longer than that of a stage from memory.
-constexpr int FEW_COLUMNS = 4;
 // Sums of a warp for 8 columns of a step: [row][column], the pairs of columns exchanged by row, so that neither the lanes
 // that store a fragment nor those that add up two columns meet in a bank.
 constexpr int SUMS = ROWS * COLUMNS;
 
 // Steps of a pass, at most: for so many there is room for barriers.
-constexpr int MOST_STEPS = 8;
+constexpr int MOST_STEPS = 16;
 
 // How the launcher divides the work. Whole numbers that take a division are its business.
 struct RingPlan {
-    int rows;        // of W, for each block of threads
-    int log2_slots;  // of a chunk, which has 2 to RING_WARPS
-    int width;       // of a slot's part of a chunk, in blocks: at most RING_CHUNK
-    int chunks;      // of K: the last may have less, or no, blocks for a slot
-    int per_pass;    // steps whose sums fit in shared memory, at most MOST_STEPS
+    int rows;          // of W, for each block of threads
+    int log2_slots;    // of a chunk, which has 1 to RING_WARPS
+    int width;         // of a slot's part of a chunk, in blocks: at most RING_CHUNK
+    int chunks;        // of K: the last may have less, or no, blocks for a slot
+    int per_pass;      // steps whose sums fit in shared memory, at most MOST_STEPS
+    int log2_sharing;  // of the warps that share a place for the sums of 16 columns: no more than there are slots
+    int ahead;         // stages that are copied before the kernel before has ended, which then must not write W
 };
 
 // A chunk of a step.
@@ -53,8 +53,11 @@ struct Share {
         slot = warp & (slots - 1);
         group = warp >> plan.log2_slots;
         groups = RING_WARPS >> plan.log2_slots;
-        // Both factors are powers of two.
-        steps = int(u32(rows + groups * ROWS - 1) / ROWS) >> (LOG2_WARPS - plan.log2_slots);
+        steps = steps_of(rows, plan);
+    }
+    // Both factors of the divisor are powers of two.
+    __device__ int steps_of(int rows, const RingPlan &plan) const {
+        return int(u32(rows + groups * ROWS - 1) / ROWS) >> (LOG2_WARPS - plan.log2_slots);
     }
     __device__ int first_block(int chunk) const { return (chunk * slots + slot) * width; }
     // None, or less than that, when there is nothing left for this slot.
@@ -205,15 +208,18 @@ struct Copier {
 };
 
 // Where the sums of a step are. Those of 16 columns of all warps would leave room for few steps in a pass, and passes end with
-// barriers: there the warps of two neighbouring slots share a place, the second one adding its own to what it finds. With
-// nested scales registers do not suffice for that.
-template <bool NESTED, int FRAGMENTS>
+// barriers: there the warps of neighbouring slots share a place, each adding its own to what it finds.
+template <int FRAGMENTS>
 struct StepSums {
-    static constexpr int SHARING = FRAGMENTS > 1 && !NESTED ? 2 : 1;
+    static constexpr bool SHARED = FRAGMENTS > 1;
     static constexpr int PLACE = FRAGMENTS * SUMS;
-    static constexpr int PLACES = RING_WARPS / SHARING;
-    // Room for a barrier of each place of MOST_STEPS steps.
-    static constexpr u32 BARRIER_BYTES = SHARING > 1 ? MOST_STEPS * PLACES * sizeof(Barrier) : 0;
+    // A barrier of each warp for each of MOST_STEPS steps, where the next one waits for it. A pass is one phase.
+    static constexpr u32 BARRIER_BYTES = SHARED ? MOST_STEPS * RING_WARPS * sizeof(Barrier) : 0;
+
+    const int log2_sharing;
+
+    __device__ StepSums(const RingPlan &plan) : log2_sharing(SHARED ? plan.log2_sharing : 0) {}
+    __device__ int places() const { return RING_WARPS >> log2_sharing; }
 };
 
 template <typename T, bool NESTED, int FRAGMENTS>
@@ -222,13 +228,16 @@ __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &s
     constexpr int ROUND = 2 / FRAGMENTS;
     DYNAMIC_SHARED(shared);
     const Share share(n, k, plan);
-    using Sums = StepSums<NESTED, FRAGMENTS>;
-    Barrier *const stored = reinterpret_cast<Barrier *>(shared);                // [step][PLACES], when places are shared
+    using Sums = StepSums<FRAGMENTS>;
+    const Sums places(plan);
+    // The sums of all steps fit in shared memory: those of later rounds are added to them there.
+    const bool gathers = Sums::SHARED && share.steps_of(plan.rows, plan) <= plan.per_pass;
+    Barrier *const stored = reinterpret_cast<Barrier *>(shared);                // [step][RING_WARPS], when places are shared
     float *const map = reinterpret_cast<float *>(shared + Sums::BARRIER_BYTES);  // [256]
     float *const all_sums = map + MAP_BYTES / sizeof(float);                     // [step][PLACES][FRAGMENTS][SUMS]
-    const u32 sums_count = u32(plan.per_pass * Sums::PLACES * Sums::PLACE);
-    float *const whole = all_sums + sums_count;  // [m][plan.rows], when there are several rounds
-    const u32 whole_count = share.chunks > ROUND ? u32(m * plan.rows) : 0;
+    const u32 sums_count = u32(plan.per_pass * places.places() * Sums::PLACE);
+    float *const whole = all_sums + sums_count;  // [m][plan.rows], when there are several rounds of several passes
+    const u32 whole_count = share.chunks > ROUND && !gathers ? u32(m * plan.rows) : 0;
     const u32 before = Sums::BARRIER_BYTES + MAP_BYTES + (sums_count + whole_count) * sizeof(float);
     const u32 place_of_table = before + lane_table_place(shared + before);
     u32 *const table = reinterpret_cast<u32 *>(shared + place_of_table);  // [256][LANE_TABLE_ROW], half used
@@ -236,20 +245,20 @@ __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &s
     const int lane = int(threadIdx.x % WARP), warp = int(threadIdx.x / WARP);
     const int g = lane / 4, t = lane % 4;
 
-    let_next_start();
-    if (Sums::SHARING > 1 && threadIdx.x < u32(plan.per_pass * Sums::PLACES)) {
+    if (Sums::SHARED && threadIdx.x < u32(plan.per_pass * RING_WARPS)) {
         barrier_init(stored + threadIdx.x, WARP);
     }
-    wait_for_previous();
 
-    // What comes behind copies waits for them in the memory's queue: so x is loaded behind the first alone, and before it
-    // where there is much of it.
+    // What comes behind copies waits for them in the memory's queue: so x is loaded behind the first ones alone.
     Copier<NESTED, ROUND> copier(share, scales, packed, shared + (place_of_table + LANE_TABLE_BYTES), table,
                                  block_shift - BLOCK_SHIFT, n);
     u32 started = 0;
-    if (m <= FEW_COLUMNS) {
-        copier.copy(started++);
+#pragma unroll 1
+    for (; started < u32(plan.ahead); started++) {
+        copier.copy(started);
     }
+    wait_for_previous();
+    let_next_start();
     const float offset = NESTED ? *scales.offset : 0.0f;
     u32 x_words[ROUND][RING_CHUNK][FRAGMENTS][8];
     const auto load_round = [&](int first) {
@@ -273,9 +282,8 @@ __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &s
     // This lane's 8 bytes of block j are at this offset, with bits 5 and 6 inverted where those of 32 j are set.
     static_assert(BLOCK_BYTES == 32 && RING_CHUNK == 4, "bits 5 and 6");
     const u32 lane_offset = u32(ring_offset(g, 0) + t * 8);
-    const bool is_second = Sums::SHARING > 1 && warp % 2 != 0;
     const int low_place = g * COLUMNS + (t ^ g / 4) * 2;
-    u32 stage = 0, pass = 0;  // the pass's parity
+    u32 stage = 0, phase = 0;  // its parity
     for (int chunk = 0; chunk < share.chunks; chunk += ROUND) {
         if (chunk > 0) {
             load_round(chunk);
@@ -320,10 +328,14 @@ __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &s
                     copier.copy(stage);
                     stage = stage + 1 < STAGES ? stage + 1 : 0;
                 }
-                const int place = (step - begin) * Sums::PLACES + warp / Sums::SHARING;
-                float *const step_sums = all_sums + place * Sums::PLACE;
-                if (is_second) {
-                    barrier_wait(stored + place, pass);
+                const int warps_before = (step - begin) * RING_WARPS + read_warp();
+                float *const step_sums = all_sums + (warps_before >> places.log2_sharing) * Sums::PLACE;
+                Barrier *const barrier = stored + warps_before;
+                const int last = (1 << places.log2_sharing) - 1;
+                const bool is_first = (warps_before & last) == 0;
+                if (Sums::SHARED && (!is_first || (gathers && chunk > 0))) {
+                    // For the one before; the first, for the last in the round before.
+                    barrier_wait(is_first ? barrier + last : barrier - 1, is_first ? phase ^ 1 : phase);
 #pragma unroll
                     for (int f = 0; f < FRAGMENTS; f++) {
                         const float *const from = step_sums + f * SUMS;
@@ -340,17 +352,20 @@ __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &s
                     *reinterpret_cast<Floats2 *>(step_sums + f * SUMS + low_place) = {sums[f][0], sums[f][1]};
                     *reinterpret_cast<Floats2 *>(step_sums + f * SUMS + (low_place ^ 4) + SUMS / 2) = {sums[f][2], sums[f][3]};
                 }
-                if (Sums::SHARING > 1 && !is_second) {
-                    barrier_arrive(stored + place);
+                if (Sums::SHARED) {
+                    barrier_arrive(barrier);
                 }
             }
             // A pass ends one phase of every barrier, also of those of steps that it lacks.
-            if (Sums::SHARING > 1 && !is_second) {
+            if (Sums::SHARED) {
                 for (int step = end - begin; step < plan.per_pass; step++) {
-                    barrier_arrive(stored + (step * Sums::PLACES + warp / Sums::SHARING));
+                    barrier_arrive(stored + (step * RING_WARPS + warp));
                 }
             }
-            pass ^= 1;
+            phase ^= 1;
+            if (gathers && chunk + ROUND < share.chunks) {
+                continue;
+            }
             __syncthreads();
             // y, or the sums so far: a lane adds up those of one row and two columns, a warp those of two tiles.
             const int pairs_of_tiles = ((end - begin) * share.groups + 1) / 2;
@@ -365,20 +380,20 @@ __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &s
                 const int row_of_tile = lane % ROWS, tile = 2 * two + lane / ROWS;
                 const int row = (begin * share.groups + tile) * ROWS + row_of_tile;
                 if (tile < (end - begin) * share.groups && row < share.rows) {
-                    const float *const from = all_sums + (tile << plan.log2_slots) / Sums::SHARING * Sums::PLACE + pair / 4 * SUMS +
+                    const float *const from = all_sums + (tile << plan.log2_slots >> places.log2_sharing) * Sums::PLACE + pair / 4 * SUMS +
                                               row_of_tile * COLUMNS + (pair % 4 ^ row_of_tile / 4) * 2;
                     float sums[2] = {};
-                    if (chunk == 0 && bias != nullptr) {
+                    if ((chunk == 0 || gathers) && bias != nullptr) {
                         sums[0] = sums[1] = to_f32(bias[share.first_row + row]);
                     }
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
-                        if (chunk > 0 && 2 * pair + i < m) {
+                        if (chunk > 0 && !gathers && 2 * pair + i < m) {
                             sums[i] = whole[(2 * pair + i) * plan.rows + row];
                         }
                     }
 #pragma unroll 8
-                    for (int s = 0; s < share.slots / Sums::SHARING; s++) {
+                    for (int s = 0; s < share.slots >> places.log2_sharing; s++) {
                         const Floats2 part = *reinterpret_cast<const Floats2 *>(from + s * Sums::PLACE);
                         sums[0] += part.value[0];
                         sums[1] += part.value[1];
@@ -410,9 +425,9 @@ __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &s
 // y:           [m][n]
 // block_shift: log2 of the block size, 6 to 12
 // quant_type:  NF4 or FP4
-// Grid: ceil(n / plan.rows) blocks of RING_THREADS. Dynamic shared memory: StepSums' barriers, MAP_BYTES, 8 KB (with 16
-// columns and nested scales 16) for each step of a pass and, when there are several rounds, 4 * m * plan.rows, then the table at the next place where it may begin, and
-// STAGES * 32 KB behind it.
+// Grid: ceil(n / plan.rows) blocks of RING_THREADS. Dynamic shared memory: StepSums' barriers, MAP_BYTES, 1/2 KB for each
+// place (of 16 columns 1) of each step of a pass, 4 * m * plan.rows when there are several rounds of several passes, then
+// the table at the next place where it may begin, and STAGES * 32 KB behind it.
 #define INSTANCE(name, T, nested, fragments)                                                                          \
     extern "C" __global__ void __launch_bounds__(RING_THREADS, 1)                                                     \
         decode_ring_##name(const T *x, const u8 *packed, Scales scales, const T *bias, T *y, int m, int n, int k,    \

@@ -84,6 +84,13 @@ __device__ inline int read_lane() {
     return lane;
 }
 
+// The same of this thread's warp, in a block of one dimension.
+__device__ inline int read_warp() {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread / 32;
+}
+
 // ---- tables in shared memory ---------------------------------------------------------------------------------------
 // A table of 256 words for each lane, so that no two lanes of a warp meet in a bank: entry `byte` of lane l is
 // table[byte][l], rows being 64 words apart. The table begins at a multiple of 64 KB of the shared memory's addresses:
@@ -240,9 +247,10 @@ __device__ inline void barrier_wait(Barrier *barrier, u32 parity) {
 
 // ---- one kernel after another --------------------------------------------------------------------------------------
 // A kernel that is launched to start early (Device::launch_early) does so once every block of the kernel before it on the
-// stream has ended or called `let_next_start`. Until `wait_for_previous` returns it must not touch what that one reads or
-// writes; then that one has ended, and all that it wrote can be seen, though not by load_stream, which is for memory that
-// nobody writes from the start of a kernel on. Launched otherwise, both do nothing.
+// stream has ended or called `let_next_start`. Until `wait_for_previous` returns it must not write what that one reads or
+// writes, nor read what it writes; then that one has ended, and all that it wrote can be seen, though not by load_stream,
+// which is for memory that nobody writes from the start of a kernel on. Launched otherwise, both do nothing.
+// `let_next_start` is called after `wait_for_previous`: so what starts early can rely on the end of all but the one before.
 
 #if __CUDA_ARCH__ >= 900
 __device__ inline void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }

@@ -59,6 +59,7 @@ inline u32 permute_bytes(u32 a, u32 b, u32 selector, host::Site site = host::Sit
 // ---- lanes ---------------------------------------------------------------------------------------------------------
 
 inline int read_lane() { return int(threadIdx.x % 32); }
+inline int read_warp() { return int(threadIdx.x / 32); }
 
 // ---- tables in shared memory ---------------------------------------------------------------------------------------
 

@@ -54,10 +54,9 @@ const DECODE_MAP: usize = 1024;
 const DECODE_COLUMN: usize = 16 * 4;
 const RING_CHUNK: usize = 4;
 const RING_BYTES: usize = 3 * 32 * 1024;
-/// Sums of a step: of eight columns one for each warp, of sixteen one for each two.
-const RING_SUMS: usize = DECODE_WARPS * 16 * 8 * 4;
-const RING_STEPS: usize = 8;
-const RING_BARRIERS: usize = RING_STEPS * DECODE_WARPS / 2 * 8;
+const RING_STEPS: usize = 16;
+/// From so many stages on, of which a warp copies one after the other, two are copied ahead: what is copied ahead delays x.
+const LONG_WAY: usize = 16;
 /// Shared memory that the device keeps for itself, before the block's: the table of `decode_ring` begins at a multiple of
 /// its size, whether or not there is such a part.
 const RESERVED_SHARED: usize = 1024;
@@ -92,6 +91,8 @@ struct RingPlan {
     width: i32,
     chunks: i32,
     per_pass: i32,
+    log2_sharing: i32,
+    ahead: i32,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -144,19 +145,15 @@ fn decode_plan(
     Some((plan, n.div_ceil(rows) as u64, u32::try_from(shared).ok()?))
 }
 
-/// Bytes of the sums of a step of `decode_ring`, and of the barriers of places that two warps share.
-fn ring_sums(fragments: usize, nested: bool) -> (usize, usize) {
-    match (fragments, nested) {
-        (1, _) => (RING_SUMS, 0),
-        (_, false) => (RING_SUMS, RING_BARRIERS),
-        (_, true) => (RING_SUMS * fragments, 0),
-    }
+/// Of `decode_ring`: bytes of the sums of a step, and of the barriers of places that several warps share.
+fn ring_sums(fragments: usize, sharing: usize) -> (usize, usize) {
+    let sums = DECODE_WARPS / sharing * fragments * DECODE_ROWS * DECODE_COLUMNS * size_of::<f32>();
+    (sums, if fragments > 1 { RING_STEPS * DECODE_WARPS * size_of::<u64>() } else { 0 })
 }
 
 /// The same for `decode_ring`.
 fn ring_plan(
     (m, n, k): (usize, usize, usize),
-    nested: bool,
     multiprocessors: usize,
     shared_per_block: usize,
 ) -> Option<(RingPlan, u64, u32)> {
@@ -166,22 +163,35 @@ fn ring_plan(
         return None;
     }
     let fragments = m.div_ceil(DECODE_COLUMNS);
-    let slots = parts_of_k(k, DECODE_WARPS, RING_CHUNK).max(2);
+    // Sums of sixteen columns are shared by two or four warps.
+    let slots = parts_of_k(k, DECODE_WARPS, RING_CHUNK).max(if fragments > 1 { 4 } else { 1 });
     let chunks = (k / DECODE_BLOCK).div_ceil(slots * RING_CHUNK);
     let width = (k / DECODE_BLOCK).div_ceil(chunks).div_ceil(slots);
-    let (step_sums, barriers) = ring_sums(fragments, nested);
-    // Between rounds the sums of all rows are kept. When there is no room for them, more blocks have fewer rows each.
-    let kept = if chunks > DECODE_FRAGMENTS / fragments { m * 4 } else { 0 };
-    let mut rows = n.div_ceil(multiprocessors);
-    let room = loop {
-        let before_sums = RESERVED_SHARED + barriers + DECODE_MAP + rows * kept;
-        let room = DECODE_TABLE.saturating_sub(before_sums) / step_sums;
-        if room > 0 {
-            break room.min(RING_STEPS);
-        }
-        rows = rows.div_ceil(2);
+    let steps_of = |rows: usize| rows.div_ceil(DECODE_ROWS * (DECODE_WARPS / slots));
+    // Steps whose sums fit beside what else is in front of the table.
+    let room = |sharing: usize, others: usize| {
+        let (step_sums, barriers) = ring_sums(fragments, sharing);
+        let before_sums = RESERVED_SHARED + barriers + DECODE_MAP + others;
+        (DECODE_TABLE.saturating_sub(before_sums) / step_sums).min(RING_STEPS)
     };
-    let steps = rows.div_ceil(DECODE_ROWS * (DECODE_WARPS / slots));
+    let mut rows = n.div_ceil(multiprocessors);
+    let sharing = match fragments {
+        1 => 1,
+        _ if steps_of(rows) <= room(2, 0) => 2,
+        _ => 4,
+    };
+    let several_rounds = chunks > DECODE_FRAGMENTS / fragments;
+    let gathers = fragments > 1 && steps_of(rows) <= room(sharing, 0);
+    // Between rounds of several passes the sums of all rows are kept. When there is no room for them, more blocks have
+    // fewer rows each.
+    let kept = if several_rounds && !gathers { m * size_of::<f32>() } else { 0 };
+    let room = loop {
+        match room(sharing, rows * kept) {
+            0 => rows = rows.div_ceil(2),
+            room => break room,
+        }
+    };
+    let steps = steps_of(rows);
     let plan = RingPlan {
         rows: i32::try_from(rows).ok()?,
         log2_slots: slots.ilog2() as i32,
@@ -189,6 +199,8 @@ fn ring_plan(
         chunks: i32::try_from(chunks).ok()?,
         // Passes of equal length.
         per_pass: i32::try_from(steps.div_ceil(steps.div_ceil(room))).ok()?,
+        log2_sharing: sharing.ilog2() as i32,
+        ahead: if steps * chunks < LONG_WAY { 1 } else { 2 },
     };
     Some((plan, n.div_ceil(rows) as u64, u32::try_from(shared).ok()?))
 }
@@ -232,7 +244,7 @@ impl Product<'_> {
         };
         let (multiprocessors, shared) = (device.multiprocessors() as usize, device.shared_per_block() as usize);
         let (plan, blocks, shared, warps) = if ring {
-            let (plan, blocks, shared) = ring_plan((m, n, k), self.scales.is_nested(), multiprocessors, shared)?;
+            let (plan, blocks, shared) = ring_plan((m, n, k), multiprocessors, shared)?;
             (AnyPlan::Ring(plan), blocks, shared, DECODE_WARPS)
         } else {
             let (plan, blocks, shared) = decode_plan((m, n, k), multiprocessors, shared)?;
@@ -241,6 +253,13 @@ impl Product<'_> {
         let threads = (warps * 32) as u32;
         let kernel = Kernel { module, name, threads, large_shared: true };
         Some(Decode { kernel, plan, blocks, shared })
+    }
+
+    /// The first-level cache may hold the line of a weight since before the kernel before has ended: with nothing else in
+    /// it, that does not matter.
+    fn weight_is_apart(&self) -> bool {
+        let others = [Some(self.x), self.bias];
+        others.into_iter().flatten().all(|other| self.packed.is_apart_from(other) && self.scales.are_apart_from(other))
     }
 
     /// Codes of scales are copied in words, the last one too: only the bytes that there are, but tools that watch memory
@@ -346,7 +365,10 @@ pub unsafe fn product(device: &Device, stream: Stream, product: &Product<'_>, ch
                     let parameters = parameters![x, packed, scales, bias, y, m, n, k, shift, quant_type, plan];
                     device.launch(stream, &kernel, blocks, shared, parameters)
                 }
-                AnyPlan::Ring(plan) => {
+                AnyPlan::Ring(mut plan) => {
+                    if !device.may_read_ahead(stream) || !product.weight_is_apart() {
+                        plan.ahead = 0;
+                    }
                     let parameters = parameters![x, packed, scales, bias, y, m, n, k, shift, quant_type, plan];
                     device.launch_early(stream, &kernel, blocks, shared, parameters)
                 }
@@ -396,8 +418,8 @@ mod tests {
 
     #[test]
     fn every_row_and_every_block_has_a_warp_and_a_place_in_the_ring() {
-        for ((m, n, k), nested) in shapes().flat_map(|shape| [(shape, false), (shape, true)]) {
-            let (plan, blocks, bytes) = ring_plan((m, n, k), nested, 132, 232_448).unwrap();
+        for (m, n, k) in shapes() {
+            let (plan, blocks, bytes) = ring_plan((m, n, k), 132, 232_448).unwrap();
             let (rows, slots, width, chunks) =
                 (plan.rows as usize, 1 << plan.log2_slots, plan.width as usize, plan.chunks as usize);
             assert!(blocks as usize * rows >= n && (blocks as usize - 1) * rows < n, "{m} {n} {k}");
@@ -405,18 +427,23 @@ mod tests {
             // No chunk is without blocks, and none are left.
             assert!(chunks * width * slots * DECODE_BLOCK >= k && (chunks - 1) * width * slots * DECODE_BLOCK < k);
             let fragments = m.div_ceil(DECODE_COLUMNS);
-            let kept = if chunks > DECODE_FRAGMENTS / fragments { m * rows * 4 } else { 0 };
-            let (step_sums, barriers) = ring_sums(fragments, nested);
+            let sharing = 1 << plan.log2_sharing;
+            assert!(if fragments > 1 { (2..=slots).contains(&sharing) } else { sharing == 1 }, "{m} {n} {k}");
+            let steps = rows.div_ceil(DECODE_ROWS * (DECODE_WARPS / slots));
+            let gathers = fragments > 1 && steps <= plan.per_pass as usize;
+            let kept = if chunks > DECODE_FRAGMENTS / fragments && !gathers { m * rows * 4 } else { 0 };
+            let (step_sums, barriers) = ring_sums(fragments, sharing);
             let sums = plan.per_pass as usize * step_sums;
-            assert!((1..=RING_STEPS).contains(&(plan.per_pass as usize)) && plan.log2_slots >= 1);
-            assert!(barriers + DECODE_MAP + sums + kept + RESERVED_SHARED <= DECODE_TABLE);
+            assert!((1..=RING_STEPS).contains(&(plan.per_pass as usize)));
+            assert!(barriers + DECODE_MAP + sums + kept + RESERVED_SHARED <= DECODE_TABLE, "{m} {n} {k}");
             assert!(bytes as usize <= 232_448);
+            assert!((1..=2).contains(&plan.ahead));
         }
     }
 
     #[test]
     fn shared_memory_without_room() {
         assert_eq!(decode_plan((16, 4096, 4096), 40, 65536), None);
-        assert_eq!(ring_plan((1, 4096, 4096), false, 108, 166_912), None);
+        assert_eq!(ring_plan((1, 4096, 4096), 108, 166_912), None);
     }
 }

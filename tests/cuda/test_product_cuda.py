@@ -135,3 +135,46 @@ def test_in_a_graph() -> None:
     x.normal_()
     graph.replay()
     torch.testing.assert_close(y.double(), x.double() @ meant.T, rtol=2e-2, atol=2e-1)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize(("n", "columns"), [(256, 1024), (1024, 1024), (2048, 2048)])
+def test_a_weight_that_was_written_just_before(n: int, columns: int, captured: bool, nested: bool) -> None:
+    """A product may copy a weight before the kernel before it has ended, but not when that one writes the weight."""
+    quantize = k.quantize_nested if nested else k.quantize
+    values = [torch.randn(n, columns, dtype=torch.bfloat16, device="cuda") for _ in range(8)]
+    x = torch.randn(4, columns, dtype=torch.bfloat16, device="cuda")
+    expected = []
+    for v in values:
+        fresh = quantize(v, "nf4", 64)
+        torch.cuda.synchronize()
+        expected.append(k.product(x, fresh, n, "nf4", 64)[0])
+    # All in the same memory, and nothing between the kernels.
+    weight = quantize(values[-1], "nf4", 64)
+    scales = [None if t is None else k.raw(t) for t in weight.parts[1:]]
+    scratch = torch.empty(n * columns // 64, device="cuda")
+    workspace = torch.empty(_native.cuda_compress_workspace(len(scratch)), dtype=torch.float64, device="cuda")
+    results = [torch.zeros(4, n, dtype=torch.bfloat16, device="cuda") for _ in values]
+
+    def work() -> None:
+        for v, y in zip(values, results, strict=True):
+            if nested:
+                written = (v, weight.packed, scratch, *weight.parts[1:], workspace)
+                _native.cuda_quantize_4bit_nested(*k.here(), *map(k.raw, written), "nf4", 64)
+            else:
+                written = (v, weight.packed, weight.absmax)
+                _native.cuda_quantize_4bit(*k.here(), *map(k.raw, written), "nf4", 64, False)
+            operands = (k.raw(x), k.raw(weight.packed), *scales, None, k.raw(y), 4, n, columns)
+            _native.cuda_matmul_4bit(*k.here(), *operands, "nf4", 64, "best")
+
+    if captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+        graph.replay()
+    else:
+        work()
+    torch.cuda.synchronize()
+    for result, wanted in zip(results, expected, strict=True):
+        assert k.same_bits(result, wanted)

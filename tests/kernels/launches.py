@@ -468,17 +468,20 @@ def decode(source: Described, product: Product, rows: int, slots: int, per_pass:
 
 
 def decode_ring(
-    source: Described, product: Product, rows: int, slots: int, per_pass: int, scale_shift: int = 0
+    source: Described, product: Product, rows: int, slots: int, per_pass: int, scale_shift: int = 0, sharing: int = 1
 ) -> Check:
-    """The same, packed codes by way of shared memory. `per_pass` is in steps; scales are `scale_shift` bytes off."""
+    """The same, packed codes by way of shared memory. `per_pass` is in steps; scales are `scale_shift` bytes off, and
+    sums of 16 columns have a place for each `sharing` warps."""
     constants = source.constants
+    columns = product.x.shape[0]
+    slots = max(slots, sharing) if columns > constants["COLUMNS"] else slots
     blocks = product.x.shape[1] // constants["BLOCK"]
     chunks = _ceil(blocks, slots * constants["RING_CHUNK"])
     width = _ceil(_ceil(blocks, chunks), slots)
     # The table begins at a multiple of its size; 1 KB of shared memory is the system's.
     ring = constants["STAGES"] * constants["RING_WARPS"] * constants["STAGE_BYTES"]
     shared = 2 * constants["LANE_TABLE_BYTES"] - 1024 + ring
-    plan = (rows, int(math.log2(slots)), width, chunks, per_pass)
+    plan = (rows, int(math.log2(slots)), width, chunks, per_pass, int(math.log2(sharing)), columns % 3)
     return _decode(source, "decode_ring", product, plan, slots * chunks, shared, scale_shift)
 
 

@@ -52,7 +52,7 @@ def test_decode(m: int, n: int, k: int, blocksize: int, plan: tuple[int, int, in
 
 # Besides: four scales of a slot that lie together, in one chunk, two and three of these, so that there are two rounds;
 # a last chunk that has nothing for some slots; blocks of one part of K in several groups; a last pass of fewer steps,
-# in one round and in two.
+# in one round and in two; one pass of two rounds, and of three or five.
 RING = [
     *DECODE,
     (20, 1024, 64, (20, 4, 2)),
@@ -63,6 +63,8 @@ RING = [
     (18, 1024, 128, (18, 4, 3)),
     (50, 1024, 64, (50, 16, 3)),
     (36, 8192, 64, (36, 16, 2)),
+    (36, 8192, 64, (36, 16, 3)),
+    (18, 9216, 64, (18, 8, 1)),
 ]
 
 
@@ -71,8 +73,8 @@ RING = [
 def test_decode_ring(m: int, n: int, k: int, blocksize: int, plan: tuple[int, int, int]) -> None:
     source = library("decode_ring")
     rows, slots, per_pass = plan
-    for product in decode_products(m, n, k, blocksize):
-        check = launches.decode_ring(source, product, rows, max(slots, 2), min(per_pass, 3))
+    for i, product in enumerate(decode_products(m, n, k, blocksize)):
+        check = launches.decode_ring(source, product, rows, slots, min(per_pass, 3), sharing=(4, 1, 2, 4)[i])
         check.against(run_both_ways(source, check.case))
 
 
