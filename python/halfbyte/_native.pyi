@@ -126,7 +126,7 @@ class CpuLinear:
         codes of doubly quantized scales, their own scales and the offset, read as `expand_absmax` reads them; 0 where
         there is nothing. How much memory there is, the caller has checked; here null and misaligned addresses are
         refused, and an output in the memory of an input. Sums and the bias are float32, rounded once to `out`. Weights
-        are rounded to bfloat16 when `matmul_path()` is "avx512bf16" and `dtype` is "bfloat16", and stay float32
+        are rounded to bfloat16 when `matmul_path()` is "avx512bf16" or "amx" and `dtype` is "bfloat16", and stay float32
         otherwise. At most `threads` threads work, the same bits with every number: those of torch's OpenMP runtime
         where there is one, else of a pool.
         """
@@ -145,7 +145,7 @@ class CpuLinear:
         """`out[m, k] = grad[m, n] @ dequantized[n, k]`: the gradient of `forward`'s `x`, under the same rules."""
 
 def matmul_path() -> str:
-    """The instructions that products use: "scalar", "avx2", "avx512" or "avx512bf16"."""
+    """The instructions that products use: "scalar", "avx2", "avx512", "avx512bf16" or "amx"."""
 
 def compress_absmax(absmax: _Buffer, codes: _Buffer, absmax2: _Buffer) -> float:
     """Quantize `n` float32 scales to `codes` uint8 [n] and `absmax2` float32 [ceil(n / 256)]; gives the offset."""

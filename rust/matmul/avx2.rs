@@ -93,6 +93,10 @@ impl Kernel for Avx2 {
     const ROWS: usize = 6;
     const ROW_STEP: usize = 2;
 
+    type Session = ();
+
+    unsafe fn session() {}
+
     unsafe fn product(words: usize, lanes: *const u32, rows: Rows, sums: Sums) {
         // SAFETY: the caller's.
         unsafe {

@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::direct::Direct;
-use super::kernel::{Decoder, Kernel, Rows, Sums, decode};
+use super::kernel::{Decoder, Kernel, Rows, STEP, Sums, decode};
 use super::weight::Run;
 use super::{direct_bf16, direct_f32};
 
@@ -49,6 +49,10 @@ impl Kernel for Avx512 {
     const LANES: usize = 32;
     const ROWS: usize = 12;
     const ROW_STEP: usize = 4;
+
+    type Session = ();
+
+    unsafe fn session() {}
 
     unsafe fn product(words: usize, lanes: *const u32, rows: Rows, sums: Sums) {
         // SAFETY: the caller's.
@@ -121,12 +125,23 @@ impl Decoder for Avx512Bf16 {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
     unsafe fn look_up(table: __m512i, codes: *const u8, out: *mut u16) {
         // SAFETY: the caller's.
-        unsafe {
-            let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(codes.cast()));
-            // The look-up uses the low five bits, and the fifth does not matter.
-            let index = _mm512_or_si512(_mm512_srli_epi32::<4>(bytes), _mm512_slli_epi32::<16>(bytes));
-            _mm512_storeu_si512(out.cast(), _mm512_permutexvar_epi16(index, table));
-        }
+        unsafe { _mm512_storeu_si512(out.cast(), Self::values_of(table, codes)) }
+    }
+}
+
+impl Avx512Bf16 {
+    /// The values of the [`STEP`] codes in 16 bytes.
+    ///
+    /// # Safety
+    /// The machine has the path; 16 readable bytes at `codes`.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn values_of(table: __m512i, codes: *const u8) -> __m512i {
+        // SAFETY: the caller's.
+        let bytes = _mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(codes.cast()) });
+        // The look-up uses the low five bits, and the fifth does not matter.
+        let index = _mm512_or_si512(_mm512_srli_epi32::<4>(bytes), _mm512_slli_epi32::<16>(bytes));
+        _mm512_permutexvar_epi16(index, table)
     }
 }
 
@@ -135,6 +150,10 @@ impl Kernel for Avx512Bf16 {
     const LANES: usize = 32;
     const ROWS: usize = 12;
     const ROW_STEP: usize = 4;
+
+    type Session = ();
+
+    unsafe fn session() {}
 
     unsafe fn product(words: usize, lanes: *const u32, rows: Rows, sums: Sums) {
         // SAFETY: the caller's.
@@ -189,8 +208,92 @@ impl Kernel for Avx512Bf16 {
         }
     }
 
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn decode_pair(first: &Run<'_>, second: &Run<'_>, out: *mut u32, stride: usize) -> bool {
+        let whole = |run: &Run<'_>| run.start.is_multiple_of(STEP) && run.len.is_multiple_of(STEP);
+        if !(whole(first) && whole(second)) {
+            return false;
+        }
+        // SAFETY: the caller's: of both rows there are codes and scales of `len` values.
+        unsafe {
+            let low = _mm512_loadu_si512(PAIRED.as_ptr().cast());
+            let high = _mm512_loadu_si512(PAIRED.as_ptr().add(32).cast());
+            let codebook = Self::codebook(first.values);
+            let (mut first, mut second) = (Steps::new(first), Steps::new(second));
+            for panel in 0..first.steps {
+                let (a, b) = (first.next(codebook), second.next(codebook));
+                let to = out.add(panel * stride);
+                _mm512_storeu_si512(to.cast(), _mm512_permutex2var_epi16(a, low, b));
+                _mm512_storeu_si512(to.add(16).cast(), _mm512_permutex2var_epi16(a, high, b));
+            }
+        }
+        true
+    }
+
     fn direct() -> Option<Direct> {
         Some(direct_bf16::DIRECT)
+    }
+}
+
+/// Of two registers of 32 values one after the other: the first of both, the second of both, and so on.
+const PAIRED: [u16; 64] = {
+    let mut places = [0; 64];
+    let mut i = 0;
+    while i < 64 {
+        places[i] = (i / 2 + i % 2 * 32) as u16;
+        i += 1;
+    }
+    places
+};
+
+/// A run of whole steps, decoded to bfloat16 one after the other.
+struct Steps<'a> {
+    codes: *const u8,
+    scales: &'a [f32],
+    /// Steps of a block, less one: a power of two, less one.
+    mask: usize,
+    /// Where in its block the next step is.
+    at: usize,
+    /// The block that it is in.
+    block: usize,
+    table: __m512i,
+    steps: usize,
+}
+
+impl<'a> Steps<'a> {
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn new(run: &Run<'a>) -> Self {
+        let codes = run.packed[run.start / 2..(run.start + run.len) / 2].as_ptr();
+        let (mask, first) = (run.blocksize / STEP - 1, run.start / STEP);
+        // In the middle of a block, its table is made as if it began there.
+        Self {
+            codes,
+            scales: run.scales,
+            mask,
+            at: first & mask,
+            block: 0,
+            table: _mm512_setzero_si512(),
+            steps: run.len / STEP,
+        }
+    }
+
+    /// # Safety
+    /// The machine has the path, and there is a next one.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn next(&mut self, codebook: __m512) -> __m512i {
+        // SAFETY: the caller's.
+        unsafe {
+            if self.at == 0 || self.block == 0 {
+                self.table = Avx512Bf16::table(codebook, self.scales[self.block]);
+                self.block += 1;
+            }
+            self.at = (self.at + 1) & self.mask;
+            let values = Avx512Bf16::values_of(self.table, self.codes);
+            self.codes = self.codes.add(STEP / 2);
+            values
+        }
     }
 }
 

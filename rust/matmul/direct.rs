@@ -174,7 +174,7 @@ pub(super) fn forward(
             let sums = scratch.sums.at_least(TASK / 2 * SUMS);
             let blocks = weight.blocks_of(rows.start * k..rows.end * k);
             let origin = blocks.start * weight.blocksize();
-            let scales = weight.scales(blocks, &mut scratch.scales);
+            let scales = weight.scales(blocks, &mut scratch.scales[0]);
             for first_lane in (0..m).step_by(LANES) {
                 let count = LANES.min(m - first_lane);
                 let groups = k / GROUP;
@@ -256,7 +256,7 @@ pub(super) fn backward(
                         let blocks = weight.blocks_of(first..row * k + cols.end);
                         let origin = blocks.start * weight.blocksize();
                         let shift = weight.blocksize().trailing_zeros();
-                        let scales = weight.scales(blocks, &mut scratch.scales);
+                        let scales = weight.scales(blocks, &mut scratch.scales[0]);
                         for lane in 0..count {
                             let gradient = gradients[(first_lane + lane) * n + row];
                             let factors = &mut factors[lane * pieces * STRIPE_ROWS + row - start..];

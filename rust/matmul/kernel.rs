@@ -9,6 +9,9 @@ use super::weight::Run;
 /// The words of a chunk: a panel of 32 lanes and that many words fills the first-level cache.
 pub(super) const CHUNK: usize = 256;
 
+/// Rows of a forward tile on any path, at most.
+pub(super) const MOST_TILE_ROWS: usize = 64;
+
 /// Values that [`decode`] looks up at a time: 16 packed bytes. All block sizes are multiples.
 pub(super) const STEP: usize = 32;
 
@@ -46,11 +49,24 @@ pub(super) trait Kernel {
     const ROWS: usize;
     /// Numbers of rows are rounded up to multiples of this, which divides `ROWS`.
     const ROW_STEP: usize;
+    /// Rows of a forward tile at most: a multiple of `ROWS`, no more than [`MOST_TILE_ROWS`].
+    const TILE_ROWS: usize = 48;
+    /// Up to so many rows of activations are multiplied without laying them out for the block product.
+    const FEW_ROWS: usize = 8;
+    /// Whether `word_stride` must be 1.
+    const WORDS_TOGETHER: bool = false;
+
+    /// What a thread must have while it makes block products.
+    type Session;
+
+    /// # Safety
+    /// The machine has the path.
+    unsafe fn session() -> Self::Session;
 
     /// The block product of `words` words. `lanes` is `[words][LANES]`.
     ///
     /// # Safety
-    /// The machine has the path. `lanes` and `rows` are readable and `sums` writable as far as described.
+    /// The machine has the path, and the thread a session. `lanes` and `rows` are readable and `sums` writable as far as described.
     unsafe fn product(words: usize, lanes: *const u32, rows: Rows, sums: Sums);
 
     /// Decodes a run to consecutive values: float32, or bfloat16 for `DEPTH == 2`.
@@ -75,6 +91,18 @@ pub(super) trait Kernel {
         debug_assert!(Self::DEPTH == 1 && second.len() == out.len());
         // The number is known when this is compiled: a few moves, not a call.
         out[..Self::LANES].copy_from_slice(&first[..Self::LANES]);
+    }
+
+    /// Decodes the same columns of two rows of a weight and brings them into panels of `LANES` words, which are `stride`
+    /// words apart: [`Self::decode`] of both, then [`Self::weave`]. Gives false, having done nothing, when it does not take
+    /// such runs.
+    ///
+    /// # Safety
+    /// The machine has the path. `out` has room for the panels; the runs are of one weight and of one length.
+    #[inline(always)]
+    unsafe fn decode_pair(first: &Run<'_>, second: &Run<'_>, out: *mut u32, stride: usize) -> bool {
+        let _ = (first, second, out, stride);
+        false
     }
 
     /// The path's way to multiply few rows without decoding the weight to memory, where it has one.
@@ -216,6 +244,10 @@ impl Kernel for Scalar {
     const LANES: usize = 8;
     const ROWS: usize = 4;
     const ROW_STEP: usize = 4;
+
+    type Session = ();
+
+    unsafe fn session() {}
 
     unsafe fn product(words: usize, lanes: *const u32, rows: Rows, sums: Sums) {
         let mut sum = [[0.0f32; 8]; 4];

@@ -5,11 +5,11 @@
 //!
 //! - Activations (and gradients) are rounded to the compute type first; that is exact when they have it already.
 //! - Weights are `codebook[code] * scale` in float32, rounded to bfloat16 when [`Path::rounds_weights`] says so
-//!   (bfloat16 compute on AVX512-BF16) and not at all otherwise: float16 compute, and bfloat16 compute on other paths,
+//!   (bfloat16 compute on AVX512-BF16 and AMX) and not at all otherwise: float16 compute, and bfloat16 compute on other paths,
 //!   are more exact than the reference. With few rows it is the codebook that is rounded, not the product with the
 //!   scale: a relative error of at most 2⁻⁸ per weight either way. A single row of gradients meets exact weights.
 //! - Products are added up in float32, in an order that depends on the shape and the path, and on neither the run nor
-//!   the number of threads: the same bits every time. AVX512-BF16 rounds sums to nearest and takes denormals for zero.
+//!   the number of threads: the same bits every time. AVX512-BF16 and AMX round sums to nearest and take denormals for zero.
 //! - The bias is added in float32, and the sum is rounded once, to the type of the result.
 //!
 //! So with `u = 2⁻²⁴` and `e = 2⁻⁸` (weights rounded) or 0, a result differs from the exact one (of rounded
@@ -22,6 +22,8 @@
 //! with a tile of the weight decoded into the second-level cache (`blocked`). A thread needs 1.1 MB at most, and the rounded activations
 //! of up to 512 rows are held once. Threads share results, never a sum.
 
+#[cfg_attr(not(all(target_arch = "x86_64", target_os = "linux")), allow(dead_code, reason = "no tiles here"))]
+mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -47,6 +49,9 @@ use std::str::FromStr;
 use crate::blockwise::check_length;
 use crate::error::{Error, Result};
 
+#[cfg(test)]
+use amx::emulated;
+use amx::{Tiled, Tiles};
 use blocked::Out;
 pub use floats::{Floats, FloatsMut};
 use kernel::{Kernel, Scalar};
@@ -54,9 +59,6 @@ use pack::Matrix;
 pub use path::Path;
 pub use weight::{Scales, Weight};
 pub use workers::{Parallel, Workers};
-
-/// Up to so many rows of activations are multiplied without laying them out for the blocked product.
-const FEW_ROWS: usize = 8;
 
 /// Multiplications that one thread does in the time it takes to wake another: tens of microseconds.
 const SERIAL_WORK: usize = 1 << 20;
@@ -133,12 +135,22 @@ pub fn linear(
     let workers = workers.for_work(m.saturating_mul(n).saturating_mul(k), SERIAL_WORK);
     match (path, compute) {
         (Path::Scalar, _) => forward::<Scalar>(x, m, weight, &out, workers),
+        #[cfg(test)]
+        (Path::Emulated, Compute::Bf16) => {
+            forward_tiled::<emulated::Pairs, emulated::Emulated>(x, m, weight, &out, workers)
+        }
+        #[cfg(test)]
+        (Path::Emulated, _) => forward::<Scalar>(x, m, weight, &out, workers),
         #[cfg(target_arch = "x86_64")]
         (Path::Avx2, _) => forward::<avx2::Avx2>(x, m, weight, &out, workers),
         #[cfg(target_arch = "x86_64")]
         (Path::Avx512Bf16, Compute::Bf16) => forward::<avx512::Avx512Bf16>(x, m, weight, &out, workers),
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        (Path::Amx, Compute::Bf16) => {
+            forward_tiled::<avx512::Avx512Bf16, amx::hardware::Hardware>(x, m, weight, &out, workers)
+        }
         #[cfg(target_arch = "x86_64")]
-        (Path::Avx512 | Path::Avx512Bf16, _) => forward::<avx512::Avx512>(x, m, weight, &out, workers),
+        (Path::Avx512 | Path::Avx512Bf16 | Path::Amx, _) => forward::<avx512::Avx512>(x, m, weight, &out, workers),
         #[cfg(not(target_arch = "x86_64"))]
         _ => unreachable!("{path} is not available here"),
     }
@@ -150,8 +162,23 @@ fn forward<K: Kernel>(x: Matrix<'_>, m: usize, weight: &Weight<'_>, out: &Out<'_
         Some(direct) if m <= direct.rows && direct::takes(weight) => {
             direct::forward(direct, x, m, weight, out, workers);
         }
-        _ if m <= FEW_ROWS => blocked::forward_few::<K>(x, m, weight, out, workers),
+        _ if m <= K::FEW_ROWS => blocked::forward_few::<K>(x, m, weight, out, workers),
         _ => blocked::forward::<K>(x, m, weight, out, workers),
+    }
+}
+
+#[cfg_attr(not(all(target_arch = "x86_64", target_os = "linux")), allow(dead_code, reason = "no tiles here"))]
+fn forward_tiled<K: Kernel, T: Tiles>(
+    x: Matrix<'_>,
+    m: usize,
+    weight: &Weight<'_>,
+    out: &Out<'_>,
+    workers: Workers<'_>,
+) {
+    if m <= Tiled::<K, T, 1>::LANES {
+        forward::<Tiled<K, T, 1>>(x, m, weight, out, workers);
+    } else {
+        forward::<Tiled<K, T, 2>>(x, m, weight, out, workers);
     }
 }
 
@@ -186,12 +213,22 @@ pub fn linear_backward(
     let workers = workers.for_work(m.saturating_mul(n).saturating_mul(k), SERIAL_WORK);
     match (path, compute) {
         (Path::Scalar, _) => backward::<Scalar>(grad, m, weight, &out, workers),
+        #[cfg(test)]
+        (Path::Emulated, Compute::Bf16) => {
+            backward_tiled::<emulated::Pairs, emulated::Emulated>(grad, m, weight, &out, workers)
+        }
+        #[cfg(test)]
+        (Path::Emulated, _) => backward::<Scalar>(grad, m, weight, &out, workers),
         #[cfg(target_arch = "x86_64")]
         (Path::Avx2, _) => backward::<avx2::Avx2>(grad, m, weight, &out, workers),
         #[cfg(target_arch = "x86_64")]
         (Path::Avx512Bf16, Compute::Bf16) => backward::<avx512::Avx512Bf16>(grad, m, weight, &out, workers),
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        (Path::Amx, Compute::Bf16) => {
+            backward_tiled::<avx512::Avx512Bf16, amx::hardware::Hardware>(grad, m, weight, &out, workers)
+        }
         #[cfg(target_arch = "x86_64")]
-        (Path::Avx512 | Path::Avx512Bf16, _) => backward::<avx512::Avx512>(grad, m, weight, &out, workers),
+        (Path::Avx512 | Path::Avx512Bf16 | Path::Amx, _) => backward::<avx512::Avx512>(grad, m, weight, &out, workers),
         #[cfg(not(target_arch = "x86_64"))]
         _ => unreachable!("{path} is not available here"),
     }
@@ -205,6 +242,17 @@ fn backward<K: Kernel>(grad: Matrix<'_>, m: usize, weight: &Weight<'_>, out: &Ou
         }
         _ => blocked::backward::<K>(grad, m, weight, out, workers),
     }
+}
+
+#[cfg_attr(not(all(target_arch = "x86_64", target_os = "linux")), allow(dead_code, reason = "no tiles here"))]
+fn backward_tiled<K: Kernel, T: Tiles>(
+    grad: Matrix<'_>,
+    m: usize,
+    weight: &Weight<'_>,
+    out: &Out<'_>,
+    workers: Workers<'_>,
+) {
+    backward::<Tiled<K, T, 2>>(grad, m, weight, out, workers);
 }
 
 /// Sums of nothing.

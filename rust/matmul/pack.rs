@@ -30,7 +30,7 @@ impl Matrix<'_> {
     }
 }
 
-/// Rows of a matrix in groups of `width`: `[chunk][group][word][width]`, the last group filled up with zeros.
+/// Rows of a matrix in groups of `width`: `[chunk][group][word][width]`.
 pub(super) struct Panels {
     words: Words,
     width: usize,
@@ -60,9 +60,15 @@ impl Chunk {
 }
 
 impl Panels {
-    /// Packs `rows` of `matrix`.
-    pub fn pack<K: Kernel>(matrix: Matrix<'_>, rows: Range<usize>, width: usize, workers: Workers<'_>) -> Self {
-        let groups = rows.len().div_ceil(width);
+    /// Packs `rows` of `matrix`. Behind them are rows of zeros, up to a multiple of `multiple`, which is one of `width`.
+    pub fn pack<K: Kernel>(
+        matrix: Matrix<'_>,
+        rows: Range<usize>,
+        width: usize,
+        multiple: usize,
+        workers: Workers<'_>,
+    ) -> Self {
+        let groups = rows.len().next_multiple_of(multiple) / width;
         let mut words = Words::zeroed(matrix.cols.div_ceil(K::DEPTH) * groups * width);
         let chunks: Vec<Chunk> = Chunk::all::<K>(matrix.cols).collect();
         let shared = SharedWords::new(&mut words);
@@ -70,7 +76,7 @@ impl Panels {
             let (chunk, group) = (chunks[task / groups], task % groups);
             // SAFETY: every chunk and group has its own words.
             let panel = unsafe { shared.part((chunk.start * groups + group * chunk.len) * width, chunk.len * width) };
-            let first = rows.start + group * width;
+            let first = (rows.start + group * width).min(rows.end);
             let mut row_words = [0u32; CHUNK];
             for i in 0..width.min(rows.end - first) {
                 let row_words = &mut row_words[..chunk.len];

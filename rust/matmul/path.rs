@@ -7,7 +7,7 @@ use super::Compute;
 use crate::blockwise::{SIMD_VARIABLE, Simd};
 use crate::error::{Error, Result};
 
-/// A set of instructions for products: those of [`Simd`], and the dot products of bfloat16 pairs on top of AVX-512.
+/// A set of instructions for products: those of [`Simd`], and products of bfloat16 pairs on top of AVX-512.
 ///
 /// Paths differ in the last bits, unlike those of [`crate::blockwise`]: see the module's description for what each
 /// rounds.
@@ -21,19 +21,35 @@ pub enum Path {
     Avx512,
     /// x86-64 with AVX512-BF16 as well.
     Avx512Bf16,
+    /// x86-64 with AMX-TILE and AMX-BF16 as well, on Linux.
+    Amx,
+    /// The code of [`Self::Amx`] with tiles and look-ups in plain Rust.
+    #[cfg(test)]
+    Emulated,
 }
 
 impl Path {
     /// Every path, slowest first.
-    pub const ALL: [Self; 4] = [Self::Scalar, Self::Avx2, Self::Avx512, Self::Avx512Bf16];
+    pub const ALL: &[Self] = &[
+        Self::Scalar,
+        Self::Avx2,
+        Self::Avx512,
+        Self::Avx512Bf16,
+        Self::Amx,
+        #[cfg(test)]
+        Self::Emulated,
+    ];
 
-    /// The name: `scalar`, `avx2`, `avx512` or `avx512bf16`.
+    /// The name: `scalar`, `avx2`, `avx512`, `avx512bf16` or `amx`.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Scalar => "scalar",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
             Self::Avx512Bf16 => "avx512bf16",
+            Self::Amx => "amx",
+            #[cfg(test)]
+            Self::Emulated => "emulated",
         }
     }
 
@@ -47,12 +63,18 @@ impl Path {
             Self::Avx512Bf16 => Simd::Avx512.is_available() && is_x86_feature_detected!("avx512bf16"),
             #[cfg(not(target_arch = "x86_64"))]
             Self::Avx512Bf16 => false,
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Self::Amx => Self::Avx512Bf16.is_available() && super::amx::hardware::is_available(),
+            #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+            Self::Amx => false,
+            #[cfg(test)]
+            Self::Emulated => true,
         }
     }
 
     /// The paths of this machine, slowest first.
     pub fn available() -> impl Iterator<Item = Self> {
-        Self::ALL.into_iter().filter(|path| path.is_available())
+        Self::ALL.iter().copied().filter(|path| path.is_available())
     }
 
     /// The path in use: the fastest of this machine. `HALFBYTE_SIMD=avx512` means exactly the instructions of that
@@ -67,6 +89,7 @@ impl Path {
         Ok(match simd {
             Simd::Scalar => Self::Scalar,
             Simd::Avx2 => Self::Avx2,
+            Simd::Avx512 if !forced && Self::Amx.is_available() => Self::Amx,
             Simd::Avx512 if !forced && Self::Avx512Bf16.is_available() => Self::Avx512Bf16,
             Simd::Avx512 => Self::Avx512,
         })
@@ -84,7 +107,11 @@ impl Path {
 
     /// Whether products in `compute` round weights to bfloat16 on this path.
     pub const fn rounds_weights(self, compute: Compute) -> bool {
-        matches!((self, compute), (Self::Avx512Bf16, Compute::Bf16))
+        #[cfg(test)]
+        if matches!((self, compute), (Self::Emulated, Compute::Bf16)) {
+            return true;
+        }
+        matches!((self, compute), (Self::Avx512Bf16 | Self::Amx, Compute::Bf16))
     }
 }
 

@@ -42,8 +42,8 @@ pub(super) struct Scratch {
     pub tile: Words,
     /// Sums of a part of the result.
     pub sums: Words,
-    /// Nested scales, expanded.
-    pub scales: Vec<f32>,
+    /// Nested scales of two rows, expanded.
+    pub scales: [Vec<f32>; 2],
 }
 
 impl Scratch {
