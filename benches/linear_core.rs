@@ -1,9 +1,9 @@
 //! Speed of products on a packed weight, on one thread unless told otherwise.
 //!
-//! `cargo bench --no-default-features --bench linear_core [-- [N K [THREADS]] [PATH]]` prints one row per path, direction and
+//! `cargo bench --no-default-features --bench linear_core [-- [N K [THREADS]] [PATH] [nested]]` prints one row per path, direction and
 //! number of rows: the best of several runs over weights that are larger than the caches together, in milliseconds,
 //! 10^9 floating-point operations per second, and 10^9 bytes of codes per second. bfloat16 activations and results, bfloat16
-//! compute, NF4, blocks of 64.
+//! compute, NF4, blocks of 64; with `nested` the scales are quantized too.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -12,6 +12,7 @@ use half::bf16;
 use halfbyte::codebook::QuantType;
 use halfbyte::geometry::BlockSize;
 use halfbyte::matmul::{Compute, Floats, FloatsMut, Path, Scales, Weight, Workers, linear, linear_backward};
+use halfbyte::nested::{self, Nested};
 use rayon::ThreadPoolBuilder;
 
 /// Bytes of codes that push each other out of the caches.
@@ -22,11 +23,15 @@ const TIME: Duration = Duration::from_millis(400);
 struct Codes {
     packed: Vec<u8>,
     absmax: Vec<f32>,
+    nested: Option<Nested>,
 }
 
 impl Codes {
     fn weight(&self, n: usize, k: usize) -> Weight<'_> {
-        let scales = Scales::Plain(&self.absmax);
+        let scales = match &self.nested {
+            None => Scales::Plain(&self.absmax),
+            Some(Nested { codes, absmax, offset }) => Scales::Nested { codes, absmax, offset: *offset },
+        };
         Weight::new(&self.packed, scales, QuantType::Nf4, BlockSize::DEFAULT, n, k).expect("lengths agree")
     }
 }
@@ -51,15 +56,19 @@ fn main() {
     let workers = if threads == 1 { Workers::serial() } else { Workers::new(&pool, threads) };
 
     let bytes = (n * k).div_ceil(2);
+    let quantized_scales = std::env::args().any(|argument| argument == "nested");
     let codes: Vec<Codes> = (0..CACHES.div_ceil(bytes).max(1))
-        .map(|seed| Codes {
-            packed: (0..bytes)
-                .map(|i| ((i + seed) as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes()[7])
-                .collect(),
-            absmax: (0..BlockSize::DEFAULT.absmax_len(n * k)).map(|i| 0.02 + (i % 7) as f32 * 0.01).collect(),
+        .map(|seed| {
+            let packed =
+                (0..bytes).map(|i| ((i + seed) as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes()[7]).collect();
+            let absmax: Vec<f32> =
+                (0..BlockSize::DEFAULT.absmax_len(n * k)).map(|i| 0.02 + (i % 7) as f32 * 0.01).collect();
+            let nested = quantized_scales.then(|| nested::compress(&absmax));
+            Codes { packed, absmax, nested }
         })
         .collect();
-    println!("{n} x {k}, {threads} threads\n");
+    let scales = if quantized_scales { "nested" } else { "float32" };
+    println!("{n} x {k}, {threads} threads, {scales} scales\n");
     println!("{:<11} {:<9} {:>5} {:>9} {:>9} {:>9}", "path", "direction", "rows", "ms", "GFLOP/s", "GB/s");
     let named = |path: &Path| std::env::args().any(|argument| argument == path.as_str());
     let any = !Path::ALL.iter().any(named);

@@ -11,7 +11,7 @@ use super::kernel::{Kernel, Rows, Sums};
 use super::weight::Run;
 
 /// Rows of a tile, words of a row and lanes of a word.
-const SIDE: usize = 16;
+pub(super) const SIDE: usize = 16;
 
 /// The eight tile registers of a thread. Numbers of registers are below 8; strides are in words.
 pub(super) trait Tiles {
@@ -98,7 +98,7 @@ impl<K: Kernel, T: Tiles, const GROUPS: usize> Kernel for Tiled<K, T, GROUPS> {
 }
 
 /// With more rows of activations tiles are faster than products in other registers.
-const DIRECT_ROWS: usize = 3;
+pub(super) const DIRECT_ROWS: usize = 2;
 
 /// The block product of one or two tiles of rows. Sums are tiles 0 to 3, rows 4 and 5, lanes 6 and 7.
 ///
@@ -305,6 +305,7 @@ pub(super) mod emulated {
 
     use half::bf16;
 
+    use super::super::direct_tiles::{DecodesGroups, Group, ROWS, STEPS, values_at};
     use super::super::kernel::{Decoder, Kernel, Rows, STEP, Sums, decode};
     use super::SIDE;
     use crate::matmul::weight::Run;
@@ -334,6 +335,27 @@ pub(super) mod emulated {
                     let byte = *codes.add(i);
                     out.add(2 * i).write_unaligned(table[usize::from(byte >> 4)]);
                     out.add(2 * i + 1).write_unaligned(table[usize::from(byte & 15)]);
+                }
+            }
+        }
+    }
+
+    impl DecodesGroups for Pairs {
+        unsafe fn decode_group(group: &Group<'_>) {
+            for row in 0..group.rows {
+                // SAFETY: the caller's.
+                unsafe {
+                    let [first, second] = group.scales_of(row);
+                    let tables = [first, second].map(|scale| group.values.map(|v| bf16::from_f32(v * scale)));
+                    let value = |at: usize| {
+                        let byte = if at < 64 || group.whole { *group.codes_of(row).add(at / 2) } else { 0 };
+                        let code = if at.is_multiple_of(2) { byte >> 4 } else { byte & 15 };
+                        u32::from(tables[at / 64][usize::from(code)].to_bits())
+                    };
+                    for i in 0..STEPS * SIDE {
+                        let [low, high] = values_at(i / SIDE, i % SIDE).map(value);
+                        *group.out.add((i / SIDE * ROWS + row) * SIDE + i % SIDE) = low | high << 16;
+                    }
                 }
             }
         }

@@ -2,9 +2,11 @@
 
 use std::arch::x86_64::*;
 
+use super::amx::SIDE;
 use super::direct::Direct;
+use super::direct_tiles::{DecodesGroups, Group, ROWS, STEPS};
 use super::kernel::{Decoder, Kernel, Rows, STEP, Sums, decode};
-use super::weight::Run;
+use super::weight::{Run, prefetch};
 use super::{direct_bf16, direct_f32};
 
 /// AVX-512 F, BW and VL.
@@ -232,6 +234,44 @@ impl Kernel for Avx512Bf16 {
 
     fn direct() -> Option<Direct> {
         Some(direct_bf16::DIRECT)
+    }
+}
+
+impl DecodesGroups for Avx512Bf16 {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn decode_group(group: &Group<'_>) {
+        // SAFETY: the caller's.
+        unsafe {
+            let values = _mm512_loadu_ps(group.values.as_ptr());
+            let nibble = _mm512_set1_epi16(0x000f);
+            // The second half's values are the table's second sixteen.
+            let half = _mm512_inserti64x4::<1>(_mm512_setzero_si512(), _mm256_set1_epi16(0x0010));
+            for row in 0..group.rows {
+                let codes = group.codes_of(row);
+                prefetch(codes.wrapping_add(group.ahead));
+                let [first, second] = group.scales_of(row);
+                let (first, second) = (_mm512_set1_ps(first), _mm512_set1_ps(second));
+                let table = bits(_mm512_cvtne2ps_pbh(_mm512_mul_ps(values, second), _mm512_mul_ps(values, first)));
+                let codes = if group.whole {
+                    _mm512_loadu_si512(codes.cast())
+                } else {
+                    _mm512_zextsi256_si512(_mm256_loadu_si256(codes.cast()))
+                };
+                let shifted = [
+                    codes,
+                    _mm512_srli_epi16::<4>(codes),
+                    _mm512_srli_epi16::<8>(codes),
+                    _mm512_srli_epi16::<12>(codes),
+                ];
+                for step in 0..STEPS {
+                    /// `a & b | c`
+                    const AND_OR: i32 = 0xea;
+                    let index = _mm512_ternarylogic_epi32::<AND_OR>(shifted[step], nibble, half);
+                    let out = group.out.add((step * ROWS + row) * SIDE);
+                    _mm512_storeu_si512(out.cast(), _mm512_permutexvar_epi16(index, table));
+                }
+            }
+        }
     }
 }
 

@@ -117,7 +117,7 @@ pub(super) fn forward<K: Kernel>(x: Matrix<'_>, m: usize, weight: &Weight<'_>, o
 ///
 /// # Safety
 /// No other thread writes there.
-unsafe fn store_transposed(
+pub(super) unsafe fn store_transposed(
     sums: &[f32],
     lanes: usize,
     col: usize,

@@ -6,7 +6,7 @@
 //! - Activations (and gradients) are rounded to the compute type first; that is exact when they have it already.
 //! - Weights are `codebook[code] * scale` in float32, rounded to bfloat16 when [`Path::rounds_weights`] says so
 //!   (bfloat16 compute on AVX512-BF16 and AMX) and not at all otherwise: float16 compute, and bfloat16 compute on other paths,
-//!   are more exact than the reference. With few rows it is the codebook that is rounded, not the product with the
+//!   are more exact than the reference. In `direct` it is the codebook that is rounded, not the product with the
 //!   scale: a relative error of at most 2⁻⁸ per weight either way. A single row of gradients meets exact weights.
 //! - Products are added up in float32, in an order that depends on the shape and the path, and on neither the run nor
 //!   the number of threads: the same bits every time. AVX512-BF16 and AMX round sums to nearest and take denormals for zero.
@@ -17,10 +17,11 @@
 //! A scale that is not finite makes the results it has a part in not finite.
 //!
 //! # How
-//! Few rows of activations or gradients are multiplied with codes looked up in registers (`direct`); where codes begin in
-//! the middle of a byte or a block, activations with a row of the weight decoded into the first-level cache; many rows
-//! with a tile of the weight decoded into the second-level cache (`blocked`). A thread needs 1.1 MB at most, and the rounded activations
-//! of up to 512 rows are held once. Threads share results, never a sum.
+//! Few rows of activations or gradients are multiplied with codes looked up in registers (`direct`), on AMX with codes looked
+//! up for its tiles (`direct_tiles`); where codes begin in the middle of a byte or a block, activations with a row of the
+//! weight decoded into the first-level cache; many rows with a tile of the weight decoded into the second-level cache
+//! (`blocked`). A thread needs 1.1 MB at most, and the rounded activations of up to 512 rows are held once. Threads share
+//! results, never a sum.
 
 #[cfg_attr(not(all(target_arch = "x86_64", target_os = "linux")), allow(dead_code, reason = "no tiles here"))]
 mod amx;
@@ -36,6 +37,8 @@ mod direct_avx2;
 mod direct_bf16;
 #[cfg(target_arch = "x86_64")]
 mod direct_f32;
+#[cfg_attr(not(all(target_arch = "x86_64", target_os = "linux")), allow(dead_code, reason = "no tiles here"))]
+mod direct_tiles;
 mod floats;
 mod kernel;
 mod pack;
@@ -51,8 +54,9 @@ use crate::error::{Error, Result};
 
 #[cfg(test)]
 use amx::emulated;
-use amx::{Tiled, Tiles};
+use amx::{DIRECT_ROWS, SIDE, Tiled, Tiles};
 use blocked::Out;
+use direct_tiles::DecodesGroups;
 pub use floats::{Floats, FloatsMut};
 use kernel::{Kernel, Scalar};
 use pack::Matrix;
@@ -168,17 +172,19 @@ fn forward<K: Kernel>(x: Matrix<'_>, m: usize, weight: &Weight<'_>, out: &Out<'_
 }
 
 #[cfg_attr(not(all(target_arch = "x86_64", target_os = "linux")), allow(dead_code, reason = "no tiles here"))]
-fn forward_tiled<K: Kernel, T: Tiles>(
+fn forward_tiled<K: DecodesGroups, T: Tiles>(
     x: Matrix<'_>,
     m: usize,
     weight: &Weight<'_>,
     out: &Out<'_>,
     workers: Workers<'_>,
 ) {
-    if m <= Tiled::<K, T, 1>::LANES {
-        forward::<Tiled<K, T, 1>>(x, m, weight, out, workers);
-    } else {
-        forward::<Tiled<K, T, 2>>(x, m, weight, out, workers);
+    match m {
+        _ if m > DIRECT_ROWS && m <= SIDE && direct::takes(weight) => {
+            direct_tiles::forward::<K, T>(x, m, weight, out, workers)
+        }
+        ..=SIDE => forward::<Tiled<K, T, 1>>(x, m, weight, out, workers),
+        _ => forward::<Tiled<K, T, 2>>(x, m, weight, out, workers),
     }
 }
 
