@@ -16,6 +16,10 @@ constexpr int RING_CHUNK = 4;
 // Parts of steps, of a chunk each, of a warp in its ring: while it works on one, two are on the way. 32 KB each for all warps.
 constexpr int STAGES = 3;
 constexpr int STAGE_BYTES = ROWS * RING_CHUNK * BLOCK_BYTES;
+// With more rows of x, their way from the second-level cache takes longer than that of a stage from memory. With nested
+// scales a stage has less to copy, but more copies.
+template <bool NESTED>
+constexpr int FEW_COLUMNS = NESTED ? 4 : 8;
 // Sums of a warp for 8 columns of a step: [row][column], the pairs of columns exchanged by row, so that neither the lanes
 // that store a fragment nor those that add up two columns meet in a bank.
 constexpr int SUMS = ROWS * COLUMNS;
@@ -31,7 +35,7 @@ struct RingPlan {
     int chunks;        // of K: the last may have less, or no, blocks for a slot
     int per_pass;      // steps whose sums fit in shared memory, at most MOST_STEPS
     int log2_sharing;  // of the warps that share a place for the sums of 16 columns: no more than there are slots
-    int ahead;         // stages that are copied before the kernel before has ended, which then must not write W
+    int ahead;         // bytes of the block's codes that are fetched while the kernel before still runs
 };
 
 // A chunk of a step.
@@ -207,6 +211,32 @@ struct Copier {
     }
 };
 
+// Whole pieces of 16 bytes, from the one on that `from` is in.
+__device__ inline void fetch(const void *from, u32 bytes) {
+    const u8 *const address = static_cast<const u8 *>(from);
+    if (bytes >= 16) {
+        fetch_to_second_level(address - u32(reinterpret_cast<u64>(from)) % 16, bytes & ~15u);
+    }
+}
+
+// Has the second-level cache fetch the first plan.ahead bytes of the block's codes, which lie together, and their scales.
+// Nothing is read, so that it does not matter who still writes them.
+template <bool NESTED>
+__device__ inline void fetch_ahead(const u8 *packed, const Scales &scales, int n, int k, int shift, const RingPlan &plan) {
+    if (threadIdx.x == 0) {
+        const int first_row = int(blockIdx.x) * plan.rows;
+        const u32 row_blocks = u32(k) / BLOCK, rows = u32(n - first_row < plan.rows ? n - first_row : plan.rows);
+        const u64 first = u64(u32(first_row)) * row_blocks, all = u64(rows) * row_blocks;
+        const u32 most = u32(plan.ahead) / BLOCK_BYTES, blocks = all < most ? u32(all) : most;
+        fetch(packed + first * BLOCK_BYTES, blocks * BLOCK_BYTES);
+        if constexpr (NESTED) {
+            fetch(scales.codes + (first >> shift), blocks >> shift);
+        } else {
+            fetch(scales.absmax + (first >> shift), (blocks >> shift) * u32(sizeof(float)));
+        }
+    }
+}
+
 // Where the sums of a step are. Those of 16 columns of all warps would leave room for few steps in a pass, and passes end with
 // barriers: there the warps of neighbouring slots share a place, each adding its own to what it finds.
 template <int FRAGMENTS>
@@ -232,7 +262,7 @@ __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &s
     const Sums places(plan);
     // The sums of all steps fit in shared memory: those of later rounds are added to them there.
     const bool gathers = Sums::SHARED && share.steps_of(plan.rows, plan) <= plan.per_pass;
-    Barrier *const stored = reinterpret_cast<Barrier *>(shared);                // [step][RING_WARPS], when places are shared
+    Barrier *const stored = reinterpret_cast<Barrier *>(shared);                 // [step][RING_WARPS], when places are shared
     float *const map = reinterpret_cast<float *>(shared + Sums::BARRIER_BYTES);  // [256]
     float *const all_sums = map + MAP_BYTES / sizeof(float);                     // [step][PLACES][FRAGMENTS][SUMS]
     const u32 sums_count = u32(plan.per_pass * places.places() * Sums::PLACE);
@@ -248,17 +278,18 @@ __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &s
     if (Sums::SHARED && threadIdx.x < u32(plan.per_pass * RING_WARPS)) {
         barrier_init(stored + threadIdx.x, WARP);
     }
+    fetch_ahead<NESTED>(packed, scales, n, k, block_shift - BLOCK_SHIFT, plan);
+    wait_for_previous();
+    let_next_start();
 
-    // What comes behind copies waits for them in the memory's queue: so x is loaded behind the first ones alone.
+    // What comes behind copies waits for them in the memory's queue: so x is loaded behind the first alone, and before it
+    // where there is much of it.
     Copier<NESTED, ROUND> copier(share, scales, packed, shared + (place_of_table + LANE_TABLE_BYTES), table,
                                  block_shift - BLOCK_SHIFT, n);
     u32 started = 0;
-#pragma unroll 1
-    for (; started < u32(plan.ahead); started++) {
-        copier.copy(started);
+    if (m <= FEW_COLUMNS<NESTED>) {
+        copier.copy(started++);
     }
-    wait_for_previous();
-    let_next_start();
     const float offset = NESTED ? *scales.offset : 0.0f;
     u32 x_words[ROUND][RING_CHUNK][FRAGMENTS][8];
     const auto load_round = [&](int first) {
@@ -380,7 +411,8 @@ __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &s
                 const int row_of_tile = lane % ROWS, tile = 2 * two + lane / ROWS;
                 const int row = (begin * share.groups + tile) * ROWS + row_of_tile;
                 if (tile < (end - begin) * share.groups && row < share.rows) {
-                    const float *const from = all_sums + (tile << plan.log2_slots >> places.log2_sharing) * Sums::PLACE + pair / 4 * SUMS +
+                    const int place = tile << plan.log2_slots >> places.log2_sharing;
+                    const float *const from = all_sums + place * Sums::PLACE + pair / 4 * SUMS +
                                               row_of_tile * COLUMNS + (pair % 4 ^ row_of_tile / 4) * 2;
                     float sums[2] = {};
                     if ((chunk == 0 || gathers) && bias != nullptr) {

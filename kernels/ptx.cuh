@@ -212,6 +212,14 @@ __device__ inline void copy_async_wait() {
 }
 #endif
 
+#if __CUDA_ARCH__ >= 900
+// Has the second-level cache fetch what it lacks of some memory: a wish, without any effect on what is read or written. Both
+// numbers are multiples of 16.
+__device__ inline void fetch_to_second_level(const u8 *address, u32 bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(address)), "r"(bytes));
+}
+#endif
+
 // ---- barriers in shared memory -------------------------------------------------------------------------------------
 // A phase of a barrier ends when as many have arrived as the barrier was made for; then the next one begins. Who waits names
 // a phase by its parity, 0 for the first: the wait is over when that phase is. What was done before an arrival is seen
@@ -247,10 +255,9 @@ __device__ inline void barrier_wait(Barrier *barrier, u32 parity) {
 
 // ---- one kernel after another --------------------------------------------------------------------------------------
 // A kernel that is launched to start early (Device::launch_early) does so once every block of the kernel before it on the
-// stream has ended or called `let_next_start`. Until `wait_for_previous` returns it must not write what that one reads or
-// writes, nor read what it writes; then that one has ended, and all that it wrote can be seen, though not by load_stream,
-// which is for memory that nobody writes from the start of a kernel on. Launched otherwise, both do nothing.
-// `let_next_start` is called after `wait_for_previous`: so what starts early can rely on the end of all but the one before.
+// stream has ended or called `let_next_start`. Until `wait_for_previous` returns it must not touch what that one reads or
+// writes; then that one has ended, and all that it wrote can be seen, though not by load_stream, which is for memory that
+// nobody writes from the start of a kernel on. Launched otherwise, both do nothing.
 
 #if __CUDA_ARCH__ >= 900
 __device__ inline void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }

@@ -140,6 +140,13 @@ inline void copy_async_wait() {
     host::wait_copies(GROUPS);
 }
 
+inline void fetch_to_second_level(const u8 *address, u32 bytes, host::Site site = host::Site::here()) {
+    host::check_aligned(address, 16, site);
+    if (bytes % 16 != 0) {
+        host::fail(site, "%d bytes are no multiple of 16", int(bytes));
+    }
+}
+
 // ---- barriers in shared memory -------------------------------------------------------------------------------------
 
 struct Barrier {

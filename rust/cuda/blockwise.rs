@@ -126,7 +126,7 @@ pub unsafe fn quantize(
             Variant::Fast => {
                 let no_sums = 0u64;
                 let parameters = parameters![input, packed, absmax, no_sums, n, shift];
-                device.launch_early_writer(stream, &kernel, (values as u64).div_ceil(QUANTIZE_TILE), 0, parameters)
+                device.launch_early(stream, &kernel, (values as u64).div_ceil(QUANTIZE_TILE), 0, parameters)
             }
             Variant::Reference => {
                 let blocks = (blocksize.absmax_len(values) as u64).div_ceil(u64::from(QUANTIZE_THREADS));
@@ -166,7 +166,7 @@ pub unsafe fn quantize_nested(
     // SAFETY: the kernels' parameters in their order; lengths were checked, those that start early wait, the rest is the
     // caller's.
     unsafe {
-        device.launch_early_writer(stream, &kernel, grid, 0, parameters![input, packed, scales, sums, n, shift])?;
+        device.launch_early(stream, &kernel, grid, 0, parameters![input, packed, scales, sums, n, shift])?;
         if !with_sums {
             write_sums(device, stream, absmax, out)?;
         }

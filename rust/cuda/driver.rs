@@ -4,10 +4,10 @@
 //! loaded into it once and stay. Each call binds that context to its thread and puts back what was bound before
 //! (in a thread that had none it leaves that of the first device, as the runtime would).
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::ffi::{CString, c_int, c_void};
 use std::fmt;
-use std::sync::{Mutex, OnceLock, PoisonError, RwLock};
+use std::sync::{Mutex, OnceLock, RwLock};
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
@@ -77,8 +77,6 @@ pub struct Device {
     context: Handle<sys::CUcontext>,
     modules: Mutex<HashMap<Module, Handle<sys::CUmodule>>>,
     functions: RwLock<HashMap<&'static str, Handle<sys::CUfunction>>>,
-    /// Streams whose last kernel, of those here that let the next one start early, writes a weight.
-    written: Mutex<HashSet<usize>>,
 }
 
 impl Device {
@@ -144,7 +142,6 @@ impl Device {
             context: Handle(context),
             modules: Mutex::default(),
             functions: RwLock::default(),
-            written: Mutex::default(),
         })
     }
 
@@ -261,16 +258,15 @@ impl Device {
         unsafe { self.start(stream, kernel, blocks, shared, parameters, &mut []) }
     }
 
-    /// As [`Device::launch`]; on devices that can, blocks of the kernel start while the last ones of the kernel before it
-    /// on the stream still run.
+    /// As [`Device::launch`]; on devices that can, blocks of the kernel start while the last
+    /// ones of the kernel before it on the stream still run.
     ///
     /// # Errors
     /// As [`Device::launch`].
     ///
     /// # Safety
     /// As [`Device::launch`]; and every thread of the kernel calls `wait_for_previous` (of `kernels/ptx.cuh`) before it
-    /// touches memory that an earlier one writes, or writes what an earlier one touches, and before `let_next_start`. If
-    /// it writes a weight, it is launched by [`Device::launch_early_writer`].
+    /// touches memory that an earlier one writes, or writes what an earlier one touches.
     pub unsafe fn launch_early(
         &self,
         stream: Stream,
@@ -287,35 +283,6 @@ impl Device {
         let attributes = &mut [early][..usize::from(self.starts_early)];
         // SAFETY: the caller's.
         unsafe { self.start(stream, kernel, blocks, shared, parameters, attributes) }
-    }
-
-    /// As [`Device::launch_early`], for a kernel that writes a weight: [`Device::may_read_ahead`] is told.
-    ///
-    /// # Errors
-    /// As [`Device::launch`].
-    ///
-    /// # Safety
-    /// As [`Device::launch_early`].
-    pub unsafe fn launch_early_writer(
-        &self,
-        stream: Stream,
-        kernel: &Kernel,
-        blocks: u64,
-        shared: u32,
-        parameters: &mut [*mut c_void],
-    ) -> Result<()> {
-        // SAFETY: the caller's.
-        let result = unsafe { self.launch_early(stream, kernel, blocks, shared, parameters) };
-        // After the launch: another thread's product may have come between, and must not take this away.
-        self.written.lock().unwrap_or_else(PoisonError::into_inner).insert(stream.0);
-        result
-    }
-
-    /// Whether a kernel that [`Device::launch_early`] is to start on this stream, next, may read weights before it calls
-    /// `wait_for_previous`. That is so unless the last kernel of this library's on the stream that lets others start early
-    /// is one that writes a weight. Kernels of others are taken to let none start before they have written a weight.
-    pub fn may_read_ahead(&self, stream: Stream) -> bool {
-        !self.written.lock().unwrap_or_else(PoisonError::into_inner).remove(&stream.0)
     }
 
     /// # Safety

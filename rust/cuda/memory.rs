@@ -53,9 +53,6 @@ impl DType {
     }
 }
 
-/// Bytes of a line of a device's caches.
-const CACHE_LINE: u64 = 128;
-
 /// Elements in device memory: not null, aligned, within the address space. Whether the memory exists only the caller
 /// knows.
 #[derive(Debug, Clone, Copy)]
@@ -129,16 +126,6 @@ impl Memory {
         Err(Error::argument(self.argument, found, format!("{expected} elements ({why})")))
     }
 
-    /// Whether no cache line has a part of both.
-    pub fn is_apart_from(&self, other: &Self) -> bool {
-        let lines = |memory: &Self| {
-            let end = memory.address + (memory.count * memory.dtype.size()) as u64;
-            (memory.address / CACHE_LINE, end.div_ceil(CACHE_LINE))
-        };
-        let ((start, end), (other_start, other_end)) = (lines(self), lines(other));
-        end <= other_start || other_end <= start
-    }
-
     /// Whether the first element's address is a multiple of so many bytes.
     pub fn is_aligned(&self, bytes: u64) -> bool {
         self.address.is_multiple_of(bytes)
@@ -175,14 +162,6 @@ impl Scales {
     /// Whether there are two levels.
     pub fn is_nested(&self) -> bool {
         matches!(self, Self::Nested { .. })
-    }
-
-    /// Whether no cache line has a part of any of them and of `other`.
-    pub(super) fn are_apart_from(&self, other: &Memory) -> bool {
-        match self {
-            Self::Plain(absmax) => absmax.is_apart_from(other),
-            Self::Nested { codes, absmax2, .. } => codes.is_apart_from(other) && absmax2.is_apart_from(other),
-        }
     }
 
     pub(super) fn parameter(&self, values: usize, blocksize: BlockSize) -> Result<ScalesParameter> {

@@ -117,5 +117,5 @@ pub(super) unsafe fn compress_with_sums(
     let (offset, n) = (out.offset.address(), n as i64);
     let parameters = parameters![absmax, sums, count, codes, absmax2, offset, n];
     // SAFETY: as above; the kernel waits for those before it.
-    unsafe { device.launch_early_writer(stream, &COMPRESS, grid, 0, parameters) }
+    unsafe { device.launch_early(stream, &COMPRESS, grid, 0, parameters) }
 }

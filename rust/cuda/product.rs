@@ -55,8 +55,6 @@ const DECODE_COLUMN: usize = 16 * 4;
 const RING_CHUNK: usize = 4;
 const RING_BYTES: usize = 3 * 32 * 1024;
 const RING_STEPS: usize = 16;
-/// From so many stages on, of which a warp copies one after the other, two are copied ahead: what is copied ahead delays x.
-const LONG_WAY: usize = 16;
 /// Shared memory that the device keeps for itself, before the block's: the table of `decode_ring` begins at a multiple of
 /// its size, whether or not there is such a part.
 const RESERVED_SHARED: usize = 1024;
@@ -154,6 +152,7 @@ fn ring_sums(fragments: usize, sharing: usize) -> (usize, usize) {
 /// The same for `decode_ring`.
 fn ring_plan(
     (m, n, k): (usize, usize, usize),
+    nested: bool,
     multiprocessors: usize,
     shared_per_block: usize,
 ) -> Option<(RingPlan, u64, u32)> {
@@ -192,6 +191,8 @@ fn ring_plan(
         }
     };
     let steps = steps_of(rows);
+    // More would hold up x; measured on an H100, as were the parts.
+    let (part, most) = if nested { (7, 64 << 10) } else { (5, 96 << 10) };
     let plan = RingPlan {
         rows: i32::try_from(rows).ok()?,
         log2_slots: slots.ilog2() as i32,
@@ -200,7 +201,7 @@ fn ring_plan(
         // Passes of equal length.
         per_pass: i32::try_from(steps.div_ceil(steps.div_ceil(room))).ok()?,
         log2_sharing: sharing.ilog2() as i32,
-        ahead: if steps * chunks < LONG_WAY { 1 } else { 2 },
+        ahead: (rows * k / 2 / part).min(most) as i32,
     };
     Some((plan, n.div_ceil(rows) as u64, u32::try_from(shared).ok()?))
 }
@@ -244,7 +245,7 @@ impl Product<'_> {
         };
         let (multiprocessors, shared) = (device.multiprocessors() as usize, device.shared_per_block() as usize);
         let (plan, blocks, shared, warps) = if ring {
-            let (plan, blocks, shared) = ring_plan((m, n, k), multiprocessors, shared)?;
+            let (plan, blocks, shared) = ring_plan((m, n, k), self.scales.is_nested(), multiprocessors, shared)?;
             (AnyPlan::Ring(plan), blocks, shared, DECODE_WARPS)
         } else {
             let (plan, blocks, shared) = decode_plan((m, n, k), multiprocessors, shared)?;
@@ -253,13 +254,6 @@ impl Product<'_> {
         let threads = (warps * 32) as u32;
         let kernel = Kernel { module, name, threads, large_shared: true };
         Some(Decode { kernel, plan, blocks, shared })
-    }
-
-    /// The first-level cache may hold the line of a weight since before the kernel before has ended: with nothing else in
-    /// it, that does not matter.
-    fn weight_is_apart(&self) -> bool {
-        let others = [Some(self.x), self.bias];
-        others.into_iter().flatten().all(|other| self.packed.is_apart_from(other) && self.scales.are_apart_from(other))
     }
 
     /// Codes of scales are copied in words, the last one too: only the bytes that there are, but tools that watch memory
@@ -365,10 +359,7 @@ pub unsafe fn product(device: &Device, stream: Stream, product: &Product<'_>, ch
                     let parameters = parameters![x, packed, scales, bias, y, m, n, k, shift, quant_type, plan];
                     device.launch(stream, &kernel, blocks, shared, parameters)
                 }
-                AnyPlan::Ring(mut plan) => {
-                    if !device.may_read_ahead(stream) || !product.weight_is_apart() {
-                        plan.ahead = 0;
-                    }
+                AnyPlan::Ring(plan) => {
                     let parameters = parameters![x, packed, scales, bias, y, m, n, k, shift, quant_type, plan];
                     device.launch_early(stream, &kernel, blocks, shared, parameters)
                 }
@@ -418,8 +409,8 @@ mod tests {
 
     #[test]
     fn every_row_and_every_block_has_a_warp_and_a_place_in_the_ring() {
-        for (m, n, k) in shapes() {
-            let (plan, blocks, bytes) = ring_plan((m, n, k), 132, 232_448).unwrap();
+        for ((m, n, k), nested) in shapes().flat_map(|shape| [(shape, false), (shape, true)]) {
+            let (plan, blocks, bytes) = ring_plan((m, n, k), nested, 132, 232_448).unwrap();
             let (rows, slots, width, chunks) =
                 (plan.rows as usize, 1 << plan.log2_slots, plan.width as usize, plan.chunks as usize);
             assert!(blocks as usize * rows >= n && (blocks as usize - 1) * rows < n, "{m} {n} {k}");
@@ -437,13 +428,12 @@ mod tests {
             assert!((1..=RING_STEPS).contains(&(plan.per_pass as usize)));
             assert!(barriers + DECODE_MAP + sums + kept + RESERVED_SHARED <= DECODE_TABLE, "{m} {n} {k}");
             assert!(bytes as usize <= 232_448);
-            assert!((1..=2).contains(&plan.ahead));
         }
     }
 
     #[test]
     fn shared_memory_without_room() {
         assert_eq!(decode_plan((16, 4096, 4096), 40, 65536), None);
-        assert_eq!(ring_plan((1, 4096, 4096), 108, 166_912), None);
+        assert_eq!(ring_plan((1, 4096, 4096), false, 108, 166_912), None);
     }
 }

@@ -201,7 +201,8 @@ pub(super) mod hardware {
     pub(in super::super) struct Hardware;
 
     /// Whether the processor has both, and the system lets this process use them: its registers are so large that Linux
-    /// wants to be asked (`ARCH_REQ_XCOMP_PERM`, since 5.16). Threads that begin later inherit that.
+    /// wants to be asked (`ARCH_REQ_XCOMP_PERM`, since 5.16), for all threads of the process. From then on it asks for more
+    /// room where a thread gives signals a stack of their own.
     pub(in super::super) fn is_available() -> bool {
         static AVAILABLE: OnceLock<bool> = OnceLock::new();
         /// Bits of EDX of leaf 7.
@@ -212,10 +213,13 @@ pub(super) mod hardware {
         const XFEATURE_XTILEDATA: libc::c_ulong = 18;
         *AVAILABLE.get_or_init(|| {
             let needed = AMX_BF16 | AMX_TILE;
-            if __cpuid(0).eax < 7 || __cpuid_count(7, 0).edx & needed != needed {
+            // SAFETY: every x86-64 processor has the instruction. (Newer compilers know that.)
+            #[allow(unused_unsafe)]
+            let found = unsafe { if __cpuid(0).eax < 7 { 0 } else { __cpuid_count(7, 0).edx } };
+            if found & needed != needed {
                 return false;
             }
-            // SAFETY: it changes nothing but what the process may do; a system that does not know it says so.
+            // SAFETY: it grants something, and takes nothing away; a system that does not know it says so.
             unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 }
         })
     }

@@ -130,7 +130,6 @@ pub(super) unsafe fn store_transposed(
     for row in block.clone().step_by(SIDE) {
         let first = row - block.start;
         for (c, sums) in sums.chunks_exact(lanes).take(cols).enumerate() {
-            // Lanes are padded to a multiple of 8, and the last may have no 16.
             for (values, sum) in square.iter_mut().zip(&sums[first..]) {
                 values[c] = *sum;
             }
@@ -172,7 +171,7 @@ pub(super) fn backward<K: Kernel>(
                         let lanes = &tile[panel * (chunk.len * K::LANES + PANEL_GAP)..][..chunk.len * K::LANES];
                         for group in 0..groups {
                             let rows = Rows {
-                                words: panels.panel(chunk, group * (K::ROWS / width)).as_ptr(),
+                                words: panels.words_from(chunk, group * (K::ROWS / width)),
                                 row_stride: if K::WORDS_TOGETHER { chunk.len } else { 1 },
                                 word_stride: width,
                                 count: K::ROWS.min(block.len() - group * K::ROWS),

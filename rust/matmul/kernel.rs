@@ -66,7 +66,8 @@ pub(super) trait Kernel {
     /// The block product of `words` words. `lanes` is `[words][LANES]`.
     ///
     /// # Safety
-    /// The machine has the path, and the thread a session. `lanes` and `rows` are readable and `sums` writable as far as described.
+    /// The machine has the path, and the thread a session. `lanes` and `rows` are readable and `sums` writable as far as
+    /// described.
     unsafe fn product(words: usize, lanes: *const u32, rows: Rows, sums: Sums);
 
     /// Decodes a run to consecutive values: float32, or bfloat16 for `DEPTH == 2`.

@@ -4,10 +4,10 @@
 //! The result that is approximated is that of `linear(x.to(compute), W.to(compute), bias)` with `W` dequantized.
 //!
 //! - Activations (and gradients) are rounded to the compute type first; that is exact when they have it already.
-//! - Weights are `codebook[code] * scale` in float32, rounded to bfloat16 when [`Path::rounds_weights`] says so
-//!   (bfloat16 compute on AVX512-BF16 and AMX) and not at all otherwise: float16 compute, and bfloat16 compute on other paths,
-//!   are more exact than the reference. In `direct` it is the codebook that is rounded, not the product with the
-//!   scale: a relative error of at most 2⁻⁸ per weight either way. A single row of gradients meets exact weights.
+//! - Weights are `codebook[code] * scale` in float32, rounded to bfloat16 when [`Path::rounds_weights`] says so (bfloat16
+//!   compute on AVX512-BF16 and AMX) and not at all otherwise: float16 compute, and bfloat16 compute on other paths, are
+//!   more exact than the reference. In `direct` it is the codebook that is rounded, not the product with the scale: a
+//!   relative error of at most 2⁻⁸ per weight either way. A single row of gradients meets exact weights.
 //! - Products are added up in float32, in an order that depends on the shape and the path, and on neither the run nor
 //!   the number of threads: the same bits every time. AVX512-BF16 and AMX round sums to nearest and take denormals for zero.
 //! - The bias is added in float32, and the sum is rounded once, to the type of the result.
@@ -17,8 +17,8 @@
 //! A scale that is not finite makes the results it has a part in not finite.
 //!
 //! # How
-//! Few rows of activations or gradients are multiplied with codes looked up in registers (`direct`), on AMX with codes looked
-//! up for its tiles (`direct_tiles`); where codes begin in the middle of a byte or a block, activations with a row of the
+//! Few rows of activations or gradients are multiplied with codes looked up in registers (`direct`), on AMX with codes
+//! looked up for its tiles (`direct_tiles`); where codes begin in the middle of a byte or a block, activations with a row of the
 //! weight decoded into the first-level cache; many rows with a tile of the weight decoded into the second-level cache
 //! (`blocked`). A thread needs 1.1 MB at most, and the rounded activations of up to 512 rows are held once. Threads share
 //! results, never a sum.

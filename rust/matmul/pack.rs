@@ -94,6 +94,11 @@ impl Panels {
         self.groups
     }
 
+    /// The first word of a chunk of a group, and of all groups behind it.
+    pub fn words_from(&self, chunk: Chunk, group: usize) -> *const u32 {
+        self.words.as_slice()[(chunk.start * self.groups + group * chunk.len) * self.width..].as_ptr()
+    }
+
     /// One chunk of one group: `[chunk.len][width]`.
     pub fn panel(&self, chunk: Chunk, group: usize) -> &[u32] {
         &self.words.as_slice()[(chunk.start * self.groups + group * chunk.len) * self.width..][..chunk.len * self.width]

@@ -138,10 +138,10 @@ def test_in_a_graph() -> None:
 
 
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("how", ["eager", "captured", "forked"])
 @pytest.mark.parametrize(("n", "columns"), [(256, 1024), (1024, 1024), (2048, 2048)])
-def test_a_weight_that_was_written_just_before(n: int, columns: int, captured: bool, nested: bool) -> None:
-    """A product may copy a weight before the kernel before it has ended, but not when that one writes the weight."""
+def test_a_weight_that_was_written_just_before(n: int, columns: int, how: str, nested: bool) -> None:
+    """Products start before the kernel before them has ended, and must still see what it writes; on another stream too."""
     quantize = k.quantize_nested if nested else k.quantize
     values = [torch.randn(n, columns, dtype=torch.bfloat16, device="cuda") for _ in range(8)]
     x = torch.randn(4, columns, dtype=torch.bfloat16, device="cuda")
@@ -157,6 +157,8 @@ def test_a_weight_that_was_written_just_before(n: int, columns: int, captured: b
     workspace = torch.empty(_native.cuda_compress_workspace(len(scratch)), dtype=torch.float64, device="cuda")
     results = [torch.zeros(4, n, dtype=torch.bfloat16, device="cuda") for _ in values]
 
+    side = torch.cuda.Stream()
+
     def work() -> None:
         for v, y in zip(values, results, strict=True):
             if nested:
@@ -166,9 +168,14 @@ def test_a_weight_that_was_written_just_before(n: int, columns: int, captured: b
                 written = (v, weight.packed, weight.absmax)
                 _native.cuda_quantize_4bit(*k.here(), *map(k.raw, written), "nf4", 64, False)
             operands = (k.raw(x), k.raw(weight.packed), *scales, None, k.raw(y), 4, n, columns)
-            _native.cuda_matmul_4bit(*k.here(), *operands, "nf4", 64, "best")
+            if how == "forked":
+                side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side if how == "forked" else torch.cuda.current_stream()):
+                _native.cuda_matmul_4bit(*k.here(), *operands, "nf4", 64, "best")
+            if how == "forked":
+                torch.cuda.current_stream().wait_stream(side)
 
-    if captured:
+    if how != "eager":
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             work()

@@ -481,7 +481,7 @@ def decode_ring(
     # The table begins at a multiple of its size; 1 KB of shared memory is the system's.
     ring = constants["STAGES"] * constants["RING_WARPS"] * constants["STAGE_BYTES"]
     shared = 2 * constants["LANE_TABLE_BYTES"] - 1024 + ring
-    plan = (rows, int(math.log2(slots)), width, chunks, per_pass, int(math.log2(sharing)), columns % 3)
+    plan = (rows, int(math.log2(slots)), width, chunks, per_pass, int(math.log2(sharing)), 1024 * (columns % 3))
     return _decode(source, "decode_ring", product, plan, slots * chunks, shared, scale_shift)
 
 
