@@ -141,7 +141,7 @@ def test_in_a_graph() -> None:
 @pytest.mark.parametrize("how", ["eager", "captured", "forked"])
 @pytest.mark.parametrize(("n", "columns"), [(256, 1024), (1024, 1024), (2048, 2048)])
 def test_a_weight_that_was_written_just_before(n: int, columns: int, how: str, nested: bool) -> None:
-    """Products start before the kernel before them has ended, and must still see what it writes; on another stream too."""
+    """Products start before the kernel before them has ended, and must see what it writes, on another stream too."""
     quantize = k.quantize_nested if nested else k.quantize
     values = [torch.randn(n, columns, dtype=torch.bfloat16, device="cuda") for _ in range(8)]
     x = torch.randn(4, columns, dtype=torch.bfloat16, device="cuda")
