@@ -52,8 +52,6 @@ use std::str::FromStr;
 use crate::blockwise::check_length;
 use crate::error::{Error, Result};
 
-#[cfg(test)]
-use amx::emulated;
 use amx::{DIRECT_ROWS, SIDE, Tiled, Tiles};
 use blocked::Out;
 use direct_tiles::DecodesGroups;
@@ -61,6 +59,8 @@ pub use floats::{Floats, FloatsMut};
 use kernel::{Kernel, Scalar};
 use pack::Matrix;
 pub use path::Path;
+#[cfg(test)]
+use tests::emulated;
 pub use weight::{Scales, Weight};
 pub use workers::{Parallel, Workers};
 

@@ -1,5 +1,7 @@
 //! Every path against float64.
 
+pub(super) mod emulated;
+
 use half::{bf16, f16};
 use proptest::prelude::*;
 use rayon::ThreadPoolBuilder;
