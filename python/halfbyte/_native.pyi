@@ -126,8 +126,8 @@ class CpuLinear:
         codes of doubly quantized scales, their own scales and the offset, read as `expand_absmax` reads them; 0 where
         there is nothing. How much memory there is, the caller has checked; here null and misaligned addresses are
         refused, and an output in the memory of an input. Sums and the bias are float32, rounded once to `out`. Weights
-        are rounded to bfloat16 when `matmul_path()` is "avx512bf16" or "amx" and `dtype` is "bfloat16", and stay float32
-        otherwise. At most `threads` threads work, the same bits with every number: those of torch's OpenMP runtime
+        are rounded to bfloat16 when `matmul_path()` is "avx512bf16" or "amx" and `dtype` is "bfloat16", else they stay
+        float32. At most `threads` threads work, the same bits with every number: those of torch's OpenMP runtime
         where there is one, else of a pool.
         """
 

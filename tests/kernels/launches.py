@@ -471,7 +471,8 @@ def decode_ring(
     source: Described, product: Product, rows: int, slots: int, per_pass: int, scale_shift: int = 0, sharing: int = 1
 ) -> Check:
     """The same, packed codes by way of shared memory. `per_pass` is in steps; scales are `scale_shift` bytes off, and
-    sums of 16 columns have a place for each `sharing` warps."""
+    sums of 16 columns have a place for each `sharing` warps.
+    """
     constants = source.constants
     columns = product.x.shape[0]
     slots = max(slots, sharing) if columns > constants["COLUMNS"] else slots
