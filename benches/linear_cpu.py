@@ -248,13 +248,19 @@ def throughput() -> None:
     packed_, codes_ = ((t.data_ptr(), t.numel(), "uint8") for t in (packed, codes))
     absmax_, scales_ = ((t.data_ptr(), t.numel(), "float32") for t in (state.absmax, scales))
     _native.set_threads(torch.get_num_threads())
+
+    def core_into_new_memory() -> None:
+        new = torch.empty_like(x)
+        _native.dequantize_4bit(packed_, absmax_, (new.data_ptr(), new.numel(), "bfloat16"), "nf4", BLOCKSIZE)
+
     work: dict[str, Callable[[], object]] = {
         "quantize": lambda: functional.quantize_4bit(x, quant_type="nf4"),
         "quantize, out given": lambda: functional.quantize_4bit(x, out=codes, absmax=scales, quant_type="nf4"),
         "quantize core": lambda: _native.quantize_4bit(x_, codes_, scales_, "nf4", BLOCKSIZE),
         "dequantize": lambda: functional.dequantize_4bit(packed, state),
         "dequantize, out given": lambda: functional.dequantize_4bit(packed, state, out=out),
-        # What any operation of torch pays for memory that it has not had before.
+        # What the core, and any operation of torch, pays for memory that the process has not had before.
+        "the core into new memory, for comparison": core_into_new_memory,
         "x.clone(), for comparison": x.clone,
         "dequantize core": lambda: _native.dequantize_4bit(packed_, absmax_, out_, "nf4", BLOCKSIZE),
     }
