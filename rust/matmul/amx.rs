@@ -213,8 +213,11 @@ pub(super) mod hardware {
         const XFEATURE_XTILEDATA: libc::c_ulong = 18;
         *AVAILABLE.get_or_init(|| {
             let needed = AMX_BF16 | AMX_TILE;
-            // SAFETY: every x86-64 processor has the instruction. (Newer compilers know that.)
-            #[allow(unused_unsafe)]
+            // SAFETY: every x86-64 processor has the instruction.
+            #[allow(
+                unused_unsafe,
+                reason = "these functions are safe in newer compilers than the oldest supported one"
+            )]
             let found = unsafe { if __cpuid(0).eax < 7 { 0 } else { __cpuid_count(7, 0).edx } };
             if found & needed != needed {
                 return false;

@@ -17,6 +17,9 @@ use super::workers::Workers;
 /// Values of a group.
 pub(super) const GROUP: usize = 128;
 
+/// Which of a 16-bit word's four values its nibbles are, lowest nibble first.
+pub(super) const ORDER: [usize; 4] = [1, 0, 3, 2];
+
 /// Bytes of activations that stay in the first-level cache: of longer rows, a part is multiplied with a task's rows of
 /// the weight before the next part is.
 const PART: usize = 32 << 10;

@@ -5,16 +5,13 @@
 use std::arch::x86_64::*;
 
 use super::avx512::{bits, pairs};
-use super::direct::{Direct, GROUP, LANES, Pair};
+use super::direct::{Direct, GROUP, LANES, ORDER, Pair};
 use super::direct_avx2;
 use super::pack::Matrix;
 use super::weight::prefetch;
 
 pub(super) const DIRECT: Direct =
     Direct { rows: 20, group_words: GROUP / 2, prepare, pair, backward_rows: 1, stripe: direct_avx2::stripe };
-
-/// Which of a 16-bit word's four values its nibbles are, lowest nibble first.
-const ORDER: [usize; 4] = [1, 0, 3, 2];
 
 /// Register `j` of a group, place `w`: value `4 w + ORDER[j]`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]

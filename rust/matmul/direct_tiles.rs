@@ -6,7 +6,7 @@
 
 use super::amx::{SIDE, Tiles};
 use super::blocked::{Out, store_transposed};
-use super::direct::GROUP;
+use super::direct::{GROUP, ORDER};
 use super::kernel::Kernel;
 use super::pack::Matrix;
 use super::scratch::{Scratch, SharedWords, Words};
@@ -18,9 +18,6 @@ pub(super) const ROWS: usize = 2 * SIDE;
 
 /// Steps of 16 words in a group: one for each nibble of a 16-bit word of codes.
 pub(super) const STEPS: usize = 4;
-
-/// Which of a word's four values its nibbles are, lowest nibble first.
-const ORDER: [usize; STEPS] = [1, 0, 3, 2];
 
 /// Words of a decoded group.
 const GROUP_WORDS: usize = STEPS * ROWS * SIDE;

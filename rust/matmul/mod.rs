@@ -9,7 +9,8 @@
 //!   more exact than the reference. In `direct` it is the codebook that is rounded, not the product with the scale: a
 //!   relative error of at most 2⁻⁸ per weight either way. A single row of gradients meets exact weights.
 //! - Products are added up in float32, in an order that depends on the shape and the path, and on neither the run nor
-//!   the number of threads: the same bits every time. AVX512-BF16 and AMX round sums to nearest and take denormals for zero.
+//!   the number of threads: the same bits every time. AVX512-BF16 and AMX round sums to nearest and take denormals for
+//!   zero.
 //! - The bias is added in float32, and the sum is rounded once, to the type of the result.
 //!
 //! So with `u = 2⁻²⁴` and `e = 2⁻⁸` (weights rounded) or 0, a result differs from the exact one (of rounded
@@ -18,10 +19,10 @@
 //!
 //! # How
 //! Few rows of activations or gradients are multiplied with codes looked up in registers (`direct`), on AMX with codes
-//! looked up for its tiles (`direct_tiles`); where codes begin in the middle of a byte or a block, activations with a row of the
-//! weight decoded into the first-level cache; many rows with a tile of the weight decoded into the second-level cache
-//! (`blocked`). A thread needs 1.1 MB at most, and the rounded activations of up to 512 rows are held once. Threads share
-//! results, never a sum.
+//! looked up for its tiles (`direct_tiles`); where codes begin in the middle of a byte or a block, activations with a row
+//! of the weight decoded into the first-level cache; many rows with a tile of the weight decoded into the second-level
+//! cache (`blocked`). A thread needs 1.1 MB at most, and the rounded activations of up to 512 rows are held once. Threads
+//! share results, never a sum.
 
 #[cfg_attr(not(all(target_arch = "x86_64", target_os = "linux")), allow(dead_code, reason = "no tiles here"))]
 mod amx;
@@ -171,6 +172,7 @@ fn forward<K: Kernel>(x: Matrix<'_>, m: usize, weight: &Weight<'_>, out: &Out<'_
     }
 }
 
+/// Few rows by a path of their own; the others in panels of one tile or two.
 #[cfg_attr(not(all(target_arch = "x86_64", target_os = "linux")), allow(dead_code, reason = "no tiles here"))]
 fn forward_tiled<K: DecodesGroups, T: Tiles>(
     x: Matrix<'_>,
@@ -179,12 +181,12 @@ fn forward_tiled<K: DecodesGroups, T: Tiles>(
     out: &Out<'_>,
     workers: Workers<'_>,
 ) {
-    match m {
-        _ if m > DIRECT_ROWS && m <= SIDE && direct::takes(weight) => {
-            direct_tiles::forward::<K, T>(x, m, weight, out, workers)
-        }
-        ..=SIDE => forward::<Tiled<K, T, 1>>(x, m, weight, out, workers),
-        _ => forward::<Tiled<K, T, 2>>(x, m, weight, out, workers),
+    if m > SIDE {
+        forward::<Tiled<K, T, 2>>(x, m, weight, out, workers);
+    } else if m > DIRECT_ROWS && direct::takes(weight) {
+        direct_tiles::forward::<K, T>(x, m, weight, out, workers);
+    } else {
+        forward::<Tiled<K, T, 1>>(x, m, weight, out, workers);
     }
 }
 
@@ -221,7 +223,7 @@ pub fn linear_backward(
         (Path::Scalar, _) => backward::<Scalar>(grad, m, weight, &out, workers),
         #[cfg(test)]
         (Path::Emulated, Compute::Bf16) => {
-            backward_tiled::<emulated::Pairs, emulated::Emulated>(grad, m, weight, &out, workers)
+            backward::<Tiled<emulated::Pairs, emulated::Emulated, 2>>(grad, m, weight, &out, workers)
         }
         #[cfg(test)]
         (Path::Emulated, _) => backward::<Scalar>(grad, m, weight, &out, workers),
@@ -231,7 +233,7 @@ pub fn linear_backward(
         (Path::Avx512Bf16, Compute::Bf16) => backward::<avx512::Avx512Bf16>(grad, m, weight, &out, workers),
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
         (Path::Amx, Compute::Bf16) => {
-            backward_tiled::<avx512::Avx512Bf16, amx::hardware::Hardware>(grad, m, weight, &out, workers)
+            backward::<Tiled<avx512::Avx512Bf16, amx::hardware::Hardware, 2>>(grad, m, weight, &out, workers)
         }
         #[cfg(target_arch = "x86_64")]
         (Path::Avx512 | Path::Avx512Bf16 | Path::Amx, _) => backward::<avx512::Avx512>(grad, m, weight, &out, workers),
@@ -248,17 +250,6 @@ fn backward<K: Kernel>(grad: Matrix<'_>, m: usize, weight: &Weight<'_>, out: &Ou
         }
         _ => blocked::backward::<K>(grad, m, weight, out, workers),
     }
-}
-
-#[cfg_attr(not(all(target_arch = "x86_64", target_os = "linux")), allow(dead_code, reason = "no tiles here"))]
-fn backward_tiled<K: Kernel, T: Tiles>(
-    grad: Matrix<'_>,
-    m: usize,
-    weight: &Weight<'_>,
-    out: &Out<'_>,
-    workers: Workers<'_>,
-) {
-    backward::<Tiled<K, T, 2>>(grad, m, weight, out, workers);
 }
 
 /// Sums of nothing.
