@@ -77,6 +77,7 @@ MODULES = (
     Module("decode", 80, (80, 86, 89, 90, 100, 120)),
     # Takes more shared memory than others have.
     Module("decode_ring", 90, (90, 100)),
+    Module("decode_ring_long", 90, (90, 100)),
 )
 
 

@@ -48,6 +48,9 @@ struct alignas(8) Words2 {
 struct alignas(8) Floats2 {
     float value[2];
 };
+struct alignas(16) Floats4 {
+    float value[4];
+};
 struct alignas(16) Words4 {
     u32 word[4];
 };

@@ -199,7 +199,12 @@ __device__ inline void copy_async(Words4 *shared, const Words4 *global) {
                  "l"(__cvta_generic_to_global(global))
                  : "memory");
 }
-// Reads the first `bytes` bytes of the word alone, all from 4 on, and makes the others zero.
+// Reads the first `bytes` bytes alone, all from the size of the copy on, and makes the others zero.
+__device__ inline void copy_async(Words4 *shared, const Words4 *global, u32 bytes) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(u32(__cvta_generic_to_shared(shared))),
+                 "l"(__cvta_generic_to_global(global)), "r"(bytes < 16 ? bytes : 16)
+                 : "memory");
+}
 __device__ inline void copy_async(u32 *shared, const u32 *global, u32 bytes) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(u32(__cvta_generic_to_shared(shared))),
                  "l"(__cvta_generic_to_global(global)), "r"(bytes < 4 ? bytes : 4)

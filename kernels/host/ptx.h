@@ -131,6 +131,9 @@ inline void store_words(Words4 *address, const Words4 &words, host::Site site = 
 inline void copy_async(Words4 *shared, const Words4 *global, host::Site site = host::Site::here()) {
     host::issue_copy(shared, global, sizeof *shared, sizeof *shared, site);
 }
+inline void copy_async(Words4 *shared, const Words4 *global, u32 bytes, host::Site site = host::Site::here()) {
+    host::issue_copy(shared, global, sizeof *shared, bytes, site);
+}
 inline void copy_async(u32 *shared, const u32 *global, u32 bytes, host::Site site = host::Site::here()) {
     host::issue_copy(shared, global, sizeof *shared, bytes, site);
 }

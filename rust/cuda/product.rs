@@ -52,9 +52,13 @@ const DECODE_TABLE: usize = 256 * 256;
 const DECODE_MAP: usize = 1024;
 /// Partial sums of one column of a tile.
 const DECODE_COLUMN: usize = 16 * 4;
-const RING_CHUNK: usize = 4;
-const RING_BYTES: usize = 3 * 32 * 1024;
-const RING_STEPS: usize = 16;
+const RING_WARPS: usize = 8;
+const RING_SLOT: usize = 8;
+/// Sums of eight columns of a warp for a step.
+const RING_SUMS: usize = DECODE_ROWS * DECODE_COLUMNS * size_of::<f32>();
+const RING_BARRIER: usize = 8;
+/// Of all warps, in a ring.
+const RING_STAGE: usize = 32 * 1024;
 /// Shared memory that the device keeps for itself, before the block's: the table of `decode_ring` begins at a multiple of
 /// its size, whether or not there is such a part.
 const RESERVED_SHARED: usize = 1024;
@@ -86,11 +90,20 @@ struct Plan {
 struct RingPlan {
     rows: i32,
     log2_slots: i32,
-    width: i32,
     chunks: i32,
     per_pass: i32,
     log2_sharing: i32,
     ahead: i32,
+}
+
+/// What goes with a [`RingPlan`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct RingLaunch {
+    plan: RingPlan,
+    /// Whether it is one for several rounds.
+    long: bool,
+    blocks: u64,
+    shared: u32,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -143,67 +156,58 @@ fn decode_plan(
     Some((plan, n.div_ceil(rows) as u64, u32::try_from(shared).ok()?))
 }
 
-/// Of `decode_ring`: bytes of the sums of a step, and of the barriers of places that several warps share.
-fn ring_sums(fragments: usize, sharing: usize) -> (usize, usize) {
-    let sums = DECODE_WARPS / sharing * fragments * DECODE_ROWS * DECODE_COLUMNS * size_of::<f32>();
-    (sums, if fragments > 1 { RING_STEPS * DECODE_WARPS * size_of::<u64>() } else { 0 })
-}
-
 /// The same for `decode_ring`.
 fn ring_plan(
     (m, n, k): (usize, usize, usize),
     nested: bool,
     multiprocessors: usize,
     shared_per_block: usize,
-) -> Option<(RingPlan, u64, u32)> {
+) -> Option<RingLaunch> {
+    let fragments = m.div_ceil(DECODE_COLUMNS);
+    let values = RING_SLOT * DECODE_BLOCK;
+    // As few slots as leave no more chunks than the most do.
+    let mut slots = RING_WARPS;
+    while slots > 1 && k <= slots / 2 * values {
+        slots /= 2;
+    }
+    let chunks = k.div_ceil(slots * values);
+    let long = chunks > DECODE_FRAGMENTS / fragments;
     // What is before the table fits in front of the first place for it, whichever that is.
-    let shared = 2 * DECODE_TABLE + RING_BYTES;
+    let shared = 2 * DECODE_TABLE + if long { 3 } else { 2 } * RING_STAGE;
     if shared > shared_per_block {
         return None;
     }
-    let fragments = m.div_ceil(DECODE_COLUMNS);
-    // Sums of sixteen columns are shared by two or four warps.
-    let slots = parts_of_k(k, DECODE_WARPS, RING_CHUNK).max(if fragments > 1 { 4 } else { 1 });
-    let chunks = (k / DECODE_BLOCK).div_ceil(slots * RING_CHUNK);
-    let width = (k / DECODE_BLOCK).div_ceil(chunks).div_ceil(slots);
-    let steps_of = |rows: usize| rows.div_ceil(DECODE_ROWS * (DECODE_WARPS / slots));
-    // Steps whose sums fit beside what else is in front of the table.
-    let room = |sharing: usize, others: usize| {
-        let (step_sums, barriers) = ring_sums(fragments, sharing);
-        let before_sums = RESERVED_SHARED + barriers + DECODE_MAP + others;
-        (DECODE_TABLE.saturating_sub(before_sums) / step_sums).min(RING_STEPS)
-    };
+    let room = DECODE_TABLE - RESERVED_SHARED - DECODE_MAP;
+    let steps_of = |rows: usize| rows.div_ceil(DECODE_ROWS * (RING_WARPS / slots));
+    let step_sums = RING_WARPS * fragments * RING_SUMS;
     let mut rows = n.div_ceil(multiprocessors);
-    let sharing = match fragments {
-        1 => 1,
-        _ if steps_of(rows) <= room(2, 0) => 2,
-        _ => 4,
-    };
-    let several_rounds = chunks > DECODE_FRAGMENTS / fragments;
-    let gathers = fragments > 1 && steps_of(rows) <= room(sharing, 0);
-    // Between rounds of several passes the sums of all rows are kept. When there is no room for them, more blocks have
-    // fewer rows each.
-    let kept = if several_rounds && !gathers { m * size_of::<f32>() } else { 0 };
-    let room = loop {
-        match room(sharing, rows * kept) {
-            0 => rows = rows.div_ceil(2),
-            room => break room,
+    let mut sharing = 1;
+    let per_pass = if long {
+        // The sums of all steps have to fit: warps share places, then more blocks have fewer rows each.
+        while steps_of(rows) * (RING_WARPS * RING_BARRIER + step_sums / sharing) > room {
+            if sharing < slots {
+                sharing *= 2;
+            } else {
+                rows = rows.div_ceil(2);
+            }
         }
+        steps_of(rows)
+    } else {
+        // Passes of equal length.
+        let steps = steps_of(rows);
+        steps.div_ceil(steps.div_ceil(room / step_sums))
     };
-    let steps = steps_of(rows);
     // More would hold up x; measured on an H100, as were the parts.
     let (part, most) = if nested { (7, 64 << 10) } else { (5, 96 << 10) };
     let plan = RingPlan {
         rows: i32::try_from(rows).ok()?,
         log2_slots: slots.ilog2() as i32,
-        width: i32::try_from(width).ok()?,
         chunks: i32::try_from(chunks).ok()?,
-        // Passes of equal length.
-        per_pass: i32::try_from(steps.div_ceil(steps.div_ceil(room))).ok()?,
+        per_pass: i32::try_from(per_pass).ok()?,
         log2_sharing: sharing.ilog2() as i32,
-        ahead: (rows * k / 2 / part).min(most) as i32,
+        ahead: ((rows * (k / 2) / part).min(most) / (k / 2)) as i32,
     };
-    Some((plan, n.div_ceil(rows) as u64, u32::try_from(shared).ok()?))
+    Some(RingLaunch { plan, long, blocks: n.div_ceil(rows) as u64, shared: u32::try_from(shared).ok()? })
 }
 
 impl Product<'_> {
@@ -224,36 +228,50 @@ impl Product<'_> {
         if !suits {
             return None;
         }
-        let name = match (self.x.dtype(), m <= DECODE_COLUMNS, self.scales.is_nested(), ring) {
-            (DType::Bf16, true, false, false) => "decode_bf16_8",
-            (DType::Bf16, true, true, false) => "decode_bf16_8_nested",
-            (DType::Bf16, false, false, false) => "decode_bf16_16",
-            (DType::Bf16, false, true, false) => "decode_bf16_16_nested",
-            (DType::F16, true, false, false) => "decode_f16_8",
-            (DType::F16, true, true, false) => "decode_f16_8_nested",
-            (DType::F16, false, false, false) => "decode_f16_16",
-            (DType::F16, false, true, false) => "decode_f16_16_nested",
-            (DType::Bf16, true, false, true) => "decode_ring_bf16_8",
-            (DType::Bf16, true, true, true) => "decode_ring_bf16_8_nested",
-            (DType::Bf16, false, false, true) => "decode_ring_bf16_16",
-            (DType::Bf16, false, true, true) => "decode_ring_bf16_16_nested",
-            (DType::F16, true, false, true) => "decode_ring_f16_8",
-            (DType::F16, true, true, true) => "decode_ring_f16_8_nested",
-            (DType::F16, false, false, true) => "decode_ring_f16_16",
-            (DType::F16, false, true, true) => "decode_ring_f16_16_nested",
+        let (few, nested) = (m <= DECODE_COLUMNS, self.scales.is_nested());
+        let (multiprocessors, shared_per_block) =
+            (device.multiprocessors() as usize, device.shared_per_block() as usize);
+        if ring {
+            let RingLaunch { plan, long, blocks, shared } =
+                ring_plan((m, n, k), nested, multiprocessors, shared_per_block)?;
+            let name = match (self.x.dtype(), few, nested, long) {
+                (DType::Bf16, true, false, false) => "decode_ring_bf16_8",
+                (DType::Bf16, true, true, false) => "decode_ring_bf16_8_nested",
+                (DType::Bf16, false, false, false) => "decode_ring_bf16_16",
+                (DType::Bf16, false, true, false) => "decode_ring_bf16_16_nested",
+                (DType::F16, true, false, false) => "decode_ring_f16_8",
+                (DType::F16, true, true, false) => "decode_ring_f16_8_nested",
+                (DType::F16, false, false, false) => "decode_ring_f16_16",
+                (DType::F16, false, true, false) => "decode_ring_f16_16_nested",
+                (DType::Bf16, true, false, true) => "decode_ring_long_bf16_8",
+                (DType::Bf16, true, true, true) => "decode_ring_long_bf16_8_nested",
+                (DType::Bf16, false, false, true) => "decode_ring_long_bf16_16",
+                (DType::Bf16, false, true, true) => "decode_ring_long_bf16_16_nested",
+                (DType::F16, true, false, true) => "decode_ring_long_f16_8",
+                (DType::F16, true, true, true) => "decode_ring_long_f16_8_nested",
+                (DType::F16, false, false, true) => "decode_ring_long_f16_16",
+                (DType::F16, false, true, true) => "decode_ring_long_f16_16_nested",
+                _ => return None,
+            };
+            let module = if long { Module::DecodeRingLong } else { module };
+            let kernel = Kernel { module, name, threads: (RING_WARPS * 32) as u32, large_shared: true };
+            return Some(Decode { kernel, plan: AnyPlan::Ring(plan), blocks, shared });
+        }
+        let name = match (self.x.dtype(), few, nested) {
+            (DType::Bf16, true, false) => "decode_bf16_8",
+            (DType::Bf16, true, true) => "decode_bf16_8_nested",
+            (DType::Bf16, false, false) => "decode_bf16_16",
+            (DType::Bf16, false, true) => "decode_bf16_16_nested",
+            (DType::F16, true, false) => "decode_f16_8",
+            (DType::F16, true, true) => "decode_f16_8_nested",
+            (DType::F16, false, false) => "decode_f16_16",
+            (DType::F16, false, true) => "decode_f16_16_nested",
             _ => return None,
         };
-        let (multiprocessors, shared) = (device.multiprocessors() as usize, device.shared_per_block() as usize);
-        let (plan, blocks, shared, warps) = if ring {
-            let (plan, blocks, shared) = ring_plan((m, n, k), self.scales.is_nested(), multiprocessors, shared)?;
-            (AnyPlan::Ring(plan), blocks, shared, DECODE_WARPS)
-        } else {
-            let (plan, blocks, shared) = decode_plan((m, n, k), multiprocessors, shared)?;
-            (AnyPlan::Registers(plan), blocks, shared, DECODE_WARPS / m.div_ceil(DECODE_COLUMNS))
-        };
-        let threads = (warps * 32) as u32;
+        let (plan, blocks, shared) = decode_plan((m, n, k), multiprocessors, shared_per_block)?;
+        let threads = (DECODE_WARPS / m.div_ceil(DECODE_COLUMNS) * 32) as u32;
         let kernel = Kernel { module, name, threads, large_shared: true };
-        Some(Decode { kernel, plan, blocks, shared })
+        Some(Decode { kernel, plan: AnyPlan::Registers(plan), blocks, shared })
     }
 
     /// Codes of scales are copied in words, the last one too: only the bytes that there are, but tools that watch memory
@@ -410,24 +428,28 @@ mod tests {
     #[test]
     fn every_row_and_every_block_has_a_warp_and_a_place_in_the_ring() {
         for ((m, n, k), nested) in shapes().flat_map(|shape| [(shape, false), (shape, true)]) {
-            let (plan, blocks, bytes) = ring_plan((m, n, k), nested, 132, 232_448).unwrap();
-            let (rows, slots, width, chunks) =
-                (plan.rows as usize, 1 << plan.log2_slots, plan.width as usize, plan.chunks as usize);
+            let RingLaunch { plan, long, blocks, shared } = ring_plan((m, n, k), nested, 132, 232_448).unwrap();
+            let (rows, slots, chunks) = (plan.rows as usize, 1 << plan.log2_slots, plan.chunks as usize);
             assert!(blocks as usize * rows >= n && (blocks as usize - 1) * rows < n, "{m} {n} {k}");
-            assert!(slots <= DECODE_WARPS && (1..=RING_CHUNK).contains(&width));
+            assert!(blocks <= 132 || (long && blocks % 132 == 0), "{m} {n} {k}: {blocks} blocks");
+            assert!(slots <= RING_WARPS);
             // No chunk is without blocks, and none are left.
-            assert!(chunks * width * slots * DECODE_BLOCK >= k && (chunks - 1) * width * slots * DECODE_BLOCK < k);
+            let chunk = slots * RING_SLOT * DECODE_BLOCK;
+            assert!(chunks * chunk >= k && (chunks - 1) * chunk < k, "{m} {n} {k}");
             let fragments = m.div_ceil(DECODE_COLUMNS);
-            let sharing = 1 << plan.log2_sharing;
-            assert!(if fragments > 1 { (2..=slots).contains(&sharing) } else { sharing == 1 }, "{m} {n} {k}");
-            let steps = rows.div_ceil(DECODE_ROWS * (DECODE_WARPS / slots));
-            let gathers = fragments > 1 && steps <= plan.per_pass as usize;
-            let kept = if chunks > DECODE_FRAGMENTS / fragments && !gathers { m * rows * 4 } else { 0 };
-            let (step_sums, barriers) = ring_sums(fragments, sharing);
-            let sums = plan.per_pass as usize * step_sums;
-            assert!((1..=RING_STEPS).contains(&(plan.per_pass as usize)));
-            assert!(barriers + DECODE_MAP + sums + kept + RESERVED_SHARED <= DECODE_TABLE, "{m} {n} {k}");
-            assert!(bytes as usize <= 232_448);
+            assert_eq!(long, chunks > DECODE_FRAGMENTS / fragments);
+            let steps = rows.div_ceil(DECODE_ROWS * (RING_WARPS / slots));
+            let (per_pass, sharing) = (plan.per_pass as usize, 1 << plan.log2_sharing);
+            assert!(if long {
+                per_pass == steps && sharing <= slots
+            } else {
+                (1..=steps).contains(&per_pass) && sharing == 1
+            });
+            let barriers = if long { per_pass * RING_WARPS * RING_BARRIER } else { 0 };
+            let sums = per_pass * RING_WARPS / sharing * fragments * RING_SUMS;
+            assert!(RESERVED_SHARED + barriers + DECODE_MAP + sums <= DECODE_TABLE, "{m} {n} {k}");
+            assert!((0..=plan.rows).contains(&plan.ahead));
+            assert!(shared as usize <= 232_448);
         }
     }
 

@@ -27,11 +27,13 @@ pub enum Module {
     Decode,
     /// The same with much shared memory.
     DecodeRing,
+    /// And with many columns.
+    DecodeRingLong,
 }
 
 impl Module {
     /// Every module.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Dequantize,
         Self::Quantize,
         Self::Nested,
@@ -43,6 +45,7 @@ impl Module {
         Self::Product,
         Self::Decode,
         Self::DecodeRing,
+        Self::DecodeRingLong,
     ];
 
     /// Compiled once for each of these virtual architectures, ascending: PTX that ends with a zero byte.
@@ -67,6 +70,7 @@ impl Module {
             Self::Product => &[(TURING, image!("product_75"))],
             Self::Decode => &[(AMPERE, image!("decode_80"))],
             Self::DecodeRing => &[(HOPPER, image!("decode_ring_90"))],
+            Self::DecodeRingLong => &[(HOPPER, image!("decode_ring_long_90"))],
         }
     }
 

@@ -467,23 +467,33 @@ def decode(source: Described, product: Product, rows: int, slots: int, per_pass:
     return _decode(source, "decode", product, (rows, slots, per_pass), slots, shared)
 
 
+def ring_family(source_constants: dict[str, int], columns: int, k: int, slots: int) -> str:
+    """Which source has the kernel: that for one round of K, or for several."""
+    chunks = _ceil(k // source_constants["BLOCK"], slots * source_constants["RING_SLOT"])
+    return "decode_ring" if chunks <= (1 if columns > source_constants["COLUMNS"] else 2) else "decode_ring_long"
+
+
 def decode_ring(
     source: Described, product: Product, rows: int, slots: int, per_pass: int, scale_shift: int = 0, sharing: int = 1
 ) -> Check:
-    """The same, packed codes by way of shared memory. `per_pass` is in steps; scales are `scale_shift` bytes off, and
-    sums of 16 columns have a place for each `sharing` warps.
+    """The same, packed codes by way of shared memory; `source` is that of `ring_family`.
+
+    `per_pass`, in steps, is for one round, and `sharing`, of how many warps have a place for their sums together, for
+    several. Scales are `scale_shift` bytes off.
     """
     constants = source.constants
-    columns = product.x.shape[0]
-    slots = max(slots, sharing) if columns > constants["COLUMNS"] else slots
-    blocks = product.x.shape[1] // constants["BLOCK"]
-    chunks = _ceil(blocks, slots * constants["RING_CHUNK"])
-    width = _ceil(_ceil(blocks, chunks), slots)
+    columns, k = product.x.shape
+    family = ring_family(constants, columns, k, slots)
+    long = family == "decode_ring_long"
+    chunks = _ceil(k // constants["BLOCK"], slots * constants["RING_SLOT"])
+    if long:
+        per_pass = _ceil(rows, constants["ROWS"] * (constants["RING_WARPS"] // slots))
     # The table begins at a multiple of its size; 1 KB of shared memory is the system's.
-    ring = constants["STAGES"] * constants["RING_WARPS"] * constants["STAGE_BYTES"]
+    ring = (constants["AHEAD"] + long) * constants["RING_WARPS"] * constants["STAGE_BYTES"]
     shared = 2 * constants["LANE_TABLE_BYTES"] - 1024 + ring
-    plan = (rows, int(math.log2(slots)), width, chunks, per_pass, int(math.log2(sharing)), 1024 * (columns % 3))
-    return _decode(source, "decode_ring", product, plan, slots * chunks, shared, scale_shift)
+    log2_sharing = int(math.log2(min(sharing, slots))) if long else 0
+    plan = (rows, int(math.log2(slots)), chunks, per_pass, log2_sharing, columns % 3)
+    return _decode(source, family, product, plan, slots * chunks, shared, scale_shift)
 
 
 def _decode(

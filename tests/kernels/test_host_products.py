@@ -50,20 +50,22 @@ def test_decode(m: int, n: int, k: int, blocksize: int, plan: tuple[int, int, in
         check.against(run_both_ways(source, check.case))
 
 
-# Besides: four scales of a slot that lie together, in one chunk, two and three of these, so that there are two rounds;
-# a last chunk that has nothing for some slots; blocks of one part of K in several groups; a last pass of fewer steps,
-# in one round and in two; one pass of two rounds, and of three or five.
+# Besides: four scales of a slot that lie together, a slot of which four or eight blocks are not there, slots that have
+# nothing; a last pass of fewer steps; one chunk, two, of which the second has slots with nothing, and several rounds, the
+# last of one chunk of two.
 RING = [
     *DECODE,
     (20, 1024, 64, (20, 4, 2)),
     (70, 512, 64, (70, 2, 1)),
+    (70, 768, 64, (70, 4, 1)),
     (33, 2048, 64, (17, 4, 1)),
     (19, 2304, 64, (19, 4, 2)),
     (3, 2816, 64, (2, 4, 1)),
     (18, 1024, 128, (18, 4, 3)),
-    (50, 1024, 64, (50, 16, 3)),
-    (36, 8192, 64, (36, 16, 2)),
-    (36, 8192, 64, (36, 16, 3)),
+    (50, 1280, 64, (50, 8, 3)),
+    (36, 4096, 64, (36, 8, 2)),
+    (90, 2880, 64, (90, 2, 3)),
+    (36, 8192, 64, (36, 8, 3)),
     (18, 9216, 64, (18, 8, 1)),
 ]
 
@@ -71,16 +73,16 @@ RING = [
 @pytest.mark.parametrize(("n", "k", "blocksize", "plan"), RING)
 @pytest.mark.parametrize("m", [1, 3, 8, 9, 16])
 def test_decode_ring(m: int, n: int, k: int, blocksize: int, plan: tuple[int, int, int]) -> None:
-    source = library("decode_ring")
     rows, slots, per_pass = plan
+    source = library(launches.ring_family(library("decode_ring").constants, m, k, slots))
     for i, product in enumerate(decode_products(m, n, k, blocksize)):
-        check = launches.decode_ring(source, product, rows, slots, min(per_pass, 3), sharing=(4, 1, 2, 4)[i])
+        check = launches.decode_ring(source, product, rows, slots, per_pass, sharing=(4, 1, 2, 8)[i])
         check.against(run_both_ways(source, check.case))
 
 
-@pytest.mark.parametrize("k", [576, 1024])
+@pytest.mark.parametrize("k", [576, 1024, 9216])
 def test_decode_ring_takes_scales_of_any_alignment(k: int) -> None:
-    source = library("decode_ring")
+    source = library(launches.ring_family(library("decode_ring").constants, 5, k, 4))
     product = Product.random(5, 20, k, "bf16", "nf4", 64)
     check = launches.decode_ring(source, product, 20, 4, 2, scale_shift=4)
     check.against(run_both_ways(source, check.case))

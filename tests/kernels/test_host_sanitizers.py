@@ -83,13 +83,23 @@ def of_decode(source: Described) -> Iterator[Check]:
 
 
 def of_decode_ring(source: Described) -> Iterator[Check]:
-    """The same by way of shared memory: scales one by one and by fours, one round and two, a short pass."""
+    """The same by way of shared memory: scales one by one and by fours, one chunk and two, a short pass."""
     for dtype in ("bf16", "f16"):
         for nested in (False, True):
             for m in (3, 11):
-                for k, plan in ((320, (21, 4, 1)), (1088, (37, 2, 3)), (2304, (37, 4, 2)), (1024, (37, 16, 2))):
+                for k, plan in ((320, (21, 4, 1)), (1088 if m == 11 else 2112, (37, 4, 2)), (1024, (37, 8, 1))):
                     product = Product.random(m, 37, k, dtype, "nf4", 64, nested=nested, bias=nested)
                     yield launches.decode_ring(source, product, *plan)
+
+
+def of_decode_ring_long(source: Described) -> Iterator[Check]:
+    """Two rounds and three, the last of one chunk of two; sums of each warp, or of two or four together."""
+    for dtype in ("bf16", "f16"):
+        for nested in (False, True):
+            for m in (3, 11):
+                for k, slots, sharing in ((2560, 2, 2), (1600, 1, 1), (6208, 4, 4)):
+                    product = Product.random(m, 37, k, dtype, "nf4", 64, nested=nested, bias=nested)
+                    yield launches.decode_ring(source, product, 37, slots, 0, sharing=sharing)
 
 
 def of_floor(source: Described) -> Iterator[Check]:
@@ -184,6 +194,7 @@ FAMILIES = {
     "product": of_product,
     "decode": of_decode,
     "decode_ring": of_decode_ring,
+    "decode_ring_long": of_decode_ring_long,
     "floor": of_floor,
 }
 

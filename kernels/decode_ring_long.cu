@@ -1,0 +1,11 @@
+// The kernels of decode_ring.cuh for several rounds of K.
+#include "decode_ring.cuh"
+
+RING_KERNEL(decode_ring_long_bf16_8, Bf16, false, 1, true)
+RING_KERNEL(decode_ring_long_bf16_16, Bf16, false, 2, true)
+RING_KERNEL(decode_ring_long_bf16_8_nested, Bf16, true, 1, true)
+RING_KERNEL(decode_ring_long_bf16_16_nested, Bf16, true, 2, true)
+RING_KERNEL(decode_ring_long_f16_8, F16, false, 1, true)
+RING_KERNEL(decode_ring_long_f16_16, F16, false, 2, true)
+RING_KERNEL(decode_ring_long_f16_8_nested, F16, true, 1, true)
+RING_KERNEL(decode_ring_long_f16_16_nested, F16, true, 2, true)
