@@ -420,7 +420,7 @@ __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &s
                 if (row < share.rows) {
                     const float *const from = all_sums + (tile << plan.log2_slots >> log2_sharing) * PLACE + f * SUMS;
                     RowOfSums sums = {};
-#pragma unroll 4
+#pragma unroll 8
                     for (int s = 0; s < 1 << plan.log2_slots >> log2_sharing; s++) {
                         sums.add(from + s * PLACE, row_of_tile);
                     }

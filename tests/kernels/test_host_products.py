@@ -51,8 +51,8 @@ def test_decode(m: int, n: int, k: int, blocksize: int, plan: tuple[int, int, in
 
 
 # Besides: four scales of a slot that lie together, a slot of which four or eight blocks are not there, slots that have
-# nothing; a last pass of fewer steps; one chunk, two, of which the second has slots with nothing, and several rounds, the
-# last of one chunk of two.
+# nothing; a last pass of fewer steps; one chunk, two, of which the second has slots with nothing, several rounds, and
+# of these the last of one chunk instead of two.
 RING = [
     *DECODE,
     (20, 1024, 64, (20, 4, 2)),
