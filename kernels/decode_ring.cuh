@@ -3,8 +3,8 @@
 // compute capability 9.0 and 10.0 have.
 //
 // K is cut into chunks, and a chunk into slots beside each other, one for each warp of a group: what the warps of a group
-// read at a time is one piece of each row. A round is of as many chunks as registers have room for x of a warp's slots: two
-// for 8 columns, one for 16. In a round a warp walks over all rows of the block of threads, a step at a time: a tile of rows
+// read at a time is one piece of each row. A round is of as many chunks as registers have room for x of a warp's slots. In a
+// round a warp walks over all rows of the block of threads, a step at a time: a tile of rows
 // for each group. Few warps with many registers each are faster here than many with few: a warp adds up more before its sums
 // go to shared memory, and there is room to look up early.
 //
@@ -19,17 +19,21 @@
 constexpr int LOG2_WARPS = 3;
 constexpr int RING_WARPS = 1 << LOG2_WARPS;
 constexpr int RING_THREADS = RING_WARPS * WARP;
-// Blocks of a slot.
-constexpr int RING_SLOT = 8;
-constexpr int QUADS = RING_SLOT / 4;
-// Turns of a warp (its part of a chunk of a step) that are on the way before the first is worked on, 32 KB each for all
-// warps. More would hold up x, which comes by the same way.
-constexpr int AHEAD = 2;
-// In a ring of as many stages the next copy begins once a turn is done. With several rounds x comes again and again: there a
-// further stage lets it begin before. All measured on an H100.
-template <bool LONG>
-constexpr int STAGES = LONG ? AHEAD + 1 : AHEAD;
-constexpr int STAGE_BYTES = ROWS * RING_SLOT * BLOCK_BYTES;
+
+// What depends on the columns and on whether there are several rounds.
+template <int FRAGMENTS, bool LONG>
+struct Ring {
+    // Blocks of a slot, by fours, and chunks of a round: with x of them a warp fills half of its registers.
+    static constexpr int SLOT = FRAGMENTS > 2 ? 4 : 8, QUADS = SLOT / 4, ROUND = FRAGMENTS > 1 ? 1 : 2;
+    // Turns of a warp (its part of a chunk of a step) that are on the way before the first is worked on, 64 KB for all warps.
+    // More would hold up x, which comes by the same way.
+    static constexpr int AHEAD = 16 / SLOT;
+    // In a ring of as many stages the next copy begins once a turn is done. With several rounds x comes again and again:
+    // there a further stage lets it begin before. All measured on an H100.
+    static constexpr int STAGES = LONG ? AHEAD + 1 : AHEAD;
+    static constexpr int STAGE_BYTES = ROWS * SLOT * BLOCK_BYTES;
+};
+
 // Sums of a warp for 8 columns of a step: [row][column], the pairs of columns exchanged by row, so that neither the lanes
 // that store a fragment nor those that add up a row meet in a bank.
 constexpr int SUMS = ROWS * COLUMNS;
@@ -49,7 +53,8 @@ struct Turn {
     int chunk, step;
 };
 
-// What a warp has to do.
+// What a warp has to do. SLOT: its Ring's.
+template <int SLOT>
 struct Share {
     int row_blocks, first_row, rows, steps;
     int slots, slot, groups, group;
@@ -66,49 +71,49 @@ struct Share {
         // Both factors of the divisor are powers of two.
         steps = int(u32(rows + groups * ROWS - 1) / ROWS) >> (LOG2_WARPS - plan.log2_slots);
     }
-    __device__ int first_block(int chunk) const { return (chunk * slots + slot) * RING_SLOT; }
+    __device__ int first_block(int chunk) const { return (chunk * slots + slot) * SLOT; }
     // None, or less than that, when there is nothing left for this slot.
     __device__ int blocks(int chunk) const {
         const int left = row_blocks - first_block(chunk);
-        return left < RING_SLOT ? left : RING_SLOT;
+        return left < SLOT ? left : SLOT;
     }
     __device__ int tile_row(int step) const { return (step * groups + group) * ROWS; }
 };
 
 // Block j of row r lies at block j ^ (r % 4) of its row in a stage: so the eight rows that a warp reads at a time, four in
 // each half of the warp, are in different banks.
-__device__ inline int ring_offset(int row, int block) { return (row * RING_SLOT + (block ^ (row % 4))) * BLOCK_BYTES; }
+template <int SLOT>
+__device__ inline int ring_offset(int row, int block) { return (row * SLOT + (block ^ (row % 4))) * BLOCK_BYTES; }
 
-// Copies of a warp's turns, one after the other. ROUND: chunks of a round.
-template <bool NESTED, bool LONG, int ROUND>
+// Copies of a warp's turns, one after the other. R: a Ring.
+template <bool NESTED, typename R>
 struct Copier {
+    static constexpr int SLOT = R::SLOT, QUADS = R::QUADS, STAGES = R::STAGES, STAGE_BYTES = R::STAGE_BYTES;
     // Of the codes of W 16 bytes for each lane, and as many rows at a time as that gives.
-    static constexpr int PIECES = RING_SLOT * BLOCK_BYTES / 16, AT_A_TIME = WARP / PIECES;
-    static_assert(AT_A_TIME == 2, "every second time rows have their blocks in the order of those before");
+    static constexpr int PIECES = SLOT * BLOCK_BYTES / 16, AT_A_TIME = WARP / PIECES;
     // Scales lie in the unused halves of the table's rows, WARP words in each: for each quad of blocks a row of them for the
     // eight rows of W from 0, and one for those from 8. Of nested ones it is these that are made there; behind them are the
     // words that hold the codes, and the second scales. When four scales lie together (`quads`), a lane copies those of a
     // row, else of row g or g + 8 that of block t of a quad.
     static constexpr int SCALE_ROWS = 2 * QUADS * (NESTED ? 2 : 1);
-    static_assert(RING_WARPS * STAGES<LONG> * SCALE_ROWS <= 256 && WARP * 2 == LANE_TABLE_ROW, "halves of the table's rows");
-    static_assert(ROWS * QUADS == WARP, "a quad of a row for each lane");
+    static_assert(RING_WARPS * STAGES * SCALE_ROWS <= 256 && WARP * 2 == LANE_TABLE_ROW, "halves of the table's rows");
 
-    const Share &share;
+    const Share<SLOT> &share;
     const Scales &scales;
     const u8 *const packed;
-    u8 *const ring;     // [STAGES<LONG>][STAGE_BYTES] of this warp
-    u32 *const halves;  // [STAGES<LONG>][SCALE_ROWS][LANE_TABLE_ROW] of this warp
+    u8 *const ring;     // [STAGES][STAGE_BYTES] of this warp
+    u32 *const halves;  // [STAGES][SCALE_ROWS][LANE_TABLE_ROW] of this warp
     const int shift;    // log2 of the blocks here that share a scale
     const u32 scale_count;
     const bool quads;
     Turn turn = {0, 0};
 
-    __device__ Copier(const Share &share, const Scales &scales, const u8 *packed, u8 *rings, u32 *table, int shift, int n)
+    __device__ Copier(const Share<SLOT> &share, const Scales &scales, const u8 *packed, u8 *rings, u32 *table, int shift, int n)
         : share(share),
           scales(scales),
           packed(packed),
-          ring(rings + threadIdx.x / WARP * (STAGES<LONG> * STAGE_BYTES)),
-          halves(table + WARP + threadIdx.x / WARP * (STAGES<LONG> * SCALE_ROWS * LANE_TABLE_ROW)),
+          ring(rings + threadIdx.x / WARP * (STAGES * STAGE_BYTES)),
+          halves(table + WARP + threadIdx.x / WARP * (STAGES * SCALE_ROWS * LANE_TABLE_ROW)),
           shift(shift),
           scale_count(u32((i64(n) * share.row_blocks + (i64(1) << shift) - 1) >> shift)),
           quads(shift == 0 && share.row_blocks % 4 == 0 &&
@@ -124,6 +129,9 @@ struct Copier {
     // Of blocks that are not there, zeros: they have no part in a sum.
     __device__ void copy_quads(u32 stage, int rows, int blocks) const {
         const int lane = read_lane(), row = lane % ROWS, quad = lane / ROWS;
+        if (lane >= ROWS * QUADS) {
+            return;
+        }
         const bool there = row < rows && 4 * quad < blocks;
         const u32 block = there ? block_of(turn, row) + u32(4 * quad) : 0;
         if constexpr (NESTED) {
@@ -161,19 +169,19 @@ struct Copier {
         if (turn.chunk < share.chunks) {
             const int blocks = share.blocks(turn.chunk), rows = share.rows - share.tile_row(turn.step);
             const int lane = read_lane(), row = lane / PIECES, piece = lane % PIECES;
-            u8 *const to = ring + (stage * STAGE_BYTES + u32(ring_offset(row, piece / 2) + piece % 2 * 16));
-            u8 *const to_odd = ring + (stage * STAGE_BYTES + u32(ring_offset(row + 2, piece / 2) + piece % 2 * 16));
+            u8 *const to = ring + (stage * STAGE_BYTES + u32(ring_offset<SLOT>(row, piece / 2) + piece % 2 * 16));
+            u8 *const to_odd = ring + (stage * STAGE_BYTES + u32(ring_offset<SLOT>(row + AT_A_TIME, piece / 2) + piece % 2 * 16));
             const u8 *from = packed + (u64(block_of(turn, row)) * BLOCK_BYTES + u32(piece * 16));
             const int row_end = piece / 2 < blocks ? rows - row : 0;
 #pragma unroll
             for (int i = 0; i < ROWS; i += 2 * AT_A_TIME) {
                 if (i < row_end) {
-                    copy_async(reinterpret_cast<Words4 *>(to + i * RING_SLOT * BLOCK_BYTES),
+                    copy_async(reinterpret_cast<Words4 *>(to + i * SLOT * BLOCK_BYTES),
                                reinterpret_cast<const Words4 *>(from));
                 }
                 from += i64(AT_A_TIME * BLOCK_BYTES) * share.row_blocks;
                 if (i + AT_A_TIME < row_end) {
-                    copy_async(reinterpret_cast<Words4 *>(to_odd + i * RING_SLOT * BLOCK_BYTES),
+                    copy_async(reinterpret_cast<Words4 *>(to_odd + i * SLOT * BLOCK_BYTES),
                                reinterpret_cast<const Words4 *>(from));
                 }
                 from += i64(AT_A_TIME * BLOCK_BYTES) * share.row_blocks;
@@ -183,10 +191,10 @@ struct Copier {
             } else {
                 copy_scales(stage, rows, blocks);
             }
-            if (turn.chunk % ROUND + 1 < ROUND && turn.chunk + 1 < share.chunks) {
+            if (turn.chunk % R::ROUND + 1 < R::ROUND && turn.chunk + 1 < share.chunks) {
                 turn.chunk++;
             } else if (++turn.step < share.steps) {
-                turn.chunk -= turn.chunk % ROUND;
+                turn.chunk -= turn.chunk % R::ROUND;
             } else {
                 turn = {turn.chunk + 1, 0};
             }
@@ -233,8 +241,9 @@ __device__ inline void fetch(const void *from, u32 bytes) {
 
 // Has the second-level cache fetch codes and scales of the first plan.ahead rows, which lie together. Nothing is read, so
 // that it does not matter who still writes them.
-template <bool NESTED>
-__device__ inline void fetch_ahead(const u8 *packed, const Scales &scales, const Share &share, int shift, const RingPlan &plan) {
+template <bool NESTED, int SLOT>
+__device__ inline void fetch_ahead(const u8 *packed, const Scales &scales, const Share<SLOT> &share, int shift,
+                                   const RingPlan &plan) {
     if (threadIdx.x == 0) {
         const u32 rows = u32(share.rows < plan.ahead ? share.rows : plan.ahead), blocks = rows * u32(share.row_blocks);
         const u64 first = u64(u32(share.first_row)) * u32(share.row_blocks);
@@ -268,12 +277,12 @@ struct RowOfSums {
 template <typename T, bool NESTED, int FRAGMENTS, bool LONG>
 __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &scales, const T *bias, T *y, int m, int n,
                                    int k, int block_shift, u32 quant_type, const RingPlan &plan) {
-    // What registers have room for.
-    constexpr int ROUND = 2 / FRAGMENTS;
+    using R = Ring<FRAGMENTS, LONG>;
+    constexpr int SLOT = R::SLOT, ROUND = R::ROUND, STAGES = R::STAGES, AHEAD = R::AHEAD, STAGE_BYTES = R::STAGE_BYTES;
     // Sums of a warp for a step.
     constexpr int PLACE = FRAGMENTS * SUMS;
     DYNAMIC_SHARED(shared);
-    const Share share(n, k, plan);
+    const Share<SLOT> share(n, k, plan);
     const int log2_sharing = LONG ? plan.log2_sharing : 0;
     // Of each warp for each step, where the next one waits for it. A round is one phase.
     Barrier *const stored = reinterpret_cast<Barrier *>(shared);  // [step][RING_WARPS], with several rounds
@@ -300,15 +309,15 @@ __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &s
     let_next_start();
 
     // What comes behind copies waits for them in the memory's queue: so one turn is before x, and no more.
-    Copier<NESTED, LONG, ROUND> copier(share, scales, packed, shared + (place_of_table + LANE_TABLE_BYTES), table, shift, n);
+    Copier<NESTED, R> copier(share, scales, packed, shared + (place_of_table + LANE_TABLE_BYTES), table, shift, n);
     copier.copy(0);
     const float offset = NESTED ? *scales.offset : 0.0f;
-    u32 x_words[ROUND][RING_SLOT][FRAGMENTS][8];
+    u32 x_words[ROUND][SLOT][FRAGMENTS][8];
     const auto load_round = [&](int first) {
         const int lane = read_lane();
 #pragma unroll
         for (int c = 0; c < ROUND; c++) {
-            load_x<FRAGMENTS, RING_SLOT>(x_words[c], x, m, k, share.first_block(first + c), share.blocks(first + c), lane / 4,
+            load_x<FRAGMENTS, SLOT>(x_words[c], x, m, k, share.first_block(first + c), share.blocks(first + c), lane / 4,
                                          lane % 4);
         }
     };
@@ -321,8 +330,8 @@ __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &s
     const int lane = int(threadIdx.x % WARP), g = lane / 4, t = lane % 4;
     const LaneTable entries = lane_table(table, lane);
     // This lane's 8 bytes of block j are at this offset, with bits 5 and 6 inverted where those of 32 j are set.
-    static_assert(BLOCK_BYTES == 32 && RING_SLOT % 4 == 0, "bits 5 and 6");
-    const u32 lane_offset = u32(ring_offset(g, 0) + t * 8);
+    static_assert(BLOCK_BYTES == 32 && SLOT % 4 == 0, "bits 5 and 6");
+    const u32 lane_offset = u32(ring_offset<SLOT>(g, 0) + t * 8);
     const int low_place = g * COLUMNS + (t ^ g / 4) * 2;
     u32 stage = 0, phase = 0;  // its parity
     for (int chunk = 0; chunk < (LONG ? share.chunks : 1); chunk += ROUND) {
@@ -347,12 +356,12 @@ __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &s
                     }
                     __syncwarp();
                     if (LONG) {
-                        copier.copy(stage + AHEAD < STAGES<LONG> ? stage + AHEAD : stage + AHEAD - STAGES<LONG>);
+                        copier.copy(stage + AHEAD < STAGES ? stage + AHEAD : stage + AHEAD - STAGES);
                     }
                     if (share.blocks(chunk + c) > 0) {
                         const u8 *const bytes = copier.ring + stage * STAGE_BYTES;
 #pragma unroll
-                        for (int j = 0; j < RING_SLOT; j += 2) {
+                        for (int j = 0; j < SLOT; j += 2) {
                             const Floats2 low_scale =
                                 *reinterpret_cast<const Floats2 *>(copier.scales_of(stage, 0, j / 4) + j % 4);
                             const Floats2 high_scale =
@@ -372,7 +381,7 @@ __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &s
                         __syncwarp();
                         copier.copy(stage);
                     }
-                    stage = stage + 1 < STAGES<LONG> ? stage + 1 : 0;
+                    stage = stage + 1 < STAGES ? stage + 1 : 0;
                 }
                 const int warps_before = (step - begin) * RING_WARPS + read_warp();
                 float *const step_sums = all_sums + (warps_before >> log2_sharing) * PLACE;
@@ -450,8 +459,8 @@ __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &s
 // block_shift: log2 of the block size, 6 to 12
 // quant_type:  NF4 or FP4
 // Grid: ceil(n / plan.rows) blocks of RING_THREADS. Dynamic shared memory: with several rounds a Barrier for each warp and step;
-// MAP_BYTES; 4 KB for each step of a pass (of 16 columns 8), or the part that sharing leaves; then the table at the next place
-// where it may begin, and a ring of 32 KB for each stage behind it.
+// MAP_BYTES; for each step of a pass 4 KB for 8 columns, 8 for 16 and 16 for 32, or the part that sharing leaves; then the
+// table at the next place where it may begin, and the stages behind it.
 #define RING_KERNEL(name, T, nested, fragments, several)                                                              \
     extern "C" __global__ void __launch_bounds__(RING_THREADS, 1)                                                     \
         name(const T *x, const u8 *packed, Scales scales, const T *bias, T *y, int m, int n, int k, int block_shift,  \

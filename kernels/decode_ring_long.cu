@@ -1,4 +1,4 @@
-// The kernels of decode_ring.cuh for several rounds of K.
+// The kernels of decode_ring.cuh for several rounds of K. Those for 32 columns are for one round too.
 #include "decode_ring.cuh"
 
 RING_KERNEL(decode_ring_long_bf16_8, Bf16, false, 1, true)
@@ -9,3 +9,7 @@ RING_KERNEL(decode_ring_long_f16_8, F16, false, 1, true)
 RING_KERNEL(decode_ring_long_f16_16, F16, false, 2, true)
 RING_KERNEL(decode_ring_long_f16_8_nested, F16, true, 1, true)
 RING_KERNEL(decode_ring_long_f16_16_nested, F16, true, 2, true)
+RING_KERNEL(decode_ring_long_bf16_32, Bf16, false, 4, true)
+RING_KERNEL(decode_ring_long_bf16_32_nested, Bf16, true, 4, true)
+RING_KERNEL(decode_ring_long_f16_32, F16, false, 4, true)
+RING_KERNEL(decode_ring_long_f16_32_nested, F16, true, 4, true)

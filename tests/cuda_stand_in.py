@@ -205,6 +205,7 @@ class Linear:
     quant_type: str
     blocksize: int
     nested: bool
+    rows_at_once = 32
 
     def launch(
         self, stream: int, m: int, x: int, packed: int, absmax: int, absmax2: int, offset: int, bias: int, y: int

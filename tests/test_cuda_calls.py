@@ -97,12 +97,13 @@ def test_which_kernel_is_taken(native, monkeypatch):
         _cuda.linear_4bit(x, *tensors, None, *how)
         return native.calls, native.rows
 
-    for m, rows in ((1, [1]), (16, [16]), (17, [16, 1]), (32, [16, 16])):
-        assert calls(torch.randn(m, 128, dtype=torch.bfloat16)) == (["product"] * len(rows), rows)
-    assert calls(torch.randn(33, 128, dtype=torch.bfloat16))[0] == ["dequantize"]
-    monkeypatch.setattr(_cuda, "_LARGE", 96 * 128)
-    assert calls(torch.randn(33, 128, dtype=torch.bfloat16))[1] == [16, 16, 1]
+    for m in (1, 17, 64):
+        assert calls(torch.randn(m, 128, dtype=torch.bfloat16)) == (["product"], [m])
     assert calls(torch.randn(65, 128, dtype=torch.bfloat16))[0] == ["dequantize"]
+    monkeypatch.setattr(_cuda, "_LARGE", 96 * 128)
+    _cuda._kernel.cache_clear()
+    assert calls(torch.randn(128, 128, dtype=torch.bfloat16)) == (["product"], [128])
+    assert calls(torch.randn(129, 128, dtype=torch.bfloat16))[0] == ["dequantize"]
     # Rows are those of the matrix that leading dimensions make.
     assert calls(torch.randn(2, 3, 128, dtype=torch.bfloat16))[1] == [6]
     assert calls(torch.randn(0, 128, dtype=torch.bfloat16))[0] == []

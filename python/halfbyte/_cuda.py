@@ -49,12 +49,12 @@ _NAMES = {
     torch.float64: "float64",
 }
 
-_DECODE_ROWS = 16
-"""Rows of `x` that the fused product takes at once."""
+_FUSED_LAUNCHES = (2, 4)
+"""Up to so many launches of the fused product are faster than a dense copy of the weight: of a weight that fills the
+GPU only once or twice, and of a larger one."""
 
-_FUSED_ROWS = (32, 64)
-"""Up to so many rows the fused product, called several times, is faster than a dense copy of the weight: of a weight
-that fills the GPU only once or twice, and of a larger one."""
+_FUSED_ROWS = 128
+"""More rows than this are never so few."""
 
 _LARGE = 2**25
 """Values of such a larger weight."""
@@ -247,13 +247,15 @@ def _slow(device: int, dtype: torch.dtype, k: int, blocksize: int) -> str | None
 @functools.lru_cache(maxsize=4096)
 def _kernel(
     device: int, dtype: torch.dtype, n: int, k: int, quant_type: str, blocksize: int, nested: bool
-) -> tuple[Callable[..., None], bool]:
-    """Launches products with weights of this kind; and whether they are fused ones. If not, that is said, once."""
+) -> tuple[Callable[..., None], int]:
+    """Launches products with weights of this kind; and the rows up to which they are faster than a dense copy of the
+    weight, 0 if no fused kernel takes it, which is said, once.
+    """
     reason = _slow(device, dtype, k, blocksize)
     if reason is not None and dtype is not torch.float32:
         _logger.warning("products of few rows with a 4-bit weight %s in %s take longer: %s", [n, k], dtype, reason)
     kernel = _native.CudaLinear(device, _NAMES[dtype], n, k, quant_type, blocksize, nested)
-    return kernel.launch, reason is None
+    return kernel.launch, 0 if reason is not None else kernel.rows_at_once * _FUSED_LAUNCHES[n * k >= _LARGE]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -346,14 +348,14 @@ def linear_4bit(
     x, packed, absmax = x.contiguous(), packed.contiguous(), absmax.contiguous()
     if bias is not None:
         bias = (bias if bias.dtype is dtype else bias.to(dtype)).contiguous()
-    if m <= _FUSED_ROWS[n * k >= _LARGE] or k == 0:
+    if m <= _FUSED_ROWS or k == 0:
         device = x.get_device()
-        launch, fused = _kernel(device, dtype, n, k, quant_type, blocksize, absmax2 is not None)
+        launch, most = _kernel(device, dtype, n, k, quant_type, blocksize, absmax2 is not None)
         codes = packed.data_ptr()
-        if fused and codes % _ALIGNMENT:
+        if m <= most and codes % _ALIGNMENT:
             _say_unaligned(n, k)
-            fused = False
-        if fused or m <= (_PLAIN_ROWS_32 if dtype is torch.float32 else _PLAIN_ROWS) or k == 0:
+            most = 0
+        if m <= most or m <= (_PLAIN_ROWS_32 if dtype is torch.float32 else _PLAIN_ROWS) or k == 0:
             if absmax2 is None or offset is None:
                 scales = absmax.data_ptr(), 0, 0
             else:
@@ -363,14 +365,7 @@ def linear_4bit(
             if rows % _ALIGNMENT:
                 x = x.clone()
                 rows = x.data_ptr()
-            stream = _stream(device)
-            if m <= _DECODE_ROWS or not fused:
-                launch(stream, m, rows, codes, *scales, shift, result)
-                return out
-            size = dtype.itemsize
-            for begin in range(0, m, _DECODE_ROWS):
-                count = min(_DECODE_ROWS, m - begin)
-                launch(stream, count, rows + begin * k * size, codes, *scales, shift, result + begin * n * size)
+            launch(_stream(device), m, rows, codes, *scales, shift, result)
             return out
     weight = _Weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
     x, into = x.view(m, k), out.view(m, n)

@@ -263,7 +263,11 @@ class CudaLinear:
     def __new__(
         cls, device: int, dtype: str, n: int, k: int, quant_type: str, blocksize: int, nested: bool
     ) -> CudaLinear:
-        """Check the kind, and load the kernels."""
+        """Check the kind. Kernels are loaded when one is first launched."""
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of `x` that one launch takes at most, where the kind is one for the matrix units."""
 
     def launch(
         self,

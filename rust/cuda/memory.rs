@@ -126,6 +126,12 @@ impl Memory {
         Err(Error::argument(self.argument, found, format!("{expected} elements ({why})")))
     }
 
+    /// `count` elements from `begin` on, which there are.
+    pub(super) fn part(&self, begin: usize, count: usize) -> Self {
+        debug_assert!(begin + count <= self.count, "{begin} + {count} of {}", self.count);
+        Self { address: self.address + (begin * self.dtype.size()) as u64, count, ..*self }
+    }
+
     /// Whether the first element's address is a multiple of so many bytes.
     pub fn is_aligned(&self, bytes: u64) -> bool {
         self.address.is_multiple_of(bytes)

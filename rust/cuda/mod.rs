@@ -21,7 +21,7 @@ pub use embedding::{Table, embedding};
 pub use expand::expand;
 pub use memory::{DType, Memory, Scales};
 pub use nested::{Compressed, compress, compress_workspace};
-pub use product::{Choice, Product, product};
+pub use product::{Choice, Product, product, rows_at_once};
 pub use rows::{dequantize_rows, quantize_rows};
 
 /// Which of two kernels with the same meaning.

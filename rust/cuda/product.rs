@@ -53,12 +53,12 @@ const DECODE_MAP: usize = 1024;
 /// Partial sums of one column of a tile.
 const DECODE_COLUMN: usize = 16 * 4;
 const RING_WARPS: usize = 8;
-const RING_SLOT: usize = 8;
+const RING_FRAGMENTS: usize = 4;
 /// Sums of eight columns of a warp for a step.
 const RING_SUMS: usize = DECODE_ROWS * DECODE_COLUMNS * size_of::<f32>();
 const RING_BARRIER: usize = 8;
-/// Of all warps, in a ring.
-const RING_STAGE: usize = 32 * 1024;
+/// What is on the way, of all warps.
+const RING_AHEAD: usize = 64 * 1024;
 /// Shared memory that the device keeps for itself, before the block's: the table of `decode_ring` begins at a multiple of
 /// its size, whether or not there is such a part.
 const RESERVED_SHARED: usize = 1024;
@@ -163,17 +163,25 @@ fn ring_plan(
     multiprocessors: usize,
     shared_per_block: usize,
 ) -> Option<RingLaunch> {
-    let fragments = m.div_ceil(DECODE_COLUMNS);
-    let values = RING_SLOT * DECODE_BLOCK;
+    let fragments = m.div_ceil(DECODE_COLUMNS).next_power_of_two();
+    // Blocks of a slot, and chunks of a round.
+    let (slot, round) = match fragments {
+        1 => (8, 2),
+        2 => (8, 1),
+        _ => (4, 1),
+    };
+    let values = slot * DECODE_BLOCK;
     // As few slots as leave no more chunks than the most do.
     let mut slots = RING_WARPS;
     while slots > 1 && k <= slots / 2 * values {
         slots /= 2;
     }
     let chunks = k.div_ceil(slots * values);
-    let long = chunks > DECODE_FRAGMENTS / fragments;
-    // What is before the table fits in front of the first place for it, whichever that is.
-    let shared = 2 * DECODE_TABLE + if long { 3 } else { 2 } * RING_STAGE;
+    let long = chunks > round || fragments > DECODE_FRAGMENTS;
+    // With several rounds there is one stage more. What is before the table fits in front of the first place for it,
+    // whichever that is.
+    let stage = RING_WARPS * DECODE_ROWS * values / 2;
+    let shared = 2 * DECODE_TABLE + RING_AHEAD + if long { stage } else { 0 };
     if shared > shared_per_block {
         return None;
     }
@@ -216,11 +224,22 @@ fn ring_plan(
 }
 
 impl Product<'_> {
-    fn decode(&self, device: &Device, ring: bool) -> Option<Decode> {
-        let (m, n, k) = (self.m, self.n, self.k);
+    /// Rows of `x` that one launch takes at most.
+    const fn rows_at_once(ring: bool) -> usize {
+        DECODE_COLUMNS * if ring { RING_FRAGMENTS } else { DECODE_FRAGMENTS }
+    }
+
+    /// `count` rows of `x` from `begin` on, and of `y`.
+    fn rows(&self, begin: usize, count: usize) -> (Memory, Memory) {
+        (self.x.part(begin * self.k, count * self.k), self.y.part(begin * self.n, count * self.n))
+    }
+
+    /// A launch for `m` rows.
+    fn decode(&self, device: &Device, ring: bool, m: usize) -> Option<Decode> {
+        let (n, k) = (self.n, self.k);
         let module = if ring { Module::DecodeRing } else { Module::Decode };
         let suits = module.image(device.capability()).is_some()
-            && (1..=DECODE_COLUMNS * DECODE_FRAGMENTS).contains(&m)
+            && (1..=Self::rows_at_once(ring)).contains(&m)
             && n >= 1
             && i32::try_from(n).is_ok()
             && k >= DECODE_BLOCK
@@ -240,6 +259,10 @@ impl Product<'_> {
             let RingLaunch { plan, long, blocks, shared } =
                 ring_plan((m, n, k), nested, multiprocessors, shared_per_block)?;
             let name = match (self.x.dtype(), few, nested, long) {
+                (DType::Bf16, _, false, _) if m > DECODE_COLUMNS * DECODE_FRAGMENTS => "decode_ring_long_bf16_32",
+                (DType::Bf16, _, true, _) if m > DECODE_COLUMNS * DECODE_FRAGMENTS => "decode_ring_long_bf16_32_nested",
+                (DType::F16, _, false, _) if m > DECODE_COLUMNS * DECODE_FRAGMENTS => "decode_ring_long_f16_32",
+                (DType::F16, _, true, _) if m > DECODE_COLUMNS * DECODE_FRAGMENTS => "decode_ring_long_f16_32_nested",
                 (DType::Bf16, true, false, false) => "decode_ring_bf16_8",
                 (DType::Bf16, true, true, false) => "decode_ring_bf16_8_nested",
                 (DType::Bf16, false, false, false) => "decode_ring_bf16_16",
@@ -308,6 +331,14 @@ impl Product<'_> {
     }
 }
 
+/// Rows of `x` that one launch of the fastest kernel of a device takes at most, where the matrix units do it at all.
+pub fn rows_at_once(device: &Device) -> usize {
+    let ring = Module::DecodeRingLong.image(device.capability()).is_some()
+        && ring_plan((DECODE_COLUMNS * RING_FRAGMENTS, 1, DECODE_BLOCK), false, 1, device.shared_per_block() as usize)
+            .is_some();
+    Product::rows_at_once(ring)
+}
+
 /// Which kernel makes a product.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Choice {
@@ -347,12 +378,12 @@ impl std::str::FromStr for Choice {
     }
 }
 
-/// Makes the product; gives the name of the kernel that it used.
+/// Makes the product; gives the name of the kernel that it used (first).
 ///
-/// The matrix units take float16 and bfloat16 with up to 16 rows of `x` on devices of compute capability 8.0 and later,
-/// when `k` is a multiple of 64, the block size at least 64, and `x` and `packed` aligned to 16 bytes. There each weight is
-/// its codebook value rounded to the type of `x`, and the scale is applied in float32 to the sums of a block. Everything
-/// else goes to a plain kernel: correct, and slow for many rows.
+/// The matrix units take float16 and bfloat16 on devices of compute capability 8.0 and later, when `k` is a multiple of 64,
+/// the block size at least 64, and `x` and `packed` aligned to 16 bytes; with [`rows_at_once`] rows of `x` in a launch, of
+/// which there are as many as it takes. There each weight is its codebook value rounded to the type of `x`, and the scale is
+/// applied in float32 to the sums of a block. Everything else goes to a plain kernel: correct, and slow for many rows.
 ///
 /// The result is the same from run to run on one device; sums are float32.
 ///
@@ -369,26 +400,39 @@ pub unsafe fn product(device: &Device, stream: Stream, product: &Product<'_>, ch
     let bias = product.bias.map_or(0, Memory::address);
     let shift = block_shift(product.blocksize);
     let quant_type = quant_type_parameter(product.quant_type);
-    let (x, packed, y) = (product.x.address(), product.packed.address(), product.y.address());
+    let packed = product.packed.address();
     let (m, n, k) = (product.m, product.n, product.k);
-    if let Some(decode) = choice.decoders().iter().find_map(|&ring| product.decode(device, ring)) {
-        let (m, n, k) = (m as i32, n as i32, k as i32);
-        let Decode { kernel, blocks, shared, .. } = decode;
-        // SAFETY: the kernel's parameters in its order; lengths and alignment were checked, the one that starts early waits,
-        // the rest is the caller's.
-        unsafe {
-            match decode.plan {
-                AnyPlan::Registers(plan) => {
-                    let parameters = parameters![x, packed, scales, bias, y, m, n, k, shift, quant_type, plan];
-                    device.launch(stream, &kernel, blocks, shared, parameters)
+    for &ring in choice.decoders() {
+        let at_once = Product::rows_at_once(ring);
+        let Some(first) = product.decode(device, ring, m.min(at_once)) else {
+            continue;
+        };
+        for begin in (0..m).step_by(at_once) {
+            let count = at_once.min(m - begin);
+            // What suits some rows suits fewer.
+            let decode = if begin == 0 { Some(first) } else { product.decode(device, ring, count) };
+            let Some(Decode { kernel, plan, blocks, shared }) = decode else {
+                return Err(Error::argument("m", m, format!("rows that {} takes", first.kernel.name)));
+            };
+            let (x, y) = product.rows(begin, count);
+            let (x, y) = (x.address(), y.address());
+            let (m, n, k) = (count as i32, n as i32, k as i32);
+            // SAFETY: the kernel's parameters in its order; lengths and alignment were checked, the one that starts early
+            // waits, the rest is the caller's.
+            unsafe {
+                match plan {
+                    AnyPlan::Registers(plan) => {
+                        let parameters = parameters![x, packed, scales, bias, y, m, n, k, shift, quant_type, plan];
+                        device.launch(stream, &kernel, blocks, shared, parameters)
+                    }
+                    AnyPlan::Ring(plan) => {
+                        let parameters = parameters![x, packed, scales, bias, y, m, n, k, shift, quant_type, plan];
+                        device.launch_early(stream, &kernel, blocks, shared, parameters)
+                    }
                 }
-                AnyPlan::Ring(plan) => {
-                    let parameters = parameters![x, packed, scales, bias, y, m, n, k, shift, quant_type, plan];
-                    device.launch_early(stream, &kernel, blocks, shared, parameters)
-                }
-            }
-        }?;
-        return Ok(decode.kernel.name);
+            }?;
+        }
+        return Ok(first.kernel.name);
     }
     if matches!(choice, Choice::Decode | Choice::DecodeRing) {
         let expected = "\"best\", because this kernel does not take these arguments on this device";
@@ -396,6 +440,7 @@ pub unsafe fn product(device: &Device, stream: Stream, product: &Product<'_>, ch
     }
     let kernel = product_kernel(product.x.dtype(), product.scales.is_nested());
     let blocks = (m * n).div_ceil(PRODUCT_ELEMENTS) as u64;
+    let (x, y) = (product.x.address(), product.y.address());
     let (m, n, k) = (m as i64, n as i64, k as i64);
     let parameters = parameters![x, packed, scales, bias, y, m, n, k, shift, quant_type];
     // SAFETY: as above.
@@ -407,7 +452,7 @@ pub unsafe fn product(device: &Device, stream: Stream, product: &Product<'_>, ch
 mod tests {
     use super::*;
 
-    const M: [usize; 5] = [1, 3, 8, 9, 16];
+    const M: [usize; 7] = [1, 3, 8, 9, 16, 17, 32];
     const N: [usize; 8] = [1, 7, 16, 100, 4096, 5120, 14336, 128_256];
     const K: [usize; 8] = [64, 128, 320, 1024, 4096, 5120, 14336, 28672];
 
@@ -418,7 +463,7 @@ mod tests {
     #[test]
     fn every_row_and_every_block_has_a_warp() {
         for (multiprocessors, shared) in [(108, 166_912), (82, 101_376), (1, 101_376)] {
-            for (m, n, k) in shapes() {
+            for (m, n, k) in shapes().filter(|&(m, ..)| m <= Product::rows_at_once(false)) {
                 let (plan, blocks, bytes) = decode_plan((m, n, k), multiprocessors, shared).unwrap();
                 let (rows, slots) = (plan.rows as usize, plan.slots as usize);
                 assert!(blocks as usize * rows >= n && (blocks as usize - 1) * rows < n, "{m} {n} {k}");
@@ -439,10 +484,10 @@ mod tests {
             assert!(blocks <= 132 || long, "{m} {n} {k}: {blocks} blocks");
             assert!(slots <= RING_WARPS);
             // No chunk is without blocks, and none are left.
-            let chunk = slots * RING_SLOT * DECODE_BLOCK;
+            let fragments = [1, 2, 4].into_iter().find(|f| m <= f * DECODE_COLUMNS).unwrap();
+            let chunk = slots * if fragments == 4 { 4 } else { 8 } * DECODE_BLOCK;
             assert!(chunks * chunk >= k && (chunks - 1) * chunk < k, "{m} {n} {k}");
-            let fragments = m.div_ceil(DECODE_COLUMNS);
-            assert_eq!(long, chunks > DECODE_FRAGMENTS / fragments);
+            assert_eq!(long, chunks > if fragments == 1 { 2 } else { 1 } || fragments == 4);
             let steps = rows.div_ceil(DECODE_ROWS * (RING_WARPS / slots));
             let (per_pass, sharing) = (plan.per_pass as usize, 1 << plan.log2_sharing);
             assert!(if long {

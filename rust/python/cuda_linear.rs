@@ -5,7 +5,6 @@ use pyo3::prelude::*;
 use super::cuda::open;
 use super::error::to_py;
 use crate::codebook::QuantType;
-use crate::cuda::ptx::Module;
 use crate::cuda::{self, Choice, DType, Device, Memory, Product, Scales, Stream};
 use crate::error::{Error, Result};
 use crate::geometry::{BlockSize, NESTED_BLOCK_SIZE, packed_len, weight_count};
@@ -25,7 +24,7 @@ pub struct CudaLinear {
 
 #[pymethods]
 impl CudaLinear {
-    /// Check the kind, and load the kernels.
+    /// Check the kind. Kernels are loaded when one is first launched: each is compiled then, and few are needed.
     #[new]
     #[allow(clippy::too_many_arguments)] // Python's arguments
     fn new(
@@ -47,11 +46,14 @@ impl CudaLinear {
             Ok((dtype, weight_count(n, k)?, quant_type.parse()?, BlockSize::new(blocksize)?))
         };
         let (dtype, values, quant_type, blocksize) = check().map_err(to_py)?;
-        let modules = [Module::Product, Module::Decode, Module::DecodeRing];
-        let capability = open(py, device, &[])?.capability();
-        let taken = modules.iter().take_while(|m| m.image(capability).is_some()).count();
-        let device = open(py, device, &modules[..taken])?;
+        let device = open(py, device, &[])?;
         Ok(Self { device, dtype, n, k, values, quant_type, blocksize, nested })
+    }
+
+    /// Rows of `x` that one launch takes at most, where the kind is one for the matrix units.
+    #[getter]
+    fn rows_at_once(&self) -> usize {
+        cuda::rows_at_once(self.device)
     }
 
     /// Make one product on `stream`, with `m` rows of `x`. All others are addresses of memory of the device: of `x` and

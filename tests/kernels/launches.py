@@ -467,33 +467,59 @@ def decode(source: Described, product: Product, rows: int, slots: int, per_pass:
     return _decode(source, "decode", product, (rows, slots, per_pass), slots, shared)
 
 
-def ring_family(source_constants: dict[str, int], columns: int, k: int, slots: int) -> str:
-    """Which source has the kernel: that for one round of K, or for several."""
-    chunks = _ceil(k // source_constants["BLOCK"], slots * source_constants["RING_SLOT"])
-    return "decode_ring" if chunks <= (1 if columns > source_constants["COLUMNS"] else 2) else "decode_ring_long"
+@dataclass(frozen=True)
+class Ring:
+    """What the kernels of decode_ring.cuh for some columns make of K, with so many slots."""
+
+    columns: int
+    k: int
+    slots: int
+
+    @property
+    def slot(self) -> int:
+        """Blocks of a slot."""
+        return 4 if self.columns > 16 else 8
+
+    @property
+    def chunks(self) -> int:
+        """Of K."""
+        return _ceil(self.k // 64, self.slots * self.slot)
+
+    @property
+    def long(self) -> bool:
+        """Whether it takes a kernel for several rounds."""
+        return self.columns > 16 or self.chunks > (1 if self.columns > 8 else 2)
+
+    @property
+    def family(self) -> str:
+        """The source that has the kernel."""
+        return "decode_ring_long" if self.long else "decode_ring"
 
 
 def decode_ring(
     source: Described, product: Product, rows: int, slots: int, per_pass: int, scale_shift: int = 0, sharing: int = 1
 ) -> Check:
-    """The same, packed codes by way of shared memory; `source` is that of `ring_family`.
+    """The same, packed codes by way of shared memory and up to 32 rows of x; `source` is that of `Ring.family`.
 
-    `per_pass`, in steps, is for one round, and `sharing`, of how many warps have a place for their sums together, for
-    several. Scales are `scale_shift` bytes off.
+    `per_pass`, in steps, is for one round, and `sharing`, of how many warps at least have a place for their sums
+    together, for several. Scales are `scale_shift` bytes off.
     """
     constants = source.constants
     columns, k = product.x.shape
-    family = ring_family(constants, columns, k, slots)
-    long = family == "decode_ring_long"
-    chunks = _ceil(k // constants["BLOCK"], slots * constants["RING_SLOT"])
-    if long:
+    ring = Ring(columns, k, slots)
+    if ring.long:
         per_pass = _ceil(rows, constants["ROWS"] * (constants["RING_WARPS"] // slots))
-    # The table begins at a multiple of its size; 1 KB of shared memory is the system's.
-    ring = (constants["AHEAD"] + long) * constants["RING_WARPS"] * constants["STAGE_BYTES"]
-    shared = 2 * constants["LANE_TABLE_BYTES"] - 1024 + ring
-    log2_sharing = int(math.log2(min(sharing, slots))) if long else 0
-    plan = (rows, int(math.log2(slots)), chunks, per_pass, log2_sharing, columns % 3)
-    return _decode(source, family, product, plan, slots * chunks, shared, scale_shift)
+    # The table begins at a multiple of its size; 1 KB of shared memory is the system's. 64 KB are on the way.
+    stage = constants["RING_WARPS"] * constants["ROWS"] * ring.slot * constants["BLOCK_BYTES"]
+    shared = 2 * constants["LANE_TABLE_BYTES"] - 1024 + 2**16 + (stage if ring.long else 0)
+    # What is before the table, as the kernel says.
+    warps, fragments = constants["RING_WARPS"], 1 if columns <= 8 else 2 if columns <= 16 else 4
+    sharing = min(sharing, slots) if ring.long else 1
+    while per_pass * (warps * 8 + warps * fragments * constants["SUMS"] * 4 // sharing) > 2**16 - 2048:
+        sharing *= 2
+    assert sharing <= (slots if ring.long else 1), "no room for the sums"
+    plan = (rows, int(math.log2(slots)), ring.chunks, per_pass, int(math.log2(sharing)), columns % 3)
+    return _decode(source, ring.family, product, plan, slots * ring.chunks, shared, scale_shift)
 
 
 def _decode(
@@ -506,7 +532,7 @@ def _decode(
     scale_shift: int = 0,
 ) -> Check:
     (m, k), n = product.x.shape, product.weights.shape[0]
-    kernel = f"{family}_{product.dtype}_{8 if m <= 8 else 16}{product.scales.suffix}"
+    kernel = f"{family}_{product.dtype}_{8 if m <= 8 else 16 if m <= 16 else 32}{product.scales.suffix}"
     x, packed, scales, bias, y = product.buffers(scale_shift=scale_shift)
     arguments = [
         x, packed, scales, bias, pointers(y), int32(m), int32(n), int32(k),

@@ -96,7 +96,7 @@ def of_decode_ring_long(source: Described) -> Iterator[Check]:
     """Two rounds and three, the last of one chunk of two; sums of each warp, or of two or four together."""
     for dtype in ("bf16", "f16"):
         for nested in (False, True):
-            for m in (3, 11):
+            for m in (3, 11, 21):
                 for k, slots, sharing in ((2560, 2, 2), (1600, 1, 1), (6208, 4, 4)):
                     product = Product.random(m, 37, k, dtype, "nf4", 64, nested=nested, bias=nested)
                     yield launches.decode_ring(source, product, 37, slots, 0, sharing=sharing)
