@@ -318,7 +318,7 @@ __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &s
 #pragma unroll
         for (int c = 0; c < ROUND; c++) {
             load_x<FRAGMENTS, SLOT>(x_words[c], x, m, k, share.first_block(first + c), share.blocks(first + c), lane / 4,
-                                         lane % 4);
+                                    lane % 4);
         }
     };
     load_round(0);

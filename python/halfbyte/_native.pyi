@@ -389,11 +389,11 @@ def cuda_matmul_4bit(
     blocksize: int,
     kernel: str = "best",
 ) -> str:
-    """Launch `y [m, n] = x [m, k] @ weight [n, k].T + bias [n]`; gives the kernel's name.
+    """Launch `y [m, n] = x [m, k] @ weight [n, k].T + bias [n]`; gives the name of the (first) kernel.
 
-    "decode_..." are the fast kernels: float16 and bfloat16, m <= 16, k a multiple of 64, blocksize >= 64, x and
-    packed aligned to 16 bytes, compute capability 8.0. "product_..." take everything, slowly. `kernel` insists on
-    "decode_ring", "decode" or "plain"; ValueError when that one does not take the arguments.
+    "decode_..." are the fast kernels: float16 and bfloat16, k a multiple of 64, blocksize >= 64, x and packed aligned
+    to 16 bytes, compute capability 8.0; launched for 16 or 32 rows of x each. "product_..." take everything, slowly.
+    `kernel` insists on "decode_ring", "decode" or "plain"; ValueError when that one does not take the arguments.
     """
 
 class CheckpointError(ValueError):

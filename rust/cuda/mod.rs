@@ -4,6 +4,7 @@
 //! checked, picks the kernel, and gives the launch to [`driver`], the only file that knows the driver's library.
 
 mod blockwise;
+mod decode;
 pub mod driver;
 mod eight_bit;
 mod embedding;
@@ -15,13 +16,14 @@ pub(crate) mod ptx;
 mod rows;
 
 pub use blockwise::{dequantize, quantize, quantize_nested};
+pub use decode::rows_at_once;
 pub use driver::{Device, Stream};
 pub use eight_bit::{dequantize_8bit, quantize_8bit};
 pub use embedding::{Table, embedding};
 pub use expand::expand;
 pub use memory::{DType, Memory, Scales};
 pub use nested::{Compressed, compress, compress_workspace};
-pub use product::{Choice, Product, product, rows_at_once};
+pub use product::{Choice, Product, product};
 pub use rows::{dequantize_rows, quantize_rows};
 
 /// Which of two kernels with the same meaning.
