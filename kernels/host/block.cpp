@@ -23,7 +23,7 @@ struct Phases {
     uint32_t over;  // phases that have ended
     char ends[2];   // for the race detector: of even and odd phases
 };
-constexpr unsigned MAX_PHASES = 512;
+constexpr unsigned MAX_PHASES = 1024;
 
 struct Engine {
     std::vector<std::unique_ptr<Thread>> threads;  // never fewer again, so that stacks are kept

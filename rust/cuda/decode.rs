@@ -22,6 +22,8 @@ const RING_SUMS: usize = DECODE_ROWS * DECODE_COLUMNS * size_of::<f32>();
 const RING_BARRIER: usize = 8;
 /// What is on the way, of all warps.
 const RING_AHEAD: usize = 64 * 1024;
+/// Shared memory of the kernel that takes most: a device has all of them, or none.
+const RING_SHARED: usize = 2 * DECODE_TABLE + RING_AHEAD + 32 * 1024;
 /// Shared memory that the device keeps for itself, before the block's: the table of `decode_ring` begins at a multiple of
 /// its size, whether or not there is such a part.
 const RESERVED_SHARED: usize = 1024;
@@ -135,7 +137,7 @@ fn ring_plan(
     // whichever that is.
     let stage = RING_WARPS * DECODE_ROWS * values / 2;
     let shared = 2 * DECODE_TABLE + RING_AHEAD + if long { stage } else { 0 };
-    if shared > shared_per_block {
+    if shared_per_block < RING_SHARED {
         return None;
     }
     let room = DECODE_TABLE - RESERVED_SHARED - DECODE_MAP;
@@ -252,11 +254,19 @@ impl Decode {
     }
 }
 
-/// Rows of `x` that one launch of the fastest kernel of a device takes at most, where the matrix units do it at all.
-pub fn rows_at_once(device: &Device) -> usize {
-    let ring = Module::DecodeRingLong.image(device.capability()).is_some()
-        && ring_plan((DECODE_COLUMNS * RING_FRAGMENTS, 1, DECODE_BLOCK), false, 1, device.shared_per_block() as usize)
-            .is_some();
+/// Whether the kernels of decode_ring.cuh take a weight; `nested_codes`: how many codes of nested scales there are. These are
+/// copied in words, the last one too: only the bytes that there are, but tools that watch memory see the word. Blocks are
+/// counted in 32 bits.
+pub(super) fn suits_ring(n: usize, k: usize, nested_codes: Option<usize>) -> bool {
+    nested_codes.is_none_or(|count| count.is_multiple_of(4))
+        && n.checked_mul(k / DECODE_BLOCK).is_some_and(|blocks| u32::try_from(blocks).is_ok())
+}
+
+/// Rows of `x` that one launch takes at most, with a weight `[n][k]` that the matrix units take at all.
+pub fn rows_at_once(device: &Device, n: usize, k: usize, nested_codes: Option<usize>) -> usize {
+    let ring = Module::DecodeRing.image(device.capability()).is_some()
+        && device.shared_per_block() as usize >= RING_SHARED
+        && suits_ring(n, k, nested_codes);
     Decode::rows_at_once(ring)
 }
 
@@ -311,8 +321,17 @@ mod tests {
             let sums = per_pass * RING_WARPS / sharing * fragments * RING_SUMS;
             assert!(RESERVED_SHARED + barriers + DECODE_MAP + sums <= DECODE_TABLE, "{m} {n} {k}");
             assert!((0..=plan.rows).contains(&plan.ahead));
-            assert!(shared as usize <= 232_448);
+            assert!(shared as usize <= RING_SHARED);
         }
+    }
+
+    #[test]
+    fn weights_that_the_ring_does_not_take() {
+        assert!(suits_ring(8192, 4096, None) && suits_ring(8192, 4096, Some(8192)));
+        // Codes that are no whole words, and more blocks than 32 bits count.
+        assert!(!suits_ring(8193, 4096, Some(8193)));
+        assert!(!suits_ring(1 << 26, 4096, None) && suits_ring((1 << 26) - 1, 4096, None));
+        assert!(!suits_ring(usize::MAX, 128, None));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Products with a 4-bit weight that is not unpacked before.
 
 use super::blockwise::quant_type_parameter;
-use super::decode::{AnyPlan, DECODE_BLOCK, Decode};
+use super::decode::{AnyPlan, DECODE_BLOCK, Decode, suits_ring};
 use super::driver::{Device, Kernel, Stream};
 use super::memory::{DType, Memory, Scales, block_shift};
 use super::parameters;
@@ -72,14 +72,12 @@ impl Product<'_> {
         Decode::new(device, ring, self.x.dtype(), self.scales.is_nested(), (m, self.n, self.k))
     }
 
-    /// Codes of scales are copied in words, the last one too: only the bytes that there are, but tools that watch memory
-    /// see the word. Blocks are counted in 32 bits.
     fn suits_ring(&self) -> bool {
-        let aligned = match self.scales {
-            Scales::Plain(_) => true,
-            Scales::Nested { codes, .. } => codes.is_aligned(4) && codes.count().is_multiple_of(4),
+        let (aligned, codes) = match self.scales {
+            Scales::Plain(_) => (true, None),
+            Scales::Nested { codes, .. } => (codes.is_aligned(4), Some(codes.count())),
         };
-        aligned && self.n.checked_mul(self.k / DECODE_BLOCK).is_some_and(|blocks| u32::try_from(blocks).is_ok())
+        aligned && suits_ring(self.n, self.k, codes)
     }
 
     fn check(&self) -> Result<usize> {

@@ -427,10 +427,8 @@ fn cuda_matmul_4bit(
         Ok((x, packed, scales, bias, y, quant_type.parse()?, BlockSize::new(blocksize)?, kernel.parse()?))
     };
     let (x, packed, scales, bias, y, quant_type, blocksize, kernel) = check().map_err(to_py)?;
-    let modules = [Module::Product, Module::Decode, Module::DecodeRing];
-    let capability = open(py, device, &[])?.capability();
-    let taken = modules.iter().take_while(|m| m.image(capability).is_some()).count();
-    let device = open(py, device, &modules[..taken])?;
+    // Its kernel's module is loaded when it is launched: which that is, is decided then.
+    let device = open(py, device, &[])?;
     let product =
         Product { x: &x, packed: &packed, scales: &scales, bias: bias.as_ref(), y: &y, m, n, k, quant_type, blocksize };
     // SAFETY: the Python caller's to keep.

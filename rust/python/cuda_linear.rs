@@ -53,7 +53,8 @@ impl CudaLinear {
     /// Rows of `x` that one launch takes at most, where the kind is one for the matrix units.
     #[getter]
     fn rows_at_once(&self) -> usize {
-        cuda::rows_at_once(self.device)
+        let codes = self.nested.then(|| self.blocksize.absmax_len(self.values));
+        cuda::rows_at_once(self.device, self.n, self.k, codes)
     }
 
     /// Make one product on `stream`, with `m` rows of `x`. All others are addresses of memory of the device: of `x` and

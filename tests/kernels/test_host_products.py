@@ -80,6 +80,13 @@ def test_decode_ring(m: int, n: int, k: int, blocksize: int, plan: tuple[int, in
         check.against(run_both_ways(source, check.case))
 
 
+def test_decode_ring_with_as_many_steps_as_a_large_weight_has() -> None:
+    source = library("decode_ring_long")
+    product = Product.random(3, 20, 8256, "bf16", "nf4", 64)
+    check = launches.decode_ring(source, product, 1760, 8, 1, sharing=8)
+    check.against(run_both_ways(source, check.case))
+
+
 @pytest.mark.parametrize("k", [576, 1024, 9216])
 def test_decode_ring_takes_scales_of_any_alignment(k: int) -> None:
     for m in (5, 20):
