@@ -170,7 +170,8 @@ struct Copier {
             const int blocks = share.blocks(turn.chunk), rows = share.rows - share.tile_row(turn.step);
             const int lane = read_lane(), row = lane / PIECES, piece = lane % PIECES;
             u8 *const to = ring + (stage * STAGE_BYTES + u32(ring_offset<SLOT>(row, piece / 2) + piece % 2 * 16));
-            u8 *const to_odd = ring + (stage * STAGE_BYTES + u32(ring_offset<SLOT>(row + AT_A_TIME, piece / 2) + piece % 2 * 16));
+            u8 *const to_odd =
+                ring + (stage * STAGE_BYTES + u32(ring_offset<SLOT>(row + AT_A_TIME, piece / 2) + piece % 2 * 16));
             const u8 *from = packed + (u64(block_of(turn, row)) * BLOCK_BYTES + u32(piece * 16));
             const int row_end = piece / 2 < blocks ? rows - row : 0;
 #pragma unroll
@@ -458,9 +459,9 @@ __device__ inline void decode_ring(const T *x, const u8 *packed, const Scales &s
 // y:           [m][n]
 // block_shift: log2 of the block size, 6 to 12
 // quant_type:  NF4 or FP4
-// Grid: ceil(n / plan.rows) blocks of RING_THREADS. Dynamic shared memory: with several rounds a Barrier for each warp and step;
-// MAP_BYTES; for each step of a pass 4 KB for 8 columns, 8 for 16 and 16 for 32, or the part that sharing leaves; then the
-// table at the next place where it may begin, and the stages behind it.
+// Grid: ceil(n / plan.rows) blocks of RING_THREADS. Dynamic shared memory: with several rounds a Barrier for each warp and
+// step; MAP_BYTES; for each step of a pass 4 KB for 8 columns, 8 for 16 and 16 for 32, or the part that sharing leaves; then
+// the table at the next place where it may begin, and the stages behind it.
 #define RING_KERNEL(name, T, nested, fragments, several)                                                              \
     extern "C" __global__ void __launch_bounds__(RING_THREADS, 1)                                                     \
         name(const T *x, const u8 *packed, Scales scales, const T *bias, T *y, int m, int n, int k, int block_shift,  \

@@ -53,8 +53,8 @@ _FUSED_LAUNCHES = (2, 4)
 """Up to so many launches of the fused product are faster than a dense copy of the weight: of a weight that fills the
 GPU only once or twice, and of a larger one."""
 
-_FUSED_ROWS = 128
-"""More rows than this are never so few."""
+_FUSED_ROWS = 32 * max(_FUSED_LAUNCHES)
+"""More rows than this are never so few: no launch takes more than 32."""
 
 _LARGE = 2**25
 """Values of such a larger weight."""

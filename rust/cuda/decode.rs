@@ -75,6 +75,11 @@ pub(super) struct Decode {
     pub shared: u32,
 }
 
+/// Of 8 columns each, of the kernel for `m` rows of x: 1, 2 or 4.
+fn fragments_of(m: usize) -> usize {
+    m.div_ceil(DECODE_COLUMNS).next_power_of_two()
+}
+
 /// As many parts of K, a power of two, as leave each warp most of a chunk.
 fn parts_of_k(k: usize, warps: usize, chunk: usize) -> usize {
     let mut slots = warps;
@@ -91,7 +96,7 @@ fn decode_plan(
     multiprocessors: usize,
     shared_per_block: usize,
 ) -> Option<(Plan, u64, u32)> {
-    let fragments = m.div_ceil(DECODE_COLUMNS);
+    let fragments = fragments_of(m);
     let slots = parts_of_k(k, DECODE_WARPS / fragments, DECODE_CHUNK * fragments);
     let rows = n.div_ceil(multiprocessors);
     let tiles = rows.div_ceil(DECODE_ROWS);
@@ -118,7 +123,10 @@ fn ring_plan(
     multiprocessors: usize,
     shared_per_block: usize,
 ) -> Option<RingLaunch> {
-    let fragments = m.div_ceil(DECODE_COLUMNS).next_power_of_two();
+    if shared_per_block < RING_SHARED {
+        return None;
+    }
+    let fragments = fragments_of(m);
     // Blocks of a slot, and chunks of a round.
     let (slot, round) = match fragments {
         1 => (8, 2),
@@ -137,9 +145,6 @@ fn ring_plan(
     // whichever that is.
     let stage = RING_WARPS * DECODE_ROWS * values / 2;
     let shared = 2 * DECODE_TABLE + RING_AHEAD + if long { stage } else { 0 };
-    if shared_per_block < RING_SHARED {
-        return None;
-    }
     let room = DECODE_TABLE - RESERVED_SHARED - DECODE_MAP;
     let steps_of = |rows: usize| rows.div_ceil(DECODE_ROWS * (RING_WARPS / slots));
     let step_sums = RING_WARPS * fragments * RING_SUMS;
@@ -203,54 +208,61 @@ impl Decode {
         if !suits {
             return None;
         }
-        let few = m <= DECODE_COLUMNS;
+        let columns = DECODE_COLUMNS * fragments_of(m);
         let (multiprocessors, shared_per_block) =
             (device.multiprocessors() as usize, device.shared_per_block() as usize);
         if ring {
             let RingLaunch { plan, long, blocks, shared } =
                 ring_plan((m, n, k), nested, multiprocessors, shared_per_block)?;
-            let name = match (dtype, few, nested, long) {
-                (DType::Bf16, _, false, _) if m > DECODE_COLUMNS * DECODE_FRAGMENTS => "decode_ring_long_bf16_32",
-                (DType::Bf16, _, true, _) if m > DECODE_COLUMNS * DECODE_FRAGMENTS => "decode_ring_long_bf16_32_nested",
-                (DType::F16, _, false, _) if m > DECODE_COLUMNS * DECODE_FRAGMENTS => "decode_ring_long_f16_32",
-                (DType::F16, _, true, _) if m > DECODE_COLUMNS * DECODE_FRAGMENTS => "decode_ring_long_f16_32_nested",
-                (DType::Bf16, true, false, false) => "decode_ring_bf16_8",
-                (DType::Bf16, true, true, false) => "decode_ring_bf16_8_nested",
-                (DType::Bf16, false, false, false) => "decode_ring_bf16_16",
-                (DType::Bf16, false, true, false) => "decode_ring_bf16_16_nested",
-                (DType::F16, true, false, false) => "decode_ring_f16_8",
-                (DType::F16, true, true, false) => "decode_ring_f16_8_nested",
-                (DType::F16, false, false, false) => "decode_ring_f16_16",
-                (DType::F16, false, true, false) => "decode_ring_f16_16_nested",
-                (DType::Bf16, true, false, true) => "decode_ring_long_bf16_8",
-                (DType::Bf16, true, true, true) => "decode_ring_long_bf16_8_nested",
-                (DType::Bf16, false, false, true) => "decode_ring_long_bf16_16",
-                (DType::Bf16, false, true, true) => "decode_ring_long_bf16_16_nested",
-                (DType::F16, true, false, true) => "decode_ring_long_f16_8",
-                (DType::F16, true, true, true) => "decode_ring_long_f16_8_nested",
-                (DType::F16, false, false, true) => "decode_ring_long_f16_16",
-                (DType::F16, false, true, true) => "decode_ring_long_f16_16_nested",
-                _ => return None,
+            let (module, name) = if long {
+                let name = match (dtype, columns, nested) {
+                    (DType::Bf16, 8, false) => "decode_ring_long_bf16_8",
+                    (DType::Bf16, 8, true) => "decode_ring_long_bf16_8_nested",
+                    (DType::Bf16, 16, false) => "decode_ring_long_bf16_16",
+                    (DType::Bf16, 16, true) => "decode_ring_long_bf16_16_nested",
+                    (DType::Bf16, 32, false) => "decode_ring_long_bf16_32",
+                    (DType::Bf16, 32, true) => "decode_ring_long_bf16_32_nested",
+                    (DType::F16, 8, false) => "decode_ring_long_f16_8",
+                    (DType::F16, 8, true) => "decode_ring_long_f16_8_nested",
+                    (DType::F16, 16, false) => "decode_ring_long_f16_16",
+                    (DType::F16, 16, true) => "decode_ring_long_f16_16_nested",
+                    (DType::F16, 32, false) => "decode_ring_long_f16_32",
+                    (DType::F16, 32, true) => "decode_ring_long_f16_32_nested",
+                    _ => return None,
+                };
+                (Module::DecodeRingLong, name)
+            } else {
+                let name = match (dtype, columns, nested) {
+                    (DType::Bf16, 8, false) => "decode_ring_bf16_8",
+                    (DType::Bf16, 8, true) => "decode_ring_bf16_8_nested",
+                    (DType::Bf16, 16, false) => "decode_ring_bf16_16",
+                    (DType::Bf16, 16, true) => "decode_ring_bf16_16_nested",
+                    (DType::F16, 8, false) => "decode_ring_f16_8",
+                    (DType::F16, 8, true) => "decode_ring_f16_8_nested",
+                    (DType::F16, 16, false) => "decode_ring_f16_16",
+                    (DType::F16, 16, true) => "decode_ring_f16_16_nested",
+                    _ => return None,
+                };
+                (Module::DecodeRing, name)
             };
-            let module = if long { Module::DecodeRingLong } else { module };
             let kernel = Kernel { module, name, threads: (RING_WARPS * 32) as u32, large_shared: true };
-            return Some(Decode { kernel, plan: AnyPlan::Ring(plan), blocks, shared });
+            return Some(Self { kernel, plan: AnyPlan::Ring(plan), blocks, shared });
         }
-        let name = match (dtype, few, nested) {
-            (DType::Bf16, true, false) => "decode_bf16_8",
-            (DType::Bf16, true, true) => "decode_bf16_8_nested",
-            (DType::Bf16, false, false) => "decode_bf16_16",
-            (DType::Bf16, false, true) => "decode_bf16_16_nested",
-            (DType::F16, true, false) => "decode_f16_8",
-            (DType::F16, true, true) => "decode_f16_8_nested",
-            (DType::F16, false, false) => "decode_f16_16",
-            (DType::F16, false, true) => "decode_f16_16_nested",
+        let name = match (dtype, columns, nested) {
+            (DType::Bf16, 8, false) => "decode_bf16_8",
+            (DType::Bf16, 8, true) => "decode_bf16_8_nested",
+            (DType::Bf16, 16, false) => "decode_bf16_16",
+            (DType::Bf16, 16, true) => "decode_bf16_16_nested",
+            (DType::F16, 8, false) => "decode_f16_8",
+            (DType::F16, 8, true) => "decode_f16_8_nested",
+            (DType::F16, 16, false) => "decode_f16_16",
+            (DType::F16, 16, true) => "decode_f16_16_nested",
             _ => return None,
         };
         let (plan, blocks, shared) = decode_plan((m, n, k), multiprocessors, shared_per_block)?;
-        let threads = (DECODE_WARPS / m.div_ceil(DECODE_COLUMNS) * 32) as u32;
+        let threads = (DECODE_WARPS / fragments_of(m) * 32) as u32;
         let kernel = Kernel { module, name, threads, large_shared: true };
-        Some(Decode { kernel, plan: AnyPlan::Registers(plan), blocks, shared })
+        Some(Self { kernel, plan: AnyPlan::Registers(plan), blocks, shared })
     }
 }
 

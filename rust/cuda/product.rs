@@ -141,9 +141,10 @@ impl std::str::FromStr for Choice {
 /// Makes the product; gives the name of the kernel that it used (first).
 ///
 /// The matrix units take float16 and bfloat16 on devices of compute capability 8.0 and later, when `k` is a multiple of 64,
-/// the block size at least 64, and `x` and `packed` aligned to 16 bytes; with [`rows_at_once`](super::rows_at_once) rows of `x`
-/// in a launch, of which there are as many as it takes. There each weight is its codebook value rounded to the type of `x`, and the scale is
-/// applied in float32 to the sums of a block. Everything else goes to a plain kernel: correct, and slow for many rows.
+/// the block size at least 64, and `x` and `packed` aligned to 16 bytes; with [`rows_at_once`](super::rows_at_once) rows of
+/// `x` in a launch, of which there are as many as it takes. There each weight is its codebook value rounded to the type of
+/// `x`, and the scale is applied in float32 to the sums of a block. Everything else goes to a plain kernel: correct, and slow
+/// for many rows.
 ///
 /// The result is the same from run to run on one device; sums are float32.
 ///
@@ -169,8 +170,8 @@ pub unsafe fn product(device: &Device, stream: Stream, product: &Product<'_>, ch
         };
         for begin in (0..m).step_by(at_once) {
             let count = at_once.min(m - begin);
-            // What suits some rows suits fewer.
-            let decode = if begin == 0 { Some(first) } else { product.decode(device, ring, count) };
+            // All launches are like the first, but the last may have fewer rows; what suits some rows suits fewer.
+            let decode = if count == at_once.min(m) { Some(first) } else { product.decode(device, ring, count) };
             let Some(Decode { kernel, plan, blocks, shared }) = decode else {
                 return Err(Error::argument("m", m, format!("rows that {} takes", first.kernel.name)));
             };
