@@ -141,6 +141,45 @@ def test_compute_dtype(dtype, compute_dtype):
     assert layer(x.float()).dtype == torch.float32
 
 
+@pytest.mark.parametrize("compute_dtype", [None, torch.float32], ids=str)
+def test_a_float64_input_gives_a_float64_output(compute_dtype):
+    _, layer = quantized(compute_dtype=compute_dtype)
+    x = torch.randn(4, 96, dtype=torch.float64, requires_grad=True)
+    y = layer(x)
+    assert y.dtype == torch.float64
+    exact = x @ layer.dequantize().double().T + layer.bias.double()
+    tolerance = 1e-12 if compute_dtype is None else 1e-5
+    torch.testing.assert_close(y, exact, rtol=tolerance, atol=tolerance)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(grad, layer.dequantize().double().sum(0).expand(4, 96), rtol=1e-5, atol=1e-5)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), y)
+
+
+def test_the_inputs_name_is_bitsandbytes():
+    _, layer = quantized()
+    x = torch.randn(2, 96)
+    assert torch.equal(layer(x=x), layer(x))
+
+
+@pytest.mark.parametrize("compute_dtype", [None, torch.float16], ids=str)
+def test_autocast_compiled_whole_gives_the_inputs_dtype(compute_dtype):
+    _, layer = quantized(compute_dtype=compute_dtype)
+    x = torch.randn(4, 96, requires_grad=True)
+
+    def run(function):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = function(x)
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        return y, grad
+
+    y, grad = run(layer)
+    assert y.dtype == grad.dtype == torch.float32
+    # The autocast dtype goes before the layer's own.
+    assert torch.equal(y, y.bfloat16().float())
+    torch.testing.assert_close(run(torch.compile(layer, backend="aot_eager", fullgraph=True)), (y, grad))
+
+
 def test_a_slow_compute_dtype_is_said_once(caplog):
     linear_module._said.clear()
     _, layer = quantized(compute_dtype=torch.float32)
@@ -160,7 +199,6 @@ def test_a_slow_compute_dtype_is_said_once(caplog):
     ("x", "error", "message"),
     [
         (torch.randn(2, 95), ValueError, "does not end with in_features, 96"),
-        (torch.randn(2, 96).double(), TypeError, "dtype torch.float64"),
         (torch.ones(2, 96).long(), TypeError, "dtype torch.int64"),
         (torch.empty(2, 96, device="meta"), ValueError, "is on cpu, but x is on meta"),
         (torch.tensor(1.0), ValueError, "in_features, 96"),

@@ -38,6 +38,13 @@ NESTED_BLOCKSIZE = 256
 """How many scales share a scale of their own."""
 
 
+class DTypeError(TypeError, ValueError):
+    """A tensor or a state of a dtype that an operation does not take, or none at all.
+
+    A TypeError by its nature, and a ValueError too, because that is what bitsandbytes raises for it.
+    """
+
+
 def names(dtypes: Sequence[torch.dtype]) -> str:
     """Dtypes as a user writes them: `torch.float16, torch.bfloat16`."""
     return ", ".join(map(str, dtypes))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from halfbyte._checks import FLOAT_DTYPES, STORAGE_DTYPES, names
 from halfbyte.functional import dequantize_4bit, quantize_4bit
+from halfbyte.nn._joint import JOINT, STANDS_FOR, is_foreign, new_module, portable
 from halfbyte.nn.params import Params4bit, check_state
 from halfbyte.state import PACKED_KEYS, TENSOR_KEYS, QuantState, quant_map
 
@@ -48,6 +49,11 @@ class Quantized(torch.nn.Module):
 
     def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
         """Assigning `weight` ends here: the state follows."""
+        if name == "weight" and param is not None and not isinstance(param, Params4bit) and is_foreign(param):
+            # PEFT makes one when it merges an adapter.
+            param = Params4bit.adopt(param)
+        if isinstance(param, Params4bit) and type(param) in JOINT and STANDS_FOR in type(self).__dict__:
+            param.__class__ = JOINT[type(param)]
         super().register_parameter(name, param)
         if name == "weight" and isinstance(param, Params4bit):
             param.module = self
@@ -75,6 +81,13 @@ class Quantized(torch.nn.Module):
         """The weight as a dense tensor, in the dtype that it was quantized from or in `dtype`."""
         dense = dequantize_4bit(self.weight.data, self._state())
         return dense if dtype is None else dense.to(dtype)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As torch's modules, but that a joint class is never named: see `halfbyte.integrations.bitsandbytes`."""
+        named = portable(type(self))
+        if named is type(self):
+            return super().__reduce_ex__(protocol)
+        return new_module, (named,), self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """After unpickling, the weight knows its module again."""

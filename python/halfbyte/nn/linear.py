@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte._checks import FLOAT_DTYPES, names
+from halfbyte._checks import FLOAT_DTYPES, DTypeError, names
 from halfbyte.autograd import autocast_dtype, linear_4bit
+from halfbyte.functional import dequantize_4bit
 from halfbyte.nn._quantized import Quantized
+from halfbyte.state import QuantState
 
 _logger = logging.getLogger(__name__)
 _said: set[tuple[torch.dtype, torch.dtype]] = set()
@@ -23,15 +25,17 @@ class Linear4bit(Quantized, torch.nn.Linear):
         input_features: Of each input; any number.
         output_features: Of each output; any number.
         bias: Whether there is one; it stays a float parameter, of any of the three dtypes.
-        compute_dtype: float16, bfloat16 or float32, in which the product is computed; by default the input's.
+        compute_dtype: float16, bfloat16 or float32, in which the product is computed; by default the input's. Where
+            `torch.autocast` is enabled, its dtype goes before either.
         compress_statistics: Quantize the scales too, 0.37 bits per weight less.
         quant_type: "nf4" or "fp4".
         quant_storage: The dtype as which the packed bytes are viewed: uint8, int8, float16, bfloat16, float32 or
             float64.
         device: Where the float weight is made that is to be quantized.
 
-    The output has the input's dtype, or that of `torch.autocast` where it is enabled. Gradients go to the input and the
-    bias; the weight has none. `load_state_dict` takes a float weight, which it quantizes, and a packed one as
+    The output has the input's dtype, under `torch.autocast` too: there `torch.nn.Linear` gives the autocast dtype, in
+    which the small contributions of adapters to a float32 stream would be rounded away. Gradients go to the input and
+    the bias; the weight has none. `load_state_dict` takes a float weight, which it quantizes, and a packed one as
     `state_dict` gives it.
 
     >>> import torch
@@ -69,8 +73,8 @@ class Linear4bit(Quantized, torch.nn.Linear):
     def _weight_shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
 
-    def forward(self, input: Tensor) -> Tensor:
-        """`input @ weight.T + bias`: `[..., in_features]` to `[..., out_features]`."""
+    def forward(self, x: Tensor) -> Tensor:
+        """`x @ weight.T + bias`: `[..., in_features]` to `[..., out_features]`, in the dtype of `x`."""
         # Looked up where parameters usually are: as attributes they take `torch.nn.Module` a while to find.
         weight: Any
         bias: Tensor | None
@@ -79,14 +83,25 @@ class Linear4bit(Quantized, torch.nn.Linear):
         except KeyError:
             weight, bias = self.weight, self.bias
         state = self._state(weight)
-        dtype = autocast_dtype(input) or input.dtype
-        compute = self.compute_dtype
-        if compute is None:
-            compute = dtype
-        elif compute is torch.float32 and dtype is not compute and not torch.compiler.is_compiling():
+        dtype = x.dtype
+        compute = autocast_dtype(x) or self.compute_dtype or dtype
+        if dtype is compute and dtype is not torch.float64:
+            return linear_4bit(x, weight, state, bias)
+        return self._converting(x, weight, state, bias, compute)
+
+    def _converting(
+        self, x: Tensor, weight: Tensor, state: QuantState, bias: Tensor | None, compute: torch.dtype
+    ) -> Tensor:
+        """The product in another dtype than that of `x`, or in float64, for which there are no kernels."""
+        dtype = x.dtype
+        if not dtype.is_floating_point:
+            raise DTypeError(f"x: dtype {dtype} is not one of {names(FLOAT_DTYPES)}, or torch.float64")
+        if compute is torch.float64:
+            dense = dequantize_4bit(weight.data, state).to(compute)
+            return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(compute))
+        if compute is torch.float32 and dtype.itemsize == 2 and not torch.compiler.is_compiling():
             _say_slow(dtype, compute)
-        output = linear_4bit(input if input.dtype is compute else input.to(compute), weight, state, bias)
-        return output if dtype is compute else output.to(dtype)
+        return linear_4bit(x.to(compute), weight, state, bias).to(dtype)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

@@ -21,6 +21,7 @@ from halfbyte._checks import (
 )
 from halfbyte._ops import PLAIN_TYPES
 from halfbyte.functional import quantize_4bit
+from halfbyte.nn._joint import JOINT, foreign_parts, portable
 from halfbyte.state import QuantState
 
 _SPLITTERS = (torch.chunk, torch.split, Tensor.chunk, Tensor.split)
@@ -173,6 +174,22 @@ class Params4bit(torch.nn.Parameter):
             module.quant_state = state  # type: ignore[assignment]
         return self
 
+    @classmethod
+    def adopt(cls, param: Any, module: torch.nn.Module | None = None) -> Params4bit:
+        """Make a parameter of this class from one of bitsandbytes, whose bytes it shares."""
+        data, stats = foreign_parts(param)
+        if stats is not None:
+            return cls.from_prequantized(data, stats, device=data.device, module=module)
+        return cls(
+            data,
+            requires_grad=param.requires_grad,
+            blocksize=param.blocksize,
+            compress_statistics=param.compress_statistics,
+            quant_type=param.quant_type,
+            quant_storage=param.quant_storage,
+            module=module,
+        )
+
     # ---- the module ------------------------------------------------------------------------------------------------
 
     @property
@@ -296,7 +313,7 @@ class Params4bit(torch.nn.Parameter):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Rebuild from plain tensors and plain values, so that `torch.load(weights_only=True)` can."""
-        return _rebuild, (type(self), self.data, self.requires_grad), self.__getstate__()
+        return _rebuild, (portable(type(self)), self.data, self.requires_grad), self.__getstate__()
 
     def __copy__(self) -> Params4bit:
         """A parameter that shares memory and state with this one."""
@@ -328,8 +345,8 @@ class Params4bit(torch.nn.Parameter):
 
 
 def _rebuild(cls: type[Params4bit], data: Tensor, requires_grad: bool) -> Params4bit:
-    """A parameter without attributes."""
-    new: Params4bit = torch.Tensor._make_subclass(cls, data, requires_grad)
+    """A parameter without attributes; of the joint class where there is one."""
+    new: Params4bit = torch.Tensor._make_subclass(JOINT.get(cls, cls), data, requires_grad)
     return new
 
 

@@ -1,0 +1,144 @@
+"""Where a real bitsandbytes is installed: 4-bit layers of this package that its `isinstance` accepts.
+
+Libraries such as PEFT ask `isinstance(layer, bitsandbytes.nn.Linear4bit)`. `promote` makes the layers and weights of a
+model answer yes, without a copy and without a patch of anybody's code: their class becomes one of the same name whose
+method resolution order ends with bitsandbytes' class, after torch's. So nothing of bitsandbytes' is reached that this
+package or torch has, and none of its constructors runs. Where there is no bitsandbytes, nothing happens.
+
+Pickles and deep copies name this package's own classes, and can be read where there is no bitsandbytes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import sys
+from types import ModuleType
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from halfbyte import nn as own_nn
+from halfbyte._ops import PLAIN_TYPES
+from halfbyte.nn._joint import JOINT, STANDS_FOR
+
+_logger = logging.getLogger(__name__)
+
+_NAMES = ("Linear4bit", "LinearNF4", "LinearFP4", "Embedding4bit", "EmbeddingNF4", "EmbeddingFP4", "Params4bit")
+_THEIRS = "_theirs"
+
+
+class _Joint(type):
+    """A class that also is, for `issubclass` and `isinstance`, the classes named in its `_theirs`."""
+
+    def mro(cls) -> list[type]:
+        """The order of the one real base; what the others add comes last."""
+        *own, last = super().mro()
+        added = [base for other in cls.__dict__[_THEIRS] for base in other.__mro__]
+        return [*own, *dict.fromkeys(base for base in added if base not in own and base is not last), last]
+
+
+class _JointParameter(_Joint, type(nn.Parameter)):  # type: ignore[misc]
+    """The same of a parameter's class, which has a metaclass already."""
+
+
+def find() -> ModuleType | None:
+    """The real bitsandbytes, imported if need be; None where it is absent, broken, or this package stands in for it."""
+    module = sys.modules.get("bitsandbytes")
+    if module is None:
+        try:
+            if importlib.util.find_spec("bitsandbytes") is None:
+                return None
+            module = importlib.import_module("bitsandbytes")
+        except Exception as error:  # whatever a broken installation raises
+            _logger.info("bitsandbytes cannot be imported, and is taken for absent: %s", error)
+            return None
+    classes = getattr(module, "nn", None)
+    found = getattr(classes, "Linear4bit", None), getattr(classes, "Params4bit", None)
+    if getattr(module, "__halfbyte__", None) or not all(isinstance(cls, type) for cls in found):
+        return None
+    return None if issubclass(cast(type, found[0]), own_nn.Linear4bit) else module
+
+
+def join() -> bool:
+    """Make the joint classes, once; whether there are any, which takes a real bitsandbytes."""
+    if JOINT:
+        return True
+    module = find()
+    if module is None:
+        return False
+    for name in _NAMES:
+        own = getattr(own_nn, name)
+        if hasattr(module.nn, name):
+            globals()[name] = _joint(own, module)
+    return True
+
+
+def _joint(own: type, module: ModuleType) -> type:
+    """The joint class of one of this package's classes, or of a class derived from one."""
+    known = JOINT.get(own)
+    if known is not None:
+        return known
+    matching = [name for name in _NAMES if issubclass(own, getattr(own_nn, name)) and hasattr(module.nn, name)]
+    # The most special first, as in any order of resolution.
+    matching.sort(key=lambda name: -len(getattr(own_nn, name).__mro__))
+    others = tuple(getattr(module.nn, name) for name in matching)
+    parameter = issubclass(own, own_nn.Params4bit)
+    namespace: dict[str, Any] = {
+        _THEIRS: others,
+        STANDS_FOR: own,
+        "__doc__": own.__doc__,
+        # Importable by name where it can be.
+        "__module__": __name__ if own is getattr(own_nn, own.__name__, None) else own.__module__,
+        "__qualname__": own.__qualname__,
+    }
+    made: type = (_JointParameter if parameter else _Joint)(own.__name__, (own,), namespace)
+    if own in PLAIN_TYPES:
+        PLAIN_TYPES.add(made)
+        # Files name the class that it stands for; what is rebuilt from them is of this one.
+        torch.serialization.add_safe_globals([made])
+    JOINT[own] = made
+    return made
+
+
+def linear4bit_class() -> type[own_nn.Linear4bit]:
+    """The class for 4-bit layers here and now: the joint one where there is a real bitsandbytes, else this package's."""
+    return cast("type[own_nn.Linear4bit]", JOINT[own_nn.Linear4bit] if join() else own_nn.Linear4bit)
+
+
+def params4bit_class() -> type[own_nn.Params4bit]:
+    """The class for 4-bit weights, likewise."""
+    return cast("type[own_nn.Params4bit]", JOINT[own_nn.Params4bit] if join() else own_nn.Params4bit)
+
+
+def promote(model: nn.Module) -> None:
+    """Make all 4-bit layers and weights of a model answer `isinstance` of bitsandbytes' classes, where it is real.
+
+    In place: modules and parameters stay the objects that they are, and their numbers where they are. Classes derived
+    from this package's are promoted too. Where there is no bitsandbytes, nothing happens.
+    """
+    if not join():
+        return
+    module = find()
+    assert module is not None
+    for layer in model.modules():
+        if isinstance(layer, (own_nn.Linear4bit, own_nn.Embedding4bit)):
+            _become(layer, module)
+        for parameter in layer._parameters.values():
+            if isinstance(parameter, own_nn.Params4bit):
+                _become(parameter, module)
+
+
+def _become(thing: nn.Module | torch.Tensor, module: ModuleType) -> None:
+    cls = type(thing)
+    if STANDS_FOR not in cls.__dict__:
+        thing.__class__ = _joint(cls, module)  # type: ignore[assignment]
+
+
+def __getattr__(name: str) -> type:
+    """The joint classes by their names, made when first asked for; this package's own where there are none."""
+    if name not in _NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    own: type = getattr(own_nn, name)
+    return JOINT.get(own, own) if join() else own
