@@ -1,6 +1,8 @@
 """4-bit model weights for PyTorch.
 
-Names are imported when first used: `import halfbyte` by itself imports neither torch, transformers nor numpy.
+Names are imported when first used: `import halfbyte` by itself imports neither torch, transformers nor numpy. It does
+arrange that transformers and diffusers, once they are imported, find this package's quantizer
+(`halfbyte.integrations.transformers.dispatch`).
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
         verify_checkpoint as verify_checkpoint,
     )
     from halfbyte.config import BitsAndBytesConfig as BitsAndBytesConfig
+    from halfbyte.integrations.transformers.dispatch import enable as enable
     from halfbyte.loading import load_quantized as load_quantized
     from halfbyte.swap import dequantize_model as dequantize_model
     from halfbyte.swap import quantize_model as quantize_model
@@ -42,6 +45,7 @@ _HOME = {
     "__version__": "halfbyte._native",
     "dequantize_checkpoint": "halfbyte.checkpoint",
     "dequantize_model": "halfbyte.swap",
+    "enable": "halfbyte.integrations.transformers.dispatch",
     "functional": "halfbyte",
     "inspect_checkpoint": "halfbyte.checkpoint",
     "load_quantized": "halfbyte.loading",
@@ -61,6 +65,7 @@ __all__ = [
     "__version__",
     "dequantize_checkpoint",
     "dequantize_model",
+    "enable",
     "functional",
     "inspect_checkpoint",
     "load_quantized",
@@ -96,3 +101,13 @@ def __getattr__(name: str) -> object:
 def __dir__() -> list[str]:
     """List the public names too that have not been imported yet."""
     return sorted({*globals(), *__all__})
+
+
+def _register() -> None:
+    """Let transformers and diffusers find this package, whenever they are imported."""
+    from halfbyte.integrations.transformers.dispatch import register
+
+    register()
+
+
+_register()

@@ -24,6 +24,7 @@ from halfbyte._terminal import format_bytes
 from halfbyte._transplant import replace, to_embedding4bit, to_linear4bit
 from halfbyte.config import BitsAndBytesConfig
 from halfbyte.integrations import weights
+from halfbyte.integrations.transformers.attach import attach, is_diffusers_model
 from halfbyte.integrations.weights import Entry
 from halfbyte.nn import Embedding4bit, Linear4bit, Params4bit
 from halfbyte.nn._quantized import Quantized
@@ -420,22 +421,15 @@ def _compute_dtype(source: Folder) -> torch.dtype | None:
 def _tell_transformers(model: nn.Module, config: Mapping[str, Any] | None) -> None:
     """Leave the config where `save_pretrained` and PEFT look."""
     found = (config or {}).get("quantization_config")
-    if is_transformers_model(model) and isinstance(found, dict):
+    if isinstance(found, dict):
         arguments = inspect.signature(BitsAndBytesConfig).parameters
         tell_transformers(model, BitsAndBytesConfig.from_dict({k: v for k, v in found.items() if k in arguments}))
 
 
 def tell_transformers(model: nn.Module, config: BitsAndBytesConfig | None) -> None:
-    """Say to a transformers model that it is, or with None is no longer, quantized."""
-    if not is_transformers_model(model):
-        return
-    its: Any = model.config
-    if config is None:
-        its.__dict__.pop("quantization_config", None)
-        model.__dict__.pop("is_loaded_in_4bit", None)
-    else:
-        its.quantization_config = config
-        model.is_loaded_in_4bit = True  # type: ignore[assignment]
+    """Say to the models of transformers or diffusers inside that they are, or with None are no longer, quantized."""
+    if any(is_transformers_model(module) or is_diffusers_model(module) for module in model.modules()):
+        attach(model, config)
 
 
 def _summary(model: nn.Module, source: Folder) -> None:

@@ -1,0 +1,145 @@
+"""The layers of a model without weights: which become 4-bit, and putting 4-bit ones in their place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from halfbyte._choice import is_conv1d
+from halfbyte.nn import Embedding4bit, Linear4bit, Params4bit
+from halfbyte.state import PACKED_KEYS
+
+SOURCE_CLASS = "source_cls"
+"""The attribute of a 4-bit layer that holds the class of the layer whose place it took; transformers sets the same."""
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the layer stands for a `Conv1D`, whose dense weight is `[in, out]`."""
+    source = module.__dict__.get(SOURCE_CLASS)
+    return isinstance(source, type) and any(is_conv1d(cls) for cls in source.__mro__)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a load quantizes this layer: a plain `nn.Linear`, or a `Conv1D`."""
+    return type(module) is nn.Linear or any(is_conv1d(cls) for cls in type(module).__mro__)
+
+
+def chosen(model: nn.Module, keep: Sequence[str]) -> list[str]:
+    """Paths of the linear layers of a model that no name in `keep` covers, as transformers matches names."""
+    return [
+        name for name, module in model.named_modules() if is_linear(module) and should_convert_module(name, list(keep))
+    ]
+
+
+def without_effect(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of `names` that cover no module at all."""
+    paths = [name for name, _ in model.named_modules() if name]
+    return [name for name in names if all(should_convert_module(path, [name]) for path in paths)]
+
+
+def packed_in(model: Any, files: Sequence[str]) -> list[str] | None:
+    """Paths of the layers whose weight is packed in a checkpoint; None when its files do not tell.
+
+    Args:
+        model: The transformers model that the checkpoint is for.
+        files: The checkpoint's files.
+    """
+    if not files or not all(os.fspath(file).endswith(".safetensors") for file in files):
+        return None
+    from safetensors import safe_open
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    names: list[str] = []
+    for file in files:
+        with safe_open(file, framework="pt") as header:
+            names += header.keys()
+    suffixes = tuple(f".{key}" for key in PACKED_KEYS)
+    packed = [name[: -len(suffix)] for name in names for suffix in suffixes if name.endswith(suffix)]
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    parameters: Any = dict.fromkeys(model.state_dict(), True)
+    found: list[str] = []
+    for name in sorted(packed, key=dot_natural_key):
+        key, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
+        if key not in parameters and name in parameters:
+            key, _ = rename_source_key(name, [], [], model.base_model_prefix, parameters)
+        if key in parameters and key.endswith("weight"):
+            found.append(key.rpartition(".")[0])
+    return found
+
+
+def put_4bit(
+    model: nn.Module,
+    paths: Iterable[str],
+    *,
+    quant_type: str,
+    nested: bool,
+    storage: torch.dtype,
+    compute_dtype: torch.dtype | None,
+    packed: bool,
+) -> int:
+    """Put a 4-bit layer, without numbers, in the place of each layer named; returns how many.
+
+    Args:
+        model: On the meta device.
+        paths: Of linear layers and, when `packed`, embeddings. Layers of other classes are left as they are.
+        quant_type: "nf4" or "fp4".
+        nested: Quantize the scales too.
+        storage: Of packed bytes.
+        compute_dtype: Of products; None for the input's.
+        packed: Weights will come packed, and the parameter says so by its dtype.
+    """
+    count = 0
+    for path in dict.fromkeys(paths):
+        old = model.get_submodule(path)
+        new: Linear4bit | Embedding4bit
+        with torch.device("meta"):
+            if is_linear(old):
+                shape: Any = old._parameters["weight"].shape  # type: ignore[union-attr]
+                in_features, out_features = shape if is_conv1d_like(old) else (shape[1], shape[0])
+                new = Linear4bit(
+                    in_features,
+                    out_features,
+                    bias=old._parameters.get("bias") is not None,
+                    compute_dtype=compute_dtype,
+                    compress_statistics=nested,
+                    quant_type=quant_type,
+                    quant_storage=storage,
+                )
+            elif packed and type(old) is nn.Embedding:
+                new = Embedding4bit(
+                    old.num_embeddings,
+                    old.embedding_dim,
+                    dtype=old.weight.dtype,
+                    quant_type=quant_type,
+                    quant_storage=storage,
+                )
+                new.padding_idx = old.padding_idx
+            else:
+                continue
+            dense = old._parameters["weight"]
+            assert dense is not None
+            weight = new.weight
+            assert isinstance(weight, Params4bit)
+            # A loader casts what it reads to the dtype found here.
+            new.weight = weight._like(torch.empty(weight.shape, dtype=storage if packed else dense.dtype), None)
+        if old._parameters.get("bias") is not None:
+            new.bias = old._parameters["bias"]  # type: ignore[assignment, union-attr]
+        new.__dict__[SOURCE_CLASS] = type(old)
+        new.train(old.training)
+        new.requires_grad_(False)
+        model.set_submodule(path, new)
+        count += 1
+    return count
+
+
+def is_conv1d_like(module: nn.Module) -> bool:
+    """Whether this dense layer's weight is `[in, out]`."""
+    return any(is_conv1d(cls) for cls in type(module).__mro__)
