@@ -9,6 +9,10 @@ fn facts<'a>(tensors: &'a [(&'a str, Vec<usize>)]) -> Vec<TensorFacts<'a>> {
     tensors.iter().map(|(name, shape)| TensorFacts { name, shape, dtype: Dtype::BF16 }).collect()
 }
 
+fn owned(names: &[&str]) -> Vec<String> {
+    names.iter().map(|name| (*name).to_owned()).collect()
+}
+
 #[test]
 fn llama_quantizes_its_projections() {
     let config = json!({"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": false});
@@ -49,11 +53,12 @@ fn tied_llama(rules: &[&str], skip: &[&str]) -> Result<Selection> {
 #[test]
 fn the_skip_list_is_complete_and_short() {
     let skip = |rules: &[&str], names: &[&str]| tied_llama(rules, names).unwrap().skip_modules;
-    assert_eq!(skip(&["o_proj=keep"], &[]), Some(vec!["o_proj".into(), "lm_head".into()]));
-    assert_eq!(skip(&[r"layers\.1\.=keep"], &[]), Some(vec!["model.layers.1".into(), "lm_head".into()]));
-    assert_eq!(skip(&[], &["model.layers.1"]), Some(vec!["model.layers.1".into(), "lm_head".into()]));
+    assert_eq!(skip(&["o_proj=keep"], &[]), Some(owned(&["o_proj", "lm_head"])));
+    assert_eq!(skip(&[r"layers\.1\.=keep"], &[]), Some(owned(&["model.layers.1", "layers.1", "lm_head"])));
+    assert_eq!(skip(&[], &["model.layers.1"]), Some(owned(&["model.layers.1", "layers.1", "lm_head"])));
     let one = skip(&[r"layers\.1\.self_attn\.q=keep"], &[]);
-    assert_eq!(one, Some(vec!["model.layers.1.self_attn.q_proj".into(), "lm_head".into()]));
+    let both = ["model.layers.1.self_attn.q_proj", "layers.1.self_attn.q_proj", "lm_head"];
+    assert_eq!(one, Some(owned(&both)));
     assert_eq!(skip(&["q_proj=fp4"], &[]), None);
 }
 
@@ -112,7 +117,6 @@ fn paths_match_from_their_end() {
 
 #[test]
 fn a_list_skips_exactly_what_it_should() {
-    let owned = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
     // `fc` ends `my_fc`, and `layers.0.fc` ends a path of the decoder: neither short form would be exact.
     let kept = owned(&["layers.0.fc", "layers.0.out", "encoder.x.a", "encoder.x.b"]);
     let converted = owned(&["decoder.layers.0.fc", "layers.0.my_fc", "encoder.y.a", "other.b", "layers.1.out"]);
@@ -133,6 +137,7 @@ fn a_list_skips_exactly_what_it_should() {
 fn lists_that_are_searched_are_sorted() {
     assert!(known::KNOWN.is_sorted());
     assert!(names::RENAMED_OTHERWISE.is_sorted());
+    assert!(prefixes::OWN.is_sorted());
 }
 
 fn any_json() -> impl Strategy<Value = Value> {
