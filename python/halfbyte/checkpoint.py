@@ -247,9 +247,7 @@ def prepare_quantize(
     if selection not in ("rules", "transformers"):
         raise ValueError(f"selection is {selection!r}: expected 'rules' or 'transformers'")
     if trust_remote_code and selection != "transformers":
-        raise ValueError(
-            "trust_remote_code is True: expected selection='transformers' beside it, nothing else runs code"
-        )
+        raise ValueError("trust_remote_code is True: expected selection='transformers' with it")
     skip_names = _strings("skip", skip)
     options: dict[str, Any] = {
         "quant_type": quantization["bnb_4bit_quant_type"],
@@ -267,13 +265,16 @@ def prepare_quantize(
     folder = resolve_source(src, progress=hub_progress)
     model_config = _config_json.read_config(folder if folder.is_dir() else folder.parent)
     if model_config is not None and (method := _config_json.existing_quantization(model_config)):
-        undo = {
-            "bitsandbytes": "; undo it with: halfbyte dequantize",
-            _config_json.EIGHT_BIT: "; halfbyte dequantize undoes 4-bit weights alone: start from the original model",
-        }
+        if _config_json.is_eight_bit(model_config):
+            method, undo = (
+                f"{method}, 8 bits",
+                "; start from the original model: halfbyte dequantize undoes 4 bits alone",
+            )
+        else:
+            undo = "; undo it with: halfbyte dequantize" if method == "bitsandbytes" else ""
         raise CheckpointError(
             f"{folder / _config_json.FILE}: the checkpoint is quantized already ({method}): expected one of float32, "
-            "float16 or bfloat16" + undo.get(method, "")
+            f"float16 or bfloat16{undo}"
         )
     if selection == "transformers":
         from halfbyte.integrations.selection import selected_and_conv1d

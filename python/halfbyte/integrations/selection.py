@@ -152,7 +152,7 @@ def converted_tensors(model: PreTrainedModel, names: Iterable[str], skip: Sequen
 
 
 def _converted(model: PreTrainedModel, names: Iterable[str], skip: Sequence[str]) -> dict[str, str]:
-    """Tensors of a checkpoint that would be quantized while loading into ``model``, and the path of the module of each."""
+    """Tensors of a checkpoint that would be quantized while loading into ``model``, with the module of each."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,
