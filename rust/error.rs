@@ -61,6 +61,27 @@ pub enum Error {
         /// `NaN`, `inf` or `-inf`.
         value: f32,
     },
+    /// A finite value has no finite form in the dtype that it is to be written in.
+    #[error(
+        "{}: tensor {}: element {index} (row-major; shape {shape:?}) is {value:e}, which is too large for {dtype}: expected a \
+         dtype that holds it (--dtype bfloat16 or float32)",
+        place(path),
+        quoted(tensor)
+    )]
+    TooLarge {
+        /// The file that holds the tensor.
+        path: PathBuf,
+        /// The tensor's name.
+        tensor: String,
+        /// Position in the row-major list of the tensor's values.
+        index: u64,
+        /// The tensor's shape.
+        shape: Vec<usize>,
+        /// The value.
+        value: f32,
+        /// The dtype, as torch calls it.
+        dtype: &'static str,
+    },
     /// The destination cannot be used as asked.
     #[error("{}: {}", place(path), line(problem))]
     Destination {
@@ -220,7 +241,9 @@ impl Error {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::Argument { .. } | Self::Destination { .. } => ErrorKind::Usage,
-            Self::File { .. } | Self::Tensor { .. } | Self::NonFinite { .. } => ErrorKind::Input,
+            Self::File { .. } | Self::Tensor { .. } | Self::NonFinite { .. } | Self::TooLarge { .. } => {
+                ErrorKind::Input
+            }
             Self::NoSpace { .. } | Self::Io { .. } => ErrorKind::System,
             Self::Cuda { .. } => ErrorKind::Gpu,
             Self::Bug { .. } => ErrorKind::Bug,

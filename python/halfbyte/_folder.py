@@ -38,6 +38,12 @@ _DTYPES = {
 }
 
 
+def _is_inside(file: str) -> bool:
+    """Is this a path that leads to a place inside the folder it starts from? Also ``part/model.safetensors``."""
+    parts = file.split("/")
+    return not ({"", ".", ".."} & set(parts)) and "\\" not in file and "\0" not in file and not Path(file).is_absolute()
+
+
 class Folder:
     """A checkpoint: a folder with `model.safetensors` or its index, or one `.safetensors` file. A context manager.
 
@@ -87,8 +93,8 @@ class Folder:
             table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             files: dict[Path, set[str]] = {}
             for name, file in table.items():
-                if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
-                    raise CheckpointError(f"{index}: {name!r} is in {file!r}: expected the name of a file beside it")
+                if not isinstance(file, str) or not _is_inside(file):
+                    raise CheckpointError(f"{index}: {name!r} is in {file!r}: expected a file inside the folder")
                 files.setdefault(self.path / file, set()).add(name)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, CheckpointError):

@@ -98,6 +98,11 @@ class CheckpointPlan:
         return tuple(self.data.get("notes") or ())
 
     @property
+    def left_out(self) -> tuple[str, ...]:
+        """Files of the source that are not copied, each with the reason."""
+        return tuple(f"{left['file']}: {left['reason']}" for left in self.data.get("left_out") or ())
+
+    @property
     def skip_modules(self) -> list[str] | None:
         """What ``llm_int8_skip_modules`` of the output has to be, so that a loader replaces the same modules."""
         value: list[str] | None = self.data.get("skip_modules")
@@ -185,8 +190,7 @@ class CheckpointPlan:
         if self.data.get("copies"):
             files.append(f"{plural(len(self.data['copies']), 'other file')} copied")
         lines.append(("output", ", ".join(files)))
-        for left in self.data.get("left_out") or ():
-            lines.append(("left out", f"{printable(left['file'])}: {printable(left['reason'])}"))
+        lines += [("left out", printable(left)) for left in self.left_out]
         return lines
 
 

@@ -45,6 +45,8 @@ class ConvertReport(_Report):
         Wall time of the conversion.
     notes
         Remarks of the plan.
+    left_out
+        Files of the source that were not copied, each with the reason.
     """
 
     source: str
@@ -62,6 +64,7 @@ class ConvertReport(_Report):
     bits_per_weight: float
     seconds: float
     notes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     verb = "converted"
 

@@ -110,6 +110,7 @@ def plan_checkpoint(
     rules: Iterable[Rule] = (),
     skip: Iterable[str] = (),
     selection: Selection = "rules",
+    trust_remote_code: bool = False,
     dtype: object = None,
     max_shard_size: int | str | None = None,
     allow_nonfinite: bool = False,
@@ -125,6 +126,7 @@ def plan_checkpoint(
         rules=rules,
         skip=skip,
         selection=selection,
+        trust_remote_code=trust_remote_code,
         dtype=dtype,
         max_shard_size=max_shard_size,
         allow_nonfinite=allow_nonfinite,
@@ -140,6 +142,7 @@ def quantize_checkpoint(
     rules: Iterable[Rule] = (),
     skip: Iterable[str] = (),
     selection: Selection = "rules",
+    trust_remote_code: bool = False,
     dtype: object = None,
     max_shard_size: int | str | None = None,
     overwrite: bool = False,
@@ -170,6 +173,9 @@ def quantize_checkpoint(
     selection
         ``"rules"``: which weights are linear layers is decided from config, names and shapes.
         ``"transformers"``: the installed transformers is asked (it and torch are imported).
+    trust_remote_code
+        With ``selection="transformers"``: run the code that comes with the checkpoint (``auto_map``), if it has some.
+        Without it such a checkpoint is refused; nothing is ever asked.
     dtype
         ``"bfloat16"``, ``"float16"`` or ``"float32"`` (or torch's dtype): what weights are cast to before they are
         quantized or kept, written to ``config.json`` too. None for the dtype that ``config.json`` names, which is what
@@ -199,7 +205,8 @@ def quantize_checkpoint(
     ValueError
         An argument is wrong, or ``dst`` is in use.
     CheckpointError
-        The checkpoint is broken, quantized already, or holds a non-finite weight. A ValueError too.
+        The checkpoint is broken, an adapter, quantized already (by ``config.json`` or by its tensors), holds a
+        non-finite weight, or a value that ``dtype`` cannot hold. A ValueError too.
     OSError
         The file system refused: permissions, space.
     Interrupted
@@ -211,6 +218,7 @@ def quantize_checkpoint(
         rules=rules,
         skip=skip,
         selection=selection,
+        trust_remote_code=trust_remote_code,
         dtype=dtype,
         max_shard_size=max_shard_size,
         allow_nonfinite=allow_nonfinite,
@@ -228,6 +236,7 @@ def prepare_quantize(
     rules: Iterable[Rule] = (),
     skip: Iterable[str] = (),
     selection: Selection = "rules",
+    trust_remote_code: bool = False,
     dtype: object = None,
     max_shard_size: int | str | None = None,
     allow_nonfinite: bool = False,
@@ -237,6 +246,8 @@ def prepare_quantize(
     quantization = _quantization_dict(config)
     if selection not in ("rules", "transformers"):
         raise ValueError(f"selection is {selection!r}: expected 'rules' or 'transformers'")
+    if trust_remote_code and selection != "transformers":
+        raise ValueError("trust_remote_code is True: expected selection='transformers' with it")
     skip_names = _strings("skip", skip)
     options: dict[str, Any] = {
         "quant_type": quantization["bnb_4bit_quant_type"],
@@ -248,19 +259,28 @@ def prepare_quantize(
         "rules": [_rule_text(rule) for rule in rules],
         "skip": [*(quantization["llm_int8_skip_modules"] or ()), *skip_names],
         "explicit": None,
+        "explicit_conv1d": None,
         "allow_nonfinite": bool(allow_nonfinite),
     }
     folder = resolve_source(src, progress=hub_progress)
     model_config = _config_json.read_config(folder if folder.is_dir() else folder.parent)
     if model_config is not None and (method := _config_json.existing_quantization(model_config)):
+        if _config_json.is_eight_bit(model_config):
+            method, undo = (
+                f"{method}, 8 bits",
+                "; start from the original model: halfbyte dequantize undoes 4 bits alone",
+            )
+        else:
+            undo = "; undo it with: halfbyte dequantize" if method == "bitsandbytes" else ""
         raise CheckpointError(
             f"{folder / _config_json.FILE}: the checkpoint is quantized already ({method}): expected one of float32, "
-            "float16 or bfloat16" + ("; undo it with: halfbyte dequantize" if method == "bitsandbytes" else "")
+            f"float16 or bfloat16{undo}"
         )
     if selection == "transformers":
-        from halfbyte.integrations.selection import transformers_selection
+        from halfbyte.integrations.selection import selected_and_conv1d
 
-        options["explicit"] = transformers_selection(folder)
+        selected = selected_and_conv1d(folder, trust_remote_code=trust_remote_code)
+        options["explicit"], options["explicit_conv1d"] = selected
     plan = CheckpointPlan.of(_native.plan_quantize(str(folder), _json_or_none(model_config), json.dumps(options)))
     quantization["llm_int8_skip_modules"] = plan.skip_modules
     return Prepared(plan, model_config, quantization, name)
@@ -483,6 +503,7 @@ def _run(
         "bits_per_weight": totals["bits_per_weight"],
         "seconds": data["seconds"],
         "notes": plan.notes,
+        "left_out": plan.left_out,
     }
 
 

@@ -49,6 +49,9 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 STORAGE_DTYPES = ("uint8", "int8", "float16", "bfloat16", "float32", "float64")
 FLOAT_DTYPES = ("bfloat16", "float16", "float32")
 
+# Files that are not copied, of which a run tells: the folders of exports hold many.
+_LEFT_OUT_SHOWN = 5
+
 
 # ------------------------------------------------------------------------------------------------------------- parser
 
@@ -248,6 +251,11 @@ def _add_quantize(sub: argparse.ArgumentParser) -> None:
         help="who decides what is a linear layer. rules: config, names and shapes (default); transformers: the "
         "installed one is asked",
     )
+    which.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="with --selection transformers: run the code that comes with the checkpoint",
+    )
     which.add_argument("--allow-nonfinite", action="store_true", help="go on when a weight holds NaN or infinities")
     which.add_argument("--plan", action="store_true", help="show what would be done, and do nothing")
     _add_output(sub)
@@ -295,6 +303,7 @@ def _quantize(args: argparse.Namespace) -> int:
         rules=args.rule,
         skip=args.skip,
         selection=args.selection,
+        trust_remote_code=args.trust_remote_code,
         dtype=args.dtype,
         max_shard_size=args.max_shard_size,
         allow_nonfinite=args.allow_nonfinite,
@@ -326,6 +335,10 @@ def _convert(args: argparse.Namespace, prepared: Any, run: Any) -> int:
     if not args.quiet and not args.json:
         for note in plan.notes:
             _say(f"note: {note}")
+        for left in plan.left_out[:_LEFT_OUT_SHOWN]:
+            _say(f"left out: {left}")
+        if len(plan.left_out) > _LEFT_OUT_SHOWN:
+            _say(f"left out: {len(plan.left_out) - _LEFT_OUT_SHOWN} more files, which --plan lists")
     report = run(
         prepared,
         args.destination,

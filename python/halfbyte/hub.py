@@ -28,9 +28,10 @@ ALLOW = (
     "LICENSE*",
     "NOTICE*",
 )
-# Second copies of the same weights: in subfolders, in the vendor's own layout, in other precisions.
+# Second copies of the same weights: in subfolders, in the vendor's own layout, in other precisions. Numbered subfolders
+# (``2_Dense``) are the further modules of a sentence-transformers model.
 IGNORE = (
-    "*/*.safetensors",
+    "[!0-9]*/*.safetensors",
     "consolidated*.safetensors",
     "model.fp16*.safetensors",
     "model.bf16*.safetensors",

@@ -17,7 +17,13 @@ pub fn is_float(dtype: Dtype) -> bool {
 pub fn config_dtype(config: Option<&Value>) -> Option<Dtype> {
     let config = config?;
     let name = ["dtype", "torch_dtype"].iter().find_map(|key| config.get(key)?.as_str())?;
-    weight_dtype("dtype", name.trim_start_matches("torch.")).ok()
+    let name = match name.trim_start_matches("torch.") {
+        // torch's other names.
+        "half" => "float16",
+        "float" => "float32",
+        name => name,
+    };
+    weight_dtype("dtype", name).ok()
 }
 
 /// Casts every value of `input` from one type to another, by way of float32 and with one rounding to the nearest, ties
@@ -36,6 +42,22 @@ fn cast_elements<F: Element + bytemuck::Pod, T: Element + bytemuck::Pod>(input: 
         let value = T::from_f32(bytemuck::pod_read_unaligned::<F>(value).to_f32());
         place.copy_from_slice(bytemuck::bytes_of(&value));
     }
+}
+
+/// The first finite value of `input` that [`cast`] made infinite, and its position.
+pub fn first_overflow(from: Dtype, to: Dtype, input: &[u8], output: &[u8]) -> Option<(usize, f32)> {
+    if from == to || to == Dtype::F32 {
+        return None;
+    }
+    let overflows = with_element!(to, T => {
+        let is_infinite = |b: &[u8]| bytemuck::pod_read_unaligned::<T>(b).to_f32().is_infinite();
+        output.chunks_exact(size_of::<T>()).enumerate().filter(move |(_, b)| is_infinite(b)).map(|(i, _)| i).collect::<Vec<_>>()
+    });
+    with_element!(from, F => {
+        let size = size_of::<F>();
+        let value = |i: usize| bytemuck::pod_read_unaligned::<F>(&input[i * size..][..size]).to_f32();
+        overflows.into_iter().map(|i| (i, value(i))).find(|(_, value)| value.is_finite())
+    })
 }
 
 /// [`cast`] into a list of its own.
@@ -72,12 +94,33 @@ mod tests {
     }
 
     #[test]
+    fn only_finite_values_overflow() {
+        let find = |from, to, bytes: &[u8]| {
+            let cast = cast_to_vec(from, to, bytes);
+            first_overflow(from, to, bytes, &cast)
+        };
+        let values = [f32::INFINITY, f32::NAN, 65519.0, -65520.0, 1e30];
+        let bytes: &[u8] = bytemuck::cast_slice(&values);
+        assert_eq!(find(Dtype::F32, Dtype::F16, bytes), Some((3, -65520.0)));
+        assert_eq!(find(Dtype::F32, Dtype::BF16, bytes), None);
+        assert_eq!(find(Dtype::F32, Dtype::BF16, bytemuck::cast_slice(&[0.0, f32::MAX])), Some((1, f32::MAX)));
+        let wide = cast_to_vec(Dtype::F32, Dtype::BF16, bytes);
+        assert_eq!(find(Dtype::BF16, Dtype::F16, &wide), Some((2, 65536.0)), "65519 is 65536 in bfloat16");
+        assert_eq!(find(Dtype::BF16, Dtype::F32, &wide), None);
+        assert_eq!(find(Dtype::F16, Dtype::F16, &[0, 0x7c]), None);
+    }
+
+    #[test]
     fn the_dtype_of_a_config_is_found_under_both_names() {
         for (config, dtype) in [
             (json!({"dtype": "bfloat16"}), Some(Dtype::BF16)),
             (json!({"torch_dtype": "torch.float16"}), Some(Dtype::F16)),
             (json!({"dtype": "float32", "torch_dtype": "float16"}), Some(Dtype::F32)),
             (json!({"dtype": null, "torch_dtype": "float16"}), Some(Dtype::F16)),
+            (json!({"dtype": "half"}), Some(Dtype::F16)),
+            (json!({"torch_dtype": "torch.half"}), Some(Dtype::F16)),
+            (json!({"torch_dtype": "float"}), Some(Dtype::F32)),
+            (json!({"dtype": "double"}), None),
             (json!({"dtype": "float64"}), None),
             (json!({"dtype": 16}), None),
             (json!({}), None),

@@ -13,14 +13,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use half::{bf16, f16};
 use safetensors::Dtype;
 
-use super::cast::cast;
+use super::cast::{cast, first_overflow};
 use super::file::{read_exact_at, write_all_at};
 use super::flush::Flusher;
 use super::job::Progress;
 use super::layout::Layout;
 use super::plan::{Action, ShardPlan, WeightOutputs};
 use super::source::{Checkpoint, TensorRef};
-use super::state::{State, item_size};
+use super::state::{State, item_size, torch_name};
 use super::weights::WeightSource;
 use super::workers;
 use crate::blockwise::{self, Element, Finite, dequantize_8bit};
@@ -212,6 +212,11 @@ impl<'a> ShardJob<'a> {
                 let (before, after) = (item_size(from), item_size(to));
                 let other = bytes(&mut scratch.packed, piece.len / before * after);
                 cast(from, to, buffer, other);
+                if !self.allow_nonfinite
+                    && let Some((index, value)) = first_overflow(from, to, buffer, other)
+                {
+                    return Err(self.too_large(*source, piece.start / before + index, value, to));
+                }
                 self.write(*output, piece.start / before * after, other)?;
                 Ok(other.len() as u64)
             }
@@ -290,12 +295,20 @@ impl<'a> ShardJob<'a> {
             && !self.allow_nonfinite
             && let Some((index, value)) = blockwise::first_nonfinite(values)
         {
-            let index = if transpose {
+            let at = if transpose {
                 let (rows, columns) = (state.shape[0], state.shape[1]);
                 (index % columns) * rows + index / columns
             } else {
-                piece.start + index
+                index
             };
+            let index = piece.start + at;
+            if from != state.dtype {
+                let stored = &bytes(&mut scratch.stored, piece.len * size)[at * size..][..size];
+                let value = with_element!(from, F => bytemuck::pod_read_unaligned::<F>(stored).to_f32());
+                if value.is_finite() {
+                    return Err(self.too_large(source, index, value, state.dtype));
+                }
+            }
             let entry = self.source.tensor(source);
             return Err(Error::NonFinite {
                 path: self.source.file(source).path.clone(),
@@ -343,6 +356,48 @@ impl<'a> ShardJob<'a> {
         Ok(scales)
     }
 
+    fn too_large(&self, at: TensorRef, index: usize, value: f32, dtype: Dtype) -> Error {
+        let entry = self.source.tensor(at);
+        Error::TooLarge {
+            path: self.source.file(at).path.clone(),
+            tensor: entry.name.clone(),
+            index: index as u64,
+            shape: entry.shape.clone(),
+            value,
+            dtype: torch_name(dtype).unwrap_or("this dtype"),
+        }
+    }
+
+    /// Fails where a dtype that the weight did not have makes infinities of finite values.
+    fn refuse_overflow<T: Element>(
+        &self,
+        weight: &WeightSource,
+        piece: &Piece,
+        packed: &[u8],
+        scales: &[f32],
+        values: &[T],
+        output: usize,
+    ) -> Result<()> {
+        let (state, to) = (&weight.state, &self.layout().tensors[output]);
+        if to.dtype == state.dtype || to.dtype == Dtype::F32 || !values.iter().any(|v| v.to_f32().is_infinite()) {
+            return Ok(());
+        }
+        let mut exact = vec![0f32; piece.len];
+        blockwise::dequantize_serial(packed, scales, state.quant_type, state.blocksize, &mut exact)?;
+        let both = values.iter().zip(&exact).enumerate();
+        let found = both.map(|(i, (v, e))| (i, v.to_f32(), *e)).find(|(_, v, e)| v.is_infinite() && e.is_finite());
+        found.map_or(Ok(()), |(index, _, value)| {
+            Err(Error::TooLarge {
+                path: self.source.file(weight.packed).path.clone(),
+                tensor: weight.name.clone(),
+                index: (piece.start + index) as u64,
+                shape: state.shape.clone(),
+                value,
+                dtype: torch_name(to.dtype).unwrap_or("this dtype"),
+            })
+        })
+    }
+
     fn dequantize<T: Element + bytemuck::Pod>(
         &self,
         scratch: &mut Scratch,
@@ -361,6 +416,7 @@ impl<'a> ShardJob<'a> {
         let first = piece.start / block.get();
         let scales = &scales[first..first + block.absmax_len(piece.len)];
         blockwise::dequantize_serial(packed, scales, state.quant_type, block, values)?;
+        self.refuse_overflow(weight, piece, packed, scales, values, output)?;
         if transpose {
             let turned = transposed::<T>(values, state.shape[0], state.shape[1]);
             self.write(output, 0, bytemuck::cast_slice(&turned))?;

@@ -9,8 +9,9 @@ use serde_json::{Value, json};
 use super::cast::{config_dtype, is_float};
 use super::header::{MAX_HEADER_LEN, TensorEntry};
 use super::layout::{Layout, OutputTensor};
+use super::quantized;
 use super::selection::{self, SelectionOptions, TensorFacts, Treatment};
-use super::source::{Checkpoint, SINGLE_FILE, TensorRef};
+use super::source::{CONV1D_KEY, Checkpoint, SINGLE_FILE, TensorRef};
 use super::state::{self, State, packed_shape};
 use super::weights::{WeightSource, find_weights};
 use crate::error::{Error, Result};
@@ -173,15 +174,8 @@ impl Plan {
         options: &QuantizeOptions,
         record: Value,
     ) -> Result<Self> {
-        refuse_quantized(&source, config)?;
-        let facts: Vec<TensorFacts<'_>> = source
-            .order
-            .iter()
-            .map(|&at| {
-                let t = source.tensor(at);
-                TensorFacts { name: &t.name, shape: &t.shape, dtype: t.dtype }
-            })
-            .collect();
+        quantized::refuse(&source, config)?;
+        let facts: Vec<TensorFacts<'_>> = source.order.iter().map(|&at| source.facts(at)).collect();
         let selection = selection::select(config, &facts, &options.selection)?;
         let model_dtype = options.dtype.or_else(|| config_dtype(config));
         let mut groups = Vec::with_capacity(source.order.len());
@@ -226,7 +220,8 @@ impl Plan {
                 "has no weight to quantize: every tensor would be kept (see the reasons with --plan on another selection, or force one with a rule)",
             ));
         }
-        let (shards, tensors) = pack(&source, groups, options.max_shard_size)?;
+        let metadata = quantized_metadata(&source, config, &groups);
+        let (shards, tensors) = pack(&source, groups, options.max_shard_size, metadata)?;
         Ok(Self {
             operation: Operation::Quantize,
             shards,
@@ -253,7 +248,11 @@ impl Plan {
         if weights.is_empty() {
             return Err(Error::file(
                 &source.folder,
-                format!("has no 4-bit weight: expected tensors named *{}nf4 or …fp4", state::STATE_INFIX),
+                format!(
+                    "has no 4-bit weight: expected tensors named *{}nf4 or …fp4{}",
+                    state::STATE_INFIX,
+                    quantized::otherwise(&source, config)
+                ),
             ));
         }
         let mut starts: BTreeMap<TensorRef, WeightSource> = BTreeMap::new();
@@ -262,11 +261,15 @@ impl Plan {
             parts.extend(&weight.parts);
             starts.insert(weight.packed, weight);
         }
+        let conv1d = source.conv1d_names();
         let mut groups = Vec::with_capacity(source.order.len());
         for &at in &source.order {
             if let Some(weight) = starts.remove(&at) {
                 let to = dtype.unwrap_or(weight.state.dtype);
-                let transpose = selection::is_conv1d(config, &weight.name);
+                let transpose = match &conv1d {
+                    Some(names) => names.contains(&weight.name),
+                    None => selection::is_conv1d(config, &weight.name),
+                };
                 let mut shape = weight.state.shape.clone();
                 if transpose && shape.len() != 2 {
                     return Err(Error::tensor(
@@ -298,7 +301,9 @@ impl Plan {
                 groups.push(keep(&source, at, "not quantized".to_owned(), source.tensor(at).dtype));
             }
         }
-        let (shards, tensors) = pack(&source, groups, max_shard_size)?;
+        let mut metadata = source.metadata();
+        metadata.remove(CONV1D_KEY);
+        let (shards, tensors) = pack(&source, groups, max_shard_size, metadata)?;
         Ok(Self {
             operation: Operation::Dequantize,
             shards,
@@ -371,31 +376,6 @@ impl TensorPlan {
     }
 }
 
-/// An error when the source is quantized already, in whatever way.
-fn refuse_quantized(source: &Checkpoint, config: Option<&Value>) -> Result<()> {
-    let method = config.and_then(|c| c.get("quantization_config")).filter(|q| !q.is_null());
-    if let Some(quantization) = method {
-        let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("unnamed");
-        return Err(Error::file(
-            source.folder.join(super::source::CONFIG_FILE),
-            format!(
-                "has a quantization_config (method {method:?}): expected a checkpoint that is not quantized yet; `halfbyte dequantize` undoes a 4-bit one"
-            ),
-        ));
-    }
-    for &at in &source.order {
-        let name = &source.tensor(at).name;
-        if name.contains(state::STATE_INFIX) {
-            return Err(Error::tensor(
-                &source.file(at).path,
-                name,
-                "belongs to a weight that is 4-bit already: expected a checkpoint that is not quantized yet; `halfbyte dequantize` undoes it",
-            ));
-        }
-    }
-    Ok(())
-}
-
 /// The dtype that a loader which does not know of quantization would give a tensor, and which it must be stored in
 /// since loaders take the weights of a quantized checkpoint as they are: the model's for weights and biases, float32
 /// instead of float16 where the architecture computes in float32. Other tensors (buffers, tables, and parameters that
@@ -450,6 +430,25 @@ fn weight_outputs(name: &str, state: &State, storage: Dtype) -> Vec<OutputTensor
     outputs
 }
 
+/// The metadata of the output: that of the source, and which weights were transposed where whoever restores them could
+/// not tell from config.json.
+fn quantized_metadata(source: &Checkpoint, config: Option<&Value>, groups: &[Group]) -> BTreeMap<String, String> {
+    let mut metadata = source.metadata();
+    let weights: Vec<(&str, bool)> = groups
+        .iter()
+        .filter_map(|group| match group.kind {
+            Kind::Quantize { transpose, .. } => Some((group.line.name.as_str(), transpose)),
+            _ => None,
+        })
+        .collect();
+    let config_tells = selection::conv1d_of(config);
+    if weights.iter().any(|(name, transpose)| config_tells(name) != *transpose) {
+        let names: Vec<&str> = weights.iter().filter(|(_, transpose)| *transpose).map(|(name, _)| *name).collect();
+        metadata.insert(CONV1D_KEY.to_owned(), json!(names).to_string());
+    }
+    metadata
+}
+
 /// A bound of the bytes that an entry of this name takes in a header, but for its shape: the name, each byte of which
 /// JSON may spell in six, and its dtype and offsets.
 fn header_room(name: &str) -> u64 {
@@ -489,9 +488,13 @@ fn refuse_duplicates(source: &Checkpoint, groups: &[Group]) -> Result<()> {
 }
 
 /// Deals groups out to files of at most `max_shard_size` bytes, in order; a weight and its state stay together.
-fn pack(source: &Checkpoint, groups: Vec<Group>, max_shard_size: u64) -> Result<(Vec<ShardPlan>, Vec<TensorPlan>)> {
+fn pack(
+    source: &Checkpoint,
+    groups: Vec<Group>,
+    max_shard_size: u64,
+    mut metadata: BTreeMap<String, String>,
+) -> Result<(Vec<ShardPlan>, Vec<TensorPlan>)> {
     refuse_duplicates(source, &groups)?;
-    let mut metadata = source.metadata();
     // transformers asks for it and writes it itself.
     metadata.entry("format".to_owned()).or_insert_with(|| "pt".to_owned());
     let metadata_len: u64 = metadata.iter().map(|(k, v)| header_room(k) + header_room(v)).sum();

@@ -6,10 +6,12 @@
 //! and dtypes of the tensors: nothing is imported and no weight is read.
 
 mod architectures;
+mod evidence;
 mod known;
 mod matching;
 mod model;
 mod names;
+mod prefixes;
 mod rules;
 #[cfg(test)]
 mod tests;
@@ -19,7 +21,7 @@ use std::collections::{HashMap, HashSet};
 use safetensors::Dtype;
 use serde_json::Value;
 
-use self::matching::{SkipKey, plain_key_matches, skip_list};
+use self::matching::{SkipKey, plain_key_matches, skip_list, with_and_without};
 use self::model::{Class, Model, Reason};
 pub use self::rules::Rule;
 use crate::codebook::QuantType;
@@ -48,12 +50,14 @@ pub struct SelectionOptions {
     /// The tensors to quantize where somebody else has decided (`--selection transformers`); rules and skip names
     /// still apply.
     pub explicit: Option<HashSet<String>>,
+    /// Which of those are stored `[in, out]`, where somebody else knows that too.
+    pub explicit_conv1d: Option<HashSet<String>>,
 }
 
 impl Default for SelectionOptions {
     /// NF4, and nobody's exceptions.
     fn default() -> Self {
-        Self { quant_type: QuantType::Nf4, rules: Vec::new(), skip: Vec::new(), explicit: None }
+        Self { quant_type: QuantType::Nf4, rules: Vec::new(), skip: Vec::new(), explicit: None, explicit_conv1d: None }
     }
 }
 
@@ -115,7 +119,8 @@ pub fn select(config: Option<&Value>, tensors: &[TensorFacts<'_>], options: &Sel
     let mut decisions = Vec::with_capacity(tensors.len());
     // The modules that the loader may convert: their index, the parts it makes of them, and whether we convert them.
     let mut modules: Vec<(usize, &'static [&'static str], bool)> = Vec::new();
-    let mut as_default = true;
+    // Defaults depend on a code that nobody has read, where the model is not known: a list says all of it.
+    let mut as_default = !model.is_cautious() || options.explicit.is_some();
     let mut rule_use = vec![RuleUse::default(); options.rules.len()];
     let mut skip_used = vec![false; skip.len()];
     let mut experts = 0usize;
@@ -130,6 +135,9 @@ pub fn select(config: Option<&Value>, tensors: &[TensorFacts<'_>], options: &Sel
                 class.linear = true;
                 class.kept = None;
                 class.never = class.never.filter(|reason| matches!(reason, Reason::Dtype(_) | Reason::Empty));
+                if let Some(conv1d) = &options.explicit_conv1d {
+                    class.conv1d = conv1d.contains(tensor.name);
+                }
             } else if class.linear {
                 class.kept = class.kept.or(Some(Reason::NotExplicit));
             }
@@ -154,6 +162,9 @@ pub fn select(config: Option<&Value>, tensors: &[TensorFacts<'_>], options: &Sel
             // What cannot be quantized here the loader would convert all the same.
             as_default &= class.parts.is_empty() && converted == class.kept.is_none();
             modules.push((position, class.parts, converted));
+        } else if model.is_cautious() && tensor.shape.len() == 2 && tensor.name.ends_with(".weight") {
+            // To name what is no linear layer does no harm; not to name a linear layer that is kept would.
+            modules.push((position, class.parts, false));
         }
         decisions.push(decision);
     }
@@ -183,6 +194,9 @@ pub fn select(config: Option<&Value>, tensors: &[TensorFacts<'_>], options: &Sel
         }
         notes.extend(renames.doubt());
         let mut list = skip_list(&kept, &converted, !renames.unprefixed);
+        if let Some(prefix) = renames.base_prefix(model.base_prefix(), &kept, &converted) {
+            list = with_and_without(list, &prefix, renames.is_base, &kept, &converted);
+        }
         for name in model.absent(tensors) {
             let harms = converted.iter().any(|module| plain_key_matches(&name, module));
             if !harms && !list.iter().any(|key| *key == name) {
@@ -194,12 +208,26 @@ pub fn select(config: Option<&Value>, tensors: &[TensorFacts<'_>], options: &Sel
     Ok(Selection { decisions, architecture: model.name().map(str::to_owned), known: model.known, notes, skip_modules })
 }
 
+/// Names of the weights of `Conv1D` modules, stored `[in, out]`, as far as config and headers show.
+pub fn conv1d_names(config: Option<&Value>, tensors: &[TensorFacts<'_>]) -> HashSet<String> {
+    let model = Model::new(config, tensors);
+    let is_conv1d = |tensor: &&TensorFacts<'_>| {
+        tensor.shape.len() == 2 && tensor.name.ends_with(".weight") && model.lies_as_conv1d(tensor)
+    };
+    tensors.iter().filter(is_conv1d).map(|tensor| tensor.name.to_owned()).collect()
+}
+
 /// Is this tensor the weight of a `Conv1D` module, stored `[in, out]`?
 ///
 /// A quantized checkpoint holds such a weight transposed; whoever restores it needs to know.
 pub fn is_conv1d(config: Option<&Value>, name: &str) -> bool {
+    conv1d_of(config)(name)
+}
+
+/// [`is_conv1d`] for many names.
+pub fn conv1d_of(config: Option<&Value>) -> impl Fn(&str) -> bool {
     let model = Model::new(config, &[]);
-    name.ends_with(".weight") && model.is_conv1d(module_of(name))
+    move |name| name.ends_with(".weight") && model.is_conv1d(module_of(name))
 }
 
 /// The module that holds a tensor: its name without the last component.

@@ -1,6 +1,6 @@
 //! A checkpoint folder: its weight files, found and checked, and the small files around them.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs;
 use std::io::Read;
 use std::path::{Component, Path, PathBuf};
@@ -10,6 +10,9 @@ use serde::de::Deserializer;
 
 use super::file;
 use super::header::{SourceFile, TensorEntry, UniqueStrings};
+use super::quantized;
+use super::selection::TensorFacts;
+use super::surroundings::Surroundings;
 use crate::error::{Error, Result};
 
 /// The name of an unsharded checkpoint's weights.
@@ -18,36 +21,16 @@ pub const SINGLE_FILE: &str = "model.safetensors";
 pub const INDEX_FILE: &str = "model.safetensors.index.json";
 /// The model's configuration.
 pub const CONFIG_FILE: &str = "config.json";
+/// The entry of `__metadata__` that names the weights which were transposed, where the architecture does not tell.
+pub const CONV1D_KEY: &str = "halfbyte.conv1d";
+/// The configuration of an adapter.
+const ADAPTER_CONFIG: &str = "adapter_config.json";
 
 /// The largest index file that is read: 1.5 million tensors at 200 bytes each.
 const MAX_INDEX_LEN: u64 = 300_000_000;
 /// Bytes of all weight files together, at most: so large that only files with holes get there, so small that no sum
 /// of lengths (eight times as long when 4-bit weights become float32) overflows.
 const MAX_TOTAL_LEN: u64 = 1 << 59;
-/// How deep folders of small files are followed.
-const MAX_DEPTH: usize = 8;
-
-/// Endings of files that hold weights in some form: they are not copied beside quantized weights.
-const WEIGHT_ENDINGS: [&str; 17] = [
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".gguf",
-    ".ggml",
-    ".onnx",
-    ".onnx_data",
-    ".h5",
-    ".msgpack",
-    ".ot",
-    ".pb",
-    ".tflite",
-    ".mlmodel",
-    ".npz",
-    ".pkl",
-];
-
 /// A checkpoint: open weight files and the table of their tensors.
 #[derive(Debug)]
 pub struct Checkpoint {
@@ -122,7 +105,7 @@ impl Checkpoint {
         if !facts.is_dir() {
             return Err(Error::file(path, "is neither a folder nor a file"));
         }
-        let (small_files, mut left_out) = small_files(&resolved)?;
+        let mut around = Surroundings::find(&resolved)?;
         let single = path.join(SINGLE_FILE);
         let index_path = path.join(INDEX_FILE);
         let (files, index) = if exists(&single)? {
@@ -145,12 +128,15 @@ impl Checkpoint {
             }
             (files, Some(Listed { path: index_path, index, shards }))
         } else {
-            return Err(nothing_here(path, &left_out));
+            return Err(nothing_here(path, &around));
         };
         let read: BTreeSet<PathBuf> =
             files.iter().filter_map(|f| f.path.strip_prefix(path).ok().map(Path::to_path_buf)).collect();
-        left_out.retain(|(name, _)| !read.contains(name));
-        Self::collect(resolved, files, index, small_files, left_out)
+        let names: HashSet<&str> = files.iter().flat_map(|f| &f.tensors).map(|t| t.name.as_str()).collect();
+        let note = around.judge(&resolved, &read, &names);
+        let mut found = Self::collect(resolved, files, index, around.copied, around.left_out)?;
+        found.notes.extend(note);
+        Ok(found)
     }
 
     fn collect(
@@ -233,6 +219,22 @@ impl Checkpoint {
         &self.files[at.file].tensors[at.tensor]
     }
 
+    /// What the header says of the tensor at `at`.
+    pub fn facts(&self, at: TensorRef) -> TensorFacts<'_> {
+        let tensor = self.tensor(at);
+        TensorFacts { name: &tensor.name, shape: &tensor.shape, dtype: tensor.dtype }
+    }
+
+    /// The 4-bit weights that were transposed when they were quantized, where the checkpoint says it itself.
+    pub fn conv1d_names(&self) -> Option<HashSet<String>> {
+        let texts = self.files.iter().filter_map(|file| file.metadata.get(CONV1D_KEY));
+        let mut names: Option<HashSet<String>> = None;
+        for listed in texts.filter_map(|text| serde_json::from_str::<Vec<String>>(text).ok()) {
+            names.get_or_insert_default().extend(listed);
+        }
+        names
+    }
+
     /// The file that holds `at`.
     pub fn file(&self, at: TensorRef) -> &SourceFile {
         &self.files[at.file]
@@ -306,63 +308,14 @@ pub fn check_index(path: &Path, text: &[u8]) -> Result<(usize, usize)> {
     Ok((index.weight_map.len(), files.len()))
 }
 
-type Listing = (Vec<(PathBuf, u64)>, Vec<(PathBuf, String)>);
-
-/// The files around the weights: those to copy, and those that hold weights in another form.
-fn small_files(folder: &Path) -> Result<Listing> {
-    let mut small = Vec::new();
-    let mut weights = Vec::new();
-    let mut open = vec![(folder.to_path_buf(), 0usize)];
-    while let Some((place, depth)) = open.pop() {
-        for entry in fs::read_dir(&place).map_err(Error::io(&place, "list"))? {
-            let entry = entry.map_err(Error::io(&place, "list"))?;
-            let name = entry.file_name();
-            // Hidden files are other tools' housekeeping: .git, .cache, .gitattributes.
-            if name.to_string_lossy().starts_with('.') {
-                continue;
-            }
-            let path = entry.path();
-            let kind = entry.file_type().map_err(Error::io(&path, "list"))?;
-            let relative = path.strip_prefix(folder).unwrap_or(&path).to_path_buf();
-            if kind.is_dir() {
-                if depth < MAX_DEPTH {
-                    open.push((path, depth + 1));
-                } else {
-                    weights.push((relative, format!("a folder {MAX_DEPTH} folders deep")));
-                }
-                continue;
-            }
-            // Follows links to files (a hub cache is made of them), never links to folders.
-            let Ok(facts) = fs::metadata(&path) else {
-                weights.push((relative, "a link that leads nowhere".to_owned()));
-                continue;
-            };
-            if !facts.is_file() {
-                continue;
-            }
-            let lower = name.to_string_lossy().to_lowercase();
-            if WEIGHT_ENDINGS.iter().any(|e| lower.ends_with(e)) {
-                weights.push((relative, "weights in another file".to_owned()));
-            } else if lower.ends_with(".index.json") || (depth == 0 && lower == CONFIG_FILE) {
-                // The index is written anew; config.json comes last, by another way.
-            } else {
-                small.push((relative, facts.len()));
-            }
-        }
+fn nothing_here(path: &Path, around: &Surroundings) -> Error {
+    if exists(&path.join(ADAPTER_CONFIG)).unwrap_or(false) {
+        return Error::file(path, quantized::ADAPTER);
     }
-    small.sort();
-    weights.sort();
-    Ok((small, weights))
-}
-
-fn nothing_here(path: &Path, left_out: &[(PathBuf, String)]) -> Error {
-    let pickles = left_out.iter().any(|(p, _)| p.extension().is_some_and(|e| e == "bin" || e == "pt" || e == "pth"));
-    let others: Vec<String> = left_out
-        .iter()
-        .filter(|(p, _)| p.extension().is_some_and(|e| e == "safetensors"))
-        .map(|(p, _)| p.display().to_string())
-        .take(4)
-        .collect();
+    let ends = |p: &Path, endings: &[&str]| p.extension().is_some_and(|e| endings.iter().any(|ending| e == *ending));
+    let pickles = around.other_weights().any(|p| ends(p, &["bin", "pt", "pth"]));
+    let others: Vec<String> =
+        around.other_weights().filter(|p| ends(p, &["safetensors"])).map(|p| p.display().to_string()).take(4).collect();
     let hint = if !others.is_empty() {
         format!("; there is {}, which can be named itself", others.join(", "))
     } else if pickles {

@@ -13,7 +13,7 @@ use super::cast::{cast_to_vec, is_float};
 use super::convert::{PIECE_BYTES, floats, read_scales, transposed, with_element};
 use super::file::read_exact_at;
 use super::job::Progress;
-use super::selection;
+use super::selection::{self, TensorFacts};
 use super::source::{Checkpoint, TensorRef};
 use super::state::item_size;
 use super::weights::{WeightSource, find_weights};
@@ -104,6 +104,8 @@ pub fn verify(
     let plain = |c: &Checkpoint, parts: &HashSet<TensorRef>| -> HashMap<String, TensorRef> {
         c.order.iter().filter(|r| !parts.contains(r)).map(|&r| (c.tensor(r).name.clone(), r)).collect()
     };
+    let facts: Vec<TensorFacts<'_>> = a.order.iter().map(|&at| a.facts(at)).collect();
+    let conv1d = b.conv1d_names().unwrap_or_else(|| selection::conv1d_names(config, &facts));
     let (plain_a, plain_b) = (plain(a, &parts_a), plain(b, &parts_b));
     let names: BTreeSet<&String> =
         weights_a.keys().chain(weights_b.keys()).chain(plain_a.keys()).chain(plain_b.keys()).collect();
@@ -116,7 +118,7 @@ pub fn verify(
             (_, Some(&dense), Some(b4), _) => {
                 let shape = &a.tensor(dense).shape;
                 let turned: Vec<usize> = shape.iter().rev().copied().collect();
-                let transpose = *shape != b4.state.shape || selection::is_conv1d(config, &name);
+                let transpose = *shape != b4.state.shape || conv1d.contains(&name);
                 let fits = if transpose { turned == b4.state.shape && shape.len() == 2 } else { true };
                 let float = matches!(a.tensor(dense).dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16);
                 let values = b4.state.elements();

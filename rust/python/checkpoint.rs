@@ -33,6 +33,7 @@ struct QuantizeArguments {
     rules: Vec<String>,
     skip: Vec<String>,
     explicit: Option<Vec<String>>,
+    explicit_conv1d: Option<Vec<String>>,
     allow_nonfinite: bool,
 }
 
@@ -167,6 +168,7 @@ pub fn plan_quantize(py: Python<'_>, source: PathBuf, config_json: Option<&str>,
                 rules: given.rules.iter().map(|r| r.parse::<Rule>()).collect::<Result<_>>()?,
                 skip: given.skip,
                 explicit: given.explicit.map(|names| names.into_iter().collect()),
+                explicit_conv1d: given.explicit_conv1d.map(|names| names.into_iter().collect()),
             },
         };
         let source = Checkpoint::open(&source)?;

@@ -18,6 +18,7 @@ struct Options {
     rules: Vec<String>,
     skip: Vec<String>,
     explicit: Option<HashSet<String>>,
+    explicit_conv1d: Option<HashSet<String>>,
 }
 
 impl Options {
@@ -28,6 +29,7 @@ impl Options {
             rules: self.rules.iter().map(|rule| rule.parse()).collect::<crate::Result<_>>()?,
             skip: self.skip,
             explicit: self.explicit,
+            explicit_conv1d: self.explicit_conv1d,
         })
     }
 }
@@ -39,7 +41,8 @@ fn value_error(error: impl ToString) -> PyErr {
 /// Decides which tensors of a checkpoint are quantized.
 ///
 /// `config_json`: the text of `config.json`, or None. `tensors_json`: `[[name, shape, dtype], …]`, dtypes named as in
-/// safetensors headers. `options_json`: an object with any of `quant_type`, `rules`, `skip`, `explicit`.
+/// safetensors headers. `options_json`: an object with any of `quant_type`, `rules`, `skip`, `explicit`,
+/// `explicit_conv1d`.
 /// Returns an object with `decisions` (`[quant_type or null, transpose, reason]` each), `architecture`, `known`,
 /// `notes` and `skip_modules`. Raises ValueError.
 #[pyfunction]

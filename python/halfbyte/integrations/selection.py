@@ -6,18 +6,34 @@ architectures that the rules do not know: it builds the model without weights an
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from halfbyte._native import CheckpointError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["converted_modules", "converted_tensors", "skeleton", "transformers_selection"]
+__all__ = [
+    "RemoteCodeError",
+    "converted_modules",
+    "converted_tensors",
+    "selected_and_conv1d",
+    "skeleton",
+    "transformers_selection",
+]
 
 
-def transformers_selection(source: str | Path, skip: Sequence[str] = ()) -> list[str]:
+class RemoteCodeError(ValueError):
+    """The model's code comes with the checkpoint, and nobody has said that it may be run."""
+
+
+def transformers_selection(
+    source: str | Path, skip: Sequence[str] = (), *, trust_remote_code: bool = False
+) -> list[str]:
     """Names of the tensors of a checkpoint that the installed transformers would quantize while loading it.
 
     Parameters
@@ -26,6 +42,9 @@ def transformers_selection(source: str | Path, skip: Sequence[str] = ()) -> list
         Folder with ``config.json`` and safetensors files.
     skip:
         Names of modules to keep besides transformers' defaults, matched as it matches ``llm_int8_skip_modules``.
+    trust_remote_code:
+        Run the code that comes with the checkpoint (``auto_map`` in ``config.json``), where it has some. Nothing is
+        ever asked: without it such a checkpoint is refused.
 
     Returns
     -------
@@ -38,8 +57,18 @@ def transformers_selection(source: str | Path, skip: Sequence[str] = ()) -> list
     ImportError
         transformers is not installed; the message names the extra that brings it.
     ValueError
-        The architecture is not one of transformers' own, or the folder holds no safetensors.
+        The architecture is not one of transformers' own, or the folder holds no safetensors. `RemoteCodeError` where
+        ``trust_remote_code`` would help.
+    CheckpointError
+        The checkpoint's own code was run and failed.
     """
+    return sorted(selected_and_conv1d(source, skip, trust_remote_code=trust_remote_code)[0])
+
+
+def selected_and_conv1d(
+    source: str | Path, skip: Sequence[str] = (), *, trust_remote_code: bool = False
+) -> tuple[list[str], list[str]]:
+    """`transformers_selection`, and which of the tensors are weights of ``Conv1D``, stored ``[in, out]``."""
     try:
         import transformers
     except ImportError as error:
@@ -49,8 +78,36 @@ def transformers_selection(source: str | Path, skip: Sequence[str] = ()) -> list
         ) from error
     source = Path(source)
     names = _tensor_names(source)
-    config = transformers.AutoConfig.from_pretrained(source)
-    return converted_tensors(skeleton(_model_class(config, source), config), names, skip)
+    with _own_words(source, trust_remote_code):
+        # False, not None: transformers would ask on standard input.
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        model = skeleton(_model_class(config, source, trust_remote_code), config)
+    from transformers.pytorch_utils import Conv1D
+
+    found = _converted(model, names, skip)
+    return sorted(found), sorted(
+        name for name, module in found.items() if isinstance(model.get_submodule(module), Conv1D)
+    )
+
+
+@contextlib.contextmanager
+def _own_words(source: Path, trust_remote_code: bool) -> Iterator[None]:
+    """Inside the block, what transformers says of code that is not trusted, or that code of itself, in our words."""
+    try:
+        yield
+    except (RemoteCodeError, ImportError, OSError):
+        raise
+    except Exception as error:
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise RemoteCodeError(
+                f"{source / 'config.json'}: the model's code comes with the checkpoint (auto_map) and is not run: if "
+                "you trust it, add --trust-remote-code (trust_remote_code=True)"
+            ) from None
+        if trust_remote_code and not isinstance(error, ValueError):
+            raise CheckpointError(
+                f"{source}: the model's own code failed: {type(error).__name__}: {error}".splitlines()[0]
+            ) from error
+        raise
 
 
 def skeleton(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
@@ -91,6 +148,11 @@ def converted_tensors(model: PreTrainedModel, names: Iterable[str], skip: Sequen
     list[str]
         Sorted names, a subset of ``names``.
     """
+    return sorted(_converted(model, names, skip))
+
+
+def _converted(model: PreTrainedModel, names: Iterable[str], skip: Sequence[str]) -> dict[str, str]:
+    """Tensors of a checkpoint that would be quantized while loading into ``model``, with the module of each."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,
@@ -105,7 +167,7 @@ def converted_tensors(model: PreTrainedModel, names: Iterable[str], skip: Sequen
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     parameters = model.state_dict()
     prefix = model.base_model_prefix
-    converted = []
+    converted = {}
     # The order in which transformers loads: some renamings depend on what came before.
     for name in sorted(names, key=dot_natural_key):
         key, converter = rename_source_key(name, renamings, converters, prefix, parameters)
@@ -113,8 +175,8 @@ def converted_tensors(model: PreTrainedModel, names: Iterable[str], skip: Sequen
             key, converter = rename_source_key(name, [], [], prefix, parameters)
         module, _, leaf = key.rpartition(".")
         if key in parameters and leaf == "weight" and module in modules and converter is None:
-            converted.append(name)
-    return sorted(converted)
+            converted[name] = module
+    return converted
 
 
 def converted_modules(model: PreTrainedModel, skip: Sequence[str] = (), replace: bool = False) -> set[str]:
@@ -147,24 +209,45 @@ def converted_modules(model: PreTrainedModel, skip: Sequence[str] = (), replace:
     }
 
 
-def _model_class(config: PreTrainedConfig, source: Path) -> type[PreTrainedModel]:
+def _model_class(config: PreTrainedConfig, source: Path, trust_remote_code: bool = False) -> type[PreTrainedModel]:
     """The class that ``architectures`` names, else the one that ``AutoModel`` would build."""
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
+    own = _own_class(config)
+    if own is not None and trust_remote_code:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        theirs: type[PreTrainedModel] = get_class_from_dynamic_module(own, str(source))
+        return theirs
     for name in getattr(config, "architectures", None) or []:
         cls: Any = getattr(transformers, name, None)
         if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
             return cls
-        raise ValueError(
+        hint = "; if you trust it, add --trust-remote-code (trust_remote_code=True)" if own is not None else ""
+        raise (RemoteCodeError if hint else ValueError)(
             f"{source / 'config.json'}: architectures is {name!r}: expected a class of transformers "
-            f"{transformers.__version__}; code that comes with a checkpoint is not run"
+            f"{transformers.__version__}; code that comes with a checkpoint is not run{hint}"
         )
     found: Any = MODEL_MAPPING.get(type(config), None)
     if found is None:
         raise ValueError(f"{source / 'config.json'}: names no architectures, and {config.model_type!r} has no model")
     base: type[PreTrainedModel] = found[0] if isinstance(found, (tuple, list)) else found
     return base
+
+
+def _own_class(config: PreTrainedConfig) -> str | None:
+    """The entry of ``auto_map`` for the model: that of the class in ``architectures``, else the first for a model."""
+    table = getattr(config, "auto_map", None) or {}
+    models = {key: value for key, value in table.items() if key.startswith("AutoModel") and isinstance(value, str)}
+    named = (getattr(config, "architectures", None) or [None])[0]
+    for value in models.values():
+        if value.rpartition(".")[2] == named:
+            return value
+    for key in ("AutoModelForCausalLM", "AutoModel"):
+        if key in models:
+            return models[key]
+    return next(iter(models.values()), None)
 
 
 def _tensor_names(source: Path) -> list[str]:

@@ -364,15 +364,37 @@ pub(super) static BESIDE_OUTPUT: &[(&str, &str)] = &[
 /// Names of Mixture-of-Experts routers, whose weight is a parameter of their own.
 pub(super) static ROUTERS: &[&str] = &["gate", "router"];
 
-/// Names of embedding tables (`nn.Embedding`).
+/// Names of output layers at large, for models that nobody knows; counted only outside numbered layers.
+pub(super) static OUTPUT_NAMES: &[&str] = &[
+    "lm_head",
+    "embed_out",
+    "output",
+    "output_layer",
+    "output_projection",
+    "output_proj",
+    "out_head",
+    "head",
+    "unembed",
+    "logits",
+    "to_logits",
+    "vocab_head",
+    "proj_out",
+    "lm_output",
+];
+
+/// Names of embedding tables of tokens (`nn.Embedding`).
 #[rustfmt::skip]
-static EMBEDDINGS: &[&str] = &[
-    // Tokens.
+static TOKEN_EMBEDDINGS: &[&str] = &[
     "embed_tokens", "embeddings", "embedding", "embed", "embed_in", "shared", "wte", "token_embedding",
     "tok_embeddings", "tokens_embed", "word_embedding", "word_embeddings", "embed_char", "embed_audio_tokens",
     "embed_text_tokens", "encoder_hash_tok_embedding", "text_token_embedding", "HashBucketCodepointEmbedder",
     "input_embeds_layer", "input_embeds_layers", "generation_embeddings", "visual_embeddings_table", "codec_embed",
     "codebook", "value_embeddings", "embed_tokens_per_layer", "unit_embedding", "audio_bos_eos_token",
+];
+
+/// Names of other embedding tables.
+#[rustfmt::skip]
+static EMBEDDINGS: &[&str] = &[
     // Positions.
     "wpe", "position_embedding", "position_embeddings", "embed_positions", "pos_embed", "pos_emb", "positions_embed",
     "position_embeds_layer", "position_embedding_table", "text_position_embedding", "x_position_embeddings",
@@ -394,9 +416,18 @@ static EMBEDDINGS: &[&str] = &[
 
 /// Is this the path of an embedding table?
 pub(super) fn is_embedding(module: &str) -> bool {
-    static NAMES: LazyLock<HashSet<&str>> = LazyLock::new(|| EMBEDDINGS.iter().copied().collect());
-    // The items of a list count under the list's name, and so do `token_type_embeddings_0`, `_1`, …
+    static NAMES: LazyLock<HashSet<&str>> =
+        LazyLock::new(|| TOKEN_EMBEDDINGS.iter().chain(EMBEDDINGS).copied().collect());
+    NAMES.contains(table_name(module))
+}
+
+/// Is this the path of an embedding table of tokens?
+pub(super) fn is_token_table(module: &str) -> bool {
+    TOKEN_EMBEDDINGS.contains(&table_name(module))
+}
+
+/// The items of a list count under the list's name, and so do `token_type_embeddings_0`, `_1`, …
+fn table_name(module: &str) -> &str {
     let mut components = module.rsplit('.').skip_while(|name| name.bytes().all(|b| b.is_ascii_digit()));
-    let name = components.next().unwrap_or("").trim_end_matches(|c: char| c.is_ascii_digit()).trim_end_matches('_');
-    NAMES.contains(name)
+    components.next().unwrap_or("").trim_end_matches(|c: char| c.is_ascii_digit()).trim_end_matches('_')
 }

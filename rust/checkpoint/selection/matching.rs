@@ -115,6 +115,52 @@ pub(super) fn skip_list(kept: &[String], converted: &[String], starts: bool) -> 
     names.iter().map(exact).collect()
 }
 
+/// A skip list whose names hold for classes with a head, which have the base model under `prefix`, and for the base model
+/// itself: to each name that only one of them would understand, the other's spelling is added where it is exact.
+pub(super) fn with_and_without(
+    list: Vec<String>,
+    prefix: &str,
+    is_base: bool,
+    kept: &[String],
+    converted: &[String],
+) -> Vec<String> {
+    let start = format!("{prefix}.");
+    let pattern = format!("^{}", regex::escape(&start));
+    let spelled = |key: &str| -> Option<String> {
+        if is_base {
+            return match key.strip_prefix('^') {
+                Some(rest) => Some(format!("{pattern}{rest}")),
+                // The end of a path is found whatever it begins with; the start is not.
+                None => {
+                    let is_start = |module: &String| module.strip_prefix(key).is_some_and(|rest| rest.starts_with('.'));
+                    kept.iter().any(is_start).then(|| format!("{start}{key}"))
+                }
+            };
+        }
+        let stripped = key.strip_prefix(&pattern).map(|rest| format!("^{rest}"));
+        stripped.or_else(|| key.strip_prefix(&start).map(str::to_owned)).filter(|key| key.len() > 1)
+    };
+    let other = |module: &String| match module.strip_prefix(&start) {
+        Some(rest) => rest.to_owned(),
+        None => format!("{start}{module}"),
+    };
+    let others: Vec<String> = converted.iter().map(other).collect();
+    let present: HashSet<String> = list.iter().cloned().collect();
+    let mut out = Vec::with_capacity(list.len());
+    for key in list {
+        let added = spelled(&key).filter(|added| !present.contains(added)).filter(|added| {
+            let mut modules = converted.iter().chain(&others);
+            match SkipKey::new(added) {
+                Ok(pattern) if added.starts_with('^') => !modules.any(|module| pattern.matches(module)),
+                _ => !modules.any(|module| plain_key_matches(added, module)),
+            }
+        });
+        out.push(key);
+        out.extend(added);
+    }
+    out
+}
+
 /// The starts of a path that end with a component, shortest first, the whole path included.
 fn starts_of(module: &str) -> impl Iterator<Item = &str> {
     module.match_indices('.').map(|(dot, _)| &module[..dot]).chain([module])

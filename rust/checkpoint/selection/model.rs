@@ -7,11 +7,13 @@ use safetensors::Dtype;
 use serde_json::Value;
 
 use super::architectures::{
-    BESIDE_OUTPUT, CLASSES, ClassFacts, FAMILIES, Family, OUTPUT_EMBEDDINGS, ROUTERS, is_embedding,
+    BESIDE_OUTPUT, CLASSES, ClassFacts, FAMILIES, Family, OUTPUT_EMBEDDINGS, OUTPUT_NAMES, ROUTERS, is_embedding,
 };
+use super::evidence::{Evidence, Layout, is_outside};
 use super::known;
 use super::matching::{path_matches, plain_key_matches};
 use super::names::Renames;
+use super::prefixes::base_prefix;
 use super::{TensorFacts, is_quantizable, module_of};
 
 /// Why a tensor is treated as it is.
@@ -38,6 +40,9 @@ pub(super) enum Reason {
     Dtype(Dtype),
     Dimensions(usize),
     Empty,
+    Table,
+    Unplaced,
+    Unclear,
 }
 
 /// What one tensor is.
@@ -77,6 +82,10 @@ pub(super) struct Model<'c> {
     last: Vec<Cow<'static, str>>,
     tied: bool,
     custom_code: bool,
+    /// What the headers show.
+    evidence: Evidence,
+    /// A model that some loader builds from its `config.json`, by code that the rules have not been compared with.
+    cautious: bool,
     /// Modules with an `in_proj_weight`: `nn.MultiheadAttention`, whose `out_proj` is a subclass of `nn.Linear`.
     attentions: HashSet<String>,
 }
@@ -94,8 +103,13 @@ impl<'c> Model<'c> {
             collect_model_types(config, 0, &mut model_types);
         }
         let class = architecture.and_then(|name| CLASSES.iter().find(|facts| facts.classes.contains(&name)));
+        let known = model_type.is_some() && model_types.iter().all(|name| known::contains(name));
+        let custom_code = config.is_some_and(|config| config.get("auto_map").is_some());
         Self {
-            known: model_type.is_some() && model_types.iter().all(|name| known::contains(name)),
+            known,
+            evidence: Evidence::new(config, tensors),
+            cautious: custom_code || !known && (model_type.is_some() || architecture.is_some()),
+            custom_code,
             architecture,
             model_type,
             families: FAMILIES
@@ -105,7 +119,6 @@ impl<'c> Model<'c> {
             class,
             last: class.map_or_else(Vec::new, |facts| facts.last.iter().map(|path| last_path(path, tensors)).collect()),
             tied: config.is_some_and(is_tied),
-            custom_code: config.is_some_and(|config| config.get("auto_map").is_some()),
             attentions: tensors
                 .iter()
                 .filter_map(|tensor| tensor.name.strip_suffix(".in_proj_weight"))
@@ -124,6 +137,16 @@ impl<'c> Model<'c> {
         Renames::new(self.model_type, self.architecture, tensors)
     }
 
+    /// Whether somebody's own code decides what each module is.
+    pub fn is_cautious(&self) -> bool {
+        self.cautious
+    }
+
+    /// The name under which classes with a head hold the base model, where all of them use one.
+    pub fn base_prefix(&self) -> Option<String> {
+        self.model_type.and_then(base_prefix)
+    }
+
     pub fn notes(&self) -> Vec<String> {
         let mut notes = Vec::new();
         if !self.known {
@@ -131,9 +154,21 @@ impl<'c> Model<'c> {
                 Some(name) => format!("the rules do not know {name}"),
                 None => "config.json names no architecture".to_owned(),
             };
-            notes.push(format!("{what}: planned by names and shapes"));
+            let ask = match (self.cautious, self.custom_code) {
+                (false, _) => "",
+                (true, false) => "; what they do not show is kept (--selection transformers asks the model's class)",
+                (true, true) => {
+                    "; what they do not show is kept \
+                     (--selection transformers --trust-remote-code runs the model's own code and asks it)"
+                }
+            };
+            notes.push(format!("{what}: planned by names and shapes{ask}"));
         } else if self.custom_code {
-            notes.push("the model has code of its own (auto_map): planned as if it were transformers' class".into());
+            notes.push(
+                "the model has code of its own (auto_map): planned as if it were transformers' class, and what headers \
+                 do not show is kept (--selection transformers --trust-remote-code runs that code and asks it)"
+                    .into(),
+            );
         }
         if self.model_type == Some("llama4") {
             notes.push(
@@ -202,16 +237,38 @@ impl<'c> Model<'c> {
         } else if self.last.iter().any(|path| path_matches(path, module)) || self.is_score(module) {
             Some(Reason::LastLayer)
         } else {
-            None
+            self.unshown(tensor, module)
         };
+        let layout = self.layout(module, tensor.shape);
         let never = if tensor.shape.contains(&0) {
             Some(Reason::Empty)
         } else if !is_quantizable(tensor.dtype) {
             Some(Reason::Dtype(tensor.dtype))
         } else {
-            kept.filter(|reason| matches!(reason, Reason::Float32 | Reason::Tied))
+            let unclear = (layout == Layout::Unclear).then_some(Reason::Unclear);
+            kept.filter(|reason| matches!(reason, Reason::Float32 | Reason::Tied)).or(unclear)
         };
-        Class { linear: true, conv1d: self.is_conv1d(module), kept, never, parts: &[] }
+        Class { linear: true, conv1d: layout == Layout::Conv1d, kept, never, parts: &[] }
+    }
+
+    /// Why a weight that looks like that of a linear layer may be something else, where nobody knows the code.
+    fn unshown(&self, tensor: &TensorFacts<'_>, module: &str) -> Option<Reason> {
+        if !self.cautious {
+            None
+        } else if self.evidence.is_table(module, tensor.shape) {
+            Some(Reason::Table)
+        } else {
+            (!self.known && is_outside(module) && !self.evidence.has_bias(module)).then_some(Reason::Unplaced)
+        }
+    }
+
+    /// Whether the headers, or the architecture, show a `Conv1D`.
+    pub fn lies_as_conv1d(&self, tensor: &TensorFacts<'_>) -> bool {
+        self.layout(module_of(tensor.name), tensor.shape) == Layout::Conv1d
+    }
+
+    fn layout(&self, module: &str, shape: &[usize]) -> Layout {
+        self.evidence.layout(module, shape, self.is_conv1d(module), self.known && !self.custom_code)
     }
 
     fn in_float32(&self, module: &str) -> bool {
@@ -246,6 +303,10 @@ impl<'c> Model<'c> {
         let families = self.families.iter().flat_map(|family| family.output).filter(|path| !path.contains('*'));
         names.extend(families.map(|path| Cow::Borrowed(path.trim_start_matches('^'))));
         names.push(Cow::Borrowed("lm_head"));
+        if self.cautious {
+            let more = OUTPUT_NAMES.iter().filter(|name| **name != "lm_head" && self.tied);
+            names.extend(more.map(|name| Cow::Borrowed(*name)));
+        }
         names
     }
 
@@ -298,6 +359,9 @@ impl<'c> Model<'c> {
             Reason::Dtype(dtype) => format!("{dtype:?} is neither F16, BF16 nor F32"),
             Reason::Dimensions(n) => format!("{n}-dimensional"),
             Reason::Empty => "empty".into(),
+            Reason::Table => "an output layer or a table, by its name or its size".into(),
+            Reason::Unplaced => "outside the layers and without a bias: nothing shows that it is linear".into(),
+            Reason::Unclear => "nn.Linear or Conv1D: the headers do not say which".into(),
         }
     }
 }

@@ -253,6 +253,9 @@ pub(super) static RENAMED_OTHERWISE: &[&str] = &[
     "zoedepth",
 ];
 
+/// Names under which classes with a head commonly hold the base model.
+const PREFIXES: [&str; 6] = ["model", "transformer", "bert", "roberta", "deberta", "backbone"];
+
 /// How one checkpoint's names become module paths.
 pub(super) struct Renames {
     renames: Vec<(Regex, &'static str)>,
@@ -260,6 +263,8 @@ pub(super) struct Renames {
     strip: Option<String>,
     /// The names are those of the base model, which the class holds under a prefix of its own.
     pub unprefixed: bool,
+    /// The class is a base model (`LlamaModel`).
+    pub is_base: bool,
     doubtful: bool,
 }
 
@@ -274,11 +279,11 @@ impl Renames {
                 .filter_map(|(pattern, replacement)| Some((Regex::new(pattern).ok()?, *replacement)))
                 .collect(),
             unprefixed: false,
+            is_base,
             doubtful: model_type.is_some_and(|name| RENAMED_OTHERWISE.binary_search(&name).is_ok()),
         };
         let own = model_type.map(|name| name.replace('-', "_"));
-        let prefixes = ["model", "transformer", "bert", "roberta", "deberta", "backbone"];
-        let is_prefix = |part: &str| prefixes.contains(&part) || own.as_deref() == Some(part);
+        let is_prefix = |part: &str| PREFIXES.contains(&part) || own.as_deref() == Some(part);
         if is_base && renames.strip.is_none() {
             // The body of a model with a head, for the class without one: everything lies under one prefix.
             let heads = ["lm_head", "cls", "classifier", "score", "qa_outputs", "embed_out"];
@@ -289,6 +294,15 @@ impl Renames {
             renames.unprefixed = !tensors.iter().any(|tensor| is_prefix(first(&renames.apply(tensor.name))));
         }
         renames
+    }
+
+    /// The name under which classes with a head hold the base model: that of the architecture, where it is known, else
+    /// what the paths begin with.
+    pub fn base_prefix(&self, known: Option<String>, kept: &[String], converted: &[String]) -> Option<String> {
+        known.or_else(|| {
+            let mut starts = kept.iter().chain(converted).map(|path| first(path));
+            starts.find(|start| PREFIXES.contains(start)).map(str::to_owned)
+        })
     }
 
     /// A note where a skip list may name modules as transformers does not.

@@ -6,7 +6,9 @@ mod indices;
 mod interruptions;
 mod overlap;
 mod packing;
+mod parts;
 mod states;
+mod unsuitable;
 
 use std::collections::BTreeMap;
 use std::fs;
