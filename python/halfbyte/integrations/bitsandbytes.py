@@ -5,7 +5,8 @@ model answer yes, without a copy and without a patch of anybody's code: their cl
 method resolution order ends with bitsandbytes' class, after torch's. So nothing of bitsandbytes' is reached that this
 package or torch has, and none of its constructors runs. Where there is no bitsandbytes, nothing happens.
 
-Pickles and deep copies name this package's own classes, and can be read where there is no bitsandbytes.
+Pickles name this package's own classes, and can be read where there is no bitsandbytes. bitsandbytes takes seconds to
+import, so `promote` does not: of a model that it was called with, layers are promoted when somebody imports it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,11 @@ from __future__ import annotations
 import importlib.util
 import logging
 import sys
+import weakref
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, cast
 
@@ -43,14 +49,25 @@ class _JointParameter(_Joint, type(nn.Parameter)):  # type: ignore[misc]
     """The same of a parameter's class, which has a metaclass already."""
 
 
-def find() -> ModuleType | None:
-    """The real bitsandbytes, imported if need be; None where it is absent, broken, or this package stands in for it."""
+def _installed() -> bool:
+    try:
+        return importlib.util.find_spec("bitsandbytes") is not None
+    except ValueError:
+        # A module without a spec has that name.
+        return False
+
+
+def find(load: bool = True) -> ModuleType | None:
+    """The real bitsandbytes; None where it is absent, broken, or this package stands in for it.
+
+    It is imported if need be, unless `load` is False.
+    """
     module = sys.modules.get("bitsandbytes")
     if module is None:
+        if not load or not _installed():
+            return None
         try:
-            if importlib.util.find_spec("bitsandbytes") is None:
-                return None
-            module = importlib.import_module("bitsandbytes")
+            module = import_module("bitsandbytes")
         except Exception as error:  # whatever a broken installation raises
             _logger.info("bitsandbytes cannot be imported, and is taken for absent: %s", error)
             return None
@@ -61,11 +78,11 @@ def find() -> ModuleType | None:
     return None if issubclass(cast(type, found[0]), own_nn.Linear4bit) else module
 
 
-def join() -> bool:
-    """Make the joint classes, once; whether there are any, which takes a real bitsandbytes."""
+def join(load: bool = True) -> bool:
+    """Make the joint classes, once; whether there are any, which takes a real bitsandbytes, imported if need be."""
     if JOINT:
         return True
-    module = find()
+    module = find(load)
     if module is None:
         return False
     for name in _NAMES:
@@ -103,7 +120,7 @@ def _joint(own: type, module: ModuleType) -> type:
 
 
 def linear4bit_class() -> type[own_nn.Linear4bit]:
-    """The class for 4-bit layers here and now: the joint one where there is a real bitsandbytes, else this package's."""
+    """The class for 4-bit layers: the joint one where there is a real bitsandbytes, which it imports, else our own."""
     return cast("type[own_nn.Linear4bit]", JOINT[own_nn.Linear4bit] if join() else own_nn.Linear4bit)
 
 
@@ -116,11 +133,19 @@ def promote(model: nn.Module) -> None:
     """Make all 4-bit layers and weights of a model answer `isinstance` of bitsandbytes' classes, where it is real.
 
     In place: modules and parameters stay the objects that they are, and their numbers where they are. Classes derived
-    from this package's are promoted too. Where there is no bitsandbytes, nothing happens.
+    from this package's are promoted too. Where bitsandbytes is installed but not imported, it happens when that is;
+    where there is none, nothing happens.
     """
-    if not join():
-        return
-    module = find()
+    if join(load=False):
+        _promote(model)
+    elif "bitsandbytes" not in sys.modules and _installed():
+        _AWAITING.add(model)
+        if _FINDER not in sys.meta_path:
+            sys.meta_path.insert(0, _FINDER)
+
+
+def _promote(model: nn.Module) -> None:
+    module = find(load=False)
     assert module is not None
     for layer in model.modules():
         if isinstance(layer, (own_nn.Linear4bit, own_nn.Embedding4bit)):
@@ -133,7 +158,57 @@ def promote(model: nn.Module) -> None:
 def _become(thing: nn.Module | torch.Tensor, module: ModuleType) -> None:
     cls = type(thing)
     if STANDS_FOR not in cls.__dict__:
-        thing.__class__ = _joint(cls, module)  # type: ignore[assignment]
+        thing.__class__ = _joint(cls, module)
+
+
+# ---- when bitsandbytes is imported later -----------------------------------------------------------------------------
+
+_AWAITING: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+class _Finder(MetaPathFinder):
+    """Finds bitsandbytes as the other finders do, and promotes what awaits it once it is there."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != "bitsandbytes":
+            return None
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _Telling(spec.loader)
+                return spec
+        return None
+
+
+class _Telling(Loader):
+    """A loader that tells when its work is done, and leaves no trace of itself."""
+
+    def __init__(self, real: Loader) -> None:
+        self._real = real
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._real.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self._real
+        self._real.exec_module(module)
+        if _FINDER in sys.meta_path:
+            sys.meta_path.remove(_FINDER)
+        models = list(_AWAITING)
+        _AWAITING.clear()
+        if join(load=False):
+            for model in models:
+                _promote(model)
+
+
+_FINDER = _Finder()
 
 
 def __getattr__(name: str) -> type:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from typing import Any
 
@@ -22,8 +23,9 @@ def portable(cls: type) -> type:
 
 def new_module(cls: type[torch.nn.Module]) -> torch.nn.Module:
     """An empty module of a class, as unpickling starts with; of the joint one where there is one."""
-    made = JOINT.get(cls, cls)
-    return made.__new__(made)
+    made: Any = JOINT.get(cls, cls)
+    module: torch.nn.Module = made.__new__(made)
+    return module
 
 
 def is_foreign(param: object) -> bool:
@@ -47,6 +49,6 @@ def foreign_parts(param: Any) -> tuple[torch.Tensor, dict[str, Any] | None]:
         modules = sys.modules[
             next(c.__module__ for c in type(param).__mro__ if c.__module__.startswith("bitsandbytes"))
         ]
-        data, state = modules._convert_weight_packed_for_cpu_inverse(data, state)
+        data, state = modules._convert_weight_packed_for_cpu_inverse(data, copy.copy(state))
     entries: dict[str, Any] = state.as_dict(packed=True)
     return data, entries
