@@ -344,11 +344,19 @@ def test_compute_dtype_knows_what_was_not_given():
     name = "bnb_4bit_compute_dtype"
     left = BitsAndBytesConfig(load_in_4bit=True)
     chosen = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
-    assert left.compute_dtype() is None and chosen.compute_dtype() is torch.float32
+    assert left.compute_dtype() is None
+    assert chosen.compute_dtype() is torch.float32
     # To everybody else they are the same.
-    assert left == chosen and left.to_json_string() == chosen.to_json_string()
-    assert left.bnb_4bit_compute_dtype is torch.float32 and list(vars(left)) == list(vars(Theirs(load_in_4bit=True)))
-    for again in (copy.copy(left), copy.deepcopy(left), pickle.loads(pickle.dumps(left)), BitsAndBytesConfig.coerce(left)):
+    assert left == chosen
+    assert left.to_json_string() == chosen.to_json_string()
+    assert left.bnb_4bit_compute_dtype is torch.float32
+    assert list(vars(left)) == list(vars(Theirs(load_in_4bit=True)))
+    for again in (
+        copy.copy(left),
+        copy.deepcopy(left),
+        pickle.loads(pickle.dumps(left)),
+        BitsAndBytesConfig.coerce(left),
+    ):
         assert again.compute_dtype() is None
     for again in (copy.deepcopy(chosen), pickle.loads(pickle.dumps(chosen))):
         assert again.compute_dtype() is torch.float32
@@ -360,7 +368,8 @@ def test_compute_dtype_knows_what_was_not_given():
     assert BitsAndBytesConfig.coerce(Theirs(load_in_4bit=True)).compute_dtype() is torch.float32
     left.bnb_4bit_compute_dtype = "bfloat16"
     chosen.update(bnb_4bit_compute_dtype=None)
-    assert left.compute_dtype() is torch.bfloat16 and chosen.compute_dtype() is None
+    assert left.compute_dtype() is torch.bfloat16
+    assert chosen.compute_dtype() is None
 
 
 def test_equality():

@@ -327,8 +327,8 @@ class BitsAndBytesConfig:
         """Return the data type of the product that was chosen, None when that was left to the input.
 
         A `torch.dtype` where the process has loaded torch, else its name. A config that was read from a dictionary that
-        says float32, and one of transformers' class, chose float32: there the two cannot be told apart, and transformers
-        computes in float32.
+        says float32, and one of transformers' class, count as having chosen it: there the two cannot be told apart, and
+        transformers computes in float32.
         """
         return None if "bnb_4bit_compute_dtype" in self._defaults else self.bnb_4bit_compute_dtype
 
