@@ -1,8 +1,8 @@
 """What the tensor operations accept: every check of their arguments, in one place.
 
 Each function raises `TypeError` for a wrong type, `DTypeError` for a wrong dtype and `ValueError` for a wrong value:
-the message names the argument, what it is, and what is legal. Kernels and fake kernels call the same functions, so that an
-eager call, a traced one and a call on the meta device refuse the same things. What passes here is safe to hand to
+the message names the argument, what it is, and what is legal. Kernels and fake kernels call the same functions, so that
+an eager call, a traced one and a call on the meta device refuse the same things. What passes here is safe to hand to
 native code as addresses.
 
 The functions that small products wait for first ask, in one expression, whether all is well; what is wrong is only then
