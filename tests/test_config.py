@@ -340,6 +340,38 @@ def test_copies_and_pickles(cls):
     assert copy.deepcopy(config).llm_int8_skip_modules is not config.llm_int8_skip_modules
 
 
+def test_compute_dtype_knows_what_was_not_given():
+    name = "bnb_4bit_compute_dtype"
+    left = BitsAndBytesConfig(load_in_4bit=True)
+    chosen = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    assert left.compute_dtype() is None
+    assert chosen.compute_dtype() is torch.float32
+    # To everybody else they are the same.
+    assert left == chosen
+    assert left.to_json_string() == chosen.to_json_string()
+    assert left.bnb_4bit_compute_dtype is torch.float32
+    assert list(vars(left)) == list(vars(Theirs(load_in_4bit=True)))
+    for again in (
+        copy.copy(left),
+        copy.deepcopy(left),
+        pickle.loads(pickle.dumps(left)),
+        BitsAndBytesConfig.coerce(left),
+    ):
+        assert again.compute_dtype() is None
+    for again in (copy.deepcopy(chosen), pickle.loads(pickle.dumps(chosen))):
+        assert again.compute_dtype() is torch.float32
+    assert BitsAndBytesConfig.coerce({"load_in_4bit": True}).compute_dtype() is None
+    assert BitsAndBytesConfig.coerce({"load_in_4bit": True, name: None}).compute_dtype() is None
+    assert BitsAndBytesConfig.coerce({"load_in_4bit": True, name: "float16"}).compute_dtype() is torch.float16
+    # Where it cannot be known, it is what transformers computes in.
+    assert BitsAndBytesConfig.coerce(left.to_dict()).compute_dtype() is torch.float32
+    assert BitsAndBytesConfig.coerce(Theirs(load_in_4bit=True)).compute_dtype() is torch.float32
+    left.bnb_4bit_compute_dtype = "bfloat16"
+    chosen.update(bnb_4bit_compute_dtype=None)
+    assert left.compute_dtype() is torch.bfloat16
+    assert chosen.compute_dtype() is None
+
+
 def test_equality():
     config = BitsAndBytesConfig(**NF4)
     assert config == BitsAndBytesConfig(**{**NF4, "bnb_4bit_compute_dtype": torch.bfloat16})

@@ -23,6 +23,7 @@ from halfbyte.nn import (
     LinearFP4,
     LinearNF4,
     Params4bit,
+    fix_4bit_weight_quant_state_from_module,
 )
 from halfbyte.nn import linear as linear_module
 from halfbyte.state import QuantState
@@ -178,6 +179,32 @@ def test_autocast_compiled_whole_gives_the_inputs_dtype(compute_dtype):
     # The autocast dtype goes before the layer's own.
     assert torch.equal(y, y.bfloat16().float())
     torch.testing.assert_close(run(torch.compile(layer, backend="aot_eager", fullgraph=True)), (y, grad))
+
+
+def test_compute_type_can_be_set_by_code_that_replaces_forward():
+    _, layer = quantized()
+    assert not layer.compute_type_is_set
+    layer.set_compute_type(torch.randn(2, 96, dtype=torch.float16))
+    assert layer.compute_dtype is None
+    layer.set_compute_type(torch.randn(2, 96, dtype=torch.bfloat16))
+    assert layer.compute_dtype is torch.bfloat16
+    assert quantized(compute_dtype=torch.float16)[1].compute_type_is_set
+
+
+def test_a_weight_that_lost_its_state_gets_it_from_the_module():
+    _, layer = quantized()
+    dense, state = layer.dequantize(), layer.quant_state
+    layer.weight.quant_state = None
+    fix_4bit_weight_quant_state_from_module(layer)
+    assert layer.weight.quant_state is state
+    del layer.weight
+    layer.weight = torch.nn.Parameter(F.quantize_4bit(dense, quant_type="nf4")[0], requires_grad=False)
+    fix_4bit_weight_quant_state_from_module(layer)
+    assert isinstance(layer.weight, Params4bit)
+    assert layer.weight.quant_state is state
+    assert layer.weight.bnb_quantized
+    with pytest.raises(RuntimeError, match="not quantized yet"):
+        fix_4bit_weight_quant_state_from_module(LinearNF4(8, 8))
 
 
 def test_a_slow_compute_dtype_is_said_once(caplog):

@@ -341,6 +341,9 @@ def test_the_config_sets_type_storage_scales_and_compute_dtype() -> None:
     assert model[0].weight.quant_state.nested
     # A default that nobody chose is not taken for a choice.
     assert halfbyte.quantize_model(mlp(), NF4)[0].compute_dtype is None
+    assert halfbyte.quantize_model(mlp(), halfbyte.BitsAndBytesConfig(load_in_4bit=True))[0].compute_dtype is None
+    chosen = halfbyte.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype="float32")
+    assert halfbyte.quantize_model(mlp(), chosen)[0].compute_dtype is torch.float32
 
 
 def test_swapped_models_can_be_copied_pickled_saved_and_trained() -> None:

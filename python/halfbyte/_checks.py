@@ -1,9 +1,9 @@
 """What the tensor operations accept: every check of their arguments, in one place.
 
-Each function raises `TypeError` for a wrong type or dtype and `ValueError` for a wrong value; the message names the
-argument, what it is, and what is legal. Kernels and fake kernels call the same functions, so that an eager call, a
-traced one and a call on the meta device refuse the same things. What passes here is safe to hand to native code as
-addresses.
+Each function raises `TypeError` for a wrong type, `DTypeError` for a wrong dtype and `ValueError` for a wrong value:
+the message names the argument, what it is, and what is legal. Kernels and fake kernels call the same functions, so that
+an eager call, a traced one and a call on the meta device refuse the same things. What passes here is safe to hand to
+native code as addresses.
 
 The functions that small products wait for first ask, in one expression, whether all is well; what is wrong is only then
 looked for.
@@ -74,7 +74,7 @@ def check_storage(quant_storage: object) -> None:
 def check_float(argument: str, dtype: torch.dtype) -> None:
     """`dtype` is one that the arithmetic knows."""
     if dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{argument}: dtype {dtype} is not one of {names(FLOAT_DTYPES)}")
+        raise DTypeError(f"{argument}: dtype {dtype} is not one of {names(FLOAT_DTYPES)}")
 
 
 def check_tensor(argument: str, tensor: object) -> None:
@@ -140,10 +140,10 @@ def check_scales(
             missing, given = ("absmax2", "offset") if absmax2 is None else ("offset", "absmax2")
             raise ValueError(f"{missing}: None, but {given} is given; nested scales have both, plain scales neither")
         if absmax.dtype is not torch.float32:
-            raise TypeError(f"absmax: dtype {absmax.dtype} is not torch.float32 (or torch.uint8 for nested scales)")
+            raise DTypeError(f"absmax: dtype {absmax.dtype} is not torch.float32 (or torch.uint8 for nested scales)")
         return
     if absmax.dtype is not torch.uint8:
-        raise TypeError(f"absmax: dtype {absmax.dtype} is not torch.uint8, which nested scales are")
+        raise DTypeError(f"absmax: dtype {absmax.dtype} is not torch.uint8, which nested scales are")
     for argument, tensor, count in (
         ("absmax2", absmax2, blocks_of(blocks, NESTED_BLOCKSIZE)),
         ("offset", offset, 1),
@@ -151,7 +151,7 @@ def check_scales(
         check_tensor(argument, tensor)
         same_device(argument, tensor, "packed", device)
         if tensor.dtype is not torch.float32:
-            raise TypeError(f"{argument}: dtype {tensor.dtype} is not torch.float32")
+            raise DTypeError(f"{argument}: dtype {tensor.dtype} is not torch.float32")
         if tensor.numel() != count:
             raise ValueError(f"{argument}: {tensor.numel()} elements, expected {count} for {blocks} nested scales")
 
@@ -160,7 +160,7 @@ def check_compress(absmax: Tensor) -> None:
     """The argument of `compress_absmax`."""
     check_tensor("absmax", absmax)
     if absmax.dtype is not torch.float32:
-        raise TypeError(f"absmax: dtype {absmax.dtype} is not torch.float32")
+        raise DTypeError(f"absmax: dtype {absmax.dtype} is not torch.float32")
 
 
 def check_expand(codes: Tensor, absmax2: Tensor, offset: Tensor) -> None:
@@ -172,7 +172,7 @@ def check_expand(codes: Tensor, absmax2: Tensor, offset: Tensor) -> None:
 def check_packed_length(argument: str, packed: Tensor, n: int) -> None:
     """`packed` holds the codes of `n` values, rounded up to whole elements of its storage dtype."""
     if packed.dtype not in STORAGE_DTYPES:
-        raise TypeError(f"{argument}: dtype {packed.dtype} is not one of {names(STORAGE_DTYPES)}")
+        raise DTypeError(f"{argument}: dtype {packed.dtype} is not one of {names(STORAGE_DTYPES)}")
     size = packed.element_size()
     if packed.numel() != (packed_bytes(n) + size - 1) // size:
         raise ValueError(
@@ -279,7 +279,7 @@ def check_embedding(indices: Tensor, packed: Tensor, shape: Sequence[int], dtype
     """The arguments of `embedding_4bit` beside the weight."""
     check_tensor("indices", indices)
     if indices.dtype not in INDEX_DTYPES:
-        raise TypeError(f"indices: dtype {indices.dtype} is not one of {names(INDEX_DTYPES)}")
+        raise DTypeError(f"indices: dtype {indices.dtype} is not one of {names(INDEX_DTYPES)}")
     same_device("indices", indices, "packed", packed.device)
     check_shape("shape", shape, 2)
     check_float("dtype", dtype)
@@ -290,7 +290,7 @@ def check_code(code: Tensor, device: torch.device) -> None:
     check_tensor("code", code)
     same_device("code", code, "the input", device)
     if code.dtype is not torch.float32:
-        raise TypeError(f"code: dtype {code.dtype} is not torch.float32")
+        raise DTypeError(f"code: dtype {code.dtype} is not torch.float32")
     if code.numel() != 256:
         raise ValueError(f"code: {code.numel()} elements, expected 256")
 
@@ -315,14 +315,14 @@ def check_dequantize_blockwise(codes: Tensor, absmax: Tensor, code: Tensor, bloc
     """The arguments of `dequantize_blockwise`."""
     check_tensor("codes", codes)
     if codes.dtype is not torch.uint8:
-        raise TypeError(f"codes: dtype {codes.dtype} is not torch.uint8")
+        raise DTypeError(f"codes: dtype {codes.dtype} is not torch.uint8")
     check_float("dtype", dtype)
     check_code(code, codes.device)
     check_blocksize_8bit(blocksize)
     check_tensor("absmax", absmax)
     same_device("absmax", absmax, "codes", codes.device)
     if absmax.dtype is not torch.float32:
-        raise TypeError(f"absmax: dtype {absmax.dtype} is not torch.float32")
+        raise DTypeError(f"absmax: dtype {absmax.dtype} is not torch.float32")
     blocks = blocks_of(codes.numel(), blocksize)
     if absmax.numel() != blocks:
         raise ValueError(f"absmax: {absmax.numel()} scales do not fit; {codes.numel()} codes make {blocks} blocks")
@@ -343,14 +343,14 @@ def check_dequantize_rows(
     first, second = arguments
     check_tensor(first, codes)
     if codes.dtype is not torch.int8:
-        raise TypeError(f"{first}: dtype {codes.dtype} is not torch.int8")
+        raise DTypeError(f"{first}: dtype {codes.dtype} is not torch.int8")
     if codes.dim() == 0:
         raise ValueError(f"{first}: shape [] has no rows; expected [..., columns]")
     check_float("dtype", dtype)
     check_tensor(second, scales)
     same_device(second, scales, first, codes.device)
     if scales.dtype is not torch.float32:
-        raise TypeError(f"{second}: dtype {scales.dtype} is not torch.float32")
+        raise DTypeError(f"{second}: dtype {scales.dtype} is not torch.float32")
     rows = prod(codes.shape[:-1])
     if scales.numel() != rows:
         raise ValueError(f"{second}: {scales.numel()} scales do not fit; {first} {list(codes.shape)} has {rows} rows")
@@ -361,7 +361,7 @@ def check_out(out: object, shape: Sequence[int], dtype: torch.dtype, device: tor
     check_tensor("out", out)
     assert isinstance(out, Tensor)
     if out.dtype != dtype:
-        raise TypeError(f"out: dtype {out.dtype} is not {dtype}")
+        raise DTypeError(f"out: dtype {out.dtype} is not {dtype}")
     if list(out.shape) != list(shape):
         raise ValueError(f"out: shape {list(out.shape)} is not {list(shape)}")
     same_device("out", out, "the input", device)

@@ -79,9 +79,14 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
 
 
 def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool = True) -> Tensor:
-    """Evenly spaced values from -1 (0 without `signed`) to 1: float32 [256], the missing ones being zeros."""
+    """Evenly spaced values from -1 (0 without `signed`) to 1: float32 [256], zeros in the middle for those missing.
+
+    Without `signed` and with less than 8 bits it therefore does not ascend.
+    """
     centred = signed and (add_zero or total_bits < 8)
-    return _padded(torch.linspace(-1.0 if signed else 0.0, 1.0, 2**total_bits - centred))
+    values = torch.linspace(-1.0 if signed else 0.0, 1.0, 2**total_bits - centred)
+    half = values.numel() // 2
+    return torch.cat([values[:half], torch.zeros(256 - values.numel()), values[half:]])
 
 
 def create_fp8_map(signed: bool = True, exponent_bits: int = 5, precision_bits: int = 2, total_bits: int = 8) -> Tensor:

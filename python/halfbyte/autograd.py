@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte._checks import check_out
+from halfbyte._checks import DTypeError, check_out
 from halfbyte._ops import kernels, plain
 from halfbyte.state import QuantState
 
@@ -342,7 +342,8 @@ def matmul_4bit(
     >>> torch.testing.assert_close(y, x @ dequantize_4bit(packed, state).T)
     """
     if not isinstance(quant_state, QuantState):
-        raise TypeError(f"quant_state: {type(quant_state).__name__} is not a QuantState, as quantize_4bit returns")
+        kind = DTypeError if quant_state is None else TypeError
+        raise kind(f"quant_state: {type(quant_state).__name__} is not a QuantState, as quantize_4bit returns")
     if not isinstance(A, Tensor):
         raise TypeError(f"A: {type(A).__name__} is not a torch.Tensor")
     dtype = autocast_dtype(A)

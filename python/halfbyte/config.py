@@ -144,8 +144,9 @@ class _DTypeAttribute:
         found: torch.dtype | str | None = getattr(sys.modules.get("torch"), name, None)
         return found if found is not None and _is_torch_dtype(found) else name
 
-    def __set__(self, instance: object, value: torch.dtype | str | None) -> None:
+    def __set__(self, instance: BitsAndBytesConfig, value: torch.dtype | str | None) -> None:
         instance.__dict__[self.name] = _dtype_name(self.name, value, self.default, self.strings)
+        instance._defaults = instance._defaults | {self.name} if value is None else instance._defaults - {self.name}
 
 
 def _transformers_class() -> type[Any] | None:
@@ -172,10 +173,11 @@ def _joint_class(own: type, theirs: type) -> type:
     return made
 
 
-def _restore(cls: type[_Config], state: dict[str, Any]) -> _Config:
+def _restore(cls: type[_Config], state: dict[str, Any], defaults: frozenset[str] = frozenset()) -> _Config:
     """Rebuild a pickled or copied config."""
     config = cls.__new__(cls)
     config.__dict__.update(state)
+    config._defaults = defaults
     return config
 
 
@@ -201,8 +203,9 @@ class BitsAndBytesConfig:
     llm_int8_has_fp16_weight:
         8-bit: keep float16 weights as well, for training them.
     bnb_4bit_compute_dtype:
-        4-bit: the data type of the product, a `torch.dtype` or its name ("bfloat16", "torch.bfloat16");
-        None for float32.
+        4-bit: the data type of the product, a `torch.dtype` or its name ("bfloat16", "torch.bfloat16"). None leaves it
+        to the input, whose type the product then has; the attribute and `config.json` say float32 for it, as those of
+        transformers do, and `compute_dtype()` tells the two apart.
     bnb_4bit_quant_type:
         4-bit: the codebook, "nf4" or "fp4".
     bnb_4bit_use_double_quant:
@@ -234,6 +237,10 @@ class BitsAndBytesConfig:
     'bfloat16'
     """
 
+    # What was left to its default. No attribute among the others: those are what `config.json` holds.
+    __slots__ = ("__dict__", "__weakref__", "_defaults")
+    _defaults: frozenset[str]
+
     bnb_4bit_compute_dtype = _DTypeAttribute("float32")
     bnb_4bit_quant_storage = _DTypeAttribute("uint8", QUANT_STORAGE_DTYPES)
 
@@ -252,6 +259,7 @@ class BitsAndBytesConfig:
         **kwargs: Any,
     ) -> None:
         # `vars(self)` holds the keys of config.json in the order in which transformers' class writes them.
+        self._defaults = frozenset()
         self.quant_method = QuantizationMethod.BITS_AND_BYTES
         if load_in_4bit and load_in_8bit:
             raise _both_error()
@@ -315,6 +323,15 @@ class BitsAndBytesConfig:
         """Return whether this config quantizes anything."""
         return self.load_in_8bit or self.load_in_4bit
 
+    def compute_dtype(self) -> torch.dtype | str | None:
+        """Return the data type of the product that was chosen, None when that was left to the input.
+
+        A `torch.dtype` where the process has loaded torch, else its name. A config that was read from a dictionary that
+        says float32, and one of transformers' class, count as having chosen it: there the two cannot be told apart, and
+        transformers computes in float32.
+        """
+        return None if "bnb_4bit_compute_dtype" in self._defaults else self.bnb_4bit_compute_dtype
+
     def quantization_method(self) -> str | None:
         """Return "llm_int8", "fp4" or "nf4"; None when nothing is quantized, or to a 4-bit type of another name."""
         if self.load_in_8bit:
@@ -348,6 +365,7 @@ class BitsAndBytesConfig:
             made = config
         elif isinstance(config, BitsAndBytesConfig) or (theirs is not None and isinstance(config, theirs)):
             made = cls.from_dict(config.to_dict())
+            made._defaults = getattr(config, "_defaults", made._defaults)
         elif isinstance(config, dict):
             method = config.get("quant_method", "bitsandbytes")
             if method != "bitsandbytes":
@@ -465,7 +483,7 @@ class BitsAndBytesConfig:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The default refuses objects whose `__class__` is not their type.
-        return _restore, (type(self), self.__dict__.copy())
+        return _restore, (type(self), self.__dict__.copy(), self._defaults)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type[BitsAndBytesConfig]:

@@ -256,7 +256,7 @@ def quantize_blockwise(
 
     Args:
         A: float16, bfloat16 or float32, of any shape and strides.
-        code: The 256 values, float32, ascending; default the signed dynamic map.
+        code: The values, float32, up to 256; default the signed dynamic map. 256 that ascend are the fast case.
         absmax: Where to write the scales: float32 `[ceil(n / blocksize)]`, or uint8 when `nested`.
         out: Where to write the codes: uint8, shaped as `A`.
         blocksize: How many consecutive values share a scale, default 4096.
@@ -267,22 +267,34 @@ def quantize_blockwise(
 
     Raises:
         TypeError: A wrong type or dtype. The message names the argument and the legal ones.
-        ValueError: A wrong `blocksize`, a `code` that does not ascend, an `out` or `absmax` of another shape or device.
-            A `code` on a GPU is not looked at, which would mean to wait: if it does not ascend, codes mean nothing.
+        ValueError: A wrong `blocksize` or `code`, an `out` or `absmax` of another shape or device. A `code` of 256 on a
+            GPU is not looked at, which would mean to wait: if it does not ascend, codes mean nothing.
     """
     check_tensor("A", A)
     check_float("A", A.dtype)
     check_blocksize_8bit(blocksize)
     A = A.detach() if A.requires_grad else A
+    order = None
     if code is None:
         code = dynamic_map(A.device)
     else:
         check_tensor("code", code)
-        if code.device.type == "cpu" and A.is_cuda and kernels(code) and not bool((code[1:] >= code[:-1]).all()):
-            raise ValueError("code: is not in ascending order")
+        unsorted = code.device.type == "cpu" and bool(kernels(code)) and not bool((code[1:] >= code[:-1]).all())
         code = code.to(device=A.device, dtype=torch.float32, copy=True)
-    check_code(code, A.device)
-    codes, scales = (kernels(A, None, code) or _ops).quantize_blockwise(A, code, blocksize)
+        if unsorted or 0 < code.numel() < 256:
+            order = code.flatten().argsort(stable=True)
+            ascending = code.flatten()[order]
+    if order is None:
+        check_code(code, A.device)
+        codes, scales = (kernels(A, None, code) or _ops).quantize_blockwise(A, code, blocksize)
+    else:
+        # Padded with its largest value; what is found there, or in order, is then named as in `code`.
+        missing = 256 - ascending.numel()
+        full = torch.cat([ascending, ascending[-1:].expand(missing)]) if missing > 0 else ascending
+        check_code(full, A.device)
+        codes, scales = (kernels(A, None, full) or _ops).quantize_blockwise(A, full, blocksize)
+        named = torch.cat([order, order[-1:].expand(missing)]) if missing > 0 else order
+        codes = named.to(torch.uint8)[codes.int()]
     state = QuantState(scales, code=code, blocksize=blocksize, dtype=A.dtype)
     if nested:
         # In float64, where the order of summation cannot show.
@@ -309,7 +321,7 @@ def dequantize_blockwise(
         A: The codes, uint8, of any shape and strides.
         quant_state: Their state. Without it, `absmax`, `code` and `blocksize` say what it would.
         absmax: float32 scales; ignored when `quant_state` is given.
-        code: The 256 values, default the signed dynamic map; ignored when `quant_state` is given.
+        code: The values, up to 256, default the signed dynamic map; ignored when `quant_state` is given.
         out: Where to write the result.
         blocksize: As it was quantized with; ignored when `quant_state` is given.
         nested: Accepted for its callers' sake: the state knows.
@@ -324,6 +336,8 @@ def dequantize_blockwise(
     check_tensor("A", A)
     dtype = quant_state.dtype or torch.float32
     values = dynamic_map(A.device) if quant_state.code is None else quant_state.code.to(A.device, torch.float32)
+    if 0 < values.numel() < 256:
+        values = torch.cat([values.flatten(), values.new_zeros(256 - values.numel())])
     scales = quant_state.absmax
     if quant_state.nested and quant_state.offset is not None:
         scales = dequantize_blockwise(scales, quant_state.state2) + quant_state.offset

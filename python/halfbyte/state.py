@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ _SCALAR_KEYS = (
     "nested_dtype",
     "nested_offset",
 )
+_CONVERTED = (torch.float16, torch.bfloat16, torch.float64)
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 
 
@@ -101,12 +102,12 @@ class QuantState:
         state2: When nested, the state of the scales: its `absmax` is float32 `[ceil(blocks / 256)]`.
         nested: Whether the scales are quantized themselves.
 
-    All are plain attributes and may be assigned.
+    All are plain attributes and may be assigned. Scales and offsets of another floating dtype become float32.
     """
 
     valid_quant_types = QUANT_TYPES
-    valid_qs_type_keys = tuple(f"bitsandbytes__{quant_type}" for quant_type in QUANT_TYPES)
-    valid_qs_keys = (*TENSOR_KEYS, "quant_state", *_SCALAR_KEYS)
+    valid_qs_type_keys: ClassVar = [f"bitsandbytes__{quant_type}" for quant_type in QUANT_TYPES]
+    valid_qs_keys: ClassVar = [*TENSOR_KEYS, "quant_state", *_SCALAR_KEYS]
 
     def __init__(
         self,
@@ -130,6 +131,12 @@ class QuantState:
         self.state2 = state2
         self.nested = state2 is not None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Assign; here, and not in each product, scales of 16 or 64 bits become the float32 that kernels read."""
+        if name in ("absmax", "offset") and isinstance(value, Tensor) and value.dtype in _CONVERTED:
+            value = value.to(torch.float32)
+        object.__setattr__(self, name, value)
+
     def __getattr__(self, name: str) -> Any:
         """Resolve the last part of a packed state-dict key, as code that walks dotted names does."""
         if name.startswith("bitsandbytes__"):
@@ -152,7 +159,7 @@ class QuantState:
         )
 
     def __eq__(self, other: object) -> bool:
-        """Whether both read the same codes as the same values, on whatever device."""
+        """Whether both read the same codes as the same values, up to 1e-6, on whatever device."""
         if not isinstance(other, QuantState):
             return NotImplemented
         return (
@@ -308,7 +315,10 @@ class QuantState:
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b.to(a.device))
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    b = b.to(a.device)
+    return torch.equal(a, b) or (a.is_floating_point() and torch.allclose(a, b, rtol=0, atol=1e-6))
 
 
 def _unpack(qs_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -316,7 +326,7 @@ def _unpack(qs_dict: Mapping[str, Any]) -> dict[str, Any]:
     packed = {key: value for key, value in qs_dict.items() if "bitsandbytes__" in key}
     fields = {key.rpartition(".")[2]: value for key, value in qs_dict.items() if key not in packed}
     if packed:
-        if len(packed) > 1 or not next(iter(packed)).endswith(QuantState.valid_qs_type_keys):
+        if len(packed) > 1 or not next(iter(packed)).endswith(tuple(QuantState.valid_qs_type_keys)):
             found = ", ".join(sorted(packed))
             raise ValueError(f"quant state: {found}; expected exactly one of {', '.join(PACKED_KEYS)}")
         ((key, blob),) = packed.items()

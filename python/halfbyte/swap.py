@@ -307,10 +307,8 @@ def _settings(config: object) -> tuple[BitsAndBytesConfig, torch.dtype | None]:
         raise ValueError("config: load_in_8bit is True; quantize_model makes 4-bit layers, expected load_in_4bit=True")
     if not made.load_in_4bit:
         raise ValueError("config: load_in_4bit is False, so it quantizes nothing; expected load_in_4bit=True")
-    if isinstance(config, dict) and config.get("bnb_4bit_compute_dtype") is None:
-        return made, None
-    dtype = made.bnb_4bit_compute_dtype
-    assert isinstance(dtype, torch.dtype)
+    dtype = made.compute_dtype()
+    assert dtype is None or isinstance(dtype, torch.dtype)
     return made, dtype
 
 

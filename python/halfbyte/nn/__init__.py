@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from halfbyte.nn._quantized import fix_4bit_weight_quant_state_from_module
 from halfbyte.nn.embedding import Embedding4bit, EmbeddingFP4, EmbeddingNF4
 from halfbyte.nn.linear import Linear4bit, LinearFP4, LinearNF4
 from halfbyte.nn.params import Params4bit
@@ -14,4 +15,5 @@ __all__ = [
     "LinearFP4",
     "LinearNF4",
     "Params4bit",
+    "fix_4bit_weight_quant_state_from_module",
 ]

@@ -270,6 +270,29 @@ class Quantized(torch.nn.Module):
             self.weight = weight
 
 
+def fix_4bit_weight_quant_state_from_module(module: Quantized) -> None:
+    """Give a weight that lost its state, or its class, what its module knows of it.
+
+    Wrappers that shard or flatten parameters leave bare ones behind. The layers here work with those; this is for code
+    that reads `module.weight.quant_state`.
+    """
+    if getattr(module.weight, "quant_state", None) is not None:
+        return
+    state = module._state()
+    if not isinstance(module.weight, Params4bit):
+        _, blocksize, quant_type = state.weight()
+        module.weight = Params4bit(
+            module.weight.data,
+            quant_state=state,
+            blocksize=blocksize,
+            compress_statistics=state.nested,
+            quant_type=quant_type,
+            quant_storage=module.quant_storage,
+            bnb_quantized=True,
+        )
+    module.weight.quant_state = state
+
+
 def _bytes(tensor: Tensor) -> Tensor:
     """The bytes of a contiguous tensor, uint8 [k]; a view."""
     return tensor.reshape(-1).view(torch.uint8)

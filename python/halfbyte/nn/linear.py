@@ -51,6 +51,8 @@ class Linear4bit(Quantized, torch.nn.Linear):
     """
 
     compute_dtype: torch.dtype | None
+    compute_type_is_set: bool = False
+    support_avx512bf16_for_cpu: bool = False
 
     def __init__(
         self,
@@ -68,10 +70,19 @@ class Linear4bit(Quantized, torch.nn.Linear):
             raise ValueError(f"compute_dtype: {compute_dtype!r} is not one of {names(FLOAT_DTYPES)}, or None")
         super().__init__(input_features, output_features, bias, device)
         self.compute_dtype = compute_dtype
+        self.compute_type_is_set = compute_dtype is not None
         self._pack(self.weight, compress_statistics, quant_type, quant_storage)
 
     def _weight_shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
+
+    def set_compute_type(self, x: Tensor) -> None:
+        """Compute in the dtype of `x` from now on, if that is float32 or bfloat16.
+
+        Nothing here calls it, as a layer without a compute dtype follows each input; code that replaces `forward` does.
+        """
+        if x.dtype in (torch.float32, torch.bfloat16):
+            self.compute_dtype = x.dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """`x @ weight.T + bias`: `[..., in_features]` to `[..., out_features]`, in the dtype of `x`."""
