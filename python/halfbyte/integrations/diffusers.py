@@ -65,8 +65,9 @@ class Quantizer4bit(BnB4BitDiffusersQuantizer):
     ) -> None:
         """Put 4-bit layers, without numbers, in the place of linear ones."""
         keep = [*self.modules_to_not_convert, *keep_in_fp32_modules]
-        storage, compute_dtype = self.config.bnb_4bit_quant_storage, self.config.bnb_4bit_compute_dtype
-        assert isinstance(storage, torch.dtype) and isinstance(compute_dtype, torch.dtype)
+        storage, compute_dtype = self.config.bnb_4bit_quant_storage, self.config.compute_dtype()
+        assert isinstance(storage, torch.dtype)
+        assert compute_dtype is None or isinstance(compute_dtype, torch.dtype)
         for name, module in list(model.named_modules()):
             if type(module) is not nn.Linear:
                 continue

@@ -75,9 +75,9 @@ def _tell_transformers(model: Any, config: BitsAndBytesConfig | None) -> None:
             if is_transformers_model(module):
                 module.config.__dict__.pop("_is_quantized", None)
         return
-    from halfbyte.integrations.transformers.quantizer import Quantizer4bit
+    from halfbyte.integrations.transformers.quantizer import Quantizer4bit, with_compute_dtype
 
-    quantizer = Quantizer4bit(config, pre_quantized=False)
+    quantizer = Quantizer4bit(with_compute_dtype(config, model.dtype), pre_quantized=False)
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = config.quant_method

@@ -6,10 +6,11 @@ overrides everything that imports bitsandbytes. Hooks that only some releases kn
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -123,6 +124,7 @@ class Quantizer4bit(Bnb4BitHfQuantizer):
             compute_dtype=_compute_dtype(self.config),
             packed=self.pre_quantized,
         )
+        self.quantization_config = with_compute_dtype(self.quantization_config, model.dtype)
         if not count:
             _logger.warning("%s has no linear layer to quantize: its weights stay as they are", type(model).__name__)
 
@@ -132,7 +134,7 @@ class Quantizer4bit(Bnb4BitHfQuantizer):
         """What quantizes a weight on the fly."""
         return operations.Quantize(self)
 
-    serialized_names = {operations.WEIGHT: operations.SERIALIZED}
+    serialized_names: ClassVar[dict[str, list[str]]] = {operations.WEIGHT: operations.SERIALIZED}
 
     def get_load_operations(self) -> dict[str, Any]:
         """What puts a packed weight together."""
@@ -212,9 +214,25 @@ class Quantizer4bit(Bnb4BitHfQuantizer):
 
 def _compute_dtype(config: BitsAndBytesConfig) -> torch.dtype | None:
     """The dtype of products; None, for the input's, where the config was not given one."""
-    dtype = config.bnb_4bit_compute_dtype
-    assert isinstance(dtype, torch.dtype)
+    dtype = config.compute_dtype()
+    assert dtype is None or isinstance(dtype, torch.dtype)
     return dtype
+
+
+def with_compute_dtype(config: Any, dtype: Any) -> Any:
+    """The config to save with a model: a compute dtype that was not given is the model's.
+
+    Readers of the file cannot tell float32 from "not given", and would compute in float32.
+    """
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype.removeprefix("torch."), None)
+    if not issubclass(type(config), BitsAndBytesConfig) or config.compute_dtype() is not None:
+        return config
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return config
+    made = copy.deepcopy(config)
+    made.bnb_4bit_compute_dtype = dtype
+    return made
 
 
 def _check_target(name: str, target: Any) -> None:
