@@ -128,7 +128,7 @@ fn companion(source: &Checkpoint, name: &str, dtype: Dtype) -> Option<&'static s
 fn is_quantized_weight(name: &str, dtype: Dtype) -> bool {
     let leaf = name.rsplit('.').next().unwrap_or(name);
     let is_weight = leaf == "weight" || leaf.ends_with("_proj") || leaf.ends_with("_weight");
-    is_weight && is_packed(dtype) || is_eight_bit_float(dtype)
+    is_weight && (is_packed(dtype) || is_eight_bit_float(dtype))
 }
 
 fn is_packed(dtype: Dtype) -> bool {
