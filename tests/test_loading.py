@@ -447,3 +447,17 @@ def test_a_4_bit_weight_is_unpacked_where_the_module_reads_it(tmp_path: Path) ->
         model.inner.out_proj.weight.copy_(halfbyte.functional.dequantize_4bit(data, state))
     x = torch.randn(1, 3, 64)
     assert torch.equal(loaded(x), model(x))
+
+
+def test_names_with_a_prefix_are_told(folder: Path) -> None:
+    edit(folder, lambda state: state.update({f"module.{name}": state.pop(name) for name in list(state)}))
+    with pytest.raises(halfbyte.CheckpointError, match=r"lacks 0\.weight.*no place for module\.0"):
+        halfbyte.load_quantized(mlp(), folder)
+
+
+def test_scales_stored_in_16_bits_are_read(folder: Path) -> None:
+    expected = halfbyte.load_quantized(mlp(), folder)[0].weight.quant_state.absmax.clone()
+    edit(folder, lambda state: state.update({k: v.half() for k, v in state.items() if k.endswith(".absmax")}))
+    state = halfbyte.load_quantized(mlp(), folder)[0].weight.quant_state
+    assert torch.equal(state.absmax, expected.half().float())
+    assert state.absmax.dtype == torch.float32

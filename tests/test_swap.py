@@ -670,3 +670,9 @@ def test_the_skip_list_holds_with_and_without_the_base_models_prefix() -> None:
     )
     model = halfbyte.quantize_model(transformers.LlamaForCausalLM(config), rules=[r"layers\.0\.=keep"])
     assert {"model.layers.0", "layers.0", "lm_head"} <= set(model.config.quantization_config.llm_int8_skip_modules)
+
+
+def test_skip_names_that_hit_nothing_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    halfbyte.quantize_model(mlp(), skip=["0", "nowhere"])
+    assert "the skip name 'nowhere' matches no module" in caplog.text
+    assert "'0' matches" not in caplog.text

@@ -176,6 +176,9 @@ def choose(
         # What a loader keeps by default, and what can never be, is the same to it.
         choice.as_default &= (None in types) == (module in never or module in kept)
     _check_rules(use, choice.notes)
+    for skip_name in skip:
+        if not any(hit for *_, hit in match([name for name, _ in tensors], (), [skip_name])):
+            choice.notes.append(f"the skip name {skip_name!r} matches no module")
     for layer in choice.layers:
         reason = _obstacle(layer.module, meta)
         if reason is not None:

@@ -103,6 +103,9 @@ def load_quantized(
         config = _read_config(source)
         plan = make_plan(model, source)
         if not plan.packed:
+            if plan.states:
+                # There are 4-bit weights, under names that the model has not.
+                report(model, source, plan, strict=True)
             raise CheckpointError(
                 f"{source.path}: holds no 4-bit weight; to quantize it: "
                 "quantize_model(model, config, checkpoint=folder)"
@@ -289,6 +292,8 @@ def _layers(
         if isinstance(old, nn.Embedding) and (old.max_norm is not None or old.sparse):
             raise CheckpointError(f"{where}: is 4-bit, but {path} has max_norm or sparse, which 4-bit tables have not")
         stats = {name.removeprefix(f"{base}."): source.view(name) for name in plan.states[base]}
+        # Some tools cast everything that is not packed to 16 bits.
+        stats.update({k: v.float() for k, v in stats.items() if v.dtype in (torch.float16, torch.bfloat16)})
         try:
             weight = Params4bit.from_prequantized(source.view(base), stats, device=device)
         except (ValueError, TypeError) as error:
