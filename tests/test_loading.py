@@ -378,3 +378,86 @@ def test_writing_to_a_loaded_model_does_not_reach_the_file(folder: Path) -> None
     assert path.read_bytes() == before
     with safe_open(path, framework="pt") as file:
         assert torch.equal(file.get_tensor("0.weight"), copied[0].weight.data)
+
+
+# ---- modules with code or states of their own ------------------------------------------------------------------------
+
+
+class Versioned(nn.Module):
+    """A module that saves more than its tensors."""
+
+    def __init__(self, version: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+        self.version = version
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.tensor([self.version])
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        self.version = int(state)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_extra_state_is_set(strict: bool, tmp_path: Path) -> None:
+    saved = halfbyte.quantize_model(Versioned(7), NF4)
+    save_file(saved.state_dict(), tmp_path / "model.safetensors")
+    loaded = halfbyte.load_quantized(Versioned(1), tmp_path, strict=strict)
+    assert loaded.version == 7
+    assert isinstance(loaded.linear, Linear4bit)
+
+
+def test_extra_state_is_set_when_quantizing_a_checkpoint(tmp_path: Path) -> None:
+    save_file(Versioned(7).state_dict(), tmp_path / "model.safetensors")
+    assert halfbyte.quantize_model(Versioned(1), NF4, checkpoint=tmp_path).version == 7
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("llm_int8_skip_modules", "null"), ("llm_int8_skip_modules", [1]), ("load_in_4bit", "yes")]
+)
+def test_a_wrong_quantization_config_changes_nothing(key: str, value: Any, folder: Path) -> None:
+    config = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True, key: value}}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = mlp()
+    with pytest.raises(halfbyte.CheckpointError, match=rf"config\.json: quantization_config: {key}"):
+        halfbyte.load_quantized(model, folder)
+    assert not any(isinstance(module, Linear4bit) for module in model.modules())
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(64, 4, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x, x, x)[0]
+
+
+def test_a_4_bit_weight_is_unpacked_where_the_module_reads_it(tmp_path: Path) -> None:
+    model = Attention().eval()
+    tensors = model.state_dict()
+    name = "inner.out_proj.weight"
+    data, state = halfbyte.functional.quantize_4bit(tensors[name], quant_type="nf4")
+    tensors[name] = data
+    tensors.update({f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()})
+    save_file(tensors, tmp_path / "model.safetensors")
+    loaded = halfbyte.load_quantized(Attention().eval(), tmp_path)
+    assert type(loaded.inner.out_proj) is type(model.inner.out_proj)
+    with torch.no_grad():
+        model.inner.out_proj.weight.copy_(halfbyte.functional.dequantize_4bit(data, state))
+    x = torch.randn(1, 3, 64)
+    assert torch.equal(loaded(x), model(x))
+
+
+def test_names_with_a_prefix_are_told(folder: Path) -> None:
+    edit(folder, lambda state: state.update({f"module.{name}": state.pop(name) for name in list(state)}))
+    with pytest.raises(halfbyte.CheckpointError, match=r"lacks 0\.weight.*no place for module\.0"):
+        halfbyte.load_quantized(mlp(), folder)
+
+
+def test_scales_stored_in_16_bits_are_read(folder: Path) -> None:
+    expected = halfbyte.load_quantized(mlp(), folder)[0].weight.quant_state.absmax.clone()
+    edit(folder, lambda state: state.update({k: v.half() for k, v in state.items() if k.endswith(".absmax")}))
+    state = halfbyte.load_quantized(mlp(), folder)[0].weight.quant_state
+    assert torch.equal(state.absmax, expected.half().float())
+    assert state.absmax.dtype == torch.float32

@@ -218,6 +218,9 @@ def paused(what: Callable[[], bool], process: subprocess.Popen[str]) -> Iterator
     """The process stands still inside the block, where `what` has just become true."""
     wait_for(what, process)
     process.send_signal(signal.SIGSTOP)
+    if process.returncode is None:
+        # A signal is not yet a stop: wait until the process stands still, or has ended.
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
     try:
         yield
     finally:
@@ -327,11 +330,11 @@ def test_two_runs_at_once(llama, whole, tmp_path):
     out = tmp_path / "out"
     arguments = ("quantize", llama, out, "--threads", "1", "--max-shard-size", "700KB", "-q")
     first = start(*arguments)
-    wait_for(lambda: (out / STAGE / "journal.json").exists(), first)
-    for more in ([], ["--resume"], ["--overwrite"]):
-        done = run(*arguments, *more)
-        if first.poll() is None:
-            refused(done, 2, out, "another halfbyte process")
+    # It stands still meanwhile: on a busy machine it would be over before the others look.
+    with paused(lambda: (out / STAGE / "journal.json").exists(), first):
+        assert first.poll() is None
+        for more in ([], ["--resume"], ["--overwrite"]):
+            refused(run(*arguments, *more), 2, out, "another halfbyte process")
     assert first.communicate(timeout=60) == ("", "")
     assert first.returncode == 0
     assert contents(out) == whole

@@ -7,11 +7,13 @@ truth to what a user sees.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
 import re
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -366,6 +368,15 @@ def compare(cls: type) -> dict[str, Any] | None:
     }
 
 
+@pytest.fixture
+def garbage_is_collected_here() -> Iterator[None]:
+    """What third parties leave open is closed by the collector: within the test that let them, not in a later one."""
+    yield
+    gc.collect()
+
+
+@pytest.mark.usefixtures("garbage_is_collected_here")
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_known_classes_agree_with_transformers() -> None:
     """Classes of all architectures that we call known: a quarter of them, or all with HALFBYTE_TEST_EVERY_CLASS=1.

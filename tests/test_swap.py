@@ -648,3 +648,34 @@ def test_dense_weights_are_let_go_one_by_one() -> None:
     halfbyte.quantize_model(model, NF4, progress=lambda *state: seen.append([ref() is not None for ref in alive]))
     assert seen == [[True, True], [False, True], [False, False]]
     assert isinstance(model[0].weight, Params4bit)
+
+
+# ---- names that other libraries give ---------------------------------------------------------------------------------
+
+
+class Embedder(nn.Module):
+    _keep_in_fp32_modules = ("time_embedder",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.condition = nn.ModuleDict({"time_embedder": mlp(), "time_embedders": nn.Linear(64, 64)})
+        self.proj = nn.Linear(64, 64)
+
+
+def test_float32_keys_match_any_component_outside_of_transformers() -> None:
+    assert set(packed(halfbyte.quantize_model(Embedder()))) == {"condition.time_embedders", "proj"}
+
+
+def test_the_skip_list_holds_with_and_without_the_base_models_prefix() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=96
+    )
+    model = halfbyte.quantize_model(transformers.LlamaForCausalLM(config), rules=[r"layers\.0\.=keep"])
+    assert {"model.layers.0", "layers.0", "lm_head"} <= set(model.config.quantization_config.llm_int8_skip_modules)
+
+
+def test_skip_names_that_hit_nothing_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    halfbyte.quantize_model(mlp(), skip=["0", "nowhere"])
+    assert "the skip name 'nowhere' matches no module" in caplog.text
+    assert "'0' matches" not in caplog.text

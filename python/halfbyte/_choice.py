@@ -176,6 +176,9 @@ def choose(
         # What a loader keeps by default, and what can never be, is the same to it.
         choice.as_default &= (None in types) == (module in never or module in kept)
     _check_rules(use, choice.notes)
+    for skip_name in skip:
+        if not any(hit for *_, hit in match([name for name, _ in tensors], (), [skip_name])):
+            choice.notes.append(f"the skip name {skip_name!r} matches no module")
     for layer in choice.layers:
         reason = _obstacle(layer.module, meta)
         if reason is not None:
@@ -197,8 +200,22 @@ def skip_list(model: nn.Module, choice: Choice) -> list[str] | None:
     keep = ["^(?:" + "|".join(map(re.escape, choice.kept)) + r")\.weight$=keep"] if choice.kept else []
     options = {"rules": keep, "explicit": [name for name, *_ in tensors]}
     answer = json.loads(_native.select(None, json.dumps(tensors), json.dumps(options)))
-    listed: list[str] | None = answer["skip_modules"]
-    return listed or []
+    listed: list[str] = answer["skip_modules"] or []
+    return with_and_without_prefix(model, listed)
+
+
+def with_and_without_prefix(model: nn.Module, listed: Sequence[str]) -> list[str]:
+    """Names that also hold where the base model is loaded by itself, under paths without its prefix."""
+    prefixes = [
+        join(path, prefix) + "."
+        for path, module in model.named_modules()
+        if is_transformers_model(module)
+        and isinstance(prefix := getattr(module, "base_model_prefix", None), str)
+        and prefix
+        and isinstance(getattr(module, prefix, None), nn.Module)
+    ]
+    short = [name.removeprefix(prefix) for name in listed for prefix in prefixes if name.startswith(prefix)]
+    return list(dict.fromkeys([*listed, *short]))
 
 
 def match(
@@ -237,7 +254,8 @@ def _defaults(
     for root, root_paths in _roots(model, modules):
         own = dict(_below(root, root_paths[0], linear))
         for reason, patterns in _keys_never(root):
-            never.update({m: reason for m in _hit(own, patterns) if m not in never})
+            hit = _hit if reason == "tied weight" or is_transformers_model(root) else _hit_component
+            never.update({m: reason for m in hit(own, patterns) if m not in never})
         outputs = _output_keys(root)
         says_outputs |= hasattr(root, "get_output_embeddings")
         for reason, patterns in (("output embedding", outputs), ("last layer", _last_key(root))):
@@ -293,6 +311,17 @@ def _hit(own: Mapping[nn.Module, tuple[str, ...]], patterns: Sequence[str]) -> l
     flat = [(module, join(path, "weight")) for module, module_paths in own.items() for path in module_paths]
     matches = match([name for _, name in flat], (), patterns)
     return [module for (module, _), (*_, key) in zip(flat, matches, strict=True) if key is not None]
+
+
+def _hit_component(own: Mapping[nn.Module, tuple[str, ...]], keys: Sequence[str]) -> list[nn.Module]:
+    """Modules with a key among the components of a path, as diffusers matches and models of no library mean it."""
+    wanted = {tuple(key.split(".")) for key in keys}
+
+    def covered(path: str) -> bool:
+        parts = (*path.split("."), "weight")
+        return any(parts[i : i + len(key)] == key for key in wanted for i in range(len(parts)))
+
+    return [module for module, module_paths in own.items() if any(map(covered, module_paths))]
 
 
 def _keys_never(root: nn.Module) -> list[tuple[str, list[str]]]:

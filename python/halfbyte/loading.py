@@ -21,7 +21,7 @@ from halfbyte._choice import is_conv1d, is_transformers_model, join, paths
 from halfbyte._folder import Folder
 from halfbyte._native import CheckpointError
 from halfbyte._terminal import format_bytes
-from halfbyte._transplant import replace, to_embedding4bit, to_linear4bit
+from halfbyte._transplant import replace, to_dense, to_embedding4bit, to_linear4bit
 from halfbyte.config import BitsAndBytesConfig
 from halfbyte.integrations import weights
 from halfbyte.integrations.transformers.attach import attach, is_diffusers_model
@@ -33,6 +33,7 @@ from halfbyte.state import PACKED_KEYS, TENSOR_KEYS
 _logger = logging.getLogger(__name__)
 
 _Model = TypeVar("_Model", bound=nn.Module)
+_EXTRA = "_extra_state"
 _SUFFIXES = tuple(f".{key}" for key in (*TENSOR_KEYS, *PACKED_KEYS))
 
 
@@ -100,14 +101,18 @@ def load_quantized(
     if target.type == "meta":
         raise ValueError("device: 'meta' holds no numbers; expected a device such as 'cpu' or 'cuda'")
     with Folder(folder) as source:
+        config = _read_config(source)
         plan = make_plan(model, source)
         if not plan.packed:
+            if plan.states:
+                # There are 4-bit weights, under names that the model has not.
+                report(model, source, plan, strict=True)
             raise CheckpointError(
                 f"{source.path}: holds no 4-bit weight; to quantize it: "
                 "quantize_model(model, config, checkpoint=folder)"
             )
         report(model, source, plan, strict)
-        compute_dtype = _compute_dtype(source)
+        compute_dtype = _compute_dtype(source, config)
         # In mapped memory all of this costs nothing: the model is touched when everything is there and fits.
         layers = _layers(model, source, plan, target, compute_dtype)
         check_ties(model, source, plan)
@@ -121,7 +126,8 @@ def load_quantized(
             for name, tensor in _values(source, entry):
                 assign(holders, name, tensor.to(target))
         finish(result, plan, target)
-        _tell_transformers(result, source.config)
+        if config is not None:
+            tell_transformers(result, config)
     _summary(result, source)
     return result  # type: ignore[return-value]
 
@@ -226,13 +232,18 @@ def _missing(model: nn.Module, tensors: Mapping[str, Tensor], given: set[str]) -
     return missing
 
 
+def _is_extra(name: str) -> bool:
+    """Is it the state of a module's own making (`get_extra_state`), of whatever shape?"""
+    return name.rpartition(".")[2] == _EXTRA
+
+
 def _check_shapes(source: Folder, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
     """Tensors that are filled as they are must have the model's shapes."""
     wrong = [
         f"{name} is {list(shape)}, the model has {list(tensors[name].shape)}"
         for entry in plan.entries
         for name, (shape, _) in entry.targets.items()
-        if name in tensors and shape != tuple(tensors[name].shape)
+        if name in tensors and not _is_extra(name) and shape != tuple(tensors[name].shape)
     ]
     if wrong:
         raise CheckpointError(f"{source.path}: {_some(wrong)}")
@@ -269,6 +280,7 @@ def _layers(
 ) -> list[tuple[nn.Module, nn.Module]]:
     """The 4-bit layers that the checkpoint holds, each beside the layer that it replaces."""
     found: dict[nn.Module, nn.Module] = {}
+    dense: list[str] = []
     for target, base in plan.packed.items():
         path, _, attribute = target.rpartition(".")
         old = model.get_submodule(path)
@@ -281,6 +293,8 @@ def _layers(
         if isinstance(old, nn.Embedding) and (old.max_norm is not None or old.sparse):
             raise CheckpointError(f"{where}: is 4-bit, but {path} has max_norm or sparse, which 4-bit tables have not")
         stats = {name.removeprefix(f"{base}."): source.view(name) for name in plan.states[base]}
+        # Some tools cast everything that is not packed to 16 bits.
+        stats.update({k: v.float() for k, v in stats.items() if v.dtype in (torch.float16, torch.bfloat16)})
         try:
             weight = Params4bit.from_prequantized(source.view(base), stats, device=device)
         except (ValueError, TypeError) as error:
@@ -293,11 +307,28 @@ def _layers(
             raise CheckpointError(f"{where}: holds {list(shape)}, {path} of the model has {list(expected)}")
         if old in found:
             raise CheckpointError(f"{where}: {path} of the model has another 4-bit weight under another name")
+        if _has_own_code(type(old)):
+            dense.append(path)
         if isinstance(old, nn.Embedding):
             found[old] = to_embedding4bit(old, weight, state.dtype or torch.float32)
         else:
             found[old] = to_linear4bit(old, weight, shape[1], shape[0], compute_dtype)
+        if _has_own_code(type(old)):
+            found[old] = to_dense(found[old], state.dtype)  # type: ignore[arg-type]
+    if dense:
+        _logger.warning("%s: %s: the module's class has code of its own that reads the weight, so it is unpacked",
+                        source.path, _some(dense))  # fmt: skip
     return list(found.items())
+
+
+def _has_own_code(cls: type[nn.Module]) -> bool:
+    """Would a 4-bit layer in its place lose code of the class, or be read by code that expects a plain weight?"""
+    if issubclass(cls, Linear4bit | Embedding4bit) or is_conv1d(cls):
+        return False
+    base: type[nn.Module] = nn.Embedding if issubclass(cls, nn.Embedding) else nn.Linear
+    # `nn.MultiheadAttention` reads the weight of this class, and never calls it.
+    inert = nn.modules.linear.NonDynamicallyQuantizableLinear
+    return cls is inert or cls.forward is not base.forward
 
 
 def _shape_of(old: nn.Module) -> tuple[int, ...]:
@@ -365,10 +396,11 @@ def compute_buffers(model: nn.Module, plan: Plan) -> None:
 
 
 def tensor_holders(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
-    """For each name of a parameter or buffer, every place that holds the same object."""
+    """For each name of a parameter or buffer, every place that holds the same object; and of each extra state."""
     by_object: dict[int, list[tuple[nn.Module, str]]] = {}
     by_name: dict[str, list[tuple[nn.Module, str]]] = {}
     for module, module_paths in paths(model).items():
+        by_name.update({join(path, _EXTRA): [(module, _EXTRA)] for path in module_paths})
         for held in (module._parameters, module._buffers):
             for attribute, tensor in held.items():
                 if tensor is None:
@@ -383,6 +415,9 @@ def assign(holders: Mapping[str, list[tuple[nn.Module, str]]], name: str, value:
     """Put a tensor in a parameter's or buffer's place, wherever the model holds it."""
     places = holders[name]
     module, attribute = places[0]
+    if attribute == _EXTRA:
+        module.set_extra_state(value)
+        return
     if attribute in module._buffers:
         for holder, buffer in places:
             holder._buffers[buffer] = value
@@ -409,21 +444,32 @@ def finish(model: nn.Module, plan: Plan, device: torch.device) -> None:
             )
 
 
-def _compute_dtype(source: Folder) -> torch.dtype | None:
-    """What `config.json` says, if it says anything."""
+def _read_config(source: Folder) -> BitsAndBytesConfig | None:
+    """The `quantization_config` of `config.json`, checked; None where there is none.
+
+    Raises:
+        CheckpointError: A value has a wrong type or is not one of those that there are.
+    """
     found = (source.config or {}).get("quantization_config")
-    if not isinstance(found, dict) or found.get("bnb_4bit_compute_dtype") is None:
+    if not isinstance(found, dict):
         return None
-    dtype = BitsAndBytesConfig(bnb_4bit_compute_dtype=found["bnb_4bit_compute_dtype"]).bnb_4bit_compute_dtype
+    where = f"{source.path}: config.json: quantization_config"
+    skipped = found.get("llm_int8_skip_modules")
+    if skipped is not None and not (isinstance(skipped, list) and all(isinstance(name, str) for name in skipped)):
+        raise CheckpointError(f"{where}: llm_int8_skip_modules must be a list of names or null, got {skipped!r}")
+    arguments = inspect.signature(BitsAndBytesConfig).parameters
+    try:
+        return BitsAndBytesConfig.from_dict({key: value for key, value in found.items() if key in arguments})
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}: {error}") from None
+
+
+def _compute_dtype(source: Folder, config: BitsAndBytesConfig | None) -> torch.dtype | None:
+    """What `config.json` says, if it says anything."""
+    if config is None or (source.config or {})["quantization_config"].get("bnb_4bit_compute_dtype") is None:
+        return None
+    dtype = config.bnb_4bit_compute_dtype
     return dtype if isinstance(dtype, torch.dtype) else None
-
-
-def _tell_transformers(model: nn.Module, config: Mapping[str, Any] | None) -> None:
-    """Leave the config where `save_pretrained` and PEFT look."""
-    found = (config or {}).get("quantization_config")
-    if isinstance(found, dict):
-        arguments = inspect.signature(BitsAndBytesConfig).parameters
-        tell_transformers(model, BitsAndBytesConfig.from_dict({k: v for k, v in found.items() if k in arguments}))
 
 
 def tell_transformers(model: nn.Module, config: BitsAndBytesConfig | None) -> None:

@@ -36,7 +36,7 @@ class Quantizer4bit(BnB4BitDiffusersQuantizer):
         ours = issubclass(type(quantization_config), BitsAndBytesConfig)
         # diffusers has a class of that name too, with the same arguments.
         self.config = BitsAndBytesConfig.coerce(quantization_config if ours else quantization_config.to_dict())
-        super().__init__(quantization_config, **kwargs)
+        super().__init__(quantization_config, **kwargs)  # type: ignore[no-untyped-call]
         self.modules_to_not_convert = list(self.config.llm_int8_skip_modules or ())
         self._packed: set[str] | None = None
 
@@ -47,7 +47,7 @@ class Quantizer4bit(BnB4BitDiffusersQuantizer):
         """Without a map: the current GPU, or the CPU where there is none."""
         if device_map is None and not (torch.cuda.is_available() or torch.xpu.is_available()):
             return {"": "cpu"}
-        return super().update_device_map(device_map)
+        return super().update_device_map(device_map)  # type: ignore[no-untyped-call]
 
     def adjust_max_memory(self, max_memory: dict[str, Any]) -> dict[str, Any]:
         """Return the limits as they are: quantizing needs no buffers on the device."""
@@ -60,7 +60,7 @@ class Quantizer4bit(BnB4BitDiffusersQuantizer):
             self._packed = {key.removesuffix(end) for key in loaded_keys for end in suffixes if key.endswith(end)}
         return loaded_keys
 
-    def _process_model_before_weight_loading(
+    def _process_model_before_weight_loading(  # type: ignore[override]
         self, model: Any, device_map: Any, keep_in_fp32_modules: Sequence[str] = (), **kwargs: Any
     ) -> None:
         """Put 4-bit layers, without numbers, in the place of linear ones."""
@@ -100,7 +100,7 @@ class Quantizer4bit(BnB4BitDiffusersQuantizer):
         return leaf == "weight" and isinstance(model.get_submodule(path), Quantized)
 
     @torch.no_grad()
-    def create_quantized_param(
+    def create_quantized_param(  # type: ignore[override]
         self,
         model: Any,
         param_value: Tensor,

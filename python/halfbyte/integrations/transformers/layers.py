@@ -131,7 +131,7 @@ def put_4bit(
             # A loader casts what it reads to the dtype found here.
             new.weight = weight._like(torch.empty(weight.shape, dtype=storage if packed else dense.dtype), None)
         if old._parameters.get("bias") is not None:
-            new.bias = old._parameters["bias"]  # type: ignore[assignment, union-attr]
+            new.bias = old._parameters["bias"]  # type: ignore[assignment]
         new.__dict__[SOURCE_CLASS] = type(old)
         new.train(old.training)
         new.requires_grad_(False)

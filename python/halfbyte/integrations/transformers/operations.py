@@ -43,7 +43,7 @@ class Operation(ConversionOps):
 class PassOn(Operation):
     """Nothing; its converter makes tensors arrive on the CPU, where they are views of the file."""
 
-    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the tensors as they came."""
         return input_dict
 
@@ -52,7 +52,9 @@ class Quantize(Operation):
     """A 16- or 32-bit weight to a packed one, where it is."""
 
     @torch.no_grad()
-    def convert(self, input_dict: dict[str, Any], model: Any = None, **kwargs: Any) -> dict[str, Any]:
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], model: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """Quantize the weights of 4-bit layers among `input_dict`, by their names in the model."""
         made: dict[str, Any] = {}
         for name, value in input_dict.items():
@@ -69,7 +71,7 @@ class Deserialize(Operation):
     """A packed weight and its scales, as they are saved, to the parameter of a 4-bit layer."""
 
     @torch.no_grad()
-    def convert(
+    def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **kwargs: Any
     ) -> dict[str, Any]:
         """Put one weight together. A tensor that comes alone is not packed, and returned as it is."""
@@ -90,13 +92,14 @@ class Deserialize(Operation):
             packed = Params4bit.from_prequantized(weight, stats, module=module)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{full_layer_name}: {error}") from error
-        expected = module._weight_shape()
-        if tuple(packed.quant_state.shape or ()) != expected:
+        state, expected = packed.quant_state, module._weight_shape()
+        assert state is not None
+        if tuple(state.shape or ()) != expected:
             raise ValueError(
-                f"{full_layer_name}: the checkpoint holds a weight {list(packed.quant_state.shape or ())}, "
+                f"{full_layer_name}: the checkpoint holds a weight {list(state.shape or ())}, "
                 f"the model has {list(expected)}"
             )
-        module._is_hf_initialized = True
+        module._is_hf_initialized = True  # type: ignore[assignment]
         return {WEIGHT: self.hf_quantizer.place(full_layer_name, module, packed)}
 
 

@@ -10,13 +10,14 @@ import copy
 import inspect
 import logging
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import transformers
 from torch import nn
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.utils.import_utils import is_accelerate_available
 
 from halfbyte.config import BitsAndBytesConfig
 from halfbyte.integrations.transformers import layers, operations
@@ -58,7 +59,7 @@ class Quantizer4bit(Bnb4BitHfQuantizer):
         """
         if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 0):
             raise ImportError(f"halfbyte needs transformers>=5.0, got {transformers.__version__}")
-        if not transformers.utils.is_accelerate_available():
+        if not is_accelerate_available():
             raise ImportError("loading 4-bit weights needs accelerate: pip install 'accelerate>=1.0'")
         if isinstance(device_map, Mapping):
             for name, target in device_map.items():
@@ -134,7 +135,7 @@ class Quantizer4bit(Bnb4BitHfQuantizer):
         """What quantizes a weight on the fly."""
         return operations.Quantize(self)
 
-    serialized_names: ClassVar[dict[str, list[str]]] = {operations.WEIGHT: operations.SERIALIZED}
+    serialized_names = {operations.WEIGHT: operations.SERIALIZED}  # noqa: RUF012  (as the base class declares it)
 
     def get_load_operations(self) -> dict[str, Any]:
         """What puts a packed weight together."""
