@@ -41,8 +41,8 @@ def hide_bitsandbytes() -> None:
         found = distributions(*args, **kwargs)
         return (one for one in found if one.name != "bitsandbytes")
 
-    PathFinder.find_spec = find_spec  # type: ignore[assignment, method-assign]
-    MetadataPathFinder.find_distributions = find_distributions  # type: ignore[assignment, method-assign]
+    PathFinder.find_spec = staticmethod(find_spec)  # type: ignore[assignment, method-assign]
+    MetadataPathFinder.find_distributions = staticmethod(find_distributions)  # type: ignore[assignment, method-assign]
 
 
 if __name__ == "__main__":

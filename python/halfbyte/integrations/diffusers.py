@@ -140,7 +140,7 @@ class Quantizer4bit(BnB4BitDiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         serve_bitsandbytes(model)
-        return super()._process_model_after_weight_loading(model, **kwargs)  # type: ignore[no-untyped-call]
+        return super()._process_model_after_weight_loading(model, **kwargs)
 
     def _dequantize(self, model: Any) -> Any:
         from halfbyte.swap import dequantize_model
