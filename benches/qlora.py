@@ -46,7 +46,7 @@ def model_with_adapters(contender: str, source: str, options: argparse.Namespace
     how = {
         "load_in_4bit": True,
         "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_use_double_quant": not options.single_scales,
         "bnb_4bit_compute_dtype": dtype,
     }
     more: dict[str, Any] = {}
@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, help="tokens of a row (default: 128 on the CPU, 1024 on a GPU)")
     parser.add_argument("--rate", type=float, default=2e-4, help="learning rate (default: 2e-4)")
     parser.add_argument("--no-checkpointing", dest="checkpointing", action="store_false", help="keep activations")
+    parser.add_argument("--single-scales", action="store_true", help="float32 scales, not quantized themselves")
     parser.add_argument("--runs", type=int, default=1, help="processes of each contender (default: 1)")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
     parser.add_argument("--bitsandbytes", metavar="FOLDER", help="where its process finds bitsandbytes")
@@ -184,6 +185,7 @@ def main() -> None:
     warm(source)
     arguments = [f"--{key}={getattr(options, key)}" for key in ("device", "dtype", "steps", "batch", "length", "rate")]
     arguments += [f"--warmup={options.warmup}", *([] if options.checkpointing else ["--no-checkpointing"])]
+    arguments += ["--single-scales"] if options.single_scales else []
     print(machine_line())
     print(peer_versions(options.bitsandbytes), flush=True)
     measured: dict[str, list[dict[str, dict[str, Any]]]] = {contender: [] for contender in options.only}
@@ -203,7 +205,8 @@ def main() -> None:
         f"\n{options.geometry}: {geometry(options.geometry).weights() / 1e9:.2f}e9 weights, {trained / 1e6:.1f}e6 of "
         f"adapters; {options.steps} steps of {options.batch} x {options.length} tokens, {options.dtype} on "
         f"{options.device}, "
-        f"{'with' if options.checkpointing else 'without'} gradient checkpointing; best of {options.runs}\n"
+        f"learning rate {options.rate:g}, {'with' if options.checkpointing else 'without'} gradient checkpointing, "
+        f"{'scales not quantized' if options.single_scales else 'scales quantized too'}; best of {options.runs}\n"
     )
     times = {}
     for contender, runs in measured.items():
