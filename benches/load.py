@@ -21,6 +21,7 @@ Nothing is asserted but that layers are 4-bit; results with their commands are i
 from __future__ import annotations
 
 import argparse
+import gc
 import shutil
 import subprocess
 import sys
@@ -75,6 +76,8 @@ def worker(contender: str, source: str, device: str, profile: bool) -> None:
         torch.cuda.init()
         torch.empty(1, device=device)
         torch.cuda.synchronize()
+    # Imports leave a full garbage collection due, of some tenths of a second: it would hit one load and not another.
+    gc.collect()
     report("imports")
 
     def load() -> Any:
