@@ -154,6 +154,8 @@ bench: setup-test develop ## the benches, as tables; minutes, on a quiet machine
 	$(py) benches/blockwise_cpu.py $(ARGS)
 	$(py) benches/linear_cpu.py $(ARGS)
 	$(py) benches/offline.py $(ARGS)
+	$(py) benches/load.py
+	$(py) benches/qlora.py
 
 bench-cuda: setup-test develop ## the benches that need a GPU
 	$(py) benches/cuda_blockwise.py $(ARGS)
@@ -161,6 +163,8 @@ bench-cuda: setup-test develop ## the benches that need a GPU
 	$(py) benches/cuda_torch.py $(ARGS)
 	$(py) benches/cuda_torch.py --backward $(ARGS)
 	$(py) benches/cuda_first_use.py
+	$(py) benches/load.py --device cuda
+	$(py) benches/qlora.py --device cuda
 
 clean: ## remove what was built and cached, and .venv
 	cargo clean --quiet || rm -rf target
