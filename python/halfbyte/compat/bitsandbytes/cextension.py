@@ -1,0 +1,65 @@
+"""The C functions that the compiled core exports under bitsandbytes' names, as ctypes function pointers."""
+
+from __future__ import annotations
+
+import ctypes as ct
+import functools
+from typing import Any
+
+import torch
+
+from halfbyte import _native
+
+from ._missing import missing_attribute
+
+_OUTPUTS = ("fp32", "fp16", "bf16")
+# code, codes, absmax, out, values per block, number of values, stream
+_DEQUANTIZE = (ct.c_void_p, ct.c_void_p, ct.c_void_p, ct.c_void_p, ct.c_int, ct.c_int, ct.c_void_p)
+# m, n, k, input, codes, absmax, code, out, three leading dimensions, values per block, stream
+_PRODUCT = (ct.c_int,) * 3 + (ct.c_void_p,) * 5 + (ct.c_int,) * 4 + (ct.c_void_p,)
+
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    **{f"cdequantize_blockwise_{out}{kind}": _DEQUANTIZE for out in _OUTPUTS for kind in ("", "_nf4", "_fp4")},
+    **{f"cgemm_4bit_inference_naive_{out}": _PRODUCT for out in _OUTPUTS},
+}
+
+
+class BNBNativeLibrary:
+    """Looks C functions up by name. One that is not exported is an AttributeError, so that `hasattr` tells."""
+
+    def __init__(self, lib: ct.CDLL) -> None:
+        """Wrap an opened library."""
+        self._lib = lib
+        self.compiled_with_cuda = all(hasattr(lib, name) for name in _SIGNATURES)
+
+    def __getattr__(self, name: str) -> Any:
+        """A ctypes function pointer with its argument types set."""
+        signature = _SIGNATURES.get(name)
+        if signature is None or name.startswith("_"):
+            raise AttributeError(
+                f"C function {name!r} is not exported; halfbyte stands in for bitsandbytes here and exports "
+                + ", ".join(_SIGNATURES)
+            )
+        function = getattr(self._lib, name)
+        function.argtypes, function.restype = signature, None
+        setattr(self, name, function)
+        return function
+
+    def __getitem__(self, name: str) -> Any:
+        """The same by index."""
+        return getattr(self, name)
+
+
+@functools.cache
+def get_native_library() -> BNBNativeLibrary:
+    """The compiled core, opened for ctypes."""
+    return BNBNativeLibrary(ct.CDLL(_native.__file__))
+
+
+lib = get_native_library()
+
+HIP_ENVIRONMENT = False
+ROCM_GPU_ARCH = "unknown"
+BNB_BACKEND = "CUDA" if torch.cuda.is_available() else "CPU"
+
+__getattr__ = missing_attribute(__name__)
