@@ -77,7 +77,7 @@ def served() -> bool:
         return bool(getattr(loaded, "__halfbyte__", False))
     if _finder not in sys.meta_path:
         return False
-    return not _elsewhere(sys.meta_path[: sys.meta_path.index(_finder)])  # type: ignore[arg-type]
+    return not _elsewhere(sys.meta_path[: sys.meta_path.index(_finder)])
 
 
 def _elsewhere(finders: Iterable[Any]) -> bool:
@@ -98,7 +98,8 @@ def offer() -> bool:
     """Answer to `import bitsandbytes` in this process, unless a package of that name is installed or loaded.
 
     Libraries that were told before that there is no bitsandbytes are asked to look again. Does nothing when
-    HALFBYTE_BITSANDBYTES=0, and the same as `install` when it is 1, as a parent process sets it. May be called any number of times.
+    HALFBYTE_BITSANDBYTES=0, and the same as `install` when it is 1, as a parent process sets it. May be
+    called any number of times.
 
     Returns:
         Whether halfbyte answers to the name.
@@ -112,7 +113,7 @@ def offer() -> bool:
         return True
     if _elsewhere(sys.meta_path):
         return False
-    sys.meta_path.append(_finder)  # type: ignore[arg-type]
+    sys.meta_path.append(_finder)
     _tell_libraries()
     return True
 
@@ -141,8 +142,8 @@ def _serve_first() -> None:
     """Put the finder before all others."""
     if sys.meta_path[:1] != [_finder]:
         if _finder in sys.meta_path:
-            sys.meta_path.remove(_finder)  # type: ignore[arg-type]
-        sys.meta_path.insert(0, _finder)  # type: ignore[arg-type]
+            sys.meta_path.remove(_finder)
+        sys.meta_path.insert(0, _finder)
     _tell_libraries()
 
 
@@ -152,6 +153,9 @@ def _reach_children() -> None:
     paths = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     if folder not in paths:
         os.environ["PYTHONPATH"] = os.pathsep.join([folder, *paths])
+    if folder not in sys.path:
+        # A spawned child gets this list, after its own start. Behind the script's folder, before site-packages.
+        sys.path.insert(1, folder)
 
 
 def _tell_libraries() -> None:
