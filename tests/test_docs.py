@@ -144,3 +144,15 @@ def test_examples_of_docstrings(path: Path) -> None:
     failed, tried = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
     assert tried > 0
     assert failed == 0
+
+
+def test_transformers_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    text = (ROOT / "docs" / "transformers.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {}
+    exec(compile(block, "docs/transformers.md", "exec"), namespace)
+    layers = [type(module).__name__ for module in namespace["again"].modules()]
+    assert layers.count("Linear4bit") == 14
+    assert namespace["again"].config.quantization_config.bnb_4bit_compute_dtype is namespace["torch"].bfloat16
