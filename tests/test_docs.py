@@ -146,6 +146,7 @@ def test_examples_of_docstrings(path: Path) -> None:
     assert failed == 0
 
 
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
 def test_transformers_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     text = (ROOT / "docs" / "transformers.md").read_text(encoding="utf-8")
