@@ -677,6 +677,35 @@ def test_the_skip_list_holds_with_and_without_the_base_models_prefix() -> None:
     assert {"model.layers.0", "layers.0", "lm_head"} <= set(model.config.quantization_config.llm_int8_skip_modules)
 
 
+def test_a_short_skip_name_never_keeps_a_packed_layer() -> None:
+    transformers = pytest.importorskip("transformers")
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    class Base(transformers.PreTrainedModel):
+        config_class = transformers.PretrainedConfig
+        base_model_prefix = "model"
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.proj = nn.Linear(64, 64)
+            self.block = nn.ModuleDict({"proj": nn.Linear(64, 64), "q": nn.Linear(64, 64)})
+
+    class Head(transformers.PreTrainedModel):
+        config_class = transformers.PretrainedConfig
+        base_model_prefix = "model"
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.model = Base(config)
+            self.head = nn.Linear(64, 64)
+
+    model = halfbyte.quantize_model(Head(transformers.PretrainedConfig()), rules=[r"^model\.proj\.=keep"])
+    listed = model.config.quantization_config.llm_int8_skip_modules
+    layers = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert {name for name in layers if should_convert_module(name, listed)} == set(packed(model))
+    assert "model.block.proj" in packed(model)
+
+
 def test_skip_names_that_hit_nothing_are_told(caplog: pytest.LogCaptureFixture) -> None:
     halfbyte.quantize_model(mlp(), skip=["0", "nowhere"])
     assert "the skip name 'nowhere' matches no module" in caplog.text
