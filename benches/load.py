@@ -132,7 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--geometry", default="layers-16", help='"layers-16" (Llama-3.2-1B, default), "llama-3b"')
-    parser.add_argument("--small", action="store_true", help='--geometry small, a model of 17 million weights')
+    parser.add_argument("--small", action="store_true", help="--geometry small, a model of 17 million weights")
     parser.add_argument("--runs", type=int, default=3, help="processes of each contender (default: 3)")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
     parser.add_argument("--bitsandbytes", metavar="FOLDER", help="where its processes find bitsandbytes")
