@@ -17,139 +17,15 @@ Nothing is asserted here; results with their commands are in benches/RESULTS.md.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
-import struct
-import subprocess
 import sys
 from pathlib import Path
 
+from _generated import CACHE, LLAMA_1B, checkpoint, total_bytes, warm
 from _table import MIB, Process, best_process, machine_line, median_wall, print_table, run_process, versions_line
 
-CACHE = Path(__file__).resolve().parent.parent / ".cache" / "benches"
-
-# Llama-3.2-1B. Its embedding is also its output layer (tied), so there is no lm_head tensor.
-LAYERS, HIDDEN, MLP, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 16, 2048, 8192, 32, 8, 64, 128_256
-
-
-def llama_config(layers: int) -> dict[str, object]:
-    """config.json of the generated model: that of Llama-3.2-1B, with another number of layers."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": 128000,
-        "eos_token_id": 128001,
-        "head_dim": HEAD_DIM,
-        "hidden_act": "silu",
-        "hidden_size": HIDDEN,
-        "initializer_range": 0.02,
-        "intermediate_size": MLP,
-        "max_position_embeddings": 131072,
-        "mlp_bias": False,
-        "model_type": "llama",
-        "num_attention_heads": HEADS,
-        "num_hidden_layers": layers,
-        "num_key_value_heads": KV_HEADS,
-        "pretraining_tp": 1,
-        "rms_norm_eps": 1e-05,
-        "rope_scaling": {
-            "factor": 32.0,
-            "high_freq_factor": 4.0,
-            "low_freq_factor": 1.0,
-            "original_max_position_embeddings": 8192,
-            "rope_type": "llama3",
-        },
-        "rope_theta": 500000.0,
-        "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16",
-        "use_cache": True,
-        "vocab_size": VOCABULARY,
-    }
-
-
-def llama_shapes(layers: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the generated model's tensors."""
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
-    for layer in range(layers):
-        at = f"model.layers.{layer}"
-        shapes |= {
-            f"{at}.input_layernorm.weight": (HIDDEN,),
-            f"{at}.mlp.down_proj.weight": (HIDDEN, MLP),
-            f"{at}.mlp.gate_proj.weight": (MLP, HIDDEN),
-            f"{at}.mlp.up_proj.weight": (MLP, HIDDEN),
-            f"{at}.post_attention_layernorm.weight": (HIDDEN,),
-            f"{at}.self_attn.k_proj.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
-            f"{at}.self_attn.o_proj.weight": (HIDDEN, HEADS * HEAD_DIM),
-            f"{at}.self_attn.q_proj.weight": (HEADS * HEAD_DIM, HIDDEN),
-            f"{at}.self_attn.v_proj.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
-        }
-    shapes["model.norm.weight"] = (HIDDEN,)
-    return shapes
-
-
-def huge_shapes() -> dict[str, tuple[int, ...]]:
-    """A model of one layer's worth of names whose one linear weight is 128,256 x 8,192 (2.1 GB in bfloat16)."""
-    return {"model.layers.0.mlp.down_proj.weight": (VOCABULARY, 8192)}
-
-
-def generate(folder: Path, shapes: dict[str, tuple[int, ...]], config: dict[str, object]) -> None:
-    """Write a one-file bfloat16 checkpoint; every tensor is a stretch of one pool of random normal numbers."""
-    import numpy as np
-
-    pool_length = 1 << 25
-    normal = np.random.default_rng(20).standard_normal(pool_length, dtype=np.float32) * np.float32(0.02)
-    # float32 -> bfloat16, to nearest: all values are finite, so adding half of the dropped part is enough.
-    pool = ((normal.view(np.uint32) + np.uint32(0x8000)) >> np.uint32(16)).astype(np.uint16)
-
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, shape in shapes.items():
-        length = 2 * int(np.prod(shape))
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset + length]}
-        offset += length
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    with open(partial / "model.safetensors", "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        start = 0
-        for shape in shapes.values():
-            left = int(np.prod(shape))
-            while left:
-                count = min(left, pool_length - start)
-                file.write(memoryview(pool[start : start + count]).cast("B"))
-                left -= count
-                start = (start + count) % pool_length
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    partial.rename(folder)
-
-
-def checkpoint(name: str) -> Path:
-    """The generated checkpoint of that name ("layers-16", "huge"), made by a process of its own if need be."""
-    folder = CACHE / name
-    if not folder.is_dir():
-        print(f"generating {folder} …", file=sys.stderr, flush=True)
-        subprocess.run([sys.executable, __file__, "--generate", name], check=True)
-    return folder
-
-
-def total_bytes(folder: Path) -> int:
-    """The size of all files of a folder."""
-    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-
-
-def warm(folder: Path) -> None:
-    """Read every file of a folder, so that the page cache holds it."""
-    buffer = bytearray(8 * MIB)
-    for file in folder.iterdir():
-        with open(file, "rb", buffering=0) as reader:
-            while reader.readinto(buffer):
-                pass
+LAYERS = LLAMA_1B.layers
 
 
 def floor(source: Path, destination: Path, output_bytes: int, sync: bool) -> None:
@@ -269,18 +145,12 @@ def main() -> None:
     parser.add_argument("--peer-runs", type=int, default=1, help="runs of the peer, some 30 s each; 0 leaves it out")
     parser.add_argument("--scale", action="store_true", help="time and memory against the size of the model")
     parser.add_argument("--keep", action="store_true", help="with --scale: keep all generated checkpoints (10 GB)")
-    parser.add_argument("--generate", metavar="NAME", help=argparse.SUPPRESS)
     parser.add_argument("--floor", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
 
     if options.floor:
         source, destination, output_bytes, sync = options.floor
         floor(Path(source), Path(destination), int(output_bytes), sync == "fsync")
-    elif options.generate == "huge":
-        generate(CACHE / "huge", huge_shapes(), llama_config(1))
-    elif options.generate:
-        layers = int(options.generate.removeprefix("layers-"))
-        generate(CACHE / options.generate, llama_shapes(layers), llama_config(layers))
     else:
         print(machine_line())
         print(versions_line("halfbyte", "torch", "transformers", "bitsandbytes"), flush=True)
