@@ -1,7 +1,7 @@
 """Fine-tune a model with QLoRA on a folder of text files, save the adapter, merge it and save the merged model.
 
     pip install 'halfbyte[transformers]' peft trl
-    python examples/qlora.py MODEL DATA OUTPUT [--steps 200] [--merge-into 16bit]
+    python examples/qlora.py MODEL DATA OUTPUT [--steps 200] [--merge-into 4bit]
 
 MODEL is a folder (or a name on the hub) with 16-bit, 32-bit or 4-bit weights and a tokenizer; weights that are not
 4-bit yet are quantized to NF4 while they load. DATA is a folder: every `*.txt` file in it and below is one document.
@@ -37,10 +37,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of initialization and data order (default: %(default)s)")
     parser.add_argument(
         "--merge-into",
-        choices=("4bit", "16bit"),
-        default="4bit",
-        help="4bit: quantize the merged weights again; 16bit: merge into dequantized weights, which needs memory for "
-        "the dense model and rounds less (default: %(default)s)",
+        choices=("16bit", "4bit"),
+        default="16bit",
+        help="16bit: merge into dequantized weights, which needs memory for the dense model; 4bit: quantize the merged "
+        "weights again, which rounds small changes away, most of a short training (default: %(default)s)",
     )
     return parser.parse_args()
 
