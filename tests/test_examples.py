@@ -20,30 +20,10 @@ TEXT = "the cat sat on the mat and the dog ran to the door while the sun came up
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny dense Llama and a tokenizer that knows the words of `TEXT`."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from tiny_models import save_llama_with_words
 
-    words = ["<eos>", "<unk>", *sorted(set(TEXT.split()))]
-    raw = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
     folder = tmp_path_factory.mktemp("tiny-llama")
-    # Like Llama's own tokenizer it has no padding token.
-    PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
-    torch.manual_seed(0)
-    LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=len(words),
-            eos_token_id=0,
-            bos_token_id=0,
-            tie_word_embeddings=False,
-        )
-    ).save_pretrained(folder)
+    save_llama_with_words(folder)
     return folder
 
 
