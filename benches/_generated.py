@@ -1,6 +1,7 @@
 """Checkpoints for the benches: Llama geometries with random weights, generated once and kept in .cache/benches/.
 
-Weights are bfloat16, normal with a standard deviation of 0.02; embedding and output layer are one (tied).
+Weights are bfloat16, normal with a standard deviation of 0.02, and 1 in norms: with small ones a model would have
+outputs next to zero, and nothing to learn. Embedding and output layer are one (tied).
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def huge_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def generate(folder: Path, shapes: dict[str, tuple[int, ...]], config: dict[str, object]) -> None:
-    """Write a one-file bfloat16 checkpoint; every tensor is a stretch of one pool of random normal numbers."""
+    """Write a one-file bfloat16 checkpoint; every matrix is a stretch of one pool of random normal numbers."""
     import numpy as np
 
     pool_length = 1 << 25
@@ -132,6 +133,9 @@ def generate(folder: Path, shapes: dict[str, tuple[int, ...]], config: dict[str,
         start = 0
         for shape in shapes.values():
             left = prod(shape)
+            if len(shape) == 1:
+                file.write(np.full(left, 0x3F80, np.uint16).tobytes())  # 1.0
+                continue
             while left:
                 count = min(left, pool_length - start)
                 file.write(memoryview(pool[start : start + count]).cast("B"))

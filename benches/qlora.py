@@ -1,12 +1,15 @@
-"""QLoRA steps: halfbyte and bitsandbytes with the same seeds and data, beside LoRA on the bfloat16 model.
+"""QLoRA steps: halfbyte and bitsandbytes with the same seeds and data, beside LoRA on the model that is not quantized.
 
     python benches/qlora.py                       a small Llama on the CPU
     python benches/qlora.py --device cuda         the geometry of Llama-3.2-3B, batches of 4 x 1024, checkpointed
     python benches/qlora.py --device cuda --geometry layers-16 --batch 2 --length 512
 
-PEFT's LoRA of rank 16 on all linear layers, NF4 with double quantization, AdamW, bfloat16 autocast; every contender
-runs in a process of its own, in turns. Weights are random; the data are eight batches in turns, whose next token mostly
-follows from the one before, so that there is something to learn and losses fall.
+PEFT's LoRA of rank 16 on all linear layers, NF4 with double quantization, AdamW; every contender runs in a process of
+its own, in turns. On a GPU the model is bfloat16 and runs under autocast. On the CPU everything is float32, because
+torch's own bfloat16 products are up to a hundred times slower on processors without instructions for them.
+
+Weights are random; the data are eight batches in turns, whose next token mostly follows from the one before, so that
+there is something to learn and losses fall.
 
 A step is forward, backward and optimizer, waited for. The first --warmup steps are not timed. Peak memory is that of
 the steps: anonymous memory (RssAnon) on the CPU, what torch allocated on a GPU.
@@ -28,10 +31,10 @@ from _generated import checkpoint, geometry, warm
 from _table import machine_line, print_table
 from _worker import mib, peer_versions, report, run_worker
 
-CONTENDERS = ("halfbyte", "bitsandbytes", "bfloat16")
+CONTENDERS = ("halfbyte", "bitsandbytes", "dense")
 
 
-def model_with_adapters(contender: str, source: str, device: str, checkpointing: bool) -> Any:
+def model_with_adapters(contender: str, source: str, options: argparse.Namespace) -> Any:
     """The model with LoRA layers, ready to be trained."""
     if contender == "halfbyte":
         import halfbyte
@@ -39,11 +42,12 @@ def model_with_adapters(contender: str, source: str, device: str, checkpointing:
     import transformers
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
+    dtype = getattr(torch, options.dtype)
     how = {
         "load_in_4bit": True,
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": torch.bfloat16,
+        "bnb_4bit_compute_dtype": dtype,
     }
     more: dict[str, Any] = {}
     if contender == "halfbyte":
@@ -51,15 +55,15 @@ def model_with_adapters(contender: str, source: str, device: str, checkpointing:
     elif contender == "bitsandbytes":
         more["quantization_config"] = transformers.BitsAndBytesConfig(**how)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        source, dtype=torch.bfloat16, device_map=device, **more
+        source, dtype=dtype, device_map=options.device, **more
     )
     model.config.use_cache = False
     keywords = {"use_reentrant": False}
     if more:
         model = prepare_model_for_kbit_training(
-            model, use_gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs=keywords
+            model, use_gradient_checkpointing=options.checkpointing, gradient_checkpointing_kwargs=keywords
         )
-    elif checkpointing:
+    elif options.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=keywords)
         model.enable_input_require_grads()
     torch.manual_seed(20)
@@ -102,7 +106,7 @@ def worker(contender: str, source: str, options: argparse.Namespace) -> None:
     import torch
 
     gpu = options.device != "cpu"
-    model = model_with_adapters(contender, source, options.device, options.checkpointing)
+    model = model_with_adapters(contender, source, options)
     data = [tokens.to(options.device) for tokens in batches(model.config.vocab_size, options.batch, options.length)]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=options.rate)
@@ -116,7 +120,7 @@ def worker(contender: str, source: str, options: argparse.Namespace) -> None:
             torch.cuda.synchronize()
         start = time.perf_counter()
         tokens = data[step % len(data)]
-        with torch.autocast(torch.device(options.device).type, dtype=torch.bfloat16):
+        with torch.autocast(torch.device(options.device).type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
             loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         optimizer.step()
@@ -153,6 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--geometry", help='"small" (default on the CPU), "llama-3b" (default on a GPU), "layers-N"')
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: float32 on the CPU, else bfloat16")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--warmup", type=int, default=5, help="steps that are not timed (default: 5)")
     parser.add_argument("--batch", type=int, help="rows of a batch (default: 2 on the CPU, 4 on a GPU)")
@@ -166,6 +171,7 @@ def main() -> None:
     options = parser.parse_args()
     gpu = options.device != "cpu"
     options.geometry = options.geometry or ("llama-3b" if gpu else "small")
+    options.dtype = options.dtype or ("bfloat16" if gpu else "float32")
     options.batch = options.batch or (4 if gpu else 2)
     options.length = options.length or (1024 if gpu else 128)
     if not 0 <= options.warmup < options.steps:
@@ -176,7 +182,7 @@ def main() -> None:
 
     source = checkpoint(options.geometry)
     warm(source)
-    arguments = [f"--{key}={getattr(options, key)}" for key in ("device", "steps", "batch", "length", "rate")]
+    arguments = [f"--{key}={getattr(options, key)}" for key in ("device", "dtype", "steps", "batch", "length", "rate")]
     arguments += [f"--warmup={options.warmup}", *([] if options.checkpointing else ["--no-checkpointing"])]
     print(machine_line())
     print(peer_versions(options.bitsandbytes), flush=True)
@@ -195,7 +201,8 @@ def main() -> None:
     trained = next(iter(measured.values()))[0]["ready"]["trained"]
     print(
         f"\n{options.geometry}: {geometry(options.geometry).weights() / 1e9:.2f}e9 weights, {trained / 1e6:.1f}e6 of "
-        f"adapters; {options.steps} steps of {options.batch} x {options.length} tokens on {options.device}, "
+        f"adapters; {options.steps} steps of {options.batch} x {options.length} tokens, {options.dtype} on "
+        f"{options.device}, "
         f"{'with' if options.checkpointing else 'without'} gradient checkpointing; best of {options.runs}\n"
     )
     times = {}
@@ -206,11 +213,11 @@ def main() -> None:
     for contender, runs in measured.items():
         best, median = times[contender]
         row = [contender, f"{1e3 * best:.1f}", f"{1e3 * median:.1f}"]
-        for other in ("bitsandbytes", "bfloat16"):
+        for other in ("bitsandbytes", "dense"):
             row.append(f"{median / times[other][1]:.2f}" if other in times else "")
         row.append(mib(max(run["steps"]["gpu_peak" if gpu else "peak"] for run in runs)))
         rows.append(row)
-    print_table(["step", "best ms", "median ms", "x bitsandbytes", "x bfloat16", "peak MiB"], rows)
+    print_table(["step", "best ms", "median ms", "x bitsandbytes", "x dense", "peak MiB"], rows)
     print()
     print_losses({contender: runs[0]["steps"]["losses"] for contender, runs in measured.items()})
 
