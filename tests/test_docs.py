@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import json
+import os
 import re
 import struct
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +148,80 @@ def test_examples_of_docstrings(path: Path) -> None:
     failed, tried = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
     assert tried > 0
     assert failed == 0
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
+def test_transformers_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    text = (ROOT / "docs" / "transformers.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {}
+    exec(compile(block, "docs/transformers.md", "exec"), namespace)
+    layers = [type(module).__name__ for module in namespace["again"].modules()]
+    assert layers.count("Linear4bit") == 14
+    assert namespace["again"].config.quantization_config.bnb_4bit_compute_dtype is namespace["torch"].bfloat16
+
+
+# ---- pages whose Python is run ---------------------------------------------------------------------------------------
+
+
+def python_blocks(page: str) -> list[str]:
+    """The blocks of Python of a page, in order."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+# What a page's code must have made, as an expression that its last block is followed by.
+PAGES = {
+    "README.md": "sum(isinstance(m, halfbyte.nn.Linear4bit) for m in model.modules()) == 14 and y.shape == (2, 14336)",
+    "docs/from-bitsandbytes.md": "model.is_loaded_in_4bit",
+    "docs/qlora.md": "not getattr(merged, 'is_quantized', False) and len(trainer.state.log_history) > 4",
+    "docs/serving.md": "model.model.layers[1].mlp.up_proj.weight.is_meta and tokens.shape[1] > 2",
+}
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_pages_run_from_top_to_bottom(page: str, tmp_path: Path) -> None:
+    for package in ("transformers", "peft", "trl"):
+        pytest.importorskip(package)
+    from tiny_models import save_llama_with_words
+
+    # A tiny model, in a folder of the name that the pages use.
+    save_llama_with_words(tmp_path / "Llama-3.2-1B", dtype="bfloat16")
+    code = "\n".join(python_blocks(page)) + f"\nassert {PAGES[page]}\nprint('all of it ran')\n"
+    (tmp_path / "page.py").write_text(code, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "page.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.splitlines()[-1] == "all of it ran"
+
+
+def strings_of(folder: Path) -> Iterator[str]:
+    """Every string in the Python files below a folder, with `…` for what an f-string or `%` puts in."""
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield re.sub(r"%[sdr]", "…", node.value)
+            elif isinstance(node, ast.JoinedStr):
+                yield "".join(str(v.value) if isinstance(v, ast.Constant) else "…" for v in node.values)
+
+
+def test_messages_of_troubleshooting_page_are_real() -> None:
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^### `(.*)`$", text, flags=re.MULTILINE)
+    assert len(messages) == text.count("\n### ") > 30
+    theirs = [Path(transformers.__file__).parent / "quantizers", Path(peft.__file__).parent / "tuners" / "lora"]
+    sources = [text for folder in (PACKAGE, *theirs) for text in strings_of(folder)]
+    trainer = (Path(transformers.__file__).parent / "trainer_utils.py").read_text(encoding="utf-8")
+    for message in messages:
+        pattern = re.compile(".*".join(map(re.escape, message.split("…"))), flags=re.DOTALL)
+        found = any(pattern.search(source.replace("`", "")) for source in [*sources, trainer])
+        assert found, message

@@ -405,8 +405,8 @@ def test_accelerate_hooks_stay() -> None:
 
 # PEFT asks for an attribute that transformers has renamed.
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-def test_lora_trains_over_a_swapped_model_and_refuses_to_merge_into_bytes() -> None:
-    """PEFT sees an `nn.Linear` and takes its general path; its 4-bit path asks for bitsandbytes' own class."""
+def test_lora_trains_over_a_swapped_model_and_merges() -> None:
+    """PEFT takes its path for 4-bit layers, which quantizes the sum anew."""
     peft = pytest.importorskip("peft")
     model = halfbyte.quantize_model(tiny_models.build("LlamaForCausalLM", torch.float32), NF4)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -422,13 +422,15 @@ def test_lora_trains_over_a_swapped_model_and_refuses_to_merge_into_bytes() -> N
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    with pytest.raises(RuntimeError, match=r"size of tensor|shape"):
-        adapted.merge_and_unload()
     for name, parameter in adapted.get_base_model().named_parameters():
         if name.replace(".base_layer", "") in before:
             assert torch.equal(parameter, before[name.replace(".base_layer", "")]), name
     with pytest.raises(ValueError, match="PEFT adapter"):
         halfbyte.quantize_model(adapted, NF4)
+    with pytest.warns(UserWarning, match="Merge lora module to 4-bit linear"):
+        merged = adapted.merge_and_unload()
+    assert isinstance(merged.model.layers[0].self_attn.q_proj, Linear4bit)
+    assert torch.isfinite(merged(ids).logits).all()
 
 
 def test_one_line_is_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -673,6 +675,35 @@ def test_the_skip_list_holds_with_and_without_the_base_models_prefix() -> None:
     )
     model = halfbyte.quantize_model(transformers.LlamaForCausalLM(config), rules=[r"layers\.0\.=keep"])
     assert {"model.layers.0", "layers.0", "lm_head"} <= set(model.config.quantization_config.llm_int8_skip_modules)
+
+
+def test_a_short_skip_name_never_keeps_a_packed_layer() -> None:
+    transformers = pytest.importorskip("transformers")
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    class Base(transformers.PreTrainedModel):
+        config_class = transformers.PretrainedConfig
+        base_model_prefix = "model"
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.proj = nn.Linear(64, 64)
+            self.block = nn.ModuleDict({"proj": nn.Linear(64, 64), "q": nn.Linear(64, 64)})
+
+    class Head(transformers.PreTrainedModel):
+        config_class = transformers.PretrainedConfig
+        base_model_prefix = "model"
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.model = Base(config)
+            self.head = nn.Linear(64, 64)
+
+    model = halfbyte.quantize_model(Head(transformers.PretrainedConfig()), rules=[r"^model\.proj\.=keep"])
+    listed = model.config.quantization_config.llm_int8_skip_modules
+    layers = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert {name for name in layers if should_convert_module(name, listed)} == set(packed(model))
+    assert "model.block.proj" in packed(model)
 
 
 def test_skip_names_that_hit_nothing_are_told(caplog: pytest.LogCaptureFixture) -> None:

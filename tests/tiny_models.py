@@ -205,3 +205,34 @@ def save(name: str, folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> 
     """Build the model of class ``name`` and save it; returns the folder."""
     build(name, dtype).save_pretrained(folder)
     return Path(folder)
+
+
+WORDS = "the cat sat on the mat and the dog ran to the door while the sun came up"
+"""A sentence whose words `save_llama_with_words` knows."""
+
+
+def save_llama_with_words(folder: Path, dtype: str = "float32") -> None:
+    """Save a dense Llama of two layers and a tokenizer that knows the words of `WORDS`.
+
+    Like Llama's own tokenizer it has no padding token, and adds nothing to a prompt.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<eos>", "<unk>", *sorted(set(WORDS.split()))]
+    raw = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", unk_token="<unk>")
+    tokenizer.save_pretrained(folder)
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(words),
+        eos_token_id=0,
+        bos_token_id=0,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)

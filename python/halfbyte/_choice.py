@@ -201,11 +201,14 @@ def skip_list(model: nn.Module, choice: Choice) -> list[str] | None:
     options = {"rules": keep, "explicit": [name for name, *_ in tensors]}
     answer = json.loads(_native.select(None, json.dumps(tensors), json.dumps(options)))
     listed: list[str] = answer["skip_modules"] or []
-    return with_and_without_prefix(model, listed)
+    return _with_and_without_prefix(model, listed, [name for layer in choice.layers for name in layer.names])
 
 
-def with_and_without_prefix(model: nn.Module, listed: Sequence[str]) -> list[str]:
-    """Names that also hold where the base model is loaded by itself, under paths without its prefix."""
+def _with_and_without_prefix(model: nn.Module, listed: Sequence[str], packed: Sequence[str]) -> list[str]:
+    """Names that also hold where the base model is loaded by itself, under paths without its prefix.
+
+    A short name that would also keep a layer that is packed is left out: the model itself comes first.
+    """
     prefixes = [
         join(path, prefix) + "."
         for path, module in model.named_modules()
@@ -215,7 +218,12 @@ def with_and_without_prefix(model: nn.Module, listed: Sequence[str]) -> list[str
         and isinstance(getattr(module, prefix, None), nn.Module)
     ]
     short = [name.removeprefix(prefix) for name in listed for prefix in prefixes if name.startswith(prefix)]
-    return list(dict.fromkeys([*listed, *short]))
+    if not short:
+        return list(listed)
+    seen = [*packed, *(name.removeprefix(prefix) for name in packed for prefix in prefixes)]
+    weights = [join(name, "weight") for name in dict.fromkeys(seen)]
+    harmless = [name for name in short if all(hit is None for *_, hit in match(weights, (), [name]))]
+    return list(dict.fromkeys([*listed, *harmless]))
 
 
 def match(

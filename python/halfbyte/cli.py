@@ -145,6 +145,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("b", metavar="B", help="the quantized checkpoint to be checked")
     sub.set_defaults(run=_verify)
 
+    sub = add("run", [], *_RUN_TEXT)
+    sub.add_argument("program", metavar="PROGRAM", nargs=argparse.REMAINDER, help="script.py ARG…, or -m MODULE ARG…")
+
     sub = add("doctor", [common], *_DOCTOR_TEXT)
     sub.set_defaults(run=_doctor)
 
@@ -178,6 +181,11 @@ _VERIFY_TEXT = (
     "Compare every quantized weight of B with a fresh quantization of A, byte for byte; where they differ, the error\n"
     "of the dequantized values is shown. A may be quantized too.",
     "  halfbyte verify Llama-3.2-1B Llama-3.2-1B-nf4",
+)
+_RUN_TEXT = (
+    "run a Python program with halfbyte in place of bitsandbytes",
+    "Run a script or a module as python would. There and in child processes,\n`import bitsandbytes` is halfbyte.",
+    "  halfbyte run train.py --epochs 3\n  halfbyte run -m torch.distributed.run --nproc-per-node 2 train.py",
 )
 _DOCTOR_TEXT = (
     "show what this machine offers and which libraries it has",
@@ -400,6 +408,17 @@ def _completion(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def _run(program: list[str]) -> int:
+    """Run another program: before the parser, and outside of what reports errors, which are the program's own."""
+    if program[0].startswith("-") and (program[0] != "-m" or len(program) < 2):
+        _complain(f"run: expected script.py or -m MODULE, got {program[0]!r} (see: {PROG} run --help)")
+        return EXIT_USAGE
+    from halfbyte.compat.run import run
+
+    run(program)
+    return EXIT_OK
+
+
 # ------------------------------------------------------------------------------------------------------------- output
 
 
@@ -445,6 +464,8 @@ def _complain(message: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and give its exit code. `--help`, `--version` and wrong options raise SystemExit."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["run"] and len(arguments) > 1 and arguments[1] not in ("-h", "--help"):
+        return _run(arguments[1:])
     _terminal.prepare_streams()
     try:
         try:
@@ -468,6 +489,8 @@ def _main(arguments: list[str]) -> int:
     if args.command is None:
         parser.print_help()
         return EXIT_USAGE
+    if args.command == "run":
+        parser.error("run: expected script.py or -m MODULE")
     try:
         with _sigterm_interrupts():
             code: int = args.run(args)

@@ -1,7 +1,7 @@
 """halfbyte under the name `bitsandbytes`, for code that imports that package.
 
-`offer` answers to the name where no `bitsandbytes` is installed; `install` in any case, also in child processes.
-Neither imports torch: the layer itself is loaded by the first `import bitsandbytes`.
+`offer` answers to the name where no `bitsandbytes` is installed. `install` answers in any case, and in
+child processes too. Neither imports torch: the layer itself is loaded by the first `import bitsandbytes`.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def served() -> bool:
         return bool(getattr(loaded, "__halfbyte__", False))
     if _finder not in sys.meta_path:
         return False
-    return not _elsewhere(sys.meta_path[: sys.meta_path.index(_finder)])  # type: ignore[arg-type]
+    return not _elsewhere(sys.meta_path[: sys.meta_path.index(_finder)])
 
 
 def _elsewhere(finders: Iterable[Any]) -> bool:
@@ -98,7 +98,8 @@ def offer() -> bool:
     """Answer to `import bitsandbytes` in this process, unless a package of that name is installed or loaded.
 
     Libraries that were told before that there is no bitsandbytes are asked to look again. Does nothing when
-    HALFBYTE_BITSANDBYTES=0. May be called any number of times.
+    HALFBYTE_BITSANDBYTES=0, and the same as `install` when it is 1, as a parent process sets it. May be
+    called any number of times.
 
     Returns:
         Whether halfbyte answers to the name.
@@ -107,9 +108,12 @@ def offer() -> bool:
         return served()
     if NAME in sys.modules or _finder in sys.meta_path:
         return served()
+    if os.environ.get(VARIABLE) == "1":
+        install()
+        return True
     if _elsewhere(sys.meta_path):
         return False
-    sys.meta_path.append(_finder)  # type: ignore[arg-type]
+    sys.meta_path.append(_finder)
     _tell_libraries()
     return True
 
@@ -138,24 +142,20 @@ def _serve_first() -> None:
     """Put the finder before all others."""
     if sys.meta_path[:1] != [_finder]:
         if _finder in sys.meta_path:
-            sys.meta_path.remove(_finder)  # type: ignore[arg-type]
-        sys.meta_path.insert(0, _finder)  # type: ignore[arg-type]
+            sys.meta_path.remove(_finder)
+        sys.meta_path.insert(0, _finder)
     _tell_libraries()
 
 
 def _reach_children() -> None:
-    """Where the wheel's `.pth` is not in place (an editable install), let PYTHONPATH lead children to the layer."""
-    try:
-        from importlib.util import find_spec
-
-        if find_spec("_halfbyte_startup") is not None:
-            return
-    except (ImportError, ValueError):
-        pass
+    """Let PYTHONPATH lead children to a package that installs the finder when it is imported."""
     folder = str(_STARTUP)
     paths = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     if folder not in paths:
         os.environ["PYTHONPATH"] = os.pathsep.join([folder, *paths])
+    if folder not in sys.path:
+        # A spawned child gets this list, after its own start. Behind the script's folder, before site-packages.
+        sys.path.insert(1, folder)
 
 
 def _tell_libraries() -> None:
@@ -173,8 +173,12 @@ def _tell_libraries() -> None:
             # Their classes are defined only where bitsandbytes is found; they are imported again when needed.
             if not any(hasattr(value, "merge") for value in vars(loaded).values()):
                 del sys.modules[name]
-        elif not hasattr(loaded, "bnb") and (
-            name == "transformers.integrations.bitsandbytes"
-            or (name.startswith("peft.") and "is_bnb_available" in getattr(loaded, "__dict__", {}))
-        ):
+        elif _asks(name, loaded) and not hasattr(loaded, "bnb"):
             loaded.bnb = importlib.import_module(NAME)  # type: ignore[attr-defined]
+
+
+def _asks(name: str, module: ModuleType) -> bool:
+    """Whether the module binds `bnb` when it is imported, if bitsandbytes is found."""
+    if name == "transformers.integrations.bitsandbytes":
+        return True
+    return name.startswith("peft.") and "is_bnb_available" in getattr(module, "__dict__", {})

@@ -46,6 +46,8 @@ class MatMul4Bit(_Product):
         quant_state: F.QuantState | None = None,
     ) -> Tensor:
         """`A @ dequantized B + bias`, as `matmul_4bit` computes it."""
+        if quant_state is None:
+            raise ValueError("quant_state must be the state that quantize_4bit returned, got None")
         return matmul_4bit(A, B, quant_state, out, bias)
 
 

@@ -61,7 +61,7 @@ def fix_4bit_weight_quant_state_from_module(module: Embedding4bit | Linear4bit) 
         module.weight = weight = Params4bit(
             weight.data, quant_state=state, quant_storage=weight.dtype, bnb_quantized=True, module=module
         )
-    weight.quant_state = state  # type: ignore[attr-defined]
+    weight.quant_state = state
 
 
 class _WideEmbedding(torch.nn.Embedding):

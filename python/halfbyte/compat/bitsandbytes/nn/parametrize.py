@@ -98,7 +98,8 @@ def _register(module: nn.Module, name: str, state: F.QuantState) -> None:
 
 
 def _register_parametrization_hooks(module: nn.Module, param_name: str) -> None:
-    module.register_state_dict_post_hook(partial(_parametrized_state_dict_post_hook, param_name=param_name))
+    hook = partial(_parametrized_state_dict_post_hook, param_name=param_name)
+    module.register_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]
     module.register_forward_pre_hook(_enable_parametrization_cache)
     # Always: activation checkpointing ends the forward of its second pass by an exception, and a count that is not
     # taken back keeps every dequantized parameter in the cache from then on.

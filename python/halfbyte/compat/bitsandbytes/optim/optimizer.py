@@ -259,7 +259,7 @@ class Optimizer2State(Optimizer8bit):
             low, high, part = math.log(betas[0]), math.log(beta3), state["step"] / config["t_beta3"]
             beta3 = min(math.exp(low * high / ((1 - part) * high + part * low)), beta3)
         F.optimizer_update_32bit(
-            self.optimizer_name, p.grad, p, state["state1"], betas[0], config["eps"], state["step"], config["lr"],
+            self.optimizer_name, _gradient(p), p, state["state1"], betas[0], config["eps"], state["step"], config["lr"],
             state["state2"], betas[1], beta3, alpha, config["weight_decay"], 1.0, state.get("unorm_vec"),
             config["max_unorm"], config["skip_zeros"],
         )  # fmt: skip
@@ -306,10 +306,16 @@ class Optimizer1State(Optimizer8bit):
         state = self.state[p]
         state["step"] += 1
         F.optimizer_update_32bit(
-            self.optimizer_name, p.grad, p, state["state1"], config["betas"][0], config["eps"], state["step"],
+            self.optimizer_name, _gradient(p), p, state["state1"], config["betas"][0], config["eps"], state["step"],
             config["lr"], None, config["betas"][1], 0.0, 0.0, config["weight_decay"], 1.0, state.get("unorm_vec"),
             config["max_unorm"], config["skip_zeros"],
         )  # fmt: skip
+
+
+def _gradient(p: Tensor) -> Tensor:
+    if p.grad is None:
+        raise ValueError("p must have a gradient, got None")
+    return p.grad
 
 
 def _settings(optim_bits: int, min_8bit_size: int, max_unorm: float, skip_zeros: bool) -> MockArgs:
