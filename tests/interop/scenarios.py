@@ -1,5 +1,7 @@
 """What a user does with transformers, PEFT and Trainer: the scenarios of `test_processes.py`, run in a process apart.
 
+More of them are in the files beside this one, `scenarios_*.py`.
+
 `python scenarios.py KIND FOLDER [NAME…]` runs all scenarios, or those named, and prints one JSON object, name to None
 or to what went wrong. KIND says what the process knows of bitsandbytes:
 
@@ -11,7 +13,6 @@ or to what went wrong. KIND says what the process knows of bitsandbytes:
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 import traceback
@@ -533,9 +534,13 @@ def sft_and_dpo_train(folder: Path) -> None:
 
 def main() -> None:
     """Run the scenarios named on the command line, all by default."""
+    import importlib
     import shutil
 
-    logging.disable(logging.INFO)
+    # The other files import this one: they must not run it again.
+    sys.modules["scenarios"] = sys.modules[__name__]
+    for path in sorted(Path(__file__).parent.glob("scenarios_*.py")):
+        importlib.import_module(path.stem)
     warnings.simplefilter("ignore")
     folder, names = Path(sys.argv[2]), sys.argv[3:] or list(SCENARIOS)
     results: dict[str, str | None] = {}

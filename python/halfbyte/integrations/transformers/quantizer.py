@@ -19,6 +19,7 @@ from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.import_utils import is_accelerate_available
 
+from halfbyte._choice import experts_note, fused_experts
 from halfbyte.config import BitsAndBytesConfig
 from halfbyte.integrations.transformers import layers, operations
 from halfbyte.integrations.transformers.attach import serve_bitsandbytes
@@ -114,6 +115,9 @@ class Quantizer4bit(Bnb4BitHfQuantizer):
                     name,
                     type(model).__name__,
                 )
+            experts = fused_experts(model.named_modules())
+            if experts:
+                _logger.warning("%s: %s", type(model).__name__, experts_note(experts))
         storage = self.config.bnb_4bit_quant_storage
         assert isinstance(storage, torch.dtype)
         count = layers.put_4bit(
