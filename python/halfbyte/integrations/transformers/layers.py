@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from halfbyte._choice import is_conv1d
+from halfbyte.checkpoint import CheckpointError
 from halfbyte.nn import Embedding4bit, Linear4bit, Params4bit
-from halfbyte.state import PACKED_KEYS
+from halfbyte.state import PACKED_KEYS, TENSOR_KEYS
 
 SOURCE_CLASS = "source_cls"
 """The attribute of a 4-bit layer that holds the class of the layer whose place it took; transformers sets the same."""
@@ -48,6 +49,9 @@ def packed_in(model: Any, files: Sequence[str]) -> list[str] | None:
     Args:
         model: The transformers model that the checkpoint is for.
         files: The checkpoint's files.
+
+    Raises:
+        CheckpointError: A packed weight lacks a part; the message names it.
     """
     if not files or not all(os.fspath(file).endswith(".safetensors") for file in files):
         return None
@@ -55,12 +59,11 @@ def packed_in(model: Any, files: Sequence[str]) -> list[str] | None:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-    names: list[str] = []
+    names: dict[str, str] = {}
     for file in files:
         with safe_open(file, framework="pt") as header:
-            names += header.keys()
-    suffixes = tuple(f".{key}" for key in PACKED_KEYS)
-    packed = [name[: -len(suffix)] for name in names for suffix in suffixes if name.endswith(suffix)]
+            names.update(dict.fromkeys(header.keys(), os.fspath(file)))
+    packed = _packed_weights(names)
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -73,6 +76,34 @@ def packed_in(model: Any, files: Sequence[str]) -> list[str] | None:
         if key in parameters and key.endswith("weight"):
             found.append(key.rpartition(".")[0])
     return found
+
+
+def _packed_weights(names: Mapping[str, str]) -> list[str]:
+    """Names of the packed weights among a checkpoint's tensors, which come with their files; each is complete."""
+    parts: dict[str, set[str]] = {}
+    for name in names:
+        for key in (*PACKED_KEYS, *TENSOR_KEYS):
+            if name.endswith(f".{key}"):
+                parts.setdefault(name[: -len(key) - 1], set()).add(key)
+                break
+    for weight, keys in parts.items():
+        file = names[f"{weight}.{min(keys)}"]
+        if not weight.endswith("weight"):
+            continue
+        wanted = {"absmax", "quant_map"}
+        if any(key.startswith("nested_") for key in keys):
+            wanted |= {"nested_absmax", "nested_quant_map"}
+        missing = [f"{weight}.{key}" for key in TENSOR_KEYS if key in wanted - keys]
+        if not keys.intersection(PACKED_KEYS):
+            missing.append(f"{weight}.{PACKED_KEYS[0]} (or {PACKED_KEYS[1].rpartition('.')[2]})")
+        if weight not in names:
+            missing.insert(0, weight)
+        if missing:
+            raise CheckpointError(
+                f"{file}: {weight} is packed to 4 bits, but the checkpoint lacks {', '.join(missing)}; it is incomplete: "
+                "save, or download, it again"
+            )
+    return [weight for weight, keys in parts.items() if keys.intersection(PACKED_KEYS)]
 
 
 def put_4bit(

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -55,13 +54,11 @@ class Quantizer4bit(Bnb4BitHfQuantizer):
         """Check the device map. Called again with the map that was inferred, which `place` needs.
 
         Raises:
-            ImportError: transformers is too old, or accelerate is not installed.
+            ImportError: accelerate is not installed, or too old.
             ValueError: The map names a target that is no device.
         """
-        if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 0):
-            raise ImportError(f"halfbyte needs transformers>=5.0, got {transformers.__version__}")
         if not is_accelerate_available():
-            raise ImportError("loading 4-bit weights needs accelerate: pip install 'accelerate>=1.0'")
+            raise ImportError("loading 4-bit weights needs accelerate: pip install -U 'accelerate>=1.3'")
         if isinstance(device_map, Mapping):
             for name, target in device_map.items():
                 _check_target(name, target)
