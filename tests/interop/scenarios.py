@@ -12,6 +12,7 @@ or to what went wrong. KIND says what the process knows of bitsandbytes:
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -50,8 +51,6 @@ if __name__ == "__main__":
     if KIND in ("absent", "late"):
         hide_bitsandbytes()
     if KIND == "late":
-        import importlib
-
         for module in ("peft", "transformers.quantizers.auto"):
             importlib.import_module(module)
 
@@ -388,9 +387,11 @@ def other_tuners(folder: Path) -> None:
     import peft
 
     targets = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    # Older releases rotate dense weights only.
+    newer = importlib.util.find_spec("peft.utils.quantization_utils") is not None
     for made in (
         peft.OFTConfig(oft_block_size=16, use_cayley_neumann=False, **targets),
-        peft.BOFTConfig(boft_block_size=16, **targets),
+        *([peft.BOFTConfig(boft_block_size=16, **targets)] if newer else []),
         peft.VeraConfig(r=4, **targets),
         peft.MissConfig(r=4, **targets),
         peft.AdaLoraConfig(init_r=4, target_r=2, total_step=20, **targets),
@@ -534,7 +535,6 @@ def sft_and_dpo_train(folder: Path) -> None:
 
 def main() -> None:
     """Run the scenarios named on the command line, all by default."""
-    import importlib
     import shutil
 
     # The other files import this one: they must not run it again.

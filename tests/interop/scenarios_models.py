@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import tiny_models  # noqa: E402
+import tiny_models
 
 
 @contextlib.contextmanager
@@ -127,9 +127,7 @@ def sentence_transformer_by_model_kwargs(folder: Path) -> None:
     assert layers(model) == 13, layers(model)
     found = model.encode(["a b c", "x y"])
     model.save(str(folder / "packed"))
-    again = SentenceTransformer(
-        str(folder / "packed"), device="cpu", model_kwargs={"quantization_config": config()}
-    )
+    again = SentenceTransformer(str(folder / "packed"), device="cpu", model_kwargs={"quantization_config": config()})
     assert layers(again) == 13
     assert (again.encode(["a b c", "x y"]) == found).all()
     if KIND != "present":
@@ -176,9 +174,7 @@ def custom_code_model(folder: Path) -> None:
     assert type(model.mix) is type(halfbyte.quantize_model(nn.Sequential(nn.Linear(64, 64)))[0]) or layers(model) == 1
     assert type(model.head) is nn.Linear
     model.save_pretrained(folder / "first")
-    again = AutoModelForCausalLM.from_pretrained(
-        folder / "first", trust_remote_code=True, quantization_config=config()
-    )
+    again = AutoModelForCausalLM.from_pretrained(folder / "first", trust_remote_code=True, quantization_config=config())
     assert torch.equal(logits(again), logits(model))
 
 
@@ -300,9 +296,7 @@ def embeddings_are_resized(folder: Path) -> None:
         sizes = {**SIZES, "tie_word_embeddings": tied}
         transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(path)
         for skip in (None, ["lm_head"]):
-            model = AutoModelForCausalLM.from_pretrained(
-                path, quantization_config=config(llm_int8_skip_modules=skip)
-            )
+            model = AutoModelForCausalLM.from_pretrained(path, quantization_config=config(llm_int8_skip_modules=skip))
             before = logits(model)
             model.resize_token_embeddings(100)
             assert model.lm_head.weight.shape == (100, 64)

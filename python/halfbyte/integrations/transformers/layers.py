@@ -100,8 +100,8 @@ def _packed_weights(names: Mapping[str, str]) -> list[str]:
             missing.insert(0, weight)
         if missing:
             raise CheckpointError(
-                f"{file}: {weight} is packed to 4 bits, but the checkpoint lacks {', '.join(missing)}; it is incomplete: "
-                "save, or download, it again"
+                f"{file}: {weight} is packed to 4 bits, but the checkpoint lacks {', '.join(missing)}; it is "
+                "incomplete: save, or download, it again"
             )
     return [weight for weight, keys in parts.items() if keys.intersection(PACKED_KEYS)]
 

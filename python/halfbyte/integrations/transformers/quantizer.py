@@ -145,7 +145,9 @@ class Quantizer4bit(Bnb4BitHfQuantizer):
     def get_weight_conversions(self) -> list[WeightConverter]:
         """The converter that brings the parts of a packed weight together, or weights of 16 bits to the CPU."""
         if self.pre_quantized:
-            return [WeightConverter(operations.SERIALIZED, operations.WEIGHT, operations=[operations.Deserialize(self)])]
+            return [
+                WeightConverter(operations.SERIALIZED, operations.WEIGHT, operations=[operations.Deserialize(self)])
+            ]
         # On the CPU a tensor is a view of the file: only packed bytes travel to a GPU, and a layer that is offloaded
         # to disk is saved packed.
         # Behind the first two, arguments are in another order in other releases.
