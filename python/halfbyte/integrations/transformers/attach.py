@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 from halfbyte._choice import is_transformers_model
 from halfbyte.config import BitsAndBytesConfig
+from halfbyte.integrations._when_imported import when_imported
 from halfbyte.integrations.transformers.dispatch import has_bitsandbytes
 
 
@@ -39,6 +41,19 @@ def serve_bitsandbytes(model: nn.Module) -> None:
         from halfbyte import compat
 
         compat.offer()
+    global _peft_awaited
+    if not _peft_awaited:
+        _peft_awaited = True
+        when_imported("peft.tuners.tuners_utils", _enter_peft)
+
+
+_peft_awaited = False
+
+
+def _enter_peft(module: ModuleType) -> None:
+    from halfbyte.integrations import peft
+
+    peft.enter(module)
 
 
 def is_diffusers_model(module: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,10 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from halfbyte._choice import is_conv1d
 from halfbyte._transplant import SOURCE_CLASS
+from halfbyte.checkpoint import CheckpointError
 from halfbyte.integrations.weights import renamed
 from halfbyte.nn import Embedding4bit, Linear4bit, Params4bit
-from halfbyte.state import PACKED_KEYS
+from halfbyte.state import PACKED_KEYS, TENSOR_KEYS
 
 
 def is_conv1d_layer(module: nn.Module) -> bool:
@@ -52,19 +53,48 @@ def packed_in(model: Any, files: Sequence[str]) -> list[str] | None:
     Args:
         model: The transformers model that the checkpoint is for.
         files: The checkpoint's files.
+
+    Raises:
+        CheckpointError: A packed weight lacks a part; the message names it.
     """
     if not files or not all(os.fspath(file).endswith(".safetensors") for file in files):
         return None
     from safetensors import safe_open
 
-    names: list[str] = []
+    names: dict[str, str] = {}
     for file in files:
         with safe_open(file, framework="pt") as header:
-            names += header.keys()
-    suffixes = tuple(f".{key}" for key in PACKED_KEYS)
-    packed = [name[: -len(suffix)] for name in names for suffix in suffixes if name.endswith(suffix)]
-    targets = (target for _, target, _, _ in renamed(model, packed) if target is not None)
+            names.update(dict.fromkeys(header.keys(), os.fspath(file)))
+    targets = (target for _, target, _, _ in renamed(model, _packed_weights(names)) if target is not None)
     return [target.rpartition(".")[0] for target in targets if target.endswith("weight")]
+
+
+def _packed_weights(names: Mapping[str, str]) -> list[str]:
+    """Names of the packed weights among a checkpoint's tensors, which come with their files; each is complete."""
+    parts: dict[str, set[str]] = {}
+    for name in names:
+        for key in (*PACKED_KEYS, *TENSOR_KEYS):
+            if name.endswith(f".{key}"):
+                parts.setdefault(name[: -len(key) - 1], set()).add(key)
+                break
+    for weight, keys in parts.items():
+        file = names[f"{weight}.{min(keys)}"]
+        if not weight.endswith("weight"):
+            continue
+        wanted = {"absmax", "quant_map"}
+        if any(key.startswith("nested_") for key in keys):
+            wanted |= {"nested_absmax", "nested_quant_map"}
+        missing = [f"{weight}.{key}" for key in TENSOR_KEYS if key in wanted - keys]
+        if not keys.intersection(PACKED_KEYS):
+            missing.append(f"{weight}.{PACKED_KEYS[0]} (or {PACKED_KEYS[1].rpartition('.')[2]})")
+        if weight not in names:
+            missing.insert(0, weight)
+        if missing:
+            raise CheckpointError(
+                f"{file}: {weight} is packed to 4 bits, but the checkpoint lacks {', '.join(missing)}; it is "
+                "incomplete: save, or download, it again"
+            )
+    return [weight for weight, keys in parts.items() if keys.intersection(PACKED_KEYS)]
 
 
 def put_4bit(
