@@ -89,7 +89,7 @@ def lora_linear_4bit(
     >>> y = lora_linear_4bit(x, packed, state, None, [Adapter(a, b, 0.5)], torch.float32)
     >>> torch.testing.assert_close(y, x @ (dequantize_4bit(packed, state) + 0.5 * b @ a).T)
     """
-    low = torch.float32 if x.device.type == "cpu" else compute_dtype
+    low = _low_dtype(x, compute_dtype)
     if _transformed(x):
         return _traceable(x, packed, state, bias, adapters, compute_dtype, low)
     call = _Call(state.weight(), low, tuple(adapter.scaling for adapter in adapters))
@@ -109,6 +109,11 @@ class _Call(NamedTuple):
     weight: tuple[tuple[int, ...], int, str]
     low: torch.dtype
     scalings: tuple[float, ...]
+
+
+def _low_dtype(x: Tensor, compute_dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the products with A and B."""
+    return torch.float32 if x.device.type == "cpu" else compute_dtype
 
 
 def _transformed(x: Tensor) -> bool:
@@ -206,7 +211,7 @@ class _LoraLinear4bit(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         packed, absmax, absmax2, offset, *kept = ctx.saved_tensors
         call: _Call = ctx.call
@@ -262,7 +267,7 @@ def _product(
 ) -> Tensor:
     """`scaling · a @ b`, in `dtype` where given; `like` is any tensor of the result's shape and the dtype of `a`."""
     if dtype is torch.float32 and like is not None and _widens(a):
-        return torch.addmm(like, a, b, torch.float32, beta=0, alpha=scaling)  # type: ignore[call-overload, no-any-return]
+        return _wide_addmm(like, a, b, 0, scaling)
     result = a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=scaling)
     return result if dtype is None else result.to(dtype)
 
@@ -270,7 +275,7 @@ def _product(
 def _add_product(total: Tensor, a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """`total + scaling · a @ b` in `dtype`; `total` is overwritten where it can hold that."""
     if total.dtype is not dtype and total.dtype is a.dtype and _widens(a):
-        return torch.addmm(total, a, b, dtype, alpha=scaling)  # type: ignore[call-overload, no-any-return]
+        return _wide_addmm(total, a, b, 1, scaling)
     if a.dtype is dtype:
         return total.to(dtype).addmm_(a, b, alpha=scaling)
     return total.to(dtype).add_(_product(a, b), alpha=scaling)
@@ -286,10 +291,16 @@ def _device_widens(device: int, dtype: torch.dtype) -> bool:
     """The same, tried once: torch before 2.8 cannot, nor can all of its builds."""
     a = torch.zeros(16, 16, dtype=dtype, device=f"cuda:{device}")
     try:
-        torch.addmm(a, a, a, torch.float32, beta=0)  # type: ignore[call-overload]
+        _wide_addmm(a, a, a, 0, 1.0)
     except (RuntimeError, TypeError):  # NotImplementedError is a RuntimeError.
         return False
     return True
+
+
+def _wide_addmm(total: Tensor, a: Tensor, b: Tensor, beta: int, alpha: float) -> Tensor:
+    """`beta · total + alpha · a @ b` of 16-bit matrices, rounded to float32 alone."""
+    result: Tensor = torch.addmm(total, a, b, torch.float32, beta=beta, alpha=alpha)
+    return result
 
 
 # ---- casts -----------------------------------------------------------------------------------------------------------

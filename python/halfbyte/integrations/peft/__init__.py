@@ -39,9 +39,10 @@ def fuse(model: nn.Module) -> FuseReport:
     """Let PEFT's 4-bit LoRA layers compute base and adapters as one product.
 
     A training step then launches fewer kernels, casts fewer activations and keeps less for backward; losses and
-    gradients are equal within rounding. Outputs keep the dtype of the input. Works with autocast, gradient
-    checkpointing, `torch.compile`, several active adapters and dropout; adapters can be added, switched, deleted, saved,
-    merged and unloaded as before. Call it again after adapters were added to layers that had none.
+    gradients are equal within rounding. Outputs keep the dtype of the input. It works with autocast, gradient
+    checkpointing, `torch.compile`, several active adapters and dropout. Adapters can be added, switched, deleted,
+    saved, merged and unloaded as before. Call it again after adapters were added to layers that had none. Gradients of
+    gradients need `unfuse`.
 
     PEFT's own forward goes on computing layers over other base layers, variants such as DoRA, `lora_bias`, calls with
     `adapter_names`, merged or disabled adapters, and layers whose parts have hooks. Which layers were left, and why, is

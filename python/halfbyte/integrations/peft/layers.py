@@ -10,6 +10,7 @@ from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from torch import Tensor, nn
 
 from halfbyte._checks import FLOAT_DTYPES
+from halfbyte._ops import PLAIN_TYPES
 from halfbyte.autograd import autocast_dtype
 from halfbyte.nn.linear import Linear4bit, say_slow
 from halfbyte.nn.lora import Adapter, lora_linear_4bit
@@ -18,30 +19,23 @@ _logger = logging.getLogger(__name__)
 _said: set[str] = set()
 
 
-class FusedLinear4bit(PeftLinear4bit):  # type: ignore[misc]
+class FusedLinear4bit(PeftLinear4bit):
     """PEFT's 4-bit LoRA layer, whose forward is one product where it can be; see `halfbyte.integrations.peft.fuse`."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base and active adapters: `[..., in_features]` to `[..., out_features]`, in the dtype of `x`."""
-        y: Tensor
-        # States of the layer that PEFT computes by the base layer alone, or by samples.
+        # Arguments, and states in which PEFT computes by the base layer alone or sample by sample.
         if not (args or kwargs or self._disable_adapters or self.merged_adapters):
-            base = self.base_layer
-            reason = reason_of_base(self)
-            adapters = None
-            if reason is None:
-                compute = autocast_dtype(x) or base.compute_dtype or x.dtype
-                reason = _reason_of_call(x, base.weight, compute)
-            if reason is None:
-                reason, adapters = _adapters(self, x)
-            if adapters:
-                if compute is torch.float32 and x.dtype.itemsize == 2 and not torch.compiler.is_compiling():
-                    say_slow(x.dtype, compute)
-                weight = base.weight
-                return lora_linear_4bit(x, weight, base._state(weight), base.bias, adapters, compute)
+            reason = reason_of_base(self) or _reason_of_call(self, x)
             if reason is not None:
                 _say(reason)
-        y = super().forward(x, *args, **kwargs)
+            elif adapters := _adapters(self, x):
+                base: Any = self.base_layer
+                weight, compute = base.weight, _compute_dtype(base, x)
+                if compute is torch.float32 and x.dtype.itemsize == 2 and not torch.compiler.is_compiling():
+                    say_slow(x.dtype, compute)
+                return lora_linear_4bit(x, weight, base._state(weight), base.bias, adapters, compute)
+        y: Tensor = super().forward(x, *args, **kwargs)
         return y
 
 
@@ -67,30 +61,47 @@ def reason_of_adapter(layer: Any, name: str) -> str | None:
     return "the adapter's parts have hooks" if _hooked(A) or _hooked(B) else None
 
 
-def _reason_of_call(x: Tensor, weight: Tensor, compute: torch.dtype) -> str | None:
+def _compute_dtype(base: Linear4bit, x: Tensor) -> torch.dtype:
+    return autocast_dtype(x) or base.compute_dtype or x.dtype
+
+
+def _active(layer: Any) -> list[str]:
+    """The active adapters that this layer has."""
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def _reason_of_call(layer: Any, x: Tensor) -> str | None:
+    """Why PEFT has to compute this input, with the adapters that are active, or None."""
+    if not isinstance(x, Tensor):
+        return f"the input is a {type(x).__name__}"
+    base = layer.base_layer
+    compute = _compute_dtype(base, x)
     if x.dtype not in FLOAT_DTYPES or compute not in FLOAT_DTYPES:
-        return f"inputs of {x.dtype}, computed in {compute}"
-    return "the input is on another device than the weight" if x.device != weight.device else None
-
-
-def _adapters(layer: Any, x: Tensor) -> tuple[str | None, list[Adapter]]:
-    """The active adapters; or why PEFT has to compute one of them."""
-    found: list[Adapter] = []
-    for name in layer.active_adapters:
-        if name not in layer.lora_A:
-            continue
+        return f"the input is {x.dtype}, and computed in {compute}"
+    if x.device != base.weight.device:
+        return "the input is on another device than the weight"
+    for name in _active(layer):
         reason = reason_of_adapter(layer, name)
         if reason is not None:
-            return reason, []
-        A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
-        if type(A) is not nn.Parameter or type(B) is not nn.Parameter:
-            return f"the adapter's parameters are of {type(A).__name__} and {type(B).__name__}", []
-        if A.dtype not in FLOAT_DTYPES or B.dtype not in FLOAT_DTYPES or A.device != x.device or B.device != x.device:
-            return f"the adapter is {A.dtype} on {A.device}, the input on {x.device}", []
+            return reason
+        for part in (layer.lora_A[name], layer.lora_B[name]):
+            weight = part.weight
+            if type(weight) not in PLAIN_TYPES:
+                return f"the adapter's parameters are of class {type(weight).__name__}"
+            if weight.dtype not in FLOAT_DTYPES or weight.device != x.device:
+                return f"the adapter is {weight.dtype} on {weight.device}, the input on {x.device}"
+    return None
+
+
+def _adapters(layer: Any, x: Tensor) -> list[Adapter]:
+    """The active adapters, with their inputs after dropout."""
+    found = []
+    for name in _active(layer):
         dropout = layer.lora_dropout[name]
         dropped = x if type(dropout) is nn.Identity else dropout(x)
+        A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
         found.append(Adapter(A, B, layer.scaling[name], None if dropped is x else dropped))
-    return None, found
+    return found
 
 
 def _hooked(module: nn.Module) -> bool:
