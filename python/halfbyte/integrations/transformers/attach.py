@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -41,19 +42,19 @@ def serve_bitsandbytes(model: nn.Module) -> None:
         from halfbyte import compat
 
         compat.offer()
-    global _peft_awaited
-    if not _peft_awaited:
-        _peft_awaited = True
-        when_imported("peft.tuners.tuners_utils", _enter_peft)
+    _await_peft()
 
 
-_peft_awaited = False
+@functools.cache
+def _await_peft() -> None:
+    """Let merges say what they cost, once PEFT is there."""
 
+    def enter(tuners_utils: ModuleType) -> None:
+        from halfbyte.integrations.peft import merging
 
-def _enter_peft(module: ModuleType) -> None:
-    from halfbyte.integrations import peft
+        merging.enter(tuners_utils)
 
-    peft.enter(module)
+    when_imported("peft.tuners.tuners_utils", enter)
 
 
 def is_diffusers_model(module: nn.Module) -> bool:
