@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes as ct
 import functools
+import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +13,27 @@ import torch
 from halfbyte import _native
 
 from ._missing import missing_attribute
+from .consts import DYNAMIC_LIBRARY_SUFFIX, PACKAGE_DIR
+from .cuda_specs import CUDASpecs, get_cuda_specs, get_cuda_version_tuple, get_rocm_gpu_arch
+
+__all__ = [
+    "BNB_BACKEND",
+    "DYNAMIC_LIBRARY_SUFFIX",
+    "HIP_ENVIRONMENT",
+    "PACKAGE_DIR",
+    "ROCM_GPU_ARCH",
+    "BNBNativeLibrary",
+    "CUDASpecs",
+    "ErrorHandlerMockBNBNativeLibrary",
+    "get_cuda_bnb_library_path",
+    "get_cuda_specs",
+    "get_cuda_version_tuple",
+    "get_native_library",
+    "get_rocm_gpu_arch",
+    "lib",
+]
+
+logger = logging.getLogger(__name__)
 
 _OUTPUTS = ("fp32", "fp16", "bf16")
 # code, codes, absmax, out, values per block, number of values, stream
@@ -50,6 +73,19 @@ class BNBNativeLibrary:
         return getattr(self, name)
 
 
+class ErrorHandlerMockBNBNativeLibrary(BNBNativeLibrary):
+    """What bitsandbytes has in place of a library that could not be opened. For `isinstance` alone: ours always can."""
+
+    def __init__(self, error_msg: str) -> None:
+        """Raise RuntimeError: there is nothing to stand in for."""
+        raise RuntimeError(error_msg)
+
+
+def get_cuda_bnb_library_path(cuda_specs: CUDASpecs) -> Path:
+    """Where the library is: one, whatever the version of CUDA."""
+    return Path(_native.__file__)
+
+
 @functools.cache
 def get_native_library() -> BNBNativeLibrary:
     """The compiled core, opened for ctypes."""
@@ -59,7 +95,7 @@ def get_native_library() -> BNBNativeLibrary:
 lib = get_native_library()
 
 HIP_ENVIRONMENT = False
-ROCM_GPU_ARCH = "unknown"
+ROCM_GPU_ARCH = get_rocm_gpu_arch()
 BNB_BACKEND = "CUDA" if torch.cuda.is_available() else "CPU"
 
 __getattr__ = missing_attribute(__name__)
