@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -19,8 +20,11 @@ from halfbyte.config import BitsAndBytesConfig
 from halfbyte.integrations._when_imported import when_imported
 
 _TABLE = "transformers.quantizers.auto"
+_SERVED_FROM = Path(__file__).resolve().parents[2] / "compat"
+"""The folder of this package whose modules are offered as `bitsandbytes`."""
 
 _enabled = False
+_waiting = False
 
 
 def enable(on: bool = True) -> None:
@@ -54,9 +58,6 @@ def register() -> None:
         when_imported("diffusers.quantizers.auto", _enter_diffusers)
 
 
-_waiting = False
-
-
 def has_bitsandbytes() -> bool:
     """Whether the real bitsandbytes can be imported, or has been."""
     module = sys.modules.get("bitsandbytes")
@@ -66,7 +67,9 @@ def has_bitsandbytes() -> bool:
         spec = importlib.util.find_spec("bitsandbytes")
     except (ImportError, ValueError):
         return False
-    return spec is not None and "halfbyte" not in (spec.origin or "halfbyte").replace("\\", "/").split("/")
+    if spec is None or spec.origin is None:
+        return False
+    return not Path(spec.origin).resolve().is_relative_to(_SERVED_FROM)
 
 
 def is_ours(config: object) -> bool:
@@ -106,13 +109,22 @@ def _enter(auto: ModuleType) -> None:
     make_4bit.__halfbyte__ = make_8bit.__halfbyte__ = True  # type: ignore[attr-defined]
     table["bitsandbytes_4bit"], table["bitsandbytes_8bit"] = make_4bit, make_8bit
 
-    stock_merge = auto.AutoHfQuantizer.merge_quantization_configs
+    keep_class_of_argument(auto.AutoHfQuantizer)
 
-    @functools.wraps(stock_merge)
+
+def keep_class_of_argument(cls: Any) -> None:
+    """Let a config of this package's class that is given beside a checkpoint's own stay of that class when merged.
+
+    Args:
+        cls: The class of transformers or diffusers whose `merge_quantization_configs` does the merging.
+    """
+    stock = cls.merge_quantization_configs
+
+    @functools.wraps(stock)
     def merge(cls: type, quantization_config: Any, quantization_config_from_args: Any) -> Any:
-        merged = stock_merge(quantization_config, quantization_config_from_args)
+        merged = stock(quantization_config, quantization_config_from_args)
         if issubclass(type(quantization_config_from_args), BitsAndBytesConfig) and hasattr(merged, "load_in_4bit"):
             return BitsAndBytesConfig.from_dict(merged.to_dict())
         return merged
 
-    auto.AutoHfQuantizer.merge_quantization_configs = classmethod(merge)
+    cls.merge_quantization_configs = classmethod(merge)

@@ -19,6 +19,7 @@ from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.import_utils import is_accelerate_available
 
+from halfbyte._transplant import SOURCE_CLASS
 from halfbyte.config import BitsAndBytesConfig
 from halfbyte.integrations.transformers import layers, operations
 from halfbyte.integrations.transformers.attach import serve_bitsandbytes
@@ -172,12 +173,12 @@ class Quantizer4bit(Bnb4BitHfQuantizer):
             if weight is None or weight.is_meta or module.quant_state is not None:
                 continue
             # Initialized as `[out, in]`, whatever class the layer stands for.
-            source = module.__dict__.pop(layers.SOURCE_CLASS, None)
+            source = module.__dict__.pop(SOURCE_CLASS, None)
             try:
                 module.weight = operations.quantize(module, weight.data, f"{name}.weight", self.config)
             finally:
                 if source is not None:
-                    module.__dict__[layers.SOURCE_CLASS] = source
+                    module.__dict__[SOURCE_CLASS] = source
         conversions = getattr(model, "_weight_conversions", None)
         if conversions is not None:
             # Kept, they would rename tensors when the model is saved.
