@@ -122,15 +122,15 @@ def signatures(module: str) -> tuple[dict[str, Any], dict[str, Any]]:
 )
 def test_signatures_are_the_same(module: str) -> None:
     real, ours = signatures(module)
-    assert len(real) >= 4
+    assert len(real) >= 3
     if module == "nn":
         # One more, for PEFT, which makes a new weight of what it finds in the old one's __dict__.
-        assert ours["Params4bit"].pop() == ["_module", "POSITIONAL_OR_KEYWORD", "None"]
+        ours["Params4bit"].remove(["_module", "POSITIONAL_OR_KEYWORD", "None"])
     assert ours == real
 
 
 def test_optimizers_have_the_same_bases() -> None:
     real, ours = listed(False)["optim"], listed(True)["optim"]
     bases = {name: what["bases"] for name, what in real.items() if "bases" in what}
-    assert len(bases) == 40
+    assert len(bases) == 41
     assert {name: [b for b in ours[name]["bases"] if not b.startswith("_")] for name in bases} == bases
