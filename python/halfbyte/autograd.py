@@ -355,8 +355,8 @@ def matmul_4bit(
     if features == rows and features != columns:
         if not torch.compiler.is_compiling():
             warnings.warn(
-                f"matmul_4bit: the weight was quantized as [in_features, out_features], {list(shape)}; quantize it as "
-                "[out_features, in_features]. This form will not be accepted forever.",
+                f"matmul_4bit: the weight was quantized as [in_features, out_features], {list(shape)}. Re-quantize "
+                "from the weight as [out_features, in_features]: this form will not be accepted forever.",
                 DeprecationWarning,
                 stacklevel=2,
             )

@@ -53,6 +53,9 @@ class Linear4bit(Quantized, torch.nn.Linear):
     compute_dtype: torch.dtype | None
     compute_type_is_set: bool = False
     support_avx512bf16_for_cpu: bool = False
+    # Whether a forward casts the bias itself to the dtype of the product, as bitsandbytes does: set by the layer that
+    # stands in for it, for code that relies on the bias having the dtype of the activations.
+    _casts_bias: bool = False
 
     def __init__(
         self,
@@ -96,6 +99,8 @@ class Linear4bit(Quantized, torch.nn.Linear):
         state = self._state(weight)
         dtype = x.dtype
         compute = autocast_dtype(x) or self.compute_dtype or dtype
+        if self._casts_bias and bias is not None:
+            _cast_bias(bias, self.compute_dtype or dtype)
         if dtype is compute and dtype is not torch.float64:
             return linear_4bit(x, weight, state, bias)
         return self._converting(x, weight, state, bias, compute)
@@ -124,6 +129,12 @@ class Linear4bit(Quantized, torch.nn.Linear):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"quant_type={quant_type!r}, compute_dtype={self.compute_dtype}{packed}"
         )
+
+
+def _cast_bias(bias: Tensor, dtype: torch.dtype) -> None:
+    """Give the bias, in place, the dtype of the product. Not within a compiler, which would have to guard it."""
+    if bias.dtype is not dtype and dtype in FLOAT_DTYPES and not torch.compiler.is_compiling():
+        bias.data = bias.data.to(dtype)
 
 
 def say_slow(dtype: torch.dtype, compute: torch.dtype) -> None:
