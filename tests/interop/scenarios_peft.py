@@ -33,7 +33,6 @@ from scenarios_models import said
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-
 # Older releases have no OFT, BOFT, MiSS and SHiRA on packed weights.
 NEWER_PEFT = importlib.util.find_spec("peft.utils.quantization_utils") is not None
 
