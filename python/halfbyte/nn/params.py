@@ -222,8 +222,8 @@ class Params4bit(torch.nn.Parameter):
         expected = getattr(self.module, "_weight_shape", lambda: None)()
         if expected is not None and tuple(self.data.shape) != expected:
             raise ValueError(
-                f"weight: shape {list(self.data.shape)} is not the layer's {list(expected)}, so it cannot be quantized; "
-                "packed bytes of a 4-bit checkpoint need their state, which is loaded by from_pretrained, "
+                f"weight: shape {list(self.data.shape)} is not the layer's {list(expected)}, so it cannot be quantized"
+                "; packed bytes of a 4-bit checkpoint need their state, which is loaded by from_pretrained, "
                 "load_state_dict or halfbyte.load_quantized(model, folder), and not tensor by tensor"
             )
         before, data = self.quant_state, self.data.to(device)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -51,7 +52,8 @@ def packed_in(model: Any, files: Sequence[str]) -> list[str] | None:
         files: The checkpoint's files.
 
     Raises:
-        CheckpointError: A packed weight lacks a part; the message names it.
+        CheckpointError: A packed weight lacks a part, or is one of many that the model holds as one tensor; the message
+            names it.
     """
     if not files or not all(os.fspath(file).endswith(".safetensors") for file in files):
         return None
@@ -75,6 +77,12 @@ def packed_in(model: Any, files: Sequence[str]) -> list[str] | None:
             key, _ = rename_source_key(name, [], [], model.base_model_prefix, parameters)
         if key in parameters and key.endswith("weight"):
             found.append(key.rpartition(".")[0])
+        elif key in parameters:
+            raise CheckpointError(
+                f"{names[name]}: {name} is packed to 4 bits, but transformers {transformers.__version__} holds it as "
+                f"part of {key}, one tensor for all experts, which cannot be made of packed ones; make a 16-bit checkpoint "
+                "of it by `halfbyte dequantize`, or load the one that it was made from"
+            )
     return found
 
 
