@@ -511,49 +511,6 @@ def trainer_takes_the_optimizers_names(folder: Path) -> None:
         assert run.train().global_step == 2, name
 
 
-@scenario
-def sft_and_dpo_train(folder: Path) -> None:
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
-
-    words = {word: index for index, word in enumerate(["<pad>", "<eos>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"])}
-    raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
-    quiet: dict[str, Any] = {
-        "output_dir": str(folder / "trl"),
-        "max_steps": 2,
-        "per_device_train_batch_size": 2,
-        "report_to": [],
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "max_length": 16,
-    }
-    text = Dataset.from_dict({"text": ["a b c d e f", "g h i j k l", "a c e g i k", "b d f h j l"]})
-    sft = SFTTrainer(
-        model=loaded(folder),
-        args=SFTConfig(**quiet),
-        train_dataset=text,
-        processing_class=tokenizer,
-        peft_config=lora(),
-    )
-    assert sft.train().global_step == 2
-    pairs = Dataset.from_dict({"prompt": ["a b", "c d"], "chosen": [" e f", " g h"], "rejected": [" i j", " k l"]})
-    dpo = DPOTrainer(
-        model=loaded(folder),
-        args=DPOConfig(**quiet),
-        train_dataset=pairs,
-        processing_class=tokenizer,
-        peft_config=lora(),
-    )
-    assert dpo.train().global_step == 2
-
-
 # ---- running them ----------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from scenarios import IDS, KIND, SIZES, config, layers, loaded, scenario, source
-from scenarios_models import said
+from scenarios_models import said, tiny_models
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 
@@ -153,6 +153,31 @@ def error_incomplete_checkpoints(folder: Path) -> None:
         save_file({**whole, weight: tensor.contiguous().clone()}, path / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises((ValueError, RuntimeError)):
             load(path)
+
+
+@scenario
+def error_packed_experts_of_older_releases(folder: Path) -> None:
+    path = tiny_models.save("MixtralForCausalLM", folder / "moe", torch.float32)
+    made: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(path / "model.safetensors").items():
+        if ".experts." not in name:
+            made[name] = tensor
+            continue
+        packed, state = halfbyte.functional.quantize_4bit(tensor, quant_type="nf4")
+        made[name] = packed
+        made.update({f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()})
+    save_file(made, path / "model.safetensors", metadata={"format": "pt"})
+    saved = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    path = edited(path, folder / "packed", lambda values: values.update(quantization_config=saved))
+    text = message(lambda: load(path), ValueError)
+    assert "model.layers.0.block_sparse_moe.experts.0.w1.weight" in text, text
+    assert "model.layers.0.mlp.experts.gate_up_proj" in text, text
+    assert "`halfbyte dequantize`" in text, text
+    # And that remedy works.
+    halfbyte.dequantize_checkpoint(path, folder / "dense")
+    model = load(folder / "dense")
+    assert layers(model) == 8
+    assert model(IDS).logits.isfinite().all()
 
 
 @scenario

@@ -84,8 +84,8 @@ class Params4bit(torch.nn.Parameter):
         quant_type: "nf4" or "fp4".
         quant_storage: The dtype as which packed bytes are viewed.
         module: The module that this is the weight of; it is told the state. Kept as a weak reference.
-        bnb_quantized: Whether `data` is packed. A float tensor of the shape in `quant_state` is not, whatever
-            this says.
+        bnb_quantized: Whether `data` is packed. A float tensor of the shape that `quant_state` has is not packed,
+            whatever this says.
         kwargs: Whatever else was found in another parameter's `__dict__`; ignored.
 
     >>> import torch
@@ -219,6 +219,13 @@ class Params4bit(torch.nn.Parameter):
         """Quantize the float tensor held, on `device`, in place."""
         if self.requires_grad:
             raise ValueError("requires_grad: True; a packed weight has no gradient, call requires_grad_(False) first")
+        expected = getattr(self.module, "_weight_shape", lambda: None)()
+        if expected is not None and tuple(self.data.shape) != expected:
+            raise ValueError(
+                f"weight: shape {list(self.data.shape)} is not the layer's {list(expected)}, so it cannot be quantized"
+                "; packed bytes of a 4-bit checkpoint need their state, which is loaded by from_pretrained, "
+                "load_state_dict or halfbyte.load_quantized(model, folder), and not tensor by tensor"
+            )
         before, data = self.quant_state, self.data.to(device)
         packed, state = quantize_4bit(
             data,

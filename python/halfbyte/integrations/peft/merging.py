@@ -70,9 +70,11 @@ def cost(found: list[Requantized], names: dict[Quantized, str]) -> str:
         f"their norm), at worst by {_percent(worst.error)}, in {names.get(worst.module, 'a layer')}"
     )
     if changed:
+        change = sum(one.change for one in changed) / len(changed)
+        most = ", and most of that was rounded away" if 2 * mean > change else ""
         line += (
-            f"; the adapter had changed them by {_percent(sum(one.change for one in changed) / len(changed))}. "
-            "Merge into the dense model to keep all of it"
+            f"; the adapter had changed them by {_percent(change)}{most}. Merge into the dense model, as "
+            "model.dequantize() gives it, to keep all of it"
         )
     return line
 

@@ -37,7 +37,8 @@ def enable(on: bool = True) -> None:
     """Serve every 4-bit load of transformers in this process, also where bitsandbytes is installed.
 
     Without it, a load is served when its `quantization_config` is of this package's class, or when bitsandbytes is not
-    installed.
+    installed. Where it is not installed, `import bitsandbytes` gives this package's layer from now on, for libraries
+    that need it before a model is loaded.
 
     Args:
         on: False gives loads that do not name this package back to bitsandbytes.
@@ -50,6 +51,11 @@ def enable(on: bool = True) -> None:
     global _enabled
     _enabled = on
     register()
+    if on and not has_bitsandbytes():
+        # For libraries that ask for it before any model is loaded.
+        from halfbyte import compat
+
+        compat.offer()
 
 
 def register() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -55,7 +56,8 @@ def packed_in(model: Any, files: Sequence[str]) -> list[str] | None:
         files: The checkpoint's files.
 
     Raises:
-        CheckpointError: A packed weight lacks a part; the message names it.
+        CheckpointError: A packed weight lacks a part, or is one of many that the model holds as one tensor; the message
+            names it.
     """
     if not files or not all(os.fspath(file).endswith(".safetensors") for file in files):
         return None
@@ -65,8 +67,17 @@ def packed_in(model: Any, files: Sequence[str]) -> list[str] | None:
     for file in files:
         with safe_open(file, framework="pt") as header:
             names.update(dict.fromkeys(header.keys(), os.fspath(file)))
-    targets = (target for _, target, _, _ in renamed(model, _packed_weights(names)) if target is not None)
-    return [target.rpartition(".")[0] for target in targets if target.endswith("weight")]
+    found: list[str] = []
+    for name, target, _, _ in renamed(model, _packed_weights(names)):
+        if target is not None and target.endswith("weight"):
+            found.append(target.rpartition(".")[0])
+        elif target is not None:
+            raise CheckpointError(
+                f"{names[name]}: {name} is packed to 4 bits, but transformers {transformers.__version__} holds it as "
+                f"part of {target}, one tensor for all experts, which cannot be made of packed ones; make a 16-bit "
+                "checkpoint of it by `halfbyte dequantize`, or load the one that it was made from"
+            )
+    return found
 
 
 def _packed_weights(names: Mapping[str, str]) -> list[str]:
