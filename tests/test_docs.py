@@ -176,7 +176,9 @@ def python_blocks(page: str) -> list[str]:
 PAGES = {
     "README.md": "sum(isinstance(m, halfbyte.nn.Linear4bit) for m in model.modules()) == 14 and y.shape == (2, 14336)",
     "docs/from-bitsandbytes.md": "model.is_loaded_in_4bit",
-    "docs/qlora.md": "not getattr(merged, 'is_quantized', False) and len(trainer.state.log_history) > 4",
+    "docs/qlora.md": (
+        "not getattr(merged, 'is_quantized', False) and len(trainer.state.log_history) > 4 and report.fused == 14"
+    ),
     "docs/serving.md": "model.model.layers[1].mlp.up_proj.weight.is_meta and tokens.shape[1] > 2",
 }
 

@@ -214,7 +214,7 @@ def test_fuse_float16_with_a_gradient_scaler() -> None:
 _NO_KERNEL = {
     *("aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty", "aten::resize_"),
     *("aten::view", "aten::_unsafe_view", "aten::reshape", "aten::t", "aten::transpose", "aten::as_strided"),
-    *("aten::expand", "aten::detach", "aten::resolve_conj", "aten::resolve_neg", "aten::lift_fresh"),
+    *("aten::expand", "aten::flatten", "aten::detach", "aten::resolve_conj", "aten::resolve_neg", "aten::lift_fresh"),
     *("aten::result_type", "aten::to", "aten::_to_copy"),
 }
 
@@ -244,7 +244,8 @@ def operations(layer: Any, x: Any, autocast: bool) -> Counter[str]:
         if event.name.startswith("wide:"):
             found["wide_addmm"] += int(event.name[5:])
         elif event.name.startswith("aten::") and event.name not in _NO_KERNEL and not inside_wide:
-            found[event.name] += all(child.name in _NO_KERNEL for child in inner)
+            # A sum of two dtypes casts before or after it adds.
+            found[event.name] += event.name == "aten::add_" or all(child.name in _NO_KERNEL for child in inner)
     return found
 
 
@@ -261,8 +262,8 @@ def wide_addmm(total: Any, a: Any, b: Any, beta: int, alpha: float) -> Any:
     [
         # A float32 stream under autocast; the same with 16-bit inputs, as of the output projection; without autocast.
         (torch.float32, True, 25, {"cpu": 10, "gpu": 12}),
-        (torch.bfloat16, True, 21, {"cpu": 12, "gpu": 8}),
-        (torch.bfloat16, False, 17, {"cpu": 12, "gpu": 8}),
+        (torch.bfloat16, True, 21, {"cpu": 14, "gpu": 8}),
+        (torch.bfloat16, False, 17, {"cpu": 14, "gpu": 8}),
     ],
 )
 def test_fuse_runs_fewer_operations(

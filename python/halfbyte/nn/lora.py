@@ -26,7 +26,6 @@ import functools
 import threading
 import weakref
 from collections.abc import Sequence
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -92,14 +91,17 @@ def lora_linear_4bit(
     low = _low_dtype(x, compute_dtype)
     if _transformed(x):
         return _traceable(x, packed, state, bias, adapters, compute_dtype, low)
-    call = _Call(state.weight(), low, tuple(adapter.scaling for adapter in adapters))
-    weight = packed, *state.scales(), bias
     factors = [tensor for adapter in adapters for tensor in (adapter.x, adapter.A, adapter.B)]
+    call = _Call(state.weight(), low, [adapter.scaling for adapter in adapters])
     cast = _cast_once(x, compute_dtype)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, *factors)):
-        y: Tensor = _LoraLinear4bit.apply(x, cast, call, *weight, *factors)
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or any(factor is not None and factor.requires_grad for factor in factors)
+    ):
+        y: Tensor = _LoraLinear4bit.apply(x, cast, call, packed, *state.scales(), bias, *factors)
         return y
-    y, _ = _products(x, cast, call, *weight, *factors)
+    y, _ = _products(x, cast, call, packed, *state.scales(), bias, *factors)
     return y
 
 
@@ -108,12 +110,12 @@ class _Call(NamedTuple):
 
     weight: tuple[tuple[int, ...], int, str]
     low: torch.dtype
-    scalings: tuple[float, ...]
+    scalings: list[float]
 
 
 def _low_dtype(x: Tensor, compute_dtype: torch.dtype) -> torch.dtype:
     """The dtype of the products with A and B."""
-    return torch.float32 if x.device.type == "cpu" else compute_dtype
+    return torch.float32 if x.is_cpu else compute_dtype
 
 
 def _transformed(x: Tensor) -> bool:
@@ -163,98 +165,111 @@ def _products(
 ) -> tuple[Tensor, list[Tensor]]:
     """The output, and for each adapter its input, A and B in the dtype of its products, and `x Aᵀ`."""
     y = _forward(cast, packed, absmax, absmax2, offset, bias, *call.weight)
-    shape = y.shape
+    dtype, low = x.dtype, call.low
+    summed = _sum_dtype(cast.dtype, dtype)
     total = _rows(y)
-    dtype, low = _sum_dtype(cast.dtype, x.dtype), call.low
     shared = None
     kept = []
-    for scaling, given, A, B in _grouped(call.scalings, factors):
+    for i, scaling in enumerate(call.scalings):
+        given: Any
+        A: Any
+        B: Any
+        given, A, B = factors[3 * i : 3 * i + 3]
         if given is not None:
-            given = _rows(given.to(low))
+            given = _rows(_to(given, low))
         else:
             if shared is None:
-                shared = _rows(cast if cast.dtype is low else x.to(low))
+                shared = _rows(cast if cast.dtype is low else _to(x, low))
             given = shared
-        A, B = A.to(low), B.to(low)
+        A, B = _to(A, low), _to(B, low)
         h = _product(given, A.t())
-        total = _add_product(total, h, B.t(), scaling, dtype)
+        total = _add_product(total, h, B.t(), scaling, summed)
         kept += [given, A, B, h]
-    return total.view(shape).to(x.dtype), kept
-
-
-def _grouped(scalings: tuple[float, ...], factors: Sequence[Any]) -> Any:
-    """Scaling, input, A and B of each adapter."""
-    return zip(scalings, factors[0::3], factors[1::3], factors[2::3], strict=True)
+    return _to(total, dtype).view(y.shape), kept
 
 
 class _LoraLinear4bit(torch.autograd.Function):
-    """`lora_linear_4bit` in eager mode. `cast` is `x` in the compute dtype, and no gradient of its own."""
+    """`lora_linear_4bit` in eager mode. `cast` is `x` in the compute dtype, and has no gradient of its own."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cast: Tensor, call: _Call, *tensors: Any) -> Tensor:
         y, kept = _products(x, cast, call, *tensors)
-        packed, absmax, absmax2, offset, bias, *factors = tensors
-        ctx.call = call
-        ctx.dtypes = x.dtype, cast.dtype
-        ctx.input_shape = x.shape
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.factor_dtypes = [None if factor is None else factor.dtype for factor in factors]
-        ctx.factor_shapes = [None if given is None else given.shape for given in factors[0::3]]
-        needs = ctx.needs_input_grad[8:]
-        for i, (needs_A, needs_B) in enumerate(zip(needs[1::3], needs[2::3], strict=True)):
-            # The inputs are wanted by the gradient of A alone, `x Aᵀ` by that of B.
-            if not needs_A:
+        bias, *factors = tensors[4:]
+        needs = ctx.needs_input_grad
+        for i in range(len(call.scalings)):
+            # The input is wanted by the gradient of A alone, `x Aᵀ` by that of B.
+            if not needs[9 + 3 * i]:
                 kept[4 * i] = None  # type: ignore[call-overload]
-            if not needs_B:
+            if not needs[10 + 3 * i]:
                 kept[4 * i + 3] = None  # type: ignore[call-overload]
-        ctx.save_for_backward(packed, absmax, absmax2, offset, *kept)
+        dtypes = [None if tensor is None else tensor.dtype for tensor in (x, cast, bias, *factors)]
+        ctx.known = call, x.shape, dtypes
+        ctx.save_for_backward(*tensors[:4], *kept)
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        packed, absmax, absmax2, offset, *kept = ctx.saved_tensors
-        call: _Call = ctx.call
-        dtype, compute = ctx.dtypes
-        needs_x, needs_bias, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[7], ctx.needs_input_grad[8:]
-        cast = grad.to(compute).contiguous()
-        g = _rows(cast if call.low is compute else grad.to(call.low))
-        grad_x = grad_bias = None
-        if needs_x:
-            grad_x = _rows(_backward(cast, packed, absmax, absmax2, offset, *call.weight))
-        if needs_bias:
-            grad_bias = _rows(grad).sum(0, dtype=ctx.bias_dtype)
-        grads: list[Tensor | None] = []
-        for i, scaling in enumerate(call.scalings):
-            given, A, B, h = kept[4 * i : 4 * i + 4]
-            own_dtype, A_dtype, B_dtype = ctx.factor_dtypes[3 * i : 3 * i + 3]
-            needs_own, needs_A, needs_B = needs[3 * i : 3 * i + 3]
-            gh = None
-            if needs_A or needs_own or (own_dtype is None and grad_x is not None):
-                gh = _product(g, B)
-            own = None
-            if gh is not None and own_dtype is None and grad_x is not None:
-                grad_x = _add_product(grad_x, gh, A, scaling, _sum_dtype(compute, dtype))
-            elif gh is not None and needs_own:
-                own = _product(gh, A, scaling).to(own_dtype).view(ctx.factor_shapes[i])
-            grads += [
-                own,
-                _product(gh.t(), given, scaling, A_dtype, A) if gh is not None and needs_A else None,
-                _product(g.t(), h, scaling, B_dtype, B) if needs_B else None,
-            ]
-        if grad_x is not None:
-            grad_x = grad_x.view(ctx.input_shape).to(dtype)
-        return grad_x, None, None, None, None, None, None, grad_bias, *grads
+        # The decorated function costs more, and says that there are no gradients of gradients.
+        found: tuple[Any, ...] = _once(ctx, grad) if torch.is_grad_enabled() else _gradients(ctx, grad)
+        return found
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """Of all inputs of `_LoraLinear4bit`."""
+    packed, absmax, absmax2, offset, *kept = ctx.saved_tensors
+    call: _Call
+    call, shape, (dtype, compute, bias_dtype, *dtypes) = ctx.known
+    low, needs = call.low, ctx.needs_input_grad
+    cast = _to(grad, compute).contiguous()
+    g = _rows(cast if low is compute else _to(grad, low))
+    grad_x = grad_bias = None
+    if needs[0]:
+        grad_x = _rows(_backward(cast, packed, absmax, absmax2, offset, *call.weight))
+    if needs[7]:
+        grad_bias = _rows(grad).sum(0, dtype=bias_dtype)
+    summed = _sum_dtype(compute, dtype)
+    grads: list[Tensor | None] = []
+    for i, scaling in enumerate(call.scalings):
+        given, A, B, h = kept[4 * i : 4 * i + 4]
+        own_dtype, A_dtype, B_dtype = dtypes[3 * i : 3 * i + 3]
+        needs_own, needs_A, needs_B = needs[8 + 3 * i : 11 + 3 * i]
+        into_x = own_dtype is None and grad_x is not None
+        own = grad_A = grad_B = None
+        if needs_A or needs_own or into_x:
+            gh = _product(g, B)
+            if grad_x is not None and into_x:
+                grad_x = _add_product(grad_x, gh, A, scaling, summed)
+            if needs_own:
+                own = _to(_product(gh, A, scaling), own_dtype).view(*shape)
+            if needs_A:
+                grad_A = _product(gh.t(), given, scaling, A_dtype, A)
+        if needs_B:
+            grad_B = _product(g.t(), h, scaling, B_dtype, B)
+        grads += [own, grad_A, grad_B]
+    if grad_x is not None:
+        grad_x = _to(grad_x, dtype).view(shape)
+    return grad_x, None, None, None, None, None, None, grad_bias, *grads
+
+
+_once = once_differentiable(_gradients)
 
 
 # ---- products --------------------------------------------------------------------------------------------------------
 #
-# In-place and `out_dtype` forms, because autocast leaves those alone.
+# Autocast leaves in-place and `out_dtype` forms alone. What is asked for twice in Python is not asked for: a step of a
+# small batch waits for the host.
 
 
 def _rows(tensor: Tensor) -> Tensor:
     """A matrix of all rows."""
-    return tensor.reshape(prod(tensor.shape[:-1]), tensor.shape[-1])
+    dims = tensor.dim()
+    if dims == 2:
+        return tensor
+    return tensor.flatten(0, -2) if dims > 2 else tensor.unsqueeze(0)
+
+
+def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def _sum_dtype(compute: torch.dtype, result: torch.dtype) -> torch.dtype:
@@ -268,22 +283,29 @@ def _product(
     """`scaling · a @ b`, in `dtype` where given; `like` is any tensor of the result's shape and the dtype of `a`."""
     if dtype is torch.float32 and like is not None and _widens(a):
         return _wide_addmm(like, a, b, 0, scaling)
-    result = a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=scaling)
-    return result if dtype is None else result.to(dtype)
+    if scaling == 1.0 and (
+        not torch._C._is_any_autocast_enabled() or torch.get_autocast_dtype(a.device.type) is a.dtype
+    ):
+        result = torch.mm(a, b)
+    else:
+        result = a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=scaling)
+    return result if dtype is None else _to(result, dtype)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """`total + scaling · a @ b` in `dtype`; `total` is overwritten where it can hold that."""
-    if total.dtype is not dtype and total.dtype is a.dtype and _widens(a):
-        return _wide_addmm(total, a, b, 1, scaling)
+    if total.dtype is not dtype:
+        if total.dtype is a.dtype and _widens(a):
+            return _wide_addmm(total, a, b, 1, scaling)
+        total = total.to(dtype)
     if a.dtype is dtype:
-        return total.to(dtype).addmm_(a, b, alpha=scaling)
-    return total.to(dtype).add_(_product(a, b), alpha=scaling)
+        return total.addmm_(a, b, alpha=scaling)
+    return total.add_(_product(a, b), alpha=scaling)
 
 
 def _widens(a: Tensor) -> bool:
     """Whether torch can multiply matrices like this one into a float32 result."""
-    return a.is_cuda and a.dtype is not torch.float32 and _device_widens(a.get_device(), a.dtype)
+    return a.dtype is not torch.float32 and a.is_cuda and _device_widens(a.get_device(), a.dtype)
 
 
 @functools.lru_cache(maxsize=64)

@@ -131,7 +131,7 @@ def _reason_to_leave(layer: Any) -> str | None:
 
     names = list(layer.lora_A)
     reasons = [reason_of_adapter(layer, name) for name in names]
-    return reason_of_base(layer) or (reasons[0] if reasons and all(reasons) else None)
+    return reason_of_base(layer.base_layer) or (reasons[0] if reasons and all(reasons) else None)
 
 
 def _kind(layer: Any) -> str:

@@ -25,23 +25,25 @@ class FusedLinear4bit(PeftLinear4bit):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base and active adapters: `[..., in_features]` to `[..., out_features]`, in the dtype of `x`."""
         # Arguments, and states in which PEFT computes by the base layer alone or sample by sample.
-        if not (args or kwargs or self._disable_adapters or self.merged_adapters):
-            reason = reason_of_base(self) or _reason_of_call(self, x)
+        if isinstance(x, Tensor) and not (args or kwargs or self._disable_adapters or self.merged_adapters):
+            base: Any = self._modules["base_layer"]
+            reason = reason_of_base(base)
+            if reason is None:
+                weight = base.weight
+                compute = autocast_dtype(x) or base.compute_dtype or x.dtype
+                reason, adapters = _active(self, x, weight.device, compute)
+                if adapters:
+                    if compute is torch.float32 and x.dtype is not compute and not torch.compiler.is_compiling():
+                        say_slow(x.dtype, compute)
+                    return lora_linear_4bit(x, weight, base._state(weight), base.bias, adapters, compute)
             if reason is not None:
                 _say(reason)
-            elif adapters := _adapters(self, x):
-                base: Any = self.base_layer
-                weight, compute = base.weight, _compute_dtype(base, x)
-                if compute is torch.float32 and x.dtype.itemsize == 2 and not torch.compiler.is_compiling():
-                    say_slow(x.dtype, compute)
-                return lora_linear_4bit(x, weight, base._state(weight), base.bias, adapters, compute)
         y: Tensor = super().forward(x, *args, **kwargs)
         return y
 
 
-def reason_of_base(layer: Any) -> str | None:
+def reason_of_base(base: nn.Module) -> str | None:
     """Why the base layer has to be called as a module, or None."""
-    base = layer.base_layer
     if not isinstance(base, Linear4bit):
         return "the base layer is not halfbyte's Linear4bit"
     if type(base).forward is not Linear4bit.forward:
@@ -51,57 +53,57 @@ def reason_of_base(layer: Any) -> str | None:
 
 def reason_of_adapter(layer: Any, name: str) -> str | None:
     """Why PEFT has to compute this adapter, or None."""
+    # Not by attributes: as those, modules take `torch.nn.Module` a while to find.
+    modules = layer._modules
+    A, B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+    if (
+        name not in layer.lora_variant
+        and type(A) is type(B) is nn.Linear
+        # Wrappers make parameters plain attributes, also those of the weight below.
+        and A._parameters.get("bias", A) is B._parameters.get("bias", B) is None
+        and not _hooked(A)
+        and not _hooked(B)
+    ):
+        return None
     if name in layer.lora_variant:
         return f"the adapter is a variant of LoRA, {type(layer.lora_variant[name]).__name__}"
-    A, B = layer.lora_A[name], layer.lora_B[name]
     if type(A) is not nn.Linear or type(B) is not nn.Linear:
         return "the adapter's parts are not of class torch.nn.Linear"
-    if A.bias is not None or B.bias is not None:
-        return "the adapter has a bias (lora_bias)"
-    return "the adapter's parts have hooks" if _hooked(A) or _hooked(B) else None
+    return "the adapter's parts have hooks" if _hooked(A) or _hooked(B) else "the adapter has a bias (lora_bias)"
 
 
-def _compute_dtype(base: Linear4bit, x: Tensor) -> torch.dtype:
-    return autocast_dtype(x) or base.compute_dtype or x.dtype
-
-
-def _active(layer: Any) -> list[str]:
-    """The active adapters that this layer has."""
-    return [name for name in layer.active_adapters if name in layer.lora_A]
-
-
-def _reason_of_call(layer: Any, x: Tensor) -> str | None:
-    """Why PEFT has to compute this input, with the adapters that are active, or None."""
-    if not isinstance(x, Tensor):
-        return f"the input is a {type(x).__name__}"
-    base = layer.base_layer
-    compute = _compute_dtype(base, x)
+def _active(layer: Any, x: Tensor, device: torch.device, compute: torch.dtype) -> tuple[str | None, list[Adapter]]:
+    """The active adapters with their inputs after dropout; or why PEFT has to compute this input with one of them."""
     if x.dtype not in FLOAT_DTYPES or compute not in FLOAT_DTYPES:
-        return f"the input is {x.dtype}, and computed in {compute}"
-    if x.device != base.weight.device:
-        return "the input is on another device than the weight"
-    for name in _active(layer):
+        return f"the input is {x.dtype}, and computed in {compute}", []
+    if x.device != device:
+        return "the input is on another device than the weight", []
+    modules = layer._modules
+    As, Bs = modules["lora_A"]._modules, modules["lora_B"]._modules
+    found = []
+    names = [name for name in layer.active_adapters if name in As]
+    for name in names:
         reason = reason_of_adapter(layer, name)
         if reason is not None:
-            return reason
-        for part in (layer.lora_A[name], layer.lora_B[name]):
-            weight = part.weight
-            if type(weight) not in PLAIN_TYPES:
-                return f"the adapter's parameters are of class {type(weight).__name__}"
-            if weight.dtype not in FLOAT_DTYPES or weight.device != x.device:
-                return f"the adapter is {weight.dtype} on {weight.device}, the input on {x.device}"
-    return None
-
-
-def _adapters(layer: Any, x: Tensor) -> list[Adapter]:
-    """The active adapters, with their inputs after dropout."""
-    found = []
-    for name in _active(layer):
-        dropout = layer.lora_dropout[name]
-        dropped = x if type(dropout) is nn.Identity else dropout(x)
-        A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
-        found.append(Adapter(A, B, layer.scaling[name], None if dropped is x else dropped))
-    return found
+            return reason, []
+        A: Any = As[name]._parameters.get("weight")
+        B: Any = Bs[name]._parameters.get("weight")
+        A, B = As[name].weight if A is None else A, Bs[name].weight if B is None else B
+        for part in (A, B):
+            if type(part) not in PLAIN_TYPES:
+                return f"the adapter's parameters are of class {type(part).__name__}", []
+            if part.dtype not in FLOAT_DTYPES or part.device != device:
+                return f"the adapter is {part.dtype} on {part.device}, the input on {device}", []
+        found.append(Adapter(A, B, layer.scaling[name]))
+    # Random numbers are drawn only when it is known that they are used.
+    dropouts = modules["lora_dropout"]._modules
+    for i, name in enumerate(names):
+        dropout = dropouts[name]
+        if type(dropout) is not nn.Identity:
+            dropped = dropout(x)
+            if dropped is not x:
+                found[i] = found[i]._replace(x=dropped)
+    return None, found
 
 
 def _hooked(module: nn.Module) -> bool:
