@@ -123,6 +123,8 @@ def test_import_alone_loads_what_registers_and_nothing_heavy():
         "halfbyte.integrations._when_imported",
         "halfbyte.integrations.transformers",
         "halfbyte.integrations.transformers.dispatch",
+        "halfbyte.models",
+        "halfbyte.models.observers",
     ], done.stderr
 
 

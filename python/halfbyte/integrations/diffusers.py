@@ -13,9 +13,9 @@ import torch
 from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer
 from torch import Tensor, nn
 
-from halfbyte._transplant import SOURCE_CLASS
 from halfbyte.config import BitsAndBytesConfig
 from halfbyte.integrations.transformers.attach import serve_bitsandbytes
+from halfbyte.models.replace import SOURCE_CLASS
 from halfbyte.nn import Linear4bit, Params4bit
 from halfbyte.nn._quantized import Quantized
 from halfbyte.state import PACKED_KEYS, TENSOR_KEYS
@@ -143,7 +143,7 @@ class Quantizer4bit(BnB4BitDiffusersQuantizer):
         return super()._process_model_after_weight_loading(model, **kwargs)
 
     def _dequantize(self, model: Any) -> Any:
-        from halfbyte.swap import dequantize_model
+        from halfbyte.models.quantize import dequantize_model
 
         model = dequantize_model(model)
         # The caller takes it away.

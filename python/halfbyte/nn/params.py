@@ -11,7 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte._checks import (
+from halfbyte.functional import quantize_4bit
+from halfbyte.nn._joint import JOINT, foreign_parts, portable
+from halfbyte.nn._requantized import watching
+from halfbyte.ops._torch_internals import DisableTorchFunctionSubclass, make_subclass, parse_to
+from halfbyte.ops.checks import (
     blocks_of,
     check_blocksize,
     check_packed_length,
@@ -19,10 +23,7 @@ from halfbyte._checks import (
     check_scales,
     check_storage,
 )
-from halfbyte._ops import PLAIN_TYPES
-from halfbyte.functional import quantize_4bit
-from halfbyte.nn._joint import JOINT, foreign_parts, portable
-from halfbyte.nn._requantized import watching
+from halfbyte.ops.registry import PLAIN_TYPES
 from halfbyte.state import QuantState
 
 _SPLITTERS = (torch.chunk, torch.split, Tensor.chunk, Tensor.split)
@@ -141,7 +142,7 @@ class Params4bit(torch.nn.Parameter):
         if bnb_quantized and quant_state is not None and _is_dense(data, quant_state):
             # Some of PEFT's merges hand over the attributes of the old weight as they are.
             bnb_quantized = False
-        self: Params4bit = torch.Tensor._make_subclass(cls, data, requires_grad)
+        self: Params4bit = make_subclass(cls, data, requires_grad)
         self.blocksize = blocksize
         self.compress_statistics = bool(compress_statistics)
         self.quant_type = quant_type
@@ -271,7 +272,7 @@ class Params4bit(torch.nn.Parameter):
         Packed bytes are never cast. On the meta device, where there is nothing to read, nothing is quantized, and a
         packed parameter keeps its state where it is, for when its bytes come back.
         """
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype, non_blocking, _ = parse_to(*args, **kwargs)
         if not self.bnb_quantized:
             if device is not None and device.type != "meta":
                 return self._quantize(device)
@@ -358,7 +359,7 @@ class Params4bit(torch.nn.Parameter):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Results are plain tensors, but for shards, which stay parameters with the state of the whole."""
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
         if func in _SPLITTERS and isinstance(args[0], Params4bit):
             return tuple(args[0]._like(part, args[0].quant_state) for part in result)
@@ -367,7 +368,7 @@ class Params4bit(torch.nn.Parameter):
 
 def _rebuild(cls: type[Params4bit], data: Tensor, requires_grad: bool) -> Params4bit:
     """A parameter without attributes; of the joint class where there is one."""
-    new: Params4bit = torch.Tensor._make_subclass(JOINT.get(cls, cls), data, requires_grad)
+    new: Params4bit = make_subclass(JOINT.get(cls, cls), data, requires_grad)
     return new
 
 

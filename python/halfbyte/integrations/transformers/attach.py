@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from halfbyte._choice import is_transformers_model
 from halfbyte.config import BitsAndBytesConfig
 from halfbyte.integrations._when_imported import when_imported
 from halfbyte.integrations.transformers.dispatch import has_bitsandbytes
+from halfbyte.models.select import is_transformers_model
 
 
 def attach(model: nn.Module, config: BitsAndBytesConfig | None) -> None:

@@ -15,10 +15,14 @@ import logging
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from halfbyte.config import BitsAndBytesConfig
 from halfbyte.integrations._when_imported import when_imported
+from halfbyte.models.observers import add_observer
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _TABLE = "transformers.quantizers.auto"
 _SERVED_FROM = Path(__file__).resolve().parents[2] / "compat"
@@ -61,13 +65,14 @@ def enable(on: bool = True) -> None:
 def register() -> None:
     """Enter this package's quantizers into the tables of transformers and diffusers, now or when those are imported.
 
-    Idempotent.
+    Models that are quantized in memory are told the same as a load tells them. Idempotent.
     """
     global _waiting
     if not _waiting:
         _waiting = True
         when_imported(_TABLE, _enter)
         when_imported("diffusers.quantizers.auto", _enter_diffusers)
+        add_observer(_attach)
 
 
 def has_bitsandbytes() -> bool:
@@ -88,6 +93,12 @@ def is_ours(config: object) -> bool:
     """Whether a load with this config is served here."""
     # `__class__` answers what transformers wants to hear; the type does not.
     return issubclass(type(config), BitsAndBytesConfig) or _enabled or not has_bitsandbytes()
+
+
+def _attach(model: nn.Module, config: BitsAndBytesConfig | None) -> None:
+    from halfbyte.integrations.transformers.attach import attach
+
+    attach(model, config)
 
 
 def _enter_diffusers(auto: ModuleType) -> None:

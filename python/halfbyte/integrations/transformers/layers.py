@@ -11,11 +11,11 @@ import transformers
 from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from halfbyte._choice import is_conv1d
-from halfbyte._transplant import SOURCE_CLASS
-from halfbyte.checkpoint import CheckpointError
-from halfbyte.integrations.weights import renamed
+from halfbyte._native import CheckpointError
+from halfbyte.models.replace import SOURCE_CLASS
+from halfbyte.models.select import is_conv1d
 from halfbyte.nn import Embedding4bit, Linear4bit, Params4bit
+from halfbyte.offline.transformers_names import renamed
 from halfbyte.state import PACKED_KEYS, TENSOR_KEYS
 
 

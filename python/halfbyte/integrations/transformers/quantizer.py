@@ -18,11 +18,11 @@ from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.import_utils import is_accelerate_available
 
-from halfbyte._choice import experts_note, fused_experts
-from halfbyte._transplant import SOURCE_CLASS
 from halfbyte.config import BitsAndBytesConfig
 from halfbyte.integrations.transformers import layers, operations
 from halfbyte.integrations.transformers.attach import serve_bitsandbytes
+from halfbyte.models.replace import SOURCE_CLASS
+from halfbyte.models.select import experts_note, fused_experts
 from halfbyte.nn import Params4bit
 from halfbyte.nn._quantized import Quantized
 
@@ -210,7 +210,7 @@ class Quantizer4bit(Bnb4BitHfQuantizer):
         return True
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        from halfbyte.swap import dequantize_model
+        from halfbyte.models.quantize import dequantize_model
 
         if isinstance(dtype, str):
             # Saving a model leaves a name in `config.dtype`.

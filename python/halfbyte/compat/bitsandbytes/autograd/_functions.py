@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.autograd import matmul_4bit
+from halfbyte.ops.autograd import matmul_4bit
 
 from .. import functional as F
 from .._missing import missing_attribute, no_int8

@@ -13,10 +13,10 @@ from math import prod
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from halfbyte import _native
-from halfbyte._checks import (
+from halfbyte.ops._torch_internals import disable_modes
+from halfbyte.ops.checks import (
     BLOCK_SIZES,
     NESTED_BLOCKSIZE,
     blocks_of,
@@ -49,7 +49,7 @@ _NAMES = {
 
 # To make others from: for a new tensor, to name its dtype costs as much as all the rest. Ordinary CPU tensors, in
 # whatever modes torch is at the moment.
-with torch.inference_mode(False), _disable_current_modes():
+with torch.inference_mode(False), disable_modes():
     _EMPTY = {dtype: torch.empty(0, dtype=dtype, device="cpu") for dtype in _NAMES}
 
 

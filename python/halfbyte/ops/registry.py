@@ -1,8 +1,8 @@
 """The operations as torch sees them: `torch.ops.halfbyte.*`.
 
-Here are schemas, fake kernels (what a traced or meta call returns), the registrations of `_cpu` and `_cuda`, and
+Here are schemas, fake kernels (what a traced or meta call returns), the registrations of `cpu` and `cuda`, and
 `kernels`, through which eager calls go straight to a device's kernels. Kernels of another device are registered
-likewise: one `_register` call. Derivatives and batching rules are in `halfbyte.autograd`.
+likewise: one `_register` call. Derivatives and batching rules are in `halfbyte.ops.autograd`.
 
 All operations are functional: no output shares memory with an input. A packed weight is several arguments: `packed`
 (bytes viewed as any storage dtype), `absmax`, and `absmax2` and `offset` where the scales are nested; then its `shape`,
@@ -19,8 +19,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from halfbyte import _cpu, _cuda, _native
-from halfbyte._checks import (
+from halfbyte import _native
+from halfbyte.backends import cpu, cuda
+from halfbyte.ops._torch_internals import (
+    DisableTorchFunctionSubclass,
+    dispatch_modes,
+    forward_ad,
+    function_modes,
+    tracing,
+    transforms,
+)
+from halfbyte.ops.checks import (
     NESTED_BLOCKSIZE,
     blocks_of,
     check_compress,
@@ -216,10 +225,10 @@ def _register(device: str, kernels: ModuleType) -> None:
         torch.library.impl(f"halfbyte::{name}", device, getattr(kernels, name))
 
 
-_register("cpu", _cpu)
+_register("cpu", cpu)
 # A ROCm build of torch calls its devices "cuda" too; the kernels are not for them.
 if hasattr(_native, "cuda_quantize_4bit") and torch.version.hip is None:
-    _register("cuda", _cuda)
+    _register("cuda", cuda)
 
 
 # ---- eager calls -----------------------------------------------------------------------------------------------------
@@ -245,10 +254,10 @@ def kernels(
     plain = PLAIN_TYPES
     if (
         torch.compiler.is_compiling()
-        or _dispatch_modes()
-        or _function_modes()
-        or _transforms() is not None
-        or _tracing() is not None
+        or dispatch_modes()
+        or function_modes()
+        or transforms() is not None
+        or tracing() is not None
         or type(x) not in plain
         or type(factor) not in plain
         or type(first) not in plain
@@ -258,26 +267,21 @@ def kernels(
         or x.is_neg()
         or (factor is not None and factor.is_neg())
         # Forward-mode derivatives: tensors with a tangent look like others.
-        or _forward_ad._current_level >= 0
+        or forward_ad._current_level >= 0
     ):
         return None
     if _is_grad_enabled() and (x.requires_grad or (factor is not None and factor.requires_grad)):
         return None
     # The device's name takes longer than this question.
-    return _cpu if x.is_cpu else _KERNELS.get(x.device.type)
+    return cpu if x.is_cpu else _KERNELS.get(x.device.type)
 
 
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_transforms = torch._C._functorch.peek_interpreter_stack
-_tracing = torch._C._get_tracing_state
 _is_grad_enabled = torch.is_grad_enabled
-_forward_ad = torch.autograd.forward_ad
 
 
 def plain(tensor: Tensor) -> Tensor:
     """A parameter as the tensor that it is: what is asked of that takes no way round through the parameter's class."""
     if type(tensor) is Tensor:
         return tensor
-    with torch._C.DisableTorchFunctionSubclass():
+    with DisableTorchFunctionSubclass():
         return tensor.data

@@ -64,8 +64,10 @@ def _constant(name: str) -> float:
     return float(name)
 
 
-def native_text(config: dict[str, Any]) -> str:
-    """The config as strict JSON: infinities become null, which JSON itself has no word for."""
+def native_text(config: dict[str, Any] | None) -> str | None:
+    """The config as strict JSON: infinities become null, which JSON itself has no word for. None stays None."""
+    if config is None:
+        return None
     try:
         return json.dumps(config, allow_nan=False)
     except ValueError:

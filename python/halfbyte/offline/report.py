@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from halfbyte._plan import collapse, ratio, shape_text
 from halfbyte._terminal import format_bytes, format_count, format_seconds, plural, printable, table
+from halfbyte.offline.plan import collapse, ratio, shape_text
 
 
 @dataclass(frozen=True)

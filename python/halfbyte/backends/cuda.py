@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from halfbyte import _native
-from halfbyte._checks import (
+from halfbyte.ops._torch_internals import current_stream
+from halfbyte.ops.checks import (
     NESTED_BLOCKSIZE,
     blocks_of,
     check_compress,
@@ -84,14 +85,10 @@ def _raw_bytes(packed: Tensor, n: int) -> Raw:
     return packed.data_ptr(), packed_bytes(n), "uint8"
 
 
-# Of a device: the stream that is torch's current one there. Builds of torch without CUDA have none.
-_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
-
-
 def _here(tensor: Tensor) -> tuple[int, int]:
     """The device of a tensor, and torch's current stream there."""
     index = tensor.get_device()
-    return index, _stream(index)
+    return index, current_stream(index)
 
 
 def _raw_scales(absmax: Tensor, absmax2: Tensor | None, offset: Tensor | None) -> tuple[RawScales, tuple[Tensor, ...]]:
@@ -365,7 +362,7 @@ def linear_4bit(
             if rows % _ALIGNMENT:
                 x = x.clone()
                 rows = x.data_ptr()
-            launch(_stream(device), m, rows, codes, *scales, shift, result)
+            launch(current_stream(device), m, rows, codes, *scales, shift, result)
             return out
     weight = _Weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
     x, into = x.view(m, k), out.view(m, n)

@@ -16,13 +16,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from halfbyte._choice import Choice, Layer, choose, join, paths, skip_list
-from halfbyte._folder import Folder
+from halfbyte._native import CheckpointError
 from halfbyte._terminal import Bar, format_bytes, is_terminal
-from halfbyte._transplant import replace, to_dense, to_linear4bit
-from halfbyte.checkpoint import CheckpointError, Rule, _rule_text, _strings
 from halfbyte.config import BitsAndBytesConfig
-from halfbyte.loading import (
+from halfbyte.models.checkpoint_reader import Folder
+from halfbyte.models.load import (
     assign,
     check_ties,
     compute_buffers,
@@ -30,11 +28,14 @@ from halfbyte.loading import (
     make_plan,
     model_bytes,
     report,
-    tell_transformers,
     tensor_holders,
     values,
 )
+from halfbyte.models.observers import notify
+from halfbyte.models.replace import replace, to_dense, to_linear4bit
+from halfbyte.models.select import Choice, Layer, choose, join, paths, skip_list
 from halfbyte.nn import Embedding4bit, Linear4bit, Params4bit
+from halfbyte.offline.options import Rule, rule_text, strings
 
 _logger = logging.getLogger(__name__)
 
@@ -99,11 +100,11 @@ def quantize_model(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: {type(model).__name__} is not a torch.nn.Module")
     settings, compute_dtype = _settings(config)
-    skips = _strings("skip", skip or ()) + _strings("llm_int8_skip_modules", settings.llm_int8_skip_modules or ())
+    skips = strings("skip", skip or ()) + strings("llm_int8_skip_modules", settings.llm_int8_skip_modules or ())
     choice = choose(
         model,
         settings.bnb_4bit_quant_type,
-        rules=[_rule_text(rule) for rule in rules or ()],
+        rules=[rule_text(rule) for rule in rules or ()],
         skip=skips,
         subclasses=_classes(subclasses),
         meta=checkpoint is not None,
@@ -122,7 +123,7 @@ def quantize_model(
     del choice
     with _display(progress) as show:
         result = swap.run(show) if checkpoint is None else swap.run_from(checkpoint, show)
-    tell_transformers(result, _written(settings, listed))
+    notify(result, _written(settings, listed))
     _logger.info("%s", swap.summary(result))
     return result  # type: ignore[return-value]
 
@@ -159,7 +160,7 @@ def dequantize_model(model: _Model, dtype: torch.dtype | None = None) -> _Model:
         module, names = found.pop()
         result = replace(result, names, to_dense(module, dtype))
         del module
-    tell_transformers(result, None)
+    notify(result, None)
     return result  # type: ignore[return-value]
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 from halfbyte import _terminal
 
 if TYPE_CHECKING:
-    from halfbyte.checkpoint import CheckpointPlan
+    from halfbyte.offline.plan import CheckpointPlan
 
 PROG = "halfbyte"
 
@@ -294,8 +294,8 @@ def _add_output(sub: argparse.ArgumentParser) -> None:
 
 
 def _quantize(args: argparse.Namespace) -> int:
-    from halfbyte import checkpoint
     from halfbyte.config import BitsAndBytesConfig
+    from halfbyte.offline.quantize import prepare_quantize, run_quantize
 
     _check_destination(args)
     config = BitsAndBytesConfig(
@@ -305,7 +305,7 @@ def _quantize(args: argparse.Namespace) -> int:
         bnb_4bit_compute_dtype=args.compute_dtype,
         bnb_4bit_quant_storage=args.storage,
     )
-    prepared = checkpoint.prepare_quantize(
+    prepared = prepare_quantize(
         args.source,
         config,
         rules=args.rule,
@@ -318,17 +318,17 @@ def _quantize(args: argparse.Namespace) -> int:
         blocksize=args.blocksize,
         hub_progress=_progress(args),
     )
-    return _convert(args, prepared, checkpoint.run_quantize)
+    return _convert(args, prepared, run_quantize)
 
 
 def _dequantize(args: argparse.Namespace) -> int:
-    from halfbyte import checkpoint
+    from halfbyte.offline.dequantize import prepare_dequantize, run_dequantize
 
     _check_destination(args)
-    prepared = checkpoint.prepare_dequantize(
+    prepared = prepare_dequantize(
         args.source, dtype=args.dtype, max_shard_size=args.max_shard_size, hub_progress=_progress(args)
     )
-    return _convert(args, prepared, checkpoint.run_dequantize)
+    return _convert(args, prepared, run_dequantize)
 
 
 def _convert(args: argparse.Namespace, prepared: Any, run: Any) -> int:
@@ -369,7 +369,7 @@ def _check_destination(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from halfbyte.checkpoint import inspect_checkpoint
+    from halfbyte.offline.inspect import inspect_checkpoint
 
     report = inspect_checkpoint(args.path)
     if args.json:
@@ -380,7 +380,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from halfbyte.checkpoint import verify_checkpoint
+    from halfbyte.offline.verify import verify_checkpoint
 
     report = verify_checkpoint(args.a, args.b, threads=args.threads, progress=_progress(args))
     if args.json:
@@ -391,7 +391,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from halfbyte import doctor
+    from halfbyte.cli import doctor
 
     found = doctor.examine()
     if args.json:
@@ -402,7 +402,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _completion(args: argparse.Namespace) -> int:
-    from halfbyte import _completion as completion
+    from halfbyte.cli import completion
 
     _print(completion.script(args.shell, build_parser()).rstrip("\n"))
     return EXIT_OK

@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from halfbyte import _config_json
 from halfbyte._native import CheckpointError
-from halfbyte.hub import resolve_source
+from halfbyte.offline import config_json
+from halfbyte.offline.hub import resolve_source
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -60,7 +60,7 @@ class Folder:
         """Read the index and the headers."""
         self.path = resolve_source(path)
         folder = self.path if self.path.is_dir() else self.path.parent
-        self.config = _config_json.read_config(folder)
+        self.config = config_json.read_config(folder)
         self._stack = contextlib.ExitStack()
         self._views: dict[Path, Any] = {}
         self._readers: dict[Path, Any] = {}

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte._checks import DTypeError, check_out
-from halfbyte._ops import kernels, plain
+from halfbyte.ops._torch_internals import any_autocast, dispatch_modes, functionalizing, transforms
+from halfbyte.ops.checks import DTypeError, check_out
+from halfbyte.ops.registry import kernels, plain
 from halfbyte.state import QuantState
 
 _ops = torch.ops.halfbyte
@@ -141,12 +142,7 @@ class _FuncInputGradient(torch.autograd.Function):
 
 def _needs_op() -> bool:
     """Whether to call the op: compilers, tracers and functionalize have no rule for autograd.Function."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return True
-    functorch = torch._C._functorch
-    if functorch.peek_interpreter_stack() is None:
-        return False
-    return any(level.key() == functorch.TransformType.Functionalize for level in functorch.get_interpreter_stack())
+    return torch.compiler.is_compiling() or bool(dispatch_modes()) or functionalizing()
 
 
 def _product(
@@ -167,7 +163,7 @@ def _product(
     args = absmax, absmax2, offset, bias, *how
     if _needs_op():
         y = _ops.linear_4bit(x, packed, *args)
-    elif torch._C._functorch.peek_interpreter_stack() is None:
+    elif transforms() is None:
         y = _Linear4bit.apply(x, packed, *args)
     else:
         y = _FuncLinear4bit.apply(x, packed, *args)
@@ -182,7 +178,7 @@ def _input_gradient(grad: Tensor, packed: Tensor, *args: Any) -> Tensor:
         y = direct.linear_4bit_backward(grad, plain(packed), *args)
     elif _needs_op():
         y = _ops.linear_4bit_backward(grad, packed, *args)
-    elif torch._C._functorch.peek_interpreter_stack() is None:
+    elif transforms() is None:
         y = _InputGradient.apply(grad, packed, *args)
     else:
         y = _FuncInputGradient.apply(grad, packed, *args)
@@ -299,7 +295,7 @@ def linear_4bit(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | Non
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype of products with `tensor` under `torch.autocast`, or None outside of it."""
-    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+    if not torch.compiler.is_compiling() and not any_autocast():
         return None
     device = tensor.device.type
     if device != "meta" and torch.is_autocast_enabled(device):

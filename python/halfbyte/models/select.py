@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from halfbyte import _native
-from halfbyte._checks import FLOAT_DTYPES, names
 from halfbyte._terminal import format_bytes
 from halfbyte.nn._quantized import Quantized
+from halfbyte.ops.checks import FLOAT_DTYPES, names
 
 _EXPERTS = ("experts", "local_experts")
 

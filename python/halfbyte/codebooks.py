@@ -9,14 +9,65 @@ import torch
 from torch import Tensor
 
 from halfbyte import _native
-from halfbyte._checks import QUANT_TYPES
-from halfbyte.state import dynamic_map
+from halfbyte.backends import cuda
+from halfbyte.ops._torch_internals import disable_modes, dispatch_modes, tracing, transforms
+from halfbyte.ops.checks import QUANT_TYPES
 
 # AF4, for blocks of 64: "NF4 Isn't Information Theoretically Optimal (and that's Good)", arXiv 2306.06965, table 1.
 _AF4 = (
     -1.0, -0.69441008, -0.51243739, -0.3736951, -0.25607552, -0.14982478, -0.04934812, 0.0,
     0.04273164, 0.12934483, 0.21961274, 0.31675666, 0.42563882, 0.55496234, 0.72424863, 1.0,
 )  # fmt: skip
+
+
+def _constant(values: list[float]) -> Tensor:
+    """Float32 numbers as an ordinary CPU tensor, in whatever modes torch is at the moment."""
+    with torch.inference_mode(False), disable_modes():
+        return torch.tensor(values, dtype=torch.float32, device="cpu")
+
+
+_CPU = torch.device("cpu")
+_QUANT_MAPS = {quant_type: _constant(_native.quant_map(quant_type)) for quant_type in QUANT_TYPES}
+_DYNAMIC_MAP = _constant(_native.dynamic_map())
+
+
+def quant_map(quant_type: str, device: torch.device | str | None = None) -> Tensor:
+    """The sixteen values of `quant_type`, float32 [16], as they are stored beside a weight. A copy."""
+    target = _cuda_device(device)
+    return _copy(_QUANT_MAPS[quant_type], device) if target is None else cuda.quant_map(quant_type, target)
+
+
+def dynamic_map(device: torch.device | str | None = None) -> Tensor:
+    """The 256 values of the signed 8-bit dynamic map, float32, ascending. A copy."""
+    target = _cuda_device(device)
+    return _copy(_DYNAMIC_MAP, device) if target is None else cuda.dynamic_map(target)
+
+
+def _cuda_device(device: torch.device | str | None) -> torch.device | None:
+    """The device, if a map is to be made there by kernels: a copy from the host would wait, and spoil a capture."""
+    if (
+        device is None
+        or device == _CPU
+        or torch.compiler.is_compiling()
+        or dispatch_modes()
+        or transforms() is not None
+        or tracing() is not None
+        or torch.version.hip is not None
+        or not hasattr(_native, "cuda_quantize_4bit")
+    ):
+        return None
+    device = torch.device(device)
+    return device if device.type == "cuda" else None
+
+
+def _copy(values: Tensor, device: torch.device | str | None) -> Tensor:
+    if not torch.compiler.is_compiling() and dispatch_modes():
+        # Modes that make tensors of their own kind want to see them made.
+        with disable_modes():
+            numbers = values.tolist()
+        return torch.tensor(numbers, dtype=torch.float32, device=device or "cpu")
+    # A clone costs half of what the general way does, and comes with every small tensor that is quantized.
+    return values.clone() if device is None or device == _CPU else values.to(device, copy=True)
 
 
 def get_4bit_type(typename: str, device: torch.device | str | None = None, blocksize: int = 64) -> Tensor:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte._checks import FLOAT_DTYPES, DTypeError, names
-from halfbyte.autograd import autocast_dtype, linear_4bit
 from halfbyte.functional import dequantize_4bit
 from halfbyte.nn._quantized import Quantized
+from halfbyte.ops.autograd import autocast_dtype, linear_4bit
+from halfbyte.ops.checks import FLOAT_DTYPES, DTypeError, names
 from halfbyte.state import QuantState
 
 _logger = logging.getLogger(__name__)

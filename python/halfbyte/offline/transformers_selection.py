@@ -153,7 +153,7 @@ def converted_tensors(model: PreTrainedModel, names: Iterable[str], skip: Sequen
 
 def _converted(model: PreTrainedModel, names: Iterable[str], skip: Sequence[str]) -> dict[str, str]:
     """Tensors of a checkpoint that would be quantized while loading into ``model``, with the module of each."""
-    from halfbyte.integrations.weights import renamed
+    from halfbyte.offline.transformers_names import renamed
 
     modules = converted_modules(model, skip)
     converted = {}

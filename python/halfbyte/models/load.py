@@ -16,18 +16,18 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from halfbyte import _config_json
-from halfbyte._choice import is_conv1d, is_transformers_model, join, paths
-from halfbyte._folder import Folder
 from halfbyte._native import CheckpointError
 from halfbyte._terminal import format_bytes
-from halfbyte._transplant import replace, to_dense, to_embedding4bit, to_linear4bit
 from halfbyte.config import BitsAndBytesConfig
-from halfbyte.integrations import weights
-from halfbyte.integrations.transformers.attach import attach, is_diffusers_model
-from halfbyte.integrations.weights import Entry
+from halfbyte.models import transformers_weights as weights
+from halfbyte.models.checkpoint_reader import Folder
+from halfbyte.models.observers import notify
+from halfbyte.models.replace import replace, to_dense, to_embedding4bit, to_linear4bit
+from halfbyte.models.select import is_conv1d, is_transformers_model, join, paths
+from halfbyte.models.transformers_weights import Entry
 from halfbyte.nn import Embedding4bit, Linear4bit, Params4bit
 from halfbyte.nn._quantized import Quantized
+from halfbyte.offline import config_json
 from halfbyte.state import PACKED_KEYS, TENSOR_KEYS
 
 _logger = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ def load_quantized(
                 assign(holders, name, tensor.to(target))
         finish(result, plan, target)
         if config is not None:
-            tell_transformers(result, config)
+            notify(result, config)
     _summary(result, source)
     return result  # type: ignore[return-value]
 
@@ -174,7 +174,7 @@ def make_plan(model: nn.Module, source: Folder) -> Plan:
 
 
 def _refuse_other_formats(source: Folder) -> None:
-    method = _config_json.existing_quantization(source.config) if source.config else None
+    method = config_json.existing_quantization(source.config) if source.config else None
     if method not in (None, "bitsandbytes"):
         raise CheckpointError(f"{source.path}: is quantized with {method}, expected bitsandbytes' 4-bit format")
     eight = next((name for name in source.names if name.endswith(".SCB")), None)
@@ -470,12 +470,6 @@ def _compute_dtype(source: Folder, config: BitsAndBytesConfig | None) -> torch.d
         return None
     dtype = config.bnb_4bit_compute_dtype
     return dtype if isinstance(dtype, torch.dtype) else None
-
-
-def tell_transformers(model: nn.Module, config: BitsAndBytesConfig | None) -> None:
-    """Say to the models of transformers or diffusers inside that they are, or with None are no longer, quantized."""
-    if any(is_transformers_model(module) or is_diffusers_model(module) for module in model.modules()):
-        attach(model, config)
 
 
 def _summary(model: nn.Module, source: Folder) -> None:
