@@ -64,7 +64,7 @@ FLOAT_DTYPES = ("bfloat16", "float16", "float32")
 # Python looks at signals between two waits.
 _POLL_SECONDS = 0.02
 _SHOW_SECONDS = 0.1
-# Where the compiled core keeps complete files until all of them are there (rust/checkpoint/stage.rs).
+# Where the compiled core keeps complete files until all of them are there (rust/core/src/checkpoint/stage.rs).
 _STAGE = ".halfbyte-partial"
 
 
