@@ -8,9 +8,11 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use half::{bf16, f16};
-use halfbyte::blockwise::{Element, Simd, dequantize, dequantize_serial_with, quantize, quantize_serial_with};
 use halfbyte::codebook::QuantType;
+use halfbyte::dtype::Element;
 use halfbyte::geometry::{BlockSize, packed_len};
+use halfbyte::quant::blockwise4::{dequantize, dequantize_serial_with, quantize, quantize_serial_with};
+use halfbyte::simd::Simd;
 use rayon::prelude::*;
 
 /// Runs of one measurement: at least these, and more of small sizes.

@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 
 use half::bf16;
 use halfbyte::codebook::QuantType;
+use halfbyte::gemm::{Compute, Floats, FloatsMut, Path, Scales, Weight, Workers, linear, linear_backward};
 use halfbyte::geometry::BlockSize;
-use halfbyte::matmul::{Compute, Floats, FloatsMut, Path, Scales, Weight, Workers, linear, linear_backward};
-use halfbyte::nested::{self, Nested};
+use halfbyte::quant::absmax::{self, Nested};
 use rayon::ThreadPoolBuilder;
 
 /// Bytes of codes that push each other out of the caches.
@@ -63,7 +63,7 @@ fn main() {
                 (0..bytes).map(|i| ((i + seed) as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes()[7]).collect();
             let absmax: Vec<f32> =
                 (0..BlockSize::DEFAULT.absmax_len(n * k)).map(|i| 0.02 + (i % 7) as f32 * 0.01).collect();
-            let nested = quantized_scales.then(|| nested::compress(&absmax));
+            let nested = quantized_scales.then(|| absmax::quantize_absmax(&absmax));
             Codes { packed, absmax, nested }
         })
         .collect();

@@ -56,3 +56,11 @@ pub fn packed_len(n: usize) -> usize {
 pub fn element_count(shape: &[usize]) -> Option<usize> {
     shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d))
 }
+
+/// Checks that `argument` has as many elements as `why` says.
+pub(crate) fn check_length(argument: &'static str, found: usize, expected: usize, why: &str) -> Result<()> {
+    if found == expected {
+        return Ok(());
+    }
+    Err(Error::argument(argument, format!("{found} elements long"), format!("{expected} elements ({why})")))
+}

@@ -5,17 +5,17 @@
 //!
 //! | floor | modules |
 //! |---|---|
-//! | plain facts | [`error`], [`codebook`], [`geometry`] |
-//! | arithmetic | [`blockwise`], [`nested`], [`rowwise`], [`matmul`] |
+//! | plain facts | [`error`], [`codebook`], [`geometry`], [`dtype`], [`simd`] |
+//! | arithmetic | [`quant`], [`gemm`] |
 //! | checkpoints | [`checkpoint`] |
 
-pub mod blockwise;
 pub mod checkpoint;
 pub mod codebook;
+pub mod dtype;
 pub mod error;
+pub mod gemm;
 pub mod geometry;
-pub mod matmul;
-pub mod nested;
-pub mod rowwise;
+pub mod quant;
+pub mod simd;
 
 pub use error::{Error, Result};

@@ -1,16 +1,15 @@
-//! Blockwise quantization to 4 bits and back: the arithmetic of [`halfbyte::blockwise`], bit for bit.
+//! Blockwise quantization to 4 bits and back: the arithmetic of [`halfbyte::quant::blockwise4`], bit for bit.
 
 use halfbyte::codebook::QuantType;
+use halfbyte::dtype::DType;
 use halfbyte::error::Result;
 use halfbyte::geometry::{BlockSize, NESTED_BLOCK_SIZE, packed_len};
 
 use super::driver::{Device, Kernel, Stream};
-use super::memory::{DType, Memory, Scales, block_shift};
+use super::launch::{Variant, parameters};
+use super::memory::{Memory, Scales, block_shift};
 use super::nested::{Compressed, compress_with_sums, write_sums};
 use super::ptx::Module;
-use super::{Variant, parameters};
-
-const FLOATS: [DType; 3] = [DType::F16, DType::Bf16, DType::F32];
 
 // Of kernels/dequantize.cu.
 const DEQUANTIZE_THREADS: u32 = 256;
@@ -65,7 +64,7 @@ pub unsafe fn dequantize(
     blocksize: BlockSize,
     variant: Variant,
 ) -> Result<()> {
-    let n = out.of(&FLOATS)?.count();
+    let n = out.of(&DType::FLOATS)?.count();
     packed.of(&[DType::U8])?.long(packed_len(n), "two codes to a byte")?;
     let scales_parameter = scales.parameter(n, blocksize)?;
     let kernel = dequantize_kernel(out.dtype(), scales.is_nested(), variant);
@@ -176,7 +175,7 @@ pub unsafe fn quantize_nested(
 }
 
 fn check_quantize(input: &Memory, packed: &Memory, absmax: &Memory, blocksize: BlockSize) -> Result<()> {
-    let n = input.of(&FLOATS)?.count();
+    let n = input.of(&DType::FLOATS)?.count();
     packed.of(&[DType::U8])?.long(packed_len(n), "two codes to a byte")?;
     absmax.of(&[DType::F32])?.long(blocksize.absmax_len(n), "one scale per block")?;
     Ok(())

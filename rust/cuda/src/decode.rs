@@ -1,7 +1,8 @@
 //! Fused products with a 4-bit weight (kernels/decode.cuh): which kernel takes which shape, and how it divides the work.
 
+use halfbyte::dtype::DType;
+
 use super::driver::{Device, Kernel};
-use super::memory::DType;
 use super::ptx::Module;
 
 // Of kernels/decode.cuh and its two users.

@@ -6,13 +6,13 @@
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_int, c_void};
-use std::fmt;
 use std::sync::{Mutex, OnceLock, RwLock};
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 use halfbyte::error::{Error, Result};
 
+use super::capability::Capability;
 use super::ptx::Module;
 
 /// The least CUDA version that a driver must support: the PTX is of that version.
@@ -27,16 +27,6 @@ const EARLY_CUDA: (i32, i32) = (12, 3);
 
 /// More than any machine has; bounds the table of devices.
 const MOST_DEVICES: usize = 64;
-
-/// A compute capability: major, minor.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Capability(pub i32, pub i32);
-
-impl fmt::Display for Capability {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}.{}", self.0, self.1)
-    }
-}
 
 /// A stream of the current process: the number that torch gives as `cuda_stream`, 0 being the legacy default stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

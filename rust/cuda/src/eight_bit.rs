@@ -1,15 +1,15 @@
-//! Blockwise quantization to 8 bits with any map, and back: the arithmetic of [`halfbyte::blockwise::quantize_8bit`] and
-//! [`halfbyte::blockwise::dequantize_8bit`], bit for bit, for blocks of any size.
+//! Blockwise quantization to 8 bits with any map, and back: the arithmetic of [`halfbyte::quant::blockwise8::quantize_8bit`] and
+//! [`halfbyte::quant::blockwise8::dequantize_8bit`], bit for bit, for blocks of any size.
 
+use halfbyte::dtype::DType;
 use halfbyte::error::{Error, Result};
 use halfbyte::geometry::BlockSize;
 
 use super::driver::{Device, Kernel, Stream};
-use super::memory::{DType, Memory, block_shift};
+use super::launch::{Variant, parameters};
+use super::memory::{Memory, block_shift};
 use super::ptx::Module;
-use super::{Variant, parameters};
 
-const FLOATS: [DType; 3] = [DType::F16, DType::Bf16, DType::F32];
 const CODES: usize = 256;
 
 // Of kernels/dequantize_8bit.cu.
@@ -52,7 +52,7 @@ pub unsafe fn dequantize_8bit(
     blocksize: usize,
     variant: Variant,
 ) -> Result<()> {
-    let n = out.of(&FLOATS)?.count();
+    let n = out.of(&DType::FLOATS)?.count();
     let (blocksize, scales) = blocks_of(n, blocksize)?;
     codes.of(&[DType::U8])?.long(n, "one code per value")?;
     absmax.of(&[DType::F32])?.long(scales, "one scale per block")?;
@@ -99,7 +99,7 @@ pub unsafe fn quantize_8bit(
     blocksize: usize,
     variant: Variant,
 ) -> Result<()> {
-    let n = input.of(&FLOATS)?.count();
+    let n = input.of(&DType::FLOATS)?.count();
     let (size, scales) = blocks_of(n, blocksize)?;
     code.of(&[DType::F32])?.long(CODES, "one value per code")?;
     codes.of(&[DType::U8])?.long(n, "one code per value")?;

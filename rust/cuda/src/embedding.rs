@@ -1,14 +1,15 @@
-//! Rows of a 4-bit table: what [`halfbyte::blockwise`] dequantizes them to, bit for bit.
+//! Rows of a 4-bit table: what [`halfbyte::quant::blockwise4`] dequantizes them to, bit for bit.
 
 use halfbyte::codebook::QuantType;
+use halfbyte::dtype::DType;
 use halfbyte::error::{Error, Result};
 use halfbyte::geometry::{BlockSize, element_count, packed_len};
 
 use super::blockwise::quant_type_parameter;
 use super::driver::{Device, Kernel, Stream};
-use super::memory::{DType, Memory, Scales, block_shift};
+use super::launch::{Variant, parameters};
+use super::memory::{Memory, Scales, block_shift};
 use super::ptx::Module;
-use super::{Variant, parameters};
 
 // Of kernels/embedding.cu.
 const THREADS: u32 = 256;

@@ -1,12 +1,13 @@
-//! Doubly quantized scales to float32: the arithmetic of [`halfbyte::nested::expand`], bit for bit.
+//! Doubly quantized scales to float32: the arithmetic of [`halfbyte::quant::absmax::dequantize_absmax`], bit for bit.
 
+use halfbyte::dtype::DType;
 use halfbyte::error::Result;
 use halfbyte::geometry::NESTED_BLOCK_SIZE;
 
 use super::driver::{Device, Kernel, Stream};
-use super::memory::{DType, Memory};
+use super::launch::{Variant, parameters};
+use super::memory::Memory;
 use super::ptx::Module;
-use super::{Variant, parameters};
 
 // Of kernels/expand.cu.
 const THREADS: u32 = 256;

@@ -1,57 +1,8 @@
 //! Device memory as numbers that were checked.
 
+use halfbyte::dtype::DType;
 use halfbyte::error::{Error, Result};
 use halfbyte::geometry::{BlockSize, NESTED_BLOCK_SIZE};
-
-/// The types of elements in device memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum DType {
-    /// Packed codes, and codes of 8 bits.
-    U8,
-    /// Codes of 8-bit rows.
-    I8,
-    /// Indices.
-    I32,
-    /// Indices.
-    I64,
-    /// IEEE half precision.
-    F16,
-    /// The upper half of a float32.
-    Bf16,
-    /// IEEE single precision.
-    F32,
-    /// IEEE double precision.
-    F64,
-}
-
-impl DType {
-    /// Every type.
-    pub const ALL: [Self; 8] = [Self::U8, Self::I8, Self::I32, Self::I64, Self::F16, Self::Bf16, Self::F32, Self::F64];
-
-    /// The name in torch and numpy.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::U8 => "uint8",
-            Self::I8 => "int8",
-            Self::I32 => "int32",
-            Self::I64 => "int64",
-            Self::F16 => "float16",
-            Self::Bf16 => "bfloat16",
-            Self::F32 => "float32",
-            Self::F64 => "float64",
-        }
-    }
-
-    /// Bytes of an element, and its alignment.
-    pub const fn size(self) -> usize {
-        match self {
-            Self::U8 | Self::I8 => 1,
-            Self::F16 | Self::Bf16 => 2,
-            Self::I32 | Self::F32 => 4,
-            Self::I64 | Self::F64 => 8,
-        }
-    }
-}
 
 /// Elements in device memory: not null, aligned, within the address space. Whether the memory exists only the caller
 /// knows.

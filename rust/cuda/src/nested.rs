@@ -1,11 +1,12 @@
-//! Double quantization: the arithmetic of [`halfbyte::nested`], bit for bit.
+//! Double quantization: the arithmetic of [`halfbyte::quant::absmax`], bit for bit.
 
+use halfbyte::dtype::DType;
 use halfbyte::error::Result;
 use halfbyte::geometry::NESTED_BLOCK_SIZE;
 
 use super::driver::{Device, Kernel, Stream};
-use super::memory::{DType, Memory};
-use super::parameters;
+use super::launch::parameters;
+use super::memory::Memory;
 use super::ptx::Module;
 
 // Of kernels/nested.cu: groups of 256 in each block of threads, blocks of threads that the last kernel has for each

@@ -1,14 +1,15 @@
 //! Products with a 4-bit weight that is not unpacked before.
 
 use halfbyte::codebook::QuantType;
+use halfbyte::dtype::DType;
 use halfbyte::error::{Error, Result};
 use halfbyte::geometry::{BlockSize, packed_len};
 
 use super::blockwise::quant_type_parameter;
 use super::decode::{AnyPlan, DECODE_BLOCK, Decode, suits_ring};
 use super::driver::{Device, Kernel, Stream};
-use super::memory::{DType, Memory, Scales, block_shift};
-use super::parameters;
+use super::launch::parameters;
+use super::memory::{Memory, Scales, block_shift};
 use super::ptx::Module;
 
 /// `y[m][n] = x[m][k] · W[n][k]ᵀ + bias[n]`, row-major.

@@ -1,6 +1,6 @@
 //! The compiled kernels, as `kernels/build_ptx.py` wrote them, and which of them a device takes.
 
-use super::driver::Capability;
+use super::capability::Capability;
 
 /// One source file of kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

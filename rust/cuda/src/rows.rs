@@ -1,14 +1,13 @@
-//! Rows to 8 bits and back: the arithmetic of [`halfbyte::rowwise`], bit for bit.
+//! Rows to 8 bits and back: the arithmetic of [`halfbyte::quant::int8_rowwise`], bit for bit.
 
+use halfbyte::dtype::DType;
 use halfbyte::error::{Error, Result};
 use halfbyte::geometry::element_count;
 
 use super::driver::{Device, Kernel, Stream};
-use super::memory::{DType, Memory};
+use super::launch::{Variant, parameters};
+use super::memory::Memory;
 use super::ptx::Module;
-use super::{Variant, parameters};
-
-const FLOATS: [DType; 3] = [DType::F16, DType::Bf16, DType::F32];
 
 // Of kernels/rows.cu.
 const THREADS: u32 = 256;
@@ -26,13 +25,13 @@ fn check(values: &Memory, codes: &Memory, scales: &Memory, rows: usize, columns:
     let n = element_count(&[rows, columns])
         .filter(|&n| i64::try_from(n).is_ok())
         .ok_or_else(|| Error::argument("rows", format!("{rows} x {columns}"), "less than 2^63 elements"))?;
-    values.of(&FLOATS)?.long(n, "rows x columns")?;
+    values.of(&DType::FLOATS)?.long(n, "rows x columns")?;
     codes.of(&[DType::I8])?.long(n, "rows x columns")?;
     scales.of(&[DType::F32])?.long(rows, "one scale per row")?;
     Ok(n)
 }
 
-/// Quantizes each row of `input`, `[rows][columns]`, by its largest magnitude: [`halfbyte::rowwise::quantize_rows`].
+/// Quantizes each row of `input`, `[rows][columns]`, by its largest magnitude: [`halfbyte::quant::int8_rowwise::quantize_rows`].
 ///
 /// # Errors
 /// [`Error::Argument`] for a dtype or a length that does not fit; [`Error::Cuda`] when the launch fails.
@@ -73,7 +72,7 @@ pub unsafe fn quantize_rows(
     unsafe { device.launch(stream, &kernel, blocks, 0, parameters![input, codes, scales, rows, columns]) }
 }
 
-/// Reads rows back: [`halfbyte::rowwise::dequantize_rows`].
+/// Reads rows back: [`halfbyte::quant::int8_rowwise::dequantize_rows`].
 ///
 /// # Errors
 /// As [`quantize_rows`].

@@ -2,7 +2,7 @@
 
 use halfbyte::codebook::{FP4_THRESHOLDS, NF4_THRESHOLDS, QuantType, dynamic_map};
 
-use super::driver::Capability;
+use super::capability::Capability;
 use super::ptx::Module;
 
 const TABLES: &str = include_str!("../../../kernels/tables.cuh");

@@ -2,18 +2,19 @@
 //! released meanwhile.
 
 use half::{bf16, f16};
-use halfbyte::blockwise::{self, ByteMap, Element, Finite, Simd, TASK};
 use halfbyte::codebook::QuantType;
+use halfbyte::dtype::{DType, Element};
 use halfbyte::error::{Error, Result};
 use halfbyte::geometry::BlockSize;
-use halfbyte::nested;
+use halfbyte::quant::blockwise4::{self, TASK};
+use halfbyte::quant::blockwise8::{self, ByteMap};
+use halfbyte::quant::{Finite, absmax};
+use halfbyte::simd::Simd;
 use pyo3::prelude::*;
 
-use super::buffer::{Buffer, DType, Plain, RawBuffer, check_disjoint};
+use super::buffer::{Buffer, Plain, RawBuffer, check_disjoint};
 use super::error::to_py;
 use super::threads;
-
-const FLOATS: [DType; 3] = [DType::F16, DType::Bf16, DType::F32];
 
 /// Adds this room's functions to the module.
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -50,7 +51,7 @@ fn quantize_4bit(
             DType::F32 => quantize::<f32>(&input, &packed, &absmax, quant_type, blocksize),
             DType::F16 => quantize::<f16>(&input, &packed, &absmax, quant_type, blocksize),
             DType::Bf16 => quantize::<bf16>(&input, &packed, &absmax, quant_type, blocksize),
-            DType::U8 | DType::I8 => Err(input.wrong_dtype(&FLOATS)),
+            _ => Err(input.wrong_dtype(&DType::FLOATS)),
         }
     })
     .map_err(to_py)
@@ -66,7 +67,7 @@ fn quantize<T: Element + Plain>(
     check_disjoint(&[input], &[packed, absmax])?;
     // SAFETY: disjoint, and the Python caller's to keep for the call.
     let (input, packed, absmax) = unsafe { (input.slice::<T>()?, packed.slice_mut()?, absmax.slice_mut()?) };
-    let finite = in_parallel(input.len(), || blockwise::quantize(input, quant_type, blocksize, packed, absmax))?;
+    let finite = in_parallel(input.len(), || blockwise4::quantize(input, quant_type, blocksize, packed, absmax))?;
     Ok(finite == Finite::AllFinite)
 }
 
@@ -88,7 +89,7 @@ fn dequantize_4bit(
             DType::F32 => dequantize::<f32>(&packed, &absmax, &out, quant_type, blocksize),
             DType::F16 => dequantize::<f16>(&packed, &absmax, &out, quant_type, blocksize),
             DType::Bf16 => dequantize::<bf16>(&packed, &absmax, &out, quant_type, blocksize),
-            DType::U8 | DType::I8 => Err(out.wrong_dtype(&FLOATS)),
+            _ => Err(out.wrong_dtype(&DType::FLOATS)),
         }
     })
     .map_err(to_py)
@@ -104,7 +105,7 @@ fn dequantize<T: Element + Plain>(
     check_disjoint(&[packed, absmax], &[out])?;
     // SAFETY: disjoint, and the Python caller's to keep for the call.
     let (packed, absmax, out) = unsafe { (packed.slice()?, absmax.slice()?, out.slice_mut::<T>()?) };
-    in_parallel(out.len(), || blockwise::dequantize(packed, absmax, quant_type, blocksize, out))
+    in_parallel(out.len(), || blockwise4::dequantize(packed, absmax, quant_type, blocksize, out))
 }
 
 /// Quantize float32 values to 8 bits with an ascending map of 256 values.
@@ -124,7 +125,7 @@ fn quantize_8bit(
         let map = ByteMap::new(&map_values(&map)?)?;
         // SAFETY: disjoint, and the Python caller's to keep for the call.
         let (input, codes, absmax) = unsafe { (input.slice()?, codes.slice_mut()?, absmax.slice_mut()?) };
-        blockwise::quantize_8bit(input, &map, BlockSize::new(blocksize)?, codes, absmax)
+        blockwise8::quantize_8bit(input, &map, BlockSize::new(blocksize)?, codes, absmax)
     })
     .map_err(to_py)
 }
@@ -146,7 +147,7 @@ fn dequantize_8bit(
         let map = map_values(&map)?;
         // SAFETY: disjoint, and the Python caller's to keep for the call.
         let (codes, absmax, out) = unsafe { (codes.slice()?, absmax.slice()?, out.slice_mut()?) };
-        blockwise::dequantize_8bit(codes, absmax, &map, BlockSize::new(blocksize)?, out)
+        blockwise8::dequantize_8bit(codes, absmax, &map, BlockSize::new(blocksize)?, out)
     })
     .map_err(to_py)
 }
@@ -166,7 +167,7 @@ fn compress_absmax(py: Python<'_>, absmax: RawBuffer, codes: RawBuffer, absmax2:
         check_disjoint(&[&absmax], &[&codes, &absmax2])?;
         // SAFETY: disjoint, and the Python caller's to keep for the call.
         let (absmax, codes, absmax2) = unsafe { (absmax.slice()?, codes.slice_mut()?, absmax2.slice_mut()?) };
-        nested::compress_into(absmax, codes, absmax2)
+        absmax::quantize_absmax_into(absmax, codes, absmax2)
     })
     .map_err(to_py)
 }
@@ -179,7 +180,7 @@ fn expand_absmax(py: Python<'_>, codes: RawBuffer, absmax2: RawBuffer, offset: f
         check_disjoint(&[&codes, &absmax2], &[&out])?;
         // SAFETY: disjoint, and the Python caller's to keep for the call.
         let (codes, absmax2, out) = unsafe { (codes.slice()?, absmax2.slice()?, out.slice_mut()?) };
-        nested::expand(codes, absmax2, offset, out)
+        absmax::dequantize_absmax(codes, absmax2, offset, out)
     })
     .map_err(to_py)
 }

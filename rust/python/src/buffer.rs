@@ -5,43 +5,14 @@
 use std::ops::Range;
 
 use half::{bf16, f16};
+use halfbyte::dtype::DType;
 use halfbyte::error::{Error, Result};
+
+/// The types of elements that the CPU takes from Python.
+const TAKEN: [DType; 5] = [DType::U8, DType::I8, DType::F16, DType::Bf16, DType::F32];
 
 /// What Python passes: the address, the number of elements, and the dtype's name.
 pub type RawBuffer = (usize, usize, String);
-
-/// The types of elements that cross from Python.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum DType {
-    U8,
-    I8,
-    F16,
-    Bf16,
-    F32,
-}
-
-impl DType {
-    const ALL: [Self; 5] = [Self::U8, Self::I8, Self::F16, Self::Bf16, Self::F32];
-
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::U8 => "uint8",
-            Self::I8 => "int8",
-            Self::F16 => "float16",
-            Self::Bf16 => "bfloat16",
-            Self::F32 => "float32",
-        }
-    }
-
-    /// Bytes of one element, and the alignment it wants.
-    fn size(self) -> usize {
-        match self {
-            Self::U8 | Self::I8 => 1,
-            Self::F16 | Self::Bf16 => 2,
-            Self::F32 => 4,
-        }
-    }
-}
 
 /// A Rust type whose every bit pattern is a value, and its name.
 pub trait Plain: Copy + 'static {
@@ -84,8 +55,8 @@ impl Buffer {
     /// [`Error::Argument`] for an unknown dtype, a null or misaligned address, or an end beyond the address space.
     /// Without elements any address will do.
     pub fn new(argument: &'static str, (address, count, dtype): RawBuffer) -> Result<Self> {
-        let Some(dtype) = DType::ALL.into_iter().find(|d| d.as_str() == dtype) else {
-            let legal: Vec<_> = DType::ALL.iter().map(|d| d.as_str()).collect();
+        let Some(dtype) = TAKEN.into_iter().find(|d| d.as_str() == dtype) else {
+            let legal: Vec<_> = TAKEN.iter().map(|d| d.as_str()).collect();
             return Err(Error::argument(argument, format!("of dtype {dtype:?}"), format!("one of {legal:?}")));
         };
         Self::of(argument, address, count, dtype)

@@ -5,13 +5,13 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use halfbyte::checkpoint::execute::{self, RunOptions};
 use halfbyte::checkpoint::inspect;
 use halfbyte::checkpoint::job::Progress;
 use halfbyte::checkpoint::plan::{self as plans, DEFAULT_SHARD_SIZE, QuantizeOptions};
-use halfbyte::checkpoint::run::{self, RunOptions};
+use halfbyte::checkpoint::reader::Checkpoint;
 use halfbyte::checkpoint::selection::{Rule, SelectionOptions};
-use halfbyte::checkpoint::source::Checkpoint;
-use halfbyte::checkpoint::{state, verify as verifying};
+use halfbyte::checkpoint::{dtype, verify as verifying};
 use halfbyte::error::{Error, Result};
 use halfbyte::geometry::BlockSize;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
@@ -159,8 +159,8 @@ pub fn plan_quantize(py: Python<'_>, source: PathBuf, config_json: Option<&str>,
         let options = QuantizeOptions {
             blocksize: BlockSize::new(given.blocksize)?,
             double_quant: given.double_quant,
-            storage: state::storage_dtype(&given.storage)?,
-            dtype: given.dtype.as_deref().map(|d| state::weight_dtype("dtype", d)).transpose()?,
+            storage: dtype::storage_dtype(&given.storage)?,
+            dtype: given.dtype.as_deref().map(|d| dtype::weight_dtype("dtype", d)).transpose()?,
             max_shard_size: shard_size(given.max_shard_size)?,
             allow_nonfinite: given.allow_nonfinite,
             selection: SelectionOptions {
@@ -189,7 +189,7 @@ pub fn plan_dequantize(
     let config = parse_config(config_json)?;
     let (given, record) = options::<DequantizeArguments>(options_json)?;
     py.detach(move || {
-        let dtype = given.dtype.as_deref().map(|d| state::weight_dtype("dtype", d)).transpose()?;
+        let dtype = given.dtype.as_deref().map(|d| dtype::weight_dtype("dtype", d)).transpose()?;
         let size = shard_size(given.max_shard_size)?;
         plans::Plan::dequantize(Checkpoint::open(&source)?, config.as_ref(), dtype, size, record)
     })
@@ -211,7 +211,7 @@ pub fn run_plan(
     let mode = mode.parse().map_err(to_py)?;
     let plan = Arc::clone(&plan.inner);
     let options = RunOptions { mode, config_text, threads: threads.max(1), durable: fsync };
-    Job::start(move |progress| run::run(&plan, &destination, &options, progress))
+    Job::start(move |progress| execute::run(&plan, &destination, &options, progress))
 }
 
 /// Starts to compare two checkpoints; `config_json` is the config.json of `a`.

@@ -2,11 +2,12 @@
 //! The GIL is released meanwhile: opening a device and loading modules take long, and a launch waits where too many are
 //! on their way.
 
+use halfbyte::dtype::DType;
 use halfbyte::error::{Error, Result};
 use halfbyte::geometry::BlockSize;
 use halfbyte_cuda::driver;
 use halfbyte_cuda::ptx::Module;
-use halfbyte_cuda::{self as cuda, Compressed, DType, Device, Memory, Product, Scales, Stream, Table, Variant};
+use halfbyte_cuda::{self as cuda, Compressed, Device, Memory, Product, Scales, Stream, Table, Variant};
 use pyo3::prelude::*;
 
 use super::buffer::RawBuffer;

@@ -1,9 +1,10 @@
 //! Products with weights of one kind on one device: what does not change from call to call is checked once.
 
 use halfbyte::codebook::QuantType;
+use halfbyte::dtype::DType;
 use halfbyte::error::{Error, Result};
 use halfbyte::geometry::{BlockSize, NESTED_BLOCK_SIZE, packed_len, weight_count};
-use halfbyte_cuda::{self as cuda, Choice, DType, Device, Memory, Product, Scales, Stream};
+use halfbyte_cuda::{self as cuda, Choice, Device, Memory, Product, Scales, Stream};
 use pyo3::prelude::*;
 
 use super::cuda::open;
@@ -38,7 +39,7 @@ impl CudaLinear {
         nested: bool,
     ) -> PyResult<Self> {
         let check = || {
-            let floats = [DType::F16, DType::Bf16, DType::F32];
+            let floats = DType::FLOATS;
             let dtype = floats.into_iter().find(|d| d.as_str() == dtype).ok_or_else(|| {
                 let legal = floats.map(DType::as_str);
                 Error::argument("dtype", format!("{dtype:?}"), format!("one of {legal:?}"))

@@ -8,9 +8,9 @@ mod cuda;
 #[cfg(feature = "cuda")]
 mod cuda_linear;
 mod error;
-mod matmul;
+mod gemm;
+mod int8_rowwise;
 mod openmp;
-mod rowwise;
 mod selection;
 mod threads;
 
@@ -26,7 +26,7 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     #[cfg(feature = "cuda")]
     m.add_class::<cuda_linear::CudaLinear>()?;
     checkpoint::register(m)?;
-    matmul::register(m)?;
-    rowwise::register(m)?;
+    gemm::register(m)?;
+    int8_rowwise::register(m)?;
     selection::register(m)
 }

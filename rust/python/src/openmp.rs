@@ -2,7 +2,7 @@
 
 use std::sync::OnceLock;
 
-use halfbyte::matmul::Parallel;
+use halfbyte::gemm::Parallel;
 
 /// Its way to run a function on its threads. Looked for at the first call, which comes after torch is loaded: whoever
 /// multiplies with several threads does so for torch. Nothing after a fork: the runtime's threads stayed in the parent.

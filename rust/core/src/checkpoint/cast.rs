@@ -1,30 +1,9 @@
-//! Weights of one floating-point type as another.
+//! Weights of one floating-point type, or in one order, as another.
 
-use half::{bf16, f16};
 use safetensors::Dtype;
-use serde_json::Value;
 
-use super::convert::with_element;
-use super::state::{item_size, weight_dtype};
-use crate::blockwise::Element;
-
-/// Whether tensors of this type are weights that can be cast and quantized.
-pub fn is_float(dtype: Dtype) -> bool {
-    matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16)
-}
-
-/// The dtype that a config.json gives the model: `dtype`, or `torch_dtype` as it was called before.
-pub fn config_dtype(config: Option<&Value>) -> Option<Dtype> {
-    let config = config?;
-    let name = ["dtype", "torch_dtype"].iter().find_map(|key| config.get(key)?.as_str())?;
-    let name = match name.trim_start_matches("torch.") {
-        // torch's other names.
-        "half" => "float16",
-        "float" => "float32",
-        name => name,
-    };
-    weight_dtype("dtype", name).ok()
-}
+use super::dtype::{item_size, with_element};
+use crate::dtype::Element;
 
 /// Casts every value of `input` from one type to another, by way of float32 and with one rounding to the nearest, ties
 /// to even; what is too large becomes infinite. `output` is as long as the values take.
@@ -36,7 +15,7 @@ pub fn cast(from: Dtype, to: Dtype, input: &[u8], output: &mut [u8]) {
     with_element!(from, F => with_element!(to, T => cast_elements::<F, T>(input, output)));
 }
 
-fn cast_elements<F: Element + bytemuck::Pod, T: Element + bytemuck::Pod>(input: &[u8], output: &mut [u8]) {
+fn cast_elements<F: Element, T: Element>(input: &[u8], output: &mut [u8]) {
     debug_assert_eq!(input.len() / size_of::<F>(), output.len() / size_of::<T>());
     for (value, place) in input.chunks_exact(size_of::<F>()).zip(output.chunks_exact_mut(size_of::<T>())) {
         let value = T::from_f32(bytemuck::pod_read_unaligned::<F>(value).to_f32());
@@ -67,10 +46,33 @@ pub fn cast_to_vec(from: Dtype, to: Dtype, input: &[u8]) -> Vec<u8> {
     output
 }
 
+/// Little-endian float32 values.
+pub fn floats(bytes: &[u8]) -> Vec<f32> {
+    bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+}
+
+/// The transpose of a row-major `[rows, columns]` matrix, in square tiles that stay in cache.
+pub fn transposed<T: bytemuck::Pod>(values: &[T], rows: usize, columns: usize) -> Vec<T> {
+    /// 32 rows of 32 four-byte elements: two tiles fill a quarter of a 32 KiB cache.
+    const TILE: usize = 32;
+    let mut out = vec![T::zeroed(); values.len()];
+    for row in (0..rows).step_by(TILE) {
+        for column in (0..columns).step_by(TILE) {
+            for r in row..(row + TILE).min(rows) {
+                for c in column..(column + TILE).min(columns) {
+                    out[c * rows + r] = values[r * columns + c];
+                }
+            }
+        }
+    }
+    out
+}
+
 #[cfg(test)]
 mod tests {
+    use half::{bf16, f16};
+
     use super::*;
-    use serde_json::json;
 
     #[test]
     fn values_are_rounded_once_to_the_nearest() {
@@ -108,25 +110,5 @@ mod tests {
         assert_eq!(find(Dtype::BF16, Dtype::F16, &wide), Some((2, 65536.0)), "65519 is 65536 in bfloat16");
         assert_eq!(find(Dtype::BF16, Dtype::F32, &wide), None);
         assert_eq!(find(Dtype::F16, Dtype::F16, &[0, 0x7c]), None);
-    }
-
-    #[test]
-    fn the_dtype_of_a_config_is_found_under_both_names() {
-        for (config, dtype) in [
-            (json!({"dtype": "bfloat16"}), Some(Dtype::BF16)),
-            (json!({"torch_dtype": "torch.float16"}), Some(Dtype::F16)),
-            (json!({"dtype": "float32", "torch_dtype": "float16"}), Some(Dtype::F32)),
-            (json!({"dtype": null, "torch_dtype": "float16"}), Some(Dtype::F16)),
-            (json!({"dtype": "half"}), Some(Dtype::F16)),
-            (json!({"torch_dtype": "torch.half"}), Some(Dtype::F16)),
-            (json!({"torch_dtype": "float"}), Some(Dtype::F32)),
-            (json!({"dtype": "double"}), None),
-            (json!({"dtype": "float64"}), None),
-            (json!({"dtype": 16}), None),
-            (json!({}), None),
-        ] {
-            assert_eq!(config_dtype(Some(&config)), dtype, "{config}");
-        }
-        assert_eq!(config_dtype(None), None);
     }
 }

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, HashSet};
 
 use serde_json::{Value, json};
 
-use super::source::{Checkpoint, TensorRef};
-use super::state::torch_name;
+use super::dtype::torch_name;
+use super::reader::{Checkpoint, TensorRef};
 use super::weights::find_weights;
 use crate::error::Result;
 

@@ -6,8 +6,9 @@
 use safetensors::Dtype;
 use serde_json::Value;
 
-use super::cast::is_float;
-use super::source::{CONFIG_FILE, Checkpoint};
+use super::dtype::is_float;
+use super::file_names::CONFIG_FILE;
+use super::reader::{ADAPTER, Checkpoint};
 use super::state;
 use crate::error::{Error, Result};
 
@@ -148,10 +149,6 @@ fn refuse_adapter(source: &Checkpoint) -> Result<()> {
     let path = source.files.first().map_or(source.folder.as_path(), |file| file.path.as_path());
     Err(Error::file(path, ADAPTER))
 }
-
-/// What is said of an adapter.
-pub const ADAPTER: &str = "holds an adapter (LoRA or its kin), not a model: expected a model's weights; quantize the \
-                           base model and load the adapter on it, or merge the two first (PEFT's merge_and_unload)";
 
 /// Whether a tensor's name is one that PEFT, diffusers or kohya's scripts give to a part of an adapter.
 fn is_adapter(name: &str) -> bool {

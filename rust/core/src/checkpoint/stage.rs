@@ -23,7 +23,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::file;
-use super::source::{CONFIG_FILE, INDEX_FILE, SINGLE_FILE};
+use super::file_names::{CONFIG_FILE, INDEX_FILE, SINGLE_FILE};
 use crate::error::{Error, Result};
 
 /// The hidden folder inside a destination.

@@ -13,8 +13,8 @@ use std::fmt::Write as _;
 use safetensors::Dtype;
 use serde::Deserialize;
 
+use super::dtype::{item_size, torch_name, weight_dtype};
 use crate::codebook::QuantType;
-use crate::error::{Error, Result};
 use crate::geometry::{BlockSize, NESTED_BLOCK_SIZE, element_count, packed_len};
 
 /// What stands between a weight's name and its quantization type in the name of its JSON.
@@ -44,53 +44,6 @@ pub struct State {
     pub shape: Vec<usize>,
     /// Mean of the scales, when they are quantized themselves.
     pub nested_offset: Option<f32>,
-}
-
-/// The name that PyTorch gives a dtype.
-pub fn torch_name(dtype: Dtype) -> Option<&'static str> {
-    Some(match dtype {
-        Dtype::F32 => "float32",
-        Dtype::F16 => "float16",
-        Dtype::BF16 => "bfloat16",
-        Dtype::F64 => "float64",
-        Dtype::U8 => "uint8",
-        Dtype::I8 => "int8",
-        _ => return None,
-    })
-}
-
-/// The dtype of packed codes that PyTorch calls `name`.
-pub fn storage_dtype(name: &str) -> Result<Dtype> {
-    Ok(match name {
-        "uint8" => Dtype::U8,
-        "int8" => Dtype::I8,
-        "float16" => Dtype::F16,
-        "bfloat16" => Dtype::BF16,
-        "float32" => Dtype::F32,
-        "float64" => Dtype::F64,
-        _ => {
-            return Err(Error::argument(
-                "storage",
-                format!("{name:?}"),
-                "uint8, int8, float16, bfloat16, float32 or float64",
-            ));
-        }
-    })
-}
-
-/// The dtype of weights that PyTorch calls `name`.
-pub fn weight_dtype(argument: &'static str, name: &str) -> Result<Dtype> {
-    Ok(match name {
-        "float32" => Dtype::F32,
-        "float16" => Dtype::F16,
-        "bfloat16" => Dtype::BF16,
-        _ => return Err(Error::argument(argument, format!("{name:?}"), "float32, float16 or bfloat16")),
-    })
-}
-
-/// Bytes of one element of a dtype that is made of whole bytes.
-pub fn item_size(dtype: Dtype) -> usize {
-    dtype.bitsize().div_ceil(8)
 }
 
 /// The shape of packed codes of `n` values in storage of `dtype`: a last element that the codes do not fill is

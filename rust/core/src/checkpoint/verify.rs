@@ -5,24 +5,23 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytemuck::cast_slice;
-use half::{bf16, f16};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
-use super::cast::{cast_to_vec, is_float};
-use super::convert::{PIECE_BYTES, floats, read_scales, transposed, with_element};
+use super::cast::{cast_to_vec, floats, transposed};
+use super::dtype::{is_float, item_size, with_element};
 use super::file::read_exact_at;
 use super::job::Progress;
+use super::reader::{Checkpoint, TensorRef};
 use super::selection::{self, TensorFacts};
-use super::source::{Checkpoint, TensorRef};
-use super::state::item_size;
-use super::weights::{WeightSource, find_weights};
-use super::workers;
-use crate::blockwise::{self, Element};
+use super::weights::{WeightSource, find_weights, read_scales};
+use super::workers::{self, PIECE_BYTES};
 use crate::codebook::dynamic_map;
+use crate::dtype::Element;
 use crate::error::Result;
 use crate::geometry::{NESTED_BLOCK_SIZE, packed_len};
-use crate::nested::{self, Nested};
+use crate::quant::absmax::{self, Nested};
+use crate::quant::blockwise4;
 
 /// How far from the nearest 8-bit code a scale's code may lie, as a share of the block's largest: bitsandbytes looks the
 /// code up in a table of 2^16 steps on a CPU.
@@ -239,7 +238,7 @@ impl Sides<'_> {
     }
 
     #[expect(clippy::too_many_arguments, reason = "the pieces of one address")]
-    fn fresh<T: Element + bytemuck::Pod>(
+    fn fresh<T: Element>(
         &self,
         a: TensorRef,
         b: &WeightSource,
@@ -258,7 +257,7 @@ impl Sides<'_> {
         }
         let mut codes = vec![0; packed_len(len)];
         let mut scales = vec![0.0; state.blocksize.absmax_len(len)];
-        let _ = blockwise::quantize_serial(&values, state.quant_type, state.blocksize, &mut codes, &mut scales)?;
+        let _ = blockwise4::quantize_serial(&values, state.quant_type, state.blocksize, &mut codes, &mut scales)?;
         let (read, stored) = weight_values(self.b, b, (task, true), start, len, cache)?;
         let dense: Vec<f32> = values.iter().map(|v| v.to_f32()).collect();
         let mut found = distance(&dense, &read);
@@ -370,7 +369,7 @@ fn read_nested(side: &Checkpoint, weight: &WeightSource) -> Result<Option<Nested
 
 /// Doubly quantized scales beside the scales that they stand for.
 fn nested_beside_exact(stored: &Nested, exact: &[f32]) -> Scales {
-    let fresh = nested::compress(exact);
+    let fresh = absmax::quantize_absmax(exact);
     if same_nested(stored, &fresh) {
         return Scales::Same;
     }
@@ -442,7 +441,7 @@ fn weight_values(
     let scales = &scales[first..first + state.blocksize.absmax_len(len)];
     let values = with_element!(state.dtype, T => {
         let mut values = vec![T::default(); len];
-        blockwise::dequantize_serial(&codes, scales, state.quant_type, state.blocksize, &mut values)?;
+        blockwise4::dequantize_serial(&codes, scales, state.quant_type, state.blocksize, &mut values)?;
         values.into_iter().map(Element::to_f32).collect()
     });
     Ok((values, codes))

@@ -4,10 +4,13 @@ use std::collections::HashMap;
 
 use safetensors::Dtype;
 
-use super::source::{Checkpoint, TensorRef};
+use super::cast::floats;
+use super::dtype::{item_size, torch_name};
+use super::reader::{Checkpoint, TensorRef};
 use super::state::{self, State, packed_shape};
 use crate::error::{Error, Result};
-use crate::geometry::NESTED_BLOCK_SIZE;
+use crate::geometry::{BlockSize, NESTED_BLOCK_SIZE, packed_len};
+use crate::quant::blockwise8::dequantize_8bit;
 
 /// A 4-bit weight of a source.
 #[derive(Debug, Clone)]
@@ -74,15 +77,15 @@ fn read_weight(source: &Checkpoint, at: TensorRef, name: &str, suffix: &str) -> 
     let n = state.elements();
     let packed = part("")?;
     let codes = source.tensor(packed);
-    let itemsize = state::item_size(codes.dtype);
-    if state::torch_name(codes.dtype).is_none() || codes.len != (packed_shape(n, codes.dtype)[0] * itemsize) as u64 {
+    let itemsize = item_size(codes.dtype);
+    if torch_name(codes.dtype).is_none() || codes.len != (packed_shape(n, codes.dtype)[0] * itemsize) as u64 {
         return Err(fail(
             name,
             format!(
                 "holds {} bytes of {}: expected {} packed bytes for the shape {:?}",
                 codes.len,
                 codes.dtype,
-                crate::geometry::packed_len(n),
+                packed_len(n),
                 state.shape
             ),
         ));
@@ -110,4 +113,22 @@ fn read_weight(source: &Checkpoint, at: TensorRef, name: &str, suffix: &str) -> 
     let absmax = expect(part(state::ABSMAX)?, if nested.is_some() { Dtype::U8 } else { Dtype::F32 }, scales)?;
     parts.push(absmax);
     Ok(WeightSource { name: name.to_owned(), state, packed, absmax, quant_map, nested, parts })
+}
+
+/// The float32 scales of a 4-bit weight, whether they are stored so or quantized themselves.
+pub fn read_scales(source: &Checkpoint, weight: &WeightSource) -> Result<Vec<f32>> {
+    let codes = source.read(weight.absmax)?;
+    let Some((nested_absmax, nested_map)) = weight.nested else {
+        return Ok(floats(&codes));
+    };
+    let offset = weight.state.nested_offset.unwrap_or(0.0);
+    let map: [f32; 256] = floats(&source.read(nested_map)?).try_into().map_err(|_| {
+        Error::tensor(&source.file(nested_map).path, &source.tensor(nested_map).name, "is not 256 float32 values long")
+    })?;
+    let mut scales = vec![0.0; codes.len()];
+    dequantize_8bit(&codes, &floats(&source.read(nested_absmax)?), &map, BlockSize::NESTED, &mut scales)?;
+    for scale in &mut scales {
+        *scale += offset;
+    }
+    Ok(scales)
 }

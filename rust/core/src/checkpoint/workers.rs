@@ -10,6 +10,9 @@ use std::thread;
 use super::job::Progress;
 use crate::error::{Error, Result};
 
+/// Bytes of dense weights in one piece: half of a 1 MiB second-level cache, a multiple of every block size.
+pub const PIECE_BYTES: usize = 512 << 10;
+
 /// Runs `work(local, piece)` for every piece in `0..count` on `threads` threads, each with its own `local`. The first
 /// failure stops all; of several at once the one of the earliest piece is reported.
 pub fn run<L>(

@@ -6,7 +6,7 @@ use std::collections::{HashMap, HashSet};
 use serde_json::Value;
 
 use super::architectures::{OUTPUT_NAMES, is_token_table};
-use super::{TensorFacts, module_of};
+use super::facts::{TensorFacts, module_of};
 
 /// How a two-dimensional weight lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

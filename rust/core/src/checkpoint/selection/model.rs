@@ -10,11 +10,12 @@ use super::architectures::{
     BESIDE_OUTPUT, CLASSES, ClassFacts, FAMILIES, Family, OUTPUT_EMBEDDINGS, OUTPUT_NAMES, ROUTERS, is_embedding,
 };
 use super::evidence::{Evidence, Layout, is_outside};
+use super::facts::{TensorFacts, module_of};
 use super::known;
 use super::matching::{path_matches, plain_key_matches};
 use super::names::Renames;
 use super::prefixes::base_prefix;
-use super::{TensorFacts, is_quantizable, module_of};
+use crate::checkpoint::dtype::is_float;
 
 /// Why a tensor is treated as it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -242,7 +243,7 @@ impl<'c> Model<'c> {
         let layout = self.layout(module, tensor.shape);
         let never = if tensor.shape.contains(&0) {
             Some(Reason::Empty)
-        } else if !is_quantizable(tensor.dtype) {
+        } else if !is_float(tensor.dtype) {
             Some(Reason::Dtype(tensor.dtype))
         } else {
             let unclear = (layout == Layout::Unclear).then_some(Reason::Unclear);

@@ -7,7 +7,7 @@ use std::borrow::Cow;
 
 use regex::Regex;
 
-use super::TensorFacts;
+use super::facts::TensorFacts;
 
 /// The renames of some `model_type`s: regular expressions and what replaces their first match, applied in order.
 struct Table {

@@ -1,6 +1,7 @@
 //! The rules on hand-written checkpoints; `tests/test_selection.py` compares them with transformers.
 
 use proptest::prelude::*;
+use safetensors::Dtype;
 use serde_json::{Value, json};
 
 use super::*;
@@ -365,7 +366,7 @@ proptest! {
             prop_assert_eq!(selection.decisions.len(), facts.len());
             for (decision, tensor) in selection.decisions.iter().zip(&facts) {
                 if decision.treatment != Treatment::Keep {
-                    prop_assert!(tensor.shape.len() == 2 && is_quantizable(tensor.dtype));
+                    prop_assert!(tensor.shape.len() == 2 && is_float(tensor.dtype));
                 }
             }
         }

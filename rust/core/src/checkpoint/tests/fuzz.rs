@@ -7,9 +7,9 @@ use proptest::prelude::*;
 use safetensors::SafeTensors;
 use serde_json::json;
 
-use super::super::header::{SourceFile, parse};
 use super::super::inspect::inspect;
-use super::super::source::{Checkpoint, check_index};
+use super::super::reader::header::{SourceFile, parse};
+use super::super::reader::{Checkpoint, check_index};
 use super::super::state::State;
 use super::{Plan, file_bytes, plan, quantize_options, weights, write_tensors};
 use crate::error::Result;

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use super::super::header::{SourceFile, parse};
+use super::super::reader::header::{SourceFile, parse};
 use super::{file_bytes, message};
 
 /// Writes a file, opens it, and gives the message of the refusal.

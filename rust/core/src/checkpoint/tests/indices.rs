@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use super::super::source::{Checkpoint, check_index};
+use super::super::reader::{Checkpoint, check_index};
 use super::{message, weights, write_checkpoint, write_tensors};
 
 fn refused(text: &str) -> String {

@@ -118,7 +118,7 @@ fn what_is_resumed_is_the_same_run() {
     // Another size of shards.
     let plan = super::plan(&source, 5000).unwrap();
     let options = super::RunOptions { mode: Mode::Resume, config_text: None, threads: 1, durable: false };
-    let other = super::run::run(&plan, &out, &options, &super::Progress::default());
+    let other = super::execute::run(&plan, &out, &options, &super::Progress::default());
     let text = message(other, "out");
     assert!(text.contains("options") && text.contains("output files") && text.contains("--overwrite"), "{text}");
     // A small file of the same length, written later; a weight written again.

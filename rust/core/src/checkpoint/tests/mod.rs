@@ -17,11 +17,11 @@ use std::path::{Path, PathBuf};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
+use super::execute::{self, RunOptions};
 use super::job::Progress;
 use super::plan::{Plan, QuantizeOptions};
-use super::run::{self, RunOptions};
+use super::reader::Checkpoint;
 use super::selection::SelectionOptions;
-use super::source::Checkpoint;
 use super::stage::Mode;
 use crate::error::{Error, Result};
 use crate::geometry::BlockSize;
@@ -101,7 +101,7 @@ fn plan(source: &Path, max_shard_size: u64) -> Result<Plan> {
 fn quantize(source: &Path, destination: &Path, mode: Mode) -> Result<Value> {
     let plan = plan(source, 2200)?;
     let options = RunOptions { mode, config_text: Some("{\"new\": 1}".to_owned()), threads: 1, durable: false };
-    run::run(&plan, destination, &options, &Progress::default())
+    execute::run(&plan, destination, &options, &Progress::default())
 }
 
 /// Every file below `folder` with its bytes.

@@ -6,9 +6,9 @@ use proptest::prelude::*;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::json;
 
-use super::super::header::SourceFile;
-use super::super::layout::{Layout, OutputTensor};
+use super::super::plan::layout::{Layout, OutputTensor};
 use super::super::plan::{Action, Plan};
+use super::super::reader::header::SourceFile;
 use super::{Mode, files, message, plan, quantize, weights, write_checkpoint, write_tensors};
 
 fn tensors() -> impl Strategy<Value = Vec<OutputTensor>> {

@@ -105,7 +105,7 @@ fn adapters_are_called_adapters() {
 
 fn convert(plan: &Plan, to: &Path) -> Result<Value> {
     let options = RunOptions { mode: Mode::New, config_text: None, threads: 1, durable: false };
-    run::run(plan, to, &options, &Progress::default())
+    execute::run(plan, to, &options, &Progress::default())
 }
 
 #[test]
