@@ -3,32 +3,32 @@
 //! Nothing here allocates on the device, waits for it, or touches another stream. A launcher checks what numbers can be
 //! checked, picks the kernel, and gives the launch to [`driver`], the only file that knows the driver's library.
 
-mod blockwise;
+mod blockwise4;
+mod blockwise8;
 mod capability;
 mod decode;
+mod dequantize_absmax;
 pub mod driver;
-mod eight_bit;
 mod embedding;
-mod expand;
+mod int8_rowwise;
 mod launch;
 mod memory;
-mod nested;
 mod product;
 pub mod ptx;
-mod rows;
+mod quantize_absmax;
 
-pub use blockwise::{dequantize, quantize, quantize_nested};
+pub use blockwise4::{dequantize, quantize, quantize_nested};
+pub use blockwise8::{dequantize_8bit, quantize_8bit};
 pub use capability::Capability;
 pub use decode::rows_at_once;
+pub use dequantize_absmax::dequantize_absmax;
 pub use driver::{Device, Stream};
-pub use eight_bit::{dequantize_8bit, quantize_8bit};
 pub use embedding::{Table, embedding};
-pub use expand::expand;
+pub use int8_rowwise::{dequantize_rows, quantize_rows};
 pub use launch::Variant;
 pub use memory::{Memory, Scales};
-pub use nested::{Compressed, compress, compress_workspace};
 pub use product::{Choice, Product, product};
-pub use rows::{dequantize_rows, quantize_rows};
+pub use quantize_absmax::{QuantizedAbsmax, quantize_absmax, quantize_absmax_workspace};
 
 #[cfg(test)]
 mod tests;

@@ -5,7 +5,7 @@ use halfbyte::dtype::DType;
 use halfbyte::error::{Error, Result};
 use halfbyte::geometry::{BlockSize, packed_len};
 
-use super::blockwise::quant_type_parameter;
+use super::blockwise4::quant_type_parameter;
 use super::decode::{AnyPlan, DECODE_BLOCK, Decode, suits_ring};
 use super::driver::{Device, Kernel, Stream};
 use super::launch::parameters;

@@ -48,12 +48,12 @@ fn a_device_gets_the_newest_image_that_it_takes() {
 #[test]
 fn every_kernel_that_is_launched_exists() {
     let launchers = [
-        (include_str!("blockwise.rs"), &[Module::Dequantize, Module::Quantize][..]),
-        (include_str!("nested.rs"), &[Module::Nested]),
-        (include_str!("expand.rs"), &[Module::Expand]),
+        (include_str!("blockwise4.rs"), &[Module::Dequantize, Module::Quantize][..]),
+        (include_str!("quantize_absmax.rs"), &[Module::Nested]),
+        (include_str!("dequantize_absmax.rs"), &[Module::Expand]),
         (include_str!("embedding.rs"), &[Module::Embedding]),
-        (include_str!("eight_bit.rs"), &[Module::Dequantize8Bit, Module::Quantize8Bit]),
-        (include_str!("rows.rs"), &[Module::Rows]),
+        (include_str!("blockwise8.rs"), &[Module::Dequantize8Bit, Module::Quantize8Bit]),
+        (include_str!("int8_rowwise.rs"), &[Module::Rows]),
         (include_str!("decode.rs"), &[Module::Decode, Module::DecodeRing, Module::DecodeRingLong]),
         (include_str!("product.rs"), &[Module::Product]),
     ];

@@ -7,7 +7,7 @@ use halfbyte::error::{Error, Result};
 use halfbyte::geometry::BlockSize;
 use halfbyte_cuda::driver;
 use halfbyte_cuda::ptx::Module;
-use halfbyte_cuda::{self as cuda, Compressed, Device, Memory, Product, Scales, Stream, Table, Variant};
+use halfbyte_cuda::{self as cuda, Device, Memory, Product, QuantizedAbsmax, Scales, Stream, Table, Variant};
 use pyo3::prelude::*;
 
 use super::buffer::RawBuffer;
@@ -164,7 +164,7 @@ fn cuda_dequantize_4bit(
 /// How many float64 `cuda_compress_absmax` needs to work with.
 #[pyfunction]
 fn cuda_compress_workspace(scales: usize) -> usize {
-    cuda::compress_workspace(scales)
+    cuda::quantize_absmax_workspace(scales)
 }
 
 /// Quantize scales to 8 bits.
@@ -186,10 +186,10 @@ fn cuda_compress_absmax(
         Ok((absmax, codes, absmax2, memory("offset", offset)?, memory("workspace", workspace)?))
     };
     let (absmax, codes, absmax2, offset, workspace) = check().map_err(to_py)?;
-    let out = Compressed { codes: &codes, absmax2: &absmax2, offset: &offset, workspace: &workspace };
+    let out = QuantizedAbsmax { codes: &codes, absmax2: &absmax2, offset: &offset, workspace: &workspace };
     let device = open(py, device, &[Module::Nested])?;
     // SAFETY: the Python caller's to keep.
-    py.detach(|| unsafe { cuda::compress(device, Stream(stream), &absmax, &out) }).map_err(to_py)
+    py.detach(|| unsafe { cuda::quantize_absmax(device, Stream(stream), &absmax, &out) }).map_err(to_py)
 }
 
 /// Quantize `input` to 4 bits and its scales to 8 bits.
@@ -222,7 +222,7 @@ fn cuda_quantize_4bit_nested(
         ))
     };
     let ((input, packed, scratch), out, quant_type, blocksize) = check().map_err(to_py)?;
-    let out = Compressed { codes: &out.0, absmax2: &out.1, offset: &out.2, workspace: &out.3 };
+    let out = QuantizedAbsmax { codes: &out.0, absmax2: &out.1, offset: &out.2, workspace: &out.3 };
     let device = open(py, device, &[Module::Quantize, Module::Nested])?;
     // SAFETY: the Python caller's to keep.
     py.detach(|| unsafe {
@@ -252,8 +252,10 @@ fn cuda_expand_absmax(
     let (codes, absmax2, offset, out) = check().map_err(to_py)?;
     let device = open(py, device, &[Module::Expand])?;
     // SAFETY: the Python caller's to keep.
-    py.detach(|| unsafe { cuda::expand(device, Stream(stream), &codes, &absmax2, &offset, &out, variant(reference)) })
-        .map_err(to_py)
+    py.detach(|| unsafe {
+        cuda::dequantize_absmax(device, Stream(stream), &codes, &absmax2, &offset, &out, variant(reference))
+    })
+    .map_err(to_py)
 }
 
 /// Read rows of a packed table into `out`.

@@ -6,9 +6,9 @@ use halfbyte::error::Result;
 use halfbyte::quant::int8_rowwise;
 use pyo3::prelude::*;
 
-use super::blockwise::in_parallel;
 use super::buffer::{Buffer, Plain, RawBuffer, check_disjoint};
 use super::error::to_py;
+use super::quant::in_parallel;
 
 /// Adds this room's functions to the module.
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -1,6 +1,5 @@
 //! The extension module `halfbyte._native`: converts, validates, adds context, calls.
 
-mod blockwise;
 mod buffer;
 mod checkpoint;
 #[cfg(feature = "cuda")]
@@ -11,6 +10,7 @@ mod error;
 mod gemm;
 mod int8_rowwise;
 mod openmp;
+mod quant;
 mod selection;
 mod threads;
 
@@ -20,7 +20,7 @@ use pyo3::prelude::*;
 #[pymodule]
 fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
-    blockwise::register(m)?;
+    quant::register(m)?;
     #[cfg(feature = "cuda")]
     cuda::register(m)?;
     #[cfg(feature = "cuda")]

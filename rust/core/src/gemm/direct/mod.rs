@@ -48,6 +48,9 @@ const STRIPE_COLS: usize = 1024;
 /// Rows of activations that are multiplied with the same look-ups.
 pub const LANES: usize = 4;
 
+/// The products of two rows of the weight with some rows of activations.
+pub type PairProduct = unsafe fn(&Pair) -> [[f32; LANES]; 2];
+
 /// A path's direct product.
 #[derive(Clone, Copy)]
 pub struct Direct {
@@ -64,7 +67,7 @@ pub struct Direct {
     ///
     /// # Safety
     /// The machine has the path; all of `Pair` is readable, and its sums writable.
-    pub pair: [unsafe fn(&Pair) -> [[f32; LANES]; 2]; LANES],
+    pub pair: [PairProduct; LANES],
     /// Up to so many rows of gradients are multiplied by [`Direct::stripe`].
     pub backward_rows: usize,
     /// Adds the products of one stripe of the weight with 1 to [`LANES`] rows of gradients to the sums, by the number of

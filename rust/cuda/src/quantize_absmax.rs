@@ -29,8 +29,8 @@ fn blocks(values: usize) -> u64 {
     values.div_ceil(NESTED_BLOCK_SIZE * GROUPS) as u64
 }
 
-/// How many float64 [`compress`] needs to work with, for so many scales.
-pub fn compress_workspace(scales: usize) -> usize {
+/// How many float64 [`quantize_absmax`] needs to work with, for so many scales.
+pub fn quantize_absmax_workspace(scales: usize) -> usize {
     let mut sums = scales.div_ceil(NESTED_BLOCK_SIZE);
     let mut total = sums;
     while sums > MOST_SUMS {
@@ -42,23 +42,23 @@ pub fn compress_workspace(scales: usize) -> usize {
 
 /// Memory for the scales of one tensor as 8-bit codes, and to work with.
 #[derive(Debug, Clone, Copy)]
-pub struct Compressed<'a> {
+pub struct QuantizedAbsmax<'a> {
     /// uint8, one for each scale.
     pub codes: &'a Memory,
     /// float32, one for 256 codes.
     pub absmax2: &'a Memory,
     /// float32, one.
     pub offset: &'a Memory,
-    /// float64, as many as [`compress_workspace`] says; with any content.
+    /// float64, as many as [`quantize_absmax_workspace`] says; with any content.
     pub workspace: &'a Memory,
 }
 
-impl Compressed<'_> {
+impl QuantizedAbsmax<'_> {
     pub(super) fn check(&self, scales: usize) -> Result<()> {
         self.codes.of(&[DType::U8])?.long(scales, "one code per scale")?;
         self.absmax2.of(&[DType::F32])?.long(scales.div_ceil(NESTED_BLOCK_SIZE), "one scale per 256 codes")?;
         self.offset.of(&[DType::F32])?.long(1, "one offset")?;
-        self.workspace.of(&[DType::F64])?.long(compress_workspace(scales), "float64 sums to work with")?;
+        self.workspace.of(&[DType::F64])?.long(quantize_absmax_workspace(scales), "float64 sums to work with")?;
         Ok(())
     }
 }
@@ -72,20 +72,20 @@ impl Compressed<'_> {
 /// The memory is of this device, stays valid until the kernels have ended on `stream`, and is not written by others; that
 /// of `out` is neither read nor written by others, and shares nothing with each other or with `absmax`. The stream is of
 /// this device.
-pub unsafe fn compress(device: &Device, stream: Stream, absmax: &Memory, out: &Compressed) -> Result<()> {
+pub unsafe fn quantize_absmax(device: &Device, stream: Stream, absmax: &Memory, out: &QuantizedAbsmax) -> Result<()> {
     out.check(absmax.of(&[DType::F32])?.count())?;
     // SAFETY: the caller's.
     unsafe {
         write_sums(device, stream, absmax, out)?;
-        compress_with_sums(device, stream, absmax, out)
+        quantize_absmax_with_sums(device, stream, absmax, out)
     }
 }
 
 /// The first step: the sums of the groups of 256 scales, to the beginning of the workspace.
 ///
 /// # Safety
-/// As [`compress`]; and the arguments were checked.
-pub(super) unsafe fn write_sums(device: &Device, stream: Stream, absmax: &Memory, out: &Compressed) -> Result<()> {
+/// As [`quantize_absmax`]; and the arguments were checked.
+pub(super) unsafe fn write_sums(device: &Device, stream: Stream, absmax: &Memory, out: &QuantizedAbsmax) -> Result<()> {
     let (grid, n) = (blocks(absmax.count()), absmax.count() as i64);
     let (absmax, sums) = (absmax.address(), out.workspace.address());
     // SAFETY: the kernel's parameters in its order; the rest is the caller's.
@@ -96,11 +96,11 @@ pub(super) unsafe fn write_sums(device: &Device, stream: Stream, absmax: &Memory
 ///
 /// # Safety
 /// As [`write_sums`].
-pub(super) unsafe fn compress_with_sums(
+pub(super) unsafe fn quantize_absmax_with_sums(
     device: &Device,
     stream: Stream,
     absmax: &Memory,
-    out: &Compressed,
+    out: &QuantizedAbsmax,
 ) -> Result<()> {
     let n = absmax.count();
     let mut sums = out.workspace.address();

@@ -8,8 +8,8 @@ use halfbyte::geometry::{BlockSize, NESTED_BLOCK_SIZE, packed_len};
 use super::driver::{Device, Kernel, Stream};
 use super::launch::{Variant, parameters};
 use super::memory::{Memory, Scales, block_shift};
-use super::nested::{Compressed, compress_with_sums, write_sums};
 use super::ptx::Module;
+use super::quantize_absmax::{QuantizedAbsmax, quantize_absmax_with_sums, write_sums};
 
 // Of kernels/dequantize.cu.
 const DEQUANTIZE_THREADS: u32 = 256;
@@ -136,7 +136,7 @@ pub unsafe fn quantize(
     }
 }
 
-/// Quantizes `input` to 4 bits and its scales to 8 bits: [`quantize`] and [`super::compress`], in two launches for blocks
+/// Quantizes `input` to 4 bits and its scales to 8 bits: [`quantize`] and [`super::quantize_absmax`], in two launches for blocks
 /// of 32 and 64 values, and three for larger ones. `absmax` is left with the float32 scales.
 ///
 /// # Errors
@@ -151,7 +151,7 @@ pub unsafe fn quantize_nested(
     input: &Memory,
     packed: &Memory,
     absmax: &Memory,
-    out: &Compressed,
+    out: &QuantizedAbsmax,
     quant_type: QuantType,
     blocksize: BlockSize,
 ) -> Result<()> {
@@ -170,7 +170,7 @@ pub unsafe fn quantize_nested(
         if !with_sums {
             write_sums(device, stream, absmax, out)?;
         }
-        compress_with_sums(device, stream, absmax, out)
+        quantize_absmax_with_sums(device, stream, absmax, out)
     }
 }
 

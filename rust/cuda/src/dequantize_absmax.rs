@@ -21,7 +21,7 @@ const TILE: u64 = 4096;
 /// # Safety
 /// The memory is of this device, stays valid until the kernel has ended on `stream`, and is not written by others; `out`
 /// is neither read nor written by others, and shares nothing with the inputs. The stream is of this device.
-pub unsafe fn expand(
+pub unsafe fn dequantize_absmax(
     device: &Device,
     stream: Stream,
     codes: &Memory,
