@@ -3,16 +3,21 @@
     python benches/qlora.py                       a small Llama on the CPU
     python benches/qlora.py --device cuda         the geometry of Llama-3.2-3B, batches of 4 x 1024, checkpointed
     python benches/qlora.py --device cuda --geometry layers-16 --batch 2 --length 512
+    python benches/qlora.py --device cuda --profile --only halfbyte halfbyte-fused
 
 PEFT's LoRA of rank 16 on all linear layers, NF4 with double quantization, AdamW; every contender runs in a process of
-its own, in turns. On a GPU the model is bfloat16 and runs under autocast. On the CPU everything is float32, because
-torch's own bfloat16 products are up to a hundred times slower on processors without instructions for them.
+its own, in turns. "halfbyte-fused" is halfbyte after `halfbyte.integrations.peft.fuse(model)`. On a GPU the model is
+bfloat16 and runs under autocast. On the CPU everything is float32, because torch's own bfloat16 products are up to a
+hundred times slower on processors without instructions for them.
 
 Weights are random; the data are eight batches in turns, whose next token mostly follows from the one before, so that
 there is something to learn and losses fall.
 
 A step is forward, backward and optimizer, waited for. The first --warmup steps are not timed. Peak memory is that of
 the steps: anonymous memory (RssAnon) on the CPU, what torch allocated on a GPU.
+
+With --profile, one more step is profiled on a GPU: how many kernels it launches, how long the GPU computes, and which
+kinds of kernels it spends most of that with.
 
 Asserted is that PEFT took every linear layer for one of bitsandbytes' 4-bit layers (`peft.tuners.lora.bnb.Linear4bit`)
 over a layer of the contender, and that losses are finite; results with their commands are in benches/RESULTS.md.
@@ -25,18 +30,31 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from _generated import checkpoint, geometry, warm
 from _table import machine_line, print_table
 from _worker import mib, peer_versions, report, run_worker
 
-CONTENDERS = ("halfbyte", "bitsandbytes", "dense")
+CONTENDERS = ("halfbyte", "halfbyte-fused", "bitsandbytes", "dense")
+
+# What the names of kernels say of their kind; the first that is found counts.
+KINDS = {
+    "products": ("gemm", "nvjet", "xmma", "cutlass", "gemv", "splitKreduce"),
+    "4 bits": ("dequantize", "decode", "4bit", "expand"),
+    "attention": ("flash", "fmha", "cudnn"),
+    "optimizer": ("multi_tensor",),
+    "copies and casts": ("copy", "Memcpy", "Memset", "FillFunctor"),
+    "sums and norms": ("reduce", "softmax", "SoftMax", "norm"),
+    "elementwise": ("elementwise",),
+}
 
 
 def model_with_adapters(contender: str, source: str, options: argparse.Namespace) -> Any:
     """The model with LoRA layers, ready to be trained."""
-    if contender == "halfbyte":
+    ours = contender.startswith("halfbyte")
+    if ours:
         import halfbyte
     import torch
     import transformers
@@ -50,7 +68,7 @@ def model_with_adapters(contender: str, source: str, options: argparse.Namespace
         "bnb_4bit_compute_dtype": dtype,
     }
     more: dict[str, Any] = {}
-    if contender == "halfbyte":
+    if ours:
         more["quantization_config"] = halfbyte.BitsAndBytesConfig(**how)
     elif contender == "bitsandbytes":
         more["quantization_config"] = transformers.BitsAndBytesConfig(**how)
@@ -80,8 +98,14 @@ def model_with_adapters(contender: str, source: str, options: argparse.Namespace
             if isinstance(module, Linear4bit)
         ]
         count = 7 * model.config.num_hidden_layers
-        if owners != [contender] * count:
+        if owners != ["halfbyte" if ours else contender] * count:
             raise SystemExit(f"expected {count} peft Linear4bit layers over {contender}'s, got {owners}")
+    if contender == "halfbyte-fused":
+        from halfbyte.integrations.peft import fuse
+
+        fused = fuse(model)
+        if fused.fused != count or fused.left:
+            raise SystemExit(f"expected {count} fused layers, got {fused}")
     return model
 
 
@@ -112,20 +136,22 @@ def worker(contender: str, source: str, options: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(trained, lr=options.rate)
     report("ready", trained=sum(parameter.numel() for parameter in trained))
 
-    if gpu:
-        torch.cuda.reset_peak_memory_stats()
-    losses, seconds = [], []
-    for step in range(options.steps):
-        if gpu:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        tokens = data[step % len(data)]
+    def step(tokens: Any) -> float:
         with torch.autocast(torch.device(options.device).type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
             loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
+        return float(loss.item())
+
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    losses, seconds = [], []
+    for number in range(options.steps):
+        if gpu:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        losses.append(step(data[number % len(data)]))
         if gpu:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
@@ -133,6 +159,39 @@ def worker(contender: str, source: str, options: argparse.Namespace) -> None:
         raise SystemExit(f"losses must be finite, got {losses}")
     more = {"gpu_peak": torch.cuda.max_memory_allocated()} if gpu else {}
     report("steps", losses=losses, step_seconds=seconds, **more)
+    if options.profile:
+        report("profile", kernels=kernels_of(lambda: step(data[0])))
+
+
+def kernels_of(step: Callable[[], object]) -> dict[str, tuple[int, float]]:
+    """Launches of a step by kind of kernel, and the milliseconds that the GPU computes them."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        step()
+    found: dict[str, tuple[int, float]] = {}
+    for event in profiled.events():
+        if event.device_type != DeviceType.CUDA:
+            continue
+        kind = next((kind for kind, parts in KINDS.items() if any(part in event.name for part in parts)), "others")
+        count, time_ms = found.get(kind, (0, 0.0))
+        found[kind] = count + 1, time_ms + event.time_range.elapsed_us() / 1e3
+    return found
+
+
+def print_kernels(profiles: dict[str, dict[str, tuple[int, float]]], medians: dict[str, float]) -> None:
+    """Launches and milliseconds by kind, and the share of a step in which the GPU computes."""
+    rows = []
+    for kind in (*KINDS, "others"):
+        cells = [found.get(kind, (0, 0.0)) for found in profiles.values()]
+        if any(count for count, _ in cells):
+            rows.append([kind, *(f"{count}, {time_ms:.1f} ms" for count, time_ms in cells)])
+    sums = [tuple(map(sum, zip(*found.values(), strict=True))) for found in profiles.values()]
+    rows.append(["all", *(f"{count}, {time_ms:.1f} ms" for count, time_ms in sums)])
+    shares = [time_ms / (1e3 * medians[name]) for name, (_, time_ms) in zip(profiles, sums, strict=True)]
+    rows.append(["GPU busy", *(f"{share:.0%}" for share in shares)])
+    print_table(["kernels of a step", *profiles], rows)
 
 
 def print_losses(losses: dict[str, list[float]]) -> None:
@@ -143,13 +202,18 @@ def print_losses(losses: dict[str, list[float]]) -> None:
         ["loss at step", *losses],
         [[str(step + 1), *(f"{values[step]:.4f}" for values in losses.values())] for step in shown],
     )
-    if "halfbyte" in losses and "bitsandbytes" in losses:
-        differences = [abs(a - b) for a, b in zip(losses["halfbyte"], losses["bitsandbytes"], strict=True)]
-        worst = max(range(steps), key=differences.__getitem__)
-        print(
-            f"\nhalfbyte and bitsandbytes differ by at most {differences[worst]:.1e} (step {worst + 1}), "
-            f"by {statistics.mean(differences):.1e} on average."
-        )
+    for one, other in (
+        ("halfbyte", "bitsandbytes"),
+        ("halfbyte-fused", "halfbyte"),
+        ("halfbyte-fused", "bitsandbytes"),
+    ):
+        if one in losses and other in losses:
+            differences = [abs(a - b) for a, b in zip(losses[one], losses[other], strict=True)]
+            worst = max(range(steps), key=differences.__getitem__)
+            print(
+                f"\n{one} and {other} differ by at most {differences[worst]:.1e} (step {worst + 1}), "
+                f"by {statistics.mean(differences):.1e} on average."
+            )
 
 
 def main() -> None:
@@ -165,6 +229,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=2e-4, help="learning rate (default: 2e-4)")
     parser.add_argument("--no-checkpointing", dest="checkpointing", action="store_false", help="keep activations")
     parser.add_argument("--single-scales", action="store_true", help="float32 scales, not quantized themselves")
+    parser.add_argument("--profile", action="store_true", help="count and time the kernels of one more step (GPU)")
     parser.add_argument("--runs", type=int, default=1, help="processes of each contender (default: 1)")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
     parser.add_argument("--bitsandbytes", metavar="FOLDER", help="where its process finds bitsandbytes")
@@ -177,6 +242,8 @@ def main() -> None:
     options.length = options.length or (1024 if gpu else 128)
     if not 0 <= options.warmup < options.steps:
         parser.error(f"--warmup must be at least 0 and less than --steps, got {options.warmup}")
+    if options.profile and not gpu:
+        parser.error("--profile must be used with a GPU, got --device cpu")
     if options.worker:
         worker(*options.worker, options)
         return
@@ -186,6 +253,7 @@ def main() -> None:
     arguments = [f"--{key}={getattr(options, key)}" for key in ("device", "dtype", "steps", "batch", "length", "rate")]
     arguments += [f"--warmup={options.warmup}", *([] if options.checkpointing else ["--no-checkpointing"])]
     arguments += ["--single-scales"] if options.single_scales else []
+    arguments += ["--profile"] if options.profile else []
     print(machine_line())
     print(peer_versions(options.bitsandbytes), flush=True)
     measured: dict[str, list[dict[str, dict[str, Any]]]] = {contender: [] for contender in options.only}
@@ -193,8 +261,11 @@ def main() -> None:
         for contender, runs in measured.items():
             command = [sys.executable, __file__, *arguments, "--worker", contender, str(source)]
             runs.append(run_worker(command, options.bitsandbytes if contender == "bitsandbytes" else None))
-            took = sum(runs[-1]["steps"]["step_seconds"])
-            print(f"  {turn + 1}: {contender} {took:.1f} s", file=sys.stderr, flush=True)
+            seconds = runs[-1]["steps"]["step_seconds"]
+            median = 1e3 * statistics.median(seconds[options.warmup :])
+            print(
+                f"  {turn + 1}: {contender} {sum(seconds):.1f} s, {median:.1f} ms a step", file=sys.stderr, flush=True
+            )
 
     if gpu:
         import torch
@@ -222,6 +293,10 @@ def main() -> None:
         rows.append(row)
     print_table(["step", "best ms", "median ms", "x bitsandbytes", "x dense", "peak MiB"], rows)
     print()
+    if options.profile:
+        medians = {contender: median for contender, (_, median) in times.items()}
+        print_kernels({contender: runs[0]["profile"]["kernels"] for contender, runs in measured.items()}, medians)
+        print()
     print_losses({contender: runs[0]["steps"]["losses"] for contender, runs in measured.items()})
 
 

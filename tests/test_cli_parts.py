@@ -366,12 +366,11 @@ def test_written_config_is_what_transformers_writes(tmp_path):
     theirs.save_pretrained(tmp_path)
     config = _config_json.read_config(tmp_path)
     assert config is not None
-    text = _config_json.with_quantization(config, checkpoint._quantization_dict(None))
+    text = _config_json.with_quantization(config, checkpoint._quantization_dict(None)[0])
     theirs.quantization_config = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype="bfloat16",
     )
     assert text == theirs.to_json_string()
 
@@ -567,12 +566,13 @@ def test_api_end_to_end(tmp_path):
         source, tmp_path / "out", config, rules=rules, threads=1, progress=lambda *a: seen.append(a)
     )
     assert report.converted_tensors == plan.totals["quantized_tensors"] == 3
-    assert report.quantization_config["bnb_4bit_compute_dtype"] == "float32"
+    assert report.quantization_config["bnb_4bit_compute_dtype"] == "float16"
     assert seen[-1][0] == seen[-1][1] == plan.totals["bytes_in"]
     assert json.loads(json.dumps(report.to_dict()))["files"][0]["file"] == "model.safetensors"
     assert "quantized 3 of 11 tensors" in str(report)
     # A dict and more threads: the same bytes.
-    halfbyte.quantize_checkpoint(source, tmp_path / "more", config.to_dict(), rules=["layers.2.mlp=keep"], threads=4)
+    given = {key: value for key, value in config.to_dict().items() if key != "bnb_4bit_compute_dtype"}
+    halfbyte.quantize_checkpoint(source, tmp_path / "more", given, rules=["layers.2.mlp=keep"], threads=4)
     assert files(tmp_path / "more") == files(tmp_path / "out")
     verified = halfbyte.verify_checkpoint(source, tmp_path / "out")
     assert verified.ok
@@ -583,6 +583,37 @@ def test_api_end_to_end(tmp_path):
     back = halfbyte.dequantize_checkpoint(tmp_path / "out", tmp_path / "back")
     assert back.converted_tensors == 3
     assert "quantization_config" not in json.loads((tmp_path / "back" / "config.json").read_text())
+
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "named", "written"),
+    [
+        (None, None, "float16", "float16"),
+        (NF4, None, "float16", "float16"),
+        (halfbyte.BitsAndBytesConfig(**NF4), None, "float16", "float16"),
+        (None, None, "torch.bfloat16", "bfloat16"),
+        (None, "bfloat16", "float16", "bfloat16"),
+        (None, None, None, "float16"),
+        (NF4 | {"bnb_4bit_compute_dtype": "float32"}, None, "float16", "float32"),
+        (halfbyte.BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype="bfloat16"), "float32", "float16", "bfloat16"),
+    ],
+)
+def test_compute_dtype_that_was_not_given_is_written_as_the_checkpoints(tmp_path, config, dtype, named, written):
+    from test_cli import write_checkpoint
+
+    source = write_checkpoint(tmp_path / "source")
+    file = source / "config.json"
+    said = {key: value for key, value in json.loads(file.read_text()).items() if key not in ("dtype", "torch_dtype")}
+    file.write_text(json.dumps(said | ({} if named is None else {"torch_dtype": named})))
+    report = halfbyte.quantize_checkpoint(source, tmp_path / "out", config, dtype=dtype)
+    assert report.quantization_config["bnb_4bit_compute_dtype"] == written
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert stored["bnb_4bit_compute_dtype"] == written
+    # A dense copy again knows nothing of it.
+    assert checkpoint.plan_dequantize(tmp_path / "out").model_dtype is None
 
 
 def test_transformers_selection_agrees(tmp_path):

@@ -476,30 +476,48 @@ def _check_rules(use: Mapping[str, _RuleUse], notes: list[str]) -> None:
             )
 
 
+def fused_experts(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Parameter]:
+    """Weights of Mixture-of-Experts layers that are one tensor for all experts, by their names.
+
+    Args:
+        modules: Paths and modules, as `named_modules` gives them.
+    """
+    found = {}
+    for path, module in modules:
+        names = module._parameters
+        if "experts" in type(module).__name__.lower() or any(part in _EXPERTS for part in names):
+            for name, parameter in names.items():
+                if parameter is not None and parameter.dim() >= 3:
+                    found[join(path, name)] = parameter
+    return found
+
+
+def experts_note(found: Mapping[str, nn.Parameter]) -> str:
+    """What to say of fused experts that are not converted."""
+    size = sum(parameter.numel() * parameter.element_size() for parameter in found.values())
+    return (
+        f"{len(found)} fused expert weights (Mixture-of-Experts), {format_bytes(size)}, stay as they are, "
+        f"the first is {next(iter(found))}"
+    )
+
+
 def _left_out(
-    modules: Iterable[nn.Module],
+    modules: Mapping[nn.Module, tuple[str, ...]],
     linear: Mapping[nn.Module, tuple[str, ...]],
     subclasses: bool | tuple[type[nn.Module], ...],
 ) -> list[str]:
     """Large things that stay in 16 bits without anybody having asked for it."""
     notes = []
     others: dict[str, int] = {}
-    fused, bytes_of_fused = 0, 0
     for module in modules:
         cls = type(module)
         inert = nn.modules.linear.NonDynamicallyQuantizableLinear
         if isinstance(module, nn.Linear) and module not in linear and not isinstance(module, Quantized | inert):
             others[cls.__name__] = others.get(cls.__name__, 0) + 1
-        if "experts" in cls.__name__.lower() or any(part in _EXPERTS for part in module._parameters):
-            for parameter in module._parameters.values():
-                if parameter is not None and parameter.dim() >= 3:
-                    fused += 1
-                    bytes_of_fused += parameter.numel() * parameter.element_size()
     if others:
         listed = ", ".join(f"{count} {name}" for name, count in sorted(others.items()))
         notes.append(f"subclasses of nn.Linear stay as they are: {listed}; to take them, give subclasses=(…,)")
+    fused = fused_experts((names[0], module) for module, names in modules.items())
     if fused:
-        notes.append(
-            f"{fused} fused expert weights (Mixture-of-Experts), {format_bytes(bytes_of_fused)}, stay as they are"
-        )
+        notes.append(experts_note(fused))
     return notes

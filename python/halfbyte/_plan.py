@@ -109,6 +109,12 @@ class CheckpointPlan:
         return value
 
     @property
+    def model_dtype(self) -> str | None:
+        """The dtype of the quantized model: that asked for, else ``config.json``'s, else that of most 4-bit weights."""
+        value: str | None = self.data.get("model_dtype")
+        return value
+
+    @property
     def shards(self) -> tuple[tuple[str, int], ...]:
         """Name and bytes of every output file of weights."""
         return tuple((s["file"], s["bytes"]) for s in self.data["shards"])

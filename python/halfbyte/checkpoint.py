@@ -164,7 +164,9 @@ def quantize_checkpoint(
         Folder to write: created, or empty, unless ``overwrite`` or ``resume`` is set.
     config
         ``BitsAndBytesConfig`` of halfbyte or transformers, or its dict, with ``load_in_4bit``. None stands for NF4 with
-        double quantization and compute dtype bfloat16. ``llm_int8_skip_modules`` adds to what is kept anyway.
+        double quantization. ``llm_int8_skip_modules`` adds to what is kept anyway. Where it gives no compute dtype, the
+        output's ``config.json`` says the model's: ``dtype``, else what the checkpoint has (transformers' own class says
+        float32 where nothing was given).
     rules
         ``"REGEX=nf4"``, ``"REGEX=fp4"``, ``"REGEX=keep"`` or pairs of both sides: the first whose expression is found
         in a tensor's name decides. They come before everything else.
@@ -243,7 +245,7 @@ def prepare_quantize(
     blocksize: int = 64,
     hub_progress: bool = False,
 ) -> Prepared:
-    quantization = _quantization_dict(config)
+    quantization, compute_dtype_given = _quantization_dict(config)
     if selection not in ("rules", "transformers"):
         raise ValueError(f"selection is {selection!r}: expected 'rules' or 'transformers'")
     if trust_remote_code and selection != "transformers":
@@ -283,6 +285,8 @@ def prepare_quantize(
         options["explicit"], options["explicit_conv1d"] = selected
     plan = CheckpointPlan.of(_native.plan_quantize(str(folder), _json_or_none(model_config), json.dumps(options)))
     quantization["llm_int8_skip_modules"] = plan.skip_modules
+    if not compute_dtype_given and plan.model_dtype is not None:
+        quantization["bnb_4bit_compute_dtype"] = plan.model_dtype
     return Prepared(plan, model_config, quantization, name)
 
 
@@ -301,24 +305,19 @@ def run_quantize(
     return QuantizeReport(**common, quantization_config=prepared.quantization or {})
 
 
-def _quantization_dict(config: Config) -> dict[str, Any]:
-    """``quantization_config`` as transformers writes it, from whatever the caller gave."""
+def _quantization_dict(config: Config) -> tuple[dict[str, Any], bool]:
+    """``quantization_config`` as transformers writes it, from whatever the caller gave; was a compute dtype given?"""
     from halfbyte.config import BitsAndBytesConfig
 
     if config is None:
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype="bfloat16",
-        )
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     coerced = BitsAndBytesConfig.coerce(config)
     if not coerced.load_in_4bit:
         raise ValueError("config has load_in_4bit=False: expected True, the offline tool writes 4-bit weights")
     # Through JSON, so that enumerations become the plain strings that config.json holds.
     plain: dict[str, Any] = json.loads(json.dumps(coerced.to_dict()))
     _strings("llm_int8_skip_modules", plain["llm_int8_skip_modules"] or ())
-    return plain
+    return plain, coerced.compute_dtype() is not None
 
 
 # --------------------------------------------------------------------------------------------------------- dequantize

@@ -228,8 +228,8 @@ def _add_quantize(sub: argparse.ArgumentParser) -> None:
     form.add_argument(
         "--compute-dtype",
         choices=FLOAT_DTYPES,
-        default="bfloat16",
-        help="dtype that loaders multiply in, written to config.json (default: bfloat16)",
+        default=None,
+        help="dtype that loaders multiply in, written to config.json (default: the model's)",
     )
     form.add_argument(
         "--dtype",

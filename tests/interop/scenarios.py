@@ -1,5 +1,7 @@
 """What a user does with transformers, PEFT and Trainer: the scenarios of `test_processes.py`, run in a process apart.
 
+More of them are in the files beside this one, `scenarios_*.py`.
+
 `python scenarios.py KIND FOLDER [NAME…]` runs all scenarios, or those named, and prints one JSON object, name to None
 or to what went wrong. KIND says what the process knows of bitsandbytes:
 
@@ -10,8 +12,8 @@ or to what went wrong. KIND says what the process knows of bitsandbytes:
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import logging
 import os
 import sys
 import traceback
@@ -49,8 +51,6 @@ if __name__ == "__main__":
     if KIND in ("absent", "late"):
         hide_bitsandbytes()
     if KIND == "late":
-        import importlib
-
         for module in ("peft", "transformers.quantizers.auto"):
             importlib.import_module(module)
 
@@ -383,13 +383,39 @@ def lora_with_several_adapters(folder: Path) -> None:
 
 
 @scenario
+def lora_fused_trains_saves_and_merges(folder: Path) -> None:
+    import peft
+    from halfbyte.integrations.peft import fuse, unfuse
+
+    for autocast in (False, True):
+        losses = []
+        for fused in (False, True):
+            model = adapted(folder, lora(target_modules="all-linear"))
+            if fused:
+                report = fuse(model)
+                assert (report.fused, report.left) == (14, {}), report
+            losses.append(train(model, 8, autocast))
+        assert losses[1] == pytest.approx(losses[0], rel=2e-3 if autocast else 1e-5), losses
+    before = logits(model)
+    model.save_pretrained(folder / "adapter")
+    again = peft.PeftModel.from_pretrained(loaded(folder), folder / "adapter")
+    torch.testing.assert_close(logits(again), before, rtol=1e-5, atol=1e-5)
+    assert layers(model.merge_and_unload()) == 14
+    assert fuse(again).fused == 14
+    assert unfuse(again) == 14
+    assert type(again.base_model.model.model.layers[0].self_attn.q_proj).__module__ == "peft.tuners.lora.bnb"
+
+
+@scenario
 def other_tuners(folder: Path) -> None:
     import peft
 
     targets = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    # Older releases rotate dense weights only.
+    newer = importlib.util.find_spec("peft.utils.quantization_utils") is not None
     for made in (
         peft.OFTConfig(oft_block_size=16, use_cayley_neumann=False, **targets),
-        peft.BOFTConfig(boft_block_size=16, **targets),
+        *([peft.BOFTConfig(boft_block_size=16, **targets)] if newer else []),
         peft.VeraConfig(r=4, **targets),
         peft.MissConfig(r=4, **targets),
         peft.AdaLoraConfig(init_r=4, target_r=2, total_step=20, **targets),
@@ -535,7 +561,10 @@ def main() -> None:
     """Run the scenarios named on the command line, all by default."""
     import shutil
 
-    logging.disable(logging.INFO)
+    # The other files import this one: they must not run it again.
+    sys.modules["scenarios"] = sys.modules[__name__]
+    for path in sorted(Path(__file__).parent.glob("scenarios_*.py")):
+        importlib.import_module(path.stem)
     warnings.simplefilter("ignore")
     folder, names = Path(sys.argv[2]), sys.argv[3:] or list(SCENARIOS)
     results: dict[str, str | None] = {}

@@ -153,28 +153,13 @@ def converted_tensors(model: PreTrainedModel, names: Iterable[str], skip: Sequen
 
 def _converted(model: PreTrainedModel, names: Iterable[str], skip: Sequence[str]) -> dict[str, str]:
     """Tensors of a checkpoint that would be quantized while loading into ``model``, with the module of each."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
-    )
+    from halfbyte.integrations.weights import renamed
 
     modules = converted_modules(model, skip)
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    parameters = model.state_dict()
-    prefix = model.base_model_prefix
     converted = {}
-    # The order in which transformers loads: some renamings depend on what came before.
-    for name in sorted(names, key=dot_natural_key):
-        key, converter = rename_source_key(name, renamings, converters, prefix, parameters)
-        if key not in parameters and name in parameters:
-            key, converter = rename_source_key(name, [], [], prefix, parameters)
-        module, _, leaf = key.rpartition(".")
-        if key in parameters and leaf == "weight" and module in modules and converter is None:
+    for name, target, pattern, _ in renamed(model, names):
+        module, _, leaf = (target or "").rpartition(".")
+        if leaf == "weight" and module in modules and pattern is None:
             converted[name] = module
     return converted
 

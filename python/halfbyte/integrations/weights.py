@@ -32,16 +32,16 @@ class Entry:
     """Where it is more than a change of name: sources by name to targets by name."""
 
 
-def entries(model: PreTrainedModel, names: Iterable[str], facts: Facts) -> tuple[list[Entry], list[str]]:
-    """What each tensor of a checkpoint becomes, by transformers' own tables; and those that become nothing.
+def renamed(model: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple[str, str | None, str | None, Any]]:
+    """What transformers calls each tensor of a checkpoint in the model, in the order in which it loads them.
 
     Args:
         model: The model, on any device.
         names: Of the checkpoint's tensors.
-        facts: Shape and dtype of a tensor.
 
-    Raises:
-        ValueError: transformers cannot convert a group of tensors; the message names them.
+    Yields:
+        The name; that in the model's state dict, None where the model has no such tensor; and, where the tensor is
+        first merged with others or split, the pattern that says so and transformers' converter for it.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
@@ -58,21 +58,35 @@ def entries(model: PreTrainedModel, names: Iterable[str], facts: Facts) -> tuple
     # Only whether a name is there counts; a value of None would mean that it is not.
     parameters: Any = dict.fromkeys(model.state_dict(), True)
     prefix = model.base_model_prefix
-
-    found: list[Entry] = []
-    unexpected: list[str] = []
-    groups: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
-    # The order in which transformers loads: some renamings depend on what came before.
+    # Sorted as transformers does: some renamings depend on what came before.
     for name in sorted(names, key=dot_natural_key):
         key, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
         if key not in parameters and name in parameters:
             key, pattern = rename_source_key(name, [], [], prefix, parameters)
-        if key not in parameters:
+        yield name, key if key in parameters else None, pattern, None if pattern is None else by_pattern[pattern]
+
+
+def entries(model: PreTrainedModel, names: Iterable[str], facts: Facts) -> tuple[list[Entry], list[str]]:
+    """What each tensor of a checkpoint becomes, by transformers' own tables; and those that become nothing.
+
+    Args:
+        model: The model, on any device.
+        names: Of the checkpoint's tensors.
+        facts: Shape and dtype of a tensor.
+
+    Raises:
+        ValueError: transformers cannot convert a group of tensors; the message names them.
+    """
+    found: list[Entry] = []
+    unexpected: list[str] = []
+    groups: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
+    for name, target, pattern, converter in renamed(model, names):
+        if target is None:
             unexpected.append(name)
         elif pattern is None:
-            found.append(Entry([name], {key: facts(name)}))
+            found.append(Entry([name], {target: facts(name)}))
         else:
-            groups.setdefault(key, (by_pattern[pattern], []))[1].append((name, pattern))
+            groups.setdefault(target, (converter, []))[1].append((name, pattern))
     for key, (converter, sources) in groups.items():
         convert = _conversion(model, key, converter, sources)
         blank = {name: torch.empty(facts(name)[0], dtype=facts(name)[1], device="meta") for name, _ in sources}

@@ -15,6 +15,7 @@ from torch import Tensor
 from halfbyte._checks import FLOAT_DTYPES, STORAGE_DTYPES, names
 from halfbyte.functional import dequantize_4bit, quantize_4bit
 from halfbyte.nn._joint import JOINT, STANDS_FOR, is_foreign, new_module, portable
+from halfbyte.nn._requantized import watching
 from halfbyte.nn.params import Params4bit, check_state
 from halfbyte.state import PACKED_KEYS, TENSOR_KEYS, QuantState, quant_map
 
@@ -54,6 +55,9 @@ class Quantized(torch.nn.Module):
             param = Params4bit.adopt(param)
         if isinstance(param, Params4bit) and type(param) in JOINT and STANDS_FOR in type(self).__dict__:
             param.__class__ = JOINT[type(param)]
+        watch = watching()
+        if watch is not None and name == "weight" and isinstance(param, Params4bit):
+            watch.assigned(self, self._parameters.get(name), param)
         super().register_parameter(name, param)
         if name == "weight" and isinstance(param, Params4bit):
             param.module = self

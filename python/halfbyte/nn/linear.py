@@ -111,7 +111,7 @@ class Linear4bit(Quantized, torch.nn.Linear):
             dense = dequantize_4bit(weight.data, state).to(compute)
             return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(compute))
         if compute is torch.float32 and dtype.itemsize == 2 and not torch.compiler.is_compiling():
-            _say_slow(dtype, compute)
+            say_slow(dtype, compute)
         return linear_4bit(x.to(compute), weight, state, bias).to(dtype)
 
     def extra_repr(self) -> str:
@@ -126,7 +126,7 @@ class Linear4bit(Quantized, torch.nn.Linear):
         )
 
 
-def _say_slow(dtype: torch.dtype, compute: torch.dtype) -> None:
+def say_slow(dtype: torch.dtype, compute: torch.dtype) -> None:
     """Once: inputs are of 16 bits, and a compute dtype of 32 was chosen or left in place."""
     if (dtype, compute) not in _said:
         _said.add((dtype, compute))

@@ -22,6 +22,7 @@ from halfbyte._checks import (
 from halfbyte._ops import PLAIN_TYPES
 from halfbyte.functional import quantize_4bit
 from halfbyte.nn._joint import JOINT, foreign_parts, portable
+from halfbyte.nn._requantized import watching
 from halfbyte.state import QuantState
 
 _SPLITTERS = (torch.chunk, torch.split, Tensor.chunk, Tensor.split)
@@ -36,6 +37,11 @@ def check_state(packed: Tensor, state: QuantState) -> None:
     n = prod(shape)
     check_packed_length("weight", packed, n)
     check_scales(absmax, absmax2, offset, blocks_of(n, blocksize), absmax.device)
+
+
+def _is_dense(data: Tensor, state: QuantState) -> bool:
+    """Whether this is the weight itself that the state describes, and not its packed bytes."""
+    return data.is_floating_point() and state.shape is not None and data.shape == state.shape and data.numel() > 1
 
 
 class _State:
@@ -78,7 +84,8 @@ class Params4bit(torch.nn.Parameter):
         quant_type: "nf4" or "fp4".
         quant_storage: The dtype as which packed bytes are viewed.
         module: The module that this is the weight of; it is told the state. Kept as a weak reference.
-        bnb_quantized: Whether `data` is packed.
+        bnb_quantized: Whether `data` is packed. A float tensor of the shape in `quant_state` counts as not packed, whatever
+            this says.
         kwargs: Whatever else was found in another parameter's `__dict__`; ignored.
 
     >>> import torch
@@ -131,6 +138,9 @@ class Params4bit(torch.nn.Parameter):
             data = torch.empty(0)
         elif not isinstance(data, Tensor):
             raise TypeError(f"data: {type(data).__name__} is not a torch.Tensor")
+        if bnb_quantized and quant_state is not None and _is_dense(data, quant_state):
+            # Some of PEFT's merges hand over the attributes of the old weight as they are.
+            bnb_quantized = False
         self: Params4bit = torch.Tensor._make_subclass(cls, data, requires_grad)
         self.blocksize = blocksize
         self.compress_statistics = bool(compress_statistics)
@@ -209,14 +219,18 @@ class Params4bit(torch.nn.Parameter):
         """Quantize the float tensor held, on `device`, in place."""
         if self.requires_grad:
             raise ValueError("requires_grad: True; a packed weight has no gradient, call requires_grad_(False) first")
+        before, data = self.quant_state, self.data.to(device)
         packed, state = quantize_4bit(
-            self.data.to(device),
+            data,
             blocksize=self.blocksize,
             compress_statistics=self.compress_statistics,
             quant_type=self.quant_type,
             quant_storage=self.quant_storage,
         )
         self._hold(packed, state)
+        watch = watching()
+        if watch is not None and before is not None:
+            watch.quantized(self, data)
         return self
 
     def _hold(self, packed: Tensor, state: QuantState) -> None:

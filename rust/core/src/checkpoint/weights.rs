@@ -10,7 +10,7 @@ use super::reader::{Checkpoint, TensorRef};
 use super::state::{self, State, packed_shape};
 use crate::error::{Error, Result};
 use crate::geometry::{BlockSize, NESTED_BLOCK_SIZE, packed_len};
-use crate::quant::blockwise8::dequantize_8bit;
+use crate::quant::blockwise8::dequantize_8bit_serial;
 
 /// A 4-bit weight of a source.
 #[derive(Debug, Clone)]
@@ -126,7 +126,7 @@ pub fn read_scales(source: &Checkpoint, weight: &WeightSource) -> Result<Vec<f32
         Error::tensor(&source.file(nested_map).path, &source.tensor(nested_map).name, "is not 256 float32 values long")
     })?;
     let mut scales = vec![0.0; codes.len()];
-    dequantize_8bit(&codes, &floats(&source.read(nested_absmax)?), &map, BlockSize::NESTED, &mut scales)?;
+    dequantize_8bit_serial(&codes, &floats(&source.read(nested_absmax)?), &map, BlockSize::NESTED, &mut scales)?;
     for scale in &mut scales {
         *scale += offset;
     }

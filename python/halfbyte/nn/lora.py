@@ -1,0 +1,361 @@
+"""A 4-bit linear layer and its LoRA adapters as one differentiable product.
+
+    y = x Wᵀ + b + Σ s · (x Aᵀ) Bᵀ
+
+Module by module, each adapter costs a clone of the base output, a scaling, an addition and casts of whole activations,
+forward and backward. Here the small products accumulate into the output of the base product, and the scaling is a
+factor of that accumulation:
+
+    h  = x Aᵀ          y  += s · h Bᵀ                         forward; h is rows x rank
+    gh = g B           gx += s · gh A                         backward, after gx = g W
+                       gB  = s · gᵀ h         gA = s · ghᵀ x
+
+What changes dtype is A and B, which are small. x and g are cast where the base product casts them anyway.
+
+**Precision.** Sums are kept in the dtype of the output, not of the products: with a float32 residual stream under
+autocast, contributions of an adapter that is new would vanish in a 16-bit sum. Gradients of A and B leave the products
+in the dtype of A and B where the device can do that.
+
+**Memory.** For backward are kept x in the dtype of the product (once for all layers that read the same x), h, and the
+casts of A and B. The weight stays packed.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from halfbyte._ops import PLAIN_TYPES
+from halfbyte.autograd import _backward, _forward, _needs_op, linear_4bit
+from halfbyte.state import QuantState
+
+
+class Adapter(NamedTuple):
+    """One LoRA adapter of a linear layer `[out_features, in_features]`.
+
+    Attributes:
+        A: `[rank, in_features]`.
+        B: `[out_features, rank]`.
+        scaling: The factor of the adapter's output.
+        x: The adapter's own input, like that of the layer: after dropout. None where it is the layer's input.
+    """
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+    x: Tensor | None = None
+
+
+def lora_linear_4bit(
+    x: Tensor,
+    packed: Tensor,
+    state: QuantState,
+    bias: Tensor | None,
+    adapters: Sequence[Adapter],
+    compute_dtype: torch.dtype,
+) -> Tensor:
+    """The product of `x` with a packed weight and any number of adapters.
+
+    Gradients go to `x`, the adapters' inputs, A and B, and `bias`. In eager mode they cannot be differentiated again.
+
+    Args:
+        x: float16, bfloat16 or float32 `[..., in_features]`.
+        packed: The packed weight.
+        state: Its state; its shape is `[out_features, in_features]`.
+        bias: `[out_features]`, or None.
+        adapters: The adapters to add; A and B of any of the three dtypes, on the device of `x`.
+        compute_dtype: Of the product with the weight, and on a GPU of the adapters' products: one of the three. On a
+            CPU the adapters' products are computed in float32, since few CPUs multiply 16-bit numbers.
+
+    Returns:
+        `[..., out_features]` in the dtype of `x`.
+
+    Raises:
+        ValueError: Shapes or devices of `x` and the weight do not fit each other.
+
+    >>> import torch
+    >>> from halfbyte.functional import dequantize_4bit, quantize_4bit
+    >>> from halfbyte.nn.lora import Adapter, lora_linear_4bit
+    >>> x, w, a, b = torch.randn(2, 96), torch.randn(48, 96), torch.randn(4, 96), torch.randn(48, 4)
+    >>> packed, state = quantize_4bit(w, quant_type="nf4")
+    >>> y = lora_linear_4bit(x, packed, state, None, [Adapter(a, b, 0.5)], torch.float32)
+    >>> torch.testing.assert_close(y, x @ (dequantize_4bit(packed, state) + 0.5 * b @ a).T)
+    """
+    low = _low_dtype(x, compute_dtype)
+    if _transformed(x):
+        return _traceable(x, packed, state, bias, adapters, compute_dtype, low)
+    call = _Call(state.weight(), low, tuple(adapter.scaling for adapter in adapters))
+    weight = packed, *state.scales(), bias
+    factors = [tensor for adapter in adapters for tensor in (adapter.x, adapter.A, adapter.B)]
+    cast = _cast_once(x, compute_dtype)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, *factors)):
+        y: Tensor = _LoraLinear4bit.apply(x, cast, call, *weight, *factors)
+        return y
+    y, _ = _products(x, cast, call, *weight, *factors)
+    return y
+
+
+class _Call(NamedTuple):
+    """What one call knows besides tensors."""
+
+    weight: tuple[tuple[int, ...], int, str]
+    low: torch.dtype
+    scalings: tuple[float, ...]
+
+
+def _low_dtype(x: Tensor, compute_dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the products with A and B."""
+    return torch.float32 if x.device.type == "cpu" else compute_dtype
+
+
+def _transformed(x: Tensor) -> bool:
+    """Whether something traces or transforms the call that has no rule for autograd.Function as it is used here."""
+    return (
+        _needs_op()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or type(x) not in PLAIN_TYPES
+    )
+
+
+def _traceable(
+    x: Tensor,
+    packed: Tensor,
+    state: QuantState,
+    bias: Tensor | None,
+    adapters: Sequence[Adapter],
+    compute_dtype: torch.dtype,
+    low: torch.dtype,
+) -> Tensor:
+    """The same in operations that compilers fuse, and transformations have rules for."""
+    linear = torch.nn.functional.linear
+    y = linear_4bit(x.to(compute_dtype), packed, state, bias)
+    y = y.to(_sum_dtype(compute_dtype, x.dtype))
+    for adapter in adapters:
+        given = (x if adapter.x is None else adapter.x).to(low)
+        product = linear(linear(given, adapter.A.to(low)), adapter.B.to(low))
+        y = torch.add(y, product, alpha=adapter.scaling).to(y.dtype)
+    return y.to(x.dtype)
+
+
+# ---- eager -----------------------------------------------------------------------------------------------------------
+
+
+def _products(
+    x: Tensor,
+    cast: Tensor,
+    call: _Call,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    *factors: Tensor | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """The output, and for each adapter its input, A and B in the dtype of its products, and `x Aᵀ`."""
+    y = _forward(cast, packed, absmax, absmax2, offset, bias, *call.weight)
+    shape = y.shape
+    total = _rows(y)
+    dtype, low = _sum_dtype(cast.dtype, x.dtype), call.low
+    shared = None
+    kept = []
+    for scaling, given, A, B in _grouped(call.scalings, factors):
+        if given is not None:
+            given = _rows(given.to(low))
+        else:
+            if shared is None:
+                shared = _rows(cast if cast.dtype is low else x.to(low))
+            given = shared
+        A, B = A.to(low), B.to(low)
+        h = _product(given, A.t())
+        total = _add_product(total, h, B.t(), scaling, dtype)
+        kept += [given, A, B, h]
+    return total.view(shape).to(x.dtype), kept
+
+
+def _grouped(scalings: tuple[float, ...], factors: Sequence[Any]) -> Any:
+    """Scaling, input, A and B of each adapter."""
+    return zip(scalings, factors[0::3], factors[1::3], factors[2::3], strict=True)
+
+
+class _LoraLinear4bit(torch.autograd.Function):
+    """`lora_linear_4bit` in eager mode. `cast` is `x` in the compute dtype, and no gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cast: Tensor, call: _Call, *tensors: Any) -> Tensor:
+        y, kept = _products(x, cast, call, *tensors)
+        packed, absmax, absmax2, offset, bias, *factors = tensors
+        ctx.call = call
+        ctx.dtypes = x.dtype, cast.dtype
+        ctx.input_shape = x.shape
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.factor_dtypes = [None if factor is None else factor.dtype for factor in factors]
+        ctx.factor_shapes = [None if given is None else given.shape for given in factors[0::3]]
+        needs = ctx.needs_input_grad[8:]
+        for i, (needs_A, needs_B) in enumerate(zip(needs[1::3], needs[2::3], strict=True)):
+            # The inputs are wanted by the gradient of A alone, `x Aᵀ` by that of B.
+            if not needs_A:
+                kept[4 * i] = None  # type: ignore[call-overload]
+            if not needs_B:
+                kept[4 * i + 3] = None  # type: ignore[call-overload]
+        ctx.save_for_backward(packed, absmax, absmax2, offset, *kept)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        packed, absmax, absmax2, offset, *kept = ctx.saved_tensors
+        call: _Call = ctx.call
+        dtype, compute = ctx.dtypes
+        needs_x, needs_bias, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[7], ctx.needs_input_grad[8:]
+        cast = grad.to(compute).contiguous()
+        g = _rows(cast if call.low is compute else grad.to(call.low))
+        grad_x = grad_bias = None
+        if needs_x:
+            grad_x = _rows(_backward(cast, packed, absmax, absmax2, offset, *call.weight))
+        if needs_bias:
+            grad_bias = _rows(grad).sum(0, dtype=ctx.bias_dtype)
+        grads: list[Tensor | None] = []
+        for i, scaling in enumerate(call.scalings):
+            given, A, B, h = kept[4 * i : 4 * i + 4]
+            own_dtype, A_dtype, B_dtype = ctx.factor_dtypes[3 * i : 3 * i + 3]
+            needs_own, needs_A, needs_B = needs[3 * i : 3 * i + 3]
+            gh = None
+            if needs_A or needs_own or (own_dtype is None and grad_x is not None):
+                gh = _product(g, B)
+            own = None
+            if gh is not None and own_dtype is None and grad_x is not None:
+                grad_x = _add_product(grad_x, gh, A, scaling, _sum_dtype(compute, dtype))
+            elif gh is not None and needs_own:
+                own = _product(gh, A, scaling).to(own_dtype).view(ctx.factor_shapes[i])
+            grads += [
+                own,
+                _product(gh.t(), given, scaling, A_dtype, A) if gh is not None and needs_A else None,
+                _product(g.t(), h, scaling, B_dtype, B) if needs_B else None,
+            ]
+        if grad_x is not None:
+            grad_x = grad_x.view(ctx.input_shape).to(dtype)
+        return grad_x, None, None, None, None, None, None, grad_bias, *grads
+
+
+# ---- products --------------------------------------------------------------------------------------------------------
+#
+# In-place and `out_dtype` forms, because autocast leaves those alone.
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """A matrix of all rows."""
+    return tensor.reshape(prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def _sum_dtype(compute: torch.dtype, result: torch.dtype) -> torch.dtype:
+    """In which a result of this dtype is summed up from products computed in the other."""
+    return torch.float32 if torch.float32 in (compute, result) else compute
+
+
+def _product(
+    a: Tensor, b: Tensor, scaling: float = 1.0, dtype: torch.dtype | None = None, like: Tensor | None = None
+) -> Tensor:
+    """`scaling · a @ b`, in `dtype` where given; `like` is any tensor of the result's shape and the dtype of `a`."""
+    if dtype is torch.float32 and like is not None and _widens(a):
+        return _wide_addmm(like, a, b, 0, scaling)
+    result = a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=scaling)
+    return result if dtype is None else result.to(dtype)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """`total + scaling · a @ b` in `dtype`; `total` is overwritten where it can hold that."""
+    if total.dtype is not dtype and total.dtype is a.dtype and _widens(a):
+        return _wide_addmm(total, a, b, 1, scaling)
+    if a.dtype is dtype:
+        return total.to(dtype).addmm_(a, b, alpha=scaling)
+    return total.to(dtype).add_(_product(a, b), alpha=scaling)
+
+
+def _widens(a: Tensor) -> bool:
+    """Whether torch can multiply matrices like this one into a float32 result."""
+    return a.is_cuda and a.dtype is not torch.float32 and _device_widens(a.get_device(), a.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _device_widens(device: int, dtype: torch.dtype) -> bool:
+    """The same, tried once: torch before 2.8 cannot, nor can all of its builds."""
+    a = torch.zeros(16, 16, dtype=dtype, device=f"cuda:{device}")
+    try:
+        _wide_addmm(a, a, a, 0, 1.0)
+    except (RuntimeError, TypeError):  # NotImplementedError is a RuntimeError.
+        return False
+    return True
+
+
+def _wide_addmm(total: Tensor, a: Tensor, b: Tensor, beta: int, alpha: float) -> Tensor:
+    """`beta · total + alpha · a @ b` of 16-bit matrices, rounded to float32 alone."""
+    result: Tensor = torch.addmm(total, a, b, torch.float32, beta=beta, alpha=alpha)
+    return result
+
+
+# ---- casts -----------------------------------------------------------------------------------------------------------
+
+
+class _Last:
+    """The last input that was cast in a thread, and what came of it."""
+
+    source: weakref.ref[Tensor] | None = None
+    version: int = 0
+    stream: int = 0
+    cast: Tensor | None = None
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.last = _Last()
+
+
+_thread = _Thread()
+
+
+def _cast_once(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in `dtype`; layers that read the same `x` one after the other share one cast.
+
+    Sharing saves most where activations are kept for backward: the query, key and value layers keep one tensor. It is
+    restricted to results of autograd, whose every change has to be counted in their version; and to what runs at once,
+    since a captured graph has to hold the casts of what it reads.
+    """
+    if x.dtype is dtype:
+        return x
+    shared = x.grad_fn is not None and torch.is_grad_enabled() and not x.is_inference()
+    stream = 0
+    if shared and x.is_cuda:
+        stream = torch._C._cuda_getCurrentRawStream(x.get_device())
+        shared = not torch.cuda.is_current_stream_capturing()
+    if not shared:
+        return x.detach().to(dtype)
+    last = _thread.last
+    if (
+        last.source is not None
+        and last.source() is x
+        and last.version == x._version
+        and last.stream == stream
+        and last.cast is not None
+        and last.cast.dtype is dtype
+    ):
+        return last.cast
+    last.cast = x.detach().to(dtype)
+    last.version, last.stream = x._version, stream
+    # The cast lives as long as its source, if no gradient needs it longer.
+    last.source = weakref.ref(x, functools.partial(_forget, last))
+    return last.cast
+
+
+def _forget(last: _Last, source: weakref.ref[Tensor]) -> None:
+    if last.source is source:
+        last.source = last.cast = None
