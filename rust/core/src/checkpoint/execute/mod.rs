@@ -1,5 +1,8 @@
 //! A plan carried out: files made in the stage, then moved into the destination together.
 
+mod flush;
+mod shard;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Read};
@@ -7,9 +10,6 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use serde_json::{Value, json};
-
-mod flush;
-mod shard;
 
 use self::shard::ShardJob;
 use super::file;

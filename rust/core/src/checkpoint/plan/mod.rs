@@ -1,12 +1,12 @@
 //! What a run will do, computed from headers alone: which tensor becomes what, why, how many bytes, in which file.
 
+pub mod layout;
+
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
 
 use safetensors::Dtype;
 use serde_json::{Value, json};
-
-pub mod layout;
 
 use self::layout::{Layout, OutputTensor};
 use super::dtype::{config_dtype, is_float, torch_name};

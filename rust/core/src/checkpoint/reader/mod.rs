@@ -1,5 +1,8 @@
 //! A checkpoint folder: its weight files, found and checked, and the small files around them.
 
+pub mod header;
+mod surroundings;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs;
 use std::io::Read;
@@ -7,9 +10,6 @@ use std::path::{Component, Path, PathBuf};
 
 use serde::Deserialize;
 use serde::de::Deserializer;
-
-pub mod header;
-mod surroundings;
 
 use self::header::{SourceFile, TensorEntry, UniqueStrings};
 use self::surroundings::Surroundings;

@@ -6,9 +6,9 @@
 //! which brings each nibble of its words (of 16 or 32 bits) to the low end in turn, where the look-up wants it; the
 //! activations are laid out in that order instead of the weight's.
 
-use std::ops::Range;
-
 pub mod tiles;
+
+use std::ops::Range;
 
 use super::matrix::Matrix;
 use super::out::Out;

@@ -94,6 +94,7 @@ pub(super) unsafe fn quantize<I: AllValues, T: Element>(
     packed: &mut [u8],
     absmax: &mut [f32],
 ) -> Finite {
+    // The path takes values of the type that `T` is, which the compiler knows: it leaves one of the arms.
     // SAFETY: the caller's.
     unsafe {
         match T::DTYPE {
