@@ -84,7 +84,7 @@ class Params4bit(torch.nn.Parameter):
         quant_type: "nf4" or "fp4".
         quant_storage: The dtype as which packed bytes are viewed.
         module: The module that this is the weight of; it is told the state. Kept as a weak reference.
-        bnb_quantized: Whether `data` is packed. A float tensor of the shape in `quant_state` counts as not packed, whatever
+        bnb_quantized: Whether `data` is packed. A float tensor of the shape in `quant_state` is not, whatever
             this says.
         kwargs: Whatever else was found in another parameter's `__dict__`; ignored.
 
