@@ -36,7 +36,7 @@ export PYTHONPATH := $(if $(filter no,$(INSTALL)),$(CURDIR)/python)
 export PYO3_PYTHON := $(abspath $(py))
 unexport PYTHONHOME
 
-rust_files := Cargo.toml Cargo.lock pyproject.toml $(shell find rust -name '*.rs' 2>/dev/null) $(wildcard kernels/ptx/*.ptx)
+rust_files := Cargo.toml Cargo.lock pyproject.toml $(shell find rust -name '*.rs' -o -name Cargo.toml 2>/dev/null) $(wildcard kernels/ptx/*.ptx)
 
 .PHONY: help demo test test-matrix setup-demo setup-test develop rust-toolchain lint fmt typecheck stubtest cargo-test pytest bench bench-cuda ptx ptx-check kernels-host clean
 
@@ -62,7 +62,7 @@ native := python/halfbyte/_native.abi3.so
 develop: $(native) ## build the extension module and make halfbyte importable in VENV
 $(native): $(rust_files) | rust-toolchain
 	cargo build --release --locked --lib
-	cp "$${CARGO_TARGET_DIR:-target}/release/libhalfbyte.so" $@
+	cp "$${CARGO_TARGET_DIR:-target}/release/lib_native.so" $@
 
 else
 
@@ -105,8 +105,7 @@ lint: setup-test ## formatting and lints, Rust and Python
 	@.ci/check-rust fmt clippy
 	cargo fmt --check
 	cargo clippy --locked --quiet --all-targets -- -D warnings
-	cargo clippy --locked --quiet --all-targets --no-default-features -- -D warnings
-	cargo check --locked --quiet --no-default-features
+	cargo clippy --locked --quiet --all-targets -p halfbyte-python --no-default-features -- -D warnings
 	$(py) -m ruff check .
 	$(py) -m ruff format --check .
 
@@ -145,7 +144,7 @@ kernels-host: setup-test develop ## run kernels/*.cu on the processor: the core'
 	$(py) -m pytest tests/kernels $(ARGS)
 
 cargo-test: rust-toolchain ## the Rust tests, without Python
-	cargo test --release --locked --quiet --no-default-features --features cuda
+	cargo test --release --locked --quiet
 
 pytest: setup-test develop ## the Python tests
 	$(py) -m pytest $(ARGS)

@@ -44,7 +44,7 @@ class Module:
 
     @property
     def name(self) -> str:
-        """The file's name without its suffix, as rust/cuda/ptx.rs embeds it."""
+        """The file's name without its suffix, as rust/cuda/src/ptx.rs embeds it."""
         return f"{self.source}_{self.arch}"
 
     @property

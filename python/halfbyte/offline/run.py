@@ -20,7 +20,7 @@ from halfbyte.offline.plan import CheckpointPlan
 # Python looks at signals between two waits.
 _POLL_SECONDS = 0.02
 _SHOW_SECONDS = 0.1
-# Where the compiled core keeps complete files until all of them are there (its module `checkpoint::stage`).
+# Where the compiled core keeps complete files until all of them are there (rust/core/src/checkpoint/stage.rs).
 _STAGE = ".halfbyte-partial"
 
 

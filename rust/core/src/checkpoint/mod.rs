@@ -1,0 +1,25 @@
+//! Checkpoints: what to quantize, and turning one folder into another.
+//!
+//! [`reader`] opens a folder and checks its headers; [`selection`] decides which tensors; [`plan`] lays the output out
+//! to the byte; [`execute`] carries a plan out into a [`stage`] whose files appear together; [`verify`](mod@verify) and
+//! [`inspect`](mod@inspect) look at the result.
+
+pub mod cast;
+pub mod dtype;
+pub mod execute;
+pub mod file;
+pub mod file_names;
+pub mod inspect;
+pub mod job;
+pub mod plan;
+pub mod quantized;
+pub mod reader;
+pub mod selection;
+pub mod stage;
+pub mod state;
+pub mod verify;
+pub mod weights;
+pub mod workers;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,588 @@
+//! What a run will do, computed from headers alone: which tensor becomes what, why, how many bytes, in which file.
+
+pub mod layout;
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::path::PathBuf;
+
+use safetensors::Dtype;
+use serde_json::{Value, json};
+
+use self::layout::{Layout, OutputTensor};
+use super::dtype::{config_dtype, is_float, torch_name};
+use super::file_names::SINGLE_FILE;
+use super::quantized;
+use super::reader::header::{MAX_HEADER_LEN, TensorEntry};
+use super::reader::{CONV1D_KEY, Checkpoint, TensorRef};
+use super::selection::{self, SelectionOptions, TensorFacts, Treatment};
+use super::state::{self, State, packed_shape};
+use super::weights::{WeightSource, find_weights};
+use crate::error::{Error, Result};
+use crate::geometry::{BlockSize, NESTED_BLOCK_SIZE};
+
+/// Largest output file when none is asked for: that of the hub's own tools.
+pub const DEFAULT_SHARD_SIZE: u64 = 5_000_000_000;
+
+/// How to quantize.
+#[derive(Debug, Clone)]
+pub struct QuantizeOptions {
+    /// Values per scale.
+    pub blocksize: BlockSize,
+    /// Whether the scales are quantized too.
+    pub double_quant: bool,
+    /// The dtype that packed codes are stored as.
+    pub storage: Dtype,
+    /// The dtype that weights are taken in before they are quantized or kept; none for that of config.json.
+    pub dtype: Option<Dtype>,
+    /// Largest output file in bytes; one weight alone may exceed it.
+    pub max_shard_size: u64,
+    /// Which tensors.
+    pub selection: SelectionOptions,
+    /// Whether weights may hold NaN or infinities.
+    pub allow_nonfinite: bool,
+}
+
+/// What a plan is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Operation {
+    /// 16- or 32-bit weights become 4-bit ones.
+    Quantize,
+    /// 4-bit weights become 16- or 32-bit ones.
+    Dequantize,
+}
+
+/// What happens to one tensor (or one 4-bit weight with its state) of the source. Numbers are positions in the
+/// [`Layout`] of the shard.
+#[derive(Debug, Clone)]
+pub enum Action {
+    /// Bytes are copied.
+    Copy {
+        /// From where.
+        source: TensorRef,
+        /// To where.
+        output: usize,
+    },
+    /// A weight becomes 4-bit.
+    Quantize {
+        /// The weight.
+        source: TensorRef,
+        /// What its JSON will say; the offset is a placeholder.
+        state: State,
+        /// Whether the weight is transposed first.
+        transpose: bool,
+        /// Where its parts go.
+        outputs: WeightOutputs,
+    },
+    /// A 4-bit weight becomes 16- or 32-bit.
+    Dequantize {
+        /// Its parts.
+        source: WeightSource,
+        /// Whether the weight is transposed afterwards.
+        transpose: bool,
+        /// To where.
+        output: usize,
+    },
+}
+
+/// The places of a 4-bit weight's parts in a [`Layout`].
+#[derive(Debug, Clone)]
+pub struct WeightOutputs {
+    /// Packed codes.
+    pub packed: usize,
+    /// Scales.
+    pub absmax: usize,
+    /// The codebook.
+    pub quant_map: usize,
+    /// The scales' scales and codebook.
+    pub nested: Option<(usize, usize)>,
+    /// The JSON.
+    pub state: usize,
+}
+
+/// One file to write.
+#[derive(Debug)]
+pub struct ShardPlan {
+    /// Its name.
+    pub name: String,
+    /// The place of every tensor in it.
+    pub layout: Layout,
+    /// What to do, in the order of the source.
+    pub actions: Vec<Action>,
+}
+
+/// One line of the table that a reader sees.
+#[derive(Debug, Clone)]
+pub struct TensorPlan {
+    /// The tensor's name.
+    pub name: String,
+    /// Its shape, of the weight itself when it is 4-bit.
+    pub shape: Vec<usize>,
+    /// What it is.
+    pub from: String,
+    /// What it becomes: `nf4`, `fp4`, a dtype, or `keep`.
+    pub to: String,
+    /// Bytes before.
+    pub bytes_in: u64,
+    /// Bytes after.
+    pub bytes_out: u64,
+    /// Why.
+    pub reason: String,
+    /// The output file.
+    pub shard: usize,
+}
+
+/// What a run will do.
+#[derive(Debug)]
+pub struct Plan {
+    /// What it is for.
+    pub operation: Operation,
+    /// The source, open.
+    pub source: Checkpoint,
+    /// The files to write.
+    pub shards: Vec<ShardPlan>,
+    /// A line for each tensor or 4-bit weight.
+    pub tensors: Vec<TensorPlan>,
+    /// Remarks for the reader.
+    pub notes: Vec<String>,
+    /// The architecture that config.json names.
+    pub architecture: Option<String>,
+    /// Whether rules for it exist.
+    pub known_architecture: bool,
+    /// What `llm_int8_skip_modules` must say for a loader to convert exactly what is quantized here.
+    pub skip_modules: Option<Vec<String>>,
+    /// The dtype that the quantized model's other weights have: the one asked for, else that of config.json, else that
+    /// of most weights that become 4-bit. None when nothing is quantized.
+    pub model_dtype: Option<Dtype>,
+    /// Whether weights may hold NaN or infinities.
+    pub allow_nonfinite: bool,
+    /// The options as they came, for the record of an interrupted run.
+    pub options: Value,
+}
+
+/// The tensors that one source tensor turns into, before they have a place.
+struct Group {
+    outputs: Vec<OutputTensor>,
+    kind: Kind,
+    line: TensorPlan,
+}
+
+enum Kind {
+    Copy(TensorRef),
+    Quantize { source: TensorRef, state: State, transpose: bool },
+    Dequantize { source: WeightSource, transpose: bool },
+}
+
+impl Plan {
+    /// Plans the quantization of `source`. `config` is its config.json; without one tensors are chosen by shape.
+    pub fn quantize(
+        source: Checkpoint,
+        config: Option<&Value>,
+        options: &QuantizeOptions,
+        record: Value,
+    ) -> Result<Self> {
+        quantized::refuse(&source, config)?;
+        let facts: Vec<TensorFacts<'_>> = source.order.iter().map(|&at| source.facts(at)).collect();
+        let selection = selection::select(config, &facts, &options.selection)?;
+        let model_dtype = options.dtype.or_else(|| config_dtype(config));
+        let mut groups = Vec::with_capacity(source.order.len());
+        for (&at, decision) in source.order.iter().zip(&selection.decisions) {
+            let entry = source.tensor(at);
+            groups.push(match decision.treatment {
+                Treatment::Keep => {
+                    keep(&source, at, decision.reason.clone(), weight_dtype(entry, decision.float32, model_dtype))
+                }
+                Treatment::Quantize { quant_type, transpose } => {
+                    let mut shape = entry.shape.clone();
+                    if transpose {
+                        shape.reverse();
+                    }
+                    let state = State {
+                        quant_type,
+                        blocksize: options.blocksize,
+                        dtype: weight_dtype(entry, false, model_dtype),
+                        shape,
+                        nested_offset: options.double_quant.then_some(0.0),
+                    };
+                    let outputs = weight_outputs(&entry.name, &state, options.storage);
+                    let line = TensorPlan {
+                        name: entry.name.clone(),
+                        shape: entry.shape.clone(),
+                        from: entry.dtype.to_string(),
+                        to: quant_type.as_str().to_owned(),
+                        bytes_in: entry.len,
+                        bytes_out: outputs.iter().map(|o| o.len).sum(),
+                        reason: decision.reason.clone(),
+                        shard: 0,
+                    };
+                    Group { outputs, kind: Kind::Quantize { source: at, state, transpose }, line }
+                }
+            });
+        }
+        let mut notes = source.notes.clone();
+        notes.extend(selection.notes);
+        if !groups.iter().any(|g| matches!(g.kind, Kind::Quantize { .. })) {
+            return Err(Error::file(
+                &source.folder,
+                "has no weight to quantize: every tensor would be kept (see the reasons with --plan on another selection, or force one with a rule)",
+            ));
+        }
+        let metadata = quantized_metadata(&source, config, &groups);
+        let model_dtype = model_dtype.or_else(|| most_common_dtype(&groups));
+        let (shards, tensors) = pack(&source, groups, options.max_shard_size, metadata)?;
+        Ok(Self {
+            operation: Operation::Quantize,
+            shards,
+            tensors,
+            notes,
+            architecture: selection.architecture,
+            known_architecture: selection.known,
+            skip_modules: selection.skip_modules,
+            model_dtype,
+            allow_nonfinite: options.allow_nonfinite,
+            options: record,
+            source,
+        })
+    }
+
+    /// Plans the reverse: every 4-bit weight becomes `dtype`, or what it was before it was quantized.
+    pub fn dequantize(
+        source: Checkpoint,
+        config: Option<&Value>,
+        dtype: Option<Dtype>,
+        max_shard_size: u64,
+        record: Value,
+    ) -> Result<Self> {
+        let weights = find_weights(&source)?;
+        if weights.is_empty() {
+            return Err(Error::file(
+                &source.folder,
+                format!(
+                    "has no 4-bit weight: expected tensors named *{}nf4 or …fp4{}",
+                    state::STATE_INFIX,
+                    quantized::otherwise(&source, config)
+                ),
+            ));
+        }
+        let mut starts: BTreeMap<TensorRef, WeightSource> = BTreeMap::new();
+        let mut parts: HashSet<TensorRef> = HashSet::new();
+        for weight in weights {
+            parts.extend(&weight.parts);
+            starts.insert(weight.packed, weight);
+        }
+        let conv1d = source.conv1d_names();
+        let mut groups = Vec::with_capacity(source.order.len());
+        for &at in &source.order {
+            if let Some(weight) = starts.remove(&at) {
+                let to = dtype.unwrap_or(weight.state.dtype);
+                let transpose = match &conv1d {
+                    Some(names) => names.contains(&weight.name),
+                    None => selection::is_conv1d(config, &weight.name),
+                };
+                let mut shape = weight.state.shape.clone();
+                if transpose && shape.len() != 2 {
+                    return Err(Error::tensor(
+                        &source.file(at).path,
+                        &weight.name,
+                        format!("has the shape {shape:?}: expected two dimensions of the weight of a Conv1D"),
+                    ));
+                }
+                if transpose {
+                    shape.reverse();
+                }
+                let output = OutputTensor::fixed(weight.name.clone(), to, shape.clone());
+                let line = TensorPlan {
+                    name: weight.name.clone(),
+                    shape,
+                    from: weight.state.quant_type.as_str().to_owned(),
+                    to: to.to_string(),
+                    bytes_in: weight.parts.iter().map(|&p| source.tensor(p).len).sum(),
+                    bytes_out: output.len,
+                    reason: "4-bit weight".to_owned(),
+                    shard: 0,
+                };
+                groups.push(Group {
+                    outputs: vec![output],
+                    kind: Kind::Dequantize { source: weight, transpose },
+                    line,
+                });
+            } else if !parts.contains(&at) {
+                groups.push(keep(&source, at, "not quantized".to_owned(), source.tensor(at).dtype));
+            }
+        }
+        let mut metadata = source.metadata();
+        metadata.remove(CONV1D_KEY);
+        let (shards, tensors) = pack(&source, groups, max_shard_size, metadata)?;
+        Ok(Self {
+            operation: Operation::Dequantize,
+            shards,
+            tensors,
+            notes: source.notes.clone(),
+            architecture: config.and_then(|c| c["architectures"][0].as_str()).map(str::to_owned),
+            known_architecture: true,
+            skip_modules: None,
+            model_dtype: None,
+            allow_nonfinite: true,
+            options: record,
+            source,
+        })
+    }
+
+    /// Bytes of the output at most, copied files included.
+    pub fn bytes_out(&self) -> u64 {
+        self.shards.iter().map(|s| s.layout.max_len).sum::<u64>()
+            + self.source.small_files.iter().map(|f| f.1).sum::<u64>()
+    }
+
+    /// Bytes of tensors to read.
+    pub fn bytes_in(&self) -> u64 {
+        self.tensors.iter().map(|t| t.bytes_in).sum()
+    }
+
+    /// Whether the output needs an index.
+    pub fn sharded(&self) -> bool {
+        self.shards.len() > 1
+    }
+
+    /// The plan for programs.
+    pub fn to_json(&self) -> Value {
+        let weights: u64 = self.tensors.iter().map(TensorPlan::elements).sum();
+        let changed: Vec<&TensorPlan> = self.tensors.iter().filter(|t| t.to != "keep").collect();
+        let bytes_in: u64 = self.bytes_in();
+        let bytes_out: u64 = self.tensors.iter().map(|t| t.bytes_out).sum();
+        let path = |p: &PathBuf| p.to_string_lossy().into_owned();
+        json!({
+            "operation": match self.operation { Operation::Quantize => "quantize", Operation::Dequantize => "dequantize" },
+            "source": path(&self.source.folder),
+            "architecture": self.architecture,
+            "known_architecture": self.known_architecture,
+            "notes": self.notes,
+            "tensors": self.tensors.iter().map(|t| json!({
+                "name": t.name, "shape": t.shape, "from": t.from, "to": t.to, "bytes_in": t.bytes_in,
+                "bytes_out": t.bytes_out, "reason": t.reason, "shard": self.shards[t.shard].name,
+            })).collect::<Vec<_>>(),
+            "shards": self.shards.iter().map(|s| json!({
+                "file": s.name, "bytes": s.layout.max_len, "tensors": s.layout.tensors.len(),
+            })).collect::<Vec<_>>(),
+            "copies": self.source.small_files.iter().map(|(p, n)| json!({"file": path(p), "bytes": n})).collect::<Vec<_>>(),
+            "left_out": self.source.left_out.iter().map(|(p, why)| json!({"file": path(p), "reason": why})).collect::<Vec<_>>(),
+            "skip_modules": self.skip_modules,
+            "model_dtype": self.model_dtype.and_then(torch_name),
+            "totals": {
+                "tensors": self.tensors.len(),
+                "quantized_tensors": changed.len(),
+                "weights": weights,
+                "quantized_weights": changed.iter().map(|t| t.elements()).sum::<u64>(),
+                "bytes_in": bytes_in,
+                "bytes_out": bytes_out,
+                "bits_per_weight": if weights == 0 { 0.0 } else { bytes_out as f64 * 8.0 / weights as f64 },
+            },
+        })
+    }
+}
+
+impl TensorPlan {
+    fn elements(&self) -> u64 {
+        self.shape.iter().map(|&d| d as u64).product()
+    }
+}
+
+/// The dtype that most of the weights to quantize are taken in, counted by elements; of equals the first.
+fn most_common_dtype(groups: &[Group]) -> Option<Dtype> {
+    let mut counts: Vec<(Dtype, u64)> = Vec::new();
+    for group in groups {
+        let Kind::Quantize { state, .. } = &group.kind else { continue };
+        match counts.iter_mut().find(|(dtype, _)| *dtype == state.dtype) {
+            Some((_, count)) => *count += group.line.elements(),
+            None => counts.push((state.dtype, group.line.elements())),
+        }
+    }
+    counts.into_iter().rev().max_by_key(|(_, count)| *count).map(|(dtype, _)| dtype)
+}
+
+/// The dtype that a loader which does not know of quantization would give a tensor, and which it must be stored in
+/// since loaders take the weights of a quantized checkpoint as they are: the model's for weights and biases, float32
+/// instead of float16 where the architecture computes in float32. Other tensors (buffers, tables, and parameters that
+/// models make in a dtype of their own, such as `A_log`) stay as they are.
+fn weight_dtype(entry: &TensorEntry, float32: bool, model: Option<Dtype>) -> Dtype {
+    let named = [".weight", ".bias"].iter().any(|end| entry.name.ends_with(end));
+    let dtype = match model {
+        Some(model) if named && is_float(entry.dtype) => model,
+        _ => entry.dtype,
+    };
+    if float32 && dtype == Dtype::F16 { Dtype::F32 } else { dtype }
+}
+
+fn keep(source: &Checkpoint, at: TensorRef, mut reason: String, dtype: Dtype) -> Group {
+    let entry = source.tensor(at);
+    let output = OutputTensor::fixed(entry.name.clone(), dtype, entry.shape.clone());
+    if dtype != entry.dtype {
+        let name = |d| torch_name(d).unwrap_or("another dtype");
+        reason = format!("{reason}; {} becomes {}", name(entry.dtype), name(dtype));
+    }
+    let line = TensorPlan {
+        name: entry.name.clone(),
+        shape: entry.shape.clone(),
+        from: entry.dtype.to_string(),
+        to: "keep".to_owned(),
+        bytes_in: entry.len,
+        bytes_out: output.len,
+        reason,
+        shard: 0,
+    };
+    Group { outputs: vec![output], kind: Kind::Copy(at), line }
+}
+
+/// The tensors of one 4-bit weight, in the order that [`pack`] gives them back in: codes, scales, codebook, JSON, then
+/// the scales' scales and codebook.
+fn weight_outputs(name: &str, state: &State, storage: Dtype) -> Vec<OutputTensor> {
+    let n = state.elements();
+    let scales = state.blocksize.absmax_len(n);
+    let nested = state.nested_offset.is_some();
+    let scale_dtype = if nested { Dtype::U8 } else { Dtype::F32 };
+    let mut outputs = vec![
+        OutputTensor::fixed(name.to_owned(), storage, packed_shape(n, storage).to_vec()),
+        OutputTensor::fixed(format!("{name}{}", state::ABSMAX), scale_dtype, vec![scales]),
+        OutputTensor::fixed(format!("{name}{}", state::QUANT_MAP), Dtype::F32, vec![16]),
+        OutputTensor::text(format!("{name}{}{}", state::STATE_INFIX, state.quant_type.as_str()), state.max_json_len()),
+    ];
+    if nested {
+        let blocks = scales.div_ceil(NESTED_BLOCK_SIZE);
+        outputs.push(OutputTensor::fixed(format!("{name}{}", state::NESTED_ABSMAX), Dtype::F32, vec![blocks]));
+        outputs.push(OutputTensor::fixed(format!("{name}{}", state::NESTED_QUANT_MAP), Dtype::F32, vec![256]));
+    }
+    outputs
+}
+
+/// The metadata of the output: that of the source, and which weights were transposed where whoever restores them could
+/// not tell from config.json.
+fn quantized_metadata(source: &Checkpoint, config: Option<&Value>, groups: &[Group]) -> BTreeMap<String, String> {
+    let mut metadata = source.metadata();
+    let weights: Vec<(&str, bool)> = groups
+        .iter()
+        .filter_map(|group| match group.kind {
+            Kind::Quantize { transpose, .. } => Some((group.line.name.as_str(), transpose)),
+            _ => None,
+        })
+        .collect();
+    let config_tells = selection::conv1d_of(config);
+    if weights.iter().any(|(name, transpose)| config_tells(name) != *transpose) {
+        let names: Vec<&str> = weights.iter().filter(|(_, transpose)| *transpose).map(|(name, _)| *name).collect();
+        metadata.insert(CONV1D_KEY.to_owned(), json!(names).to_string());
+    }
+    metadata
+}
+
+/// A bound of the bytes that an entry of this name takes in a header, but for its shape: the name, each byte of which
+/// JSON may spell in six, and its dtype and offsets.
+fn header_room(name: &str) -> u64 {
+    let escaped: usize = name
+        .bytes()
+        .map(|b| {
+            if b < 0x20 || b == 0x7f {
+                6
+            } else if b == b'"' || b == b'\\' {
+                2
+            } else {
+                1
+            }
+        })
+        .sum();
+    escaped as u64 + 100
+}
+
+/// Fails when two tensors of the output have one name.
+fn refuse_duplicates(source: &Checkpoint, groups: &[Group]) -> Result<()> {
+    let mut owners: HashMap<&str, &str> = HashMap::new();
+    for group in groups {
+        for output in &group.outputs {
+            if let Some(other) = owners.insert(&output.name, &group.line.name) {
+                let weight = if other == output.name { &group.line.name } else { other };
+                return Err(Error::tensor(
+                    &source.folder,
+                    &output.name,
+                    format!(
+                        "would stand twice in the output: it has the name of a part of the 4-bit weight {weight:?}"
+                    ),
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Deals groups out to files of at most `max_shard_size` bytes, in order; a weight and its state stay together.
+fn pack(
+    source: &Checkpoint,
+    groups: Vec<Group>,
+    max_shard_size: u64,
+    mut metadata: BTreeMap<String, String>,
+) -> Result<(Vec<ShardPlan>, Vec<TensorPlan>)> {
+    refuse_duplicates(source, &groups)?;
+    // transformers asks for it and writes it itself.
+    metadata.entry("format".to_owned()).or_insert_with(|| "pt".to_owned());
+    let metadata_len: u64 = metadata.iter().map(|(k, v)| header_room(k) + header_room(v)).sum();
+    let mut bins: Vec<Vec<Group>> = Vec::new();
+    let (mut filled, mut header) = (0, 0);
+    for group in groups {
+        let len = group.line.bytes_out;
+        let room: u64 = group.outputs.iter().map(|o| header_room(&o.name) + 24 * o.shape.len() as u64).sum();
+        // A 4-bit weight has six entries in a header where the weight itself had one.
+        let full = filled > 0 && filled + len > max_shard_size || header + room > MAX_HEADER_LEN;
+        if bins.last().is_none_or(|bin| full && !bin.is_empty()) {
+            bins.push(Vec::new());
+            (filled, header) = (0, metadata_len);
+        }
+        filled += len;
+        header += room;
+        if let Some(bin) = bins.last_mut() {
+            bin.push(group);
+        }
+    }
+    let count = bins.len();
+    let mut shards = Vec::with_capacity(count);
+    let mut lines = Vec::new();
+    for (number, bin) in bins.into_iter().enumerate() {
+        let outputs: Vec<OutputTensor> = bin.iter().flat_map(|g| g.outputs.iter().cloned()).collect();
+        let layout = Layout::new(outputs, metadata.clone());
+        if layout.header_len > MAX_HEADER_LEN {
+            return Err(Error::file(
+                &source.folder,
+                format!(
+                    "has so long names or so much metadata that a header of the output would have {} bytes: \
+                     safetensors allows {MAX_HEADER_LEN}",
+                    layout.header_len
+                ),
+            ));
+        }
+        let place = |o: &OutputTensor| layout.index(o).expect("a layout holds what it was made of");
+        let mut actions = Vec::with_capacity(bin.len());
+        for mut group in bin {
+            let at: Vec<usize> = group.outputs.iter().map(place).collect();
+            actions.push(match group.kind {
+                Kind::Copy(source) => Action::Copy { source, output: at[0] },
+                Kind::Dequantize { source, transpose } => Action::Dequantize { source, transpose, output: at[0] },
+                Kind::Quantize { source, state, transpose } => Action::Quantize {
+                    source,
+                    transpose,
+                    outputs: WeightOutputs {
+                        packed: at[0],
+                        absmax: at[1],
+                        quant_map: at[2],
+                        state: at[3],
+                        nested: state.nested_offset.map(|_| (at[4], at[5])),
+                    },
+                    state,
+                },
+            });
+            group.line.shard = number;
+            lines.push(group.line);
+        }
+        let name = if count == 1 {
+            SINGLE_FILE.to_owned()
+        } else {
+            format!("model-{:05}-of-{count:05}.safetensors", number + 1)
+        };
+        shards.push(ShardPlan { name, layout, actions });
+    }
+    Ok((shards, lines))
+}

@@ -1,0 +1,216 @@
+//! Sources that cannot be quantized as they are: quantized already, in whatever way, or no model but an adapter.
+//!
+//! `config.json` may say so, and where it does not (people delete `quantization_config` to get past a loader) the
+//! tensors still do: by what stands beside a weight, and by the weight's own dtype.
+
+use safetensors::Dtype;
+use serde_json::Value;
+
+use super::dtype::is_float;
+use super::file_names::CONFIG_FILE;
+use super::reader::{ADAPTER, Checkpoint};
+use super::state;
+use crate::error::{Error, Result};
+
+const BITSANDBYTES: &str = "bitsandbytes, 4-bit";
+
+/// Ends of the names of what stands beside a quantized weight and nowhere else, and whose they are.
+const COMPANIONS: &[(&str, &str)] = &[
+    (state::ABSMAX, BITSANDBYTES),
+    (state::QUANT_MAP, BITSANDBYTES),
+    (state::NESTED_ABSMAX, BITSANDBYTES),
+    (".SCB", "LLM.int8(), 8-bit"),
+    (".weight_format", "LLM.int8(), 8-bit"),
+    ("_scale_inv", "FP8 with scales of blocks"),
+    ("weight_scale", "FP8, int8 or FP4 with scales"),
+    ("weight_scale_2", "FP4 with scales"),
+    ("weight_scales", "int8 with scales"),
+    ("weight_global_scale", "compressed-tensors"),
+    ("weight_packed", "compressed-tensors"),
+    ("weight_zero_point", "compressed-tensors"),
+    (".qweight", "GPTQ or AWQ"),
+    (".qzeros", "GPTQ or AWQ"),
+    (".g_idx", "GPTQ"),
+    (".dqweight", "FP-Quant"),
+    (".W_q", "HQQ"),
+    (".Qidxs", "QuIP#"),
+    (".weight._data", "quanto"),
+    (".weight._scale", "quanto"),
+    ("weight_qdata", "torchao"),
+    (":qdata", "torchao"),
+];
+
+/// Pairs of names in one module: the first, when its tensor holds integers, belongs to a quantized weight.
+const PAIRS: &[(&str, &str, &str)] = &[
+    ("_blocks", "_scales", "MXFP4"),
+    (".codes", ".codebooks", "AQLM"),
+    (".indices", ".centroids", "VPTQ"),
+    (".weight", ".scales", "MLX or EETQ"),
+];
+
+/// An error when the source cannot be quantized.
+pub fn refuse(source: &Checkpoint, config: Option<&Value>) -> Result<()> {
+    let method = config.and_then(|c| c.get("quantization_config")).filter(|q| !q.is_null());
+    if let Some(quantization) = method {
+        let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("unnamed");
+        return Err(Error::file(
+            source.folder.join(CONFIG_FILE),
+            format!(
+                "has a quantization_config (method {method:?}): expected a checkpoint that is not quantized yet; `halfbyte dequantize` undoes a 4-bit one"
+            ),
+        ));
+    }
+    refuse_adapter(source)?;
+    for &at in &source.order {
+        let tensor = source.tensor(at);
+        let problem = if let Some(method) = companion(source, &tensor.name, tensor.dtype) {
+            if method == BITSANDBYTES {
+                "belongs to a weight that is 4-bit already: expected a checkpoint that is not quantized yet; \
+                 `halfbyte dequantize` undoes it"
+                    .to_owned()
+            } else {
+                format!(
+                    "belongs to a weight that is quantized already ({method}): expected a checkpoint that is not; \
+                     start from the original model"
+                )
+            }
+        } else if tensor.shape.len() >= 2 && is_quantized_weight(&tensor.name, tensor.dtype) {
+            format!(
+                "is a weight in {}, quantized already or cut to 8 bits: expected F16, BF16 or F32; \
+                 start from the original, or write it in 16 bits first",
+                tensor.dtype
+            )
+        } else {
+            continue;
+        };
+        return Err(Error::tensor(&source.file(at).path, &tensor.name, problem));
+    }
+    Ok(())
+}
+
+/// What a source without 4-bit weights is instead, to be added to a message; nothing where it is not quantized at all.
+pub fn otherwise(source: &Checkpoint, config: Option<&Value>) -> String {
+    let eight_bit = config.and_then(|c| c.get("quantization_config")?.get("load_in_8bit")?.as_bool()) == Some(true);
+    let found = source.order.iter().map(|&at| source.tensor(at)).find_map(|t| {
+        companion(source, &t.name, t.dtype).map(|method| format!("; {:?} belongs to a weight of {method}", t.name))
+    });
+    match found {
+        Some(found) => format!("{found}, which dequantize does not undo: start from the original model"),
+        None if eight_bit => {
+            "; config.json says 8 bits (LLM.int8()), which dequantize does not undo: start from the original model"
+                .into()
+        }
+        None => String::new(),
+    }
+}
+
+/// The method whose weight a tensor stands beside.
+fn companion(source: &Checkpoint, name: &str, dtype: Dtype) -> Option<&'static str> {
+    if name.contains(state::STATE_INFIX) {
+        return Some(BITSANDBYTES);
+    }
+    // A dense weight may have a companion of its own under such a name; where it is in the way, another error says so.
+    let is_dense = |end: &str| {
+        let weight = name.strip_suffix(end).and_then(|weight| source.find(weight));
+        weight.is_some_and(|at| is_float(source.tensor(at).dtype))
+    };
+    let known =
+        COMPANIONS.iter().find(|(end, method)| name.ends_with(end) && !(*method == BITSANDBYTES && is_dense(end)));
+    known.map(|(_, method)| *method).or_else(|| {
+        PAIRS.iter().find_map(|(end, other, method)| {
+            let module = name.strip_suffix(end).filter(|_| is_packed(dtype))?;
+            source.find(&format!("{module}{other}")).map(|_| *method)
+        })
+    })
+}
+
+/// Whether this is the weight of a layer in a dtype that weights have after quantization only. Buffers of integers
+/// (tables of positions, masks) are not called `weight`, or have 64 bits.
+fn is_quantized_weight(name: &str, dtype: Dtype) -> bool {
+    let leaf = name.rsplit('.').next().unwrap_or(name);
+    let is_weight = leaf == "weight" || leaf.ends_with("_proj") || leaf.ends_with("_weight");
+    is_weight && (is_packed(dtype) || is_eight_bit_float(dtype))
+}
+
+fn is_packed(dtype: Dtype) -> bool {
+    matches!(dtype, Dtype::I8 | Dtype::U8 | Dtype::I16 | Dtype::U16 | Dtype::I32 | Dtype::U32)
+}
+
+fn is_eight_bit_float(dtype: Dtype) -> bool {
+    !is_float(dtype) && dtype.bitsize() <= 8 && !is_packed(dtype) && dtype != Dtype::BOOL
+}
+
+/// An error when the tensors are those of an adapter: small matrices that mean something beside their model only.
+fn refuse_adapter(source: &Checkpoint) -> Result<()> {
+    let mut names = source.order.iter().map(|&at| source.tensor(at).name.as_str());
+    if !names.all(is_adapter) {
+        return Ok(());
+    }
+    let path = source.files.first().map_or(source.folder.as_path(), |file| file.path.as_path());
+    Err(Error::file(path, ADAPTER))
+}
+
+/// Whether a tensor's name is one that PEFT, diffusers or kohya's scripts give to a part of an adapter.
+fn is_adapter(name: &str) -> bool {
+    const STARTS: [&str; 12] = [
+        "lora_",
+        "lokr_",
+        "loha_",
+        "hada_",
+        "ia3_",
+        "oft_",
+        "boft_",
+        "vera_",
+        "dora_",
+        "adalora_",
+        "randlora_",
+        "fourierft_",
+    ];
+    name.starts_with("base_model.model.")
+        || name.ends_with(".alpha")
+        || name.split('.').any(|part| STARTS.iter().any(|start| part.starts_with(start)))
+        || name.contains(".prompt_encoder.")
+        || name == "prompt_embeddings"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn adapters_are_known_by_their_names() {
+        for name in [
+            "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+            "unet.down_blocks.0.attn1.to_q.lora_B.weight",
+            "lora_unet_down_blocks_0_attn1_to_q.lora_down.weight",
+            "lora_unet_down_blocks_0_attn1_to_q.alpha",
+            "transformer.h.0.attn.c_attn.lokr_w1",
+            "prompt_embeddings",
+        ] {
+            assert!(is_adapter(name), "{name}");
+        }
+        for name in ["model.layers.0.self_attn.q_proj.weight", "flora.weight", "model.alpha_proj.weight"] {
+            assert!(!is_adapter(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn weights_of_quantized_layers_are_known_by_their_dtype() {
+        for (name, dtype, expected) in [
+            ("a.q_proj.weight", Dtype::F8_E4M3, true),
+            ("a.q_proj.weight", Dtype::F8_E5M2, true),
+            ("a.q_proj.weight", Dtype::I8, true),
+            ("a.q_proj.weight", Dtype::U8, true),
+            ("a.q_proj.weight", Dtype::U32, true),
+            ("a.experts.gate_up_proj", Dtype::F8_E4M3, true),
+            ("a.experts.gate_up_proj", Dtype::I8, true),
+            ("a.q_proj.weight", Dtype::BF16, false),
+            ("steps.weight", Dtype::I64, false),
+            ("a.position_ids", Dtype::I32, false),
+            ("a.mask", Dtype::BOOL, false),
+            ("a.relative_position_index", Dtype::U8, false),
+        ] {
+            assert_eq!(is_quantized_weight(name, dtype), expected, "{name} {dtype}");
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! Rows to 8 bits and back: the arithmetic of [`halfbyte::quant::int8_rowwise`], bit for bit.
+
+use halfbyte::dtype::DType;
+use halfbyte::error::{Error, Result};
+use halfbyte::geometry::element_count;
+
+use super::driver::{Device, Kernel, Stream};
+use super::launch::{Variant, parameters};
+use super::memory::Memory;
+use super::ptx::Module;
+
+// Of kernels/rows.cu.
+const THREADS: u32 = 256;
+const WARPS: u64 = 8;
+const WARP_ROW: usize = 1024;
+const TILE_BYTES: u64 = 16384;
+/// Blocks of threads for each multiprocessor: as many as it takes at once.
+const RESIDENT: u64 = 8;
+
+const fn kernel(name: &'static str) -> Kernel {
+    Kernel { module: Module::Rows, name, threads: THREADS, large_shared: false }
+}
+
+fn check(values: &Memory, codes: &Memory, scales: &Memory, rows: usize, columns: usize) -> Result<usize> {
+    let n = element_count(&[rows, columns])
+        .filter(|&n| i64::try_from(n).is_ok())
+        .ok_or_else(|| Error::argument("rows", format!("{rows} x {columns}"), "less than 2^63 elements"))?;
+    values.of(&DType::FLOATS)?.long(n, "rows x columns")?;
+    codes.of(&[DType::I8])?.long(n, "rows x columns")?;
+    scales.of(&[DType::F32])?.long(rows, "one scale per row")?;
+    Ok(n)
+}
+
+/// Quantizes each row of `input`, `[rows][columns]`, by its largest magnitude: [`halfbyte::quant::int8_rowwise::quantize_rows`].
+///
+/// # Errors
+/// [`Error::Argument`] for a dtype or a length that does not fit; [`Error::Cuda`] when the launch fails.
+///
+/// # Safety
+/// The memory is of this device, stays valid until the kernel has ended on `stream`, and is not written by others; `codes`
+/// and `scales` are neither read nor written by others, and share nothing with each other or with `input`. The stream is of
+/// this device.
+#[allow(clippy::too_many_arguments)] // what the kernel needs, each with a type of its own
+pub unsafe fn quantize_rows(
+    device: &Device,
+    stream: Stream,
+    input: &Memory,
+    codes: &Memory,
+    scales: &Memory,
+    rows: usize,
+    columns: usize,
+    variant: Variant,
+) -> Result<()> {
+    check(input, codes, scales, rows, columns)?;
+    let kernel = kernel(match (variant, input.dtype()) {
+        (Variant::Fast, DType::Bf16) => "quantize_rows_bf16",
+        (Variant::Fast, DType::F16) => "quantize_rows_f16",
+        (Variant::Fast, _) => "quantize_rows_f32",
+        (Variant::Reference, DType::Bf16) => "quantize_rows_reference_bf16",
+        (Variant::Reference, DType::F16) => "quantize_rows_reference_f16",
+        (Variant::Reference, _) => "quantize_rows_reference_f32",
+    });
+    let resident = u64::from(device.multiprocessors()) * RESIDENT;
+    let blocks = match variant {
+        Variant::Fast if columns <= WARP_ROW => (rows as u64).div_ceil(WARPS).min(resident),
+        Variant::Fast => (rows as u64).min(resident),
+        Variant::Reference => (rows as u64).div_ceil(u64::from(THREADS)),
+    };
+    let (input, codes, scales) = (input.address(), codes.address(), scales.address());
+    let (rows, columns) = (rows as i64, columns as i64);
+    // SAFETY: the kernel's parameters in its order; lengths were checked, the rest is the caller's.
+    unsafe { device.launch(stream, &kernel, blocks, 0, parameters![input, codes, scales, rows, columns]) }
+}
+
+/// Reads rows back: [`halfbyte::quant::int8_rowwise::dequantize_rows`].
+///
+/// # Errors
+/// As [`quantize_rows`].
+///
+/// # Safety
+/// As [`quantize_rows`], the output being `out`.
+#[allow(clippy::too_many_arguments)] // what the kernel needs, each with a type of its own
+pub unsafe fn dequantize_rows(
+    device: &Device,
+    stream: Stream,
+    codes: &Memory,
+    scales: &Memory,
+    out: &Memory,
+    rows: usize,
+    columns: usize,
+    variant: Variant,
+) -> Result<()> {
+    let n = check(out, codes, scales, rows, columns)? as u64;
+    let kernel = kernel(match (variant, out.dtype()) {
+        (Variant::Fast, DType::Bf16) => "dequantize_rows_bf16",
+        (Variant::Fast, DType::F16) => "dequantize_rows_f16",
+        (Variant::Fast, _) => "dequantize_rows_f32",
+        (Variant::Reference, DType::Bf16) => "dequantize_rows_reference_bf16",
+        (Variant::Reference, DType::F16) => "dequantize_rows_reference_f16",
+        (Variant::Reference, _) => "dequantize_rows_reference_f32",
+    });
+    let blocks = match variant {
+        Variant::Fast => n.div_ceil(TILE_BYTES / out.dtype().size() as u64),
+        Variant::Reference => n.div_ceil(u64::from(THREADS)),
+    };
+    let (codes, scales, out) = (codes.address(), scales.address(), out.address());
+    let (n, columns) = (n as i64, columns as i64);
+    // SAFETY: the kernel's parameters in its order; lengths were checked, the rest is the caller's.
+    unsafe { device.launch(stream, &kernel, blocks, 0, parameters![codes, scales, out, n, columns]) }
+}

@@ -1,0 +1,36 @@
+//! The kernels of `kernels/` on NVIDIA GPUs: launched on a stream of the caller's, in memory of the caller's.
+//!
+//! Nothing here allocates on the device, waits for it, or touches another stream. A launcher checks what numbers can be
+//! checked, picks the kernel, and gives the launch to [`driver`], the only file that knows the driver's library.
+
+mod blockwise4;
+mod blockwise8;
+mod capability;
+mod decode;
+mod dequantize_absmax;
+pub mod driver;
+mod embedding;
+mod gemv;
+mod int8_rowwise;
+mod launch;
+mod memory;
+mod product;
+pub mod ptx;
+mod quantize_absmax;
+
+pub use blockwise4::{dequantize, quantize, quantize_nested};
+pub use blockwise8::{dequantize_8bit, quantize_8bit};
+pub use capability::Capability;
+pub use decode::rows_at_once;
+pub use dequantize_absmax::dequantize_absmax;
+pub use driver::{Device, Stream};
+pub use embedding::{Table, embedding};
+pub use gemv::{Gemv, gemv};
+pub use int8_rowwise::{dequantize_rows, quantize_rows};
+pub use launch::Variant;
+pub use memory::{Memory, Scales};
+pub use product::{Choice, Product, product};
+pub use quantize_absmax::{QuantizedAbsmax, quantize_absmax, quantize_absmax_workspace};
+
+#[cfg(test)]
+mod tests;

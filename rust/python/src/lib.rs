@@ -1,0 +1,33 @@
+//! The extension module `halfbyte._native`: converts, validates, adds context, calls.
+
+mod buffer;
+mod c_abi;
+mod checkpoint;
+#[cfg(feature = "cuda")]
+mod cuda;
+#[cfg(feature = "cuda")]
+mod cuda_linear;
+mod error;
+mod gemm;
+mod int8_rowwise;
+mod openmp;
+mod quant;
+mod selection;
+mod threads;
+
+use pyo3::prelude::*;
+
+/// The compiled core of halfbyte.
+#[pymodule]
+fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    quant::register(m)?;
+    #[cfg(feature = "cuda")]
+    cuda::register(m)?;
+    #[cfg(feature = "cuda")]
+    m.add_class::<cuda_linear::CudaLinear>()?;
+    checkpoint::register(m)?;
+    gemm::register(m)?;
+    int8_rowwise::register(m)?;
+    selection::register(m)
+}
