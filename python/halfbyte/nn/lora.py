@@ -167,7 +167,7 @@ def _products(
     y = _forward(cast, packed, absmax, absmax2, offset, bias, *call.weight)
     dtype, low = x.dtype, call.low
     summed = _sum_dtype(cast.dtype, dtype)
-    total = _rows(y)
+    rows = total = _rows(y)
     shared = None
     kept = []
     for i, scaling in enumerate(call.scalings):
@@ -185,7 +185,11 @@ def _products(
         h = _product(given, A.t())
         total = _add_product(total, h, B.t(), scaling, summed)
         kept += [given, A, B, h]
-    return _to(total, dtype).view(y.shape), kept
+    if total is rows:
+        return _to(y, dtype), kept
+    total = _to(total, dtype)
+    # Not a view to autograd, since those that autograd.Function returns must not be changed in place.
+    return total if y.dim() == 2 else _unsafe_view(total, y.shape), kept
 
 
 class _LoraLinear4bit(torch.autograd.Function):
@@ -251,6 +255,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad_x, None, None, None, None, None, None, grad_bias, *grads
 
 
+_unsafe_view = torch.ops.aten._unsafe_view.default
 _once = once_differentiable(_gradients)
 
 
