@@ -38,7 +38,7 @@ unexport PYTHONHOME
 
 rust_files := Cargo.toml Cargo.lock pyproject.toml $(shell find rust -name '*.rs' 2>/dev/null) $(wildcard kernels/ptx/*.ptx)
 
-.PHONY: help demo test setup-demo setup-test develop rust-toolchain lint fmt typecheck stubtest cargo-test pytest bench bench-cuda ptx ptx-check kernels-host clean
+.PHONY: help demo test test-matrix setup-demo setup-test develop rust-toolchain lint fmt typecheck stubtest cargo-test pytest bench bench-cuda ptx ptx-check kernels-host clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / && !seen[$$1]++ { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -150,6 +150,22 @@ cargo-test: rust-toolchain ## the Rust tests, without Python
 pytest: setup-test develop ## the Python tests
 	$(py) -m pytest $(ARGS)
 
+# An environment for each set of releases, over the packages of VENV: only what differs is installed, torch is not. pip
+# says that packages which these scenarios do not use with that set, such as TRL with the oldest, do not fit it.
+.matrix/%/.made: requirements/matrix-%.txt
+	rm -rf .matrix/$*
+	.ci/make-venv $(py) .matrix/$*
+	@base=$$($(py) -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	echo "import site; site.addsitedir('$$base')" >"$$(.matrix/$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	.matrix/$*/bin/python -m pip install --quiet --disable-pip-version-check --retries 10 -r $<
+	@touch $@
+
+test-matrix: setup-test develop .matrix/oldest/.made .matrix/newest/.made ## the scenarios of tests/interop with the oldest and the newest releases
+	@for set in oldest newest; do \
+	    echo "== $$set: $$(grep -v '^#' requirements/matrix-$$set.txt | tr '\n' ' ')"; \
+	    .matrix/$$set/bin/python -m pytest tests/interop $(ARGS) || failed="$$failed $$set"; \
+	done; test -z "$$failed" || { echo "error: failed with the releases of:$$failed" >&2; exit 1; }
+
 bench: setup-test develop ## the benches, as tables; minutes, on a quiet machine (benches/RESULTS.md)
 	$(py) benches/blockwise_cpu.py $(ARGS)
 	$(py) benches/linear_cpu.py $(ARGS)
@@ -166,8 +182,8 @@ bench-cuda: setup-test develop ## the benches that need a GPU
 	$(py) benches/load.py --device cuda
 	$(py) benches/qlora.py --device cuda
 
-clean: ## remove what was built and cached, and .venv
+clean: ## remove what was built and cached, .venv and .matrix
 	cargo clean --quiet || rm -rf target
 	rm -rf .cache dist .pytest_cache .hypothesis .mypy_cache .ruff_cache python/halfbyte/*.so
 	find python tests benches examples -name __pycache__ -type d -prune -exec rm -rf {} +
-	rm -rf .venv
+	rm -rf .venv .matrix

@@ -73,6 +73,7 @@ MODULES = (
     Module("rows", 75, (75,)),
     Module("rows", 80, (80, 86, 89, 90, 100, 120)),
     Module("product", 75, (75, 80, 86, 89, 90, 100, 120)),
+    Module("gemv", 75, (75, 80, 86, 89, 90, 100, 120)),
     # mma.m16n8k16 of bfloat16.
     Module("decode", 80, (80, 86, 89, 90, 100, 120)),
     # Takes more shared memory than others have.

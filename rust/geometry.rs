@@ -52,6 +52,26 @@ pub fn packed_len(n: usize) -> usize {
     n.div_ceil(2)
 }
 
+/// Of `n` rows of `k` 4-bit codes that begin `stride` bytes apart: all bytes, and the scales of all blocks, which run on
+/// across the rows.
+///
+/// # Errors
+/// [`Error::Argument`] when a row does not fit in `stride`, or the rows do not fit in memory.
+pub fn strided_lengths(n: usize, k: usize, stride: usize, blocksize: BlockSize) -> Result<(usize, usize)> {
+    let row = packed_len(k);
+    if stride < row {
+        return Err(Error::argument("stride", stride, format!("at least {row} bytes, for a row of {k} codes")));
+    }
+    let Some(before) = n.checked_sub(1) else {
+        return Ok((0, 0));
+    };
+    let bytes = before.checked_mul(stride).and_then(|bytes| bytes.checked_add(row));
+    let Some(bytes) = bytes.filter(|&bytes| bytes <= usize::MAX / 4) else {
+        return Err(Error::argument("n", n, format!("rows of {stride} bytes that fit in memory")));
+    };
+    Ok((bytes, blocksize.absmax_len(before * stride * 2 + k)))
+}
+
 /// The number of elements of a shape, or `None` when it does not fit in `usize`. The empty shape has one.
 pub fn element_count(shape: &[usize]) -> Option<usize> {
     shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d))

@@ -3,7 +3,9 @@
 //! `offset = mean(absmax)`; then `absmax - offset` is quantized in blocks of 256 with the dynamic map. To read:
 //! `map[code] * absmax2[block] + offset`, a float32 product and then a float32 sum.
 
-use crate::blockwise::{ByteMap, check_length, dequantize_8bit, quantize_8bit};
+use rayon::prelude::*;
+
+use crate::blockwise::{ByteMap, check_length, dequantize_8bit, quantize_block};
 use crate::codebook::dynamic_map;
 use crate::error::Result;
 use crate::geometry::{BlockSize, NESTED_BLOCK_SIZE};
@@ -19,28 +21,45 @@ pub struct Nested {
     pub offset: f32,
 }
 
-/// Quantizes scales to 8 bits. Of no scales at all, the offset is 0.
+/// Scales per parallel task, a multiple of [`NESTED_BLOCK_SIZE`]: some 50 microseconds of work. Up to so many are worked
+/// on by the calling thread alone.
+const TASK: usize = 1 << 13;
+
+/// Quantizes scales to 8 bits, on the calling thread alone. Of no scales at all, the offset is 0.
 ///
 /// Scales that are not finite make the offset, and with it every scale that is read back, not finite.
 pub fn compress(absmax: &[f32]) -> Nested {
     let mut nested = Nested {
         codes: vec![0; absmax.len()],
         absmax: vec![0.0; BlockSize::NESTED.absmax_len(absmax.len())],
-        offset: 0.0,
+        offset: mean(absmax),
     };
-    nested.offset =
-        compress_into(absmax, &mut nested.codes, &mut nested.absmax).expect("lengths agree by construction");
+    compress_task(absmax, nested.offset, &mut nested.codes, &mut nested.absmax);
     nested
 }
 
-/// [`compress`] into memory of the caller's; gives the offset.
+/// [`compress`] into memory of the caller's, on rayon's current threads; gives the offset.
 ///
 /// # Errors
 /// [`crate::Error::Argument`] unless `codes` has the length of `absmax` and `absmax2` one scale per 256 codes.
 pub fn compress_into(absmax: &[f32], codes: &mut [u8], absmax2: &mut [f32]) -> Result<f32> {
     check_length("codes", codes.len(), absmax.len(), "one code per scale")?;
     check_length("absmax2", absmax2.len(), BlockSize::NESTED.absmax_len(absmax.len()), "one scale per 256 codes")?;
-    let offset = mean(absmax);
+    if absmax.len() <= TASK {
+        let offset = mean(absmax);
+        compress_task(absmax, offset, codes, absmax2);
+        return Ok(offset);
+    }
+    let sums = absmax.par_chunks(TASK).flat_map_iter(group_sums).collect();
+    let offset = mean_of_sums(sums, absmax.len());
+    (absmax.par_chunks(TASK), codes.par_chunks_mut(TASK), absmax2.par_chunks_mut(TASK / NESTED_BLOCK_SIZE))
+        .into_par_iter()
+        .for_each(|(absmax, codes, absmax2)| compress_task(absmax, offset, codes, absmax2));
+    Ok(offset)
+}
+
+/// Quantizes scales whose mean is known. The lengths agree.
+fn compress_task(absmax: &[f32], offset: f32, codes: &mut [u8], absmax2: &mut [f32]) {
     let blocks = absmax.chunks(NESTED_BLOCK_SIZE).zip(codes.chunks_mut(NESTED_BLOCK_SIZE)).zip(absmax2);
     for ((absmax, codes), scale) in blocks {
         let mut centred = [0.0; NESTED_BLOCK_SIZE];
@@ -48,9 +67,8 @@ pub fn compress_into(absmax: &[f32], codes: &mut [u8], absmax2: &mut [f32]) -> R
         for (centred, absmax) in centred.iter_mut().zip(absmax) {
             *centred = absmax - offset;
         }
-        quantize_8bit(centred, ByteMap::dynamic(), BlockSize::NESTED, codes, std::slice::from_mut(scale))?;
+        *scale = quantize_block(centred, ByteMap::dynamic(), codes);
     }
-    Ok(offset)
 }
 
 /// Reads doubly quantized scales.
@@ -71,14 +89,20 @@ pub fn expand(codes: &[u8], absmax2: &[f32], offset: f32, out: &mut [f32]) -> Re
 /// of 256 (the last filled up with zeros), the group sums by the same tree until one is left, divided by the count
 /// in float64, rounded once. Of nothing: 0.
 pub fn mean(values: &[f32]) -> f32 {
-    if values.is_empty() {
-        return 0.0;
-    }
-    let mut sums: Vec<f64> = values.chunks(NESTED_BLOCK_SIZE).map(|group| tree_sum(group, |&v| f64::from(v))).collect();
+    mean_of_sums(group_sums(values).collect(), values.len())
+}
+
+/// The sums of the groups of 256.
+fn group_sums(values: &[f32]) -> impl Iterator<Item = f64> {
+    values.chunks(NESTED_BLOCK_SIZE).map(|group| tree_sum(group, |&v| f64::from(v)))
+}
+
+/// The mean of `count` values from the sums of their groups.
+fn mean_of_sums(mut sums: Vec<f64>, count: usize) -> f32 {
     while sums.len() > 1 {
         sums = sums.chunks(NESTED_BLOCK_SIZE).map(|group| tree_sum(group, |&s| s)).collect();
     }
-    (sums[0] / values.len() as f64) as f32
+    sums.first().map_or(0.0, |sum| (sum / count as f64) as f32)
 }
 
 /// `x[i] += x[i + 128]`, then 64, … 1.
@@ -134,6 +158,22 @@ mod tests {
         assert!(expand(&[0; 257], &[1.0; 2], 0.0, &mut [0.0; 256]).is_err());
         let error = compress_into(&[0.0; 257], &mut [0; 257], &mut [0.0; 1]).unwrap_err();
         assert_eq!(error.to_string(), "absmax2 is 1 elements long: expected 2 elements (one scale per 256 codes)");
+    }
+
+    #[test]
+    fn threads_change_no_bit() {
+        for len in [1, 255, TASK - 1, TASK, TASK + 1, 3 * TASK + 777] {
+            let scales: Vec<f32> =
+                (0..len as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 8) as f32 * 1e-7).collect();
+            let expected = compress(&scales);
+            let mut codes = vec![0; len];
+            let mut absmax = vec![0.0; len.div_ceil(NESTED_BLOCK_SIZE)];
+            let offset = compress_into(&scales, &mut codes, &mut absmax).unwrap();
+            assert_eq!(Nested { codes, absmax, offset }, expected, "{len}");
+            let mut sum = 0.0;
+            scales.iter().for_each(|&scale| sum += f64::from(scale));
+            assert!((f64::from(offset) / (sum / len as f64) - 1.0).abs() < 1e-6 || len == 1, "{len}");
+        }
     }
 
     proptest! {

@@ -1,4 +1,4 @@
-"""The compiled core's CUDA functions, done by its CPU functions: so `halfbyte._cuda` runs on CPU tensors.
+"""The compiled core's CUDA functions, done by its CPU functions: so `halfbyte.backends.cuda` runs on CPU tensors.
 
 What is tested so is what Python does around kernels: which one it takes, parts of weights and of batches, addresses,
 lengths, memory. The kernels themselves are tested in tests/kernels and tests/cuda.

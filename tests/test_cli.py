@@ -15,7 +15,10 @@ from pathlib import Path
 import halfbyte
 import numpy as np
 import pytest
-from halfbyte import _native, checkpoint, cli
+from halfbyte import _native
+from halfbyte.cli import main as cli
+from halfbyte.offline.quantize import quantize_checkpoint
+from halfbyte.offline.run import Interrupted
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -71,7 +74,7 @@ def files(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["quantize", "--help"], ["completion", "bash"]])
 def test_start_imports_nothing_heavy(arguments):
     code = (
-        "import sys\nfrom halfbyte.cli import main\n"
+        "import sys\nfrom halfbyte.cli.main import main\n"
         f"try:\n    main({arguments!r})\nexcept SystemExit as e:\n    assert e.code == 0, e.code\n"
         "print(sorted({m.partition('.')[0] for m in sys.modules}), file=sys.stderr)"
     )
@@ -84,7 +87,7 @@ def test_start_imports_nothing_heavy(arguments):
 
 def test_offline_tool_imports_neither_torch_nor_numpy(source, tmp_path):
     code = (
-        "import sys\nfrom halfbyte.cli import main\n"
+        "import sys\nfrom halfbyte.cli.main import main\n"
         f"assert main(['quantize', {str(source)!r}, {str(tmp_path / 'out')!r}, '-q']) == 0\n"
         "print(sorted({'torch', 'transformers', 'numpy', 'huggingface_hub'} & set(sys.modules)))"
     )
@@ -193,7 +196,7 @@ def test_traceback_on_request_only(tmp_path):
 @pytest.mark.parametrize("arguments", [["--version"], ["inspect", "."], ["doctor"]])
 def test_missing_compiled_module(arguments):
     code = (
-        "import sys\nsys.modules['halfbyte._native'] = None\nfrom halfbyte.cli import main\n"
+        "import sys\nsys.modules['halfbyte._native'] = None\nfrom halfbyte.cli.main import main\n"
         f"sys.exit(main({arguments!r}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=60)
@@ -464,7 +467,7 @@ def test_signals_stop_the_command(number, source, tmp_path):
 
 def test_interrupted_run_goes_on_to_the_same_bytes(source, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    checkpoint.quantize_checkpoint(source, whole, max_shard_size="10KB")
+    quantize_checkpoint(source, whole, max_shard_size="10KB")
     stops = []
 
     def stop(done: int, total: int, label: str) -> None:
@@ -473,14 +476,14 @@ def test_interrupted_run_goes_on_to_the_same_bytes(source, tmp_path):
     # The job runs meanwhile, so a try may complete some files, or all; each next one goes on from there.
     for _ in range(5):
         try:
-            checkpoint.quantize_checkpoint(source, parts, max_shard_size="10KB", resume=True, progress=stop)
-        except checkpoint.Interrupted as error:
+            quantize_checkpoint(source, parts, max_shard_size="10KB", resume=True, progress=stop)
+        except Interrupted as error:
             stops.append(error)
-    report = checkpoint.quantize_checkpoint(source, parts, max_shard_size="10KB", resume=True)
+    report = quantize_checkpoint(source, parts, max_shard_size="10KB", resume=True)
     assert stops
     assert all(error.total == 8 and 0 <= error.complete <= 8 for error in stops)
     assert files(parts) == files(whole)
-    again = checkpoint.quantize_checkpoint(source, parts, max_shard_size="10KB", resume=True)
+    again = quantize_checkpoint(source, parts, max_shard_size="10KB", resume=True)
     assert again.already_complete
     assert report.files == again.files
 

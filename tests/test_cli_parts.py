@@ -11,9 +11,7 @@ from pathlib import Path
 
 import halfbyte
 import pytest
-from halfbyte import _config_json, _native, checkpoint, doctor, hub
-from halfbyte._plan import CheckpointPlan, TensorPlan, group_tensors, ranges
-from halfbyte._report import InspectReport, VerifyReport
+from halfbyte import _native
 from halfbyte._terminal import (
     Bar,
     Lines,
@@ -26,6 +24,15 @@ from halfbyte._terminal import (
     table,
     wrap,
 )
+from halfbyte.cli import doctor
+from halfbyte.offline import config_json as _config_json
+from halfbyte.offline import hub
+from halfbyte.offline.dequantize import plan_dequantize
+from halfbyte.offline.options import quantization_dict
+from halfbyte.offline.plan import CheckpointPlan, TensorPlan, group_tensors, ranges
+from halfbyte.offline.quantize import plan_checkpoint, quantize_checkpoint
+from halfbyte.offline.report import InspectReport, VerifyReport
+from halfbyte.offline.run import Interrupted
 
 # -------------------------------------------------------------------------------------------------------------- sizes
 
@@ -366,12 +373,11 @@ def test_written_config_is_what_transformers_writes(tmp_path):
     theirs.save_pretrained(tmp_path)
     config = _config_json.read_config(tmp_path)
     assert config is not None
-    text = _config_json.with_quantization(config, checkpoint._quantization_dict(None))
+    text = _config_json.with_quantization(config, quantization_dict(None)[0])
     theirs.quantization_config = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype="bfloat16",
     )
     assert text == theirs.to_json_string()
 
@@ -548,7 +554,7 @@ def test_wrong_arguments(arguments, words, tmp_path):
 
     source = write_checkpoint(tmp_path / "source", layers=1)
     with pytest.raises(ValueError, match=re.escape(words)) as caught:
-        checkpoint.quantize_checkpoint(source, tmp_path / "out", **arguments)
+        quantize_checkpoint(source, tmp_path / "out", **arguments)
     assert not isinstance(caught.value, halfbyte.CheckpointError)
     assert not (tmp_path / "out").exists()
 
@@ -562,17 +568,18 @@ def test_api_end_to_end(tmp_path):
     )
     seen: list[tuple[int, int, str]] = []
     rules = [("layers.2.mlp", "keep")]
-    plan = checkpoint.plan_checkpoint(source, config, rules=rules)
+    plan = plan_checkpoint(source, config, rules=rules)
     report = halfbyte.quantize_checkpoint(
         source, tmp_path / "out", config, rules=rules, threads=1, progress=lambda *a: seen.append(a)
     )
     assert report.converted_tensors == plan.totals["quantized_tensors"] == 3
-    assert report.quantization_config["bnb_4bit_compute_dtype"] == "float32"
+    assert report.quantization_config["bnb_4bit_compute_dtype"] == "float16"
     assert seen[-1][0] == seen[-1][1] == plan.totals["bytes_in"]
     assert json.loads(json.dumps(report.to_dict()))["files"][0]["file"] == "model.safetensors"
     assert "quantized 3 of 11 tensors" in str(report)
     # A dict and more threads: the same bytes.
-    halfbyte.quantize_checkpoint(source, tmp_path / "more", config.to_dict(), rules=["layers.2.mlp=keep"], threads=4)
+    given = {key: value for key, value in config.to_dict().items() if key != "bnb_4bit_compute_dtype"}
+    halfbyte.quantize_checkpoint(source, tmp_path / "more", given, rules=["layers.2.mlp=keep"], threads=4)
     assert files(tmp_path / "more") == files(tmp_path / "out")
     verified = halfbyte.verify_checkpoint(source, tmp_path / "out")
     assert verified.ok
@@ -585,22 +592,53 @@ def test_api_end_to_end(tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "back" / "config.json").read_text())
 
 
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "named", "written"),
+    [
+        (None, None, "float16", "float16"),
+        (NF4, None, "float16", "float16"),
+        (halfbyte.BitsAndBytesConfig(**NF4), None, "float16", "float16"),
+        (None, None, "torch.bfloat16", "bfloat16"),
+        (None, "bfloat16", "float16", "bfloat16"),
+        (None, None, None, "float16"),
+        (NF4 | {"bnb_4bit_compute_dtype": "float32"}, None, "float16", "float32"),
+        (halfbyte.BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype="bfloat16"), "float32", "float16", "bfloat16"),
+    ],
+)
+def test_compute_dtype_that_was_not_given_is_written_as_the_checkpoints(tmp_path, config, dtype, named, written):
+    from test_cli import write_checkpoint
+
+    source = write_checkpoint(tmp_path / "source")
+    file = source / "config.json"
+    said = {key: value for key, value in json.loads(file.read_text()).items() if key not in ("dtype", "torch_dtype")}
+    file.write_text(json.dumps(said | ({} if named is None else {"torch_dtype": named})))
+    report = halfbyte.quantize_checkpoint(source, tmp_path / "out", config, dtype=dtype)
+    assert report.quantization_config["bnb_4bit_compute_dtype"] == written
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert stored["bnb_4bit_compute_dtype"] == written
+    # A dense copy again knows nothing of it.
+    assert plan_dequantize(tmp_path / "out").model_dtype is None
+
+
 def test_transformers_selection_agrees(tmp_path):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
-    pytest.importorskip("halfbyte.integrations.selection")
+    pytest.importorskip("halfbyte.offline.transformers_selection")
     config = transformers.LlamaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=100
     )
     transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "source")
-    asked = checkpoint.plan_checkpoint(tmp_path / "source", selection="transformers")
-    ruled = checkpoint.plan_checkpoint(tmp_path / "source")
+    asked = plan_checkpoint(tmp_path / "source", selection="transformers")
+    ruled = plan_checkpoint(tmp_path / "source")
     assert [(t.name, t.target) for t in asked.tensors] == [(t.name, t.target) for t in ruled.tensors]
     assert asked.totals["quantized_tensors"] == 14
 
 
 def test_interrupted_is_a_keyboard_interrupt():
-    error = checkpoint.Interrupted(2, 5)
+    error = Interrupted(2, 5)
     assert isinstance(error, KeyboardInterrupt)
     assert str(error) == "interrupted: 2 of 5 shards are complete"
 

@@ -1,4 +1,4 @@
-"""What `halfbyte._cuda` does around its kernels: on CPU tensors, with the core's CPU functions in their place."""
+"""What `backends.cuda` does around its kernels: on CPU tensors, with the core's CPU functions in their place."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch_reference as ref
 from cuda_stand_in import StandIn
-from halfbyte import _cpu, _cuda
-from halfbyte.state import quant_map
+from halfbyte.backends import cpu as _cpu
+from halfbyte.backends import cuda as _cuda
+from halfbyte.codebooks import quant_map
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 TINY = 2.0**-24  # half a step of float16 below its normal numbers, twice
@@ -22,7 +23,7 @@ def native(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     """The stand-in, in the core's place."""
     stand_in = StandIn()
     monkeypatch.setattr(_cuda, "_native", stand_in)
-    monkeypatch.setattr(_cuda, "_stream", lambda device: 0)
+    monkeypatch.setattr(_cuda, "current_stream", lambda device: 0)
     _cuda._kernel.cache_clear()
     yield stand_in
     _cuda._kernel.cache_clear()

@@ -123,6 +123,8 @@ def test_import_alone_loads_what_registers_and_nothing_heavy():
         "halfbyte.integrations._when_imported",
         "halfbyte.integrations.transformers",
         "halfbyte.integrations.transformers.dispatch",
+        "halfbyte.models",
+        "halfbyte.models.observers",
     ], done.stderr
 
 
@@ -209,3 +211,26 @@ def test_extras_named_in_messages_exist():
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "require":
                 assert isinstance(node.args[1], ast.Constant), f"{path}:{node.lineno}: give the extra literally"
                 assert node.args[1].value in defined, f"{path}:{node.lineno}"
+
+
+@pytest.mark.parametrize("folder", ["halfbyte/.venv/site-packages", "site-packages"])
+def test_bitsandbytes_is_real_wherever_it_is_installed(tmp_path, folder):
+    pytest.importorskip("torch")
+    place = tmp_path / folder / "bitsandbytes"
+    place.mkdir(parents=True)
+    (place / "__init__.py").write_text("")
+    done = run_python(
+        f"import sys\nsys.path.insert(0, {str(place.parent)!r})\n"
+        "from halfbyte.integrations.transformers.dispatch import has_bitsandbytes\nprint(has_bitsandbytes())"
+    )
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_bitsandbytes_that_is_served_is_not_the_real_one():
+    pytest.importorskip("torch")
+    done = run_python(
+        "import halfbyte.compat\n"
+        "from halfbyte.integrations.transformers.dispatch import has_bitsandbytes\n"
+        "halfbyte.compat.install()\nprint(has_bitsandbytes())\nimport bitsandbytes\nprint(has_bitsandbytes())"
+    )
+    assert done.stdout == "False\nFalse\n", done.stderr

@@ -25,7 +25,7 @@ from halfbyte.nn import (
     Params4bit,
     fix_4bit_weight_quant_state_from_module,
 )
-from halfbyte.nn import linear as linear_module
+from halfbyte.nn import linear4bit as linear_module
 from halfbyte.nn._joint import portable
 from halfbyte.state import QuantState
 from hypothesis import given, settings

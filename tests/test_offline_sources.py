@@ -17,8 +17,8 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("bitsandbytes")
 
 import halfbyte  # noqa: E402
-from halfbyte.cli import main  # noqa: E402
-from halfbyte.integrations.selection import RemoteCodeError, transformers_selection  # noqa: E402
+from halfbyte.cli.main import main  # noqa: E402
+from halfbyte.offline.transformers_selection import RemoteCodeError, transformers_selection  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 IDS = torch.tensor([[1, 2, 3, 4]])

@@ -9,7 +9,7 @@ import halfbyte.functional as F
 import halfbyte.nn as hnn
 import pytest
 import torch
-from halfbyte import _cpu
+from halfbyte.backends import cpu as _cpu
 from torch._dynamo.testing import CompileCounterWithBackend
 
 ops = torch.ops.halfbyte

@@ -24,7 +24,7 @@ from typing import Any
 import halfbyte
 import numpy as np
 import pytest
-from halfbyte import cli
+from halfbyte.cli import main as cli
 from safetensors import safe_open
 
 PACKAGE = Path(halfbyte.__file__).parent

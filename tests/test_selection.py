@@ -1,8 +1,8 @@
 """Which tensors are quantized: our rules against transformers' own classes.
 
 The truth comes from the installed transformers: it builds the model without weights and applies its own lists and
-renames (:mod:`halfbyte.integrations.selection`). A few models are really loaded in 4 bits and saved, which ties that
-truth to what a user sees.
+renames (:mod:`halfbyte.offline.transformers_selection`). A few models are really loaded in 4 bits and saved, which ties
+that truth to what a user sees.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ transformers = pytest.importorskip("transformers")
 
 import tiny_models  # noqa: E402  (needs torch)
 from halfbyte import _native  # noqa: E402
-from halfbyte.integrations.selection import (  # noqa: E402
+from halfbyte.offline.transformers_selection import (  # noqa: E402
     converted_modules,
     converted_tensors,
     skeleton,

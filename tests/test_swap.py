@@ -19,9 +19,9 @@ transformers = pytest.importorskip("transformers")
 
 import halfbyte  # noqa: E402  (needs torch)
 import tiny_models  # noqa: E402
-from halfbyte import _choice  # noqa: E402
-from halfbyte.integrations.selection import converted_modules, skeleton  # noqa: E402
+from halfbyte.models import select as _choice  # noqa: E402
 from halfbyte.nn import Linear4bit, Params4bit  # noqa: E402
+from halfbyte.offline.transformers_selection import converted_modules, skeleton  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch import nn  # noqa: E402
@@ -436,7 +436,7 @@ def test_lora_trains_over_a_swapped_model_and_merges() -> None:
 def test_one_line_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="halfbyte"):
         halfbyte.quantize_model(tiny_models.build("LlamaForCausalLM"))
-    lines = [record.getMessage() for record in caplog.records if record.name == "halfbyte.swap"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "halfbyte.models.quantize"]
     assert len(lines) == 1
     assert re.fullmatch(
         r"quantized 14 of 15 linear layers to nf4, 4\.1\d\d bits per weight: 214 kB before, \d+ kB after", lines[0]

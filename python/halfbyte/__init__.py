@@ -12,49 +12,37 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from halfbyte import functional as functional
     from halfbyte import nn as nn
+    from halfbyte._native import CheckpointError as CheckpointError
     from halfbyte._native import __version__ as __version__
-    from halfbyte.autograd import matmul_4bit as matmul_4bit
-    from halfbyte.checkpoint import (
-        CheckpointError as CheckpointError,
-    )
-    from halfbyte.checkpoint import (
-        dequantize_checkpoint as dequantize_checkpoint,
-    )
-    from halfbyte.checkpoint import (
-        inspect_checkpoint as inspect_checkpoint,
-    )
-    from halfbyte.checkpoint import (
-        plan_checkpoint as plan_checkpoint,
-    )
-    from halfbyte.checkpoint import (
-        quantize_checkpoint as quantize_checkpoint,
-    )
-    from halfbyte.checkpoint import (
-        verify_checkpoint as verify_checkpoint,
-    )
     from halfbyte.config import BitsAndBytesConfig as BitsAndBytesConfig
     from halfbyte.integrations.transformers.dispatch import enable as enable
-    from halfbyte.loading import load_quantized as load_quantized
-    from halfbyte.swap import dequantize_model as dequantize_model
-    from halfbyte.swap import quantize_model as quantize_model
+    from halfbyte.models.load import load_quantized as load_quantized
+    from halfbyte.models.quantize import dequantize_model as dequantize_model
+    from halfbyte.models.quantize import quantize_model as quantize_model
+    from halfbyte.offline.dequantize import dequantize_checkpoint as dequantize_checkpoint
+    from halfbyte.offline.inspect import inspect_checkpoint as inspect_checkpoint
+    from halfbyte.offline.quantize import plan_checkpoint as plan_checkpoint
+    from halfbyte.offline.quantize import quantize_checkpoint as quantize_checkpoint
+    from halfbyte.offline.verify import verify_checkpoint as verify_checkpoint
+    from halfbyte.ops.autograd import matmul_4bit as matmul_4bit
 
 # Public name -> the module that it is imported from: `halfbyte` for what is a module itself.
 _HOME = {
     "BitsAndBytesConfig": "halfbyte.config",
-    "CheckpointError": "halfbyte.checkpoint",
+    "CheckpointError": "halfbyte._native",
     "__version__": "halfbyte._native",
-    "dequantize_checkpoint": "halfbyte.checkpoint",
-    "dequantize_model": "halfbyte.swap",
+    "dequantize_checkpoint": "halfbyte.offline.dequantize",
+    "dequantize_model": "halfbyte.models.quantize",
     "enable": "halfbyte.integrations.transformers.dispatch",
     "functional": "halfbyte",
-    "inspect_checkpoint": "halfbyte.checkpoint",
-    "load_quantized": "halfbyte.loading",
-    "matmul_4bit": "halfbyte.autograd",
+    "inspect_checkpoint": "halfbyte.offline.inspect",
+    "load_quantized": "halfbyte.models.load",
+    "matmul_4bit": "halfbyte.ops.autograd",
     "nn": "halfbyte",
-    "plan_checkpoint": "halfbyte.checkpoint",
-    "quantize_checkpoint": "halfbyte.checkpoint",
-    "quantize_model": "halfbyte.swap",
-    "verify_checkpoint": "halfbyte.checkpoint",
+    "plan_checkpoint": "halfbyte.offline.quantize",
+    "quantize_checkpoint": "halfbyte.offline.quantize",
+    "quantize_model": "halfbyte.models.quantize",
+    "verify_checkpoint": "halfbyte.offline.verify",
 }
 
 _NEEDS_TORCH = {"functional", "matmul_4bit", "nn"}

@@ -2,6 +2,6 @@
 
 import sys
 
-from halfbyte.cli import main
+from halfbyte.cli.main import main
 
 sys.exit(main())

@@ -381,6 +381,12 @@ class BitsAndBytesConfig:
                 "config must be a halfbyte or transformers BitsAndBytesConfig, or a dict of its arguments, "
                 f"got {config!r} ({type(config).__name__})"
             )
+        for module in made.llm_int8_skip_modules or ():
+            if not isinstance(module, str):
+                raise TypeError(
+                    f"llm_int8_skip_modules must be a list of strings, got {made.llm_int8_skip_modules!r} "
+                    f"({type(module).__name__} in it)"
+                )
         if made.load_in_4bit:
             for name, value, values in (
                 ("bnb_4bit_quant_type", made.bnb_4bit_quant_type, QUANT_TYPES),

@@ -21,8 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte import _cpu
-from halfbyte._checks import (
+from halfbyte.backends import cpu
+from halfbyte.codebooks import (
+    create_dynamic_map,
+    create_fp8_map,
+    create_linear_map,
+    create_normal_map,
+    dynamic_map,
+    get_4bit_type,
+    quant_map,
+)
+from halfbyte.ops.autograd import matmul_4bit
+from halfbyte.ops.checks import (
     NESTED_BLOCKSIZE,
     check_blocksize_8bit,
     check_code,
@@ -33,10 +43,8 @@ from halfbyte._checks import (
     check_storage,
     check_tensor,
 )
-from halfbyte._maps import create_dynamic_map, create_fp8_map, create_linear_map, create_normal_map, get_4bit_type
-from halfbyte._ops import kernels, plain
-from halfbyte.autograd import matmul_4bit
-from halfbyte.state import QuantState, dynamic_map, quant_map
+from halfbyte.ops.registry import kernels, plain
+from halfbyte.state import QuantState
 
 __all__ = [
     "QuantState",
@@ -111,7 +119,7 @@ def quantize_4bit(
     else:
         packed, scales = call.quantize_4bit(A, blocksize, quant_type)
     # Without a device it is the CPU's, and no time goes into asking for kernels of another.
-    code = quant_map(quant_type, None if call is _cpu else A.device)
+    code = quant_map(quant_type, None if call is cpu else A.device)
     state = QuantState(scales, A.shape, code, blocksize, quant_type, A.dtype)
     if compress_statistics:
         state.offset, state.nested = offset, True

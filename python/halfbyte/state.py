@@ -13,10 +13,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
-from halfbyte import _cuda, _native
-from halfbyte._checks import FLOAT_DTYPES, NESTED_BLOCKSIZE, QUANT_TYPES, check_blocksize, check_quant_type
+from halfbyte.codebooks import dynamic_map
+from halfbyte.ops.checks import FLOAT_DTYPES, NESTED_BLOCKSIZE, QUANT_TYPES, check_blocksize, check_quant_type
 
 PACKED_KEYS = tuple(f"quant_state.bitsandbytes__{quant_type}" for quant_type in QUANT_TYPES)
 """The state-dict keys, relative to the weight's, of what is not a tensor."""
@@ -35,56 +34,6 @@ _SCALAR_KEYS = (
 )
 _CONVERTED = (torch.float16, torch.bfloat16, torch.float64)
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
-
-
-def _constant(values: list[float]) -> Tensor:
-    """Float32 numbers as an ordinary CPU tensor, in whatever modes torch is at the moment."""
-    with torch.inference_mode(False), _disable_current_modes():
-        return torch.tensor(values, dtype=torch.float32, device="cpu")
-
-
-_CPU = torch.device("cpu")
-_QUANT_MAPS = {quant_type: _constant(_native.quant_map(quant_type)) for quant_type in QUANT_TYPES}
-_DYNAMIC_MAP = _constant(_native.dynamic_map())
-
-
-def quant_map(quant_type: str, device: torch.device | str | None = None) -> Tensor:
-    """The sixteen values of `quant_type`, float32 [16], as they are stored beside a weight. A copy."""
-    target = _cuda_device(device)
-    return _copy(_QUANT_MAPS[quant_type], device) if target is None else _cuda.quant_map(quant_type, target)
-
-
-def dynamic_map(device: torch.device | str | None = None) -> Tensor:
-    """The 256 values of the signed 8-bit dynamic map, float32, ascending. A copy."""
-    target = _cuda_device(device)
-    return _copy(_DYNAMIC_MAP, device) if target is None else _cuda.dynamic_map(target)
-
-
-def _cuda_device(device: torch.device | str | None) -> torch.device | None:
-    """The device, if a map is to be made there by kernels: a copy from the host would wait, and spoil a capture."""
-    if (
-        device is None
-        or device == _CPU
-        or torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch.version.hip is not None
-        or not hasattr(_native, "cuda_quantize_4bit")
-    ):
-        return None
-    device = torch.device(device)
-    return device if device.type == "cuda" else None
-
-
-def _copy(values: Tensor, device: torch.device | str | None) -> Tensor:
-    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
-        # Modes that make tensors of their own kind want to see them made.
-        with _disable_current_modes():
-            numbers = values.tolist()
-        return torch.tensor(numbers, dtype=torch.float32, device=device or "cpu")
-    # A clone costs half of what the general way does, and comes with every small tensor that is quantized.
-    return values.clone() if device is None or device == _CPU else values.to(device, copy=True)
 
 
 class QuantState:

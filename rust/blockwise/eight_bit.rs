@@ -2,6 +2,8 @@
 
 use std::sync::LazyLock;
 
+use rayon::prelude::*;
+
 use super::check_length;
 use crate::codebook::dynamic_map;
 use crate::error::{Error, Result};
@@ -9,6 +11,9 @@ use crate::geometry::BlockSize;
 
 /// Values whose codes are searched for together.
 const LANES: usize = 8;
+
+/// Values per parallel task, a multiple of every block size. Up to so many are worked on by the calling thread alone.
+const TASK: usize = 1 << 14;
 
 /// A checked 256-value map, with the boundaries between its codes.
 ///
@@ -82,7 +87,7 @@ impl ByteMap {
     }
 }
 
-/// Quantizes to 8 bits: one scale per block in `absmax`, one code per value in `codes`.
+/// Quantizes to 8 bits on rayon's current threads: one scale per block in `absmax`, one code per value in `codes`.
 ///
 /// As in 4 bits: NaN does not count for the scale, `scaled = x * (1 / absmax)` in float32; of an all-zero block
 /// every scaled value is NaN and so every code 0.
@@ -98,24 +103,40 @@ pub fn quantize_8bit(
 ) -> Result<()> {
     check_length("codes", codes.len(), input.len(), "one code per value")?;
     check_length("absmax", absmax.len(), blocksize.absmax_len(input.len()), "one scale per block")?;
-    let blocks = input.chunks(blocksize.get()).zip(codes.chunks_mut(blocksize.get())).zip(absmax);
-    for ((block, codes), scale) in blocks {
-        let max = block.iter().fold(0.0f32, |max, v| max.max(v.abs()));
-        *scale = max;
-        let inverse = 1.0 / max;
-        let (whole, rest) = block.as_chunks::<LANES>();
-        let (code_whole, code_rest) = codes.as_chunks_mut::<LANES>();
-        for (values, codes) in whole.iter().zip(code_whole) {
-            *codes = map.codes(values.map(|v| v * inverse));
-        }
-        for (value, code) in rest.iter().zip(code_rest) {
-            *code = map.code(value * inverse);
-        }
+    let block = blocksize.get();
+    if input.len() <= TASK {
+        quantize_task(input, map, block, codes, absmax);
+    } else {
+        (input.par_chunks(TASK), codes.par_chunks_mut(TASK), absmax.par_chunks_mut(TASK / block))
+            .into_par_iter()
+            .for_each(|(input, codes, absmax)| quantize_task(input, map, block, codes, absmax));
     }
     Ok(())
 }
 
-/// Reads 8-bit codes back: `map[code] * absmax[block]` in float32.
+/// The lengths agree.
+fn quantize_task(input: &[f32], map: &ByteMap, block: usize, codes: &mut [u8], absmax: &mut [f32]) {
+    for ((input, codes), scale) in input.chunks(block).zip(codes.chunks_mut(block)).zip(absmax) {
+        *scale = quantize_block(input, map, codes);
+    }
+}
+
+/// Quantizes one block; gives its scale. `codes` has the length of `block`.
+pub(crate) fn quantize_block(block: &[f32], map: &ByteMap, codes: &mut [u8]) -> f32 {
+    let max = block.iter().fold(0.0f32, |max, v| max.max(v.abs()));
+    let inverse = 1.0 / max;
+    let (whole, rest) = block.as_chunks::<LANES>();
+    let (code_whole, code_rest) = codes.as_chunks_mut::<LANES>();
+    for (values, codes) in whole.iter().zip(code_whole) {
+        *codes = map.codes(values.map(|v| v * inverse));
+    }
+    for (value, code) in rest.iter().zip(code_rest) {
+        *code = map.code(value * inverse);
+    }
+    max
+}
+
+/// Reads 8-bit codes back on rayon's current threads: `map[code] * absmax[block]` in float32.
 ///
 /// # Errors
 /// [`Error::Argument`] when `codes` does not have the length of `out`, or `absmax` not one scale per block.
@@ -126,15 +147,46 @@ pub fn dequantize_8bit(
     blocksize: BlockSize,
     out: &mut [f32],
 ) -> Result<()> {
+    check_dequantize_lengths(codes, absmax, blocksize, out)?;
+    let block = blocksize.get();
+    if out.len() <= TASK {
+        dequantize_task(codes, absmax, map, block, out);
+    } else {
+        (codes.par_chunks(TASK), absmax.par_chunks(TASK / block), out.par_chunks_mut(TASK))
+            .into_par_iter()
+            .for_each(|(codes, absmax, out)| dequantize_task(codes, absmax, map, block, out));
+    }
+    Ok(())
+}
+
+/// [`dequantize_8bit`] on the calling thread alone.
+///
+/// # Errors
+/// As [`dequantize_8bit`].
+pub fn dequantize_8bit_serial(
+    codes: &[u8],
+    absmax: &[f32],
+    map: &[f32; 256],
+    blocksize: BlockSize,
+    out: &mut [f32],
+) -> Result<()> {
+    check_dequantize_lengths(codes, absmax, blocksize, out)?;
+    dequantize_task(codes, absmax, map, blocksize.get(), out);
+    Ok(())
+}
+
+fn check_dequantize_lengths(codes: &[u8], absmax: &[f32], blocksize: BlockSize, out: &[f32]) -> Result<()> {
     check_length("codes", codes.len(), out.len(), "one code per value")?;
-    check_length("absmax", absmax.len(), blocksize.absmax_len(out.len()), "one scale per block")?;
-    let blocks = out.chunks_mut(blocksize.get()).zip(codes.chunks(blocksize.get())).zip(absmax);
-    for ((block, codes), &scale) in blocks {
-        for (value, &code) in block.iter_mut().zip(codes) {
+    check_length("absmax", absmax.len(), blocksize.absmax_len(out.len()), "one scale per block")
+}
+
+/// The lengths agree.
+fn dequantize_task(codes: &[u8], absmax: &[f32], map: &[f32; 256], block: usize, out: &mut [f32]) {
+    for ((out, codes), &scale) in out.chunks_mut(block).zip(codes.chunks(block)).zip(absmax) {
+        for (value, &code) in out.iter_mut().zip(codes) {
             *value = map[usize::from(code)] * scale;
         }
     }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -224,6 +276,29 @@ mod tests {
         assert_eq!((out[0], out[64]), (0.0, dynamic_map()[0] * 3.0));
         assert!(quantize_8bit(&input, ByteMap::dynamic(), BlockSize::DEFAULT, &mut codes[1..], &mut absmax).is_err());
         assert!(dequantize_8bit(&codes, &absmax[1..], dynamic_map(), BlockSize::DEFAULT, &mut out).is_err());
+    }
+
+    #[test]
+    fn threads_change_no_bit() {
+        for block in [32, 4096] {
+            let blocksize = BlockSize::new(block).unwrap();
+            let len = 2 * TASK + 1234;
+            let input: Vec<f32> =
+                (0..len as u32).map(|i| (i.wrapping_mul(2_654_435_761) as i32) as f32 * 1e-9).collect();
+            let mut codes = [vec![0; len], vec![0; len]];
+            let mut absmax = [vec![0.0; len.div_ceil(block)], vec![0.0; len.div_ceil(block)]];
+            let [threaded, alone] = &mut codes;
+            let [threaded_absmax, alone_absmax] = &mut absmax;
+            quantize_8bit(&input, ByteMap::dynamic(), blocksize, threaded, threaded_absmax).unwrap();
+            quantize_task(&input, ByteMap::dynamic(), block, alone, alone_absmax);
+            assert_eq!(threaded, alone);
+            assert_eq!(threaded_absmax, alone_absmax);
+            let mut out = [vec![0.0; len], vec![0.0; len]];
+            dequantize_8bit(threaded, threaded_absmax, dynamic_map(), blocksize, &mut out[0]).unwrap();
+            dequantize_8bit_serial(threaded, threaded_absmax, dynamic_map(), blocksize, &mut out[1]).unwrap();
+            assert_eq!(out[0], out[1]);
+            assert!(out[0].iter().any(|v| *v != 0.0));
+        }
     }
 
     proptest! {

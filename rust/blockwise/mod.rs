@@ -34,7 +34,8 @@ use crate::codebook::QuantType;
 use crate::error::{Error, Result};
 use crate::geometry::{BlockSize, packed_len};
 
-pub use eight_bit::{ByteMap, dequantize_8bit, quantize_8bit};
+pub(crate) use eight_bit::quantize_block;
+pub use eight_bit::{ByteMap, dequantize_8bit, dequantize_8bit_serial, quantize_8bit};
 pub use element::Element;
 pub use simd::{SIMD_VARIABLE, Simd};
 

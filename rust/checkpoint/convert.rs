@@ -23,7 +23,7 @@ use super::source::{Checkpoint, TensorRef};
 use super::state::{State, item_size, torch_name};
 use super::weights::WeightSource;
 use super::workers;
-use crate::blockwise::{self, Element, Finite, dequantize_8bit};
+use crate::blockwise::{self, Element, Finite, dequantize_8bit_serial};
 use crate::codebook::dynamic_map;
 use crate::error::{Error, Result};
 use crate::geometry::{BlockSize, packed_len};
@@ -439,7 +439,7 @@ pub fn read_scales(source: &Checkpoint, weight: &WeightSource) -> Result<Vec<f32
         Error::tensor(&source.file(nested_map).path, &source.tensor(nested_map).name, "is not 256 float32 values long")
     })?;
     let mut scales = vec![0.0; codes.len()];
-    dequantize_8bit(&codes, &floats(&source.read(nested_absmax)?), &map, BlockSize::NESTED, &mut scales)?;
+    dequantize_8bit_serial(&codes, &floats(&source.read(nested_absmax)?), &map, BlockSize::NESTED, &mut scales)?;
     for scale in &mut scales {
         *scale += offset;
     }

@@ -147,6 +147,9 @@ pub struct Plan {
     pub known_architecture: bool,
     /// What `llm_int8_skip_modules` must say for a loader to convert exactly what is quantized here.
     pub skip_modules: Option<Vec<String>>,
+    /// The dtype that the quantized model's other weights have: the one asked for, else that of config.json, else that
+    /// of most weights that become 4-bit. None when nothing is quantized.
+    pub model_dtype: Option<Dtype>,
     /// Whether weights may hold NaN or infinities.
     pub allow_nonfinite: bool,
     /// The options as they came, for the record of an interrupted run.
@@ -221,6 +224,7 @@ impl Plan {
             ));
         }
         let metadata = quantized_metadata(&source, config, &groups);
+        let model_dtype = model_dtype.or_else(|| most_common_dtype(&groups));
         let (shards, tensors) = pack(&source, groups, options.max_shard_size, metadata)?;
         Ok(Self {
             operation: Operation::Quantize,
@@ -230,6 +234,7 @@ impl Plan {
             architecture: selection.architecture,
             known_architecture: selection.known,
             skip_modules: selection.skip_modules,
+            model_dtype,
             allow_nonfinite: options.allow_nonfinite,
             options: record,
             source,
@@ -312,6 +317,7 @@ impl Plan {
             architecture: config.and_then(|c| c["architectures"][0].as_str()).map(str::to_owned),
             known_architecture: true,
             skip_modules: None,
+            model_dtype: None,
             allow_nonfinite: true,
             options: record,
             source,
@@ -357,6 +363,7 @@ impl Plan {
             "copies": self.source.small_files.iter().map(|(p, n)| json!({"file": path(p), "bytes": n})).collect::<Vec<_>>(),
             "left_out": self.source.left_out.iter().map(|(p, why)| json!({"file": path(p), "reason": why})).collect::<Vec<_>>(),
             "skip_modules": self.skip_modules,
+            "model_dtype": self.model_dtype.and_then(state::torch_name),
             "totals": {
                 "tensors": self.tensors.len(),
                 "quantized_tensors": changed.len(),
@@ -374,6 +381,19 @@ impl TensorPlan {
     fn elements(&self) -> u64 {
         self.shape.iter().map(|&d| d as u64).product()
     }
+}
+
+/// The dtype that most of the weights to quantize are taken in, counted by elements; of equals the first.
+fn most_common_dtype(groups: &[Group]) -> Option<Dtype> {
+    let mut counts: Vec<(Dtype, u64)> = Vec::new();
+    for group in groups {
+        let Kind::Quantize { state, .. } = &group.kind else { continue };
+        match counts.iter_mut().find(|(dtype, _)| *dtype == state.dtype) {
+            Some((_, count)) => *count += group.line.elements(),
+            None => counts.push((state.dtype, group.line.elements())),
+        }
+    }
+    counts.into_iter().rev().max_by_key(|(_, count)| *count).map(|(dtype, _)| dtype)
 }
 
 /// The dtype that a loader which does not know of quantization would give a tensor, and which it must be stored in

@@ -421,6 +421,40 @@ pub fn device_count() -> Result<usize> {
     Ok(usize::try_from(count).unwrap_or(0))
 }
 
+/// The device that has the memory at this address; `None` for memory of the processor, of which CUDA need not know.
+///
+/// # Errors
+/// [`Error::Cuda`] when the driver cannot tell.
+pub fn device_of(address: usize) -> Result<Option<usize>> {
+    if supported_cuda().is_err() {
+        return Ok(None);
+    }
+    let ask = |attribute| {
+        let mut answer = 0;
+        // SAFETY: both attributes asked for are one integer; the address is a number to the driver.
+        let status =
+            unsafe { sys::cuPointerGetAttribute((&raw mut answer).cast::<c_void>(), attribute, address as u64) };
+        match status {
+            sys::CUresult::CUDA_SUCCESS => Ok(Some(answer)),
+            // Not of CUDA; or there is no CUDA, or it was not started.
+            sys::CUresult::CUDA_ERROR_INVALID_VALUE
+            | sys::CUresult::CUDA_ERROR_NOT_INITIALIZED
+            | sys::CUresult::CUDA_ERROR_NO_DEVICE => Ok(None),
+            _ => Err(driver_error(format!("the memory at {address:#x}"), "cuPointerGetAttribute", DriverError(status))),
+        }
+    };
+    let kind: Option<c_int> = ask(sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE)?;
+    match kind {
+        None => Ok(None),
+        // Pinned memory is the processor's; a kernel could read it, but who has it counts on the processor.
+        Some(kind) if kind == sys::CUmemorytype::CU_MEMORYTYPE_HOST as c_int => Ok(None),
+        Some(_) => {
+            let ordinal = ask(sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL)?;
+            Ok(ordinal.and_then(|ordinal| usize::try_from(ordinal).ok()))
+        }
+    }
+}
+
 /// The process that started CUDA: its children by `fork` have this module's memory, and no CUDA.
 static STARTED_BY: OnceLock<u32> = OnceLock::new();
 

@@ -23,6 +23,8 @@ pub enum Module {
     Rows,
     /// Products of any shape.
     Product,
+    /// Products of a vector and codes of any table.
+    Gemv,
     /// Products of few rows with the matrix units.
     Decode,
     /// The same with much shared memory.
@@ -33,7 +35,7 @@ pub enum Module {
 
 impl Module {
     /// Every module.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Dequantize,
         Self::Quantize,
         Self::Nested,
@@ -43,6 +45,7 @@ impl Module {
         Self::Quantize8Bit,
         Self::Rows,
         Self::Product,
+        Self::Gemv,
         Self::Decode,
         Self::DecodeRing,
         Self::DecodeRingLong,
@@ -68,6 +71,7 @@ impl Module {
             Self::Quantize8Bit => &[(TURING, image!("quantize_8bit_75"))],
             Self::Rows => &[(TURING, image!("rows_75")), (AMPERE, image!("rows_80"))],
             Self::Product => &[(TURING, image!("product_75"))],
+            Self::Gemv => &[(TURING, image!("gemv_75"))],
             Self::Decode => &[(AMPERE, image!("decode_80"))],
             Self::DecodeRing => &[(HOPPER, image!("decode_ring_90"))],
             Self::DecodeRingLong => &[(HOPPER, image!("decode_ring_long_90"))],

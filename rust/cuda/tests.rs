@@ -55,6 +55,7 @@ fn every_kernel_that_is_launched_exists() {
         (include_str!("rows.rs"), &[Module::Rows]),
         (include_str!("decode.rs"), &[Module::Decode, Module::DecodeRing, Module::DecodeRingLong]),
         (include_str!("product.rs"), &[Module::Product]),
+        (include_str!("gemv.rs"), &[Module::Gemv]),
     ];
     for (source, modules) in launchers {
         let names: Vec<&str> = source

@@ -2,6 +2,7 @@
 
 mod blockwise;
 mod buffer;
+mod c_abi;
 mod checkpoint;
 #[cfg(feature = "cuda")]
 mod cuda;

@@ -9,7 +9,8 @@ import sys
 
 import halfbyte.functional as F
 import torch
-from halfbyte import _cuda, _native
+from halfbyte import _native
+from halfbyte.backends import cuda as _cuda
 
 from kernels import here, raw
 

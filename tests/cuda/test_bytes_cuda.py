@@ -9,7 +9,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from halfbyte import _cpu, _native  # noqa: E402
+from halfbyte import _native  # noqa: E402
+from halfbyte.backends import cpu as _cpu  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from test_blockwise_cuda import SIZES, all_patterns, extremes, scales_of  # noqa: E402
 

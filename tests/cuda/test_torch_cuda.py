@@ -177,7 +177,7 @@ def test_products_and_gradients(dtype: torch.dtype, nested: bool) -> None:
 
 
 def test_products_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    from halfbyte import _cuda
+    from halfbyte.backends import cuda as _cuda
 
     for nested in (False, True):
         packed, state, dense = pair(1000, 1024, compress_statistics=nested)

@@ -1,5 +1,7 @@
 """What a user does with transformers, PEFT and Trainer: the scenarios of `test_processes.py`, run in a process apart.
 
+More of them are in the files beside this one, `scenarios_*.py`.
+
 `python scenarios.py KIND FOLDER [NAME…]` runs all scenarios, or those named, and prints one JSON object, name to None
 or to what went wrong. KIND says what the process knows of bitsandbytes:
 
@@ -10,8 +12,8 @@ or to what went wrong. KIND says what the process knows of bitsandbytes:
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import logging
 import os
 import sys
 import traceback
@@ -49,8 +51,6 @@ if __name__ == "__main__":
     if KIND in ("absent", "late"):
         hide_bitsandbytes()
     if KIND == "late":
-        import importlib
-
         for module in ("peft", "transformers.quantizers.auto"):
             importlib.import_module(module)
 
@@ -411,9 +411,11 @@ def other_tuners(folder: Path) -> None:
     import peft
 
     targets = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    # Older releases rotate dense weights only.
+    newer = importlib.util.find_spec("peft.utils.quantization_utils") is not None
     for made in (
         peft.OFTConfig(oft_block_size=16, use_cayley_neumann=False, **targets),
-        peft.BOFTConfig(boft_block_size=16, **targets),
+        *([peft.BOFTConfig(boft_block_size=16, **targets)] if newer else []),
         peft.VeraConfig(r=4, **targets),
         peft.MissConfig(r=4, **targets),
         peft.AdaLoraConfig(init_r=4, target_r=2, total_step=20, **targets),
@@ -509,49 +511,6 @@ def trainer_takes_the_optimizers_names(folder: Path) -> None:
         assert run.train().global_step == 2, name
 
 
-@scenario
-def sft_and_dpo_train(folder: Path) -> None:
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
-
-    words = {word: index for index, word in enumerate(["<pad>", "<eos>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"])}
-    raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
-    quiet: dict[str, Any] = {
-        "output_dir": str(folder / "trl"),
-        "max_steps": 2,
-        "per_device_train_batch_size": 2,
-        "report_to": [],
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "max_length": 16,
-    }
-    text = Dataset.from_dict({"text": ["a b c d e f", "g h i j k l", "a c e g i k", "b d f h j l"]})
-    sft = SFTTrainer(
-        model=loaded(folder),
-        args=SFTConfig(**quiet),
-        train_dataset=text,
-        processing_class=tokenizer,
-        peft_config=lora(),
-    )
-    assert sft.train().global_step == 2
-    pairs = Dataset.from_dict({"prompt": ["a b", "c d"], "chosen": [" e f", " g h"], "rejected": [" i j", " k l"]})
-    dpo = DPOTrainer(
-        model=loaded(folder),
-        args=DPOConfig(**quiet),
-        train_dataset=pairs,
-        processing_class=tokenizer,
-        peft_config=lora(),
-    )
-    assert dpo.train().global_step == 2
-
-
 # ---- running them ----------------------------------------------------------------------------------------------------
 
 
@@ -559,7 +518,10 @@ def main() -> None:
     """Run the scenarios named on the command line, all by default."""
     import shutil
 
-    logging.disable(logging.INFO)
+    # The other files import this one: they must not run it again.
+    sys.modules["scenarios"] = sys.modules[__name__]
+    for path in sorted(Path(__file__).parent.glob("scenarios_*.py")):
+        importlib.import_module(path.stem)
     warnings.simplefilter("ignore")
     folder, names = Path(sys.argv[2]), sys.argv[3:] or list(SCENARIOS)
     results: dict[str, str | None] = {}

@@ -21,10 +21,10 @@ KINDS = ("absent", "late", "present")
 
 def names() -> list[str]:
     """The scenarios, without importing what they import."""
-    tree = ast.parse(SCRIPT.read_text(encoding="utf-8"))
     return [
         node.name
-        for node in tree.body
+        for path in sorted(SCRIPT.parent.glob("scenarios*.py"))
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
         if isinstance(node, ast.FunctionDef)
         and any(isinstance(mark, ast.Name) and mark.id == "scenario" for mark in node.decorator_list)
     ]

@@ -459,6 +459,29 @@ def plain_product(source: Described, product: Product, shift: int = 0) -> Check:
     return Check(f"{kernel}, {m} x {n} x {k}", Case([launch]), [(y, wanted)])
 
 
+def gemv(source: Described, rows: int, k: int, stride: int, dtype: str, blocksize: int, shift: int = 0) -> Check:
+    """A vector and random codes of a random table; rows are `stride` bytes apart, the codes `shift` bytes off."""
+    random = np.random.default_rng([rows, k, stride, blocksize])
+    x = native.from_float32(random.standard_normal(k, np.float32), dtype)
+    table = random.standard_normal(16, np.float32)
+    packed = random.integers(0, 256, (rows - 1) * stride + _ceil(k, 2), np.uint8)
+    absmax = random.uniform(0.5, 1.5, _ceil((rows - 1) * stride * 2 + k, blocksize)).astype(np.float32)
+    kernel, y = f"gemv_{dtype}", Buffer(_filled(rows, x.dtype))
+    inputs = [pointers(b) for b in (Buffer(x), Buffer(packed, shift), Buffer(absmax), Buffer(table), y)]
+    arguments = [*inputs, int64(rows), int64(k), int64(stride), _shift(blocksize)]
+    launch = Launch(kernel, _ceil(rows, source.constants["WARPS"]), source.threads[kernel], arguments)
+
+    codes = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)
+    at = np.arange(rows)[:, None] * 2 * stride + np.arange(k)
+    weights = table[codes[at]].astype(np.float64) * absmax[at // blocksize]
+    values = native.to_float32(x, dtype).astype(np.float64)
+    exact, size = weights @ values, np.abs(weights) @ np.abs(values)
+    # Of each lane: a product and a sum for each value, or eight and their scale; then five sums.
+    bound = (2 * _ceil(k, 32) + 24) * 2.0**-24 * size
+    wanted = near(exact, bound + native.EPSILON[dtype] * (np.abs(exact) + bound) + 1e-30, dtype)
+    return Check(f"{kernel}, {rows} x {k}, {stride} bytes apart", Case([launch]), [(y, wanted)])
+
+
 def decode(source: Described, product: Product, rows: int, slots: int, per_pass: int) -> Check:
     """By matrix units: at most 16 rows of x. `rows`, `slots` and `per_pass` are the members of the kernel's plan."""
     (m, _), constants = product.x.shape, source.constants

@@ -61,7 +61,7 @@ def dynamic_map() -> list[float]:
 def quantize_blockwise(values: np.ndarray, dtype: str, map_: Array, blocksize: int) -> tuple[Bytes, Array]:
     """8-bit codes and scales, for any block size: what the tensor operation gives on the processor."""
     import torch
-    from halfbyte import _cpu
+    from halfbyte.backends import cpu as _cpu
 
     stored = torch.from_numpy(values.view(np.int16) if dtype == "bf16" else values)
     tensor = stored.view(torch.bfloat16) if dtype == "bf16" else stored

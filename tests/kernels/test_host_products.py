@@ -23,6 +23,18 @@ def test_plain_product(dtype: str, quant_type: str) -> None:
         check.against(run_both_ways(source, check.case))
 
 
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+def test_gemv(dtype: str) -> None:
+    """By words and by single codes: K that ends inside of a word, strides and alignments that have no words."""
+    source = library("gemv")
+    for rows, k, stride, blocksize, shift in (
+        (1, 1, 1, 32, 0), (9, 64, 32, 64, 0), (3, 300, 152, 64, 0), (2, 700, 352, 4096, 0), (5, 64, 32, 32, 1),
+        (17, 99, 50, 128, 2), (8, 1030, 516, 256, 4),
+    ):  # fmt: skip
+        check = launches.gemv(source, rows, k, stride, dtype, blocksize, shift)
+        check.against(run_both_ways(source, check.case))
+
+
 # N, K, the block size and the plan: fewer rows than a tile, rows that end inside of one; K of one block, of parts that
 # differ in length, of several chunks; one pass and several, of as many tiles as they allow or fewer.
 DECODE = [

@@ -72,6 +72,13 @@ def of_product(source: Described) -> Iterator[Check]:
             yield launches.plain_product(source, product, shift=1)
 
 
+def of_gemv(source: Described) -> Iterator[Check]:
+    """Every kernel, by words with a rest and by single codes."""
+    for dtype in STORED:
+        yield launches.gemv(source, 9, 300, 152, dtype, 64)
+        yield launches.gemv(source, 3, 65, 33, dtype, 32, shift=1)
+
+
 def of_decode(source: Described) -> Iterator[Check]:
     """Every kernel: parts of K for several warps, and enough of it for one warp to use each place twice."""
     for dtype in ("bf16", "f16"):
@@ -192,6 +199,7 @@ FAMILIES = {
     "dequantize": of_dequantize,
     "nested": of_nested,
     "product": of_product,
+    "gemv": of_gemv,
     "decode": of_decode,
     "decode_ring": of_decode_ring,
     "decode_ring_long": of_decode_ring_long,

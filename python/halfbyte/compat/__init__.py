@@ -2,6 +2,10 @@
 
 `offer` answers to the name where no `bitsandbytes` is installed. `install` answers in any case, and in
 child processes too. Neither imports torch: the layer itself is loaded by the first `import bitsandbytes`.
+
+Children are reached in two ways. A wheel puts `halfbyte_bitsandbytes.pth` beside the package: with
+HALFBYTE_BITSANDBYTES=1 in the environment its one line calls `install` when Python starts, also with `-E` or `-I`, and
+without it does nothing. Where it is not, as in a source tree on PYTHONPATH, a folder on PYTHONPATH does the same.
 """
 
 from __future__ import annotations

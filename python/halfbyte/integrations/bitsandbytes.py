@@ -26,8 +26,8 @@ import torch
 from torch import nn
 
 from halfbyte import nn as own_nn
-from halfbyte._ops import PLAIN_TYPES
 from halfbyte.nn._joint import JOINT, STANDS_FOR
+from halfbyte.ops.registry import PLAIN_TYPES
 
 _logger = logging.getLogger(__name__)
 

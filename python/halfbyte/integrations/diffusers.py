@@ -6,7 +6,6 @@ A quantizer for diffusers' own table, put there when diffusers is imported; see
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from halfbyte.config import BitsAndBytesConfig
 from halfbyte.integrations.transformers.attach import serve_bitsandbytes
+from halfbyte.models.replace import SOURCE_CLASS
 from halfbyte.nn import Linear4bit, Params4bit
 from halfbyte.nn._quantized import Quantized
 from halfbyte.state import PACKED_KEYS, TENSOR_KEYS
@@ -85,7 +85,7 @@ class Quantizer4bit(BnB4BitDiffusersQuantizer):
                 )
             if module.bias is not None:
                 new.bias = module.bias
-            new.__dict__["source_cls"] = type(module)
+            new.__dict__[SOURCE_CLASS] = type(module)
             new.requires_grad_(False)
             model.set_submodule(name, new)
         self.modules_to_not_convert = keep
@@ -143,7 +143,7 @@ class Quantizer4bit(BnB4BitDiffusersQuantizer):
         return super()._process_model_after_weight_loading(model, **kwargs)
 
     def _dequantize(self, model: Any) -> Any:
-        from halfbyte.swap import dequantize_model
+        from halfbyte.models.quantize import dequantize_model
 
         model = dequantize_model(model)
         # The caller takes it away.
@@ -158,7 +158,7 @@ def _is_kept(name: str, keep: Sequence[str]) -> bool:
 
 def enter(auto: Any) -> None:
     """Put the quantizer into the table of `diffusers.quantizers.auto`."""
-    from halfbyte.integrations.transformers.dispatch import is_ours
+    from halfbyte.integrations.transformers.dispatch import is_ours, keep_class_of_argument
 
     table: dict[str, Any] = auto.AUTO_QUANTIZER_MAPPING
     stock = table["bitsandbytes_4bit"]
@@ -170,13 +170,4 @@ def enter(auto: Any) -> None:
 
     make.__halfbyte__ = True  # type: ignore[attr-defined]
     table["bitsandbytes_4bit"] = make
-    stock_merge = auto.DiffusersAutoQuantizer.merge_quantization_configs
-
-    @functools.wraps(stock_merge)
-    def merge(cls: type, quantization_config: Any, quantization_config_from_args: Any) -> Any:
-        merged = stock_merge(quantization_config, quantization_config_from_args)
-        if issubclass(type(quantization_config_from_args), BitsAndBytesConfig) and hasattr(merged, "load_in_4bit"):
-            return BitsAndBytesConfig.from_dict(merged.to_dict())
-        return merged
-
-    auto.DiffusersAutoQuantizer.merge_quantization_configs = classmethod(merge)
+    keep_class_of_argument(auto.DiffusersAutoQuantizer)

@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte._checks import FLOAT_DTYPES, STORAGE_DTYPES, names
+from halfbyte.codebooks import quant_map
 from halfbyte.functional import dequantize_4bit, quantize_4bit
 from halfbyte.nn._joint import JOINT, STANDS_FOR, is_foreign, new_module, portable
+from halfbyte.nn._requantized import watching
 from halfbyte.nn.params import Params4bit, check_state
-from halfbyte.state import PACKED_KEYS, TENSOR_KEYS, QuantState, quant_map
+from halfbyte.ops._torch_internals import can_hold
+from halfbyte.ops.checks import FLOAT_DTYPES, STORAGE_DTYPES, names
+from halfbyte.state import PACKED_KEYS, TENSOR_KEYS, QuantState
 
 _STATE_KEYS = (*TENSOR_KEYS, *PACKED_KEYS)
 
@@ -54,6 +57,9 @@ class Quantized(torch.nn.Module):
             param = Params4bit.adopt(param)
         if isinstance(param, Params4bit) and type(param) in JOINT and STANDS_FOR in type(self).__dict__:
             param.__class__ = JOINT[type(param)]
+        watch = watching()
+        if watch is not None and name == "weight" and isinstance(param, Params4bit):
+            watch.assigned(self, self._parameters.get(name), param)
         super().register_parameter(name, param)
         if name == "weight" and isinstance(param, Params4bit):
             param.module = self
@@ -129,7 +135,7 @@ class Quantized(torch.nn.Module):
         """Put `data` into the parameter, or where torch cannot, into a new one."""
         if data is weight:
             return
-        if torch._has_compatible_shallow_copy_type(weight, data):
+        if can_hold(weight, data):
             weight.data = data
         elif isinstance(weight, Params4bit):
             self._parameters["weight"] = weight._like(data, weight.quant_state)

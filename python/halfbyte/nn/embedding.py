@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte._ops import kernels, plain
 from halfbyte.nn._quantized import Quantized
+from halfbyte.ops.registry import kernels, plain
 
 
 class Embedding4bit(Quantized, torch.nn.Embedding):

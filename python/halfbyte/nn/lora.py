@@ -32,8 +32,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from halfbyte._ops import PLAIN_TYPES
-from halfbyte.autograd import _backward, _forward, _needs_op, linear_4bit
+from halfbyte.ops._torch_internals import current_stream, forward_ad, tracing, transforms
+from halfbyte.ops.autograd import _backward, _forward, _needs_op, linear_4bit
+from halfbyte.ops.registry import PLAIN_TYPES
 from halfbyte.state import QuantState
 
 
@@ -122,9 +123,9 @@ def _transformed(x: Tensor) -> bool:
     """Whether something traces or transforms the call that has no rule for autograd.Function as it is used here."""
     return (
         _needs_op()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd.forward_ad._current_level >= 0
+        or transforms() is not None
+        or tracing() is not None
+        or forward_ad._current_level >= 0
         or type(x) not in PLAIN_TYPES
     )
 
@@ -362,7 +363,7 @@ def _cast_once(x: Tensor, dtype: torch.dtype) -> Tensor:
     shared = x.grad_fn is not None and torch.is_grad_enabled() and not x.is_inference()
     stream = 0
     if shared and x.is_cuda:
-        stream = torch._C._cuda_getCurrentRawStream(x.get_device())
+        stream = current_stream(x.get_device())
         shared = not torch.cuda.is_current_stream_capturing()
     if not shared:
         return x.detach().to(dtype)

@@ -11,7 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte._checks import (
+from halfbyte.functional import quantize_4bit
+from halfbyte.nn._joint import JOINT, foreign_parts, portable
+from halfbyte.nn._requantized import watching
+from halfbyte.ops._torch_internals import DisableTorchFunctionSubclass, make_subclass, parse_to
+from halfbyte.ops.checks import (
     blocks_of,
     check_blocksize,
     check_packed_length,
@@ -19,9 +23,7 @@ from halfbyte._checks import (
     check_scales,
     check_storage,
 )
-from halfbyte._ops import PLAIN_TYPES
-from halfbyte.functional import quantize_4bit
-from halfbyte.nn._joint import JOINT, foreign_parts, portable
+from halfbyte.ops.registry import PLAIN_TYPES
 from halfbyte.state import QuantState
 
 _SPLITTERS = (torch.chunk, torch.split, Tensor.chunk, Tensor.split)
@@ -36,6 +38,11 @@ def check_state(packed: Tensor, state: QuantState) -> None:
     n = prod(shape)
     check_packed_length("weight", packed, n)
     check_scales(absmax, absmax2, offset, blocks_of(n, blocksize), absmax.device)
+
+
+def _is_dense(data: Tensor, state: QuantState) -> bool:
+    """Whether this is the weight itself that the state describes, and not its packed bytes."""
+    return data.is_floating_point() and state.shape is not None and data.shape == state.shape and data.numel() > 1
 
 
 class _State:
@@ -78,7 +85,8 @@ class Params4bit(torch.nn.Parameter):
         quant_type: "nf4" or "fp4".
         quant_storage: The dtype as which packed bytes are viewed.
         module: The module that this is the weight of; it is told the state. Kept as a weak reference.
-        bnb_quantized: Whether `data` is packed.
+        bnb_quantized: Whether `data` is packed. A float tensor of the shape that `quant_state` has is not packed,
+            whatever this says.
         kwargs: Whatever else was found in another parameter's `__dict__`; ignored.
 
     >>> import torch
@@ -131,7 +139,10 @@ class Params4bit(torch.nn.Parameter):
             data = torch.empty(0)
         elif not isinstance(data, Tensor):
             raise TypeError(f"data: {type(data).__name__} is not a torch.Tensor")
-        self: Params4bit = torch.Tensor._make_subclass(cls, data, requires_grad)
+        if bnb_quantized and quant_state is not None and _is_dense(data, quant_state):
+            # Some of PEFT's merges hand over the attributes of the old weight as they are.
+            bnb_quantized = False
+        self: Params4bit = make_subclass(cls, data, requires_grad)
         self.blocksize = blocksize
         self.compress_statistics = bool(compress_statistics)
         self.quant_type = quant_type
@@ -209,14 +220,25 @@ class Params4bit(torch.nn.Parameter):
         """Quantize the float tensor held, on `device`, in place."""
         if self.requires_grad:
             raise ValueError("requires_grad: True; a packed weight has no gradient, call requires_grad_(False) first")
+        expected = getattr(self.module, "_weight_shape", lambda: None)()
+        if expected is not None and tuple(self.data.shape) != expected:
+            raise ValueError(
+                f"weight: shape {list(self.data.shape)} is not the layer's {list(expected)}, so it cannot be quantized"
+                "; packed bytes of a 4-bit checkpoint need their state, which is loaded by from_pretrained, "
+                "load_state_dict or halfbyte.load_quantized(model, folder), and not tensor by tensor"
+            )
+        before, data = self.quant_state, self.data.to(device)
         packed, state = quantize_4bit(
-            self.data.to(device),
+            data,
             blocksize=self.blocksize,
             compress_statistics=self.compress_statistics,
             quant_type=self.quant_type,
             quant_storage=self.quant_storage,
         )
         self._hold(packed, state)
+        watch = watching()
+        if watch is not None and before is not None:
+            watch.quantized(self, data)
         return self
 
     def _hold(self, packed: Tensor, state: QuantState) -> None:
@@ -250,7 +272,7 @@ class Params4bit(torch.nn.Parameter):
         Packed bytes are never cast. On the meta device, where there is nothing to read, nothing is quantized, and a
         packed parameter keeps its state where it is, for when its bytes come back.
         """
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype, non_blocking, _ = parse_to(*args, **kwargs)
         if not self.bnb_quantized:
             if device is not None and device.type != "meta":
                 return self._quantize(device)
@@ -337,7 +359,7 @@ class Params4bit(torch.nn.Parameter):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Results are plain tensors, but for shards, which stay parameters with the state of the whole."""
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
         if func in _SPLITTERS and isinstance(args[0], Params4bit):
             return tuple(args[0]._like(part, args[0].quant_state) for part in result)
@@ -346,7 +368,7 @@ class Params4bit(torch.nn.Parameter):
 
 def _rebuild(cls: type[Params4bit], data: Tensor, requires_grad: bool) -> Params4bit:
     """A parameter without attributes; of the joint class where there is one."""
-    new: Params4bit = torch.Tensor._make_subclass(JOINT.get(cls, cls), data, requires_grad)
+    new: Params4bit = make_subclass(JOINT.get(cls, cls), data, requires_grad)
     return new
 
 

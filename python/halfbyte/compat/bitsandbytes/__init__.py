@@ -17,7 +17,7 @@ if __name__ != "bitsandbytes":
 else:
     from halfbyte.compat import version as _version
 
-    from . import _ops, autograd, cextension, consts, functional, nn, optim, utils
+    from . import _ops, autograd, cextension, consts, cuda_specs, functional, nn, optim, utils
     from ._missing import missing_attribute
     from .autograd._functions import MatmulLtState, matmul, matmul_4bit
     from .nn import modules
@@ -37,6 +37,7 @@ else:
         "autograd",
         "cextension",
         "consts",
+        "cuda_specs",
         "features",
         "functional",
         "matmul",

@@ -18,14 +18,3 @@ def missing_attribute(module: str) -> Callable[[str], Any]:
 def no_int8(name: str) -> NoReturn:
     """Raise for a function or a class of LLM.int8()'s products."""
     raise NotImplementedError(f"{name}: LLM.int8() is not in halfbyte yet; halfbyte stands in for bitsandbytes here")
-
-
-def int8_function(name: str) -> Callable[..., Any]:
-    """A function of LLM.int8()'s products."""
-
-    def function(*args: Any, **kwargs: Any) -> Any:
-        no_int8(name)
-
-    function.__name__ = function.__qualname__ = name.rpartition(".")[2]
-    function.__doc__ = "Not in halfbyte yet: raises NotImplementedError."
-    return function

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from math import sqrt
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from halfbyte.functional import dequantize_blockwise, quantize_blockwise
 
 OPTIMIZERS = ("adam", "ademamix", "adagrad", "lamb", "lars", "lion", "momentum", "rmsprop")
 
@@ -33,6 +34,7 @@ def update_32bit(
     unorm_vec: Tensor | None = None,
     max_unorm: float = 0.0,
     skip_zeros: bool = False,
+    param_norm: float | None = None,
 ) -> None:
     """Update `p` and its states, in place.
 
@@ -58,6 +60,7 @@ def update_32bit(
         unorm_vec: float32 `[1]`: receives the square of the update's norm when `max_unorm` is positive.
         max_unorm: See above; 0 for no limit.
         skip_zeros: Not supported.
+        param_norm: The norm of `p`, where the caller knows it.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer_name must be one of {', '.join(OPTIMIZERS)}, got {name!r}")
@@ -81,7 +84,7 @@ def update_32bit(
         decayed = value
     update = _direction(name, gradient, state1, state2, beta1, beta2, beta3, alpha, eps, step)
     if max_unorm > 0.0:
-        norm, limit = update.norm(), max_unorm * value.norm()
+        norm, limit = update.norm(), max_unorm * (value.norm() if param_norm is None else param_norm)
         if unorm_vec is not None:
             unorm_vec.copy_(norm.square().reshape(unorm_vec.shape))
         if name not in _TWO_STATES:
@@ -134,32 +137,62 @@ def _direction(
     return g / state1.sqrt().add_(eps)
 
 
+class _State:
+    """A state in 8 bits: codes in blocks of 256, the values of the codes, and scales.
+
+    AdEMAMix's two first moments are codes `[2, …]` with scales `[2, blocks]`: no block has values of both.
+    """
+
+    def __init__(self, codes: Tensor, values: Tensor, absmax: Tensor) -> None:
+        self.values = values
+        self.parts = list(zip(codes, absmax, strict=True)) if absmax.dim() == 2 else [(codes, absmax)]
+        self.shape = codes.shape
+
+    def read(self) -> Tensor:
+        """The state in float32."""
+        wide = [
+            dequantize_blockwise(codes, absmax=absmax, code=self.values, blocksize=_BLOCKSIZE)
+            for codes, absmax in self.parts
+        ]
+        return torch.stack(wide).view(self.shape) if len(wide) > 1 else wide[0].view(self.shape)
+
+    def write(self, state: Tensor) -> None:
+        """Quantize it into the same memory."""
+        for part, (codes, absmax) in zip(state if len(self.parts) > 1 else (state,), self.parts, strict=True):
+            new, scales = quantize_blockwise(part, code=self.values, blocksize=_BLOCKSIZE)
+            codes.copy_(new)
+            absmax.copy_(scales.absmax)
+
+
 def update_8bit_blockwise(
     name: str,
     g: Tensor,
     p: Tensor,
     first: tuple[Tensor, Tensor, Tensor],
     second: tuple[Tensor | None, Tensor | None, Tensor | None],
-    *numbers: Any,
+    beta1: float,
+    beta2: float,
+    beta3: float,
+    alpha: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    lr: float,
+    gnorm_scale: float = 1.0,
+    skip_zeros: bool = False,
 ) -> None:
-    """`update_32bit` of states that are kept in 8 bits: each is `codes, values of the codes, scales`."""
-    from halfbyte.functional import dequantize_blockwise, quantize_blockwise
+    """`update_32bit` of states that are kept in 8 bits: each is `codes, values of the codes, scales`.
 
-    wide: list[Tensor | None] = []
-    for codes, values, absmax in (first, second):
-        wide.append(
-            None
-            if codes is None or absmax is None
-            else dequantize_blockwise(codes, absmax=absmax, code=values, blocksize=_BLOCKSIZE)
-        )
-    beta1, beta2, beta3, alpha, eps, weight_decay, step, lr, gnorm_scale, skip_zeros = numbers
-    assert wide[0] is not None
+    There is no limit of the update's norm: LAMB and LARS are Adam and momentum here, as in bitsandbytes.
+    """
+    codes, values, absmax = second
+    states = [_State(*first)]
+    if codes is not None and values is not None and absmax is not None:
+        states.append(_State(codes, values, absmax))
+    wide = [state.read() for state in states]
     update_32bit(
-        name, g, p, wide[0], wide[1], beta1, beta2, beta3, alpha, eps, weight_decay, step, lr, gnorm_scale,
-        skip_zeros=skip_zeros,
+        name, g, p, wide[0], wide[1] if len(wide) > 1 else None, beta1, beta2, beta3, alpha, eps, weight_decay, step,
+        lr, gnorm_scale, skip_zeros=skip_zeros,
     )  # fmt: skip
-    for state, (codes, values, absmax) in zip(wide, (first, second), strict=True):
-        if state is not None and codes is not None and absmax is not None:
-            new, scales = quantize_blockwise(state, code=values, blocksize=_BLOCKSIZE)
-            codes.copy_(new)
-            absmax.copy_(scales.absmax)
+    for state, value in zip(states, wide, strict=True):
+        state.write(value)

@@ -12,4 +12,6 @@ PACKAGE_DIR = Path(_native.__file__).parent
 DYNAMIC_LIBRARY_SUFFIX = Path(_native.__file__).suffix
 PACKAGE_GITHUB_URL = "https://github.com/bitsandbytes-foundation/bitsandbytes"
 
+NONPYTORCH_DOC_URL = f"{PACKAGE_GITHUB_URL}/blob/main/docs/source/nonpytorchcuda.mdx"
+
 __getattr__ = missing_attribute(__name__)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes as ct
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +28,9 @@ from halfbyte.functional import (
     quantize_nf4,
 )
 
-from ._missing import int8_function, missing_attribute
+from . import _ops  # noqa: F401  `torch.ops.bitsandbytes` is called below
+from ._igemm import batched_igemm, check_matmul, igemm
+from ._missing import missing_attribute
 from ._updates import OPTIMIZERS, update_8bit_blockwise, update_32bit
 from .cextension import lib
 from .utils import pack_dict_to_tensor, unpack_tensor_to_dict
@@ -37,9 +38,11 @@ from .utils import pack_dict_to_tensor, unpack_tensor_to_dict
 __all__ = [
     "FIRST_CUDA_DEVICE",
     "OPTIMIZERS",
+    "CUBLAS_Context",
     "GlobalPageManager",
     "QuantState",
     "batched_igemm",
+    "check_matmul",
     "create_dynamic_map",
     "create_fp8_map",
     "create_linear_map",
@@ -48,6 +51,7 @@ __all__ = [
     "dequantize_blockwise",
     "dequantize_fp4",
     "dequantize_nf4",
+    "elementwise_func",
     "fill",
     "gemv_4bit",
     "get_4bit_type",
@@ -57,9 +61,7 @@ __all__ = [
     "igemm",
     "int8_double_quant",
     "int8_linear_matmul",
-    "int8_mixed_scaled_mm",
     "int8_mm_dequant",
-    "int8_scaled_mm",
     "int8_vectorwise_dequant",
     "int8_vectorwise_quant",
     "is_on_gpu",
@@ -79,14 +81,6 @@ __all__ = [
 name2qmap: dict[str, Tensor] = {}
 FIRST_CUDA_DEVICE = torch.device("cuda", index=0)
 C = 127.0
-
-int8_linear_matmul = int8_function("bitsandbytes.functional.int8_linear_matmul")
-int8_mm_dequant = int8_function("bitsandbytes.functional.int8_mm_dequant")
-int8_double_quant = int8_function("bitsandbytes.functional.int8_double_quant")
-int8_scaled_mm = int8_function("bitsandbytes.functional.int8_scaled_mm")
-int8_mixed_scaled_mm = int8_function("bitsandbytes.functional.int8_mixed_scaled_mm")
-igemm = int8_function("bitsandbytes.functional.igemm")
-batched_igemm = int8_function("bitsandbytes.functional.batched_igemm")
 
 
 def get_ptr(A: Tensor | None) -> ct.c_void_p | None:
@@ -140,6 +134,29 @@ class GlobalPageManager:
         """Do nothing: there is nothing to fetch."""
 
 
+class CUBLAS_Context:
+    """Handles of cuBLAS for C functions that take one. There are none: torch makes the products."""
+
+    _instance: CUBLAS_Context | None = None
+    context: dict[int, ct.c_void_p]
+
+    def __init__(self) -> None:
+        """Raise RuntimeError: there is one instance."""
+        raise RuntimeError("Call get_instance() instead")
+
+    @classmethod
+    def get_instance(cls) -> CUBLAS_Context:
+        """The one instance."""
+        if cls._instance is None:
+            cls._instance = cls.__new__(cls)
+            cls._instance.context = {}
+        return cls._instance
+
+    def get_context(self, device: torch.device) -> ct.c_void_p:
+        """Raise NotImplementedError: no C function here takes one."""
+        raise NotImplementedError("bitsandbytes.functional.CUBLAS_Context: halfbyte exports no function that takes one")
+
+
 def get_paged(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device = FIRST_CUDA_DEVICE) -> Tensor:
     """Raise NotImplementedError: tensors in managed memory are not in halfbyte."""
     raise NotImplementedError("bitsandbytes.functional.get_paged: paged tensors are not in halfbyte yet")
@@ -150,9 +167,73 @@ def prefetch_tensor(A: Tensor, to_cpu: bool = False) -> None:
     raise NotImplementedError("bitsandbytes.functional.prefetch_tensor: paged tensors are not in halfbyte yet")
 
 
+def elementwise_func(func_name: str, A: Tensor, B: Tensor | None, value: float | None, prefetch: bool = True) -> None:
+    """Set the elements of `A`, float32 or uint8: "fill" with `value`, "arange" counts up, "_mul" multiplies by `B`.
+
+    Raises:
+        NotImplementedError: Another function, or another dtype.
+    """
+    if A.dtype not in (torch.float32, torch.uint8) or (A.dtype is torch.uint8 and func_name != "fill"):
+        raise NotImplementedError(f"Function not implemented: {func_name} of {A.dtype}")
+    if func_name == "fill" and value is not None:
+        A.fill_(value)
+    elif func_name == "arange":
+        A.copy_(torch.arange(A.numel(), dtype=A.dtype, device=A.device).view(A.shape))
+    elif func_name == "_mul" and B is not None:
+        A.mul_(B)
+    else:
+        raise NotImplementedError(f"Function not implemented: {func_name}")
+
+
 def fill(A: Tensor, value: float, device: torch.device | None = None, prefetch: bool = True) -> None:
     """Fill a tensor, in place."""
-    A.fill_(value)
+    elementwise_func("fill", A, None, value)
+
+
+def _mul(A: Tensor, B: Tensor, device: torch.device | None = None) -> None:
+    elementwise_func("_mul", A, B, 0)
+
+
+def int8_linear_matmul(A: Tensor, B: Tensor, out: Tensor | None = None, dtype: torch.dtype = torch.int32) -> Tensor:
+    """`A @ B.T` of int8 `[..., k]` and `[n, k]`, exactly: int32 `[..., n]`."""
+    if out is not None:
+        torch.ops.bitsandbytes.int8_linear_matmul.out(A, B, out)
+        return out
+    result: Tensor = torch.ops.bitsandbytes.int8_linear_matmul.default(A, B)
+    return result
+
+
+def int8_mm_dequant(
+    A: Tensor, row_stats: Tensor, col_stats: Tensor, out: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """What the product of two rows of codes stands for, float16: `A * row_stats * col_stats / 127² + bias`."""
+    result: Tensor = torch.ops.bitsandbytes.int8_mm_dequant.default(
+        A, row_stats, col_stats, dtype=torch.float16, bias=bias
+    )
+    return result if out is None else out.copy_(result)
+
+
+def int8_double_quant(
+    A: Tensor,
+    col_stats: Tensor | None = None,
+    row_stats: Tensor | None = None,
+    out_col: Tensor | None = None,
+    out_row: Tensor | None = None,
+    threshold: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Quantize rows, and columns too: codes of both, scales of both, and the columns that were left out of the rows.
+
+    Raises:
+        ValueError: Memory was given for a result: that is not supported.
+    """
+    for name, given in (
+        ("row_stats", row_stats), ("col_stats", col_stats), ("out_col", out_col), ("out_row", out_row),
+    ):  # fmt: skip
+        if given is not None:
+            raise ValueError(f"{name} must be None, got a tensor")
+    result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
+    result = torch.ops.bitsandbytes.int8_double_quant.default(A, threshold=threshold)
+    return result
 
 
 def optimizer_update_32bit(
@@ -211,9 +292,4 @@ def optimizer_update_8bit_blockwise(
     )  # fmt: skip
 
 
-_missing = missing_attribute(__name__)
-
-
-def __getattr__(name: str) -> Any:
-    """Names of LLM.int8() and paging that nothing serves say so; see `missing_attribute`."""
-    return _missing(name)
+__getattr__ = missing_attribute(__name__)

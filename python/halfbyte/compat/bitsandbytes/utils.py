@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import shlex
+import subprocess
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,6 +13,8 @@ import torch
 from torch import Tensor
 
 from ._missing import missing_attribute
+
+logger = logging.getLogger(__name__)
 
 LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING = {"row": 0, "col32": 1, "col_turing": 2, "col_ampere": 3}
 INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING = {code: name for name, code in LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING.items()}
@@ -66,6 +71,82 @@ def find_outlier_dims(
     if topk is not None:
         return deviation.topk(topk, dim=0).indices
     return torch.where((deviation - deviation.mean()) / deviation.std() > zscore)[0]
+
+
+class OutlierTracer:
+    """Remembers, for each linear layer of a model, which of its inputs are outliers in the first forward."""
+
+    _instance: OutlierTracer | None = None
+    last_w: Tensor | None
+    current_outlier_dims: Tensor | None
+    hvalues: list[int]
+    outliers: list[Tensor]
+    hvalue2outlier_idx: dict[int, Tensor]
+    hooks: list[Any]
+
+    def __init__(self) -> None:
+        """Raise RuntimeError: there is one instance."""
+        raise RuntimeError("Call get_instance() instead")
+
+    def initialize(self, model: torch.nn.Module) -> None:
+        """Forget what was seen, and watch the linear layers of `model`."""
+        self.last_w = None
+        self.current_outlier_dims = None
+        self.hvalues = []
+        self.outliers = []
+        self.hvalue2outlier_idx = {}
+        self.initialized = True
+        linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+        self.hooks = [m.register_forward_pre_hook(outlier_hook) for m in linear]
+
+    def is_initialized(self) -> bool:
+        """Whether a model is, or was, watched."""
+        return getattr(self, "initialized", False)
+
+    def get_hvalue(self, weight: Tensor) -> int:
+        """What a weight is known by: where its storage is."""
+        return weight.data.untyped_storage().data_ptr()
+
+    def get_outliers(self, weight: Tensor) -> Tensor | None:
+        """Indices of the outliers among the inputs of this weight's layer, or None where it was not seen."""
+        if not self.is_initialized():
+            logger.warning("Outlier tracer is not initialized...")
+            return None
+        return self.hvalue2outlier_idx.get(self.get_hvalue(weight))
+
+    @classmethod
+    def get_instance(cls) -> OutlierTracer:
+        """The one instance."""
+        if cls._instance is None:
+            cls._instance = cls.__new__(cls)
+        return cls._instance
+
+
+def outlier_hook(module: torch.nn.Module, input: tuple[Tensor, ...]) -> None:
+    """Note the outliers of a linear layer's inputs: by its weight, and those of the first layer by what it is given."""
+    if not isinstance(module, torch.nn.Linear):
+        raise TypeError(f"module must be a torch.nn.Linear, got {type(module).__name__}")
+    tracer = OutlierTracer.get_instance()
+    known = tracer.get_hvalue(module.weight)
+    if known in tracer.hvalue2outlier_idx:
+        for hook in tracer.hooks:
+            hook.remove()
+        return
+    tracer.outliers.append(find_outlier_dims(module.weight))
+    tracer.hvalues.append(known)
+    if len(tracer.outliers) > 1:
+        tracer.hvalue2outlier_idx[known] = tracer.outliers[-1]
+        return
+    rows = input[0].reshape(-1, input[0].shape[-1])
+    large = torch.where((rows.abs() > 6).sum(0) > 0)[0]
+    found = torch.cat([find_outlier_dims(rows, reduction_dim=1, zscore=3), large])
+    tracer.hvalue2outlier_idx[known] = torch.unique(found)
+
+
+def execute_and_return(command_string: str) -> tuple[str, str]:
+    """What a command, which no shell interprets, writes to stdout and to stderr, without the space around it."""
+    done = subprocess.run(shlex.split(command_string), capture_output=True, text=True, check=False)
+    return done.stdout.strip(), done.stderr.strip()
 
 
 def sync_gpu(t: Tensor) -> None:

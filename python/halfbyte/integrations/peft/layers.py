@@ -9,11 +9,11 @@ import torch
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from torch import Tensor, nn
 
-from halfbyte._checks import FLOAT_DTYPES
-from halfbyte._ops import PLAIN_TYPES
-from halfbyte.autograd import autocast_dtype
-from halfbyte.nn.linear import Linear4bit, say_slow
+from halfbyte.nn.linear4bit import Linear4bit, say_slow
 from halfbyte.nn.lora import Adapter, lora_linear_4bit
+from halfbyte.ops.autograd import autocast_dtype
+from halfbyte.ops.checks import FLOAT_DTYPES
+from halfbyte.ops.registry import PLAIN_TYPES
 
 _logger = logging.getLogger(__name__)
 _said: set[str] = set()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 from torch import nn
 
-from halfbyte._choice import is_transformers_model
 from halfbyte.config import BitsAndBytesConfig
+from halfbyte.integrations._when_imported import when_imported
 from halfbyte.integrations.transformers.dispatch import has_bitsandbytes
+from halfbyte.models.select import is_transformers_model
 
 
 def attach(model: nn.Module, config: BitsAndBytesConfig | None) -> None:
@@ -39,6 +42,19 @@ def serve_bitsandbytes(model: nn.Module) -> None:
         from halfbyte import compat
 
         compat.offer()
+    _await_peft()
+
+
+@functools.cache
+def _await_peft() -> None:
+    """Let merges say what they cost, once PEFT is there."""
+
+    def enter(tuners_utils: ModuleType) -> None:
+        from halfbyte.integrations.peft import merging
+
+        merging.enter(tuners_utils)
+
+    when_imported("peft.tuners.tuners_utils", enter)
 
 
 def is_diffusers_model(module: nn.Module) -> bool:

@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from halfbyte._choice import is_conv1d
+from halfbyte._native import CheckpointError
+from halfbyte.models.replace import SOURCE_CLASS
+from halfbyte.models.select import is_conv1d
 from halfbyte.nn import Embedding4bit, Linear4bit, Params4bit
-from halfbyte.state import PACKED_KEYS
+from halfbyte.offline.transformers_names import renamed
+from halfbyte.state import PACKED_KEYS, TENSOR_KEYS
 
-SOURCE_CLASS = "source_cls"
-"""The attribute of a 4-bit layer that holds the class of the layer whose place it took; transformers sets the same."""
+
+def is_conv1d_layer(module: nn.Module) -> bool:
+    """Whether this dense layer is a `Conv1D`, whose weight is `[in, out]`."""
+    return any(is_conv1d(cls) for cls in type(module).__mro__)
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether the layer stands for a `Conv1D`, whose dense weight is `[in, out]`."""
+    """Whether this 4-bit layer took the place of a `Conv1D`."""
     source = module.__dict__.get(SOURCE_CLASS)
     return isinstance(source, type) and any(is_conv1d(cls) for cls in source.__mro__)
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a load quantizes this layer: a plain `nn.Linear`, or a `Conv1D`."""
-    return type(module) is nn.Linear or any(is_conv1d(cls) for cls in type(module).__mro__)
+    return type(module) is nn.Linear or is_conv1d_layer(module)
 
 
 def chosen(model: nn.Module, keep: Sequence[str]) -> list[str]:
@@ -48,31 +54,58 @@ def packed_in(model: Any, files: Sequence[str]) -> list[str] | None:
     Args:
         model: The transformers model that the checkpoint is for.
         files: The checkpoint's files.
+
+    Raises:
+        CheckpointError: A packed weight lacks a part, or is one of many that the model holds as one tensor; the message
+            names it.
     """
     if not files or not all(os.fspath(file).endswith(".safetensors") for file in files):
         return None
     from safetensors import safe_open
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-    names: list[str] = []
+    names: dict[str, str] = {}
     for file in files:
         with safe_open(file, framework="pt") as header:
-            names += header.keys()
-    suffixes = tuple(f".{key}" for key in PACKED_KEYS)
-    packed = [name[: -len(suffix)] for name in names for suffix in suffixes if name.endswith(suffix)]
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    parameters: Any = dict.fromkeys(model.state_dict(), True)
+            names.update(dict.fromkeys(header.keys(), os.fspath(file)))
     found: list[str] = []
-    for name in sorted(packed, key=dot_natural_key):
-        key, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
-        if key not in parameters and name in parameters:
-            key, _ = rename_source_key(name, [], [], model.base_model_prefix, parameters)
-        if key in parameters and key.endswith("weight"):
-            found.append(key.rpartition(".")[0])
+    for name, target, _, _ in renamed(model, _packed_weights(names)):
+        if target is not None and target.endswith("weight"):
+            found.append(target.rpartition(".")[0])
+        elif target is not None:
+            raise CheckpointError(
+                f"{names[name]}: {name} is packed to 4 bits, but transformers {transformers.__version__} holds it as "
+                f"part of {target}, one tensor for all experts, which cannot be made of packed ones; make a 16-bit "
+                "checkpoint of it by `halfbyte dequantize`, or load the one that it was made from"
+            )
     return found
+
+
+def _packed_weights(names: Mapping[str, str]) -> list[str]:
+    """Names of the packed weights among a checkpoint's tensors, which come with their files; each is complete."""
+    parts: dict[str, set[str]] = {}
+    for name in names:
+        for key in (*PACKED_KEYS, *TENSOR_KEYS):
+            if name.endswith(f".{key}"):
+                parts.setdefault(name[: -len(key) - 1], set()).add(key)
+                break
+    for weight, keys in parts.items():
+        file = names[f"{weight}.{min(keys)}"]
+        if not weight.endswith("weight"):
+            continue
+        wanted = {"absmax", "quant_map"}
+        if any(key.startswith("nested_") for key in keys):
+            wanted |= {"nested_absmax", "nested_quant_map"}
+        missing = [f"{weight}.{key}" for key in TENSOR_KEYS if key in wanted - keys]
+        if not keys.intersection(PACKED_KEYS):
+            missing.append(f"{weight}.{PACKED_KEYS[0]} (or {PACKED_KEYS[1].rpartition('.')[2]})")
+        if weight not in names:
+            missing.insert(0, weight)
+        if missing:
+            raise CheckpointError(
+                f"{file}: {weight} is packed to 4 bits, but the checkpoint lacks {', '.join(missing)}; it is "
+                "incomplete: save, or download, it again"
+            )
+    return [weight for weight, keys in parts.items() if keys.intersection(PACKED_KEYS)]
 
 
 def put_4bit(
@@ -103,7 +136,7 @@ def put_4bit(
         with torch.device("meta"):
             if is_linear(old):
                 shape: Any = old._parameters["weight"].shape  # type: ignore[union-attr]
-                in_features, out_features = shape if is_conv1d_like(old) else (shape[1], shape[0])
+                in_features, out_features = shape if is_conv1d_layer(old) else (shape[1], shape[0])
                 new = Linear4bit(
                     in_features,
                     out_features,
@@ -138,8 +171,3 @@ def put_4bit(
         model.set_submodule(path, new)
         count += 1
     return count
-
-
-def is_conv1d_like(module: nn.Module) -> bool:
-    """Whether this dense layer's weight is `[in, out]`."""
-    return any(is_conv1d(cls) for cls in type(module).__mro__)

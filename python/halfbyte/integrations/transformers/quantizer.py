@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -22,6 +21,8 @@ from transformers.utils.import_utils import is_accelerate_available
 from halfbyte.config import BitsAndBytesConfig
 from halfbyte.integrations.transformers import layers, operations
 from halfbyte.integrations.transformers.attach import serve_bitsandbytes
+from halfbyte.models.replace import SOURCE_CLASS
+from halfbyte.models.select import experts_note, fused_experts
 from halfbyte.nn import Params4bit
 from halfbyte.nn._quantized import Quantized
 
@@ -54,13 +55,11 @@ class Quantizer4bit(Bnb4BitHfQuantizer):
         """Check the device map. Called again with the map that was inferred, which `place` needs.
 
         Raises:
-            ImportError: transformers is too old, or accelerate is not installed.
+            ImportError: accelerate is not installed, or too old.
             ValueError: The map names a target that is no device.
         """
-        if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 0):
-            raise ImportError(f"halfbyte needs transformers>=5.0, got {transformers.__version__}")
         if not is_accelerate_available():
-            raise ImportError("loading 4-bit weights needs accelerate: pip install 'accelerate>=1.0'")
+            raise ImportError("loading 4-bit weights needs accelerate: pip install -U 'accelerate>=1.3'")
         if isinstance(device_map, Mapping):
             for name, target in device_map.items():
                 _check_target(name, target)
@@ -114,6 +113,9 @@ class Quantizer4bit(Bnb4BitHfQuantizer):
                     name,
                     type(model).__name__,
                 )
+            experts = fused_experts(model.named_modules())
+            if experts:
+                _logger.warning("%s: %s", type(model).__name__, experts_note(experts))
         storage = self.config.bnb_4bit_quant_storage
         assert isinstance(storage, torch.dtype)
         count = layers.put_4bit(
@@ -144,12 +146,15 @@ class Quantizer4bit(Bnb4BitHfQuantizer):
     def get_weight_conversions(self) -> list[WeightConverter]:
         """The converter that brings the parts of a packed weight together, or weights of 16 bits to the CPU."""
         if self.pre_quantized:
-            return [WeightConverter(operations.SERIALIZED, operations.WEIGHT, [operations.Deserialize(self)])]
+            return [
+                WeightConverter(operations.SERIALIZED, operations.WEIGHT, operations=[operations.Deserialize(self)])
+            ]
         # On the CPU a tensor is a view of the file: only packed bytes travel to a GPU, and a layer that is offloaded
         # to disk is saved packed.
+        # Behind the first two, arguments are in another order in other releases.
         keywords = inspect.signature(WeightConverter.__init__).parameters
         how = {"force_cpu": True} if "force_cpu" in keywords else {}
-        return [WeightConverter(operations.WEIGHT, operations.WEIGHT, [operations.PassOn(self)], **how)]
+        return [WeightConverter(operations.WEIGHT, operations.WEIGHT, operations=[operations.PassOn(self)], **how)]
 
     def place(self, name: str, module: nn.Module, weight: Params4bit) -> Params4bit:
         """Prepare a module whose weight goes to disk: a packed parameter without bytes keeps its state there.
@@ -172,12 +177,12 @@ class Quantizer4bit(Bnb4BitHfQuantizer):
             if weight is None or weight.is_meta or module.quant_state is not None:
                 continue
             # Initialized as `[out, in]`, whatever class the layer stands for.
-            source = module.__dict__.pop(layers.SOURCE_CLASS, None)
+            source = module.__dict__.pop(SOURCE_CLASS, None)
             try:
                 module.weight = operations.quantize(module, weight.data, f"{name}.weight", self.config)
             finally:
                 if source is not None:
-                    module.__dict__[layers.SOURCE_CLASS] = source
+                    module.__dict__[SOURCE_CLASS] = source
         conversions = getattr(model, "_weight_conversions", None)
         if conversions is not None:
             # Kept, they would rename tensors when the model is saved.
@@ -205,7 +210,7 @@ class Quantizer4bit(Bnb4BitHfQuantizer):
         return True
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        from halfbyte.swap import dequantize_model
+        from halfbyte.models.quantize import dequantize_model
 
         if isinstance(dtype, str):
             # Saving a model leaves a name in `config.dtype`.

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.autograd import matmul_4bit
+from halfbyte.ops.autograd import matmul_4bit
 
 from .. import functional as F
-from .._missing import int8_function, missing_attribute, no_int8
+from .._missing import missing_attribute, no_int8
 
 __all__ = [
     "F",
@@ -24,17 +24,8 @@ __all__ = [
 ]
 
 
-class _Product:
-    """What code written for an autograd function calls on it."""
-
-    @classmethod
-    def apply(cls, *args: Any) -> Any:
-        """Compute the product; differentiable."""
-        raise NotImplementedError
-
-
-class MatMul4Bit(_Product):
-    """`matmul_4bit` in the form of an autograd function."""
+class MatMul4Bit(torch.autograd.Function):
+    """`matmul_4bit` in the form of an autograd function: for code that calls `apply`."""
 
     @classmethod
     def apply(
@@ -51,35 +42,58 @@ class MatMul4Bit(_Product):
         return matmul_4bit(A, B, quant_state, out, bias)
 
 
-class MatMul8bitLt(_Product):
+class MatMul8bitLt(torch.autograd.Function):
     """LLM.int8()'s product; not in halfbyte yet."""
 
     @classmethod
-    def apply(cls, *args: Any) -> Any:
+    def apply(cls, *args: Any, **kwargs: Any) -> Any:
         """Raise NotImplementedError."""
         no_int8("bitsandbytes.autograd._functions.MatMul8bitLt")
 
 
-class MatMul8bitFp(_Product):
+class MatMul8bitFp(torch.autograd.Function):
     """LLM.int8()'s product with a dequantized weight; not in halfbyte yet."""
 
     @classmethod
-    def apply(cls, *args: Any) -> Any:
+    def apply(cls, *args: Any, **kwargs: Any) -> Any:
         """Raise NotImplementedError."""
         no_int8("bitsandbytes.autograd._functions.MatMul8bitFp")
 
 
 class GlobalOutlierPooler:
-    """Outlier columns that several layers share; not in halfbyte yet."""
+    """Outlier columns that several layers share."""
+
+    _instance: GlobalOutlierPooler | None = None
+    outliers: set[int]
+    model_dim: int | None
 
     def __init__(self) -> None:
         """Raise RuntimeError: there is one instance."""
         raise RuntimeError("Call get_instance() instead")
 
+    def initialize(self) -> None:
+        """Forget what was added."""
+        self.outliers = set()
+        self.model_dim = None
+
     @classmethod
     def get_instance(cls) -> GlobalOutlierPooler:
-        """Raise NotImplementedError."""
-        no_int8("bitsandbytes.autograd._functions.GlobalOutlierPooler")
+        """The one instance."""
+        if cls._instance is None:
+            cls._instance = cls.__new__(cls)
+            cls._instance.initialize()
+        return cls._instance
+
+    def add_outliers(self, outlier_idx: Tensor, feature_dim: int) -> None:
+        """Add columns, unless the layer has another width than the first that added some."""
+        if self.model_dim is None:
+            self.model_dim = feature_dim
+        if feature_dim == self.model_dim:
+            self.outliers.update(outlier_idx.tolist())
+
+    def get_current_outlier_idx(self) -> Tensor:
+        """All that were added, int64."""
+        return torch.tensor(sorted(self.outliers), dtype=torch.int64)
 
 
 class MatmulLtState:
@@ -90,14 +104,33 @@ class MatmulLtState:
     is_training = True
     has_fp16_weights = True
     use_pool = False
-    CB: torch.Tensor | None = None
-    SCB: torch.Tensor | None = None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        force_no_igemmlt: bool = False,
+        CB: Tensor | None = None,
+        SB: Tensor | None = None,
+        SCB: Tensor | None = None,
+        SBt: Tensor | None = None,
+        CBt: Tensor | None = None,
+        subB: Tensor | None = None,
+        outlier_pool: GlobalOutlierPooler | None = None,
+        idx: Tensor | None = None,
+    ) -> None:
         """Raise NotImplementedError."""
         no_int8("bitsandbytes.MatmulLtState")
 
 
-matmul = int8_function("bitsandbytes.matmul")
+def matmul(
+    A: Tensor,
+    B: Tensor,
+    out: Tensor | None = None,
+    state: MatmulLtState | None = None,
+    threshold: float = 0.0,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """LLM.int8()'s product; not in halfbyte yet: raises NotImplementedError."""
+    no_int8("bitsandbytes.matmul")
+
 
 __getattr__ = missing_attribute(__name__)

@@ -21,6 +21,7 @@ from halfbyte.nn import (
 from .._missing import missing_attribute, no_int8
 from ..functional import QuantState
 from ..optim import GlobalOptimManager
+from ..utils import INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING, OutlierTracer
 
 __all__ = [
     "Embedding",
@@ -34,13 +35,18 @@ __all__ = [
     "LinearFP4",
     "LinearNF4",
     "OutlierAwareLinear",
+    "OutlierTracer",
     "Params4bit",
     "QuantState",
     "StableEmbedding",
     "fix_4bit_weight_quant_state_from_module",
+    "maybe_rearrange_weight",
 ]
 
 logger = logging.getLogger(__name__)
+
+# What code written for bitsandbytes finds after a forward.
+Linear4bit._casts_bias = True
 
 
 def fix_4bit_weight_quant_state_from_module(module: Embedding4bit | Linear4bit) -> None:
@@ -64,8 +70,46 @@ def fix_4bit_weight_quant_state_from_module(module: Embedding4bit | Linear4bit) 
     weight.quant_state = state
 
 
-class _WideEmbedding(torch.nn.Embedding):
-    """An embedding that starts from Xavier's uniform distribution and asks for 32-bit optimizer states."""
+def maybe_rearrange_weight(
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: dict[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """Take the entry `weight_format` of an 8-bit layer out of a state dict.
+
+    Raises:
+        ValueError: The weight is not in rows, the only format that there still is.
+    """
+    if state_dict.get(f"{prefix}weight") is None:
+        return
+    found = state_dict.pop(f"{prefix}weight_format", "row")
+    if isinstance(found, Tensor):
+        found = found.item()
+    name = INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING.get(found, found)
+    if name != "row":
+        raise ValueError(f"{prefix}weight_format must be 'row' (0), got {name!r}")
+
+
+def _ask_for_32_bits(module: torch.nn.Embedding) -> None:
+    """Have optimizers keep 32-bit states for the weight."""
+    GlobalOptimManager.get_instance().register_module_override(module, "weight", {"optim_bits": 32})
+
+
+def _draw(module: torch.nn.Embedding) -> None:
+    """Weights from Xavier's uniform distribution."""
+    torch.nn.init.xavier_uniform_(module.weight)
+    module._fill_padding_idx_with_zero()
+
+
+class StableEmbedding(torch.nn.Embedding):
+    """An embedding followed by a layer norm, which is computed in the default dtype.
+
+    It starts from Xavier's uniform distribution, and asks for 32-bit optimizer states.
+    """
 
     def __init__(
         self,
@@ -82,32 +126,15 @@ class _WideEmbedding(torch.nn.Embedding):
     ) -> None:
         """The arguments of `torch.nn.Embedding`."""
         super().__init__(
-            num_embeddings,
-            embedding_dim,
-            padding_idx,
-            max_norm,
-            norm_type,
-            scale_grad_by_freq,
-            sparse,
-            _weight,
-            device=device,
-            dtype=dtype,
-        )
-        GlobalOptimManager.get_instance().register_module_override(self, "weight", {"optim_bits": 32})
+            num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, _weight,
+            device=device, dtype=dtype,
+        )  # fmt: skip
+        self.norm = torch.nn.LayerNorm(embedding_dim, device=device)
+        _ask_for_32_bits(self)
 
     def reset_parameters(self) -> None:
         """Draw the weights."""
-        torch.nn.init.xavier_uniform_(self.weight)
-        self._fill_padding_idx_with_zero()
-
-
-class StableEmbedding(_WideEmbedding):
-    """An embedding followed by a layer norm, which is computed in the default dtype."""
-
-    def __init__(self, num_embeddings: int, embedding_dim: int, *args: Any, **kwargs: Any) -> None:
-        """The arguments of `torch.nn.Embedding`."""
-        super().__init__(num_embeddings, embedding_dim, *args, **kwargs)
-        self.norm = torch.nn.LayerNorm(embedding_dim, device=kwargs.get("device"))
+        _draw(self)
 
     def forward(self, input: Tensor) -> Tensor:
         """Look rows up and normalize them."""
@@ -115,14 +142,45 @@ class StableEmbedding(_WideEmbedding):
         return self.norm(rows).to(self.weight.dtype)  # type: ignore[no-any-return]
 
 
-class Embedding(_WideEmbedding):
-    """`torch.nn.Embedding` that starts from Xavier's uniform distribution."""
+class Embedding(torch.nn.Embedding):
+    """`torch.nn.Embedding` that starts from Xavier's uniform distribution, and asks for 32-bit optimizer states."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        _weight: Tensor | None = None,
+        device: torch.device | str | int | None = None,
+    ) -> None:
+        """The arguments of `torch.nn.Embedding`, but for `dtype`."""
+        super().__init__(
+            num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, _weight,
+            device=device,
+        )  # fmt: skip
+        _ask_for_32_bits(self)
+
+    def reset_parameters(self) -> None:
+        """Draw the weights."""
+        _draw(self)
 
 
 class Int8Params(torch.nn.Parameter):
     """The weight of LLM.int8(). For `isinstance` alone: it cannot be made yet."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Int8Params:
+    def __new__(
+        cls,
+        data: Tensor | None = None,
+        requires_grad: bool = True,
+        has_fp16_weights: bool = False,
+        CB: Tensor | None = None,
+        SCB: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Int8Params:
         """Raise NotImplementedError."""
         no_int8("bitsandbytes.nn.Int8Params")
 
@@ -130,7 +188,16 @@ class Int8Params(torch.nn.Parameter):
 class Linear8bitLt(torch.nn.Linear):
     """The linear layer of LLM.int8(). For `isinstance` alone: it cannot be made yet."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        input_features: int,
+        output_features: int,
+        bias: bool = True,
+        has_fp16_weights: bool = True,
+        threshold: float = 0.0,
+        index: Tensor | None = None,
+        device: torch.device | str | int | None = None,
+    ) -> None:
         """Raise NotImplementedError."""
         no_int8("bitsandbytes.nn.Linear8bitLt")
 
@@ -138,7 +205,13 @@ class Linear8bitLt(torch.nn.Linear):
 class Embedding8bit(torch.nn.Embedding):
     """The embedding of LLM.int8(). For `isinstance` alone: it cannot be made yet."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         """Raise NotImplementedError."""
         no_int8("bitsandbytes.nn.Embedding8bit")
 
@@ -146,7 +219,13 @@ class Embedding8bit(torch.nn.Embedding):
 class OutlierAwareLinear(torch.nn.Linear):
     """A base class of experiments with LLM.int8(). For `isinstance` alone: it cannot be made yet."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        input_features: int,
+        output_features: int,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+    ) -> None:
         """Raise NotImplementedError."""
         no_int8("bitsandbytes.nn.OutlierAwareLinear")
 

@@ -10,8 +10,8 @@ from .optimizer import Optimizer1State
 __all__ = ["Adagrad", "Adagrad8bit", "Adagrad32bit"]
 
 
-class Adagrad(Optimizer1State):
-    """Adagrad, of `optim_bits`-bit states."""
+class _Adagrad(Optimizer1State):
+    """Adagrad, without what bitsandbytes has not either."""
 
     def __init__(
         self,
@@ -26,15 +26,22 @@ class Adagrad(Optimizer1State):
         min_8bit_size: int = 4096,
     ) -> None:
         """Make the optimizer; see the class."""
-        if initial_accumulator_value or lr_decay:
-            raise ValueError(
-                f"initial_accumulator_value and lr_decay must be 0, got {initial_accumulator_value} and {lr_decay}"
-            )
+        for name, value in (("initial_accumulator_value", initial_accumulator_value), ("lr_decay", lr_decay)):
+            if value:
+                raise ValueError(f"{name} must be 0, got {value}")
+        if self._bits is not None and optim_bits != self._bits:
+            raise ValueError(f"optim_bits must be {self._bits}, got {optim_bits}")
         super().__init__("adagrad", params, lr, (0.0, 0.0), eps, weight_decay, optim_bits, args, min_8bit_size)
 
 
-class Adagrad8bit(Optimizer1State):
-    """Adagrad, of 8-bit states."""
+class Adagrad(_Adagrad):
+    """Adagrad, of `optim_bits`-bit states."""
+
+
+class Adagrad8bit(_Adagrad):
+    """`Adagrad`, of 8-bit states."""
+
+    _bits = 8
 
     def __init__(
         self,
@@ -49,38 +56,15 @@ class Adagrad8bit(Optimizer1State):
         min_8bit_size: int = 4096,
     ) -> None:
         """Make the optimizer; see the class."""
-        if initial_accumulator_value or lr_decay:
-            raise ValueError(
-                f"initial_accumulator_value and lr_decay must be 0, got {initial_accumulator_value} and {lr_decay}"
-            )
-        if optim_bits != 8:
-            raise ValueError(f"optim_bits must be 8, got {optim_bits}")
-        super().__init__("adagrad", params, lr, (0.0, 0.0), eps, weight_decay, 8, args, min_8bit_size)
+        super().__init__(
+            params, lr, lr_decay, weight_decay, initial_accumulator_value, eps, optim_bits, args, min_8bit_size
+        )
 
 
-class Adagrad32bit(Optimizer1State):
-    """Adagrad, of 32-bit states."""
+class Adagrad32bit(_Adagrad):
+    """`Adagrad`, of 32-bit states."""
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-2,
-        lr_decay: float = 0,
-        weight_decay: float = 0,
-        initial_accumulator_value: float = 0,
-        eps: float = 1e-10,
-        optim_bits: int = 32,
-        args: Any = None,
-        min_8bit_size: int = 4096,
-    ) -> None:
-        """Make the optimizer; see the class."""
-        if initial_accumulator_value or lr_decay:
-            raise ValueError(
-                f"initial_accumulator_value and lr_decay must be 0, got {initial_accumulator_value} and {lr_decay}"
-            )
-        if optim_bits != 32:
-            raise ValueError(f"optim_bits must be 32, got {optim_bits}")
-        super().__init__("adagrad", params, lr, (0.0, 0.0), eps, weight_decay, 32, args, min_8bit_size)
+    _bits = 32
 
 
 __getattr__ = missing_attribute(__name__)

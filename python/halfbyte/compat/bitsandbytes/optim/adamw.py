@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from .._missing import missing_attribute
-from .optimizer import Optimizer2State
+from .adam import _Adam
 
 __all__ = ["AdamW", "AdamW8bit", "AdamW32bit", "PagedAdamW", "PagedAdamW8bit", "PagedAdamW32bit"]
 
 
-class AdamW(Optimizer2State):
-    """AdamW with decoupled weight decay, of `optim_bits`-bit states."""
+class _AdamW(_Adam):
+    """Another default of `weight_decay`."""
 
     def __init__(
         self,
@@ -27,61 +27,15 @@ class AdamW(Optimizer2State):
         is_paged: bool = False,
     ) -> None:
         """Make the optimizer; see the class."""
-        if amsgrad:
-            raise ValueError("amsgrad must be False, got True")
         super().__init__(
-            "adam", params, lr, betas, eps, weight_decay, optim_bits, args, min_8bit_size, is_paged=is_paged
-        )
+            params, lr, betas, eps, weight_decay, amsgrad, optim_bits, args, min_8bit_size, is_paged
+        )  # fmt: skip
 
 
-class AdamW8bit(Optimizer2State):
-    """AdamW with decoupled weight decay, of 8-bit states."""
+class _PagedAdamW(_AdamW):
+    """Without `is_paged`."""
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: Any = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        optim_bits: int = 32,
-        args: Any = None,
-        min_8bit_size: int = 4096,
-        is_paged: bool = False,
-    ) -> None:
-        """Make the optimizer; see the class."""
-        if amsgrad:
-            raise ValueError("amsgrad must be False, got True")
-        if optim_bits != 32:
-            raise ValueError(f"optim_bits must be left out, got {optim_bits}")
-        super().__init__("adam", params, lr, betas, eps, weight_decay, 8, args, min_8bit_size, is_paged=is_paged)
-
-
-class AdamW32bit(Optimizer2State):
-    """AdamW with decoupled weight decay, of 32-bit states."""
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: Any = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        optim_bits: int = 32,
-        args: Any = None,
-        min_8bit_size: int = 4096,
-        is_paged: bool = False,
-    ) -> None:
-        """Make the optimizer; see the class."""
-        if amsgrad:
-            raise ValueError("amsgrad must be False, got True")
-        super().__init__("adam", params, lr, betas, eps, weight_decay, 32, args, min_8bit_size, is_paged=is_paged)
-
-
-class PagedAdamW(Optimizer2State):
-    """AdamW with decoupled weight decay, of `optim_bits`-bit states, paged."""
+    _paged = True
 
     def __init__(
         self,
@@ -96,53 +50,39 @@ class PagedAdamW(Optimizer2State):
         min_8bit_size: int = 4096,
     ) -> None:
         """Make the optimizer; see the class."""
-        if amsgrad:
-            raise ValueError("amsgrad must be False, got True")
-        super().__init__("adam", params, lr, betas, eps, weight_decay, optim_bits, args, min_8bit_size, is_paged=True)
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, optim_bits, args, min_8bit_size)
 
 
-class PagedAdamW8bit(Optimizer2State):
-    """AdamW with decoupled weight decay, of 8-bit states, paged."""
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: Any = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        optim_bits: int = 32,
-        args: Any = None,
-        min_8bit_size: int = 4096,
-    ) -> None:
-        """Make the optimizer; see the class."""
-        if amsgrad:
-            raise ValueError("amsgrad must be False, got True")
-        if optim_bits != 32:
-            raise ValueError(f"optim_bits must be left out, got {optim_bits}")
-        super().__init__("adam", params, lr, betas, eps, weight_decay, 8, args, min_8bit_size, is_paged=True)
+class AdamW(_AdamW):
+    """AdamW (arXiv 1711.05101), of `optim_bits`-bit states."""
 
 
-class PagedAdamW32bit(Optimizer2State):
-    """AdamW with decoupled weight decay, of 32-bit states, paged."""
+class AdamW8bit(_AdamW):
+    """`AdamW`, of 8-bit states."""
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: Any = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        optim_bits: int = 32,
-        args: Any = None,
-        min_8bit_size: int = 4096,
-    ) -> None:
-        """Make the optimizer; see the class."""
-        if amsgrad:
-            raise ValueError("amsgrad must be False, got True")
-        super().__init__("adam", params, lr, betas, eps, weight_decay, 32, args, min_8bit_size, is_paged=True)
+    _bits = 8
+
+
+class AdamW32bit(_AdamW):
+    """`AdamW`, of 32-bit states."""
+
+    _bits = 32
+
+
+class PagedAdamW(_PagedAdamW):
+    """`AdamW`, paged."""
+
+
+class PagedAdamW8bit(_PagedAdamW):
+    """`AdamW`, of 8-bit states, paged."""
+
+    _bits = 8
+
+
+class PagedAdamW32bit(_PagedAdamW):
+    """`AdamW`, of 32-bit states, paged."""
+
+    _bits = 32
 
 
 __getattr__ = missing_attribute(__name__)

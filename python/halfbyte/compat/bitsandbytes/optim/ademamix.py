@@ -11,7 +11,10 @@ __all__ = ["AdEMAMix", "AdEMAMix8bit", "AdEMAMix32bit", "PagedAdEMAMix", "PagedA
 
 
 class AdEMAMix(Optimizer2State):
-    """AdEMAMix (arXiv 2409.03137), of `optim_bits`-bit states."""
+    """AdEMAMix (arXiv 2409.03137), of `optim_bits`-bit states.
+
+    `t_alpha` and `t_beta3` are the numbers of steps over which `alpha` and the third beta rise to their values.
+    """
 
     def __init__(
         self,
@@ -29,13 +32,13 @@ class AdEMAMix(Optimizer2State):
     ) -> None:
         """Make the optimizer; see the class."""
         super().__init__(
-            "ademamix", params, lr, betas, eps, weight_decay, optim_bits, None, min_8bit_size,
-            is_paged=is_paged, alpha=alpha, t_alpha=t_alpha, t_beta3=t_beta3,
+            "ademamix", params, lr, betas, eps, weight_decay, optim_bits, None, min_8bit_size, is_paged=is_paged,
+            alpha=alpha, t_alpha=t_alpha, t_beta3=t_beta3,
         )  # fmt: skip
 
 
-class AdEMAMix8bit(Optimizer2State):
-    """AdEMAMix (arXiv 2409.03137), of 8-bit states."""
+class AdEMAMix8bit(AdEMAMix):
+    """`AdEMAMix`, of 8-bit states."""
 
     def __init__(
         self,
@@ -51,14 +54,11 @@ class AdEMAMix8bit(Optimizer2State):
         is_paged: bool = False,
     ) -> None:
         """Make the optimizer; see the class."""
-        super().__init__(
-            "ademamix", params, lr, betas, eps, weight_decay, 8, None, min_8bit_size,
-            is_paged=is_paged, alpha=alpha, t_alpha=t_alpha, t_beta3=t_beta3,
-        )  # fmt: skip
+        super().__init__(params, lr, betas, alpha, t_alpha, t_beta3, eps, weight_decay, 8, min_8bit_size, is_paged)
 
 
 class AdEMAMix32bit(Optimizer2State):
-    """AdEMAMix (arXiv 2409.03137), of 32-bit states."""
+    """`AdEMAMix`, of 32-bit states."""
 
     def __init__(
         self,
@@ -75,13 +75,13 @@ class AdEMAMix32bit(Optimizer2State):
     ) -> None:
         """Make the optimizer; see the class."""
         super().__init__(
-            "ademamix", params, lr, betas, eps, weight_decay, 32, None, min_8bit_size,
-            is_paged=is_paged, alpha=alpha, t_alpha=t_alpha, t_beta3=t_beta3,
+            "ademamix", params, lr, betas, eps, weight_decay, 32, None, min_8bit_size, is_paged=is_paged, alpha=alpha,
+            t_alpha=t_alpha, t_beta3=t_beta3,
         )  # fmt: skip
 
 
-class PagedAdEMAMix(Optimizer2State):
-    """AdEMAMix (arXiv 2409.03137), of `optim_bits`-bit states, paged."""
+class PagedAdEMAMix(AdEMAMix):
+    """`AdEMAMix`, paged."""
 
     def __init__(
         self,
@@ -98,13 +98,12 @@ class PagedAdEMAMix(Optimizer2State):
     ) -> None:
         """Make the optimizer; see the class."""
         super().__init__(
-            "ademamix", params, lr, betas, eps, weight_decay, optim_bits, None, min_8bit_size,
-            is_paged=True, alpha=alpha, t_alpha=t_alpha, t_beta3=t_beta3,
+            params, lr, betas, alpha, t_alpha, t_beta3, eps, weight_decay, optim_bits, min_8bit_size, True
         )  # fmt: skip
 
 
-class PagedAdEMAMix8bit(Optimizer2State):
-    """AdEMAMix (arXiv 2409.03137), of 8-bit states, paged."""
+class PagedAdEMAMix8bit(AdEMAMix8bit):
+    """`AdEMAMix`, of 8-bit states, paged."""
 
     def __init__(
         self,
@@ -119,14 +118,11 @@ class PagedAdEMAMix8bit(Optimizer2State):
         min_8bit_size: int = 4096,
     ) -> None:
         """Make the optimizer; see the class."""
-        super().__init__(
-            "ademamix", params, lr, betas, eps, weight_decay, 8, None, min_8bit_size,
-            is_paged=True, alpha=alpha, t_alpha=t_alpha, t_beta3=t_beta3,
-        )  # fmt: skip
+        super().__init__(params, lr, betas, alpha, t_alpha, t_beta3, eps, weight_decay, min_8bit_size, True)
 
 
-class PagedAdEMAMix32bit(Optimizer2State):
-    """AdEMAMix (arXiv 2409.03137), of 32-bit states, paged."""
+class PagedAdEMAMix32bit(AdEMAMix32bit):
+    """`AdEMAMix`, of 32-bit states, paged."""
 
     def __init__(
         self,
@@ -141,10 +137,7 @@ class PagedAdEMAMix32bit(Optimizer2State):
         min_8bit_size: int = 4096,
     ) -> None:
         """Make the optimizer; see the class."""
-        super().__init__(
-            "ademamix", params, lr, betas, eps, weight_decay, 32, None, min_8bit_size,
-            is_paged=True, alpha=alpha, t_alpha=t_alpha, t_beta3=t_beta3,
-        )  # fmt: skip
+        super().__init__(params, lr, betas, alpha, t_alpha, t_beta3, eps, weight_decay, min_8bit_size, True)
 
 
 __getattr__ = missing_attribute(__name__)

@@ -97,6 +97,10 @@ class GlobalOptimManager:
 class Optimizer8bit(torch.optim.Optimizer):
     """What all optimizers here share. States are float32 whatever `optim_bits` says."""
 
+    # What a class with "8bit", "32bit" or "Paged" in its name was made for; the others are told when they are made.
+    _bits: int | None = None
+    _paged = False
+
     def __init__(self, params: Any, defaults: dict[str, Any], optim_bits: int = 32, is_paged: bool = False) -> None:
         """Make an optimizer; `optim_bits` of 8 and `is_paged` warn that they have no effect."""
         if optim_bits not in (8, 32):

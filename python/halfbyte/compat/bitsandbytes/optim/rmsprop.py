@@ -10,8 +10,8 @@ from .optimizer import Optimizer1State
 __all__ = ["RMSprop", "RMSprop8bit", "RMSprop32bit"]
 
 
-class RMSprop(Optimizer1State):
-    """RMSprop, of `optim_bits`-bit states."""
+class _RMSprop(Optimizer1State):
+    """RMSprop, without what bitsandbytes has not either."""
 
     def __init__(
         self,
@@ -34,8 +34,10 @@ class RMSprop(Optimizer1State):
         super().__init__("rmsprop", params, lr, (alpha, momentum), eps, weight_decay, optim_bits, args, min_8bit_size)
 
 
-class RMSprop8bit(Optimizer1State):
-    """RMSprop, of 8-bit states."""
+class _FixedRMSprop(_RMSprop):
+    """Without `optim_bits`."""
+
+    _bits: int = 32
 
     def __init__(
         self,
@@ -50,34 +52,21 @@ class RMSprop8bit(Optimizer1State):
         min_8bit_size: int = 4096,
     ) -> None:
         """Make the optimizer; see the class."""
-        if alpha == 0:
-            raise NotImplementedError("alpha must be positive, got 0")
-        if centered:
-            raise NotImplementedError("centered must be False, got True")
-        super().__init__("rmsprop", params, lr, (alpha, momentum), eps, weight_decay, 8, args, min_8bit_size)
+        super().__init__(params, lr, alpha, eps, weight_decay, momentum, centered, self._bits, args, min_8bit_size)
 
 
-class RMSprop32bit(Optimizer1State):
-    """RMSprop, of 32-bit states."""
+class RMSprop(_RMSprop):
+    """RMSprop, of `optim_bits`-bit states."""
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-2,
-        alpha: float = 0.99,
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        momentum: float = 0,
-        centered: bool = False,
-        args: Any = None,
-        min_8bit_size: int = 4096,
-    ) -> None:
-        """Make the optimizer; see the class."""
-        if alpha == 0:
-            raise NotImplementedError("alpha must be positive, got 0")
-        if centered:
-            raise NotImplementedError("centered must be False, got True")
-        super().__init__("rmsprop", params, lr, (alpha, momentum), eps, weight_decay, 32, args, min_8bit_size)
+
+class RMSprop8bit(_FixedRMSprop):
+    """`RMSprop`, of 8-bit states."""
+
+    _bits = 8
+
+
+class RMSprop32bit(_FixedRMSprop):
+    """`RMSprop`, of 32-bit states."""
 
 
 __getattr__ = missing_attribute(__name__)

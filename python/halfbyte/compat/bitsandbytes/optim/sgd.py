@@ -10,8 +10,8 @@ from .optimizer import Optimizer1State
 __all__ = ["SGD", "SGD8bit", "SGD32bit"]
 
 
-class SGD(Optimizer1State):
-    """SGD, of `optim_bits`-bit states."""
+class _SGD(Optimizer1State):
+    """SGD with momentum, without what bitsandbytes has not either."""
 
     def __init__(
         self,
@@ -26,57 +26,56 @@ class SGD(Optimizer1State):
         min_8bit_size: int = 4096,
     ) -> None:
         """Make the optimizer; see the class."""
-        if momentum == 0:
-            raise NotImplementedError("momentum must be positive, got 0")
-        if nesterov or dampening:
-            raise NotImplementedError(f"nesterov and dampening must be left out, got {nesterov} and {dampening}")
+        check_momentum(momentum, dampening, nesterov)
+        super().__init__("momentum", params, lr, (momentum, 0.0), 0.0, weight_decay, optim_bits, args, min_8bit_size)
+
+
+class _FixedSGD(_SGD):
+    """Without `optim_bits`."""
+
+    _bits: int = 32
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+    ) -> None:
+        """Make the optimizer; see the class."""
         super().__init__(
-            "momentum", params, lr, (momentum, dampening), 0.0, weight_decay, optim_bits, args, min_8bit_size
-        )
+            params, lr, momentum, dampening, weight_decay, nesterov, self._bits, args, min_8bit_size
+        )  # fmt: skip
 
 
-class SGD8bit(Optimizer1State):
-    """SGD, of 8-bit states."""
+def check_momentum(momentum: float, dampening: float, nesterov: bool) -> None:
+    """Of SGD and LARS.
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float,
-        momentum: float = 0,
-        dampening: float = 0,
-        weight_decay: float = 0,
-        nesterov: bool = False,
-        args: Any = None,
-        min_8bit_size: int = 4096,
-    ) -> None:
-        """Make the optimizer; see the class."""
-        if momentum == 0:
-            raise NotImplementedError("momentum must be positive, got 0")
-        if nesterov or dampening:
-            raise NotImplementedError(f"nesterov and dampening must be left out, got {nesterov} and {dampening}")
-        super().__init__("momentum", params, lr, (momentum, dampening), 0.0, weight_decay, 8, args, min_8bit_size)
+    Raises:
+        NotImplementedError: There is no momentum, or one that is not plain.
+    """
+    if momentum == 0:
+        raise NotImplementedError("momentum must be positive, got 0")
+    if nesterov or dampening:
+        raise NotImplementedError(f"nesterov and dampening must be left out, got {nesterov} and {dampening}")
 
 
-class SGD32bit(Optimizer1State):
-    """SGD, of 32-bit states."""
+class SGD(_SGD):
+    """SGD with momentum, of `optim_bits`-bit states."""
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float,
-        momentum: float = 0,
-        dampening: float = 0,
-        weight_decay: float = 0,
-        nesterov: bool = False,
-        args: Any = None,
-        min_8bit_size: int = 4096,
-    ) -> None:
-        """Make the optimizer; see the class."""
-        if momentum == 0:
-            raise NotImplementedError("momentum must be positive, got 0")
-        if nesterov or dampening:
-            raise NotImplementedError(f"nesterov and dampening must be left out, got {nesterov} and {dampening}")
-        super().__init__("momentum", params, lr, (momentum, dampening), 0.0, weight_decay, 32, args, min_8bit_size)
+
+class SGD8bit(_FixedSGD):
+    """`SGD`, of 8-bit states."""
+
+    _bits = 8
+
+
+class SGD32bit(_FixedSGD):
+    """`SGD`, of 32-bit states."""
 
 
 __getattr__ = missing_attribute(__name__)

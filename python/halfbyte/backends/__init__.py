@@ -1,0 +1,1 @@
+"""What computes the operators on each device."""

@@ -1,0 +1,362 @@
+"""The kernels for CPU tensors: check, allocate, hand addresses to the compiled core.
+
+Nothing else in the package turns a tensor into an address. A tensor that native code reads is made contiguous first
+(offsets into a storage are part of its address), one that it writes is allocated here or checked by the caller.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from halfbyte import _native
+from halfbyte.ops._torch_internals import disable_modes
+from halfbyte.ops.checks import (
+    BLOCK_SIZES,
+    NESTED_BLOCKSIZE,
+    blocks_of,
+    check_compress,
+    check_dequantize_blockwise,
+    check_dequantize_rows,
+    check_embedding,
+    check_expand,
+    check_float,
+    check_product,
+    check_quantize,
+    check_quantize_blockwise,
+    check_quantize_rows,
+    check_weight,
+    packed_bytes,
+)
+
+_logger = logging.getLogger(__name__)
+
+Raw = tuple[int, int, str]
+
+_NAMES = {
+    torch.uint8: "uint8",
+    torch.int8: "int8",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float32: "float32",
+}
+
+
+# To make others from: for a new tensor, to name its dtype costs as much as all the rest. Ordinary CPU tensors, in
+# whatever modes torch is at the moment.
+with torch.inference_mode(False), disable_modes():
+    _EMPTY = {dtype: torch.empty(0, dtype=dtype, device="cpu") for dtype in _NAMES}
+
+
+def _raw(tensor: Tensor) -> Raw:
+    """Address, count and dtype of a contiguous tensor. The caller keeps the tensor alive during the native call."""
+    return tensor.data_ptr(), tensor.numel(), _NAMES[tensor.dtype]
+
+
+def _raw_bytes(packed: Tensor, n: int) -> Raw:
+    """The bytes of `n` packed values, whatever dtype they are viewed as; padding is left out."""
+    return packed.data_ptr(), packed_bytes(n), "uint8"
+
+
+_threads = 0
+
+
+def _follow_threads() -> int:
+    """Give the core as many threads as torch uses, and return their number."""
+    global _threads
+    threads = torch.get_num_threads()
+    if threads != _threads:
+        _native.set_threads(threads)
+        _threads = threads
+    return threads
+
+
+def quantize_4bit(input: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [ceil(n / 2), 1] and scales float32 [blocks] of `input`."""
+    check_quantize(input, blocksize, quant_type)
+    input = input.contiguous()
+    n = input.numel()
+    size, blocks = packed_bytes(n), blocks_of(n, blocksize)
+    packed = _EMPTY[torch.uint8].new_empty(size, 1)
+    absmax = _EMPTY[torch.float32].new_empty(blocks)
+    _follow_threads()
+    codes, scales = (packed.data_ptr(), size, "uint8"), (absmax.data_ptr(), blocks, "float32")
+    if not _native.quantize_4bit(_raw(input), codes, scales, quant_type, blocksize):
+        _logger.warning("a tensor %s to quantize holds NaN or an infinity: its block is lost", list(input.shape))
+    return packed, absmax
+
+
+def quantize_4bit_nested(input: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes of `input`, and what `compress_absmax` makes of its scales."""
+    packed, absmax = quantize_4bit(input, blocksize, quant_type)
+    return packed, *compress_absmax(absmax)
+
+
+def compress_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Float32 scales to 8 bits: codes uint8 [n], their scales float32 [ceil(n / 256)], and the offset float32 []."""
+    check_compress(absmax)
+    absmax = absmax.contiguous()
+    n = absmax.numel()
+    codes = absmax.new_empty(n, dtype=torch.uint8)
+    absmax2 = absmax.new_empty(blocks_of(n, NESTED_BLOCKSIZE))
+    offset = _native.compress_absmax(_raw(absmax), _raw(codes), _raw(absmax2))
+    return codes, absmax2, absmax.new_tensor(offset)
+
+
+def expand_absmax(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
+    """The way back of `compress_absmax`: float32 [n]."""
+    check_expand(codes, absmax2, offset)
+    codes, absmax2 = codes.contiguous(), absmax2.contiguous()
+    absmax = absmax2.new_empty(codes.numel())
+    _native.expand_absmax(_raw(codes), _raw(absmax2), offset.item(), _raw(absmax))
+    return absmax
+
+
+def _plain_absmax(absmax: Tensor, absmax2: Tensor | None, offset: Tensor | None) -> Tensor:
+    """Float32 scales, contiguous."""
+    if absmax2 is None or offset is None:
+        return absmax.contiguous()
+    return expand_absmax(absmax, absmax2, offset)
+
+
+def dequantize_4bit(
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    blocksize: int,
+    quant_type: str,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The values of a packed tensor, `shape` and `dtype`; into `out` where given (checked by the caller)."""
+    check_weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
+    check_float("dtype", dtype)
+    if out is not None and out.is_contiguous():
+        result = out
+    elif len(shape) == 2:
+        # Numbers are parsed faster than a tuple of them.
+        result = _EMPTY[dtype].new_empty(shape[0], shape[1])
+    else:
+        result = _EMPTY[dtype].new_empty(shape)
+    packed = packed.contiguous()
+    absmax = _plain_absmax(absmax, absmax2, offset)
+    _follow_threads()
+    n = result.numel()
+    _native.dequantize_4bit(_raw_bytes(packed, n), _raw(absmax), _raw(result), quant_type, blocksize)
+    return result if out is None or out is result else out.copy_(result)
+
+
+@functools.lru_cache(maxsize=4096)
+def _kernel(
+    dtype: torch.dtype,
+    n: int,
+    k: int,
+    quant_type: str,
+    blocksize: int,
+    nested: bool,
+    bias: torch.dtype | None,
+) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Products with weights of this kind: forward and backward."""
+    kernel = _native.CpuLinear(
+        _NAMES[dtype], n, k, quant_type, blocksize, nested, None if bias is None else _NAMES[bias]
+    )
+    return kernel.forward, kernel.backward
+
+
+def linear_4bit(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    shape: Sequence[int],
+    blocksize: int,
+    quant_type: str,
+) -> Tensor:
+    """`x @ W.T + bias` with the packed `W` of `shape` [out_features, in_features]; computed in the dtype of `x`."""
+    check_weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
+    check_product(x, "x", bias, shape, packed, 1)
+    n, k = shape
+    x, packed, absmax = x.contiguous(), packed.contiguous(), absmax.contiguous()
+    if x.dim() == 2:
+        m = x.shape[0]
+        # Numbers are parsed faster than a tuple of them.
+        out = x.new_empty(m, n)
+    else:
+        m = x.numel() // k if k else prod(x.shape[:-1])
+        out = x.new_empty((*x.shape[:-1], n))
+    bias = None if bias is None else bias.contiguous()
+    absmax2 = None if absmax2 is None else absmax2.contiguous()
+    bias_dtype = None if bias is None else bias.dtype
+    forward, _ = _kernel(x.dtype, n, k, quant_type, blocksize, absmax2 is not None, bias_dtype)
+    forward(
+        m,
+        x.data_ptr(),
+        packed.data_ptr(),
+        absmax.data_ptr(),
+        0 if absmax2 is None else absmax2.data_ptr(),
+        0 if offset is None else offset.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        _follow_threads(),
+    )
+    return out
+
+
+def linear_4bit_backward(
+    grad: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    shape: Sequence[int],
+    blocksize: int,
+    quant_type: str,
+) -> Tensor:
+    """`grad @ W` with the packed `W` of `shape` [out_features, in_features]; computed in the dtype of `grad`."""
+    check_weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
+    check_product(grad, "grad", None, shape, packed, 0)
+    n, k = shape
+    grad, packed, absmax = grad.contiguous(), packed.contiguous(), absmax.contiguous()
+    absmax2 = None if absmax2 is None else absmax2.contiguous()
+    out = grad.new_empty((*grad.shape[:-1], k))
+    _, backward = _kernel(grad.dtype, n, k, quant_type, blocksize, absmax2 is not None, None)
+    backward(
+        grad.numel() // n if n else prod(grad.shape[:-1]),
+        grad.data_ptr(),
+        packed.data_ptr(),
+        absmax.data_ptr(),
+        0 if absmax2 is None else absmax2.data_ptr(),
+        0 if offset is None else offset.data_ptr(),
+        out.data_ptr(),
+        _follow_threads(),
+    )
+    return out
+
+
+def embedding_4bit(
+    indices: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    blocksize: int,
+    quant_type: str,
+) -> Tensor:
+    """Rows of the packed matrix of `shape` [rows, dim]: `[*indices.shape, dim]`.
+
+    Only the blocks that the rows asked for touch are dequantized.
+    """
+    check_weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
+    check_embedding(indices, packed, shape, dtype)
+    rows, dim = shape
+    flat = indices.reshape(-1).to(torch.int64)
+    if flat.numel() == 0:
+        return torch.empty((*indices.shape, dim), dtype=dtype)
+    low, high = (int(i) for i in torch.aminmax(flat))
+    if low < 0 or high >= rows:
+        raise IndexError(f"indices: {low if low < 0 else high} is not a row; there are {rows}, counted from 0")
+    if dim == 0:
+        return torch.empty((*indices.shape, dim), dtype=dtype)
+    data = packed.contiguous().view(torch.uint8).reshape(-1)
+    absmax = _plain_absmax(absmax, absmax2, offset)
+    if dim % blocksize == 0:
+        data = data[: packed_bytes(rows * dim)].view(rows, dim // 2).index_select(0, flat)
+        scales = absmax.view(rows, dim // blocksize).index_select(0, flat)
+        values = dequantize_4bit(data, scales, None, None, (flat.numel(), dim), dtype, blocksize, quant_type)
+    else:
+        # Blocks run on across rows. For each row: as many whole blocks as it can touch, then the values that are its
+        # own. What lies beyond the last block is read from the last one, and is nobody's own.
+        width = (dim + blocksize - 2) // blocksize + 1
+        first = flat * dim // blocksize
+        byte = (first * (blocksize // 2))[:, None] + torch.arange(width * blocksize // 2)
+        block = first[:, None] + torch.arange(width)
+        data, scales = data[byte.clamp_(max=data.numel() - 1)], absmax[block.clamp_(max=absmax.numel() - 1)]
+        wide = (flat.numel(), width * blocksize)
+        values = dequantize_4bit(data, scales, None, None, wide, dtype, blocksize, quant_type)
+        values = values.gather(1, (flat * dim - first * blocksize)[:, None] + torch.arange(dim))
+    return values.view(*indices.shape, dim)
+
+
+def _boundaries(code: Tensor) -> Tensor:
+    """Above which values each next code begins: the midpoints, moved so that ties go to the even code."""
+    lower, upper = code[:-1], code[1:]
+    if not bool((lower <= upper).all()) or not bool(code.isfinite().all()):
+        raise ValueError("code: is not 256 finite values in ascending order")
+    middle = (lower + upper) * 0.5
+    odd = torch.arange(255) % 2 == 1
+    return torch.where(odd & (middle > lower), torch.nextafter(middle, torch.tensor(-torch.inf)), middle)
+
+
+def quantize_blockwise(input: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """8-bit codes like `input`, and scales float32 [blocks]."""
+    check_quantize_blockwise(input, code, blocksize)
+    values = input.contiguous().to(torch.float32)
+    n = values.numel()
+    codes = torch.empty(input.shape, dtype=torch.uint8)
+    absmax = torch.empty(blocks_of(n, blocksize), dtype=torch.float32)
+    code = code.contiguous()
+    _follow_threads()
+    if blocksize in BLOCK_SIZES:
+        _native.quantize_8bit(_raw(values), _raw(code), _raw(codes), _raw(absmax), blocksize)
+        return codes, absmax
+    # The core knows the block sizes of the format; the others are for callers of this function alone. Blocks are filled
+    # up: so none is larger than all values.
+    blocksize = min(blocksize, max(n, 1))
+    padded = torch.nn.functional.pad(values.reshape(-1), (0, -n % blocksize)).view(-1, blocksize)
+    torch.amax(padded.abs(), 1, out=absmax)
+    scaled = (padded * (1.0 / absmax)[:, None]).view(-1)[:n]
+    codes.view(-1).copy_(torch.bucketize(scaled, _boundaries(code)).masked_fill_(scaled.isnan(), 0))
+    return codes, absmax
+
+
+def dequantize_blockwise(
+    codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """The way back of `quantize_blockwise`: `codes.shape`, `dtype`; into `out` where given (checked by the caller)."""
+    check_dequantize_blockwise(codes, absmax, code, blocksize, dtype)
+    values = torch.empty(codes.shape, dtype=torch.float32)
+    _follow_threads()
+    if blocksize in BLOCK_SIZES:
+        codes, absmax, code = codes.contiguous(), absmax.contiguous(), code.contiguous()
+        _native.dequantize_8bit(_raw(codes), _raw(absmax), _raw(code), _raw(values), blocksize)
+    else:
+        scales = (
+            absmax.reshape(-1)
+            .repeat_interleave(min(blocksize, max(codes.numel(), 1)))[: codes.numel()]
+            .view(codes.shape)
+        )
+        torch.mul(code[codes.long()], scales, out=values)
+    return values.to(dtype) if out is None else out.copy_(values)
+
+
+def quantize_rows(input: Tensor) -> tuple[Tensor, Tensor]:
+    """8-bit codes int8 like `input`, and the largest magnitude of each row, float32 [rows]."""
+    check_quantize_rows(input)
+    input = input.contiguous()
+    rows, columns = prod(input.shape[:-1]), input.shape[-1]
+    codes = input.new_empty(input.shape, dtype=torch.int8)
+    scales = input.new_empty(rows, dtype=torch.float32)
+    _follow_threads()
+    _native.quantize_rows(_raw(input), _raw(codes), _raw(scales), rows, columns)
+    return codes, scales
+
+
+def dequantize_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The way back of `quantize_rows`: `codes.shape`, `dtype`."""
+    check_dequantize_rows(codes, scales, dtype)
+    codes, scales = codes.contiguous(), scales.contiguous()
+    out = codes.new_empty(codes.shape, dtype=dtype)
+    _follow_threads()
+    _native.dequantize_rows(_raw(codes), _raw(scales), _raw(out), scales.numel(), codes.shape[-1])
+    return out

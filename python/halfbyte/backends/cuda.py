@@ -1,0 +1,484 @@
+"""The kernels for CUDA tensors: check, allocate, hand addresses to the compiled core, which launches on torch's stream.
+
+Nothing here waits for the GPU, and no address outlives the call that took it: memory belongs to torch's allocator, and
+what is freed early is reused in the order of the stream, as with torch's own operations. So everything can be captured
+in a CUDA graph. The outputs are allocated here; a tensor that a kernel reads is made contiguous first.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from math import gcd, lcm, prod
+
+import torch
+from torch import Tensor
+
+from halfbyte import _native
+from halfbyte.ops._torch_internals import current_stream
+from halfbyte.ops.checks import (
+    NESTED_BLOCKSIZE,
+    blocks_of,
+    check_compress,
+    check_dequantize_blockwise,
+    check_dequantize_rows,
+    check_embedding,
+    check_expand,
+    check_float,
+    check_product,
+    check_quantize,
+    check_quantize_blockwise,
+    check_quantize_rows,
+    check_weight,
+    packed_bytes,
+)
+
+_logger = logging.getLogger(__name__)
+
+Raw = tuple[int, int, str]
+RawScales = tuple[Raw, Raw | None, Raw | None]
+
+_NAMES = {
+    torch.uint8: "uint8",
+    torch.int8: "int8",
+    torch.int32: "int32",
+    torch.int64: "int64",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float32: "float32",
+    torch.float64: "float64",
+}
+
+_FUSED_LAUNCHES = (2, 4)
+"""Up to so many launches of the fused product are faster than a dense copy of the weight: of a weight that fills the
+GPU only once or twice, and of a larger one."""
+
+_FUSED_ROWS = 32 * max(_FUSED_LAUNCHES)
+"""More rows than this are never so few: no launch takes more than 32."""
+
+_LARGE = 2**25
+"""Values of such a larger weight."""
+
+_PLAIN_ROWS, _PLAIN_ROWS_32 = 1, 3
+"""Up to so many rows the plain product, which takes everything, is faster than a dense copy of the weight: of 16 bits,
+and of 32."""
+
+_DENSE_BYTES = 2**29
+"""Of a dense copy at most, however large the weight is. Parts that fit into the second-level cache are no faster:
+products with so few of the weight's rows do not fill the GPU."""
+
+_DENSE_ROWS = 256
+"""Rows of the weight in each part are a multiple of this, as the matrix units want it."""
+
+_ALIGNMENT = 16
+"""In bytes, of what the fused product reads."""
+
+
+def _raw(tensor: Tensor) -> Raw:
+    """Address, count and dtype of a contiguous tensor. The caller keeps the tensor alive during the call."""
+    return tensor.data_ptr(), tensor.numel(), _NAMES[tensor.dtype]
+
+
+def _raw_bytes(packed: Tensor, n: int) -> Raw:
+    """The bytes of `n` packed values, whatever dtype they are viewed as; padding is left out."""
+    return packed.data_ptr(), packed_bytes(n), "uint8"
+
+
+def _here(tensor: Tensor) -> tuple[int, int]:
+    """The device of a tensor, and torch's current stream there."""
+    index = tensor.get_device()
+    return index, current_stream(index)
+
+
+def _raw_scales(absmax: Tensor, absmax2: Tensor | None, offset: Tensor | None) -> tuple[RawScales, tuple[Tensor, ...]]:
+    """The scales as the core takes them, and what must be kept alive meanwhile."""
+    absmax = absmax.contiguous()
+    if absmax2 is None or offset is None:
+        return (_raw(absmax), None, None), (absmax,)
+    absmax2 = absmax2.contiguous()
+    return (_raw(absmax), _raw(absmax2), _raw(offset)), (absmax, absmax2)
+
+
+# ---- 4 bits ----------------------------------------------------------------------------------------------------------
+
+
+def quantize_4bit(input: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [ceil(n / 2), 1] and scales float32 [blocks] of `input`."""
+    check_quantize(input, blocksize, quant_type)
+    input = input.contiguous()
+    n = input.numel()
+    packed = input.new_empty((packed_bytes(n), 1), dtype=torch.uint8)
+    absmax = input.new_empty(blocks_of(n, blocksize), dtype=torch.float32)
+    _native.cuda_quantize_4bit(*_here(input), _raw(input), _raw(packed), _raw(absmax), quant_type, blocksize)
+    return packed, absmax
+
+
+def quantize_4bit_nested(input: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes of `input`, and what `compress_absmax` makes of its scales; faster than the two by themselves."""
+    check_quantize(input, blocksize, quant_type)
+    input = input.contiguous()
+    n = input.numel()
+    blocks = blocks_of(n, blocksize)
+    packed = input.new_empty((packed_bytes(n), 1), dtype=torch.uint8)
+    absmax = input.new_empty(blocks, dtype=torch.float32)
+    codes = packed.new_empty(blocks)
+    absmax2 = absmax.new_empty(blocks_of(blocks, NESTED_BLOCKSIZE))
+    offset = absmax.new_empty(())
+    workspace = absmax.new_empty(_native.cuda_compress_workspace(blocks), dtype=torch.float64)
+    _native.cuda_quantize_4bit_nested(
+        *_here(input),
+        _raw(input),
+        _raw(packed),
+        _raw(absmax),
+        _raw(codes),
+        _raw(absmax2),
+        _raw(offset),
+        _raw(workspace),
+        quant_type,
+        blocksize,
+    )
+    return packed, codes, absmax2, offset
+
+
+def compress_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Float32 scales to 8 bits: codes uint8 [n], their scales float32 [ceil(n / 256)], and the offset float32 []."""
+    check_compress(absmax)
+    absmax = absmax.contiguous()
+    n = absmax.numel()
+    codes = absmax.new_empty(n, dtype=torch.uint8)
+    absmax2 = absmax.new_empty(blocks_of(n, NESTED_BLOCKSIZE))
+    offset = absmax.new_empty(())
+    workspace = absmax.new_empty(_native.cuda_compress_workspace(n), dtype=torch.float64)
+    _native.cuda_compress_absmax(
+        *_here(absmax), _raw(absmax), _raw(codes), _raw(absmax2), _raw(offset), _raw(workspace)
+    )
+    return codes, absmax2, offset
+
+
+def expand_absmax(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
+    """The way back of `compress_absmax`: float32 [n]."""
+    check_expand(codes, absmax2, offset)
+    codes, absmax2 = codes.contiguous(), absmax2.contiguous()
+    absmax = absmax2.new_empty(codes.numel())
+    _native.cuda_expand_absmax(*_here(codes), _raw(codes), _raw(absmax2), _raw(offset), _raw(absmax))
+    return absmax
+
+
+def dequantize_4bit(
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    blocksize: int,
+    quant_type: str,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The values of a packed tensor, `shape` and `dtype`; into `out` where given (checked by the caller)."""
+    check_weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
+    check_float("dtype", dtype)
+    result = out if out is not None and out.is_contiguous() else packed.new_empty(shape, dtype=dtype)
+    packed = packed.contiguous()
+    (first, second, third), _kept = _raw_scales(absmax, absmax2, offset)
+    n = result.numel()
+    _native.cuda_dequantize_4bit(
+        *_here(packed), _raw_bytes(packed, n), first, second, third, _raw(result), quant_type, blocksize
+    )
+    return result if out is None or out is result else out.copy_(result)
+
+
+def embedding_4bit(
+    indices: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    blocksize: int,
+    quant_type: str,
+) -> Tensor:
+    """Rows of the packed matrix of `shape` [rows, dim]: `[*indices.shape, dim]`.
+
+    A row that does not exist is NaN: to raise for it, the call would have to wait for the GPU.
+    """
+    check_weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
+    check_embedding(indices, packed, shape, dtype)
+    rows, dim = shape
+    indices, packed = indices.contiguous(), packed.contiguous()
+    (first, second, third), _kept = _raw_scales(absmax, absmax2, offset)
+    out = packed.new_empty((*indices.shape, dim), dtype=dtype)
+    _native.cuda_embedding_4bit(
+        *_here(packed),
+        _raw(indices),
+        _raw_bytes(packed, rows * dim),
+        first,
+        second,
+        third,
+        _raw(out),
+        rows,
+        dim,
+        quant_type,
+        blocksize,
+    )
+    return out
+
+
+# ---- products --------------------------------------------------------------------------------------------------------
+
+
+def _slow(device: int, dtype: torch.dtype, k: int, blocksize: int) -> str | None:
+    """Why the fused product does not take such a weight, or None."""
+    _, (major, minor), _, _ = _native.cuda_device(device)
+    if dtype is torch.float32:
+        return "the matrix units have no float32"
+    if major < 8:
+        return f"the matrix units of compute capability {major}.{minor} do not do it, those of 8.0 and later do"
+    if k % 64 or k == 0:
+        return "in_features is no multiple of 64"
+    return f"the block size is {blocksize}, less than 64" if blocksize < 64 else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _kernel(
+    device: int, dtype: torch.dtype, n: int, k: int, quant_type: str, blocksize: int, nested: bool
+) -> tuple[Callable[..., None], int]:
+    """Launches products with weights of this kind; and the rows up to which they are faster than a dense copy of the
+    weight, 0 if no fused kernel takes it, which is said, once.
+    """
+    reason = _slow(device, dtype, k, blocksize)
+    if reason is not None and dtype is not torch.float32:
+        _logger.warning("products of few rows with a 4-bit weight %s in %s take longer: %s", [n, k], dtype, reason)
+    kernel = _native.CudaLinear(device, _NAMES[dtype], n, k, quant_type, blocksize, nested)
+    return kernel.launch, 0 if reason is not None else kernel.rows_at_once * _FUSED_LAUNCHES[n * k >= _LARGE]
+
+
+@functools.lru_cache(maxsize=4096)
+def _say_unaligned(n: int, k: int) -> None:
+    """Once: the fused product takes such a weight, but not where it lies."""
+    _logger.warning(
+        "products of few rows with a 4-bit weight %s take longer: its codes do not begin at a multiple of %d bytes",
+        [n, k], _ALIGNMENT,
+    )  # fmt: skip
+
+
+class _Weight:
+    """A packed weight `[n, k]`, checked and contiguous, to be made dense part by part."""
+
+    def __init__(
+        self,
+        packed: Tensor,
+        absmax: Tensor,
+        absmax2: Tensor | None,
+        offset: Tensor | None,
+        shape: Sequence[int],
+        blocksize: int,
+        quant_type: str,
+    ) -> None:
+        self.n, self.k = shape
+        self.blocksize, self.quant_type = blocksize, quant_type
+        self.packed = packed.contiguous()
+        self.scales, self._kept = _raw_scales(absmax, absmax2, offset)
+        self.here = _here(packed)
+
+    def dense(self, begin: int, end: int, out: Tensor) -> None:
+        """Rows `begin` to `end` of the weight to `out`; `begin` is one of `parts`."""
+        first, count = begin * self.k, (end - begin) * self.k
+        block, blocks = first // self.blocksize, blocks_of(count, self.blocksize)
+        absmax, absmax2, offset = self.scales
+        address, _, dtype = absmax
+        absmax = (address + block * (4 if dtype == "float32" else 1), blocks, dtype)
+        if absmax2 is not None:
+            address, _, dtype = absmax2
+            absmax2 = (address + block // NESTED_BLOCKSIZE * 4, blocks_of(blocks, NESTED_BLOCKSIZE), dtype)
+        packed = (self.packed.data_ptr() + first // 2, packed_bytes(count), "uint8")
+        _native.cuda_dequantize_4bit(
+            *self.here, packed, absmax, absmax2, offset, _raw(out), self.quant_type, self.blocksize
+        )
+
+    def parts(self, itemsize: int) -> list[tuple[int, int]]:
+        """Parts of the rows, begin and end, whose dense copies are of at most `_DENSE_BYTES` where that can be.
+
+        Each begins with a whole group of scales that share one, so that it can be dequantized by itself.
+        """
+        if self.n * self.k * itemsize <= _DENSE_BYTES:
+            return [(0, self.n)]
+        group = self.blocksize * (1 if self.scales[1] is None else NESTED_BLOCKSIZE)
+        unit = lcm(group // gcd(group, self.k), _DENSE_ROWS)
+        parts = blocks_of(self.n * self.k * itemsize, _DENSE_BYTES)
+        # Of equal size, but for the last.
+        step = blocks_of(blocks_of(self.n, parts), unit) * unit
+        return [(begin, min(begin + step, self.n)) for begin in range(0, self.n, step)]
+
+
+def linear_4bit(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    shape: Sequence[int],
+    blocksize: int,
+    quant_type: str,
+) -> Tensor:
+    """`x @ W.T + bias` with the packed `W` of `shape` [out_features, in_features]; computed in the dtype of `x`.
+
+    Few rows go to kernels that read the packed weight; for many it is dequantized, part by part, into memory that
+    torch's matrix product reads.
+    """
+    check_weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
+    check_product(x, "x", bias, shape, packed, 1)
+    n, k = shape
+    dtype = x.dtype
+    if x.dim() == 2:
+        m = x.shape[0]
+        # Numbers are parsed faster than a tuple of them.
+        out = x.new_empty(m, n)
+    else:
+        out = x.new_empty((*x.shape[:-1], n))
+        m = x.numel() // k if k else prod(x.shape[:-1])
+    if m == 0 or n == 0:
+        return out
+    x, packed, absmax = x.contiguous(), packed.contiguous(), absmax.contiguous()
+    if bias is not None:
+        bias = (bias if bias.dtype is dtype else bias.to(dtype)).contiguous()
+    if m <= _FUSED_ROWS or k == 0:
+        device = x.get_device()
+        launch, most = _kernel(device, dtype, n, k, quant_type, blocksize, absmax2 is not None)
+        codes = packed.data_ptr()
+        if m <= most and codes % _ALIGNMENT:
+            _say_unaligned(n, k)
+            most = 0
+        if m <= most or m <= (_PLAIN_ROWS_32 if dtype is torch.float32 else _PLAIN_ROWS) or k == 0:
+            if absmax2 is None or offset is None:
+                scales = absmax.data_ptr(), 0, 0
+            else:
+                absmax2 = absmax2.contiguous()
+                scales = absmax.data_ptr(), absmax2.data_ptr(), offset.data_ptr()
+            rows, shift, result = x.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr()
+            if rows % _ALIGNMENT:
+                x = x.clone()
+                rows = x.data_ptr()
+            launch(current_stream(device), m, rows, codes, *scales, shift, result)
+            return out
+    weight = _Weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
+    x, into = x.view(m, k), out.view(m, n)
+    parts = weight.parts(dtype.itemsize)
+    buffer = x.new_empty(parts[0][1], k)
+    # With `out`, the matrix products stay in this dtype whatever autocast wants.
+    for begin, end in parts:
+        dense, columns = buffer, into
+        if len(parts) > 1:
+            dense, columns = buffer[: end - begin], into[:, begin:end]
+        weight.dense(begin, end, dense)
+        if bias is None:
+            torch.mm(x, dense.t(), out=columns)
+        else:
+            torch.addmm(bias[begin:end], x, dense.t(), out=columns)
+    return out
+
+
+def linear_4bit_backward(
+    grad: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    shape: Sequence[int],
+    blocksize: int,
+    quant_type: str,
+) -> Tensor:
+    """`grad @ W` with the packed `W` of `shape` [out_features, in_features]; computed in the dtype of `grad`."""
+    check_weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
+    check_product(grad, "grad", None, shape, packed, 0)
+    n, k = shape
+    out = grad.new_empty((*grad.shape[:-1], k))
+    m = grad.numel() // n if n else prod(grad.shape[:-1])
+    if m == 0 or k == 0 or n == 0:
+        return out.zero_()
+    grad = grad.contiguous().view(m, n)
+    weight = _Weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
+    parts = weight.parts(grad.element_size())
+    buffer = grad.new_empty(parts[0][1], k)
+    if len(parts) == 1:
+        weight.dense(0, n, buffer)
+        torch.mm(grad, buffer, out=out.view(m, k))
+        return out
+    # Parts are summed up in float32: in the dtype of `grad` each would be rounded on top of the sum of all before.
+    total = grad.new_zeros((m, k), dtype=torch.float32)
+    part = grad.new_empty(m, k)
+    for begin, end in parts:
+        dense = buffer[: end - begin]
+        weight.dense(begin, end, dense)
+        total += torch.mm(grad[:, begin:end], dense, out=part)
+    return out.copy_(total.view(out.shape))
+
+
+# ---- 8 bits ----------------------------------------------------------------------------------------------------------
+
+
+def quantize_blockwise(input: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """8-bit codes like `input`, and scales float32 [blocks].
+
+    That `code` ascends is not looked at: to raise for it, the call would have to wait for the GPU.
+    """
+    check_quantize_blockwise(input, code, blocksize)
+    input, code = input.contiguous(), code.contiguous()
+    codes = input.new_empty(input.shape, dtype=torch.uint8)
+    absmax = input.new_empty(blocks_of(input.numel(), blocksize), dtype=torch.float32)
+    _native.cuda_quantize_8bit(*_here(input), _raw(input), _raw(code), _raw(codes), _raw(absmax), blocksize)
+    return codes, absmax
+
+
+def dequantize_blockwise(
+    codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """The way back of `quantize_blockwise`: `codes.shape`, `dtype`; into `out` where given (checked by the caller)."""
+    check_dequantize_blockwise(codes, absmax, code, blocksize, dtype)
+    codes, absmax, code = codes.contiguous(), absmax.contiguous(), code.contiguous()
+    result = out if out is not None and out.is_contiguous() else codes.new_empty(codes.shape, dtype=dtype)
+    _native.cuda_dequantize_8bit(*_here(codes), _raw(codes), _raw(absmax), _raw(code), _raw(result), blocksize)
+    return result if out is None or out is result else out.copy_(result)
+
+
+def quantize_rows(input: Tensor) -> tuple[Tensor, Tensor]:
+    """8-bit codes int8 like `input`, and the largest magnitude of each row, float32 [rows]."""
+    check_quantize_rows(input)
+    input = input.contiguous()
+    rows, columns = prod(input.shape[:-1]), input.shape[-1]
+    codes = input.new_empty(input.shape, dtype=torch.int8)
+    scales = input.new_empty(rows, dtype=torch.float32)
+    _native.cuda_quantize_rows(*_here(input), _raw(input), _raw(codes), _raw(scales), rows, columns)
+    return codes, scales
+
+
+def dequantize_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The way back of `quantize_rows`: `codes.shape`, `dtype`."""
+    check_dequantize_rows(codes, scales, dtype)
+    codes, scales = codes.contiguous(), scales.contiguous()
+    out = codes.new_empty(codes.shape, dtype=dtype)
+    _native.cuda_dequantize_rows(*_here(codes), _raw(codes), _raw(scales), _raw(out), scales.numel(), codes.shape[-1])
+    return out
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def quant_map(quant_type: str, device: torch.device) -> Tensor:
+    """The sixteen values of `quant_type`, float32 [16], made on the device: no copy from the host that waits for it."""
+    # Two codes to a byte: 0x01, 0x23, ... 0xef.
+    packed = torch.arange(0x01, 0x100, 0x22, dtype=torch.uint8, device=device)
+    one = packed.new_ones(1, dtype=torch.float32)
+    values = dequantize_4bit(packed, one, None, None, (16,), torch.float32, 32, quant_type)
+    # FP4 has two zeros; in the map, both are positive.
+    return values.add_(0.0) if quant_type == "fp4" else values
+
+
+def dynamic_map(device: torch.device) -> Tensor:
+    """The 256 values of the signed 8-bit dynamic map, float32, ascending, made on the device."""
+    codes = torch.arange(256, dtype=torch.uint8, device=device)
+    one = codes.new_ones(1, dtype=torch.float32)
+    return expand_absmax(codes, one, torch.zeros_like(one))

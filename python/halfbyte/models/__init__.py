@@ -1,0 +1,1 @@
+"""Models in memory: choosing layers, replacing them, loading packed checkpoints."""

@@ -1,0 +1,157 @@
+"""The tensors of a checkpoint folder, for torch: by name, one at a time, from safetensors alone.
+
+`Folder.view` maps the file: nothing is read until it is used, and the tensor keeps the mapping alive. `Folder.read`
+gives a tensor memory of its own, which goes as soon as the tensor does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from halfbyte._native import CheckpointError
+from halfbyte.offline import config_json
+from halfbyte.offline.hub import resolve_source
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_MAX_INDEX_BYTES = 512 * 2**20
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def _is_inside(file: str) -> bool:
+    """Is this a path that leads to a place inside the folder it starts from? Also ``part/model.safetensors``."""
+    parts = file.split("/")
+    return not ({"", ".", ".."} & set(parts)) and "\\" not in file and "\0" not in file and not Path(file).is_absolute()
+
+
+class Folder:
+    """A checkpoint: a folder with `model.safetensors` or its index, or one `.safetensors` file. A context manager.
+
+    Attributes:
+        path: What was opened.
+        names: All tensors, in the order of files and of data.
+        config: `config.json` of the folder, or None.
+
+    Raises:
+        CheckpointError: There is no checkpoint there, or it is broken; the message names the file.
+    """
+
+    def __init__(self, path: Any) -> None:
+        """Read the index and the headers."""
+        self.path = resolve_source(path)
+        folder = self.path if self.path.is_dir() else self.path.parent
+        self.config = config_json.read_config(folder)
+        self._stack = contextlib.ExitStack()
+        self._views: dict[Path, Any] = {}
+        self._readers: dict[Path, Any] = {}
+        self._files: dict[str, Path] = {}
+        listed = self._listed()
+        for file, expected in listed.items():
+            handle = self._open(self._views, file)
+            # In the order of the data, where this release of safetensors can tell.
+            found = handle.offset_keys() if hasattr(handle, "offset_keys") else handle.keys()
+            self._files.update(dict.fromkeys(found, file))
+            absent = sorted(expected - set(found))
+            if absent:
+                raise CheckpointError(f"{file}: {absent[0]!r} is missing, which {_INDEX} says it holds")
+        self.names = list(self._files)
+        if not self.names:
+            raise CheckpointError(f"{self.path}: holds no tensor")
+
+    def _listed(self) -> dict[Path, set[str]]:
+        """The files to open, and which tensors the index expects in each."""
+        if self.path.is_file():
+            return {self.path: set()}
+        index, single = self.path / _INDEX, self.path / _SINGLE
+        if single.is_file():
+            return {single: set()}
+        if not index.is_file():
+            raise CheckpointError(f"{self.path}: expected {_SINGLE} or {_INDEX}")
+        if index.stat().st_size > _MAX_INDEX_BYTES:
+            raise CheckpointError(f"{index}: {index.stat().st_size} bytes: expected at most {_MAX_INDEX_BYTES}")
+        try:
+            table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files: dict[Path, set[str]] = {}
+            for name, file in table.items():
+                if not isinstance(file, str) or not _is_inside(file):
+                    raise CheckpointError(f"{index}: {name!r} is in {file!r}: expected a file inside the folder")
+                files.setdefault(self.path / file, set()).add(name)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{index}: expected an object with weight_map: {error!r}") from None
+        return files
+
+    def _open(self, handles: dict[Path, Any], file: Path, **how: Any) -> Any:
+        if file not in handles:
+            if not file.is_file():
+                raise CheckpointError(f"{file}: no such file")
+            try:
+                handles[file] = self._stack.enter_context(safe_open(file, framework="pt", device="cpu", **how))
+            except SafetensorError as error:
+                raise CheckpointError(f"{file}: not a safetensors file: {error}") from None
+        return handles[file]
+
+    def __enter__(self) -> Folder:
+        """Return the folder itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the files. Tensors that were given out stay valid."""
+        self._stack.close()
+
+    def __contains__(self, name: str) -> bool:
+        """Is there a tensor of this name?"""
+        return name in self._files
+
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._files[name]
+
+    def facts(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype, from the header. ValueError for a dtype that models are not kept in."""
+        piece = self._open(self._views, self._files[name]).get_slice(name)
+        dtype = _DTYPES.get(piece.get_dtype())
+        if dtype is None:
+            # Rare ones, such as 8-bit floats: let safetensors say.
+            dtype = self.view(name).dtype
+        return tuple(piece.get_shape()), dtype
+
+    def view(self, name: str) -> Tensor:
+        """The tensor, in mapped memory where its address suits its dtype. Writing to it does not reach the file."""
+        file = self._files[name]
+        tensor: Tensor = self._open(self._views, file).get_tensor(name)
+        return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, in memory of its own."""
+        file = self._files[name]
+        try:
+            handle = self._open(self._readers, file, backend="pread")
+        except TypeError:
+            # safetensors before 0.8 can only map. Pages of the file then count as memory of the process.
+            return self.view(name).clone()
+        tensor: Tensor = handle.get_tensor(name)
+        return tensor

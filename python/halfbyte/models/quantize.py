@@ -1,0 +1,357 @@
+"""`quantize_model` and `dequantize_model`: the linear layers of a torch model to 4 bits, and back.
+
+Layers are converted one after the other, in place: at any time one dense weight exists beside what is already packed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from os import PathLike
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte._native import CheckpointError
+from halfbyte._terminal import Bar, format_bytes, is_terminal
+from halfbyte.config import BitsAndBytesConfig
+from halfbyte.models.checkpoint_reader import Folder
+from halfbyte.models.load import (
+    assign,
+    check_ties,
+    compute_buffers,
+    finish,
+    make_plan,
+    model_bytes,
+    report,
+    tensor_holders,
+    values,
+)
+from halfbyte.models.observers import notify
+from halfbyte.models.replace import replace, to_dense, to_linear4bit
+from halfbyte.models.select import Choice, Layer, choose, join, paths, skip_list
+from halfbyte.nn import Embedding4bit, Linear4bit, Params4bit
+from halfbyte.offline.options import Rule, rule_text, strings
+
+_logger = logging.getLogger(__name__)
+
+_Model = TypeVar("_Model", bound=nn.Module)
+_Show = Callable[[int, int, str], None]
+
+
+def quantize_model(
+    model: _Model,
+    config: BitsAndBytesConfig | dict[str, Any] | object | None = None,
+    *,
+    rules: Iterable[Rule] | None = None,
+    skip: Iterable[str] | None = None,
+    subclasses: bool | Iterable[type[nn.Linear]] = False,
+    checkpoint: str | PathLike[str] | None = None,
+    device: torch.device | str | int | None = None,
+    progress: bool | _Show = True,
+) -> _Model:
+    """Replace the linear layers of a model by `Linear4bit`, one after the other, in place.
+
+    Args:
+        model: Any module. Converted are `nn.Linear` and transformers' `Conv1D`, wherever they are.
+        config: How: a `BitsAndBytesConfig`, of this package or of transformers, or a dict of its arguments, with
+            `load_in_4bit=True`. None for NF4 with double quantization, computed in the dtype of the input.
+        rules: Exceptions, as in the offline tool: `"REGEX=nf4|fp4|keep"`, or pairs of both sides. The first whose
+            pattern occurs in the name of a weight or of its layer decides, defaults notwithstanding.
+        skip: Names of modules to keep besides the defaults, matched as transformers matches `llm_int8_skip_modules`.
+            Those in `config` count too, and are likewise added to the defaults instead of replacing them.
+        subclasses: Subclasses of `nn.Linear` to convert too: their classes; or True for all that do not override
+            `forward`.
+        checkpoint: A folder of 16- or 32-bit safetensors (or one file, or a model's name) that fills the model, which
+            is on the meta device; each weight is quantized as it is read.
+        device: Where the model goes, each layer when it is its turn. None: everything stays where it is (on the CPU,
+            when it comes from a checkpoint).
+        progress: Show a bar on a terminal; or a callable that takes layers done, layers in all, and a name.
+
+    Returns:
+        `model`; another object only where the model itself is a linear layer. A summary is logged at level INFO.
+
+    Raises:
+        ValueError: Nothing can be converted; a layer that is to be converted cannot be (its weight is computed,
+            offloaded, on the meta device; its `forward` was replaced): the message names it; `config`, a rule or a skip
+            name is wrong. The model is then as it was.
+        CheckpointError: The checkpoint lacks what the model needs, or does not fit it. The model is then as it was.
+        TypeError: An argument of a wrong type.
+
+    Kept are, by default, what transformers and the offline tool keep: output embeddings, tied weights, modules that the
+    architecture wants in float32, the last parameter of a transformers model; and weights of other dtypes. A layer that
+    several parents share is converted once and stays shared. The bias, hooks, attributes, `requires_grad` of everything
+    else, and the training flag stay as they are; a packed weight has no gradient.
+
+    Layers that are 4-bit already are left alone, so a second call converts what the first one kept, and is an error
+    where there is nothing left. An error in the middle (memory, an interrupt) leaves a model that works, some of whose
+    layers are 4-bit: how many is logged, and the same call goes on.
+
+    >>> import torch, halfbyte
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.GELU(), torch.nn.Linear(128, 64))
+    >>> model = halfbyte.quantize_model(model, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, rules=["2=fp4"])
+    >>> [layer.weight.quant_type for layer in (model[0], model[2])]
+    ['nf4', 'fp4']
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: {type(model).__name__} is not a torch.nn.Module")
+    settings, compute_dtype = _settings(config)
+    skips = strings("skip", skip or ()) + strings("llm_int8_skip_modules", settings.llm_int8_skip_modules or ())
+    choice = choose(
+        model,
+        settings.bnb_4bit_quant_type,
+        rules=[rule_text(rule) for rule in rules or ()],
+        skip=skips,
+        subclasses=_classes(subclasses),
+        meta=checkpoint is not None,
+    )
+    if not choice.layers:
+        raise ValueError(_nothing(model, choice))
+    target = None if device is None else torch.device(device)
+    if target is not None and target.type == "meta":
+        raise ValueError("device: 'meta' holds no numbers; expected a device such as 'cpu' or 'cuda'")
+    listed = skip_list(model, choice)
+    for note in choice.notes:
+        _logger.warning("quantize_model: %s", note)
+
+    swap = _Swap(model, choice, settings, compute_dtype, target)
+    # From here on only `swap` knows the layers, and lets go of each as it is converted.
+    del choice
+    with _display(progress) as show:
+        result = swap.run(show) if checkpoint is None else swap.run_from(checkpoint, show)
+    notify(result, _written(settings, listed))
+    _logger.info("%s", swap.summary(result))
+    return result  # type: ignore[return-value]
+
+
+def dequantize_model(model: _Model, dtype: torch.dtype | None = None) -> _Model:
+    """Replace 4-bit layers by the dense layers that they came from, one after the other, in place.
+
+    Args:
+        model: Any module with layers of `quantize_model` or `load_quantized`, or other `Linear4bit` and
+            `Embedding4bit` of this package.
+        dtype: float16, bfloat16 or float32 of the dense weights; by default the dtype that each was quantized from. A
+            bias of another dtype is converted to it.
+
+    Returns:
+        `model`; another object only where the model itself is such a layer. `Conv1D` and subclasses of `nn.Linear` come
+        back as what they were, hooks and attributes included, and `requires_grad` as it was.
+
+    Raises:
+        ValueError: There is no 4-bit layer, or one of them is not quantized yet.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: {type(model).__name__} is not a torch.nn.Module")
+    if dtype not in (None, torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"dtype: {dtype!r} is not one of torch.float16, torch.bfloat16, torch.float32, or None")
+    found = [(m, names) for m, names in paths(model).items() if isinstance(m, Linear4bit | Embedding4bit)]
+    if not found:
+        raise ValueError(f"model: {type(model).__name__} has no 4-bit layer")
+    for module, names in found:
+        if module.quant_state is None or module.weight.is_meta:
+            raise ValueError(f"model: {names[0] or 'it'} is not quantized yet, so there is nothing to dequantize")
+    result: nn.Module = model
+    found.reverse()
+    while found:
+        module, names = found.pop()
+        result = replace(result, names, to_dense(module, dtype))
+        del module
+    notify(result, None)
+    return result  # type: ignore[return-value]
+
+
+class _Swap:
+    """One run of `quantize_model`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        choice: Choice,
+        config: BitsAndBytesConfig,
+        compute_dtype: torch.dtype | None,
+        device: torch.device | None,
+    ) -> None:
+        self.model = model
+        self.layers = choice.layers
+        self.config = config
+        self.compute_dtype = compute_dtype
+        self.device = device
+        self.total = len(choice.layers)
+        self.linear = self.total + len(choice.kept)
+        self.types = sorted({layer.quant_type for layer in choice.layers})
+        self.done = 0
+        self.weights = 0
+        self.bytes = 0
+        self.bytes_of_dense = 0
+        self.bytes_held = 0
+        self.before = model_bytes(model)
+
+    def run(self, show: _Show) -> nn.Module:
+        """Convert a model that holds its weights."""
+        with self._telling():
+            # Popped from the end: a list of all layers would keep every dense weight alive.
+            self.layers.reverse()
+            while self.layers:
+                layer = self.layers.pop()
+                show(self.done, self.total, layer.name)
+                weight = layer.module._parameters["weight"]
+                assert weight is not None
+                self._convert(layer, weight.detach(), weight.device if self.device is None else self.device)
+                del layer, weight
+            show(self.total, self.total, "")
+            if self.device is not None:
+                self.model = self.model.to(self.device)
+        return self.model
+
+    def run_from(self, checkpoint: str | PathLike[str], show: _Show) -> nn.Module:
+        """Convert a model whose weights are in a checkpoint."""
+        device = torch.device("cpu") if self.device is None else self.device
+        with Folder(checkpoint) as source:
+            plan = make_plan(self.model, source)
+            if plan.packed:
+                raise CheckpointError(
+                    f"{source.path}: {next(iter(plan.packed.values()))} is 4-bit already: load_quantized(model, folder)"
+                )
+            report(self.model, source, plan, strict=True, unexpected=False)
+            check_ties(self.model, source, plan)
+            compute_buffers(self.model, plan)
+            wanted = {join(name, "weight"): layer for layer in self.layers for name in layer.names}
+            self.layers = []
+            holders = tensor_holders(self.model)
+            order = {name: index for index, name in enumerate(source.names)}
+            plan.entries.sort(key=lambda entry: order[entry.sources[0]])
+            with self._telling():
+                for entry in plan.entries:
+                    for name, tensor in values(source, entry, read=True):
+                        layer = wanted.pop(name, None)
+                        if layer is None:
+                            assign(holders, name, tensor.to(device))
+                        else:
+                            show(self.done, self.total, layer.name)
+                            wanted = {key: value for key, value in wanted.items() if value is not layer}
+                            new = self._convert(layer, tensor, device)
+                            for attribute in new._parameters:
+                                # What comes later goes into the new layer.
+                                places = holders.get(join(layer.names[0], attribute), [])
+                                places[:] = [(new if m is layer.module else m, a) for m, a in places]
+                            del new
+                        del tensor, layer
+                show(self.total, self.total, "")
+                finish(self.model, plan, device)
+        # What the model would have been.
+        self.before = self.bytes_of_dense + model_bytes(self.model) - self.bytes_held
+        return self.model
+
+    def _convert(self, layer: Layer, dense: Tensor, device: torch.device) -> Linear4bit:
+        """Quantize one weight and put the new layer in place."""
+        if dense.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            raise CheckpointError(f"{layer.name}: its weight is {dense.dtype}, expected float16, bfloat16 or float32")
+        self.bytes_of_dense += dense.numel() * dense.element_size()
+        if layer.transpose:
+            dense = dense.t()
+        out_features, in_features = dense.shape
+        storage = self.config.bnb_4bit_quant_storage
+        assert isinstance(storage, torch.dtype)
+        weight = Params4bit(
+            dense.to(device),
+            requires_grad=False,
+            compress_statistics=self.config.bnb_4bit_use_double_quant,
+            quant_type=layer.quant_type,
+            quant_storage=storage,
+        ).to(device)
+        state = weight.quant_state
+        assert state is not None
+        new = to_linear4bit(layer.module, weight, in_features, out_features, self.compute_dtype)
+        self.model = replace(self.model, layer.names, new)
+        self.done += 1
+        self.weights += dense.numel()
+        scales = [state.absmax] if state.state2 is None else [state.absmax, state.state2.absmax]
+        self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in (weight, *scales))
+        self.bytes_held += sum(t.numel() * t.element_size() for t in (weight, *state.tensors()))
+        return new
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Say how far it came when it does not come to the end."""
+        try:
+            yield
+        except BaseException as error:
+            message = (
+                f"quantize_model stopped after {self.done} of {self.total} layers: these are 4-bit, the others as they "
+                "were"
+            )
+            _logger.error("%s", message)
+            if hasattr(error, "add_note"):
+                error.add_note(message)
+            raise
+
+    def summary(self, result: nn.Module) -> str:
+        """One line: layers, bits per weight, bytes before and after."""
+        return (
+            f"quantized {self.done} of {self.linear} linear layers to {' and '.join(self.types)}, "
+            f"{8 * self.bytes / self.weights:.3f} bits per weight: "
+            f"{format_bytes(self.before)} before, {format_bytes(model_bytes(result))} after"
+        )
+
+
+def _settings(config: object) -> tuple[BitsAndBytesConfig, torch.dtype | None]:
+    """The config, checked, and the dtype to compute in: None for that of the input."""
+    if config is None:
+        made = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        return made, None
+    made = BitsAndBytesConfig.coerce(config)
+    if made.load_in_8bit:
+        raise ValueError("config: load_in_8bit is True; quantize_model makes 4-bit layers, expected load_in_4bit=True")
+    if not made.load_in_4bit:
+        raise ValueError("config: load_in_4bit is False, so it quantizes nothing; expected load_in_4bit=True")
+    dtype = made.compute_dtype()
+    assert dtype is None or isinstance(dtype, torch.dtype)
+    return made, dtype
+
+
+def _classes(subclasses: bool | Iterable[type[nn.Linear]]) -> bool | tuple[type[nn.Module], ...]:
+    if isinstance(subclasses, bool):
+        return subclasses
+    one: Any = subclasses
+    found: tuple[Any, ...] = (one,) if isinstance(one, type) else tuple(one)
+    for cls in found:
+        if not isinstance(cls, type) or not issubclass(cls, nn.Linear):
+            raise TypeError(f"subclasses: {cls!r} is not a subclass of torch.nn.Linear")
+    return found
+
+
+def _nothing(model: nn.Module, choice: Choice) -> str:
+    """Why there is nothing to do."""
+    reasons = [f"{name or 'it'} stays ({reason})" for name, reason in choice.kept.items()]
+    if choice.quantized:
+        reasons.insert(0, f"{choice.quantized} layers are 4-bit already")
+    reasons += choice.notes
+    text = "; ".join(reasons[:5]) + ("; …" if len(reasons) > 5 else "")
+    return f"model: {type(model).__name__} has no linear layer to quantize" + (f": {text}" if text else "")
+
+
+def _written(config: BitsAndBytesConfig, listed: list[str] | None) -> BitsAndBytesConfig:
+    """The config that a loader of the saved model needs."""
+    made = copy.deepcopy(config)
+    made.llm_int8_skip_modules = listed
+    return made
+
+
+@contextlib.contextmanager
+def _display(progress: bool | _Show) -> Iterator[_Show]:
+    if callable(progress):
+        yield progress
+    elif progress and is_terminal(sys.stderr):
+        bar = Bar("quantizing", unit=lambda count: f"{count:.0f} layers")
+        try:
+            yield bar
+        finally:
+            bar.close()
+    elif isinstance(progress, bool):
+        yield lambda done, total, name: None
+    else:
+        raise TypeError(f"progress: {progress!r} is neither a bool nor a callable(done, total, name)")

@@ -1,0 +1,324 @@
+"""What a run did: reports as frozen dataclasses, with a text for people and a dict for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from halfbyte._terminal import format_bytes, format_count, format_seconds, plural, printable, table
+from halfbyte.offline.plan import collapse, ratio, shape_text
+
+
+@dataclass(frozen=True)
+class _Report:
+    def to_dict(self) -> dict[str, Any]:
+        """The report in types that JSON has."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class ConvertReport(_Report):
+    """What a conversion wrote.
+
+    Attributes
+    ----------
+    source, destination
+        Folders.
+    files
+        Name and bytes of every weight file in the destination.
+    copied
+        Names of the other files.
+    reused
+        How many weight files were complete already (``resume``).
+    already_complete
+        Whether there was nothing left to do.
+    tensors, converted_tensors
+        How many there are, and how many were quantized or dequantized.
+    weights, converted_weights
+        The same in single numbers.
+    bytes_in, bytes_out
+        Bytes of all tensors before and after.
+    bits_per_weight
+        ``8 * bytes_out / weights``, with scales and whatever was kept.
+    seconds
+        Wall time of the conversion.
+    notes
+        Remarks of the plan.
+    left_out
+        Files of the source that were not copied, each with the reason.
+    """
+
+    source: str
+    destination: str
+    files: tuple[tuple[str, int], ...]
+    copied: tuple[str, ...]
+    reused: int
+    already_complete: bool
+    tensors: int
+    converted_tensors: int
+    weights: int
+    converted_weights: int
+    bytes_in: int
+    bytes_out: int
+    bits_per_weight: float
+    seconds: float
+    notes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+    verb = "converted"
+
+    @property
+    def bytes_per_second(self) -> float:
+        """The bytes of the tensors on the 16-bit side, over the time."""
+        return max(self.bytes_in, self.bytes_out) / self.seconds if self.seconds > 0 else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report in types that JSON has."""
+        files = [{"file": name, "bytes": size} for name, size in self.files]
+        return {**super().to_dict(), "files": files, "bytes_per_second": self.bytes_per_second}
+
+    def __str__(self) -> str:
+        if self.already_complete:
+            return f"nothing left to do: {printable(self.destination)} holds the complete output"
+        reused = f", {self.reused} of them complete before" if self.reused else ""
+        others = f" and {plural(len(self.copied), 'other file')}" if self.copied else ""
+        speed = "" if self.reused else f", {format_bytes(self.bytes_per_second)}/s"
+        return "\n".join(
+            (
+                f"{self.verb} {self.converted_tensors:,} of {plural(self.tensors, 'tensor')}, "
+                f"{format_count(self.converted_weights)} of {format_count(self.weights)} weights",
+                f"{format_bytes(self.bytes_in)} → {format_bytes(self.bytes_out)} "
+                f"({ratio(self.bytes_out, self.bytes_in)}), {self.bits_per_weight:.2f} bits per weight",
+                f"{format_seconds(self.seconds)}{speed}",
+                f"{plural(len(self.files), 'file')} of weights{reused}{others} in {printable(self.destination)}",
+            )
+        )
+
+
+@dataclass(frozen=True)
+class QuantizeReport(ConvertReport):
+    """What `quantize_checkpoint` wrote.
+
+    Attributes
+    ----------
+    quantization_config
+        As in the output's ``config.json``.
+    """
+
+    quantization_config: dict[str, Any] = field(default_factory=dict)
+    verb = "quantized"
+
+
+@dataclass(frozen=True)
+class DequantizeReport(ConvertReport):
+    """What `dequantize_checkpoint` wrote."""
+
+    verb = "dequantized"
+
+
+@dataclass(frozen=True)
+class TensorComparison(_Report):
+    """One tensor of `verify_checkpoint`.
+
+    Attributes
+    ----------
+    name
+        The tensor, or the 4-bit weight with its state.
+    status
+        ``"identical"``: the same bytes (of a 4-bit weight beside an original: those of a fresh quantization), or the
+        same values in another dtype.
+        ``"equal-codes"``: the same codes, scales that differ in rounding. ``"differs"``. ``"shape"``: not comparable.
+        ``"missing"``: only in the first checkpoint. ``"extra"``: only in the second.
+    kind
+        ``"nf4"``, ``"fp4"``, or a dtype.
+    shape
+        Of the tensor, of the weight itself when it is 4-bit.
+    rmse, max_error
+        Of the values that a loader sees, beside those of the first checkpoint; None where there is nothing to compare,
+        or NaN is in between.
+    differing_bytes
+        Bytes of codes, or of the tensor, that are not the same.
+    detail
+        What else there is to say.
+    """
+
+    name: str
+    status: str
+    kind: str = ""
+    shape: tuple[int, ...] = ()
+    rmse: float | None = None
+    max_error: float | None = None
+    differing_bytes: int | None = None
+    detail: str = ""
+
+    @property
+    def same(self) -> bool:
+        """True when a loader sees what it should see."""
+        return self.status in ("identical", "equal-codes")
+
+
+@dataclass(frozen=True)
+class VerifyReport(_Report):
+    """What `verify_checkpoint` found.
+
+    Attributes
+    ----------
+    a, b
+        The folders.
+    tensors
+        Every tensor of both.
+    seconds
+        Wall time.
+    """
+
+    a: str
+    b: str
+    tensors: tuple[TensorComparison, ...]
+    seconds: float
+
+    # The text lists that many tensors that differ; the dict has all.
+    MOST_ROWS: ClassVar[int] = 50
+
+    @classmethod
+    def of(cls, data: dict[str, Any], seconds: float) -> VerifyReport:
+        """Read the compiled core's report."""
+        tensors = tuple(TensorComparison(**{**t, "shape": tuple(t.get("shape") or ())}) for t in data["tensors"])
+        return cls(data["a"], data["b"], tensors, seconds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report in types that JSON has, with the verdict and the count of each status."""
+        return {"ok": self.ok, "counts": self.counts, **super().to_dict()}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many tensors have each status."""
+        counts: dict[str, int] = {}
+        for t in self.tensors:
+            counts[t.status] = counts.get(t.status, 0) + 1
+        return counts
+
+    @property
+    def differing(self) -> tuple[TensorComparison, ...]:
+        """The tensors that are not what they should be."""
+        return tuple(t for t in self.tensors if not t.same)
+
+    @property
+    def ok(self) -> bool:
+        """True when nothing differs."""
+        return not self.differing
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def table(self, width: int | None = None) -> str:
+        """The result for people: a line for each tensor that differs, then the sums."""
+        lines: list[str] = []
+        wrong = self.differing
+        if wrong:
+            rows = [
+                (t.name, t.status, t.kind, _number(t.rmse), _number(t.max_error), t.detail)
+                for t in wrong[: self.MOST_ROWS]
+            ]
+            headers = ("tensor", "status", "kind", "rmse", "max error", "detail")
+            lines.append(table(headers, rows, right=(3, 4), shrink=((5, 16), (0, 24)), width=width))
+            if len(wrong) > self.MOST_ROWS:
+                lines.append(f"… and {len(wrong) - self.MOST_ROWS:,} more; --json lists all")
+            lines.append("")
+        told = ", ".join(f"{n:,} {status}" for status, n in self.counts.items())
+        lines.append(f"{plural(len(self.tensors), 'tensor')}: {told or 'nothing to compare'}")
+        measured = [t for t in self.tensors if t.kind in ("nf4", "fp4") and t.rmse is not None]
+        if measured:
+            worst = max(measured, key=lambda t: t.rmse or 0.0)
+            lines.append(
+                f"{plural(len(measured), '4-bit weight')}: rmse up to {_number(worst.rmse)} ({printable(worst.name)}), "
+                f"error up to {_number(max(t.max_error or 0.0 for t in measured))}"
+            )
+        return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+@dataclass(frozen=True)
+class InspectReport:
+    """What a checkpoint holds: ``print(report)`` shows it as tables.
+
+    Attributes
+    ----------
+    data
+        All of it: ``path``; ``files`` (file, bytes, tensors, metadata); ``weights``, the 4-bit ones (name, quant_type,
+        blocksize, nested, dtype, shape, storage, bytes, bits_per_weight, file); ``tensors``, the others (name, dtype,
+        shape, bytes, file); ``groups`` (kind, tensors, weights, bytes); ``totals``; ``notes``;
+        ``quantization_config`` of ``config.json``.
+    """
+
+    data: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON has it."""
+        return self.data
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def table(self, width: int | None = None) -> str:
+        """The report for people: tensors with layer numbers collapsed, kinds, files, and totals."""
+        data = self.data
+        entries = [(t["name"], _kind(t), t) for t in [*data["weights"], *data["tensors"]]]
+        rows = [
+            (
+                pattern,
+                f"{len(ts):,}",
+                shape_text(ts[0]["shape"]),
+                _kind(ts[0])[0],
+                format_bytes(sum(t["bytes"] for t in ts)),
+            )
+            for pattern, ts in collapse(entries)
+        ]
+        parts = [
+            printable(data["path"]),
+            table(
+                ("tensor", "count", "shape", "kind", "bytes"), rows, right=(1, 4), shrink=((0, 24), (3, 8)), width=width
+            ),
+        ]
+        total = data["totals"]["bytes"]
+        kinds = [
+            (
+                g["kind"],
+                f"{g['tensors']:,}",
+                format_count(g["weights"]),
+                format_bytes(g["bytes"]),
+                ratio(g["bytes"], total),
+            )
+            for g in data["groups"]
+        ]
+        parts.append(table(("kind", "tensors", "values", "bytes", "share"), kinds, right=(1, 2, 3, 4), width=width))
+        files = [(f["file"] or "", f"{f['tensors']:,}", format_bytes(f["bytes"])) for f in data["files"]]
+        parts.append(table(("file", "tensors", "bytes"), files, right=(1, 2), shrink=((0, 16),), width=width))
+        config = data.get("quantization_config")
+        method = (
+            "none"
+            if config is None
+            else str(config.get("quant_method", "unnamed"))
+            if isinstance(config, dict)
+            else "?"
+        )
+        totals = data["totals"]
+        lines = [
+            f"{plural(totals['quantized_tensors'], '4-bit weight')}, {format_count(totals['weights'])} values, "
+            f"{format_bytes(total)}, {totals['bits_per_weight']:.2f} bits per value",
+            f"quantization_config in config.json: {printable(method)}",
+            *(f"note: {printable(note)}" for note in data.get("notes") or ()),
+        ]
+        return "\n\n".join([*parts, "\n".join(lines)])
+
+
+def _kind(t: dict[str, Any]) -> tuple[str, tuple[int, ...]]:
+    """How a tensor of an inspection is stored, in words, and its shape."""
+    if "quant_type" not in t:
+        return t["dtype"], tuple(t["shape"])
+    nested = ", double" if t["nested"] else ""
+    storage = "" if t["storage"] == "uint8" else f", stored as {t['storage']}"
+    return f"{t['quant_type']}, blocks of {t['blocksize']}{nested}{storage}, was {t['dtype']}", tuple(t["shape"])

@@ -1,0 +1,1 @@
+"""The operators: schemas, checks, derivatives."""

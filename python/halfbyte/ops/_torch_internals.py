@@ -1,0 +1,97 @@
+"""Torch's private names, each with a fallback.
+
+They ask in nanoseconds what public names ask in microseconds, or cannot ask: whether something listens to, traces or
+transforms the call that is being made. A release of torch without one of these questions is answered "yes", so that
+every call goes through torch's dispatcher, which is right and slower.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+    """The number of active `TorchDispatchMode`s."""
+    function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+    """The number of active `TorchFunctionMode`s."""
+    transforms: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
+    """The innermost transform of `torch.func`, or None."""
+    tracing: Callable[[], Any] = torch._C._get_tracing_state
+    """The state of `torch.jit.trace`, or None."""
+    forward_ad: Any = torch.autograd.forward_ad
+    """Its `_current_level` is that of forward-mode derivatives, and negative outside of them."""
+    _ = dispatch_modes(), function_modes(), transforms(), tracing(), forward_ad._current_level
+except (AttributeError, TypeError):
+
+    def dispatch_modes() -> int:
+        """One, which sends every call through the dispatcher."""
+        return 1
+
+    def function_modes() -> int:
+        """None known."""
+        return 0
+
+    def transforms() -> Any:
+        """None known."""
+        return None
+
+    def tracing() -> Any:
+        """None known."""
+        return None
+
+    class forward_ad:  # type: ignore[no-redef]
+        """Outside of forward-mode derivatives, as far as is known."""
+
+        _current_level = -1
+
+
+def functionalizing() -> bool:
+    """Whether `torch.func.functionalize` is among the active transforms."""
+    if transforms() is None:
+        return False
+    functorch = torch._C._functorch
+    return any(level.key() == functorch.TransformType.Functionalize for level in functorch.get_interpreter_stack())
+
+
+try:
+    from torch.utils import _python_dispatch
+
+    disable_modes: Callable[[], Any] = _python_dispatch._disable_current_modes
+    """A context without modes of torch."""
+except (ImportError, AttributeError):
+
+    def disable_modes() -> Any:
+        """Nothing: modes stay active."""
+        return contextlib.nullcontext()
+
+
+any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+"""Whether `torch.autocast` may be active, on whatever device."""
+
+DisableTorchFunctionSubclass: Any = torch._C.DisableTorchFunctionSubclass
+"""A context in which tensor subclasses are treated as plain tensors."""
+
+make_subclass: Callable[[type, Tensor, bool], Any] = torch.Tensor._make_subclass
+"""A tensor of a subclass, which shares memory with another."""
+
+parse_to: Callable[..., Any] = torch._C._nn._parse_to
+"""The arguments of `.to(...)`: device, dtype, non_blocking, memory format."""
+
+
+def can_hold(tensor: Tensor, data: Tensor) -> bool:
+    """Whether `tensor.data = data` is possible."""
+    compatible: bool = getattr(torch, "_has_compatible_shallow_copy_type", lambda a, b: False)(tensor, data)
+    return compatible
+
+
+def _public_stream(device: int) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _public_stream)
+"""The handle of torch's current stream on a CUDA device."""

@@ -1,0 +1,379 @@
+"""Derivatives of the operations, their batching rules, and the product with a packed weight.
+
+A packed weight is constant: gradients go to the other factor and to the bias. The backward pass of a product keeps the
+packed weight and its scales, which exist anyway, and nothing dense; the gradient of `x @ W.T` is a product with `W`
+itself, `linear_4bit_backward`, whose own gradient is the forward product again.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.ops._torch_internals import any_autocast, dispatch_modes, functionalizing, transforms
+from halfbyte.ops.checks import DTypeError, check_out
+from halfbyte.ops.registry import kernels, plain
+from halfbyte.state import QuantState
+
+_ops = torch.ops.halfbyte
+
+
+# ---- derivatives -----------------------------------------------------------------------------------------------------
+#
+# The same formulas twice: registered with the operations, for whatever traces those; and as functions of autograd, for
+# eager calls, since registered formulas do not compose with torch.func, and cost more.
+
+
+def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, packed, absmax, absmax2, offset, bias, *ctx.how = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(packed, absmax, absmax2, offset)
+
+
+def _setup_linear_both(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _setup_linear(ctx, inputs, output)
+    ctx.save_for_forward(*inputs[1:5])
+
+
+def _linear_tangent(ctx: Any, x: Tensor, *tangents: Any) -> Tensor:
+    """Of the result, those of `x` and the bias being given; zeros where there is none."""
+    y = _product(x, *ctx.saved_tensors, None, *ctx.how)
+    bias = tangents[4]
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = _input_gradient(grad, *ctx.saved_tensors, *ctx.how)
+    if ctx.needs_input_grad[5]:
+        rows = tuple(range(grad.dim() - 1))
+        # A sum over no dimension would be one over all.
+        grad_bias = grad.sum(rows, dtype=ctx.bias_dtype) if rows else grad.to(ctx.bias_dtype)
+    return grad_x, None, None, None, None, grad_bias, None, None, None
+
+
+def _setup_linear_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, packed, absmax, absmax2, offset, *ctx.how = inputs
+    ctx.save_for_backward(packed, absmax, absmax2, offset)
+
+
+def _linear_double_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_grad = None
+    if ctx.needs_input_grad[0]:
+        grad_grad = _product(grad, *ctx.saved_tensors, None, *ctx.how)
+    return grad_grad, None, None, None, None, None, None, None
+
+
+torch.library.register_autograd("halfbyte::linear_4bit", _linear_backward, setup_context=_setup_linear)
+torch.library.register_autograd(
+    "halfbyte::linear_4bit_backward", _linear_double_backward, setup_context=_setup_linear_backward
+)
+
+
+def _forward(x: Tensor, packed: Tensor, *args: Any) -> Tensor:
+    direct = kernels(x, args[3], packed, *args[:3])
+    y: Tensor = _ops.linear_4bit(x, packed, *args) if direct is None else direct.linear_4bit(x, plain(packed), *args)
+    return y
+
+
+def _backward(grad: Tensor, packed: Tensor, *args: Any) -> Tensor:
+    direct = kernels(grad, None, packed, *args[:3])
+    if direct is None:
+        y: Tensor = _ops.linear_4bit_backward(grad, packed, *args)
+    else:
+        y = direct.linear_4bit_backward(grad, plain(packed), *args)
+    return y
+
+
+class _Linear4bit(torch.autograd.Function):
+    """`x @ W.T + bias` in eager mode."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        y = _forward(*inputs)
+        _setup_linear_both(ctx, inputs, y)
+        return y
+
+    backward = staticmethod(_linear_backward)
+    jvp = staticmethod(_linear_tangent)
+
+
+class _InputGradient(torch.autograd.Function):
+    """`grad @ W` in eager mode."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        y = _backward(*inputs)
+        _setup_linear_backward(ctx, inputs, y)
+        return y
+
+    backward = staticmethod(_linear_double_backward)
+
+
+class _FuncLinear4bit(torch.autograd.Function):
+    """`_Linear4bit` in the form that torch.func asks for, which takes its time."""
+
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_setup_linear_both)
+    backward = staticmethod(_linear_backward)
+    jvp = staticmethod(_linear_tangent)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        return _vmap_linear(_product, info, in_dims, *args)
+
+
+class _FuncInputGradient(torch.autograd.Function):
+    """`_InputGradient` in the form that torch.func asks for."""
+
+    forward = staticmethod(_backward)
+    setup_context = staticmethod(_setup_linear_backward)
+    backward = staticmethod(_linear_double_backward)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        return _vmap_linear_backward(_input_gradient, info, in_dims, *args)
+
+
+def _needs_op() -> bool:
+    """Whether to call the op: compilers, tracers and functionalize have no rule for autograd.Function."""
+    return torch.compiler.is_compiling() or bool(dispatch_modes()) or functionalizing()
+
+
+def _product(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    *how: Any,
+) -> Tensor:
+    """`linear_4bit` by the way that is right now."""
+    direct = kernels(x, bias, packed, absmax, absmax2, offset)
+    y: Tensor
+    if direct is not None:
+        y = direct.linear_4bit(x, plain(packed), absmax, absmax2, offset, bias, *how)
+        return y
+    args = absmax, absmax2, offset, bias, *how
+    if _needs_op():
+        y = _ops.linear_4bit(x, packed, *args)
+    elif transforms() is None:
+        y = _Linear4bit.apply(x, packed, *args)
+    else:
+        y = _FuncLinear4bit.apply(x, packed, *args)
+    return y
+
+
+def _input_gradient(grad: Tensor, packed: Tensor, *args: Any) -> Tensor:
+    """`linear_4bit_backward` by the way that is right now."""
+    direct = kernels(grad, None, packed, *args[:3])
+    y: Tensor
+    if direct is not None:
+        y = direct.linear_4bit_backward(grad, plain(packed), *args)
+    elif _needs_op():
+        y = _ops.linear_4bit_backward(grad, packed, *args)
+    elif transforms() is None:
+        y = _InputGradient.apply(grad, packed, *args)
+    else:
+        y = _FuncInputGradient.apply(grad, packed, *args)
+    return y
+
+
+def _no_gradient(ctx: Any, *grads: Tensor) -> Any:
+    raise RuntimeError(f"halfbyte::{ctx.name} has no derivative: what it quantizes or reads is constant")
+
+
+def _register_constant(name: str) -> None:
+    """Outputs that no gradient flows through."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.name = name
+        ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
+
+    torch.library.register_autograd(f"halfbyte::{name}", _no_gradient, setup_context=setup_context)
+
+
+for _name in (
+    "quantize_4bit",
+    "quantize_4bit_nested",
+    "dequantize_4bit",
+    "compress_absmax",
+    "expand_absmax",
+    "quantize_blockwise",
+    "dequantize_blockwise",
+    "quantize_rows",
+    "dequantize_rows",
+    "embedding_4bit",
+):
+    _register_constant(_name)
+
+
+# ---- torch.func.vmap -------------------------------------------------------------------------------------------------
+
+
+def _batch_first(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def _vmap_each(op: Any, info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
+    """One call for each element of the batch: for batches of weights, which no kernel takes."""
+    results = [
+        op(*(a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    if isinstance(results[0], tuple):
+        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+    return torch.stack(results), 0
+
+
+def _vmap_linear(op: Any, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+    x, packed, absmax, absmax2, offset, bias, *how = args
+    if any(isinstance(d, int) for d in in_dims[1:5]):
+        return _vmap_each(op, info, in_dims, args)
+    x = _batch_first(x, in_dims[0], info.batch_size)
+    if in_dims[5] is None:
+        return op(x, packed, absmax, absmax2, offset, bias, *how), 0
+    bias = bias.movedim(in_dims[5], 0)
+    y = op(x, packed, absmax, absmax2, offset, None, *how)
+    return (y + bias.view(bias.shape[0], *(1,) * (y.dim() - 2), bias.shape[1])).to(y.dtype), 0
+
+
+def _vmap_linear_backward(op: Any, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+    if any(isinstance(d, int) for d in in_dims[1:5]):
+        return _vmap_each(op, info, in_dims, args)
+    return op(args[0].movedim(in_dims[0], 0), *args[1:]), 0
+
+
+def _vmap_embedding(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+    if any(isinstance(d, int) for d in in_dims[1:5]):
+        return _vmap_each(_ops.embedding_4bit, info, in_dims, args)
+    return _ops.embedding_4bit(args[0].movedim(in_dims[0], 0), *args[1:]), 0
+
+
+def _register_vmap_each(name: str) -> None:
+    op = getattr(_ops, name)
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        return _vmap_each(op, info, in_dims, args)
+
+    torch.library.register_vmap(f"halfbyte::{name}", rule)
+
+
+torch.library.register_vmap("halfbyte::linear_4bit", partial(_vmap_linear, _ops.linear_4bit))
+torch.library.register_vmap("halfbyte::linear_4bit_backward", partial(_vmap_linear_backward, _ops.linear_4bit_backward))
+torch.library.register_vmap("halfbyte::embedding_4bit", _vmap_embedding)
+for _name in (
+    "quantize_4bit",
+    "quantize_4bit_nested",
+    "dequantize_4bit",
+    "compress_absmax",
+    "expand_absmax",
+    "quantize_blockwise",
+    "dequantize_blockwise",
+    "quantize_rows",
+    "dequantize_rows",
+):
+    _register_vmap_each(_name)
+
+
+# ---- the product -----------------------------------------------------------------------------------------------------
+
+
+def linear_4bit(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None) -> Tensor:
+    """`x @ W.T + bias` in the dtype of `x`; differentiable.
+
+    `packed` and `state` are the weight `[out_features, in_features]`; `x` is `[..., in_features]`.
+    """
+    return _product(x, packed, *state.scales(), bias, *state.weight())
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype of products with `tensor` under `torch.autocast`, or None outside of it."""
+    if not torch.compiler.is_compiling() and not any_autocast():
+        return None
+    device = tensor.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
+def matmul_4bit(
+    A: Tensor,
+    B: Tensor,
+    quant_state: QuantState,
+    out: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Multiply by a packed weight: `A @ W.T + bias`, without a dense copy of `W` being kept.
+
+    Args:
+        A: float16, bfloat16 or float32 `[..., in_features]`, of any strides.
+        B: The packed weight: `quantize_4bit`'s first result, or that transposed.
+        quant_state: Its state: `quantize_4bit`'s second result; its shape is `[out_features, in_features]`.
+        out: Where to write the result; the gradient does not flow through it.
+        bias: float16, bfloat16 or float32 `[out_features]`; added before the result is rounded.
+
+    Returns:
+        `[..., out_features]`, in the dtype of `A`, or in that of `torch.autocast` where it is enabled. Gradients go to
+        `A` and `bias`.
+
+    Raises:
+        TypeError: A wrong type or dtype. The message names the argument and the legal ones.
+        ValueError: Shapes, devices or a state that do not fit each other.
+
+    A weight that was quantized as `[in_features, out_features]` is recognised when the two differ; such use is
+    deprecated.
+
+    >>> import torch, halfbyte
+    >>> from halfbyte.functional import quantize_4bit, dequantize_4bit
+    >>> x, w = torch.randn(2, 96), torch.randn(48, 96)
+    >>> packed, state = quantize_4bit(w, quant_type="nf4")
+    >>> y = halfbyte.matmul_4bit(x, packed, state)
+    >>> torch.testing.assert_close(y, x @ dequantize_4bit(packed, state).T)
+    """
+    if not isinstance(quant_state, QuantState):
+        kind = DTypeError if quant_state is None else TypeError
+        raise kind(f"quant_state: {type(quant_state).__name__} is not a QuantState, as quantize_4bit returns")
+    if not isinstance(A, Tensor):
+        raise TypeError(f"A: {type(A).__name__} is not a torch.Tensor")
+    dtype = autocast_dtype(A)
+    if dtype is not None and A.is_floating_point():
+        A = A.to(dtype)
+    shape = _matrix(quant_state)
+    rows, columns = shape
+    features = A.shape[-1] if A.dim() else 0
+    if features == rows and features != columns:
+        if not torch.compiler.is_compiling():
+            warnings.warn(
+                f"matmul_4bit: the weight was quantized as [in_features, out_features], {list(shape)}. Re-quantize "
+                "from the weight as [out_features, in_features]: this form will not be accepted forever.",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+        result = _input_gradient(A, B, *quant_state.scales(), *quant_state.weight())
+        if bias is not None:
+            result = result + bias.to(result.dtype)
+    else:
+        result = linear_4bit(A, B, quant_state, bias)
+    if out is None:
+        return result
+    return _write(out, result)
+
+
+def _matrix(state: QuantState) -> tuple[int, ...]:
+    shape, _, _ = state.weight()
+    if len(shape) != 2:
+        raise ValueError(f"quant_state.shape: {list(shape)} is not [out_features, in_features]")
+    return shape
+
+
+def _write(out: Tensor, result: Tensor) -> Tensor:
+    check_out(out, result.shape, result.dtype, result.device)
+    written: Tensor = out.copy_(result)
+    return written

@@ -1,0 +1,164 @@
+"""What the layer computes by itself: LLM.int8()'s functions, tracing of outliers, and the report."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("torch")
+
+START = """
+import halfbyte.compat; halfbyte.compat.install()
+import warnings, torch
+import bitsandbytes as bnb
+import bitsandbytes.functional as F
+ops = torch.ops.bitsandbytes
+torch.manual_seed(0)
+def refused(kind, make):
+    try:
+        make()
+    except kind as error:
+        return str(error)
+    raise AssertionError("accepted")
+"""
+
+
+def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    kept = {k: v for k, v in os.environ.items() if k != "HALFBYTE_BITSANDBYTES"}
+    return subprocess.run(
+        [sys.executable, *(arguments or ["-c", START + code])], capture_output=True, text=True, env=kept, check=False
+    )
+
+
+def passes(code: str) -> None:
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_int8_functions() -> None:
+    # Sums past 2^24, which float32 does not hold.
+    passes("""
+A, B = torch.full((3, 4, 2000), 127, dtype=torch.int8), torch.full((5, 2000), 127, dtype=torch.int8)
+A[0, 0, 0] = 126
+want = (A.long() @ B.long().t())
+assert torch.equal(F.int8_linear_matmul(A, B).long(), want) and F.int8_linear_matmul(A, B).dtype is torch.int32
+out = torch.zeros(3, 4, 5, dtype=torch.int32)
+assert F.int8_linear_matmul(A, B, out=out) is out and torch.equal(out.long(), want)
+assert "A must be torch.int8" in refused(RuntimeError, lambda: F.int8_linear_matmul(A.float(), B))
+x, w = torch.randn(6, 64).half(), torch.randn(10, 64).half()
+a, sa, _ = F.int8_vectorwise_quant(x); b, sb, _ = F.int8_vectorwise_quant(w)
+dense = (a.double() * sa[:, None] / 127) @ (b.double() * sb[:, None] / 127).t()
+y = F.int8_mm_dequant(F.int8_linear_matmul(a, b), sa, sb, bias=torch.ones(10).half())
+torch.testing.assert_close(y.double(), dense + 1, rtol=1e-3, atol=1e-2)
+torch.testing.assert_close(ops.int8_scaled_mm(a, b, sa, sb, dtype=torch.float32).double(), dense, rtol=1e-5, atol=1e-5)
+# An outlier column is left out of the codes and multiplied in float16.
+x[2, 7] = 20
+a, sa, columns = F.int8_vectorwise_quant(x, threshold=6.0)
+assert columns.tolist() == [7]
+y, left = ops.int8_mixed_scaled_mm(x, a, b, sa, sb, columns)
+assert torch.equal(left, x[:, [7]])
+torch.testing.assert_close(y.float(), x.float() @ w.float().t(), rtol=0.02, atol=0.3)
+rows, cols, row_scales, col_scales, found = F.int8_double_quant(x, threshold=6.0)
+assert torch.equal(rows, a) and torch.equal(row_scales, sa) and found.tolist() == [7]
+kept = x.float().masked_fill(x.abs() >= 6, 0)
+torch.testing.assert_close(cols * col_scales / 127, kept, rtol=0, atol=kept.abs().max().item() / 250)
+assert refused(ValueError, lambda: F.int8_double_quant(x, out_row=rows)) == "out_row must be None, got a tensor"
+""")
+
+
+def test_igemm() -> None:
+    passes("""
+warnings.simplefilter("ignore", FutureWarning)
+def i8(*shape): return torch.randint(-128, 127, shape, dtype=torch.int8)
+A, B = i8(4, 9), i8(9, 5)
+assert torch.equal(F.igemm(A, B).long(), A.long() @ B.long())
+assert torch.equal(F.igemm(A, B.t().contiguous(), transposed_B=True).long(), A.long() @ B.long())
+A = i8(2, 4, 9)
+assert torch.equal(F.igemm(A, B).long(), A.long() @ B.long())
+C = i8(2, 9, 5)
+assert torch.equal(F.batched_igemm(A, C).long(), A.long() @ C.long())
+D, out = i8(2, 4, 3), torch.empty(9, 3, dtype=torch.int32)
+F.igemm(A, D, out=out)
+assert torch.equal(out.long(), torch.einsum("bsi,bso->io", A.long(), D.long()))
+assert list(F.check_matmul(A, B, None, False, False)) == [2, 4, 5]
+assert "A and B must fit each other" in refused(ValueError, lambda: F.igemm(A, D))
+assert refused(TypeError, lambda: F.igemm(A.float(), B)) == "A must be torch.int8, got torch.float32"
+""")
+
+
+def test_operations_pass_torchs_own_checks() -> None:
+    passes("""
+from torch.library import opcheck
+a, b = (torch.randint(-127, 127, (n, 16), dtype=torch.int8) for n in (5, 3))
+sa, sb = torch.rand(5), torch.rand(3)
+opcheck(ops.int8_linear_matmul.default, (a, b))
+opcheck(ops.int8_linear_matmul.out, (a, b, torch.zeros(5, 3, dtype=torch.int32)))
+opcheck(ops.int8_mm_dequant.default, (torch.ones(5, 3, dtype=torch.int32), sa, sb))
+opcheck(ops.int8_scaled_mm.default, (a, b, sa, sb, torch.ones(3), torch.float32))
+p, g = torch.randn(40), torch.randn(40)
+opcheck(ops.optimizer_update_32bit.default, ("adam", g, p, torch.zeros(40), torch.zeros(40), None, 0.0, 0.0, 0.9, 0.999,
+        0.0, 0.0, 1e-8, 0.0, 1, 0.1, 1.0))
+codes = torch.zeros(40, dtype=torch.uint8)
+opcheck(ops.optimizer_update_8bit_blockwise.default, ("lion", g, p, codes, None, 0.9, 0.99, 0.0, 0.0, 0.0, 1, 0.1,
+        F.create_dynamic_map(), None, torch.zeros(1), None, 0.0, 1.0))
+assert "g must be torch.float32, got torch.float16" in refused(RuntimeError, lambda: ops.optimizer_update_32bit(
+    "adam", g.half(), p, p, p, None, 0.0, 0.0, 0.9, 0.999, 0.0, 0.0, 1e-8, 0.0, 1, 0.1, 1.0))
+""")
+
+
+def test_utilities() -> None:
+    passes("""
+t = torch.zeros(5); F.fill(t, 3.0); assert t.tolist() == [3.0] * 5
+F.elementwise_func("arange", t, None, 0); assert t.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+F._mul(t, t.clone()); assert t.tolist() == [0.0, 1.0, 4.0, 9.0, 16.0]
+assert "cos" in refused(NotImplementedError, lambda: F.elementwise_func("cos", t, None, 0))
+assert bnb.utils.execute_and_return("echo 'two words'") == ("two words", "")
+assert F.CUBLAS_Context.get_instance() is F.CUBLAS_Context.get_instance()
+
+pooler = bnb.autograd._functions.GlobalOutlierPooler.get_instance()
+pooler.add_outliers(torch.tensor([4, 2]), 8); pooler.add_outliers(torch.tensor([1]), 9)
+assert pooler.get_current_outlier_idx().tolist() == [2, 4]
+
+tracer = bnb.utils.OutlierTracer.get_instance()
+model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8))
+assert tracer.get_outliers(model[0].weight) is None
+tracer.initialize(model)
+model[1].weight.data[:, 9] *= 50
+x = torch.randn(3, 64); x[1, 5] = 7
+model(x)
+assert 5 in tracer.get_outliers(model[0].weight) and tracer.get_outliers(model[1].weight).tolist() == [9]
+model(x); assert not model[0]._forward_pre_hooks and not model[1]._forward_pre_hooks
+
+take = bnb.nn.modules.maybe_rearrange_weight
+state = {"l.weight": torch.ones(1), "l.weight_format": torch.tensor(0)}
+take(state, "l.", {}, True, [], [], []); assert list(state) == ["l.weight"]
+state["l.weight_format"] = "col32"
+assert "l.weight_format must be 'row' (0), got 'col32'" == refused(
+    ValueError, lambda: take(state, "l.", {}, True, [], [], []))
+assert bnb.cuda_specs.get_rocm_gpu_arch() == "unknown"
+""")
+
+
+def test_linear_casts_its_bias_as_bitsandbytes_does() -> None:
+    passes("""
+layer = bnb.nn.LinearNF4(64, 32).to("cpu")
+assert layer.bias.dtype is torch.float32
+y = layer(torch.randn(2, 64, dtype=torch.float16))
+assert y.dtype is torch.float16 and layer.bias.dtype is torch.float16
+w, s = F.quantize_nf4(torch.randn(64, 32))
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    bnb.matmul_4bit(torch.randn(1, 64), w, s)
+assert len(seen) == 1 and "Re-quantize from the weight" in str(seen[0].message)
+""")
+
+
+def test_report() -> None:
+    done = run("", "-m", "halfbyte", "run", "-m", "bitsandbytes")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("=")
+    assert "bitsandbytes v0.50.2+halfbyte" in done.stdout
+    assert done.stdout.endswith("SUCCESS!\n")
