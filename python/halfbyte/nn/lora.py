@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from halfbyte.ops._torch_internals import current_stream, forward_ad, tracing, transforms
+from halfbyte.ops._torch_internals import any_autocast, current_stream, forward_ad, tracing, transforms
 from halfbyte.ops.autograd import _backward, _forward, _needs_op, linear_4bit
 from halfbyte.ops.registry import PLAIN_TYPES
 from halfbyte.state import QuantState
@@ -289,9 +289,7 @@ def _product(
     """`scaling · a @ b`, in `dtype` where given; `like` is any tensor of the result's shape and the dtype of `a`."""
     if dtype is torch.float32 and like is not None and _widens(a):
         return _wide_addmm(like, a, b, 0, scaling)
-    if scaling == 1.0 and (
-        not torch._C._is_any_autocast_enabled() or torch.get_autocast_dtype(a.device.type) is a.dtype
-    ):
+    if scaling == 1.0 and (not any_autocast() or torch.get_autocast_dtype(a.device.type) is a.dtype):
         result = torch.mm(a, b)
     else:
         result = a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=scaling)
