@@ -148,6 +148,24 @@ def test_lora_takes_any_leading_shape(shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(K,), (4, K), (2, 3, K)])
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=str)
+def test_lora_output_may_be_changed_in_place(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], x_dtype: Any, compute: Any
+) -> None:
+    """As a linear layer's: no view, which autograd would protect."""
+    as_on_a_gpu(monkeypatch)
+    one, x, adapters = layer(), inputs(shape, x_dtype), [adapter(4, torch.float32, 2.0)]
+    own = leaves(one, x, adapters)
+    expected = torch.autograd.grad((one(x, adapters, compute) * 2.0).sum(), own)
+    y = one(x, adapters, compute)
+    assert not y._is_view()
+    y.mul_(2.0)
+    found = torch.autograd.grad(y.sum(), own)
+    assert all(map(torch.equal, found, expected))
+
+
 def test_lora_gradient_of_a_trained_bias() -> None:
     one = layer()
     one.bias.requires_grad_()

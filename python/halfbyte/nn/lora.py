@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from halfbyte.ops._torch_internals import current_stream, forward_ad, tracing, transforms
+from halfbyte.ops._torch_internals import any_autocast, current_stream, forward_ad, tracing, transforms
 from halfbyte.ops.autograd import _backward, _forward, _needs_op, linear_4bit
 from halfbyte.ops.registry import PLAIN_TYPES
 from halfbyte.state import QuantState
@@ -168,7 +168,7 @@ def _products(
     y = _forward(cast, packed, absmax, absmax2, offset, bias, *call.weight)
     dtype, low = x.dtype, call.low
     summed = _sum_dtype(cast.dtype, dtype)
-    total = _rows(y)
+    rows = total = _rows(y)
     shared = None
     kept = []
     for i, scaling in enumerate(call.scalings):
@@ -186,7 +186,11 @@ def _products(
         h = _product(given, A.t())
         total = _add_product(total, h, B.t(), scaling, summed)
         kept += [given, A, B, h]
-    return _to(total, dtype).view(y.shape), kept
+    if total is rows:
+        return _to(y, dtype), kept
+    total = _to(total, dtype)
+    # Not a view to autograd, since those that autograd.Function returns must not be changed in place.
+    return total if y.dim() == 2 else _unsafe_view(total, y.shape), kept
 
 
 class _LoraLinear4bit(torch.autograd.Function):
@@ -252,6 +256,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad_x, None, None, None, None, None, None, grad_bias, *grads
 
 
+_unsafe_view = torch.ops.aten._unsafe_view.default
 _once = once_differentiable(_gradients)
 
 
@@ -284,9 +289,7 @@ def _product(
     """`scaling · a @ b`, in `dtype` where given; `like` is any tensor of the result's shape and the dtype of `a`."""
     if dtype is torch.float32 and like is not None and _widens(a):
         return _wide_addmm(like, a, b, 0, scaling)
-    if scaling == 1.0 and (
-        not torch._C._is_any_autocast_enabled() or torch.get_autocast_dtype(a.device.type) is a.dtype
-    ):
+    if scaling == 1.0 and (not any_autocast() or torch.get_autocast_dtype(a.device.type) is a.dtype):
         result = torch.mm(a, b)
     else:
         result = a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=scaling)
