@@ -80,8 +80,8 @@ def packed_in(model: Any, files: Sequence[str]) -> list[str] | None:
         elif key in parameters:
             raise CheckpointError(
                 f"{names[name]}: {name} is packed to 4 bits, but transformers {transformers.__version__} holds it as "
-                f"part of {key}, one tensor for all experts, which cannot be made of packed ones; make a 16-bit checkpoint "
-                "of it by `halfbyte dequantize`, or load the one that it was made from"
+                f"part of {key}, one tensor for all experts, which cannot be made of packed ones; make a 16-bit "
+                "checkpoint of it by `halfbyte dequantize`, or load the one that it was made from"
             )
     return found
 
