@@ -449,9 +449,11 @@ def test_auto_quantizer_accepts_ours(kwargs):
     if kwargs:
         assert AutoHfQuantizer.supports_quant_method(ours.to_dict())
         assert AutoQuantizationConfig.from_dict(ours.to_dict()) == ours
-        with pytest.warns(UserWarning, match="already has a `quantization_config`"):
-            merged = AutoHfQuantizer.merge_quantization_configs(theirs.to_dict(), ours)
+        # Nothing is said where nothing that was given is ignored.
+        merged = AutoHfQuantizer.merge_quantization_configs(theirs.to_dict(), ours)
         assert ours == merged
+        assert type(merged) is BitsAndBytesConfig
+        assert AutoHfQuantizer.merge_quantization_configs(ours, copy.deepcopy(ours)) is ours
         with pytest.warns(UserWarning, match="already has a `quantization_config`"):
             assert AutoHfQuantizer.merge_quantization_configs(ours, theirs) is ours
 
@@ -463,7 +465,7 @@ def test_auto_quantizer_refuses_a_config_that_quantizes_nothing():
 
 def test_auto_quantizer_still_refuses_other_methods():
     gptq = {"quant_method": "gptq", "bits": 4}
-    with pytest.raises(ValueError, match=r"GPTQConfig but you are passing a BitsAndBytesConfig"):
+    with pytest.raises(ValueError, match=r"says quant_method 'gptq'"):
         AutoHfQuantizer.merge_quantization_configs(gptq, BitsAndBytesConfig(**NF4))
 
 

@@ -165,6 +165,9 @@ def keep_class_of_argument(cls: Any) -> None:
                 )
         saved = _check_saved(values)
         assert saved is not None
+        if issubclass(type(quantization_config), BitsAndBytesConfig):
+            # Of a model in memory: it remembers what was not given.
+            saved = quantization_config
         _say_ignored(given, saved)
         return saved
 
