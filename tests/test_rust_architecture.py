@@ -122,7 +122,8 @@ def test_imports_in_a_circle_are_found(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     graph = imports(tmp_path)
-    assert graph[("a",)] == {("b",)} and graph[("b", "inner")] == {("c",)}
+    assert graph[("a",)] == {("b",)}
+    assert graph[("b", "inner")] == {("c",)}
     assert _circle(graph) == []
     (tmp_path / "c.rs").write_text("pub fn f() { super::a::g() }\n")
     assert set(_circle(imports(tmp_path))) == {"crate::a", "crate::b", "crate::b::inner", "crate::c"}
