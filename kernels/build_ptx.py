@@ -38,8 +38,8 @@ FLAGS = ("--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true", "--pre
 class Module:
     """One compiled module: a source for a virtual architecture, and the machines it is assembled for as a check.
 
-    Of a source with one kernel, `instance` tells apart what `defines` make of it. An architecture with an "a" is for that
-    machine alone.
+    Of a source with one kernel, `instance` tells apart what `defines` make of it. An architecture with an "a" is for
+    that machine alone.
     """
 
     source: str
@@ -239,7 +239,7 @@ def assemble_all(ptxas: Path) -> dict[str, dict[str, dict[str, int]]]:
     """By module and machine, then by kernel."""
     pairs = [(module, machine) for module in MODULES for machine in module.machines]
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda pair: assemble(ptxas, *pair, Path(name)), pairs)
+        found = pool.map(lambda pair: assemble(ptxas, pair[0], pair[1], Path(name)), pairs)
         return {f"{m.name} sm_{machine}": kernels for (m, machine), kernels in zip(pairs, found, strict=True)}
 
 

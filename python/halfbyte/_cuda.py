@@ -248,8 +248,8 @@ def _slow(device: int, dtype: torch.dtype, k: int, blocksize: int) -> str | None
 def _kernel(
     device: int, dtype: torch.dtype, n: int, k: int, quant_type: str, blocksize: int, nested: bool
 ) -> tuple[Callable[..., None], int, Callable[[int], bool]]:
-    """Launches products with weights of this kind; the rows up to which they are faster than a dense copy of the weight,
-    0 if no kernel for few rows takes it, which is said, once; and whether so many more rows are, too.
+    """Launches products with weights of this kind; the rows up to which they are faster than a dense copy of the
+    weight, 0 if no kernel for few rows takes it, which is said, once; and whether so many more rows are, too.
     """
     reason = _slow(device, dtype, k, blocksize)
     if reason is not None and dtype is not torch.float32:
