@@ -22,7 +22,8 @@
 //     x coming in                    64    128    256
 //     codes in and out               96     96     96
 //     all of shared memory          544    736   1120
-// Measured on an H200, 14336 x 4096: 28.6, 35.4 and 48.8 us; without the looking up 25.6 and 42.7 for 128 and 256 tokens.
+// Measured on an H200, 14336 x 4096: 28.6, 35.4 and 48.8 us (cuBLAS with a 16-bit weight: 33.6, 33.6 and 44.1); without the
+// looking up 25.6 and 42.7 for 128 and 256 tokens. Launches of several waves are slower than the sum of these: power.
 //
 // Shared memory, in this order: the ring of x (4 stages of TOKENS rows of 128 bytes, 128-byte swizzle; 8 with 64 tokens), the
 // table (256 bytes by 32 lanes by two float32: 64 KB; no two lanes meet in a bank), the ring of codes (stages of 8 KB,
@@ -47,7 +48,7 @@ constexpr int MULTIPLIERS = 2;                   // warpgroups
 constexpr int MULTIPLIER_WARPS = MULTIPLIERS * GROUP / WARP;
 constexpr int THREADS = (MULTIPLIERS + 1) * GROUP;
 constexpr int ROWS = MULTIPLIERS * 64;           // of W in a tile
-constexpr int STEP = 64;                         // columns of W in a step: a row of x of them is what the matrix units want together
+constexpr int STEP = 64;                         // columns of W in a step: of a row of x the units want as many together
 constexpr int STEP_BYTES = STEP * 2;
 constexpr int STAGE = 2 * STEP;                  // columns of a copy of codes
 constexpr int STAGE_BYTES = STAGE / 2;
@@ -171,7 +172,8 @@ __device__ inline void gemm(const TensorMap *x_map, const TensorMap *codes_map, 
                     Barrier *const full = &codes_full[turn.place];
                     barrier_wait(&codes_empty[turn.place], turn.round ^ 1);
                     barrier_arrive_expecting(full, S::CODE_BYTES);
-                    copy_box(shared + S::CODES_AT + turn.place * S::CODE_BYTES, codes_map, first + stage * STAGE_BYTES, row, full);
+                    u8 *const to = shared + S::CODES_AT + turn.place * S::CODE_BYTES;
+                    copy_box(to, codes_map, first + stage * STAGE_BYTES, row, full);
                     turn.next();
                 }
             }
@@ -293,8 +295,8 @@ __device__ inline void gemm(const TensorMap *x_map, const TensorMap *codes_map, 
         }
     } else {
         take_registers<S::REGISTERS>();
-        // The table: two values of each byte, for each lane.
         {
+            // The table: two values of each byte, for each lane.
             Floats2 *const table = reinterpret_cast<Floats2 *>(shared + S::TABLE_AT) + lane;
 #pragma unroll 2
             for (int high = warp; high < 16; high += MULTIPLIER_WARPS) {
@@ -306,6 +308,8 @@ __device__ inline void gemm(const TensorMap *x_map, const TensorMap *codes_map, 
             }
             meet<1, MULTIPLIERS * GROUP>();
         }
+        // What the matrix units want of row g and of row g + 8 in lane 4g + t: of each word of codes byte t, whose address in
+        // the table is one permutation of bytes.
         const u32 g = u32(lane) / 4, t = u32(lane) % 4;
         const u32 my_row = u32(warp) * 16 + g;
         const u8 *const my_codes = shared + S::CODES_AT + my_row * STAGE_BYTES;
@@ -333,10 +337,13 @@ __device__ inline void gemm(const TensorMap *x_map, const TensorMap *codes_map, 
             Floats2 scale[2];
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                scale[r] = *reinterpret_cast<const Floats2 *>(my_scales + unit_turn.place * S::SCALE_BYTES + i * ROWS * 8 + r * 64);
+                // Of row g and of row g + 8.
+                const u8 *const scales_at = my_scales + unit_turn.place * S::SCALE_BYTES + i * ROWS * 8 + r * 64;
+                scale[r] = *reinterpret_cast<const Floats2 *>(scales_at);
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
-                    words[r][j] = *reinterpret_cast<const Words4 *>(from + r * 8 * STAGE_BYTES + ((u32(i % 2 * 2 + j) ^ swizzle) * 16));
+                    const u32 piece = u32(i % 2 * 2 + j) ^ swizzle;
+                    words[r][j] = *reinterpret_cast<const Words4 *>(from + r * 8 * STAGE_BYTES + piece * 16);
                 }
             }
 #pragma unroll
@@ -371,6 +378,7 @@ __device__ inline void gemm(const TensorMap *x_map, const TensorMap *codes_map, 
                 barrier_arrive(&x_empty[x_before]);
             }
         };
+        // Four steps; `fresh` when they are the first, `more` when others follow.
         const auto unit = [&](bool fresh, bool more) {
 #pragma unroll
             for (int i = 0; i < UNIT_STEPS; i++) {
@@ -386,6 +394,7 @@ __device__ inline void gemm(const TensorMap *x_map, const TensorMap *codes_map, 
                 multiply_add(T{}, sums, a[i % 2] + 8, b + 4);
                 multiply_add(T{}, sums, a[i % 2] + 12, b + 6);
                 products_commit();
+                // Those before have ended: their part of x and their registers are free.
                 products_wait<1>();
                 if (!(fresh && i == 0)) {
                     release();
@@ -463,7 +472,8 @@ __device__ inline void gemm(const TensorMap *x_map, const TensorMap *codes_map, 
             for (int j = 0; j < tokens / 16; j++) {
                 float total[8] = {};
                 for (int from = 0; from < plan.parts; from++) {
-                    const Floats4 *const theirs = reinterpret_cast<const Floats4 *>(mine + u32(from * sixteens + j) * (2 * ALL));
+                    const Floats4 *const theirs =
+                        reinterpret_cast<const Floats4 *>(mine + u32(from * sixteens + j) * (2 * ALL));
 #pragma unroll
                     for (int i = 0; i < 8; i++) {
                         total[i] += theirs[i / 4 * (MULTIPLIERS * GROUP)].value[i % 4];

@@ -1,5 +1,6 @@
-// Warpgroup products: the matrix units reading both operands from shared memory, and the copies of tiles that feed them. For
-// compute capability 9.0 alone (compute_90a). As in ptx.cuh, each function is one instruction that C++ has no words for.
+// Warpgroup products: the matrix units reading one operand from registers and one from shared memory, and the copies of tiles
+// that feed them. For compute capability 9.0 alone (compute_90a), so not in ptx.cuh; as there, each function is one
+// instruction that C++ has no words for.
 #pragma once
 
 #include "common.cuh"
@@ -148,14 +149,16 @@ __device__ inline void products_wait() {
 // `fresh` does not read d: it may be undefined.
 #define PRODUCT(T, type, n, sums, a0, a1, a2, a3, b, high)                                                                 \
     __device__ inline void multiply_fresh(T, float (&d)[sums], const u32 *a, u32 y) {                                     \
-        asm volatile("{\n\t.reg .b64 place;\n\t.reg .pred add;\n\tmov.b64 place, {" b ", " high "};\n\tsetp.ne.b32 add, 0, 0;\n\t"                                     \
+        asm volatile("{\n\t.reg .b64 place;\n\t.reg .pred add;\n\t"                                                         \
+                     "mov.b64 place, {" b ", " high "};\n\tsetp.ne.b32 add, 0, 0;\n\t"                                     \
                      "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" NUMBERS##sums "}, {" a0 ", " a1   \
                      ", " a2 ", " a3 "}, place, add, 1, 1, 0;\n\t}"                                                         \
                      : D##sums("=f", 0)                                                                                   \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(y), "n"(0x40000040));                              \
     }                                                                                                                     \
     __device__ inline void multiply_add(T, float (&d)[sums], const u32 *a, u32 y) {                                       \
-        asm volatile("{\n\t.reg .b64 place;\n\t.reg .pred add;\n\tmov.b64 place, {" b ", " high "};\n\tsetp.ne.b32 add, 1, 0;\n\t"                                     \
+        asm volatile("{\n\t.reg .b64 place;\n\t.reg .pred add;\n\t"                                                         \
+                     "mov.b64 place, {" b ", " high "};\n\tsetp.ne.b32 add, 1, 0;\n\t"                                     \
                      "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" NUMBERS##sums "}, {" a0 ", " a1   \
                      ", " a2 ", " a3 "}, place, add, 1, 1, 0;\n\t}"                                                         \
                      : D##sums("+f", 0)                                                                                   \

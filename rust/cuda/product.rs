@@ -160,7 +160,7 @@ impl std::str::FromStr for Choice {
 /// the block size at least 64, and `x` and `packed` aligned to 16 bytes; with [`rows_at_once`](super::rows_at_once) rows of
 /// `x` in a launch, of which there are as many as it takes. There each weight is its codebook value rounded to the type of
 /// `x`, and the scale is applied in float32 to the sums of a block. On devices of compute capability 9.0 more than 32 rows
-/// (48 with a small weight) go to a kernel with warpgroup products, when `k` is a multiple of 32: there each weight is what
+/// go to a kernel with warpgroup products, when `k` is a multiple of 32: there each weight is what
 /// dequantizing gives. Everything else goes to a plain kernel: correct, and slow for many rows.
 ///
 /// The result is the same from run to run on one device; sums are float32.
@@ -180,7 +180,7 @@ pub unsafe fn product(device: &Device, stream: Stream, product: &Product<'_>, ch
     let quant_type = quant_type_parameter(product.quant_type);
     let packed = product.packed.address();
     let (m, n, k) = (product.m, product.n, product.k);
-    if (choice == Choice::Best && beats_few((m, n, k))) || choice == Choice::Gemm {
+    if (choice == Choice::Best && beats_few(m)) || choice == Choice::Gemm {
         if let Some(gemm) = product.gemm(device) {
             let (x, y) = (product.x.address(), product.y.address());
             let (x, codes) = gemm.maps(product.x.dtype(), (m, n, k), x, packed)?;
