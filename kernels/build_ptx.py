@@ -36,21 +36,35 @@ FLAGS = ("--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true", "--pre
 
 @dataclass(frozen=True)
 class Module:
-    """One compiled module: a source for a virtual architecture, and the machines it is assembled for as a check."""
+    """One compiled module: a source for a virtual architecture, and the machines it is assembled for as a check.
+
+    Of a source with one kernel, `instance` tells apart what `defines` make of it. An architecture with an "a" is for
+    that machine alone.
+    """
 
     source: str
-    arch: int
-    machines: tuple[int, ...]
+    arch: int | str
+    machines: tuple[int | str, ...]
+    instance: str = ""
+    defines: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """The file's name without its suffix, as rust/cuda/src/ptx.rs embeds it."""
-        return f"{self.source}_{self.arch}"
+        return "_".join(filter(None, (self.source, self.instance, str(self.arch))))
 
     @property
     def flags(self) -> tuple[str, ...]:
         """NVRTC's options, without those that name folders."""
-        return (*FLAGS, f"--gpu-architecture=compute_{self.arch}")
+        defines = (f"--define-macro={define}" for define in self.defines)
+        return (*FLAGS, f"--gpu-architecture=compute_{self.arch}", *defines)
+
+
+def gemm(element: str, tokens: int) -> Module:
+    """A module of gemm.cu: one kernel each, because the driver takes long to compile them all."""
+    instance = f"{element.lower()}_{tokens}"
+    defines = (f"GEMM_NAME=gemm_{instance}", f"GEMM_ELEMENT={element}", f"GEMM_TOKENS={tokens}")
+    return Module("gemm", "90a", ("90a",), instance, defines)
 
 
 MODULES = (
@@ -79,6 +93,8 @@ MODULES = (
     # Takes more shared memory than others have.
     Module("decode_ring", 90, (90, 100)),
     Module("decode_ring_long", 90, (90, 100)),
+    # Products of warpgroups.
+    *(gemm(element, tokens) for element in ("Bf16", "F16") for tokens in (64, 128, 192, 256)),
 )
 
 
@@ -193,7 +209,7 @@ def check(files: dict[Path, str]) -> None:
     print(f"kernels/ptx: {len(files) - 1} modules, as their sources give them")
 
 
-def assemble(ptxas: Path, module: Module, machine: int, folder: Path) -> dict[str, dict[str, int]]:
+def assemble(ptxas: Path, module: Module, machine: int | str, folder: Path) -> dict[str, dict[str, int]]:
     """Registers, spilled bytes and static shared memory of every kernel of a module on one machine."""
     done = subprocess.run(
         [ptxas, "-v", f"-arch=sm_{machine}", "-o", folder / f"{module.name}.{machine}", PTX / f"{module.name}.ptx"],
@@ -203,6 +219,9 @@ def assemble(ptxas: Path, module: Module, machine: int, folder: Path) -> dict[st
     )
     if done.returncode != 0:
         raise SystemExit(f"error: ptxas, {module.name} for sm_{machine}:\n{done.stderr}")
+    if found := re.search(r"\(C75\d\d\).*", done.stderr):
+        # The products of a warpgroup one after another, each waited for.
+        raise SystemExit(f"error: ptxas, {module.name} for sm_{machine}: {found[0]}")
     kernels: dict[str, dict[str, int]] = {}
     current: dict[str, int] = {}
     for line in done.stderr.splitlines():
@@ -221,7 +240,7 @@ def assemble_all(ptxas: Path) -> dict[str, dict[str, dict[str, int]]]:
     """By module and machine, then by kernel."""
     pairs = [(module, machine) for module in MODULES for machine in module.machines]
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda pair: assemble(ptxas, *pair, Path(name)), pairs)
+        found = pool.map(lambda pair: assemble(ptxas, pair[0], pair[1], Path(name)), pairs)
         return {f"{m.name} sm_{machine}": kernels for (m, machine), kernels in zip(pairs, found, strict=True)}
 
 

@@ -33,12 +33,16 @@ def blocks(n: int, blocksize: int) -> int:
 
 
 class StandIn:
-    """Functions by the names of the compiled core's; `calls` lists those that were called, and `rows` of products."""
+    """Functions by the names of the compiled core's; `calls` lists those that were called, and `rows` of products.
+
+    `paying` are the numbers of rows for which a product is said to be faster than a dense copy.
+    """
 
     def __init__(self, capability: tuple[int, int] = (9, 0)) -> None:
         self.capability = capability
         self.calls: list[str] = []
         self.rows: list[int] = []
+        self.paying: set[int] = set()
 
     def cuda_device(self, device: int) -> tuple[str, tuple[int, int], int, int]:
         """A device of the capability asked for."""
@@ -206,6 +210,10 @@ class Linear:
     blocksize: int
     nested: bool
     rows_at_once = 32
+
+    def pays(self, m: int) -> bool:
+        """Whether a kernel for more rows is faster than a dense copy."""
+        return m in self.native.paying
 
     def launch(
         self, stream: int, m: int, x: int, packed: int, absmax: int, absmax2: int, offset: int, bias: int, y: int

@@ -105,6 +105,10 @@ def test_which_kernel_is_taken(native, monkeypatch):
     _cuda._kernel.cache_clear()
     assert calls(torch.randn(128, 128, dtype=torch.bfloat16)) == (["product"], [128])
     assert calls(torch.randn(129, 128, dtype=torch.bfloat16))[0] == ["dequantize"]
+    # More rows are for a kernel where that pays.
+    native.paying = {200, 1024, 1025}
+    for m, way in ((200, "product"), (201, "dequantize"), (1024, "product"), (1025, "dequantize")):
+        assert calls(torch.randn(m, 128, dtype=torch.bfloat16))[0] == [way], m
     # Rows are those of the matrix that leading dimensions make.
     assert calls(torch.randn(2, 3, 128, dtype=torch.bfloat16))[1] == [6]
     assert calls(torch.randn(0, 128, dtype=torch.bfloat16))[0] == []
@@ -114,7 +118,8 @@ def test_which_kernel_is_taken(native, monkeypatch):
     assert calls(torch.randn(3, 128))[0] == ["product"]
     assert calls(torch.randn(4, 128))[0] == ["dequantize"]
     shifted = (torch.nn.functional.pad(tensors[0].view(-1), (1, 0))[1:].view(-1, 1), *tensors[1:])
-    assert calls(torch.randn(8, 128, dtype=torch.bfloat16), shifted)[0] == ["dequantize"]
+    for m in (8, 200):
+        assert calls(torch.randn(m, 128, dtype=torch.bfloat16), shifted)[0] == ["dequantize"]
 
 
 def test_inputs_of_any_layout(native):

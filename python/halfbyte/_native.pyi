@@ -269,6 +269,11 @@ class CudaLinear:
     def rows_at_once(self) -> int:
         """Rows of `x` that one launch takes at most, where the kind is one for the matrix units."""
 
+    def pays(self, m: int) -> bool:
+        """Whether `launch` makes a product of `m` rows of `x`, more than a few, in less time than a dense copy of the
+        weight and a product with that. `x` and the codes begin at multiples of 16 bytes.
+        """
+
     def launch(
         self,
         stream: int,

@@ -53,7 +53,10 @@ def test_few_rows(m: int, dtype: torch.dtype) -> None:
     for n, columns in ((4096, 4096), (1000, 320), (17, 64), (1, 128), (133, 11008)):
         for nested in (False, True):
             best = check(m, n, columns, dtype, nested=nested, bias=m % 2 == 0)
-            assert best.startswith("decode"), best
+            # More than 32 are not few where there are warpgroup products.
+            assert best.startswith("gemm" if m > 32 and torch.cuda.get_device_capability() == (9, 0) else "decode"), (
+                best
+            )
             check(m, n, columns, dtype, nested=nested, kernel="decode")
 
 

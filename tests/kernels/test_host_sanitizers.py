@@ -224,7 +224,7 @@ def test_every_kernel_is_run() -> None:
 
 
 def test_every_source_is_here() -> None:
-    assert {path.stem for path in build_host.KERNELS.glob("*.cu")} == set(FAMILIES)
+    assert {path.stem for path in build_host.KERNELS.glob("*.cu")} - set(build_host.NOT_HERE) == set(FAMILIES)
 
 
 def test_what_is_compared_is_not_empty() -> None:

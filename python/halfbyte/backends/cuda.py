@@ -54,8 +54,8 @@ _FUSED_LAUNCHES = (2, 4)
 """Up to so many launches of the fused product are faster than a dense copy of the weight: of a weight that fills the
 GPU only once or twice, and of a larger one."""
 
-_FUSED_ROWS = 32 * max(_FUSED_LAUNCHES)
-"""More rows than this are never so few: no launch takes more than 32."""
+_FUSED_ROWS = 1024
+"""More rows than this go by way of a dense copy, whatever the weight."""
 
 _LARGE = 2**25
 """Values of such a larger weight."""
@@ -244,22 +244,23 @@ def _slow(device: int, dtype: torch.dtype, k: int, blocksize: int) -> str | None
 @functools.lru_cache(maxsize=4096)
 def _kernel(
     device: int, dtype: torch.dtype, n: int, k: int, quant_type: str, blocksize: int, nested: bool
-) -> tuple[Callable[..., None], int]:
-    """Launches products with weights of this kind; and the rows up to which they are faster than a dense copy of the
-    weight, 0 if no fused kernel takes it, which is said, once.
+) -> tuple[Callable[..., None], int, Callable[[int], bool]]:
+    """Launches products with weights of this kind; the rows up to which they are faster than a dense copy of the
+    weight, 0 if no kernel for few rows takes it, which is said, once; and whether so many more rows are, too.
     """
     reason = _slow(device, dtype, k, blocksize)
     if reason is not None and dtype is not torch.float32:
         _logger.warning("products of few rows with a 4-bit weight %s in %s take longer: %s", [n, k], dtype, reason)
     kernel = _native.CudaLinear(device, _NAMES[dtype], n, k, quant_type, blocksize, nested)
-    return kernel.launch, 0 if reason is not None else kernel.rows_at_once * _FUSED_LAUNCHES[n * k >= _LARGE]
+    most = 0 if reason is not None else kernel.rows_at_once * _FUSED_LAUNCHES[n * k >= _LARGE]
+    return kernel.launch, most, kernel.pays
 
 
 @functools.lru_cache(maxsize=4096)
 def _say_unaligned(n: int, k: int) -> None:
     """Once: the fused product takes such a weight, but not where it lies."""
     _logger.warning(
-        "products of few rows with a 4-bit weight %s take longer: its codes do not begin at a multiple of %d bytes",
+        "products with a 4-bit weight %s take longer: its codes do not begin at a multiple of %d bytes",
         [n, k], _ALIGNMENT,
     )  # fmt: skip
 
@@ -326,8 +327,8 @@ def linear_4bit(
 ) -> Tensor:
     """`x @ W.T + bias` with the packed `W` of `shape` [out_features, in_features]; computed in the dtype of `x`.
 
-    Few rows go to kernels that read the packed weight; for many it is dequantized, part by part, into memory that
-    torch's matrix product reads.
+    Up to some hundred rows go to kernels that read the packed weight; for more it is dequantized, part by part, into
+    memory that torch's matrix product reads.
     """
     check_weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
     check_product(x, "x", bias, shape, packed, 1)
@@ -347,12 +348,13 @@ def linear_4bit(
         bias = (bias if bias.dtype is dtype else bias.to(dtype)).contiguous()
     if m <= _FUSED_ROWS or k == 0:
         device = x.get_device()
-        launch, most = _kernel(device, dtype, n, k, quant_type, blocksize, absmax2 is not None)
+        launch, most, pays = _kernel(device, dtype, n, k, quant_type, blocksize, absmax2 is not None)
         codes = packed.data_ptr()
-        if m <= most and codes % _ALIGNMENT:
+        fused = m <= most or pays(m)
+        if fused and codes % _ALIGNMENT:
             _say_unaligned(n, k)
-            most = 0
-        if m <= most or m <= (_PLAIN_ROWS_32 if dtype is torch.float32 else _PLAIN_ROWS) or k == 0:
+            fused = False
+        if fused or m <= (_PLAIN_ROWS_32 if dtype is torch.float32 else _PLAIN_ROWS) or k == 0:
             if absmax2 is None or offset is None:
                 scales = absmax.data_ptr(), 0, 0
             else:

@@ -8,6 +8,7 @@ use halfbyte::geometry::{BlockSize, packed_len};
 use super::blockwise4::quant_type_parameter;
 use super::decode::{AnyPlan, DECODE_BLOCK, Decode, suits_ring};
 use super::driver::{Device, Kernel, Stream};
+use super::gemm::{Gemm, beats_few, codebook};
 use super::launch::parameters;
 use super::memory::{Memory, Scales, block_shift};
 use super::ptx::Module;
@@ -37,7 +38,7 @@ pub struct Product<'a> {
     pub blocksize: BlockSize,
 }
 
-/// The kernel that [`product`] used: its name begins with `decode` or `product`.
+/// The kernel that [`product`] used: its name begins with `decode`, `gemm` or `product`.
 pub type KernelName = &'static str;
 
 // Of kernels/product.cu.
@@ -72,6 +73,14 @@ impl Product<'_> {
             return None;
         }
         Decode::new(device, ring, self.x.dtype(), self.scales.is_nested(), (m, self.n, self.k))
+    }
+
+    /// The launch of the kernel for more than a few rows, when it takes the arguments.
+    fn gemm(&self, device: &Device) -> Option<Gemm> {
+        if !Gemm::reaches(self.x.address(), self.packed.address()) {
+            return None;
+        }
+        Gemm::new(device, self.x.dtype(), (self.m, self.n, self.k))
     }
 
     fn suits_ring(&self) -> bool {
@@ -111,13 +120,20 @@ pub enum Choice {
     DecodeRing,
     /// With the matrix units, the weight by way of registers.
     Decode,
+    /// With the matrix units of a warpgroup, for more than a few rows.
+    Gemm,
     /// The plain one.
     Plain,
 }
 
 impl Choice {
-    const NAMES: [(&'static str, Self); 4] =
-        [("best", Self::Best), ("decode_ring", Self::DecodeRing), ("decode", Self::Decode), ("plain", Self::Plain)];
+    const NAMES: [(&'static str, Self); 5] = [
+        ("best", Self::Best),
+        ("decode_ring", Self::DecodeRing),
+        ("decode", Self::Decode),
+        ("gemm", Self::Gemm),
+        ("plain", Self::Plain),
+    ];
 
     /// The kernels to try, best first.
     fn decoders(self) -> &'static [bool] {
@@ -125,7 +141,7 @@ impl Choice {
             Self::Best => &[true, false],
             Self::DecodeRing => &[true],
             Self::Decode => &[false],
-            Self::Plain => &[],
+            Self::Gemm | Self::Plain => &[],
         }
     }
 }
@@ -145,8 +161,9 @@ impl std::str::FromStr for Choice {
 /// The matrix units take float16 and bfloat16 on devices of compute capability 8.0 and later, when `k` is a multiple of 64,
 /// the block size at least 64, and `x` and `packed` aligned to 16 bytes; with [`rows_at_once`](super::rows_at_once) rows of
 /// `x` in a launch, of which there are as many as it takes. There each weight is its codebook value rounded to the type of
-/// `x`, and the scale is applied in float32 to the sums of a block. Everything else goes to a plain kernel: correct, and slow
-/// for many rows.
+/// `x`, and the scale is applied in float32 to the sums of a block. On devices of compute capability 9.0 more than 32 rows
+/// go to a kernel with warpgroup products, when `k` is a multiple of 32: there each weight is what
+/// dequantizing gives. Everything else goes to a plain kernel: correct, and slow for many rows.
 ///
 /// The result is the same from run to run on one device; sums are float32.
 ///
@@ -165,6 +182,22 @@ pub unsafe fn product(device: &Device, stream: Stream, product: &Product<'_>, ch
     let quant_type = quant_type_parameter(product.quant_type);
     let packed = product.packed.address();
     let (m, n, k) = (product.m, product.n, product.k);
+    if (choice == Choice::Best && beats_few(m)) || choice == Choice::Gemm {
+        if let Some(gemm) = product.gemm(device) {
+            let (x, y) = (product.x.address(), product.y.address());
+            let (x, codes) = gemm.maps(product.x.dtype(), (m, n, k), x, packed)?;
+            let (codebook, plan) = (codebook(product.quant_type), gemm.plan);
+            let (m, n, k) = (m as i32, n as i32, k as i32);
+            let parameters = parameters![x, codes, scales, codebook, bias, y, m, n, k, shift, plan];
+            // SAFETY: the kernel's parameters in its order; lengths and alignment were checked, it waits before it touches
+            // what earlier ones write, the rest is the caller's.
+            unsafe {
+                let blocks = (gemm.blocks, gemm.cluster);
+                device.launch_early_in_clusters(stream, &gemm.kernel, blocks, gemm.shared, parameters)
+            }?;
+            return Ok(gemm.kernel.name);
+        }
+    }
     for &ring in choice.decoders() {
         let at_once = Decode::rows_at_once(ring);
         let Some(first) = product.decode(device, ring, m.min(at_once)) else {
@@ -197,7 +230,7 @@ pub unsafe fn product(device: &Device, stream: Stream, product: &Product<'_>, ch
         }
         return Ok(first.kernel.name);
     }
-    if matches!(choice, Choice::Decode | Choice::DecodeRing) {
+    if matches!(choice, Choice::Decode | Choice::DecodeRing | Choice::Gemm) {
         let expected = "\"best\", because this kernel does not take these arguments on this device";
         return Err(Error::argument("kernel", format!("{choice:?}"), expected));
     }

@@ -31,11 +31,27 @@ pub enum Module {
     DecodeRing,
     /// And with many columns.
     DecodeRingLong,
+    /// Products of more rows, 64 at a time, in bfloat16.
+    GemmBf16x64,
+    /// Products of more rows, 128 at a time, in bfloat16.
+    GemmBf16x128,
+    /// Products of more rows, 192 at a time, in bfloat16.
+    GemmBf16x192,
+    /// Products of more rows, 256 at a time, in bfloat16.
+    GemmBf16x256,
+    /// Products of more rows, 64 at a time, in float16.
+    GemmF16x64,
+    /// Products of more rows, 128 at a time, in float16.
+    GemmF16x128,
+    /// Products of more rows, 192 at a time, in float16.
+    GemmF16x192,
+    /// Products of more rows, 256 at a time, in float16.
+    GemmF16x256,
 }
 
 impl Module {
     /// Every module.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 21] = [
         Self::Dequantize,
         Self::Quantize,
         Self::Nested,
@@ -49,6 +65,14 @@ impl Module {
         Self::Decode,
         Self::DecodeRing,
         Self::DecodeRingLong,
+        Self::GemmBf16x64,
+        Self::GemmBf16x128,
+        Self::GemmBf16x192,
+        Self::GemmBf16x256,
+        Self::GemmF16x64,
+        Self::GemmF16x128,
+        Self::GemmF16x192,
+        Self::GemmF16x256,
     ];
 
     /// Compiled once for each of these virtual architectures, ascending: PTX that ends with a zero byte.
@@ -75,11 +99,35 @@ impl Module {
             Self::Decode => &[(AMPERE, image!("decode_80"))],
             Self::DecodeRing => &[(HOPPER, image!("decode_ring_90"))],
             Self::DecodeRingLong => &[(HOPPER, image!("decode_ring_long_90"))],
+            Self::GemmBf16x64 => &[(HOPPER, image!("gemm_bf16_64_90a"))],
+            Self::GemmBf16x128 => &[(HOPPER, image!("gemm_bf16_128_90a"))],
+            Self::GemmBf16x192 => &[(HOPPER, image!("gemm_bf16_192_90a"))],
+            Self::GemmBf16x256 => &[(HOPPER, image!("gemm_bf16_256_90a"))],
+            Self::GemmF16x64 => &[(HOPPER, image!("gemm_f16_64_90a"))],
+            Self::GemmF16x128 => &[(HOPPER, image!("gemm_f16_128_90a"))],
+            Self::GemmF16x192 => &[(HOPPER, image!("gemm_f16_192_90a"))],
+            Self::GemmF16x256 => &[(HOPPER, image!("gemm_f16_256_90a"))],
         }
     }
 
-    /// The best image for a device, or `None` when the module needs a newer one.
+    /// Whether its images are for their capability alone, not for later ones: those with warpgroup products are.
+    fn is_exact(self) -> bool {
+        matches!(
+            self,
+            Self::GemmBf16x64
+                | Self::GemmBf16x128
+                | Self::GemmBf16x192
+                | Self::GemmBf16x256
+                | Self::GemmF16x64
+                | Self::GemmF16x128
+                | Self::GemmF16x192
+                | Self::GemmF16x256
+        )
+    }
+
+    /// The best image for a device, or `None` when the module needs another one.
     pub fn image(self, device: Capability) -> Option<&'static str> {
-        self.images().iter().rev().find(|(needs, _)| *needs <= device).map(|(_, image)| *image)
+        let suits = |needs: Capability| if self.is_exact() { needs == device } else { needs <= device };
+        self.images().iter().rev().find(|(needs, _)| suits(*needs)).map(|(_, image)| *image)
     }
 }

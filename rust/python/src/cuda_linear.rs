@@ -58,6 +58,12 @@ impl CudaLinear {
         cuda::rows_at_once(self.device, self.n, self.k, codes)
     }
 
+    /// Whether `launch` makes a product of `m` rows of `x` in less time than a dense copy of the weight and a product with
+    /// that, rows beyond those of `rows_at_once` being meant; `x` and the codes begin at multiples of 16 bytes.
+    fn pays(&self, m: usize) -> bool {
+        cuda::gemm_pays(self.device, self.dtype, (m, self.n, self.k))
+    }
+
     /// Make one product on `stream`, with `m` rows of `x`. All others are addresses of memory of the device: of `x` and
     /// `y` in the dtype, of the codes, the scales (two levels and the offset when nested), and the bias or 0.
     #[allow(clippy::too_many_arguments)] // Python's arguments

@@ -1,0 +1,82 @@
+"""Products of more than a few rows with 4-bit weights on a GPU with warpgroup products."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from test_product_cuda import check, weight_of  # noqa: E402
+
+import kernels as k  # noqa: E402
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = pytest.mark.skipif(not HOPPER, reason="needs compute capability 9.0")
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def gemm(m: int, n: int, columns: int, dtype: torch.dtype, **how: object) -> None:
+    """Compare with float64, and two runs with each other."""
+    assert check(m, n, columns, dtype, kernel="gemm", **how).startswith("gemm")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("quant_type", k.QUANT_TYPES)
+@pytest.mark.parametrize("blocksize", k.BLOCK_SIZES)
+def test_identity_gives_the_dequantized_weight(blocksize: int, quant_type: str, dtype: torch.dtype) -> None:
+    """Each sum has one product that is not zero: the bits are those of the weight, wherever they come from."""
+    # The last has blocks that run across rows, and half a step at the end.
+    for n, columns in ((256, 512), (392, 1056)):
+        for nested in (False, True):
+            weight, _ = weight_of(n, columns, quant_type, blocksize, nested)
+            y, kernel = k.product(
+                torch.eye(columns, dtype=dtype, device="cuda"), weight, n, quant_type, blocksize, kernel="gemm"
+            )
+            dense = k.dequantize(weight, n * columns, dtype, quant_type, blocksize).view(n, columns)
+            # Zero times a negative value is a negative zero, which adding zeros makes positive.
+            assert k.same_bits(y + 0.0, dense.T.contiguous() + 0.0), (n, columns, nested, kernel)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("m", [1, 15, 33, 63, 64, 65, 127, 128, 129, 191, 193, 255, 257, 300, 517, 1024])
+def test_rows(m: int, dtype: torch.dtype) -> None:
+    for n, columns in ((384, 1024), (1001, 992), (128, 4096), (8, 64), (1, 32), (133, 11008)):
+        for nested in (False, True):
+            gemm(m, n, columns, dtype, nested=nested, bias=m % 2 == 0)
+
+
+@pytest.mark.parametrize("shape", [(4096, 4096), (14336, 4096), (4096, 14336)])
+def test_large(shape: tuple[int, int]) -> None:
+    for m in (64, 128, 192, 256):
+        gemm(m, *shape, torch.bfloat16, nested=m != 128, bias=m == 64)
+
+
+@pytest.mark.parametrize("columns", [32, 96, 256, 288, 512, 544, 768, 1024, 1280, 2304, 28672])
+def test_columns(columns: int) -> None:
+    """One part of K to four, and what is left over."""
+    for m in (40, 100, 180, 250):
+        gemm(m, 200, columns, torch.bfloat16, nested=m == 100)
+
+
+def test_what_it_does_not_take() -> None:
+    weight, _ = weight_of(64, 128, "nf4", 64, nested=False)
+    x = torch.randn(65 * 128 + 1, dtype=torch.bfloat16, device="cuda")
+    for case in (x[1:].view(65, 128), x[:-1].view(65, 128).float()):
+        with pytest.raises(ValueError, match="kernel is"):
+            k.product(case, weight, 64, "nf4", 64, kernel="gemm")
+
+
+def test_a_weight_that_was_just_written() -> None:
+    """The kernel starts before those end that quantize: it sees what they write."""
+    x = torch.eye(128, dtype=torch.bfloat16, device="cuda")
+    for round_ in range(50):
+        values = torch.randn(
+            4096 * 128, dtype=torch.bfloat16, device="cuda", generator=torch.Generator("cuda").manual_seed(round_)
+        )
+        for quantize in (k.quantize, k.quantize_nested):
+            weight = quantize(values, "nf4", 64)
+            y, kernel = k.product(x, weight, 4096, "nf4", 64)
+            assert kernel.startswith("gemm")
+            dense = k.dequantize(weight, values.numel(), torch.bfloat16, "nf4", 64).view(4096, 128)
+            assert k.same_bits(y + 0.0, dense.T.contiguous() + 0.0), round_
