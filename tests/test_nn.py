@@ -849,3 +849,28 @@ def test_a_state_from_elsewhere_is_read_through_the_parameter():
     torch.testing.assert_close(layer(x), x @ F.dequantize_4bit(packed, state).T)
     layer.weight.quant_state = QuantState(state.absmax * 2, state.shape, state.code, 32, "nf4", torch.float32)
     torch.testing.assert_close(layer(x), 2 * x @ F.dequantize_4bit(packed, state).T)
+
+
+def test_attributes_of_a_packed_weight_with_dense_numbers_are_quantized_again():
+    """As some merges of PEFT hand them over: `bnb_quantized` says yes, and the data is the new dense weight."""
+    old = Params4bit(torch.randn(32, 64), quant_type="nf4").to("cpu")
+    dense = torch.randn(32, 64)
+    new = Params4bit(dense, **old.__dict__).to("cpu")
+    assert new.dtype is torch.uint8
+    assert new.bnb_quantized
+    expected, _ = F.quantize_4bit(dense, quant_type="nf4", compress_statistics=True)
+    assert torch.equal(new.data, expected)
+    # Packed bytes in a float dtype are bytes all the same.
+    stored = Params4bit(torch.randn(32, 64), quant_type="nf4", quant_storage=torch.float32).to("cpu")
+    again = Params4bit(stored.data, **stored.__dict__)
+    assert again.bnb_quantized
+    assert torch.equal(again.data.view(torch.uint8), stored.data.view(torch.uint8))
+
+
+def test_packed_bytes_without_their_state_are_not_quantized():
+    layer = Linear4bit(64, 32, bias=False)
+    packed = Params4bit(torch.randn(32, 64)).to("cpu")
+    weight = Params4bit(packed.data.float(), module=layer)
+    with pytest.raises(ValueError, match=r"shape \[1024, 1\] is not the layer's \[32, 64\].*load_quantized"):
+        weight.to("cpu")
+    assert not weight.bnb_quantized
