@@ -182,21 +182,22 @@ pub unsafe fn product(device: &Device, stream: Stream, product: &Product<'_>, ch
     let quant_type = quant_type_parameter(product.quant_type);
     let packed = product.packed.address();
     let (m, n, k) = (product.m, product.n, product.k);
-    if (choice == Choice::Best && beats_few(m)) || choice == Choice::Gemm {
-        if let Some(gemm) = product.gemm(device) {
-            let (x, y) = (product.x.address(), product.y.address());
-            let (x, codes) = gemm.maps(product.x.dtype(), (m, n, k), x, packed)?;
-            let (codebook, plan) = (codebook(product.quant_type), gemm.plan);
-            let (m, n, k) = (m as i32, n as i32, k as i32);
-            let parameters = parameters![x, codes, scales, codebook, bias, y, m, n, k, shift, plan];
-            // SAFETY: the kernel's parameters in its order; lengths and alignment were checked, it waits before it touches
-            // what earlier ones write, the rest is the caller's.
-            unsafe {
-                let blocks = (gemm.blocks, gemm.cluster);
-                device.launch_early_in_clusters(stream, &gemm.kernel, blocks, gemm.shared, parameters)
-            }?;
-            return Ok(gemm.kernel.name);
-        }
+    let gemm = match choice {
+        Choice::Gemm => product.gemm(device),
+        Choice::Best if beats_few(m) => product.gemm(device),
+        Choice::Best | Choice::DecodeRing | Choice::Decode | Choice::Plain => None,
+    };
+    if let Some(gemm) = gemm {
+        let (x, y) = (product.x.address(), product.y.address());
+        let (x, codes) = gemm.maps(product.x.dtype(), (m, n, k), x, packed)?;
+        let (codebook, plan) = (codebook(product.quant_type), gemm.plan);
+        let (m, n, k) = (m as i32, n as i32, k as i32);
+        let parameters = parameters![x, codes, scales, codebook, bias, y, m, n, k, shift, plan];
+        let blocks = (gemm.blocks, gemm.cluster);
+        // SAFETY: the kernel's parameters in its order; lengths and alignment were checked, it waits before it touches what
+        // earlier ones write, the rest is the caller's.
+        unsafe { device.launch_early_in_clusters(stream, &gemm.kernel, blocks, gemm.shared, parameters) }?;
+        return Ok(gemm.kernel.name);
     }
     for &ring in choice.decoders() {
         let at_once = Decode::rows_at_once(ring);
