@@ -1,6 +1,6 @@
 """Products with a 4-bit weight on a GPU: halfbyte, bitsandbytes, cuBLAS with a 16-bit weight, and reading the weight.
 
-    python benches/cuda_linear.py [--quick] [--m 1,4,16]
+    python benches/cuda_linear.py [--quick] [--m 1,4,16] [--shapes 14336x4096]
 
 Weights are rotated through more memory than the second-level cache holds; each figure is one call inside a replayed
 CUDA graph. The floor reads codes and float32 scales, and does nothing with them.
@@ -15,8 +15,10 @@ import torch
 from _cuda import SHAPES, Floor, copies, device_line, graph_seconds, here, host_seconds, raw, rotation
 from _table import print_table
 from halfbyte import _native
+from halfbyte.backends import cuda
 
 BLOCKSIZE = 64
+FEW_ROWS = 32
 
 
 class Weight:
@@ -41,11 +43,14 @@ class Weight:
         """One call for each copy."""
         return [functools.partial(method, i) for i in range(self.count)]  # type: ignore[arg-type]
 
-    def product(self, i: int, x: torch.Tensor, y: torch.Tensor, nested: bool) -> str:
-        """Ours."""
+    def product(self, i: int, x: torch.Tensor, y: torch.Tensor, nested: bool) -> None:
+        """Ours: the kernel of few rows by itself, or for more rows what torch calls, which chooses the way."""
         scales = (self.codes[i], self.absmax2, self.offset) if nested else (self.absmax[i], None, None)
+        if self.kernel == "best" and len(x) > FEW_ROWS:
+            cuda.linear_4bit(x, self.packed[i], *scales, None, (self.n, self.k), BLOCKSIZE, "nf4")
+            return
         parts = (x, self.packed[i], *scales, None, y)
-        return _native.cuda_matmul_4bit(
+        _native.cuda_matmul_4bit(
             *here(), *map(raw, parts), len(x), self.n, self.k, "nf4", BLOCKSIZE, self.kernel
         )
 
