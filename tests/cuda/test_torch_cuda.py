@@ -59,16 +59,6 @@ def same_state(a: F.QuantState, b: F.QuantState) -> bool:
     return a == b and all(k.same_bits(p, q) for p, q in zip(parts(a), parts(b), strict=True))
 
 
-@pytest.fixture
-def no_waiting():
-    """An error for whatever makes the host wait for the GPU."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
-        torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-
-
 # ---- functions -------------------------------------------------------------------------------------------------------
 
 
