@@ -82,6 +82,7 @@ def launches(step: Any) -> list[str]:
     return [event.name for event in profiled.events() if event.device_type == DeviceType.CUDA]
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")
 @pytest.mark.parametrize(("x_dtype", "most"), [(torch.float32, 16), (torch.bfloat16, 12)], ids=str)
 def test_lora_launches_on_a_gpu(x_dtype: Any, most: int) -> None:
     """Forward and backward, both packed products of two kernels each included; some products sum up in a second one."""
