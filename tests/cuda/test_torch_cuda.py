@@ -354,13 +354,13 @@ def test_autocast() -> None:
     assert k.same_bits(y, y.half().float())
     y.sum().backward()
     assert x.grad.dtype == torch.float32
-    # A layer that computes in float32 does so under autocast too, also where torch makes the product.
-    exact = hnn.LinearNF4(64, 48, compute_dtype=torch.float32).to("cuda")
-    x = torch.randn(100, 64, device="cuda", dtype=torch.float16)
+    # The dtype of autocast comes before that of the layer, also where torch makes the product.
+    layer = hnn.LinearNF4(64, 48, compute_dtype=torch.float32).to("cuda")
+    x = torch.randn(2000, 64, device="cuda", dtype=torch.float16)
     with torch.autocast("cuda", dtype=torch.float16), torch.no_grad():
-        y = exact(x)
-    expected = x.double() @ exact.dequantize().double().T + exact.bias.double()
-    torch.testing.assert_close(y, expected.half(), rtol=2.0**-10, atol=1e-6)
+        y = layer(x)
+    assert y.dtype == torch.float16
+    close(y, x, layer.dequantize(), layer.bias)
 
 
 class Small(torch.nn.Module):
