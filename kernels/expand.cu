@@ -1,5 +1,5 @@
 // Nested scales to float32: out[i] = DYNAMIC_MAP[codes[i]] * absmax2[i / 256] + offset, a product rounded and then a sum
-// rounded, as rust/nested.rs defines it.
+// rounded, as rust/core/src/quant/absmax/mod.rs defines it.
 //
 // Memory-bound: one byte in and four out for each scale. A thread reads four codes and writes 16 bytes; the map lies in
 // shared memory.

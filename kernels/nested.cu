@@ -1,4 +1,4 @@
-// Float32 scales to 8-bit codes, as rust/nested.rs defines them: offset = mean, then scale - offset in blocks of 256 with
+// Float32 scales to 8-bit codes, as rust/core/src/quant/absmax/mod.rs defines them: offset = mean, then scale - offset in blocks of 256 with
 // the dynamic map.
 //
 // Two launches. `sums` writes the sum of each group of 256; of small blocks quantize.cu has done so already. In `compress`

@@ -1,4 +1,4 @@
-// Values to 4-bit codes and one float32 scale per block, as rust/blockwise/scalar.rs defines them.
+// Values to 4-bit codes and one float32 scale per block, as rust/core/src/quant/blockwise4/scalar.rs defines them.
 //
 // Memory-bound: 2 or 4 bytes in and half a byte out for each value, once. A block of threads takes a tile in some steps; a
 // thread takes eight values in each, and while it works on them those of its next step are on their way. The lanes that

@@ -1,5 +1,5 @@
 // Values to 8-bit codes and one float32 scale per block, with any ascending map of 256 values, as
-// rust/blockwise/eight_bit.rs defines them.
+// rust/core/src/quant/blockwise8/mod.rs defines them.
 //
 // A code is the number of boundaries between values of the map that the scaled value exceeds. Halving 255 of them takes
 // eight look-ups that wait for one another; here a value's exponent and six bits of its fraction name a cell, a table

@@ -1,4 +1,4 @@
-// Rows to 8-bit codes, each by its largest magnitude, and back: the statistics of LLM.int8(), as rust/rowwise.rs defines
+// Rows to 8-bit codes, each by its largest magnitude, and back: the statistics of LLM.int8(), as rust/core/src/quant/int8_rowwise/mod.rs defines
 // them.
 //
 // Memory-bound: 2 or 4 bytes in and one out for each value, and the other way round. A row is quantized by a warp when it

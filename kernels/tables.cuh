@@ -1,4 +1,4 @@
-// The tables of the format, as rust/codebook.rs has them: a test of rust/cuda/ compares them bit for bit.
+// The tables of the format, as rust/core/src/codebook.rs has them: a test of rust/cuda/ compares them bit for bit.
 #pragma once
 
 #include "common.cuh"
