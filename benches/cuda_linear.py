@@ -50,9 +50,7 @@ class Weight:
             cuda.linear_4bit(x, self.packed[i], *scales, None, (self.n, self.k), BLOCKSIZE, "nf4")
             return
         parts = (x, self.packed[i], *scales, None, y)
-        _native.cuda_matmul_4bit(
-            *here(), *map(raw, parts), len(x), self.n, self.k, "nf4", BLOCKSIZE, self.kernel
-        )
+        _native.cuda_matmul_4bit(*here(), *map(raw, parts), len(x), self.n, self.k, "nf4", BLOCKSIZE, self.kernel)
 
 
 def main() -> None:
