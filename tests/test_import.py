@@ -121,8 +121,9 @@ def test_import_alone_loads_what_registers_and_nothing_heavy():
         "halfbyte.config",
         "halfbyte.integrations",
         "halfbyte.integrations._when_imported",
-        "halfbyte.integrations.transformers",
-        "halfbyte.integrations.transformers.dispatch",
+        "halfbyte.integrations.register",
+        "halfbyte.integrations.saved_config",
+        "halfbyte.integrations.served",
         "halfbyte.models",
         "halfbyte.models.observers",
     ], done.stderr
@@ -221,7 +222,7 @@ def test_bitsandbytes_is_real_wherever_it_is_installed(tmp_path, folder):
     (place / "__init__.py").write_text("")
     done = run_python(
         f"import sys\nsys.path.insert(0, {str(place.parent)!r})\n"
-        "from halfbyte.integrations.transformers.dispatch import has_bitsandbytes\nprint(has_bitsandbytes())"
+        "from halfbyte.integrations.served import has_bitsandbytes\nprint(has_bitsandbytes())"
     )
     assert done.stdout == "True\n", done.stderr
 
@@ -230,7 +231,7 @@ def test_bitsandbytes_that_is_served_is_not_the_real_one():
     pytest.importorskip("torch")
     done = run_python(
         "import halfbyte.compat\n"
-        "from halfbyte.integrations.transformers.dispatch import has_bitsandbytes\n"
+        "from halfbyte.integrations.served import has_bitsandbytes\n"
         "halfbyte.compat.install()\nprint(has_bitsandbytes())\nimport bitsandbytes\nprint(has_bitsandbytes())"
     )
     assert done.stdout == "False\nFalse\n", done.stderr

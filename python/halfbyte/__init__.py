@@ -2,7 +2,7 @@
 
 Names are imported when first used: `import halfbyte` by itself imports neither torch, transformers nor numpy. It does
 arrange that transformers and diffusers, once they are imported, find this package's quantizer
-(`halfbyte.integrations.transformers.dispatch`).
+(`halfbyte.integrations.register`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from halfbyte._native import CheckpointError as CheckpointError
     from halfbyte._native import __version__ as __version__
     from halfbyte.config import BitsAndBytesConfig as BitsAndBytesConfig
-    from halfbyte.integrations.transformers.dispatch import enable as enable
+    from halfbyte.integrations.register import enable as enable
     from halfbyte.models.load import load_quantized as load_quantized
     from halfbyte.models.quantize import dequantize_model as dequantize_model
     from halfbyte.models.quantize import quantize_model as quantize_model
@@ -33,7 +33,7 @@ _HOME = {
     "__version__": "halfbyte._native",
     "dequantize_checkpoint": "halfbyte.offline.dequantize",
     "dequantize_model": "halfbyte.models.quantize",
-    "enable": "halfbyte.integrations.transformers.dispatch",
+    "enable": "halfbyte.integrations.register",
     "functional": "halfbyte",
     "inspect_checkpoint": "halfbyte.offline.inspect",
     "load_quantized": "halfbyte.models.load",
@@ -93,7 +93,7 @@ def __dir__() -> list[str]:
 
 def _register() -> None:
     """Let transformers and diffusers find this package, whenever they are imported."""
-    from halfbyte.integrations.transformers.dispatch import register
+    from halfbyte.integrations.register import register
 
     register()
 

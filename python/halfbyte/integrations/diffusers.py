@@ -1,7 +1,7 @@
 """diffusers: `from_pretrained(quantization_config=…)`, saving and dequantizing, on CPUs too.
 
 A quantizer for diffusers' own table, put there when diffusers is imported; see
-`halfbyte.integrations.transformers.dispatch` for which loads are served.
+`halfbyte.integrations.served` for which loads are served.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuan
 from torch import Tensor, nn
 
 from halfbyte.config import BitsAndBytesConfig
-from halfbyte.integrations.transformers.attach import serve_bitsandbytes
+from halfbyte.integrations.recognition import serve_bitsandbytes
+from halfbyte.integrations.saved_config import keep_class_of_argument
+from halfbyte.integrations.served import is_ours
 from halfbyte.models.replace import SOURCE_CLASS
 from halfbyte.nn import Linear4bit, Params4bit
 from halfbyte.nn._quantized import Quantized
@@ -158,8 +160,6 @@ def _is_kept(name: str, keep: Sequence[str]) -> bool:
 
 def enter(auto: Any) -> None:
     """Put the quantizer into the table of `diffusers.quantizers.auto`."""
-    from halfbyte.integrations.transformers.dispatch import is_ours, keep_class_of_argument
-
     table: dict[str, Any] = auto.AUTO_QUANTIZER_MAPPING
     stock = table["bitsandbytes_4bit"]
     if getattr(stock, "__halfbyte__", False):

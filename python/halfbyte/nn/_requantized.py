@@ -10,23 +10,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from halfbyte.functional import dequantize_4bit
-
-if TYPE_CHECKING:
-    from halfbyte.nn._quantized import Quantized
-    from halfbyte.nn.params import Params4bit
 
 
 @dataclass
 class Requantized:
     """One weight that was quantized again."""
 
-    module: Quantized
+    module: nn.Module
     error: float
     """Norm of what rounding took or added, relative to that of the numbers that were to be kept."""
     change: float
@@ -38,14 +34,14 @@ class Watch:
 
     def __init__(self) -> None:
         self.found: list[Requantized] = []
-        self._wanted: tuple[Params4bit, Tensor] | None = None
+        self._wanted: tuple[Any, Tensor] | None = None
 
-    def quantized(self, weight: Params4bit, wanted: Tensor) -> None:
+    def quantized(self, weight: Any, wanted: Tensor) -> None:
         """`weight` has just been quantized from `wanted`, and had a state before."""
         self._wanted = weight, wanted
 
     @torch.no_grad()
-    def assigned(self, module: Quantized, old: Tensor | None, new: Params4bit) -> None:
+    def assigned(self, module: nn.Module, old: Tensor | None, new: Any) -> None:
         """`new` takes the place of `old` in a layer."""
         if self._wanted is None or self._wanted[0] is not new:
             return

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.library import register_fake, register_kernel
 
+from halfbyte.functional import get_4bit_type, quantize_4bit, quantize_blockwise
+
 from . import _ops_int8, _ops_optim  # noqa: F401  they define the rest
 from ._define import check_4bit, check_blocksize, check_float, check_out, define
 from ._missing import missing_attribute
@@ -38,8 +40,6 @@ def _fake_quantize_4bit(A: Tensor, blocksize: int, quant_type: str, quant_storag
     _fake_quantize_4bit,
 )
 def _quantize_4bit(A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype) -> tuple[Tensor, Tensor]:
-    from .functional import quantize_4bit
-
     check_4bit(blocksize, quant_type)
     check_float("A", A.dtype)
     packed, state = quantize_4bit(A, blocksize=blocksize, quant_type=quant_type, quant_storage=quant_storage)
@@ -104,8 +104,6 @@ def _fake_gemv_4bit(
 
 def _quant_type(code: Tensor) -> str:
     """Which codebook the 16 values are: the operation is given no name."""
-    from .functional import get_4bit_type
-
     for quant_type in ("nf4", "fp4"):
         if code.shape == (16,) and torch.allclose(code.cpu().float(), get_4bit_type(quant_type, "cpu"), atol=1e-6):
             return quant_type
@@ -212,8 +210,6 @@ def _fake_quantize_blockwise(A: Tensor, code: Tensor, blocksize: int) -> Any:
 
 @define("quantize_blockwise", "(Tensor A, Tensor code, int blocksize) -> (Tensor, Tensor)", _fake_quantize_blockwise)
 def _quantize_blockwise(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    from .functional import quantize_blockwise
-
     _fake_quantize_blockwise(A, code, blocksize)
     codes, state = quantize_blockwise(A, code=code, blocksize=blocksize)
     return codes, state.absmax

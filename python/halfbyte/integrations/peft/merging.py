@@ -54,13 +54,13 @@ def _measured(stock: Callable[..., Any], level: int) -> Callable[..., Any]:
     return method
 
 
-def _layers(model: nn.Module) -> dict[Quantized, str]:
+def _layers(model: nn.Module) -> dict[nn.Module, str]:
     """The 4-bit layers of a model, by the names that they have without adapters."""
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, Quantized)]
     return {module: name.replace(".base_layer", "") for name, module in layers}
 
 
-def cost(found: list[Requantized], names: dict[Quantized, str]) -> str:
+def cost(found: list[Requantized], names: dict[nn.Module, str]) -> str:
     """One line: how far the new weights are from what they should be, on average and at worst, beside the adapter."""
     mean = sum(one.error for one in found) / len(found)
     worst = max(found, key=lambda one: one.error)

@@ -6,7 +6,7 @@ themselves instead. Operations of other releases are called with other keywords,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +19,28 @@ from halfbyte.nn import Params4bit
 from halfbyte.nn._quantized import Quantized
 from halfbyte.state import PACKED_KEYS, TENSOR_KEYS, QuantState
 
-if TYPE_CHECKING:
-    from halfbyte.integrations.transformers.quantizer import Quantizer4bit
-
 WEIGHT = "weight"
 # The weight itself comes last: older releases take the first pattern that matches.
 SERIALIZED = [f"{WEIGHT}.{key}" for key in (*reversed(TENSOR_KEYS), *PACKED_KEYS)] + [WEIGHT]
 """Names of one packed weight and of what is saved beside it."""
 
 
+class Quantizer(Protocol):
+    """What the operations ask of the quantizer that made them."""
+
+    config: BitsAndBytesConfig
+
+    def param_needs_quantization(self, model: Any, param_name: str) -> bool:
+        """Whether this is the dense weight of a 4-bit layer."""
+
+    def place(self, name: str, module: nn.Module, weight: Params4bit) -> Params4bit:
+        """Prepare the module for its weight."""
+
+
 class Operation(ConversionOps):
     """An operation of this package; models do not keep it for saving."""
 
-    def __init__(self, hf_quantizer: Quantizer4bit) -> None:
+    def __init__(self, hf_quantizer: Quantizer) -> None:
         """Remember the quantizer, under the name by which transformers knows not to cast the tensors."""
         self.hf_quantizer = hf_quantizer
 

@@ -19,8 +19,8 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.import_utils import is_accelerate_available
 
 from halfbyte.config import BitsAndBytesConfig
+from halfbyte.integrations.recognition import serve_bitsandbytes
 from halfbyte.integrations.transformers import layers, operations
-from halfbyte.integrations.transformers.attach import serve_bitsandbytes
 from halfbyte.models.replace import SOURCE_CLASS
 from halfbyte.models.select import experts_note, fused_experts
 from halfbyte.nn import Params4bit

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 from halfbyte.config import BitsAndBytesConfig
-from halfbyte.integrations._when_imported import when_imported
-from halfbyte.integrations.transformers.dispatch import has_bitsandbytes
 from halfbyte.models.select import is_transformers_model
 
 
@@ -30,31 +26,6 @@ def attach(model: nn.Module, config: BitsAndBytesConfig | None) -> None:
             _tell_transformers(root, config and _seen_from(path, config))
         else:
             _tell_diffusers(root, config and _seen_from(path, config))
-
-
-def serve_bitsandbytes(model: nn.Module) -> None:
-    """Make the 4-bit layers of a model answer to the names by which libraries look for bitsandbytes' layers."""
-    if has_bitsandbytes():
-        from halfbyte.integrations.bitsandbytes import promote
-
-        promote(model)
-    else:
-        from halfbyte import compat
-
-        compat.offer()
-    _await_peft()
-
-
-@functools.cache
-def _await_peft() -> None:
-    """Let merges say what they cost, once PEFT is there."""
-
-    def enter(tuners_utils: ModuleType) -> None:
-        from halfbyte.integrations.peft import merging
-
-        merging.enter(tuners_utils)
-
-    when_imported("peft.tuners.tuners_utils", enter)
 
 
 def is_diffusers_model(module: nn.Module) -> bool:

@@ -1,0 +1,36 @@
+"""4-bit layers that other libraries recognize: they look for bitsandbytes' names and classes."""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+from torch import nn
+
+from halfbyte.integrations._when_imported import when_imported
+from halfbyte.integrations.served import has_bitsandbytes
+
+
+def serve_bitsandbytes(model: nn.Module) -> None:
+    """Make the 4-bit layers of a model answer to the names by which libraries look for bitsandbytes' layers."""
+    if has_bitsandbytes():
+        from halfbyte.integrations.bitsandbytes import promote
+
+        promote(model)
+    else:
+        from halfbyte import compat
+
+        compat.offer()
+    _await_peft()
+
+
+@functools.cache
+def _await_peft() -> None:
+    """Let merges say what they cost, once PEFT is there."""
+
+    def enter(tuners_utils: ModuleType) -> None:
+        from halfbyte.integrations.peft import merging
+
+        merging.enter(tuners_utils)
+
+    when_imported("peft.tuners.tuners_utils", enter)

@@ -1,0 +1,117 @@
+"""Entering quantizers into the tables of transformers and diffusers, which are asked for each load."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from halfbyte.config import BitsAndBytesConfig
+from halfbyte.integrations._when_imported import when_imported
+from halfbyte.integrations.saved_config import keep_class_of_argument
+from halfbyte.integrations.served import has_bitsandbytes, is_ours, serve_all
+from halfbyte.models.observers import add_observer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_TABLE = "transformers.quantizers.auto"
+
+OLDEST = (5, 0)
+"""The first release of transformers whose loads are served."""
+
+_waiting = False
+
+
+def enable(on: bool = True) -> None:
+    """Serve every 4-bit load of transformers in this process, also where bitsandbytes is installed.
+
+    Without it, a load is served when its `quantization_config` is of this package's class, or when bitsandbytes is not
+    installed. Where it is not installed, `import bitsandbytes` gives this package's layer from now on, for libraries
+    that need it before a model is loaded.
+
+    Args:
+        on: False gives loads that do not name this package back to bitsandbytes.
+
+    Raises:
+        TypeError: `on` is not a bool.
+    """
+    if not isinstance(on, bool):
+        raise TypeError(f"on must be a bool, got {on!r}")
+    serve_all(on)
+    register()
+    if on and not has_bitsandbytes():
+        # For libraries that ask for it before any model is loaded.
+        from halfbyte import compat
+
+        compat.offer()
+
+
+def register() -> None:
+    """Enter this package's quantizers into the tables of transformers and diffusers, now or when those are imported.
+
+    Models that are quantized in memory are told the same as a load tells them. Idempotent.
+    """
+    global _waiting
+    if not _waiting:
+        _waiting = True
+        when_imported(_TABLE, _enter)
+        when_imported("diffusers.quantizers.auto", _enter_diffusers)
+        add_observer(_attach)
+
+
+def _attach(model: nn.Module, config: BitsAndBytesConfig | None) -> None:
+    from halfbyte.integrations.attach import attach
+
+    attach(model, config)
+
+
+def _enter_diffusers(auto: ModuleType) -> None:
+    from halfbyte.integrations import diffusers
+
+    diffusers.enter(auto)
+
+
+def _enter(auto: ModuleType) -> None:
+    """Replace the two entries for bitsandbytes, and keep the class of a config that is given beside a checkpoint's."""
+    table: dict[str, Any] = auto.AUTO_QUANTIZER_MAPPING
+    stock4, stock8 = table.get("bitsandbytes_4bit"), table.get("bitsandbytes_8bit")
+    if stock4 is None or stock8 is None or getattr(stock4, "__halfbyte__", False):
+        return
+
+    def make_4bit(quantization_config: Any, **kwargs: Any) -> Any:
+        if not is_ours(quantization_config):
+            return stock4(quantization_config, **kwargs)
+        check_version()
+        from halfbyte.integrations.transformers.quantizer import Quantizer4bit
+
+        return Quantizer4bit(quantization_config, **kwargs)
+
+    def make_8bit(quantization_config: Any, **kwargs: Any) -> Any:
+        if not has_bitsandbytes():
+            raise ImportError(
+                "load_in_8bit=True: LLM.int8() is not in halfbyte yet, and bitsandbytes is not installed; use "
+                "load_in_4bit=True, or pip install bitsandbytes"
+            )
+        return stock8(quantization_config, **kwargs)
+
+    make_4bit.__halfbyte__ = make_8bit.__halfbyte__ = True  # type: ignore[attr-defined]
+    table["bitsandbytes_4bit"], table["bitsandbytes_8bit"] = make_4bit, make_8bit
+
+    keep_class_of_argument(auto.AutoHfQuantizer)
+
+
+def check_version() -> None:
+    """That transformers is one that this package was made for.
+
+    Raises:
+        ImportError: It is older.
+    """
+    version = getattr(sys.modules.get("transformers"), "__version__", "")
+    numbers = version.split(".")[:2]
+    if all(number.isdigit() for number in numbers) and tuple(map(int, numbers)) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise ImportError(
+            f"halfbyte loads models with transformers>={oldest}, got transformers {version}: "
+            f"pip install -U 'transformers>={oldest}'; halfbyte.quantize_model takes a loaded model of any release"
+        )

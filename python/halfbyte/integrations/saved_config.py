@@ -1,0 +1,78 @@
+"""The config of a 4-bit checkpoint, beside the one that a load was given."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+from halfbyte.config import BitsAndBytesConfig
+from halfbyte.integrations.served import is_ours_by_default
+
+_logger = logging.getLogger(__name__)
+
+
+def keep_class_of_argument(cls: Any) -> None:
+    """Check the config of a 4-bit checkpoint, and let it be of this package's class where the one given is.
+
+    The checkpoint's own config decides, as in the libraries; a warning names what was asked for in vain.
+
+    Args:
+        cls: The class of transformers or diffusers whose `merge_quantization_configs` does the merging.
+    """
+    stock = cls.merge_quantization_configs
+
+    @functools.wraps(stock)
+    def merge(cls: type, quantization_config: Any, quantization_config_from_args: Any) -> Any:
+        given = quantization_config_from_args
+        if not issubclass(type(given), BitsAndBytesConfig):
+            if is_ours_by_default():
+                _check_saved(quantization_config)
+            return stock(quantization_config, given)
+        values = quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
+        if not (values.get("load_in_4bit") or values.get("load_in_8bit")):
+            method = getattr(values.get("quant_method"), "value", values.get("quant_method"))
+            if method != "bitsandbytes":
+                raise ValueError(
+                    f"quantization_config: the checkpoint is quantized already, its config.json says quant_method "
+                    f"{method!r}, and cannot be quantized to 4 bits again; load it without quantization_config, by the "
+                    "library of that method, or start from the 16-bit checkpoint that it was made from"
+                )
+        saved = _check_saved(values)
+        assert saved is not None
+        if issubclass(type(quantization_config), BitsAndBytesConfig):
+            # Of a model in memory: it remembers what was not given.
+            saved = quantization_config
+        _say_ignored(given, saved)
+        return saved
+
+    cls.merge_quantization_configs = classmethod(merge)
+
+
+def _check_saved(config: Any) -> BitsAndBytesConfig | None:
+    """The config of a checkpoint, checked; None for what is not bitsandbytes'.
+
+    Raises:
+        TypeError: A field has a wrong type.
+        ValueError: A field has a value that does not exist.
+    """
+    values = config if isinstance(config, dict) else config.to_dict()
+    if not (values.get("load_in_4bit") or values.get("load_in_8bit") or values.get("quant_method") == "bitsandbytes"):
+        return None
+    try:
+        return BitsAndBytesConfig.coerce(BitsAndBytesConfig.from_dict(values))
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"config.json of the checkpoint: quantization_config: {error}; correct the file") from error
+
+
+def _say_ignored(given: BitsAndBytesConfig, saved: BitsAndBytesConfig) -> None:
+    """Say which of the values given are not those of the checkpoint, which decides."""
+    # What was left to its default was not asked for.
+    asked = {name: value for name, value in given.to_diff_dict().items() if not name.startswith("_")}
+    written = saved.to_dict()
+    other = [f"{name} is {written[name]!r}, not {value!r}" for name, value in asked.items() if written[name] != value]
+    if other:
+        _logger.warning(
+            "the checkpoint is quantized already, and its own quantization_config is used, where %s", "; ".join(other)
+        )
