@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from halfbyte import _native
 from halfbyte.cli import main as cli
+from halfbyte.cli.exit_codes import EXIT_DIFFERENT, EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_PIPE, EXIT_SYSTEM, EXIT_USAGE
 from halfbyte.offline.quantize import quantize_checkpoint
 from halfbyte.offline.run import Interrupted
 from safetensors import safe_open
@@ -111,7 +112,7 @@ def test_help_of_every_command(command, capsys):
 
 
 def test_no_command_prints_help(capsys):
-    assert cli.main([]) == cli.EXIT_USAGE
+    assert cli.main([]) == EXIT_USAGE
     assert capsys.readouterr().out.startswith("usage: halfbyte")
 
 
@@ -200,7 +201,7 @@ def test_missing_compiled_module(arguments):
         f"sys.exit(main({arguments!r}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=60)
-    assert (done.returncode, done.stdout) == (cli.EXIT_SYSTEM, "")
+    assert (done.returncode, done.stdout) == (EXIT_SYSTEM, "")
     assert done.stderr.startswith("halfbyte: error: halfbyte's compiled module cannot be loaded")
     assert done.stderr.count("\n") == 1
 
@@ -210,7 +211,7 @@ def test_unforeseen_error_is_reported_as_ours(monkeypatch, capsys):
         raise ZeroDivisionError("one over nothing")
 
     monkeypatch.setattr(_native, "inspect", fail)
-    assert cli.main(["inspect", str(PACKAGE)]) == cli.EXIT_INTERNAL
+    assert cli.main(["inspect", str(PACKAGE)]) == EXIT_INTERNAL
     assert "internal error: ZeroDivisionError: one over nothing" in capsys.readouterr().err
 
 
@@ -222,7 +223,7 @@ def test_reader_that_goes_away(source):
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.close()
-    assert process.wait(60) == cli.EXIT_PIPE
+    assert process.wait(60) == EXIT_PIPE
     assert process.stderr.read() == ""
     process.stderr.close()
 
@@ -232,7 +233,7 @@ def test_full_standard_output(source):
     command = [sys.executable, "-m", "halfbyte", "quantize", str(source), "--plan"]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment(), timeout=60)
-    assert done.returncode == cli.EXIT_SYSTEM
+    assert done.returncode == EXIT_SYSTEM
     assert done.stderr.startswith("halfbyte: error: standard output: ")
     assert done.stderr.count("\n") == 1
 
@@ -342,13 +343,13 @@ def test_verify_finds_one_changed_byte(source, tmp_path):
     tensors["model.layers.1.mlp.up_proj.weight"][7, 0] ^= 0x10
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     done = run("verify", source, out)
-    assert done.returncode == cli.EXIT_DIFFERENT
+    assert done.returncode == EXIT_DIFFERENT
     (line,) = [line for line in done.stdout.splitlines() if "differs" in line and "up_proj" in line]
     assert line.startswith("model.layers.1.mlp.up_proj.weight")
     report = json.loads(run("verify", source, out, "--json").stdout)
     assert report["ok"] is False
     assert report["counts"] == {"identical": 10, "differs": 1}
-    assert run("verify", source, out, "-q").returncode == cli.EXIT_DIFFERENT
+    assert run("verify", source, out, "-q").returncode == EXIT_DIFFERENT
 
 
 def test_options_reach_the_output(source, tmp_path):
@@ -431,7 +432,7 @@ def test_ctrl_c_cancels_and_says_how_to_go_on(source, tmp_path, monkeypatch, cap
     arguments = ["quantize", str(source), str(out), "--overwrite", "--max-shard-size", "10KB"]
     code = cli.main(arguments)
     captured = capsys.readouterr()
-    assert code == cli.EXIT_INTERRUPTED
+    assert code == EXIT_INTERRUPTED
     assert job.cancelled
     assert captured.out == ""
     assert captured.err.splitlines()[-1] == (
@@ -459,7 +460,7 @@ def test_signals_stop_the_command(number, source, tmp_path):
     assert process.stderr.readline().startswith("quantizing")
     process.send_signal(number)
     rest = process.stderr.read()
-    assert process.wait(60) == cli.EXIT_INTERRUPTED
+    assert process.wait(60) == EXIT_INTERRUPTED
     process.stderr.close()
     assert rest.startswith("halfbyte: interrupted: 0 of 1 shards are complete; continue with: halfbyte quantize ")
     assert rest.endswith("--resume\n")

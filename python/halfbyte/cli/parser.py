@@ -1,0 +1,251 @@
+"""The command line: commands, options and their help."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from halfbyte import _terminal
+from halfbyte.cli import commands
+from halfbyte.cli.exit_codes import EXIT_CODES, EXIT_OK, EXIT_USAGE, PROG, describe
+from halfbyte.cli.output import complain, print_text
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+STORAGE_DTYPES = ("uint8", "int8", "float16", "bfloat16", "float32", "float64")
+FLOAT_DTYPES = ("bfloat16", "float16", "float32")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in the form of all of this command's errors: one line."""
+
+    def error(self, message: str) -> NoReturn:
+        complain(f"{message} (see: {self.prog} --help)")
+        sys.exit(EXIT_USAGE)
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Descriptions as they are written, and a first column wide enough for every command's name."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=26)
+
+
+class _Version(argparse.Action):
+    """Prints the version; the compiled core is imported for that alone."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        try:
+            from halfbyte._native import __version__
+        except ImportError as error:
+            code, message = describe(error)
+            complain(message)
+            parser.exit(code)
+        print_text(f"{PROG} {__version__}")
+        parser.exit(EXIT_OK)
+
+
+def _size(text: str) -> int:
+    try:
+        return _terminal.parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _positive(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) < 7 and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
+    return int(text)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command."""
+    parser = _Parser(
+        prog=PROG,
+        description="Quantize model checkpoints to 4 bits on disk, in the format of bitsandbytes: without a GPU,\n"
+        "without torch, in little memory. Stock transformers, PEFT and vLLM load the result.",
+        epilog="examples:\n"
+        "  halfbyte quantize Llama-3.2-1B Llama-3.2-1B-nf4\n"
+        "  halfbyte quantize Llama-3.2-1B --plan\n"
+        "  halfbyte verify Llama-3.2-1B Llama-3.2-1B-nf4\n"
+        "  halfbyte COMMAND --help\n\n" + EXIT_CODES,
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+
+    common = _Parser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON object on standard output, nothing else")
+    quiet = _Parser(add_help=False)
+    quiet.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    threads = _Parser(add_help=False)
+    threads.add_argument("--threads", type=_positive, metavar="N", help="threads to use (default: one per usable core)")
+
+    def add(name: str, parents: Sequence[_Parser], summary: str, text: str, examples: str) -> Any:
+        return subparsers.add_parser(
+            name,
+            parents=parents,
+            help=summary,
+            description=text,
+            epilog=f"examples:\n{examples}\n\n{EXIT_CODES}",
+            formatter_class=_Formatter,
+            allow_abbrev=False,
+        )
+
+    _add_quantize(add("quantize", [threads, quiet, common], *_QUANTIZE_TEXT))
+    _add_dequantize(add("dequantize", [threads, quiet, common], *_DEQUANTIZE_TEXT))
+
+    sub = add("inspect", [common], *_INSPECT_TEXT)
+    sub.add_argument("path", metavar="PATH", help="a checkpoint's folder, a .safetensors file, or a name on the hub")
+    sub.set_defaults(run=commands.inspect)
+
+    sub = add("verify", [threads, quiet, common], *_VERIFY_TEXT)
+    sub.add_argument("a", metavar="A", help="the original, or a quantized checkpoint")
+    sub.add_argument("b", metavar="B", help="the quantized checkpoint to be checked")
+    sub.set_defaults(run=commands.verify)
+
+    sub = add("run", [], *_RUN_TEXT)
+    sub.add_argument("program", metavar="PROGRAM", nargs=argparse.REMAINDER, help="script.py ARG…, or -m MODULE ARG…")
+
+    sub = add("doctor", [common], *_DOCTOR_TEXT)
+    sub.set_defaults(run=commands.examine)
+
+    sub = add("completion", [], *_COMPLETION_TEXT)
+    sub.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell to complete in")
+    sub.set_defaults(run=commands.complete, parser=parser)
+    return parser
+
+
+_QUANTIZE_TEXT = (
+    "turn a 16- or 32-bit checkpoint into a 4-bit one",
+    "Quantize the linear layers of a safetensors checkpoint to NF4 or FP4: those that transformers would quantize.\n"
+    "Files appear when they are complete; an interrupted run goes on with --resume. The source is never changed.",
+    "  halfbyte quantize Llama-3.2-1B Llama-3.2-1B-nf4\n"
+    "  halfbyte quantize Llama-3.2-1B --plan\n"
+    "  halfbyte quantize meta-llama/Llama-3.2-1B out --type fp4 --no-double-quant\n"
+    "  halfbyte quantize model out --rule 'layers\\.(0|31)\\.=keep' --rule 'mlp=fp4' --max-shard-size 2GB",
+)
+_DEQUANTIZE_TEXT = (
+    "turn a 4-bit checkpoint back into a 16- or 32-bit one",
+    "Write the values that a 4-bit checkpoint stands for, so that any tool can read it.",
+    "  halfbyte dequantize Llama-3.2-1B-nf4 Llama-3.2-1B-back --dtype bfloat16",
+)
+_INSPECT_TEXT = (
+    "show what a checkpoint holds: what is quantized, how, sizes",
+    "Show what a folder or a single .safetensors file of any origin holds. Only headers and states are read.",
+    "  halfbyte inspect Llama-3.2-1B-nf4\n  halfbyte inspect model.safetensors --json",
+)
+_VERIFY_TEXT = (
+    "compare a quantized checkpoint with its original",
+    "Compare every quantized weight of B with a fresh quantization of A, byte for byte; where they differ, the error\n"
+    "of the dequantized values is shown. A may be quantized too.",
+    "  halfbyte verify Llama-3.2-1B Llama-3.2-1B-nf4",
+)
+_RUN_TEXT = (
+    "run a Python program with halfbyte in place of bitsandbytes",
+    "Run a script or a module as python would. There and in child processes,\n`import bitsandbytes` is halfbyte.",
+    "  halfbyte run train.py --epochs 3\n  halfbyte run -m torch.distributed.run --nproc-per-node 2 train.py",
+)
+_DOCTOR_TEXT = (
+    "show what this machine offers and which libraries it has",
+    "Show the processor and the kernels chosen for it, memory, disk, GPU and driver, and versions of libraries.",
+    "  halfbyte doctor --json",
+)
+_COMPLETION_TEXT = (
+    "print a completion script for a shell",
+    "Print a script that completes this command's arguments.",
+    '  eval "$(halfbyte completion bash)"\n  halfbyte completion fish > ~/.config/fish/completions/halfbyte.fish',
+)
+
+
+def _add_quantize(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("source", metavar="SRC", help="a folder of safetensors, or a name on the hub (org/name)")
+    sub.add_argument("destination", metavar="DST", nargs="?", help="folder to write (not needed with --plan)")
+    form = sub.add_argument_group("format")
+    form.add_argument("--type", choices=("nf4", "fp4"), default="nf4", help="codebook (default: nf4)")
+    form.add_argument(
+        "--double-quant",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="quantize the scales too, which saves 0.37 bits per weight (default: yes)",
+    )
+    form.add_argument(
+        "--blocksize",
+        type=int,
+        choices=BLOCK_SIZES,
+        default=64,
+        metavar="N",
+        help=f"weights per scale: {', '.join(map(str, BLOCK_SIZES))} (default: 64, as transformers quantizes; the "
+        "others load as well, but on a CPU bitsandbytes multiplies only when N divides the width of every layer)",
+    )
+    form.add_argument(
+        "--storage",
+        choices=STORAGE_DTYPES,
+        default="uint8",
+        help="dtype that packed bytes are stored as (default: uint8; FSDP wants the compute dtype)",
+    )
+    form.add_argument(
+        "--compute-dtype",
+        choices=FLOAT_DTYPES,
+        default=None,
+        help="dtype that loaders multiply in, written to config.json (default: the model's)",
+    )
+    form.add_argument(
+        "--dtype",
+        choices=FLOAT_DTYPES,
+        help="dtype to cast weights to before they are quantized or kept (default: that of config.json, which is what "
+        "transformers loads a model in)",
+    )
+    which = sub.add_argument_group("which tensors")
+    which.add_argument(
+        "--rule",
+        action="append",
+        default=[],
+        metavar="REGEX=nf4|fp4|keep",
+        help="decide for tensors whose name REGEX is found in; repeatable, the first match wins",
+    )
+    which.add_argument(
+        "--skip",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="keep a module, in addition to those that transformers keeps; repeatable",
+    )
+    which.add_argument(
+        "--selection",
+        choices=("rules", "transformers"),
+        default="rules",
+        help="who decides what is a linear layer. rules: config, names and shapes (default); transformers: the "
+        "installed one is asked",
+    )
+    which.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="with --selection transformers: run the code that comes with the checkpoint",
+    )
+    which.add_argument("--allow-nonfinite", action="store_true", help="go on when a weight holds NaN or infinities")
+    which.add_argument("--plan", action="store_true", help="show what would be done, and do nothing")
+    _add_output(sub)
+    sub.set_defaults(run=commands.quantize)
+
+
+def _add_dequantize(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("source", metavar="SRC", help="a folder with 4-bit weights, or a name on the hub (org/name)")
+    sub.add_argument("destination", metavar="DST", nargs="?", help="folder to write (not needed with --plan)")
+    sub.add_argument("--dtype", choices=FLOAT_DTYPES, help="dtype to write (default: what each weight was before)")
+    sub.add_argument("--plan", action="store_true", help="show what would be done, and do nothing")
+    _add_output(sub)
+    sub.set_defaults(run=commands.dequantize)
+
+
+def _add_output(sub: argparse.ArgumentParser) -> None:
+    output = sub.add_argument_group("output")
+    output.add_argument(
+        "--max-shard-size", type=_size, metavar="SIZE", help="most bytes of an output file: 500MB, 2GiB (default: 5GB)"
+    )
+    state = output.add_mutually_exclusive_group()
+    state.add_argument("--overwrite", action="store_true", help="replace an earlier output in DST")
+    state.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same arguments")
+    output.add_argument("--no-fsync", action="store_true", help="do not wait for the disk after each file")
