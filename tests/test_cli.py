@@ -444,7 +444,7 @@ def test_ctrl_c_cancels_and_says_how_to_go_on(source, tmp_path, monkeypatch, cap
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_stop_the_command(number, source, tmp_path):
     code = (
-        "import signal, sys, time\nfrom halfbyte import _native, cli\n"
+        "import signal, sys, time\nfrom halfbyte import _native\nfrom halfbyte.cli import main as cli\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "class Job:\n"
         "    done = False\n"
