@@ -17,8 +17,8 @@ from halfbyte.config import BitsAndBytesConfig
 from halfbyte.integrations.recognition import serve_bitsandbytes
 from halfbyte.integrations.saved_config import keep_class_of_argument
 from halfbyte.integrations.served import is_ours
-from halfbyte.models.replace import SOURCE_CLASS
-from halfbyte.nn import Linear4bit, Params4bit
+from halfbyte.models.replace import SOURCE_CLASS, empty_linear4bit
+from halfbyte.nn import Params4bit
 from halfbyte.nn._quantized import Quantized
 from halfbyte.state import PACKED_KEYS, TENSOR_KEYS
 
@@ -75,16 +75,15 @@ class Quantizer4bit(BnB4BitDiffusersQuantizer):
                 continue
             if name not in self._packed if self._packed is not None else _is_kept(name, keep):
                 continue
-            with torch.device("meta"):
-                new = Linear4bit(
-                    module.in_features,
-                    module.out_features,
-                    bias=module.bias is not None,
-                    compute_dtype=compute_dtype,
-                    compress_statistics=self.config.bnb_4bit_use_double_quant,
-                    quant_type=self.config.bnb_4bit_quant_type,
-                    quant_storage=storage,
-                )
+            new = empty_linear4bit(
+                module,
+                module.in_features,
+                module.out_features,
+                compute_dtype=compute_dtype,
+                nested=self.config.bnb_4bit_use_double_quant,
+                quant_type=self.config.bnb_4bit_quant_type,
+                storage=storage,
+            )
             if module.bias is not None:
                 new.bias = module.bias
             new.__dict__[SOURCE_CLASS] = type(module)

@@ -33,20 +33,42 @@ def _own_attributes() -> frozenset[str]:
     return frozenset(packed - plain | {SOURCE_CLASS, _SOURCE_REQUIRES_GRAD})
 
 
-def to_linear4bit(
-    old: nn.Module, weight: Params4bit, in_features: int, out_features: int, compute_dtype: torch.dtype | None
+def empty_linear4bit(
+    old: nn.Module,
+    in_features: int,
+    out_features: int,
+    *,
+    compute_dtype: torch.dtype | None,
+    nested: bool,
+    quant_type: str,
+    storage: torch.dtype,
 ) -> Linear4bit:
-    """A `Linear4bit` with this weight, which is packed, and all else of `old`, a linear layer."""
+    """A `Linear4bit` on the meta device, with a bias if `old`, a linear layer, has one."""
     with torch.device("meta"):
-        new = Linear4bit(
+        return Linear4bit(
             in_features,
             out_features,
             bias=old._parameters.get("bias") is not None,
             compute_dtype=compute_dtype,
-            compress_statistics=weight.compress_statistics,
-            quant_type=weight.quant_type,
-            quant_storage=weight.quant_storage,
+            compress_statistics=nested,
+            quant_type=quant_type,
+            quant_storage=storage,
         )
+
+
+def to_linear4bit(
+    old: nn.Module, weight: Params4bit, in_features: int, out_features: int, compute_dtype: torch.dtype | None
+) -> Linear4bit:
+    """A `Linear4bit` with this weight, which is packed, and all else of `old`, a linear layer."""
+    new = empty_linear4bit(
+        old,
+        in_features,
+        out_features,
+        compute_dtype=compute_dtype,
+        nested=weight.compress_statistics,
+        quant_type=weight.quant_type,
+        storage=weight.quant_storage,
+    )
     _become_packed(old, new, weight)
     return new
 

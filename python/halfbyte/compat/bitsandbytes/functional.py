@@ -174,7 +174,7 @@ def elementwise_func(func_name: str, A: Tensor, B: Tensor | None, value: float |
         NotImplementedError: Another function, or another dtype.
     """
     if A.dtype not in (torch.float32, torch.uint8) or (A.dtype is torch.uint8 and func_name != "fill"):
-        raise NotImplementedError(f"Function not implemented: {func_name} of {A.dtype}")
+        raise NotImplementedError(f"A must be float32, or uint8 for 'fill', got {A.dtype} for {func_name!r}")
     if func_name == "fill" and value is not None:
         A.fill_(value)
     elif func_name == "arange":
@@ -182,7 +182,9 @@ def elementwise_func(func_name: str, A: Tensor, B: Tensor | None, value: float |
     elif func_name == "_mul" and B is not None:
         A.mul_(B)
     else:
-        raise NotImplementedError(f"Function not implemented: {func_name}")
+        raise NotImplementedError(
+            f"func_name must be 'arange', 'fill' with a value or '_mul' with B, got {func_name!r}"
+        )
 
 
 def fill(A: Tensor, value: float, device: torch.device | None = None, prefetch: bool = True) -> None:

@@ -50,6 +50,7 @@ def _measured(stock: Callable[..., Any], level: int) -> Callable[..., Any]:
             _logger.log(level, "%s: %s", stock.__name__, cost(seen.found, names))
         return result
 
+    # `enter` knows by this that the method is wrapped already.
     method.__halfbyte__ = True  # type: ignore[attr-defined]
     return method
 

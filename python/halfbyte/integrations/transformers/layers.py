@@ -12,7 +12,7 @@ from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from halfbyte._native import CheckpointError
-from halfbyte.models.replace import SOURCE_CLASS
+from halfbyte.models.replace import SOURCE_CLASS, empty_linear4bit
 from halfbyte.models.select import is_conv1d
 from halfbyte.nn import Embedding4bit, Linear4bit, Params4bit
 from halfbyte.offline.transformers_names import renamed
@@ -137,14 +137,14 @@ def put_4bit(
             if is_linear(old):
                 shape: Any = old._parameters["weight"].shape  # type: ignore[union-attr]
                 in_features, out_features = shape if is_conv1d_layer(old) else (shape[1], shape[0])
-                new = Linear4bit(
+                new = empty_linear4bit(
+                    old,
                     in_features,
                     out_features,
-                    bias=old._parameters.get("bias") is not None,
                     compute_dtype=compute_dtype,
-                    compress_statistics=nested,
+                    nested=nested,
                     quant_type=quant_type,
-                    quant_storage=storage,
+                    storage=storage,
                 )
             elif packed and type(old) is nn.Embedding:
                 new = Embedding4bit(
