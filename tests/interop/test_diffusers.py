@@ -1,0 +1,42 @@
+"""diffusers' `from_pretrained` with halfbyte's config: loaded, saved, loaded again, dequantized."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+import halfbyte  # noqa: E402
+from halfbyte.nn import Linear4bit  # noqa: E402
+
+
+def packed(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: m.weight.data for name, m in model.named_modules() if isinstance(m, Linear4bit)}
+
+
+def test_diffusers_loads_saves_and_dequantizes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    dense = diffusers.Transformer2DModel(
+        num_attention_heads=2, attention_head_dim=32, in_channels=32, num_layers=1, norm_num_groups=8
+    )
+    dense.save_pretrained(tmp_path / "dense")
+    config = halfbyte.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    # Without a dtype, diffusers loads quantized models in float16.
+    how = {"quantization_config": config, "torch_dtype": torch.float32}
+    model = diffusers.Transformer2DModel.from_pretrained(tmp_path / "dense", **how)
+    found = packed(model)
+    linear = {name for name, m in dense.named_modules() if type(m) is torch.nn.Linear}
+    assert linear
+    assert found.keys() == linear
+    model.save_pretrained(tmp_path / "packed")
+    again = diffusers.Transformer2DModel.from_pretrained(tmp_path / "packed", **how)
+    assert packed(again).keys() == linear
+    assert all(torch.equal(value, found[name]) for name, value in packed(again).items())
+    x = torch.randn(1, 32, 4, 4)
+    with torch.no_grad():
+        expected = model(x, return_dict=False)[0]
+        torch.testing.assert_close(again(x, return_dict=False)[0], expected)
+        torch.testing.assert_close(again.dequantize()(x, return_dict=False)[0], expected, rtol=1e-4, atol=1e-4)
