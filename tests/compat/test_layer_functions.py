@@ -162,3 +162,20 @@ def test_report() -> None:
     assert done.stdout.startswith("=")
     assert "bitsandbytes v0.50.2+halfbyte" in done.stdout
     assert done.stdout.endswith("SUCCESS!\n")
+
+
+def test_gemv_is_the_reference_product_to_the_bit() -> None:
+    # bitsandbytes dequantizes and calls torch on the CPU; its own tests compare the two within torch's rounding.
+    passes("""
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for nested in (False, True):
+        for kind in ("nf4", "fp4"):
+            w, x = torch.randn(96, 256, dtype=dtype), torch.randn(1, 256, dtype=dtype)
+            packed, state = F.quantize_4bit(w, quant_type=kind, compress_statistics=nested)
+            want = torch.nn.functional.linear(x, F.dequantize_4bit(packed, state))
+            got = F.gemv_4bit(x, packed.t(), state=state)
+            assert got.dtype is dtype and torch.equal(got, want)
+            out = torch.empty_like(want)
+            assert F.gemv_4bit(x, packed.t(), out=out, state=state) is out and torch.equal(out, want)
+assert "state" in refused(ValueError, lambda: F.gemv_4bit(x, packed.t()))
+""")
