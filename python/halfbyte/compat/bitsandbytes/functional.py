@@ -129,7 +129,7 @@ def gemv_4bit(
     if state is None or A.device.type != "cpu":
         return functional.gemv_4bit(A, B, out, transposed_A, transposed_B, state)
     absmax = state.absmax
-    if state.nested:
+    if state.state2 is not None and state.offset is not None:
         absmax = dequantize_blockwise(absmax, state.state2) + state.offset
     arguments = (A, B, state.shape, absmax, state.code, state.blocksize)
     if out is None:
