@@ -323,3 +323,52 @@ def test_scales_of_16_bits_are_read(saved: Path, tmp_path: Path) -> None:
     assert torch.equal(*weights)
     exact = fill(saved / "whole").model.layers[1].mlp.up_proj.weight.dequantize()
     torch.testing.assert_close(weights[0], exact, rtol=1e-2, atol=1e-3)
+
+
+def configured(path: Path, to: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
+    """A copy of a folder, its config.json changed by `edit`."""
+    shutil.copytree(path, to)
+    values = json.loads((to / "config.json").read_text(encoding="utf-8"))
+    edit(values)
+    (to / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    return to
+
+
+@pytest.mark.parametrize("lost", ["all of it", "load_in_4bit"])
+def test_packed_weights_without_their_config_are_not_quantized_again(saved: Path, tmp_path: Path, lost: str) -> None:
+    def edit(values: dict[str, Any]) -> None:
+        if lost == "load_in_4bit":
+            values["quantization_config"].update(load_in_4bit=None, _load_in_4bit=None)
+        else:
+            del values["quantization_config"]
+
+    text = refused(load, configured(saved / "whole", tmp_path / "stripped", edit))
+    assert "packed to 4 bits already" in text
+    assert "quant_state.bitsandbytes__nf4" in text
+    assert "load_in_4bit" in text
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_weights_of_8_bits_are_not_quantized_again(tmp_path: Path, dtype: torch.dtype) -> None:
+    llama().save_pretrained(tmp_path / "dense")
+    path = edited(
+        tmp_path / "dense", tmp_path / "eight", lambda tensors: tensors.update({WEIGHT: tensors[WEIGHT].to(dtype)})
+    )
+    text = refused(load, path)
+    assert f"{path / 'model.safetensors'}: {WEIGHT} is " in text
+    assert "quantized already" in text
+    # Where it is kept, it is read as transformers reads it.
+    skip = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["up_proj"])
+    model = AutoModelForCausalLM.from_pretrained(path, quantization_config=skip, dtype=torch.float32)
+    assert count(model) == 12
+
+
+def test_wrong_value_in_the_config_leaves_the_model_as_it_was(saved: Path, tmp_path: Path) -> None:
+    def edit(values: dict[str, Any]) -> None:
+        values["quantization_config"]["bnb_4bit_quant_type"] = "int4"
+
+    path = configured(saved / "whole", tmp_path / "wrong", edit)
+    model = llama()
+    with pytest.raises(CheckpointError, match=r"config\.json: quantization_config: bnb_4bit_quant_type must be one of"):
+        halfbyte.load_quantized(model, path)
+    assert count(model) == 0

@@ -463,7 +463,9 @@ def _read_config(source: Folder) -> BitsAndBytesConfig | None:
         raise CheckpointError(f"{where}: llm_int8_skip_modules must be a list of names or null, got {skipped!r}")
     arguments = inspect.signature(BitsAndBytesConfig).parameters
     try:
-        return BitsAndBytesConfig.from_dict({key: value for key, value in found.items() if key in arguments})
+        return BitsAndBytesConfig.coerce(
+            BitsAndBytesConfig.from_dict({key: value for key, value in found.items() if key in arguments})
+        )
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: {error}") from None
 

@@ -74,6 +74,40 @@ def packed_in(model: Any, files: Sequence[str], keep: Sequence[str]) -> list[str
     return [target.rpartition(".")[0] for target in found]
 
 
+def check_dense(model: Any, files: Sequence[str], paths: Sequence[str]) -> None:
+    """That a checkpoint to be quantized is not quantized already, whatever its config.json says.
+
+    Args:
+        model: The transformers model that the checkpoint is for.
+        files: The checkpoint's files.
+        paths: Of the layers to quantize.
+
+    Raises:
+        CheckpointError: A weight of these layers is packed, or of a dtype that is none of a dense weight; the message
+            names it and its file.
+    """
+    if not files or not all(os.fspath(file).endswith(".safetensors") for file in files):
+        return
+    with ExitStack() as stack:
+        checkpoint = _Checkpoint([os.fspath(file) for file in files], stack)
+        odd = []
+        for name, file in checkpoint.files.items():
+            if name.endswith(tuple(f".{key}" for key in PACKED_KEYS)):
+                raise CheckpointError(
+                    f"{file}: {name}: the weight is packed to 4 bits already, but config.json has no "
+                    "quantization_config with load_in_4bit true; take config.json from where the checkpoint is from"
+                )
+            if checkpoint.dtype(name) not in ("F16", "BF16", "F32", "F64"):
+                odd.append(name)
+        weights = {f"{path}.weight" for path in paths}
+        for name, target, _, _ in renamed(model, odd):
+            if target in weights:
+                raise CheckpointError(
+                    f"{checkpoint.files[name]}: {name} is {checkpoint.dtype(name)}, so it is quantized already, and "
+                    "cannot be quantized to 4 bits; start from the 16-bit checkpoint that it was made from"
+                )
+
+
 class _Checkpoint:
     """Open files of a checkpoint.
 
@@ -106,6 +140,11 @@ class _Checkpoint:
         """A tensor, in mapped memory."""
         tensor: torch.Tensor = self._handles[self.files[name]].get_tensor(name)
         return tensor
+
+    def dtype(self, name: str) -> str:
+        """The dtype of a tensor, as safetensors writes it."""
+        dtype: str = self._handles[self.files[name]].get_slice(name).get_dtype()
+        return dtype
 
     def facts(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of a tensor."""

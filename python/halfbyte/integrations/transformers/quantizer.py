@@ -107,6 +107,7 @@ class Quantizer4bit(Bnb4BitHfQuantizer):
             )
             paths = layers.chosen(model, self.modules_to_not_convert)
         if not self.pre_quantized:
+            checkpoint.check_dense(model, checkpoint_files or (), paths)
             for name in layers.without_effect(model, skip or ()):
                 _logger.warning(
                     "llm_int8_skip_modules: %r names no module of %s, so it keeps nothing; module names are matched "
