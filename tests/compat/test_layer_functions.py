@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
+import fresh
 import pytest
 
 pytest.importorskip("torch")
@@ -26,16 +26,8 @@ def refused(kind, make):
 """
 
 
-def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    kept = {k: v for k, v in os.environ.items() if k != "HALFBYTE_BITSANDBYTES"}
-    return subprocess.run(
-        [sys.executable, *(arguments or ["-c", START + code])], capture_output=True, text=True, env=kept, check=False
-    )
-
-
 def passes(code: str) -> None:
-    done = run(code)
-    assert done.returncode == 0, done.stderr
+    fresh.passes(START + code)
 
 
 def test_int8_functions() -> None:
@@ -157,7 +149,9 @@ assert len(seen) == 1 and "Re-quantize from the weight" in str(seen[0].message)
 
 
 def test_report() -> None:
-    done = run("", "-m", "halfbyte", "run", "-m", "bitsandbytes")
+    done = subprocess.run(
+        [sys.executable, "-m", "halfbyte", "run", "-m", "bitsandbytes"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("=")
     assert "bitsandbytes v0.50.2+halfbyte" in done.stdout

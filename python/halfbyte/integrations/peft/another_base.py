@@ -101,7 +101,9 @@ def check(
     except (OSError, ValueError, AttributeError):
         # Broken: PEFT says so.
         return
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model
+    if hasattr(model, "get_base_model"):
+        base = base.get_base_model()
     problem = _problem(base, config, shapes)
     if problem is not None:
         name = getattr(base, "name_or_path", "") or type(base).__name__
