@@ -6,7 +6,8 @@
     python kernels/build_kernels.py ptx KERNEL          print the PTX of one kernel, for every architecture
 
 The packages of requirements/kernels.txt hold NVRTC, the headers and ptxas; --nvidia says where they are installed
-(`pip install --target DIR -r requirements/kernels.txt`), else they are looked for on sys.path and in .cache/nvidia.
+(`pip install --target DIR -r requirements/kernels.txt`), or HALFBYTE_NVIDIA; else they are looked for on sys.path and
+in .cache/nvidia.
 Without them every command ends with status 3. What was compiled is kept in .cache/kernels.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -102,7 +104,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("build", "lock", "check", "ptx"))
     parser.add_argument("kernel", nargs="?", help="of `ptx`: its name")
-    parser.add_argument("--nvidia", metavar="DIR", help="where requirements/kernels.txt is installed")
+    nvidia = os.environ.get("HALFBYTE_NVIDIA") or None
+    parser.add_argument("--nvidia", metavar="DIR", default=nvidia, help="where requirements/kernels.txt is installed")
     parser.add_argument("--out", metavar="DIR", help="of `build`: the folder to write to")
     parser.add_argument(
         "--test-kernels", action="store_true", help="of `build`: with those that are for tests and benches"
@@ -121,9 +124,8 @@ def main() -> None:
     try:
         found = tools.find(arguments.nvidia)
     except tools.MissingToolsError as error:
-        print(
-            f"error: {error}: pip install --target DIR -r requirements/kernels.txt, then --nvidia DIR", file=sys.stderr
-        )
+        how = "pip install --target DIR -r requirements/kernels.txt, then HALFBYTE_NVIDIA=DIR"
+        print(f"error: {error}: {how}", file=sys.stderr)
         raise SystemExit(MISSING_TOOLS) from None
     try:
         run(arguments, build.Builder(found, build.cache_folder(arguments.cache, arguments.out), arguments.jobs))

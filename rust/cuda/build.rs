@@ -65,9 +65,6 @@ fn compile(root: &Path, out: &Path) -> Result<std::result::Result<(), String>> {
         let mut command = Command::new(&python);
         // No bytecode: a source folder stays as it is.
         command.arg("-B").arg(root.join("kernels/build_kernels.py")).args(["build", "--out"]).arg(out);
-        if let Some(folder) = env::var_os("HALFBYTE_NVIDIA").filter(|folder| !folder.is_empty()) {
-            command.arg("--nvidia").arg(folder);
-        }
         if let Ok(jobs) = env::var("NUM_JOBS") {
             command.args(["--jobs", &jobs]);
         }
