@@ -22,6 +22,9 @@ __all__ = [
     "cuda_driver_version",
     "cuda_embedding_4bit",
     "cuda_expand_absmax",
+    "cuda_kernel_form",
+    "cuda_kernel_ptx",
+    "cuda_kernels",
     "cuda_matmul_4bit",
     "cuda_prepare",
     "cuda_quantize_4bit",
@@ -178,13 +181,31 @@ def cuda_driver_version() -> tuple[int, int]:
     """The CUDA version that the NVIDIA driver supports. RuntimeError when there is no driver; starts nothing."""
 
 def cuda_device_count() -> int:
-    """The number of visible devices. RuntimeError without a driver, with one before CUDA 12.0, or after a fork."""
+    """The number of visible devices.
+
+    RuntimeError in a build without kernels, without a driver, with one before CUDA 12.0, or after a fork.
+    """
 
 def cuda_device(device: int) -> tuple[str, tuple[int, int], int, int]:
     """Name, compute capability, multiprocessors and bytes of shared memory per block of a device.
 
     ValueError for an ordinal that is not there, RuntimeError for a compute capability below 7.5.
     """
+
+def cuda_kernels() -> list[str]:
+    """The names of the kernels that this build has: none when it was built without NVIDIA's compilers.
+
+    Those with "reference" in their names, and "floor_…", are for tests and benches; a wheel has none of them.
+    """
+
+def cuda_kernel_form(device: int) -> str:
+    """The form in which kernels are loaded on a device: "cubin", or "ptx", which the driver compiles.
+
+    `HALFBYTE_KERNELS` asks for one of them.
+    """
+
+def cuda_kernel_ptx(kernel: str, capability: tuple[int, int]) -> bytes:
+    """The PTX of a kernel for devices of a compute capability. ValueError when this build has none."""
 
 def cuda_prepare(device: int) -> None:
     """Load every kernel that the device takes, so that no later call waits for that."""

@@ -201,7 +201,8 @@ def _gpu_kernels() -> list[str]:
     for device in range(count):
         try:
             name, (major, minor), multiprocessors, _ = _native.cuda_device(device)
-            found.append(f"usable on {name} (sm_{major}{minor}, {multiprocessors} multiprocessors)")
+            form = "cubins" if _native.cuda_kernel_form(device) == "cubin" else "PTX, which the driver compiles"
+            found.append(f"usable on {name} (sm_{major}{minor}, {multiprocessors} multiprocessors), as {form}")
         except (RuntimeError, ValueError) as error:
             found.append(str(error))
     return found

@@ -6,17 +6,16 @@ use halfbyte::dtype::DType;
 use halfbyte::error::Result;
 
 use super::capability::Capability;
-use super::driver::{Device, Kernel, TensorMap, TileType};
-use super::ptx::Module;
+use super::driver::{Device, TensorMap, TileType};
+use super::kernels::{self, Kernel, gemm_bf16_64, gemm_bf16_128, gemm_bf16_192, gemm_bf16_256};
 
-// Of kernels/gemm.cuh.
-const ROWS: usize = 128;
-const STEP: usize = 64;
-const STAGE_BYTES: usize = 64;
-const UNIT: usize = 256;
-const UNIT_STEPS: usize = UNIT / STEP;
-const THREADS: u32 = 384;
-const MOST_PARTS: usize = 4;
+// The same in every form.
+const ROWS: usize = gemm_bf16_64::ROWS;
+const STEP: usize = gemm_bf16_64::STEP;
+const STAGE_BYTES: usize = gemm_bf16_64::STAGE_BYTES;
+const UNIT: usize = gemm_bf16_64::UNIT;
+const UNIT_STEPS: usize = gemm_bf16_64::UNIT_STEPS;
+const MOST_PARTS: usize = gemm_bf16_64::MOST_PARTS;
 /// What `k` is a multiple of, and the addresses of `x` and the codes: so the copy engine wants it.
 const COLUMNS: usize = 32;
 const ALIGNMENT: u64 = 16;
@@ -30,51 +29,42 @@ struct Form {
     tokens: usize,
     /// Microseconds of a step: 64 columns of a tile, all multiprocessors being busy. Measured on an H200.
     step: f64,
-    bf16: (Module, &'static str),
-    f16: (Module, &'static str),
+    /// The dynamic shared memory of a block.
+    shared: usize,
+    bf16: &'static Kernel,
+    f16: &'static Kernel,
 }
 
 const FORMS: [Form; 4] = [
     Form {
         tokens: 64,
         step: 0.34,
-        bf16: (Module::GemmBf16x64, "gemm_bf16_64"),
-        f16: (Module::GemmF16x64, "gemm_f16_64"),
+        shared: gemm_bf16_64::SHAPE_64_BYTES,
+        bf16: &kernels::GEMM_BF16_64,
+        f16: &kernels::GEMM_F16_64,
     },
     Form {
         tokens: 128,
         step: 0.44,
-        bf16: (Module::GemmBf16x128, "gemm_bf16_128"),
-        f16: (Module::GemmF16x128, "gemm_f16_128"),
+        shared: gemm_bf16_128::SHAPE_128_BYTES,
+        bf16: &kernels::GEMM_BF16_128,
+        f16: &kernels::GEMM_F16_128,
     },
     Form {
         tokens: 192,
         step: 0.56,
-        bf16: (Module::GemmBf16x192, "gemm_bf16_192"),
-        f16: (Module::GemmF16x192, "gemm_f16_192"),
+        shared: gemm_bf16_192::SHAPE_192_BYTES,
+        bf16: &kernels::GEMM_BF16_192,
+        f16: &kernels::GEMM_F16_192,
     },
     Form {
         tokens: 256,
         step: 0.67,
-        bf16: (Module::GemmBf16x256, "gemm_bf16_256"),
-        f16: (Module::GemmF16x256, "gemm_f16_256"),
+        shared: gemm_bf16_256::SHAPE_256_BYTES,
+        bf16: &kernels::GEMM_BF16_256,
+        f16: &kernels::GEMM_F16_256,
     },
 ];
-
-impl Form {
-    /// The dynamic shared memory of a block: x, the table, codes, scales, the map, barriers.
-    const fn shared(&self) -> usize {
-        let codes = if self.tokens > 128 { 3 } else { 6 };
-        let x = if self.tokens > 64 { 4 } else { 8 };
-        let scales = 2;
-        x * self.tokens * STEP * 2
-            + 256 * 256
-            + codes * ROWS * STAGE_BYTES
-            + scales * ROWS * (UNIT / 32) * 4
-            + 1024
-            + 2 * (codes + x + scales) * 8
-    }
-}
 
 /// What `GemmPlan` is to the kernel.
 #[repr(C)]
@@ -88,7 +78,7 @@ pub(super) struct Plan {
 /// A launch.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Gemm {
-    pub kernel: Kernel,
+    pub kernel: &'static Kernel,
     pub plan: Plan,
     pub blocks: u64,
     /// Blocks of a cluster.
@@ -172,8 +162,8 @@ fn dense_time((m, n, k): (usize, usize, usize), multiprocessors: usize) -> f64 {
 
 /// Whether a shape and a type are for the kernel at all.
 fn takes(capability: Capability, shared_per_block: u32, dtype: DType, (m, n, k): (usize, usize, usize)) -> bool {
-    Module::GemmBf16x64.image(capability).is_some()
-        && FORMS.iter().all(|form| form.shared() <= shared_per_block as usize)
+    kernels::GEMM_BF16_64.suits(capability)
+        && FORMS.iter().all(|form| form.shared <= shared_per_block as usize)
         && matches!(dtype, DType::Bf16 | DType::F16)
         && m >= 1
         && n >= 1
@@ -192,13 +182,13 @@ impl Gemm {
             return None;
         }
         let (form, plan, blocks, time) = divide(shape, device.multiprocessors() as usize);
-        let (module, name) = if dtype == DType::F16 { form.f16 } else { form.bf16 };
+        let kernel = if dtype == DType::F16 { form.f16 } else { form.bf16 };
         Some(Self {
-            kernel: Kernel { module, name, threads: THREADS, large_shared: true },
+            kernel,
             plan,
             blocks,
             cluster: plan.parts as u32,
-            shared: form.shared() as u32,
+            shared: form.shared as u32,
             tokens: form.tokens,
             time,
         })
@@ -324,7 +314,7 @@ mod tests {
 
     #[test]
     fn shared_memory_is_what_a_block_may_have() {
-        let bytes = FORMS.map(|form| form.shared());
+        let bytes = FORMS.map(|form| form.shared);
         assert!(bytes.iter().all(|&bytes| bytes <= 232_448), "{bytes:?}");
         assert_eq!(bytes[1], 4 * 16384 + 65536 + 6 * 8192 + 2 * 4096 + 1024 + 192);
     }
