@@ -16,6 +16,9 @@
     extern __shared__ __align__(128) unsigned char name##_base[]; \
     unsigned char *const name = name##_base
 
+// The same, at a multiple of 1024: where the copy engine and the matrix units have their patterns begin.
+#define DYNAMIC_SHARED_1024(name) extern __shared__ __align__(1024) unsigned char name[]
+
 // An array that every kernel may read: in constant memory where all lanes read the same element, else in global.
 #define CONSTANT_TABLE __constant__ const
 #define GLOBAL_TABLE __device__ const

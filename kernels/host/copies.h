@@ -3,6 +3,7 @@
 #pragma once
 
 #include "collectives.h"
+#include "index.h"
 
 #if HOST_KERNEL_ASAN
 #include <sanitizer/asan_interface.h>
@@ -57,6 +58,50 @@ inline void wait_copies(uint32_t pending) {
             make_copy(copy);
         }
     }
+}
+
+// ---- the copy engine -----------------------------------------------------------------------------------------------
+
+// For the sanitizers: as if the thread that issues a copy, or waits for a product, read or wrote this itself. So what is out
+// of bounds or in no order is reported with the line that asked for it.
+inline void touch([[maybe_unused]] const Part &part, [[maybe_unused]] bool write) {
+#if HOST_KERNEL_ASAN || HOST_KERNEL_TSAN
+    unsigned char *at = static_cast<unsigned char *>(part.memory), *const end = at + part.bytes;
+    while (at < end) {
+        const bool wide = reinterpret_cast<uintptr_t>(at) % 8 == 0 && end - at >= 8;
+        if (write) {
+            wide ? void(*reinterpret_cast<volatile uint64_t *>(at) = ~uint64_t(0)) : void(*static_cast<volatile unsigned char *>(at) = 0xff);
+        } else {
+            wide ? void(*reinterpret_cast<volatile uint64_t *>(at)) : void(*static_cast<volatile unsigned char *>(at));
+        }
+        at += wide ? 8 : 1;
+    }
+#endif
+}
+
+inline void begin_load() {
+    for (size_t i = 0; i < announced_parts(); i++) {
+        touch(announced_part(i), false);
+    }
+    touch(announced_shared(), true);
+    begin_announced();
+}
+
+inline void begin_store() {
+    for (size_t i = 0; i < announced_parts(); i++) {
+        touch(announced_part(i), true);
+    }
+    touch(announced_shared(), false);
+    begin_announced();
+}
+
+// A thread's share of what a product of its warpgroup reads in shared memory.
+inline void touch_operands([[maybe_unused]] const Product &product, [[maybe_unused]] Site site) {
+#if HOST_KERNEL_TSAN
+    for (size_t i = threadIdx.x % 128; i < operand_pieces(product); i += 128) {
+        touch({const_cast<void *>(operand_piece(product, i, site)), 16}, false);
+    }
+#endif
 }
 
 }  // namespace host

@@ -29,6 +29,12 @@ std::string checked(const HalfbyteLaunch &launch) {
     if (blocks == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
         return refuse(launch, "a grid that no device takes");
     }
+    if (launch.cluster == 0 || launch.cluster > host::MAX_CLUSTER || grid.x % launch.cluster != 0) {
+        return refuse(launch, "a grid of " + std::to_string(grid.x) + " blocks in clusters of " + std::to_string(launch.cluster));
+    }
+    if (launch.first_block % launch.cluster != 0 || launch.blocks % launch.cluster != 0) {
+        return refuse(launch, "a part of a cluster");
+    }
     if (launch.first_block > blocks || launch.blocks > blocks - launch.first_block) {
         return refuse(launch, "blocks that the grid lacks");
     }
@@ -44,8 +50,8 @@ std::string checked(const HalfbyteLaunch &launch) {
                                       " bytes, its parameter " + std::to_string(entry->sizes[i]));
         }
     }
-    return host::run({entry->name, entry->call, launch.arguments, grid, block, launch.shared, launch.highest_first != 0,
-                      launch.first_block, launch.blocks});
+    return host::run({entry->name, entry->call, launch.arguments, grid, block, launch.cluster, launch.shared,
+                      launch.highest_first != 0, launch.first_block, launch.blocks});
 }
 
 }  // namespace

@@ -10,6 +10,7 @@ struct HalfbyteLaunch {
     uint32_t grid[3], block[3];
     uint64_t shared;                // bytes of dynamic shared memory
     uint64_t first_block, blocks;   // those of the grid that are run, in the order x, y, z
+    uint32_t cluster;               // blocks of one, along x
     uint32_t highest_first;         // the order of threads and blocks, and when asynchronous copies are made
     uint32_t count;                 // of arguments
     void *const *arguments;         // [count] where each is

@@ -1,0 +1,98 @@
+// The functions of wgmma.cuh in C++. A tensor map is a host::TileMap.
+#pragma once
+
+#include "copies.h"
+#include "matrices.h"
+#include "ptx.h"
+
+// ---- copies of tiles -----------------------------------------------------------------------------------------------
+
+inline void copy_box(void *shared, const TensorMap *map, int column, int row, Barrier *barrier,
+                     host::Site site = host::Site::here()) {
+    const int at[2] = {column, row};
+    host::announce_box(map, 2, at, shared, barrier, 0, site);
+    host::begin_load();
+}
+inline void fetch_box(const TensorMap *map, int, int, host::Site site = host::Site::here()) { host::check_box(map, 2, site); }
+inline void barrier_arrive_expecting(Barrier *barrier, u32 bytes, host::Site site = host::Site::here()) {
+    (void)*static_cast<volatile u64 *>(&barrier->state);
+    host::expect(barrier, bytes, site);
+    host::arrive(barrier, site);
+}
+inline void barriers_made() { host::phases_known(); }
+
+// ---- roles of warpgroups -------------------------------------------------------------------------------------------
+
+template <int REGISTERS>
+inline void take_registers(host::Site site = host::Site::here()) {
+    host::set_registers(REGISTERS, true, site);
+}
+template <int REGISTERS>
+inline void give_registers(host::Site site = host::Site::here()) {
+    host::set_registers(REGISTERS, false, site);
+}
+template <int ID, int THREADS>
+inline void meet(host::Site site = host::Site::here()) {
+    host::named_barrier(ID, THREADS, true, site);
+}
+
+// ---- clusters ------------------------------------------------------------------------------------------------------
+
+inline u32 cluster_rank() { return host::cluster_rank(); }
+inline void cluster_meet(host::Site site = host::Site::here()) {
+    host::cluster_arrive(site);
+    host::cluster_wait(site);
+}
+inline u32 address_at(const void *shared, u32 rank, host::Site site = host::Site::here()) {
+    return host::cluster_address(shared, rank, site);
+}
+inline void store_at(u32 address, float a, float b, float c, float d, host::Site site = host::Site::here()) {
+    Floats4 *const to = static_cast<Floats4 *>(host::cluster_memory(address, sizeof(Floats4), site));
+    host::check_aligned(to, sizeof *to, site);
+    *to = {a, b, c, d};
+}
+
+// ---- matrices of 8 by 8, transposed --------------------------------------------------------------------------------
+
+inline void store_transposed(void *shared, u32 a, u32 b, u32 c, u32 d, host::Site site = host::Site::here()) {
+    const u32 words[4] = {a, b, c, d};
+    host::store_matrices<4, true>(shared, words, site);
+}
+
+// ---- products ------------------------------------------------------------------------------------------------------
+
+inline u32 operand(const void *shared) { return (host::shared_address(shared) & 0x3ffff) >> 4 | 1u << 16; }
+
+inline void products_begin() { host::products_fence(); }
+inline void products_commit(host::Site site = host::Site::here()) { host::commit_products(site); }
+template <int GROUPS>
+inline void products_wait(host::Site site = host::Site::here()) {
+    const size_t ended = host::wait_products(GROUPS, site);
+    for (size_t i = 0; i < ended; i++) {
+        host::touch_operands(host::ended_product(i), site);
+    }
+}
+
+namespace host {
+
+inline void multiply_issued(const Product &product, Site site) {
+    issue_product(product, site);
+    touch_operands(product, site);
+}
+
+template <typename T>
+constexpr bool IS_BF16 = false;
+template <>
+inline constexpr bool IS_BF16<Bf16> = true;
+
+}  // namespace host
+
+// The high word of where b begins, as wgmma.cuh has it.
+template <typename T, int SUMS>
+inline void multiply_fresh(T, float (&d)[SUMS], const u32 *a, u32 y, host::Site site = host::Site::here()) {
+    host::multiply_issued({host::IS_BF16<T>, false, 2 * SUMS, d, a, 0, u64(0x40000040) << 32 | y, false, false}, site);
+}
+template <typename T, int SUMS>
+inline void multiply_add(T, float (&d)[SUMS], const u32 *a, u32 y, host::Site site = host::Site::here()) {
+    host::multiply_issued({host::IS_BF16<T>, true, 2 * SUMS, d, a, 0, u64(0x40000040) << 32 | y, false, false}, site);
+}
