@@ -36,7 +36,7 @@ CACHE = KERNELS.parent / ".cache" / "kernels-host"
 # Aliasing as CUDA's compilers treat it; contraction would change bits.
 COMMON = ("-std=c++17", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra", "-pthread")
 # `#pragma unroll` is for CUDA; a parameter that one instance of a template does not need is not a mistake.
-KERNEL_ONLY = ("-DHALFBYTE_HOST", "-Wno-unknown-pragmas", "-Wno-unused-parameter", "-Wno-unused-but-set-parameter")
+KERNEL_ONLY = ("-DHALFBYTE_HOST", "-Wno-unknown-pragmas", "-Wno-unused-parameter", "-Wno-unused-but-set-parameter", "-Wno-psabi")
 SANITIZED = ("-O1", "-g1", "-fno-omit-frame-pointer")
 
 

@@ -94,9 +94,10 @@ unsigned cluster_rank();
 // All threads of the cluster that have not ended.
 void cluster_arrive(Site site);
 void cluster_wait(Site site);
-// The address in the cluster of what is at `pointer` in this block, in that with a rank; and what is there.
+// The address in the cluster of what is at `pointer` in this block, in that with a rank; and what is there, to `store` to it
+// or else.
 uint32_t cluster_address(const void *pointer, unsigned rank, Site site);
-void *cluster_memory(uint32_t address, size_t bytes, Site site);
+void *cluster_memory(uint32_t address, size_t bytes, bool store, Site site);
 
 // __threadfence: what this thread has done so far is seen by whoever fences later.
 void fence();

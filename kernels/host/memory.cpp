@@ -181,7 +181,7 @@ uint32_t cluster_address(const void *pointer, unsigned rank, Site site) {
     return (rank + 1) << RANK_SHIFT | address;
 }
 
-void *cluster_memory(uint32_t address, size_t bytes, Site site) {
+void *cluster_memory(uint32_t address, size_t bytes, bool store, Site site) {
     const uint32_t place = address & ((1u << RANK_SHIFT) - 1), above = address >> RANK_SHIFT;
     const unsigned rank = above == 0 ? current().rank : above - 1;
     unsigned char *const memory = rank < arenas.size() ? shared_at(rank, place, bytes) : nullptr;
@@ -191,7 +191,9 @@ void *cluster_memory(uint32_t address, size_t bytes, Site site) {
     if (block_of(rank).ended == block_threads()) {
         fail(site, "the memory of block %u of the cluster, which has ended", rank);
     }
-    note_store(rank, place, bytes);
+    if (store) {
+        note_store(rank, place, bytes);
+    }
     return memory;
 }
 

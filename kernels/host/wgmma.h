@@ -47,7 +47,7 @@ inline u32 address_at(const void *shared, u32 rank, host::Site site = host::Site
     return host::cluster_address(shared, rank, site);
 }
 inline void store_at(u32 address, float a, float b, float c, float d, host::Site site = host::Site::here()) {
-    Floats4 *const to = static_cast<Floats4 *>(host::cluster_memory(address, sizeof(Floats4), site));
+    Floats4 *const to = static_cast<Floats4 *>(host::cluster_memory(address, sizeof(Floats4), true, site));
     host::check_aligned(to, sizeof *to, site);
     *to = {a, b, c, d};
 }

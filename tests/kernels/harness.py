@@ -350,6 +350,12 @@ def program(name: str, mode: str) -> Program:
     return found
 
 
+def lines_of(source: Path, mistake: str) -> set[str]:
+    """Where a report of a planted mistake may say that it is: the lines that name it in a comment."""
+    lines = source.read_text(encoding="utf-8").splitlines()
+    return {f"{source.name}:{k}" for k, line in enumerate(lines, 1) if re.search(rf"// .*\b{mistake}\b", line)}
+
+
 def run_both_ways(library: Library, case: Case) -> list[NDArray]:
     """What both orders give, which must be the same bits."""
     lowest, highest = library.run(case), library.run(case, highest_first=True)
