@@ -95,12 +95,22 @@ inline void begin_store() {
     begin_announced();
 }
 
-// A thread's share of what a product of its warpgroup reads in shared memory.
+// What a product of a warpgroup reads in shared memory: all of it by each warp, a lane its share.
 inline void touch_operands([[maybe_unused]] const Product &product, [[maybe_unused]] Site site) {
 #if HOST_KERNEL_TSAN
-    for (size_t i = threadIdx.x % 128; i < operand_pieces(product); i += 128) {
+    for (size_t i = threadIdx.x % 32; i < operand_pieces(product); i += 32) {
         touch({const_cast<void *>(operand_piece(product, i, site)), 16}, false);
     }
+#endif
+}
+
+// The same of the last `count` products that have ended: for the warp, whichever lane tells others that they have.
+inline void touch_ended([[maybe_unused]] size_t count, [[maybe_unused]] Site site) {
+#if HOST_KERNEL_TSAN
+    for (size_t i = 0; i < count; i++) {
+        touch_operands(ended_product(i), site);
+    }
+    __syncwarp(0xffffffffu, site);
 #endif
 }
 

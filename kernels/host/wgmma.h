@@ -67,10 +67,7 @@ inline void products_begin() { host::products_fence(); }
 inline void products_commit(host::Site site = host::Site::here()) { host::commit_products(site); }
 template <int GROUPS>
 inline void products_wait(host::Site site = host::Site::here()) {
-    const size_t ended = host::wait_products(GROUPS, site);
-    for (size_t i = 0; i < ended; i++) {
-        host::touch_operands(host::ended_product(i), site);
-    }
+    host::touch_ended(host::wait_products(GROUPS, site), site);
 }
 
 namespace host {

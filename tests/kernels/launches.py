@@ -434,7 +434,8 @@ class Product:
         """The same with weights that have their scales."""
         scaled = scaled.astype(np.float64)
         x = native.to_float32(self.x, self.dtype).astype(np.float64)
-        y = x @ scaled.T
+        with np.errstate(invalid="ignore"):
+            y = x @ scaled.T
         size = np.abs(x) @ np.abs(scaled).T
         if self.bias is not None:
             added = native.to_float32(self.bias, self.dtype).astype(np.float64)
@@ -638,16 +639,17 @@ def gemm(source: Described, product: Product, plan: Gemm, exact: bool = False) -
         int32(m), int32(n), int32(k), _shift(product.blocksize), Argument(struct.pack("<3i", tiles, of_part, plan.parts)),
     ]  # fmt: skip
     blocks = tiles * _ceil(n, rows) * plan.parts
-    launch = Launch(
-        kernel, blocks, source.threads[kernel], arguments, gemm_shared(plan.tokens), cluster=plan.parts
-    )
+    launch = Launch(kernel, blocks, source.threads[kernel], arguments, gemm_shared(plan.tokens), cluster=plan.parts)
     name = f"{kernel}, {m} x {n} x {k}, {product.quant_type} in {product.blocksize}, {plan}"
     if exact:
         scales = product.scales.absmax
         dense = native.dequantize(product.packed, scales, n * k, product.dtype, product.quant_type, product.blocksize)
+        # A sum of zeros is +0, if not all of them are -0.
+        dense[native.to_float32(dense, product.dtype) == 0] = 0
         return Check(name, Case([launch]), [(y, bits(dense.reshape(n, k).T.copy(), product.dtype))])
     # A weight is its value times its scale, rounded to x's type; a sum is rounded once for each product of matrices, and
     # once for each part and the bias.
-    scaled = product.weights * np.repeat(product.scales.absmax, product.blocksize)[: n * k].reshape(n, k)
+    with np.errstate(invalid="ignore"):
+        scaled = product.weights * np.repeat(product.scales.absmax, product.blocksize)[: n * k].reshape(n, k)
     rounded = native.to_float32(native.from_float32(scaled.astype(np.float32), product.dtype), product.dtype)
     return Check(name, Case([launch]), [(y, product.result_of(rounded, 2 + k / 16 + plan.parts))])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import build_host
 import launches
+import native
 import numpy as np
 import pytest
 from harness import Case, built, library, run_both_ways
@@ -42,7 +44,7 @@ def test_products(dtype: str, tokens: int) -> None:
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
 def test_an_identity_gives_the_dequantized_weight(dtype: str, quant_type: str, nested: bool) -> None:
-    """Bit for bit: the weight is unpacked as dequantizing does it, and each of its values is at its place."""
+    """Bit for bit, but for the sign of zeros: the weight is unpacked as dequantizing does it, each value at its place."""
     source = library("gemm")
     for i, (n, k, blocksize, parts) in enumerate([(129, 288, 32, 1), (64, 256, 64, 1), (40, 544, 128, 2)]):
         product = Product.identity(n, k, dtype, quant_type, blocksize, nested)
@@ -75,7 +77,7 @@ def test_what_is_not_there_is_not_written(tokens: int) -> None:
     check = launches.gemm(source, product, Gemm(tokens))
     (launch,), ((y, _),) = check.case.launches, check.wanted
     index = next(k for k, buffer in enumerate(check.case.buffers) if buffer is y)
-    first = launches.replace(launch, window=(0, 1))
+    first = replace(launch, window=(0, 1))
     found = source.run(Case([first]))[index]
     whole = source.run(check.case)[index]
     inside = np.zeros(found.shape, bool)
@@ -100,11 +102,11 @@ def test_a_scale_that_is_not_finite_stays_in_its_row() -> None:
     product = Product.random(3, 6, 256, "bf16", "nf4", 64)
     absmax = product.scales.absmax.copy()
     absmax[4 * 2], absmax[4 * 5 + 1] = np.nan, np.inf
-    product = launches.replace(product, scales=Scales.plain(absmax))
+    product = replace(product, scales=Scales.plain(absmax))
     check = launches.gemm(source, product, Gemm(128))
     found = run_both_ways(source, check.case)
     y = found[next(k for k, buffer in enumerate(check.case.buffers) if buffer is check.wanted[0][0])]
-    values = launches.native.to_float32(y, "bf16")
+    values = native.to_float32(y, "bf16")
     assert np.isnan(values[:, 2]).all()
     assert not np.isfinite(values[:, 5]).any()
     assert np.isfinite(values[:, [0, 1, 3, 4]]).all()
