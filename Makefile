@@ -38,7 +38,7 @@ unexport PYTHONHOME
 
 rust_files := Cargo.toml Cargo.lock pyproject.toml $(shell find rust -name '*.rs' -o -name Cargo.toml 2>/dev/null) $(wildcard kernels/ptx/*.ptx)
 
-.PHONY: help demo test test-matrix setup-demo setup-test develop rust-toolchain lint fmt typecheck stubtest cargo-test pytest bench bench-cuda ptx ptx-check kernels-host clean
+.PHONY: help demo test test-matrix setup-demo setup-test develop rust-toolchain lint fmt typecheck stubtest cargo-test pytest bench bench-cuda ptx ptx-check emulator clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / && !seen[$$1]++ { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -139,7 +139,7 @@ ptx-check: setup-test $(kernel_tools) ## that kernels/ptx is what the sources gi
 	$(py) kernels/build_ptx.py --nvidia $(NVIDIA) --check --assemble
 
 # Also part of `pytest`; there, what this machine lacks a compiler or a sanitizer for is skipped, with the reason.
-kernels-host: setup-test develop ## run kernels/*.cu on the processor: the core's bits, sanitizers, planted mistakes
+emulator: setup-test develop ## run kernels/*.cu on the processor: the core's bits, sanitizers, planted mistakes
 	@command -v $(firstword $(CXX)) >/dev/null || { echo "error: no C++ compiler: $(CXX)" >&2; exit 1; }
 	$(py) -m pytest tests/kernels $(ARGS)
 

@@ -160,8 +160,8 @@ def sources_of(path: Path) -> list[Path]:
     for file in found:
         for name in re.findall(r'^#include "([^"]+)"', file.read_text(encoding="utf-8"), re.MULTILINE):
             included = HERE / name
-            # What is under host/ is for the processor alone.
-            if not name.startswith("host/") and included not in found:
+            # What is under emulator/ is for the processor alone.
+            if not name.startswith("emulator/") and included not in found:
                 found.append(included)
     return sorted(found)
 

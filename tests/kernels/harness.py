@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import build_host
+import build_emulator
 import build_ptx
 import numpy as np
 import pytest
@@ -73,7 +73,7 @@ def pointers(*buffers: Buffer | None) -> Argument:
 def tensor_map(
     buffer: Buffer, item: int, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int], swizzle: int
 ) -> Argument:
-    """A tensor map as kernels/host/engine.h has it, of elements of `item` bytes; the innermost dimension is first."""
+    """A tensor map as kernels/emulator/engine.h has it: elements of `item` bytes, the innermost dimension first."""
     rank = len(sizes)
     dimensions = [*sizes, *[0] * (5 - rank), *box, *[0] * (5 - rank)]
     data = struct.pack("<Q4I10I4Q", 0, 0x70616D74, rank, item, swizzle, *dimensions, *strides, *[0] * (5 - rank))
@@ -144,9 +144,9 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))
-        self._library.halfbyte_host_launch.restype = ctypes.c_char_p
-        self._library.halfbyte_host_describe.restype = ctypes.c_char_p
-        self.description: str = self._library.halfbyte_host_describe().decode()
+        self._library.halfbyte_emulator_launch.restype = ctypes.c_char_p
+        self._library.halfbyte_emulator_describe.restype = ctypes.c_char_p
+        self.description: str = self._library.halfbyte_emulator_describe().decode()
         self.threads, self.constants = _describe(self.description)
 
     def run(self, case: Case, highest_first: bool = False) -> list[np.ndarray]:
@@ -195,7 +195,7 @@ class Library:
             arguments=(ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values)),
             sizes=(ctypes.c_uint64 * len(values))(*(len(argument.data) for argument in launch.arguments)),
         )
-        error = self._library.halfbyte_host_launch(ctypes.byref(raw))
+        error = self._library.halfbyte_emulator_launch(ctypes.byref(raw))
         if error:
             raise KernelError(error.decode())
 
@@ -259,7 +259,7 @@ class Program:
 
 
 def _encode(cases: Sequence[Case], highest_first: bool) -> Iterable[bytes]:
-    """As kernels/host/program.cpp reads them."""
+    """As kernels/emulator/program.cpp reads them."""
 
     def numbers(*values: int) -> bytes:
         return struct.pack(f"<{len(values)}q", *values)
@@ -273,7 +273,9 @@ def _encode(cases: Sequence[Case], highest_first: bool) -> Iterable[bytes]:
         yield numbers(len(case.launches))
         for launch in case.launches:
             yield numbers(len(launch.kernel)) + launch.kernel.encode()
-            yield numbers(launch.grid, 1, 1, launch.block, 1, 1, launch.shared, *launch.blocks(), launch.cluster, highest_first)
+            yield numbers(
+                launch.grid, 1, 1, launch.block, 1, 1, launch.shared, *launch.blocks(), launch.cluster, highest_first
+            )
             yield numbers(len(launch.arguments))
             for argument in launch.arguments:
                 yield numbers(len(argument.data)) + argument.data + numbers(len(argument.addresses))
@@ -287,14 +289,14 @@ def _tried(mode: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "empty.cpp")
         source.write_text("int main() {}\n", encoding="utf-8")
-        link = [word for word in build_host.MODES[mode].link if word != "-shared"]
+        link = [word for word in build_emulator.MODES[mode].link if word != "-shared"]
         try:
-            build_host.execute([*build_host.compiler(), *link, str(source), "-o", str(source.with_suffix(""))])
+            build_emulator.execute([*build_emulator.compiler(), *link, str(source), "-o", str(source.with_suffix(""))])
             Program._execute(_Bare(source.with_suffix("")), [])  # type: ignore[arg-type]
         except OSError as error:
             return f"no C++ compiler: {error}"
-        except (build_host.BuildError, KernelError, SanitizerError) as error:
-            return f"{mode} does not work with {build_host.compiler()[0]} here: {error}"
+        except (build_emulator.BuildError, KernelError, SanitizerError) as error:
+            return f"{mode} does not work with {build_emulator.compiler()[0]} here: {error}"
     return ""
 
 
@@ -318,12 +320,12 @@ def concerns(source: Path, mode: str) -> bool:
 
 
 @functools.cache
-def _built(mode: str) -> dict[Path, Path | build_host.BuildError]:
+def _built(mode: str) -> dict[Path, Path | build_emulator.BuildError]:
     """Every source in a mode: all at once, for they are built side by side."""
-    # Only the engine's own kernels are tried with the portable way to switch stacks, and what copies and matrix units do
-    # in shared memory only where there are such.
-    pairs = [(source, mode) for source in build_host.sources() if concerns(source, mode)]
-    return {source: result for (source, _), result in build_host.build_all(pairs).items()}
+    # Only the engine's own kernels are tried with the portable way to switch stacks; and what copies and matrix units
+    # do in shared memory only where there are such.
+    pairs = [(source, mode) for source in build_emulator.sources() if concerns(source, mode)]
+    return {source: result for (source, _), result in build_emulator.build_all(pairs).items()}
 
 
 @functools.cache
@@ -331,21 +333,21 @@ def built(source: Path, mode: str) -> Library | Program:
     """A source in a mode. A kernel that does not compile fails the test."""
     need(mode)
     result = _built(mode)[source]
-    if isinstance(result, build_host.BuildError):
+    if isinstance(result, build_emulator.BuildError):
         raise result
     return Library(result) if result.suffix == ".so" else Program(result)
 
 
 def library(name: str) -> Library:
     """kernels/NAME.cu, in this process."""
-    found = built(build_host.KERNELS / f"{name}.cu", "library")
+    found = built(build_emulator.KERNELS / f"{name}.cu", "library")
     assert isinstance(found, Library)
     return found
 
 
 def program(name: str, mode: str) -> Program:
     """kernels/NAME.cu, with a sanitizer."""
-    found = built(build_host.KERNELS / f"{name}.cu", mode)
+    found = built(build_emulator.KERNELS / f"{name}.cu", mode)
     assert isinstance(found, Program)
     return found
 

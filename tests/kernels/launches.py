@@ -636,7 +636,8 @@ def gemm(source: Described, product: Product, plan: Gemm, exact: bool = False) -
         tensor_map(Buffer(product.packed), 1, (k // 2, n), (k // 2,), (constants["STAGE_BYTES"], rows), 64),
         product.scales.argument(plan.scale_shift), Argument(codebook.tobytes()),
         pointers(None if product.bias is None else Buffer(product.bias)), pointers(y),
-        int32(m), int32(n), int32(k), _shift(product.blocksize), Argument(struct.pack("<3i", tiles, of_part, plan.parts)),
+        int32(m), int32(n), int32(k), _shift(product.blocksize),
+        Argument(struct.pack("<3i", tiles, of_part, plan.parts)),
     ]  # fmt: skip
     blocks = tiles * _ceil(n, rows) * plan.parts
     launch = Launch(kernel, blocks, source.threads[kernel], arguments, gemm_shared(plan.tokens), cluster=plan.parts)
@@ -647,8 +648,8 @@ def gemm(source: Described, product: Product, plan: Gemm, exact: bool = False) -
         # A sum of zeros is +0, if not all of them are -0.
         dense[native.to_float32(dense, product.dtype) == 0] = 0
         return Check(name, Case([launch]), [(y, bits(dense.reshape(n, k).T.copy(), product.dtype))])
-    # A weight is its value times its scale, rounded to x's type; a sum is rounded once for each product of matrices, and
-    # once for each part and the bias.
+    # A weight is its value times its scale, rounded to x's type; a sum is rounded once for each product of matrices,
+    # and once for each part and the bias.
     with np.errstate(invalid="ignore"):
         scaled = product.weights * np.repeat(product.scales.absmax, product.blocksize)[: n * k].reshape(n, k)
     rounded = native.to_float32(native.from_float32(scaled.astype(np.float32), product.dtype), product.dtype)
