@@ -122,7 +122,7 @@ template <typename T, int TOKENS>
 __device__ inline void gemm(const TensorMap *x_map, const TensorMap *codes_map, const Scales &scales, const Codebook &codebook,
                             const T *bias, T *y, int m, int n, int k, int block_shift, const GemmPlan &plan) {
     using S = Shape<TOKENS>;
-    extern __shared__ __align__(1024) u8 shared[];
+    DYNAMIC_SHARED_1024(shared);
     Barrier *const codes_full = reinterpret_cast<Barrier *>(shared + S::BARRIERS_AT);
     Barrier *const codes_empty = codes_full + S::CODES;
     Barrier *const x_full = codes_empty + S::CODES;

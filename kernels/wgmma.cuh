@@ -1,6 +1,6 @@
 // Warpgroup products: the matrix units reading one operand from registers and one from shared memory, and the copies of tiles
 // that feed them. For compute capability 9.0 alone (compute_90a), so not in ptx.cuh; as there, each function is one
-// instruction that C++ has no words for.
+// instruction that C++ has no words for, and kernels/emulator/wgmma.h has the same ones in C++.
 #pragma once
 
 #include "common.cuh"
@@ -12,6 +12,10 @@
 struct alignas(64) TensorMap {
     u64 word[16];
 };
+
+#ifdef HALFBYTE_EMULATOR
+#include "emulator/wgmma.h"
+#else
 
 // One box, its first element at (column, row); what is outside of the matrix is zero. Adds its bytes to what the barrier has
 // received.
@@ -176,3 +180,5 @@ PRODUCTS(F16, "f16")
 
 #undef PRODUCTS
 #undef PRODUCT
+
+#endif

@@ -42,8 +42,8 @@ __device__ inline void multiply_tile(const T *a, const T *b, float *d) {
     }
     __syncwarp();
     u32 a_words[4], b_words[2];
-    host::load_matrices<4, false>(a_words, &rows_of_a[lane % 16][lane / 16], host::Site::here());
-    host::load_matrices<2, true>(b_words, &rows_of_b[lane % 16], host::Site::here());
+    emulator::load_matrices<4, false>(a_words, &rows_of_a[lane % 16][lane / 16], emulator::Site::here());
+    emulator::load_matrices<2, true>(b_words, &rows_of_b[lane % 16], emulator::Site::here());
     float sums[4] = {};
     mma_m16n8k16(T{}, sums, a_words, b_words[0], b_words[1]);
     for (int e = 0; e < 4; e++) {

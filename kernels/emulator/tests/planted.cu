@@ -162,8 +162,8 @@ __device__ inline void copy_words(const float *in, float *out) {
     store_words(reinterpret_cast<Words4 *>(out) + i, words);
 }
 
-__device__ inline void copy_16(void *to, const void *from, host::Site site = host::Site::here()) {
-    host::issue_copy(to, from, 16, 16, site);
+__device__ inline void copy_16(void *to, const void *from, emulator::Site site = emulator::Site::here()) {
+    emulator::issue_copy(to, from, 16, 16, site);
 }
 
 // out[round][i] = in[round][(i + 1) % THREADS], of 16 bytes each, through two stages of shared memory.
@@ -173,16 +173,16 @@ __device__ inline void staged(const float *in, float *out) {
     const Words4 *const from = reinterpret_cast<const Words4 *>(in);
     const int i = int(threadIdx.x);
     copy_16(&stage[0][i], from + i);
-    host::commit_copies();
+    emulator::commit_copies();
     for (int round = 0; round < ROUNDS; round++) {
         if (round + 1 < ROUNDS) {
             const int past = MISTAKE == COPY_READ_PAST ? THREADS : 0;
             const Words4 *const next = from + (round + 1) * THREADS + i + past;
             copy_16(&stage[(round + 1) % 2][i], next);  // NO_BARRIER_BEFORE_REUSE COPY_READ_PAST
-            host::commit_copies();
+            emulator::commit_copies();
         }
         if (MISTAKE != NO_WAIT) {
-            host::wait_copies(MISTAKE == WAIT_TOO_SHORT || round + 1 < ROUNDS ? 1 : 0);
+            emulator::wait_copies(MISTAKE == WAIT_TOO_SHORT || round + 1 < ROUNDS ? 1 : 0);
         }
         if (MISTAKE != NO_BARRIER_AFTER_WAIT) {
             __syncthreads();
@@ -194,7 +194,7 @@ __device__ inline void staged(const float *in, float *out) {
             __syncthreads();
         }
     }
-    host::wait_copies(0);
+    emulator::wait_copies(0);
 }
 
 // out[block][i] = in[block][i]

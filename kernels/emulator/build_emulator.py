@@ -1,12 +1,13 @@
 """Compile a kernel source of this folder's parent, or of tests/, for the processor.
 
-    python kernels/host/build_host.py                   every kernels/*.cu, in every mode
-    python kernels/host/build_host.py SOURCE.cu MODE    one; prints where it is
+    python kernels/emulator/build_emulator.py                   every kernels/*.cu, in every mode
+    python kernels/emulator/build_emulator.py SOURCE.cu MODE    one; prints where it is
 
 A mode is "library" (a shared library, for many launches), "asan" (a program with AddressSanitizer and
-UndefinedBehaviorSanitizer), "tsan" (a program with ThreadSanitizer, whose threads are those of the kernel), or
-"ucontext" (a library with the portable way to switch stacks). What was built of the same files in the same way is not
-built again: .cache/kernels-host/ of the repository keeps it.
+UndefinedBehaviorSanitizer), "tsan" (a program with ThreadSanitizer, whose threads are those of the kernel), "stores" (a
+library that knows each access to shared memory, for what copies and matrix units do there), or "ucontext" (a library
+with the portable way to switch stacks). What was built of the same files in the same way is not
+built again: .cache/emulator/ of the repository keeps it.
 """
 
 from __future__ import annotations
@@ -18,18 +19,30 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parent
-CACHE = KERNELS.parent / ".cache" / "kernels-host"
+if str(KERNELS) not in sys.path:
+    sys.path.append(str(KERNELS))
+
+import build_ptx  # noqa: E402
+
+CACHE = KERNELS.parent / ".cache" / "emulator"
 
 # Aliasing as CUDA's compilers treat it; contraction would change bits.
 COMMON = ("-std=c++17", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra", "-pthread")
 # `#pragma unroll` is for CUDA; a parameter that one instance of a template does not need is not a mistake.
-KERNEL_ONLY = ("-DHALFBYTE_HOST", "-Wno-unknown-pragmas", "-Wno-unused-parameter", "-Wno-unused-but-set-parameter")
+KERNEL_ONLY = (
+    "-DHALFBYTE_EMULATOR",
+    "-Wno-unknown-pragmas",
+    "-Wno-unused-parameter",
+    "-Wno-unused-but-set-parameter",
+    "-Wno-psabi",
+)
 SANITIZED = ("-O1", "-g1", "-fno-omit-frame-pointer")
 
 
@@ -44,13 +57,17 @@ class Mode:
 
 MODES = {
     "library": Mode(("-O2", "-g1"), ("-shared",)),
-    "ucontext": Mode(("-O2", "-g1"), ("-shared",), ("-DHOST_UCONTEXT=1",)),
+    "ucontext": Mode(("-O2", "-g1"), ("-shared",), ("-DEMULATOR_UCONTEXT=1",)),
     "asan": Mode(
         (*SANITIZED, "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
         ("-fsanitize=address,undefined",),
-        ("-DHOST_ASAN=1",),
+        ("-DEMULATOR_ASAN=1",),
     ),
-    "tsan": Mode((*SANITIZED, "-fsanitize=thread"), ("-fsanitize=thread",), ("-DHOST_TSAN=1",)),
+    "tsan": Mode(
+        (*SANITIZED, "-fsanitize=thread", "-DHALFBYTE_EMULATOR_RACES"), ("-fsanitize=thread",), ("-DEMULATOR_TSAN=1",)
+    ),
+    # The engine has the functions that the compiler then calls before each access: stores.cpp.
+    "stores": Mode(("-O2", "-g1", "-fsanitize=thread"), ("-shared", "-ldl"), ("-DEMULATOR_STORES=1",)),
 }
 
 
@@ -85,11 +102,40 @@ def digest(files: list[Path], *more: str) -> str:
     return total.hexdigest()[:20]
 
 
+def instances(source: Path) -> list[tuple[str, ...]]:
+    """What is defined for each of the times that a source is compiled to PTX, where that is more than once."""
+    return [module.defines for module in build_ptx.MODULES if module.source == source.stem and module.defines]
+
+
+def included(source: Path) -> str:
+    """Lines that include a source, once for each of its instances."""
+    line = f'#include "{source}"\n'
+    text = ""
+    for defines in instances(source):
+        words = [define.partition("=") for define in defines]
+        text += "".join(f"#define {name} {value}\n" for name, _, value in words)
+        text += line + "".join(f"#undef {name}\n" for name, _, _ in words)
+    return text or line
+
+
 def listing(source: Path, command: list[str]) -> str:
     """A C++ file with tables of the kernels of a source, and of its whole-number constants."""
-    text = execute(
-        [*command, "-E", "-P", *COMMON, *KERNEL_ONLY, "-DHALFBYTE_HOST_LISTING", f"-I{KERNELS}", "-xc++", str(source)]
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        all_of_it = Path(folder, source.name)
+        all_of_it.write_text(included(source), encoding="utf-8")
+        text = execute(
+            [
+                *command,
+                "-E",
+                "-P",
+                *COMMON,
+                *KERNEL_ONLY,
+                "-DHALFBYTE_EMULATOR_LISTING",
+                f"-I{KERNELS}",
+                "-xc++",
+                str(all_of_it),
+            ]
+        )
     kernels = re.findall(
         r"\b__global__\s+void\s+__launch_bounds__\s*\(\s*([^(),]+?)\s*(?:,[^()]*)?\)\s*(\w+)\s*\(", text
     )
@@ -99,9 +145,9 @@ def listing(source: Path, command: list[str]) -> str:
     entries = "".join(f'    Unpack<{name}>::entry("{name}", {threads}),\n' for threads, name in kernels)
     values = "".join(f'    {{"{name}", {name}}},\n' for name in constants)
     return (
-        f'#include "{source}"\n#include "host/registry.h"\n\nnamespace host {{\n'
+        f'{included(source)}#include "emulator/registry.h"\n\nnamespace emulator {{\n'
         f"const Entry entries[] = {{\n{entries}    {{nullptr, nullptr, 0, nullptr, 0}},\n}};\n"
-        f"const Constant constants[] = {{\n{values}    {{nullptr, 0}},\n}};\n}}  // namespace host\n"
+        f"const Constant constants[] = {{\n{values}    {{nullptr, 0}},\n}};\n}}  // namespace emulator\n"
     )
 
 
@@ -122,8 +168,8 @@ def engine(mode: Mode, command: list[str]) -> list[Path]:
     objects = []
     for source in sorted(HERE.glob("*.cpp")):
         # The others do not know what kernels are compiled with.
-        defines = mode.defines if source.stem == "fibers" else ()
-        words = [*command, "-O2", *COMMON, "-fvisibility=hidden", *defines]
+        defines = mode.defines if source.stem in ("fibers", "stores") else ()
+        words = [*command, "-O3", *COMMON, "-fvisibility=hidden", *defines]
         name = digest([source, *headers], version(tuple(command)), *words)
         target = CACHE / f"{source.stem}-{name}.o"
         if not target.exists():
@@ -141,7 +187,7 @@ def build(source: Path, mode_name: str, command: list[str] | None = None) -> Pat
     mode = MODES[mode_name]
     words = [*command, *COMMON, *KERNEL_ONLY, *mode.flags, "-fvisibility=hidden", f"-I{KERNELS}"]
     files = sorted({*KERNELS.glob("*.cuh"), *HERE.glob("*.h"), *HERE.glob("*.cpp"), Path(__file__), source})
-    name = digest(files, version(tuple(command)), *words, *mode.link, *mode.defines)
+    name = digest(files, version(tuple(command)), *words, *mode.link, *mode.defines, *map(str, instances(source)))
     shared = "-shared" in mode.link
     target = CACHE / f"{source.stem}-{mode_name}-{name}{'.so' if shared else ''}"
     if target.exists():
@@ -149,19 +195,18 @@ def build(source: Path, mode_name: str, command: list[str] | None = None) -> Pat
     table = CACHE / f"{source.stem}-{name}.cpp"
     table.parent.mkdir(parents=True, exist_ok=True)
     table.write_text(listing(source, command), encoding="utf-8")
-    objects = [str(path) for path in engine(mode, command)]
-    place(target, [*words, *mode.link, str(table), *objects, "-o"])
+    compiled = table.with_suffix(".o")
+    place(compiled, [*words, "-c", str(table), "-o"])
+    objects = [str(path) for path in [compiled, *engine(mode, command)]]
+    # What a library is linked with comes behind what needs it.
+    place(target, [*command, "-pthread", *objects, *mode.link, "-o"])
+    compiled.unlink()
     return target
-
-
-NOT_HERE = {"gemm": "the engine has no products of warpgroups, no copies of tiles and no clusters"}
-"""Sources that are for a GPU alone, and why."""
 
 
 def sources() -> list[Path]:
     """The kernels' sources, and those that test the engine."""
-    kernels = (path for path in sorted(KERNELS.glob("*.cu")) if path.stem not in NOT_HERE)
-    return [*kernels, *sorted((HERE / "tests").glob("*.cu"))]
+    return [*sorted(KERNELS.glob("*.cu")), *sorted((HERE / "tests").glob("*.cu"))]
 
 
 def build_all(pairs: list[tuple[Path, str]]) -> dict[tuple[Path, str], Path | BuildError]:

@@ -52,7 +52,7 @@ inline float reciprocal_near(float x) { return __frcp_rn(x); }
 
 // ---- bytes ---------------------------------------------------------------------------------------------------------
 
-inline u32 permute_bytes(u32 a, u32 b, u32 selector, host::Site site = host::Site::here()) {
+inline u32 permute_bytes(u32 a, u32 b, u32 selector, emulator::Site site = emulator::Site::here()) {
     return __byte_perm(a, b, selector, site);
 }
 
@@ -66,16 +66,16 @@ inline int read_warp() { return int(threadIdx.x / 32); }
 constexpr int LANE_TABLE_ROW = 64;
 constexpr u32 LANE_TABLE_BYTES = 256 * LANE_TABLE_ROW * 4;
 
-inline u32 lane_table_place(const void *shared) { return (0u - host::shared_address(shared)) & (LANE_TABLE_BYTES - 1); }
+inline u32 lane_table_place(const void *shared) { return (0u - emulator::shared_address(shared)) & (LANE_TABLE_BYTES - 1); }
 
 // A pointer, for accesses to be checked like any other.
 struct LaneTable {
     const u32 *entries;
 };
 
-inline LaneTable lane_table(const u32 *table, int lane, host::Site site = host::Site::here()) {
-    if (host::shared_address(table) % LANE_TABLE_BYTES != 0) {
-        host::fail(site, "a table of lanes that does not begin at a multiple of %u", LANE_TABLE_BYTES);
+inline LaneTable lane_table(const u32 *table, int lane, emulator::Site site = emulator::Site::here()) {
+    if (emulator::shared_address(table) % LANE_TABLE_BYTES != 0) {
+        emulator::fail(site, "a table of lanes that does not begin at a multiple of %u", LANE_TABLE_BYTES);
     }
     return {table + lane};
 }
@@ -93,60 +93,60 @@ struct MaskedTable {
 inline MaskedTable masked_table(const void *table) { return {static_cast<const u8 *>(table)}; }
 
 template <u32 MASK, u32 OFFSET>
-inline u32 look_up(MaskedTable table, u32 bits, host::Site site = host::Site::here()) {
-    if ((host::shared_address(table.base) & MASK) != 0) {
-        host::fail(site, "a table in whose first address bits of the mask %#x are set", MASK);
+inline u32 look_up(MaskedTable table, u32 bits, emulator::Site site = emulator::Site::here()) {
+    if ((emulator::shared_address(table.base) & MASK) != 0) {
+        emulator::fail(site, "a table in whose first address bits of the mask %#x are set", MASK);
     }
     return *reinterpret_cast<const u32 *>(table.base + OFFSET + (bits & MASK));
 }
 
 // ---- global memory -------------------------------------------------------------------------------------------------
 
-inline u32 load_stream(const u32 *address, host::Site site = host::Site::here()) {
-    host::check_aligned(address, sizeof *address, site);
+inline u32 load_stream(const u32 *address, emulator::Site site = emulator::Site::here()) {
+    emulator::check_aligned(address, sizeof *address, site);
     return *address;
 }
-inline Words2 load_stream(const Words2 *address, host::Site site = host::Site::here()) {
-    host::check_aligned(address, sizeof *address, site);
+inline Words2 load_stream(const Words2 *address, emulator::Site site = emulator::Site::here()) {
+    emulator::check_aligned(address, sizeof *address, site);
     return *address;
 }
-inline Words4 load_stream(const Words4 *address, host::Site site = host::Site::here()) {
-    host::check_aligned(address, sizeof *address, site);
+inline Words4 load_stream(const Words4 *address, emulator::Site site = emulator::Site::here()) {
+    emulator::check_aligned(address, sizeof *address, site);
     return *address;
 }
-inline Words4 load_stream_after(const Words4 *address, host::Site site = host::Site::here()) {
+inline Words4 load_stream_after(const Words4 *address, emulator::Site site = emulator::Site::here()) {
     return load_stream(address, site);
 }
-inline Words4 load_shared_line(const Words4 *address, host::Site site = host::Site::here()) {
-    host::check_aligned(address, sizeof *address, site);
+inline Words4 load_shared_line(const Words4 *address, emulator::Site site = emulator::Site::here()) {
+    emulator::check_aligned(address, sizeof *address, site);
     return *address;
 }
-inline void store_words(Words4 *address, const Words4 &words, host::Site site = host::Site::here()) {
-    host::check_aligned(address, sizeof *address, site);
+inline void store_words(Words4 *address, const Words4 &words, emulator::Site site = emulator::Site::here()) {
+    emulator::check_aligned(address, sizeof *address, site);
     *address = words;
 }
 
 // ---- copies from global to shared memory ---------------------------------------------------------------------------
 
-inline void copy_async(Words4 *shared, const Words4 *global, host::Site site = host::Site::here()) {
-    host::issue_copy(shared, global, sizeof *shared, sizeof *shared, site);
+inline void copy_async(Words4 *shared, const Words4 *global, emulator::Site site = emulator::Site::here()) {
+    emulator::issue_copy(shared, global, sizeof *shared, sizeof *shared, site);
 }
-inline void copy_async(Words4 *shared, const Words4 *global, u32 bytes, host::Site site = host::Site::here()) {
-    host::issue_copy(shared, global, sizeof *shared, bytes, site);
+inline void copy_async(Words4 *shared, const Words4 *global, u32 bytes, emulator::Site site = emulator::Site::here()) {
+    emulator::issue_copy(shared, global, sizeof *shared, bytes, site);
 }
-inline void copy_async(u32 *shared, const u32 *global, u32 bytes, host::Site site = host::Site::here()) {
-    host::issue_copy(shared, global, sizeof *shared, bytes, site);
+inline void copy_async(u32 *shared, const u32 *global, u32 bytes, emulator::Site site = emulator::Site::here()) {
+    emulator::issue_copy(shared, global, sizeof *shared, bytes, site);
 }
-inline void copy_async_commit() { host::commit_copies(); }
+inline void copy_async_commit() { emulator::commit_copies(); }
 template <int GROUPS>
 inline void copy_async_wait() {
-    host::wait_copies(GROUPS);
+    emulator::wait_copies(GROUPS);
 }
 
-inline void fetch_to_second_level(const u8 *address, u32 bytes, host::Site site = host::Site::here()) {
-    host::check_aligned(address, 16, site);
+inline void fetch_to_second_level(const u8 *address, u32 bytes, emulator::Site site = emulator::Site::here()) {
+    emulator::check_aligned(address, 16, site);
     if (bytes % 16 != 0) {
-        host::fail(site, "%d bytes are no multiple of 16", int(bytes));
+        emulator::fail(site, "%d bytes are no multiple of 16", int(bytes));
     }
 }
 
@@ -157,18 +157,18 @@ struct Barrier {
 };
 
 // The bytes are written, and read by others: so that bounds and order are checked as of any shared memory.
-inline void barrier_init(Barrier *barrier, u32 arrivals, host::Site site = host::Site::here()) {
-    host::check_aligned(barrier, sizeof *barrier, site);
+inline void barrier_init(Barrier *barrier, u32 arrivals, emulator::Site site = emulator::Site::here()) {
+    emulator::check_aligned(barrier, sizeof *barrier, site);
     barrier->state = arrivals;
-    host::make_phases(barrier, arrivals, site);
+    emulator::make_phases(barrier, arrivals, site);
 }
-inline void barrier_arrive(Barrier *barrier, host::Site site = host::Site::here()) {
+inline void barrier_arrive(Barrier *barrier, emulator::Site site = emulator::Site::here()) {
     (void)*static_cast<volatile u64 *>(&barrier->state);
-    host::arrive(barrier, site);
+    emulator::arrive(barrier, site);
 }
-inline void barrier_wait(Barrier *barrier, u32 parity, host::Site site = host::Site::here()) {
+inline void barrier_wait(Barrier *barrier, u32 parity, emulator::Site site = emulator::Site::here()) {
     (void)*static_cast<volatile u64 *>(&barrier->state);
-    host::wait_phase(barrier, parity, site);
+    emulator::wait_phase(barrier, parity, site);
 }
 
 // ---- one kernel after another --------------------------------------------------------------------------------------
@@ -179,9 +179,9 @@ inline void wait_for_previous() {}
 
 // ---- matrix units --------------------------------------------------------------------------------------------------
 
-inline void mma_m16n8k16(Bf16, float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, host::Site site = host::Site::here()) {
-    host::multiply(host::Meeting::mma_bf16, d, a, b0, b1, site);
+inline void mma_m16n8k16(Bf16, float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, emulator::Site site = emulator::Site::here()) {
+    emulator::multiply(emulator::Meeting::mma_bf16, d, a, b0, b1, site);
 }
-inline void mma_m16n8k16(F16, float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, host::Site site = host::Site::here()) {
-    host::multiply(host::Meeting::mma_f16, d, a, b0, b1, site);
+inline void mma_m16n8k16(F16, float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, emulator::Site site = emulator::Site::here()) {
+    emulator::multiply(emulator::Meeting::mma_f16, d, a, b0, b1, site);
 }

@@ -4,7 +4,7 @@
 
 #include "block.h"
 
-namespace host {
+namespace emulator {
 namespace {
 
 float as_float(uint32_t bits) {
@@ -109,6 +109,28 @@ void distribute(Thread *const (&lanes)[LANES], int matrices, bool transposed) {
     }
 }
 
+// The opposite: lane l takes the 16 bytes of row l % 8 of matrix l / 8, or, transposed, of its column.
+void collect(Thread *const (&lanes)[LANES], int matrices, bool transposed) {
+    uint16_t elements[LANES][8];
+    for (unsigned lane = 0; lane < LANES; lane++) {
+        const unsigned g = lane / 4, t = lane % 4;
+        for (int m = 0; m < matrices; m++) {
+            const unsigned base = unsigned(m) * 8;
+            for (unsigned half = 0; half < 2; half++) {
+                const uint16_t element = uint16_t(lanes[lane]->slot.word[m] >> (16 * half));
+                if (transposed) {
+                    elements[base + 2 * t + half][g] = element;
+                } else {
+                    elements[base + g][2 * t + half] = element;
+                }
+            }
+        }
+    }
+    for (unsigned lane = 0; lane < unsigned(matrices) * 8; lane++) {
+        std::memcpy(lanes[lane]->slot.word, elements[lane], 16);
+    }
+}
+
 }  // namespace
 
 const char *name_of(Meeting meeting) {
@@ -116,7 +138,9 @@ const char *name_of(Meeting meeting) {
         "__syncthreads",     "__syncwarp",        "__shfl_sync",       "__shfl_up_sync",    "__shfl_down_sync",
         "__shfl_xor_sync",   "a vote",            "__match_any_sync",  "__reduce_add_sync", "__reduce_min_sync",
         "__reduce_max_sync", "__reduce_and_sync", "__reduce_or_sync",  "__reduce_xor_sync", "ldmatrix",
-        "mma",               "mma",               "a barrier in shared memory",
+        "mma",               "mma",               "stmatrix",          "setmaxnreg",        "a barrier in shared memory",
+        "a numbered barrier", "the cluster's barrier", "setmaxnreg, until there are registers", "wgmma.commit_group",
+        "wgmma.wait_group",
     };
     return names[int(meeting)];
 }
@@ -130,6 +154,7 @@ void compute(Meeting meeting, Thread *self, uint32_t mask) {
     }
     switch (meeting) {
         case Meeting::barrier:
+        case Meeting::setmaxnreg:
         case Meeting::syncwarp: return;
         case Meeting::mma_bf16:
         case Meeting::mma_f16: return multiply(meeting == Meeting::mma_bf16, lanes);
@@ -140,6 +165,7 @@ void compute(Meeting meeting, Thread *self, uint32_t mask) {
                 }
             }
             return distribute(lanes, self->first, self->second != 0);
+        case Meeting::stmatrix: return collect(lanes, self->first, self->second != 0);
         default: break;
     }
     Slot before[LANES] = {};
@@ -196,4 +222,4 @@ void compute(Meeting meeting, Thread *self, uint32_t mask) {
     }
 }
 
-}  // namespace host
+}  // namespace emulator

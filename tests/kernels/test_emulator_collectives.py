@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import build_host
+import build_emulator
 import native
 import numpy as np
 import pytest
 from harness import Buffer, Case, KernelError, Launch, built, pointers
 
-SOURCE = build_host.HERE / "tests" / "collectives.cu"
+SOURCE = build_emulator.HERE / "tests" / "collectives.cu"
 WAYS = [("library", False), ("library", True), ("asan", False), ("tsan", False)]
 
 

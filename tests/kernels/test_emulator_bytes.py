@@ -11,7 +11,7 @@ import pytest
 import values
 from harness import Buffer, Launch, int64, library, pointers, run_both_ways
 from native import BLOCK_SIZES, QUANT_TYPES, STORED
-from test_host_blockwise import Sparse
+from test_emulator_blockwise import Sparse
 
 DTYPES = tuple(STORED)
 MAPS = values.maps()

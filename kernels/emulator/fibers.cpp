@@ -1,4 +1,5 @@
-// Switching stacks, and telling the sanitizers about it. HOST_ASAN and HOST_TSAN say which the kernels are compiled with.
+// Switching stacks, and telling the sanitizers about it. EMULATOR_ASAN and EMULATOR_TSAN say which the kernels are compiled
+// with.
 #include "fibers.h"
 
 #include <sys/mman.h>
@@ -8,29 +9,29 @@
 #include <cstdio>
 #include <cstdlib>
 
-#ifndef HOST_ASAN
-#define HOST_ASAN 0
+#ifndef EMULATOR_ASAN
+#define EMULATOR_ASAN 0
 #endif
-#ifndef HOST_TSAN
-#define HOST_TSAN 0
+#ifndef EMULATOR_TSAN
+#define EMULATOR_TSAN 0
 #endif
 // On other processors, and to try it: slower by a few times.
-#ifndef HOST_UCONTEXT
+#ifndef EMULATOR_UCONTEXT
 #if defined(__x86_64__)
-#define HOST_UCONTEXT 0
+#define EMULATOR_UCONTEXT 0
 #else
-#define HOST_UCONTEXT 1
+#define EMULATOR_UCONTEXT 1
 #endif
 #endif
 
-#if HOST_UCONTEXT
+#if EMULATOR_UCONTEXT
 #include <ucontext.h>
 #endif
-#if HOST_ASAN
+#if EMULATOR_ASAN
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
-#if HOST_TSAN
+#if EMULATOR_TSAN
 #include <sanitizer/tsan_interface.h>
 extern "C" {
 void AnnotateIgnoreReadsBegin(const char *file, int line);
@@ -40,31 +41,31 @@ void AnnotateIgnoreWritesEnd(const char *file, int line);
 }
 #endif
 
-namespace host {
+namespace emulator {
 namespace {
 
 // Sanitizers make frames larger. Pages that nobody touches take no memory.
-#if HOST_ASAN || HOST_TSAN
+#if EMULATOR_ASAN || EMULATOR_TSAN
 constexpr size_t STACK_BYTES = 256 << 10;
 #else
 constexpr size_t STACK_BYTES = 128 << 10;
 #endif
 
-#if HOST_UCONTEXT
+#if EMULATOR_UCONTEXT
 
 // The contexts live apart from the stacks: `pointer` is one of them.
 void switch_stack(void **from, void *to) { swapcontext(static_cast<ucontext_t *>(*from), static_cast<ucontext_t *>(to)); }
 
 #else
 
-extern "C" void halfbyte_host_switch_stack(void **from, void *to);
+extern "C" void halfbyte_emulator_switch_stack(void **from, void *to);
 // Keeps what a function must keep, the stack pointer last, and takes the same from the other stack.
 asm(R"(
 .text
-.hidden halfbyte_host_switch_stack
-.globl halfbyte_host_switch_stack
-.type halfbyte_host_switch_stack, @function
-halfbyte_host_switch_stack:
+.hidden halfbyte_emulator_switch_stack
+.globl halfbyte_emulator_switch_stack
+.type halfbyte_emulator_switch_stack, @function
+halfbyte_emulator_switch_stack:
     pushq %rbp
     pushq %rbx
     pushq %r12
@@ -80,32 +81,32 @@ halfbyte_host_switch_stack:
     popq %rbx
     popq %rbp
     ret
-.size halfbyte_host_switch_stack, .-halfbyte_host_switch_stack
+.size halfbyte_emulator_switch_stack, .-halfbyte_emulator_switch_stack
 )");
 
-void switch_stack(void **from, void *to) { halfbyte_host_switch_stack(from, to); }
+void switch_stack(void **from, void *to) { halfbyte_emulator_switch_stack(from, to); }
 
 #endif
 
 // What is given to AddressSanitizer when a stack is left: the bounds of the next. Those of the caller's stack are found
 // when it is left for the first time.
-#if HOST_ASAN
+#if EMULATOR_ASAN
 const void *caller_stack = nullptr;
 size_t caller_size = 0;
 #endif
 
 }  // namespace
 
-const char *fiber_kind() { return HOST_UCONTEXT ? "ucontext" : "assembly"; }
+const char *fiber_kind() { return EMULATOR_UCONTEXT ? "ucontext" : "assembly"; }
 
 Fiber::~Fiber() {
-#if HOST_TSAN
+#if EMULATOR_TSAN
     if (stack != nullptr) {
         __tsan_destroy_fiber(thread);
     }
 #endif
     if (stack != nullptr) {
-#if HOST_UCONTEXT
+#if EMULATOR_UCONTEXT
         delete static_cast<ucontext_t *>(pointer);
 #endif
         munmap(stack - getpagesize(), size + size_t(getpagesize()));
@@ -124,16 +125,16 @@ void Fiber::start(void (*entry)()) {
         }
         stack = static_cast<unsigned char *>(memory) + guard;
         size = STACK_BYTES;
-#if HOST_TSAN
+#if EMULATOR_TSAN
         thread = __tsan_create_fiber(0);
 #endif
-#if HOST_UCONTEXT
+#if EMULATOR_UCONTEXT
         pointer = new ucontext_t;
 #endif
     }
     unpoison(stack, size);
     fake_stack = nullptr;
-#if HOST_UCONTEXT
+#if EMULATOR_UCONTEXT
     ucontext_t *const context = static_cast<ucontext_t *>(pointer);
     getcontext(context);
     context->uc_stack.ss_sp = stack;
@@ -153,29 +154,29 @@ void Fiber::start(void (*entry)()) {
 }
 
 void Fiber::change(Fiber &from, Fiber &to) {
-#if HOST_UCONTEXT
+#if EMULATOR_UCONTEXT
     if (from.pointer == nullptr) {
         from.pointer = new ucontext_t;
     }
 #endif
-#if HOST_ASAN
+#if EMULATOR_ASAN
     const bool to_caller = to.stack == nullptr;
     __sanitizer_start_switch_fiber(&from.fake_stack, to_caller ? caller_stack : to.stack, to_caller ? caller_size : to.size);
 #endif
-#if HOST_TSAN
+#if EMULATOR_TSAN
     if (from.stack == nullptr) {
         from.thread = __tsan_get_current_fiber();
     }
     __tsan_switch_to_fiber(to.thread, __tsan_switch_to_fiber_no_sync);
 #endif
     switch_stack(&from.pointer, to.pointer);
-#if HOST_ASAN
+#if EMULATOR_ASAN
     __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
 #endif
 }
 
 void Fiber::entered([[maybe_unused]] Fiber &self) {
-#if HOST_ASAN
+#if EMULATOR_ASAN
     // The first fiber ever entered comes from the caller's stack; each begins with no fake stack of its own.
     const void *bottom = nullptr;
     size_t bytes = 0;
@@ -187,44 +188,44 @@ void Fiber::entered([[maybe_unused]] Fiber &self) {
 #endif
 }
 
-bool race_detector() { return HOST_TSAN; }
+bool race_detector() { return EMULATOR_TSAN; }
 
 void race_release([[maybe_unused]] void *address) {
-#if HOST_TSAN
+#if EMULATOR_TSAN
     __tsan_release(address);
 #endif
 }
 
 void race_acquire([[maybe_unused]] void *address) {
-#if HOST_TSAN
+#if EMULATOR_TSAN
     __tsan_acquire(address);
 #endif
 }
 
 void race_ignore_begin() {
-#if HOST_TSAN
+#if EMULATOR_TSAN
     AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
     AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
 #endif
 }
 
 void race_ignore_end() {
-#if HOST_TSAN
+#if EMULATOR_TSAN
     AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
     AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
 #endif
 }
 
 void poison([[maybe_unused]] void *address, [[maybe_unused]] size_t bytes) {
-#if HOST_ASAN
+#if EMULATOR_ASAN
     __asan_poison_memory_region(address, bytes);
 #endif
 }
 
 void unpoison([[maybe_unused]] void *address, [[maybe_unused]] size_t bytes) {
-#if HOST_ASAN
+#if EMULATOR_ASAN
     __asan_unpoison_memory_region(address, bytes);
 #endif
 }
 
-}  // namespace host
+}  // namespace emulator

@@ -8,7 +8,7 @@
 
 #include "engine.h"
 
-namespace host {
+namespace emulator {
 
 template <typename To, typename From>
 inline To bits_as(From from) {
@@ -27,48 +27,48 @@ inline Integer saturated(double value, double lowest, double highest) {
     return value != value ? Integer(0) : Integer(value < lowest ? lowest : value > highest ? highest : value);
 }
 
-}  // namespace host
+}  // namespace emulator
 
-inline float __uint_as_float(unsigned bits) { return host::bits_as<float>(bits); }
-inline float __int_as_float(int bits) { return host::bits_as<float>(bits); }
-inline unsigned __float_as_uint(float value) { return host::bits_as<unsigned>(value); }
-inline int __float_as_int(float value) { return host::bits_as<int>(value); }
-inline double __longlong_as_double(long long bits) { return host::bits_as<double>(bits); }
-inline long long __double_as_longlong(double value) { return host::bits_as<long long>(value); }
+inline float __uint_as_float(unsigned bits) { return emulator::bits_as<float>(bits); }
+inline float __int_as_float(int bits) { return emulator::bits_as<float>(bits); }
+inline unsigned __float_as_uint(float value) { return emulator::bits_as<unsigned>(value); }
+inline int __float_as_int(float value) { return emulator::bits_as<int>(value); }
+inline double __longlong_as_double(long long bits) { return emulator::bits_as<double>(bits); }
+inline long long __double_as_longlong(double value) { return emulator::bits_as<long long>(value); }
 
-inline float __fadd_rn(float a, float b) { return host::one_nan(a + b); }
-inline float __fsub_rn(float a, float b) { return host::one_nan(a - b); }
-inline float __fmul_rn(float a, float b) { return host::one_nan(a * b); }
-inline float __fdiv_rn(float a, float b) { return host::one_nan(a / b); }
-inline float __frcp_rn(float a) { return host::one_nan(1.0f / a); }
-inline float __fsqrt_rn(float a) { return host::one_nan(std::sqrt(a)); }
-inline float __fmaf_rn(float a, float b, float c) { return host::one_nan(std::fmaf(a, b, c)); }
+inline float __fadd_rn(float a, float b) { return emulator::one_nan(a + b); }
+inline float __fsub_rn(float a, float b) { return emulator::one_nan(a - b); }
+inline float __fmul_rn(float a, float b) { return emulator::one_nan(a * b); }
+inline float __fdiv_rn(float a, float b) { return emulator::one_nan(a / b); }
+inline float __frcp_rn(float a) { return emulator::one_nan(1.0f / a); }
+inline float __fsqrt_rn(float a) { return emulator::one_nan(std::sqrt(a)); }
+inline float __fmaf_rn(float a, float b, float c) { return emulator::one_nan(std::fmaf(a, b, c)); }
 
-inline double __dadd_rn(double a, double b) { return host::one_nan(a + b); }
-inline double __dsub_rn(double a, double b) { return host::one_nan(a - b); }
-inline double __dmul_rn(double a, double b) { return host::one_nan(a * b); }
-inline double __ddiv_rn(double a, double b) { return host::one_nan(a / b); }
-inline double __fma_rn(double a, double b, double c) { return host::one_nan(std::fma(a, b, c)); }
-inline float __double2float_rn(double a) { return host::one_nan(float(a)); }
+inline double __dadd_rn(double a, double b) { return emulator::one_nan(a + b); }
+inline double __dsub_rn(double a, double b) { return emulator::one_nan(a - b); }
+inline double __dmul_rn(double a, double b) { return emulator::one_nan(a * b); }
+inline double __ddiv_rn(double a, double b) { return emulator::one_nan(a / b); }
+inline double __fma_rn(double a, double b, double c) { return emulator::one_nan(std::fma(a, b, c)); }
+inline float __double2float_rn(double a) { return emulator::one_nan(float(a)); }
 
-inline int __float2int_rn(float a) { return host::saturated<int>(std::nearbyint(double(a)), -2147483648.0, 2147483647.0); }
-inline int __float2int_rz(float a) { return host::saturated<int>(std::trunc(double(a)), -2147483648.0, 2147483647.0); }
-inline unsigned __float2uint_rn(float a) { return host::saturated<unsigned>(std::nearbyint(double(a)), 0.0, 4294967295.0); }
+inline int __float2int_rn(float a) { return emulator::saturated<int>(std::nearbyint(double(a)), -2147483648.0, 2147483647.0); }
+inline int __float2int_rz(float a) { return emulator::saturated<int>(std::trunc(double(a)), -2147483648.0, 2147483647.0); }
+inline unsigned __float2uint_rn(float a) { return emulator::saturated<unsigned>(std::nearbyint(double(a)), 0.0, 4294967295.0); }
 inline float __int2float_rn(int a) { return float(a); }
 inline float __uint2float_rn(unsigned a) { return float(a); }
 
 // With one NaN the other operand, and +0 for larger than -0. Those of <cmath> make an exception of signalling NaNs, which
 // CUDA does not know.
-namespace host {
+namespace emulator {
 inline float larger(float a, float b) {
     return a != a ? one_nan(b) : b != b ? a : a > b || (a == b && !std::signbit(a)) ? a : b;
 }
 inline float smaller(float a, float b) {
     return a != a ? one_nan(b) : b != b ? a : a < b || (a == b && std::signbit(a)) ? a : b;
 }
-}  // namespace host
-#define fmaxf host::larger
-#define fminf host::smaller
+}  // namespace emulator
+#define fmaxf emulator::larger
+#define fminf emulator::smaller
 
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
@@ -89,9 +89,9 @@ inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
 }
 
 // PRMT copies the sign of a byte where bit 3 of its selector is set; nothing here is meant to.
-inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector, host::Site site = host::Site::here()) {
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector, emulator::Site site = emulator::Site::here()) {
     if ((selector & 0x8888) != 0) {
-        host::fail(site, "the selector %#x asks for the sign of a byte", selector & 0xffff);
+        emulator::fail(site, "the selector %#x asks for the sign of a byte", selector & 0xffff);
     }
     const uint64_t bytes = uint64_t(b) << 32 | a;
     unsigned result = 0;

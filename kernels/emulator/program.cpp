@@ -4,8 +4,8 @@
 //
 // CASES holds little-endian 64-bit integers and bytes: the number of cases, then of each the buffers (their number, and
 // of each its length, how far its address is behind a multiple of 256, and its bytes) and the launches (their number, and
-// of each the length of the kernel's name, the name, grid, block, shared, first_block, blocks, highest_first and the
-// number of arguments; of each argument its length, its bytes, the number of addresses in it, and of each address where
+// of each the length of the kernel's name, the name, grid, block, shared, first_block, blocks, cluster, highest_first
+// and the number of arguments; of each argument its length, its bytes, the number of addresses in it, and of each address where
 // in the argument it is and of which buffer). OUTPUT receives the bytes of every buffer. What is wrong goes to stderr,
 // and ends the program with 1.
 #include <cstdint>
@@ -55,7 +55,7 @@ struct Buffer {
             stop("no memory for a buffer");
         }
         memory = static_cast<unsigned char *>(made);
-        host::poison(memory, shift);
+        emulator::poison(memory, shift);
         reader.bytes(begin(), bytes);
     }
     unsigned char *begin() const { return memory + shift; }
@@ -75,14 +75,18 @@ void launch(Reader &reader, const std::vector<Buffer> &buffers) {
     launch.shared = reader.number();
     launch.first_block = reader.number();
     launch.blocks = reader.number();
+    launch.cluster = reader.small();
     launch.highest_first = reader.small();
     launch.count = reader.small();
-    // In 8-byte words, to be aligned as any argument needs.
-    std::vector<std::vector<uint64_t>> values;
+    // Aligned as any argument needs.
+    struct alignas(64) Line {
+        unsigned char bytes[64];
+    };
+    std::vector<std::vector<Line>> values;
     std::vector<uint64_t> sizes;
     for (uint32_t i = 0; i < launch.count; i++) {
         sizes.push_back(reader.number());
-        values.emplace_back(sizes.back() / 8 + 1);
+        values.emplace_back(sizes.back() / sizeof(Line) + 1);
         unsigned char *const value = reinterpret_cast<unsigned char *>(values.back().data());
         reader.bytes(value, sizes.back());
         for (uint64_t left = reader.number(); left > 0; left--) {
@@ -92,12 +96,12 @@ void launch(Reader &reader, const std::vector<Buffer> &buffers) {
         }
     }
     std::vector<void *> arguments;
-    for (std::vector<uint64_t> &value : values) {
+    for (std::vector<Line> &value : values) {
         arguments.push_back(value.data());
     }
     launch.arguments = arguments.data();
     launch.sizes = sizes.data();
-    const char *const error = halfbyte_host_launch(&launch);
+    const char *const error = halfbyte_emulator_launch(&launch);
     if (error != nullptr) {
         stop(error);
     }
@@ -107,7 +111,7 @@ void launch(Reader &reader, const std::vector<Buffer> &buffers) {
 
 int main(int count, char **words) {
     if (count == 1) {
-        std::fputs(halfbyte_host_describe(), stdout);
+        std::fputs(halfbyte_emulator_describe(), stdout);
         return 0;
     }
     std::FILE *const output = count == 3 ? std::fopen(words[2], "wb") : nullptr;
@@ -125,7 +129,7 @@ int main(int count, char **words) {
         }
         for (const Buffer &buffer : buffers) {
             std::fwrite(buffer.begin(), 1, buffer.bytes, output);
-            host::unpoison(buffer.memory, buffer.shift);
+            emulator::unpoison(buffer.memory, buffer.shift);
             std::free(buffer.memory);
         }
     }

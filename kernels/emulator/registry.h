@@ -1,10 +1,10 @@
-// The kernels of a source, by name, as build_host.py lists them.
+// The kernels of a source, by name, as build_emulator.py lists them.
 #pragma once
 
 #include <cstddef>
 #include <utility>
 
-namespace host {
+namespace emulator {
 
 struct Entry {
     const char *name;
@@ -19,7 +19,7 @@ struct Constant {
     long long value;
 };
 
-// What build_host.py defines for a source; a null name ends each.
+// What build_emulator.py defines for a source; a null name ends each.
 extern const Entry entries[];
 extern const Constant constants[];
 
@@ -41,4 +41,4 @@ struct Unpack<KERNEL> {
     }
 };
 
-}  // namespace host
+}  // namespace emulator

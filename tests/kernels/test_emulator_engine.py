@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-import build_host
+import build_emulator
 import numpy as np
 import pytest
-from harness import Buffer, Case, KernelError, Launch, SanitizerError, built, pointers
+from harness import Buffer, Case, KernelError, Launch, SanitizerError, built, lines_of, pointers
 
-PLANTED = build_host.HERE / "tests" / "planted.cu"
+PLANTED = build_emulator.HERE / "tests" / "planted.cu"
 BLOCKS = 3
 THREADS = 64
 
@@ -127,12 +127,6 @@ MISTAKES = {
 }
 
 
-def lines_of(mistake: str) -> set[str]:
-    """Where a report may say that it is."""
-    lines = PLANTED.read_text(encoding="utf-8").splitlines()
-    return {f"planted.cu:{k}" for k, line in enumerate(lines, 1) if re.search(rf"// .*\b{mistake}\b", line)}
-
-
 FOUND = [
     pytest.param(kernel, mistake, way, words, id=f"{mistake}-{way}")
     for (kernel, mistake), ways in MISTAKES.items()
@@ -146,7 +140,7 @@ def test_a_planted_mistake_is_found(kernel: str, mistake: str, way: str, words: 
     assert words in said
     if words != WRONG and not words.startswith("a write outside"):
         named = set(re.findall(r"planted\.cu:\d+", said))
-        assert named & lines_of(mistake), f"the report names {sorted(named)}:\n{said}"
+        assert named & lines_of(PLANTED, mistake), f"the report names {sorted(named)}:\n{said}"
 
 
 def test_every_planted_mistake_is_tried() -> None:

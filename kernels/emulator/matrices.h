@@ -4,7 +4,7 @@
 #include "collectives.h"
 #include "index.h"
 
-namespace host {
+namespace emulator {
 
 // d += a * b, with the fragments that ptx.cuh describes for m16n8k16.
 inline void multiply(Meeting meeting, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Site site) {
@@ -34,4 +34,20 @@ inline void load_matrices(uint32_t (&words)[MATRICES], const void *row, Site sit
     std::memcpy(words, slot.word, sizeof words);
 }
 
-}  // namespace host
+// stmatrix, the way back: lane l gives elements of each matrix as it would get them, and the address of row l % 8 of matrix
+// l / 8.
+template <int MATRICES, bool TRANSPOSED>
+inline void store_matrices(void *row, const uint32_t (&words)[MATRICES], Site site) {
+    static_assert(MATRICES == 1 || MATRICES == 2 || MATRICES == 4, "as stmatrix has them");
+    Slot slot = {};
+    std::memcpy(slot.word, words, sizeof words);
+    meet(Meeting::stmatrix, 0xffffffffu, slot, MATRICES, TRANSPOSED, site);
+    if (threadIdx.x % 32 < MATRICES * 8) {
+        check_aligned(row, 16, site);
+        for (int i = 0; i < 4; i++) {
+            static_cast<uint32_t *>(row)[i] = slot.word[i];
+        }
+    }
+}
+
+}  // namespace emulator

@@ -3,7 +3,7 @@
 
 #include <cstddef>
 
-namespace host {
+namespace emulator {
 
 class Fiber {
 public:
@@ -49,4 +49,4 @@ bool race_detector();
 void poison(void *address, size_t bytes);
 void unpoison(void *address, size_t bytes);
 
-}  // namespace host
+}  // namespace emulator
