@@ -12,7 +12,7 @@ PACKAGE = Path(halfbyte.__file__).parent
 
 # The lowest first. A module belongs to the longest name that it begins with.
 LAYERS = (
-    ("_native", "_extras", "_terminal", "config"),
+    ("_native", "_extras", "_terminal", "config", "geometry"),
     ("ops._torch_internals", "ops.checks"),
     ("backends",),
     ("codebooks",),
@@ -22,6 +22,7 @@ LAYERS = (
     ("nn",),
     ("compat",),
     ("offline",),
+    ("arrays",),
     ("models",),
     ("integrations",),
     ("cli", "__main__"),

@@ -15,13 +15,10 @@ import torch
 from torch import Tensor
 
 from halfbyte.codebooks import dynamic_map
-from halfbyte.ops.checks import FLOAT_DTYPES, NESTED_BLOCKSIZE, QUANT_TYPES, check_blocksize, check_quant_type
-
-PACKED_KEYS = tuple(f"quant_state.bitsandbytes__{quant_type}" for quant_type in QUANT_TYPES)
-"""The state-dict keys, relative to the weight's, of what is not a tensor."""
-
-TENSOR_KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-"""The state-dict keys, relative to the weight's, of the state's tensors."""
+from halfbyte.geometry import NESTED_BLOCKSIZE, QUANT_TYPES
+from halfbyte.geometry import PACKED_KEYS as PACKED_KEYS
+from halfbyte.geometry import TENSOR_KEYS as TENSOR_KEYS
+from halfbyte.ops.checks import FLOAT_DTYPES, check_blocksize, check_quant_type
 
 _SCALAR_KEYS = (
     "quant_type",

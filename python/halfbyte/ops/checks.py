@@ -17,11 +17,11 @@ from math import prod
 import torch
 from torch import Tensor
 
-QUANT_TYPES = ("nf4", "fp4")
-"""The two sets of sixteen values."""
-
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-"""How many consecutive values may share a scale."""
+from halfbyte.geometry import BLOCK_SIZES as BLOCK_SIZES
+from halfbyte.geometry import NESTED_BLOCKSIZE as NESTED_BLOCKSIZE
+from halfbyte.geometry import QUANT_TYPES as QUANT_TYPES
+from halfbyte.geometry import blocks_of as blocks_of
+from halfbyte.geometry import packed_bytes as packed_bytes
 
 _BLOCK_SIZES = frozenset(BLOCK_SIZES)
 
@@ -33,9 +33,6 @@ STORAGE_DTYPES = (torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.
 
 INDEX_DTYPES = (torch.int64, torch.int32)
 """What `embedding` takes as indices."""
-
-NESTED_BLOCKSIZE = 256
-"""How many scales share a scale of their own."""
 
 
 class DTypeError(TypeError, ValueError):
@@ -98,16 +95,6 @@ def same_device(argument: str, tensor: Tensor, other: str, device: torch.device)
     """`tensor` is on `device`, which is that of the argument `other`."""
     if tensor.device != device:
         raise ValueError(f"{argument}: is on {tensor.device}, but {other} is on {device}; move them to one device")
-
-
-def blocks_of(n: int, blocksize: int) -> int:
-    """How many blocks `n` values fill, the last one perhaps in part."""
-    return (n + blocksize - 1) // blocksize
-
-
-def packed_bytes(n: int) -> int:
-    """How many bytes hold the codes of `n` values."""
-    return (n + 1) // 2
 
 
 def check_quantize(input: Tensor, blocksize: int, quant_type: str) -> None:
