@@ -10,8 +10,10 @@ from torch import Tensor
 
 from halfbyte import _native
 from halfbyte.backends import cuda
-from halfbyte.ops._torch_internals import disable_modes, dispatch_modes, tracing, transforms
+from halfbyte.ops._torch_internals import disable_modes, dispatch_modes
 from halfbyte.ops.checks import QUANT_TYPES
+from halfbyte.ops.dispatch import transformed
+from halfbyte.ops.registry import KERNELS
 
 # AF4, for blocks of 64: "NF4 Isn't Information Theoretically Optimal (and that's Good)", arXiv 2306.06965, table 1.
 _AF4 = (
@@ -45,16 +47,7 @@ def dynamic_map(device: torch.device | str | None = None) -> Tensor:
 
 def _cuda_device(device: torch.device | str | None) -> torch.device | None:
     """The device, if a map is to be made there by kernels: a copy from the host would wait, and spoil a capture."""
-    if (
-        device is None
-        or device == _CPU
-        or torch.compiler.is_compiling()
-        or dispatch_modes()
-        or transforms() is not None
-        or tracing() is not None
-        or torch.version.hip is not None
-        or not hasattr(_native, "cuda_quantize_4bit")
-    ):
+    if device is None or device == _CPU or transformed() or KERNELS.get("cuda") is not cuda:
         return None
     device = torch.device(device)
     return device if device.type == "cuda" else None

@@ -13,7 +13,7 @@ from halfbyte.nn.linear4bit import Linear4bit, say_slow
 from halfbyte.nn.lora import Adapter, lora_linear_4bit
 from halfbyte.ops.autograd import autocast_dtype
 from halfbyte.ops.checks import FLOAT_DTYPES
-from halfbyte.ops.registry import PLAIN_TYPES
+from halfbyte.ops.dispatch import PLAIN_TYPES
 
 _logger = logging.getLogger(__name__)
 _said: set[str] = set()
