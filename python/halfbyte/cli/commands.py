@@ -134,7 +134,7 @@ def complete(args: argparse.Namespace) -> int:
     """Print a completion script."""
     from halfbyte.cli import completion
 
-    print_text(completion.script(args.shell, args.parser).rstrip("\n"))
+    print_text(completion.script(args.shell).rstrip("\n"))
     return EXIT_OK
 
 

@@ -17,6 +17,7 @@ use super::error::to_py;
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(cuda_driver_version, m)?)?;
     m.add_function(wrap_pyfunction!(cuda_device_count, m)?)?;
+    m.add_function(wrap_pyfunction!(cuda_device_memory, m)?)?;
     m.add_function(wrap_pyfunction!(cuda_device, m)?)?;
     m.add_function(wrap_pyfunction!(cuda_prepare, m)?)?;
     m.add_function(wrap_pyfunction!(cuda_quantize_4bit, m)?)?;
@@ -43,6 +44,12 @@ fn cuda_driver_version(py: Python<'_>) -> PyResult<(i32, i32)> {
 #[pyfunction]
 fn cuda_device_count(py: Python<'_>) -> PyResult<usize> {
     py.detach(driver::device_count).map_err(to_py)
+}
+
+/// Bytes of memory that a device has.
+#[pyfunction]
+fn cuda_device_memory(py: Python<'_>, device: usize) -> PyResult<usize> {
+    py.detach(|| driver::device_memory(device)).map_err(to_py)
 }
 
 /// Name, compute capability, multiprocessors and shared memory per block of a device.

@@ -79,7 +79,7 @@ class GlobalOptimManager:
         value: Any = None,
         key_value_dict: dict[str, Any] | None = None,
     ) -> None:
-        """Set one setting, or several, of parameters: `lr`, `betas`, `eps`, `weight_decay`, `optim_bits`, …"""
+        """Set one setting, or several, of parameters: `lr`, `betas`, `eps`, `weight_decay`, `optim_bits` and others."""
         self.uses_config_override = True
         if key is not None and value is not None:
             if key_value_dict is not None:
