@@ -290,8 +290,9 @@ class Bar:
                 self._progress = self._begin(self._stream, total)
             task = self._progress.task_ids[0]
             # rich calls work of size 0 unfinished.
-            state = {"completed": done, "total": total} if total > 0 else {"completed": 1, "total": 1}
-            self._progress.update(task, **state, amount=self._amount(done, total), label=printable(label))
+            completed, whole = (done, total) if total > 0 else (1, 1)
+            amount = self._amount(done, total)
+            self._progress.update(task, completed=completed, total=whole, amount=amount, label=printable(label))
             speed = self._progress.tasks[0].speed
             self._progress.update(task, rate=f"{self._unit(speed)}/s" if speed else "", refresh=True)
         except (OSError, ValueError):
