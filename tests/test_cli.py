@@ -93,10 +93,13 @@ def test_offline_tool_imports_neither_torch_nor_numpy(source, tmp_path):
     code = (
         "import sys\nfrom halfbyte.cli.main import main\n"
         f"assert main(['quantize', {str(source)!r}, {str(tmp_path / 'out')!r}, '-q']) == 0\n"
-        "print(sorted({'torch', 'transformers', 'numpy', 'huggingface_hub'} & set(sys.modules)))"
+        f"assert main(['inspect', {str(source)!r}]) == 0\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'huggingface_hub', 'rich', 'argcomplete'}\n"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=60)
-    assert (done.stdout, done.stderr) == ("[]\n", "")
+    assert (done.returncode, done.stderr) == (0, "[]\n")
+    assert "up_proj" in done.stdout
 
 
 def test_version():

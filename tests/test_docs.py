@@ -153,8 +153,8 @@ def test_examples_of_docstrings(path: Path) -> None:
 # ---- pages whose code is run -----------------------------------------------------------------------------------------
 
 # A page's blocks of `python` and `bash` run from top to bottom, in a folder with a tiny model under the name that the
-# pages use. Blocks of `console` show installations and other commands that a test cannot run. The values are expressions that
-# must be true at the end, with the names that the page's Python has defined.
+# pages use. Blocks of `console` show installations and other commands that a test cannot run. The values are
+# expressions that must be true at the end, with the names that the page's Python has defined.
 PAGES = {
     "README.md": "sum(isinstance(m, halfbyte.nn.Linear4bit) for m in model.modules()) == 14 and y.shape == (2, 14336)",
     "docs/api.md": "report.bits_per_weight > 4",
