@@ -128,7 +128,7 @@ def test_no_command_prints_help(capsys):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["quantize", "SRC"], 2, "DST is missing"),
+        (["quantize", "SRC"], 2, "DST must be a folder"),
         (["quantize", "SRC", "OUT", "--type", "int3"], 2, "invalid choice"),
         (["quantize", "SRC", "OUT", "--blocksize", "48"], 2, "invalid choice"),
         (["quantize", "SRC", "OUT", "--threads", "0"], 2, "at least 1"),

@@ -183,15 +183,15 @@ def dequantize_4bit(
     if quant_state is None:
         if absmax is None or out is None:
             missing = " and ".join(name for name, value in (("absmax", absmax), ("out", out)) if value is None)
-            raise ValueError(f"{missing}: None; without quant_state, both absmax and out are needed")
+            raise ValueError(f"{missing} must be given when quant_state is None, got None")
         quant_state = QuantState(absmax, out.shape, None, 64 if blocksize is None else blocksize, quant_type, out.dtype)
     elif not isinstance(quant_state, QuantState):
-        raise TypeError(f"quant_state: {type(quant_state).__name__} is not a QuantState, as quantize_4bit returns")
+        raise TypeError(f"quant_state must be a QuantState from quantize_4bit, got {type(quant_state).__name__}")
     check_tensor("A", A)
     shape, blocksize, quant_type = quant_state.weight()
     dtype = quant_state.dtype
     if dtype is None:
-        raise ValueError("quant_state.dtype: None does not say what to dequantize to")
+        raise ValueError("quant_state.dtype must be the dtype to dequantize to, got None")
     check_float("quant_state.dtype", dtype)
     scales, absmax2, offset = _general_scales(quant_state)
     if out is not None:
@@ -245,7 +245,7 @@ def gemv_4bit(
     `transposed_A` and `transposed_B` are accepted for their callers' sake: what is transposed is seen from the shapes.
     """
     if state is None:
-        raise ValueError("state: None; the state that quantize_4bit returned is needed")
+        raise ValueError("state must be a QuantState from quantize_4bit, got None")
     return matmul_4bit(A, B, state, out=out)
 
 
@@ -339,7 +339,7 @@ def dequantize_blockwise(
     """
     if quant_state is None:
         if absmax is None:
-            raise ValueError("absmax: None; without quant_state, absmax is needed")
+            raise ValueError("absmax must be given when quant_state is None, got None")
         quant_state = QuantState(absmax, code=code, blocksize=blocksize, dtype=torch.float32)
     check_tensor("A", A)
     dtype = quant_state.dtype or torch.float32
@@ -385,9 +385,9 @@ def int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Te
     """
     check_quantize_rows(A, "A")
     if not isinstance(threshold, (int, float)):
-        raise TypeError(f"threshold: {threshold!r} is not a number")
+        raise TypeError(f"threshold must be a number, got {threshold!r}")
     if not threshold >= 0:
-        raise ValueError(f"threshold: {threshold} is negative; expected 0 (none) or more")
+        raise ValueError(f"threshold must be at least 0 (0 turns it off), got {threshold}")
     A = A.detach() if A.requires_grad else A
     columns = None
     if threshold > 0:

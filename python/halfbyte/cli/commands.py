@@ -91,7 +91,7 @@ def _convert(args: argparse.Namespace, prepared: Any, run: Any) -> int:
 
 def _check_destination(args: argparse.Namespace) -> None:
     if args.destination is None and not args.plan:
-        raise ValueError("DST is missing: name a folder to write to, or add --plan to see what would be done")
+        raise ValueError("DST must be a folder to write to, got none; --plan shows what would be done without one")
 
 
 def inspect(args: argparse.Namespace) -> int:

@@ -96,10 +96,10 @@ def load_quantized(
     True
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: {type(model).__name__} is not a torch.nn.Module")
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     target = torch.device(device)
     if target.type == "meta":
-        raise ValueError("device: 'meta' holds no numbers; expected a device such as 'cpu' or 'cuda'")
+        raise ValueError("device must be a device with storage, such as 'cpu' or 'cuda', got 'meta'")
     with Folder(folder) as source:
         config = _read_config(source)
         plan = make_plan(model, source)

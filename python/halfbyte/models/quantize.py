@@ -98,7 +98,7 @@ def quantize_model(
     ['nf4', 'fp4']
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: {type(model).__name__} is not a torch.nn.Module")
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     settings, compute_dtype = _settings(config)
     skips = strings("skip", skip or ()) + strings("llm_int8_skip_modules", settings.llm_int8_skip_modules or ())
     choice = choose(
@@ -113,7 +113,7 @@ def quantize_model(
         raise ValueError(_nothing(model, choice))
     target = None if device is None else torch.device(device)
     if target is not None and target.type == "meta":
-        raise ValueError("device: 'meta' holds no numbers; expected a device such as 'cpu' or 'cuda'")
+        raise ValueError("device must be a device with storage, such as 'cpu' or 'cuda', got 'meta'")
     listed = skip_list(model, choice)
     for note in choice.notes:
         _logger.warning("quantize_model: %s", note)
@@ -145,15 +145,15 @@ def dequantize_model(model: _Model, dtype: torch.dtype | None = None) -> _Model:
         ValueError: There is no 4-bit layer, or one of them is not quantized yet.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: {type(model).__name__} is not a torch.nn.Module")
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if dtype not in (None, torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"dtype: {dtype!r} is not one of torch.float16, torch.bfloat16, torch.float32, or None")
+        raise ValueError(f"dtype must be one of torch.float16, torch.bfloat16, torch.float32, None, got {dtype!r}")
     found = [(m, names) for m, names in paths(model).items() if isinstance(m, Linear4bit | Embedding4bit)]
     if not found:
-        raise ValueError(f"model: {type(model).__name__} has no 4-bit layer")
+        raise ValueError(f"model must have a 4-bit layer, got {type(model).__name__} without any")
     for module, names in found:
         if module.quant_state is None or module.weight.is_meta:
-            raise ValueError(f"model: {names[0] or 'it'} is not quantized yet, so there is nothing to dequantize")
+            raise ValueError(f"model must be quantized, got {names[0] or 'a layer'} with a dense weight")
     result: nn.Module = model
     found.reverse()
     while found:
@@ -305,9 +305,9 @@ def _settings(config: object) -> tuple[BitsAndBytesConfig, torch.dtype | None]:
         return made, None
     made = BitsAndBytesConfig.coerce(config)
     if made.load_in_8bit:
-        raise ValueError("config: load_in_8bit is True; quantize_model makes 4-bit layers, expected load_in_4bit=True")
+        raise ValueError("config must have load_in_4bit=True, got load_in_8bit=True")
     if not made.load_in_4bit:
-        raise ValueError("config: load_in_4bit is False, so it quantizes nothing; expected load_in_4bit=True")
+        raise ValueError("config must have load_in_4bit=True, got False")
     dtype = made.compute_dtype()
     assert dtype is None or isinstance(dtype, torch.dtype)
     return made, dtype
@@ -320,7 +320,7 @@ def _classes(subclasses: bool | Iterable[type[nn.Linear]]) -> bool | tuple[type[
     found: tuple[Any, ...] = (one,) if isinstance(one, type) else tuple(one)
     for cls in found:
         if not isinstance(cls, type) or not issubclass(cls, nn.Linear):
-            raise TypeError(f"subclasses: {cls!r} is not a subclass of torch.nn.Linear")
+            raise TypeError(f"subclasses must be subclasses of torch.nn.Linear, got {cls!r}")
     return found
 
 
@@ -354,4 +354,4 @@ def _display(progress: bool | _Show) -> Iterator[_Show]:
     elif isinstance(progress, bool):
         yield lambda done, total, name: None
     else:
-        raise TypeError(f"progress: {progress!r} is neither a bool nor a callable(done, total, name)")
+        raise TypeError(f"progress must be a bool or a callable(done, total, name), got {progress!r}")
