@@ -112,7 +112,7 @@ def plural(count: int, noun: str) -> str:
 def printable(text: str) -> str:
     """The text on one line, with control characters and escape sequences spelled out.
 
-    Names of tensors and files come from other people's checkpoints: none of them may move the cursor.
+    Names of tensors and files come from untrusted checkpoints and must not control the terminal.
     """
     if text.isprintable():
         return text

@@ -1,4 +1,4 @@
-"""The sets of values that codes stand for, and those that a user may make for 8-bit quantization."""
+"""Codebooks: the values of 4-bit codes, and maps for 8-bit quantization."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""Quantize and dequantize tensors, in blocks, to 4 and to 8 bits.
+"""Quantize and dequantize tensors blockwise, to 4 and 8 bits.
 
-Names and arguments are those of `bitsandbytes.functional`, and so are the bytes: what one of the two libraries wrote,
-the other reads.
+Names, arguments and bytes match `bitsandbytes.functional`: each library reads what the other wrote.
 
 >>> import torch
 >>> from halfbyte.functional import dequantize_4bit, quantize_4bit
@@ -82,10 +81,10 @@ def quantize_4bit(
     quant_type: str = "fp4",
     quant_storage: torch.dtype = torch.uint8,
 ) -> tuple[Tensor, QuantState]:
-    """Quantize a tensor to 4 bits a value, in blocks that share a scale.
+    """Quantize a tensor blockwise to 4-bit codes, with one scale per block.
 
     Args:
-        A: float16, bfloat16 or float32, of any shape and strides; read in row-major order as one list of `n` values.
+        A: float16, bfloat16 or float32, any shape and strides, read in row-major order as `n` values.
         absmax: Where to write the scales: float32 `[ceil(n / blocksize)]`, or uint8 with `compress_statistics`.
         out: Where to write the codes: of the shape and dtype of the first result.
         blocksize: 32, 64 (the default), 128, 256, 512, 1024, 2048 or 4096 consecutive values; the last block may be
@@ -100,10 +99,10 @@ def quantize_4bit(
         code are 0), and the state that `dequantize_4bit` needs. No gradient flows through either.
 
     Raises:
-        TypeError: A wrong type or dtype. The message names the argument and the legal ones.
-        ValueError: A wrong `blocksize` or `quant_type`, or an `out` or `absmax` of another shape or device.
+        TypeError: An argument has a wrong type or dtype.
+        ValueError: `blocksize` or `quant_type` is not supported, or `out` or `absmax` has another shape or device.
 
-    A block that holds NaN or an infinity is lost; on the CPU, where it costs nothing to know, that is logged.
+    A block that contains NaN or Inf dequantizes to NaN. On the CPU this is logged; on a GPU that would synchronize.
 
     >>> packed, state = quantize_4bit(torch.randn(3, 5), quant_type="nf4", quant_storage=torch.float32)
     >>> packed.shape, state.absmax.shape
@@ -260,14 +259,14 @@ def quantize_blockwise(
     blocksize: int = 4096,
     nested: bool = False,
 ) -> tuple[Tensor, QuantState]:
-    """Quantize a tensor to 8 bits a value, in blocks that share a scale.
+    """Quantize a tensor blockwise to 8-bit codes, with one scale per block.
 
     Args:
         A: float16, bfloat16 or float32, of any shape and strides.
         code: The values, float32, up to 256; default the signed dynamic map. 256 that ascend are the fast case.
         absmax: Where to write the scales: float32 `[ceil(n / blocksize)]`, or uint8 when `nested`.
         out: Where to write the codes: uint8, shaped as `A`.
-        blocksize: How many consecutive values share a scale, default 4096.
+        blocksize: Consecutive values per scale, default 4096.
         nested: Quantize the scales too.
 
     Returns:

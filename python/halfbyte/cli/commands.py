@@ -1,4 +1,4 @@
-"""What each command does with its arguments; gives the exit code."""
+"""The commands: each takes the parsed arguments and returns the exit code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from halfbyte.cli.output import complain, print_json, print_text, progress, say
 if TYPE_CHECKING:
     from halfbyte.offline.plan import CheckpointPlan
 
-# Files that are not copied, of which a run tells: the folders of exports hold many.
+# How many files that are not copied a run lists: folders of exports hold many.
 _LEFT_OUT_SHOWN = 5
 
 
@@ -47,7 +47,7 @@ def quantize(args: argparse.Namespace) -> int:
 
 
 def dequantize(args: argparse.Namespace) -> int:
-    """Turn a 4-bit checkpoint back, or show the plan."""
+    """Dequantize a 4-bit checkpoint, or show the plan."""
     from halfbyte.offline.dequantize import prepare_dequantize, run_dequantize
 
     _check_destination(args)

@@ -1,6 +1,6 @@
-"""`quantize_model` and `dequantize_model`: the linear layers of a torch model to 4 bits, and back.
+"""`quantize_model` and `dequantize_model`: convert the linear layers of a model to 4 bits, and back.
 
-Layers are converted one after the other, in place: at any time one dense weight exists beside what is already packed.
+Layers are converted one after the other, in place, so at most one dense weight exists beside the packed ones.
 """
 
 from __future__ import annotations
@@ -57,39 +57,38 @@ def quantize_model(
     """Replace the linear layers of a model by `Linear4bit`, one after the other, in place.
 
     Args:
-        model: Any module. Converted are `nn.Linear` and transformers' `Conv1D`, wherever they are.
-        config: How: a `BitsAndBytesConfig`, of this package or of transformers, or a dict of its arguments, with
-            `load_in_4bit=True`. None for NF4 with double quantization, computed in the dtype of the input.
-        rules: Exceptions, as in the offline tool: `"REGEX=nf4|fp4|keep"`, or pairs of both sides. The first whose
-            pattern occurs in the name of a weight or of its layer decides, defaults notwithstanding.
-        skip: Names of modules to keep besides the defaults, matched as transformers matches `llm_int8_skip_modules`.
-            Those in `config` count too, and are likewise added to the defaults instead of replacing them.
-        subclasses: Subclasses of `nn.Linear` to convert too: their classes; or True for all that do not override
-            `forward`.
-        checkpoint: A folder of 16- or 32-bit safetensors (or one file, or a model's name) that fills the model, which
-            is on the meta device; each weight is quantized as it is read.
-        device: Where the model goes, each layer when it is its turn. None: everything stays where it is (on the CPU,
-            when it comes from a checkpoint).
-        progress: Show a bar on a terminal; or a callable that takes layers done, layers in all, and a name.
+        model: Any module. All `nn.Linear` and transformers' `Conv1D` modules in it are converted.
+        config: A `BitsAndBytesConfig` of this package or of transformers, or a dict of its arguments, with
+            `load_in_4bit=True`. None means NF4 with double quantization, computed in the dtype of the input.
+        rules: Exceptions, as in the offline tool: `"REGEX=nf4|fp4|keep"`, or pairs of both sides. The first rule whose
+            pattern is found in the name of a weight or of its layer decides, before the defaults.
+        skip: Names of modules to keep in addition to the defaults, matched as transformers matches
+            `llm_int8_skip_modules`. Names in `config` are added in the same way.
+        subclasses: Subclasses of `nn.Linear` to convert too, or True for all that do not override `forward`.
+        checkpoint: A folder of 16- or 32-bit safetensors (or one file, or a model's name). `model` is then on the meta
+            device and is filled from it; each weight is quantized as it is read.
+        device: Where to move the model, layer by layer. None leaves everything where it is (on the CPU, when it comes
+            from a checkpoint).
+        progress: Whether to show a bar on a terminal; or a callable(layers done, layers in total, name).
 
     Returns:
-        `model`; another object only where the model itself is a linear layer. A summary is logged at level INFO.
+        `model`; a new object only if the model itself is a linear layer. A summary is logged at level INFO.
 
     Raises:
-        ValueError: Nothing can be converted; a layer that is to be converted cannot be (its weight is computed,
-            offloaded, on the meta device; its `forward` was replaced): the message names it; `config`, a rule or a skip
-            name is wrong. The model is then as it was.
-        CheckpointError: The checkpoint lacks what the model needs, or does not fit it. The model is then as it was.
-        TypeError: An argument of a wrong type.
+        ValueError: There is nothing to convert; a layer cannot be converted (its weight is computed, offloaded or on
+            the meta device, or its `forward` was replaced); or `config`, a rule or a skip name is wrong. The message
+            names the layer or argument, and the model is unchanged.
+        CheckpointError: The checkpoint lacks a tensor or does not fit the model. The model is unchanged.
+        TypeError: An argument has a wrong type.
 
-    Kept are, by default, what transformers and the offline tool keep: output embeddings, tied weights, modules that the
-    architecture wants in float32, the last parameter of a transformers model; and weights of other dtypes. A layer that
-    several parents share is converted once and stays shared. The bias, hooks, attributes, `requires_grad` of everything
-    else, and the training flag stay as they are; a packed weight has no gradient.
+    By default the same layers are kept as in transformers and the offline tool: output embeddings, tied weights,
+    modules that the architecture keeps in float32, the last parameter of a transformers model, and weights of other
+    dtypes. A layer with several parents is converted once and stays shared. Biases, hooks, attributes, the training flag
+    and `requires_grad` of all other parameters are unchanged. A packed weight has no gradient.
 
-    Layers that are 4-bit already are left alone, so a second call converts what the first one kept, and is an error
-    where there is nothing left. An error in the middle (memory, an interrupt) leaves a model that works, some of whose
-    layers are 4-bit: how many is logged, and the same call goes on.
+    Layers that are 4-bit already are skipped, so a second call converts what the first one kept. An error in the middle
+    (out of memory, an interrupt) leaves a working model with some layers in 4 bits. The number is logged, and the same
+    call continues.
 
     >>> import torch, halfbyte
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.GELU(), torch.nn.Linear(128, 64))
@@ -299,7 +298,7 @@ class _Swap:
 
 
 def _settings(config: object) -> tuple[BitsAndBytesConfig, torch.dtype | None]:
-    """The config, checked, and the dtype to compute in: None for that of the input."""
+    """The checked config and the compute dtype; None means the dtype of the input."""
     if config is None:
         made = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
         return made, None
