@@ -83,8 +83,8 @@ def quantize_model(
 
     By default the same layers are kept as in transformers and the offline tool: output embeddings, tied weights,
     modules that the architecture keeps in float32, the last parameter of a transformers model, and weights of other
-    dtypes. A layer with several parents is converted once and stays shared. Biases, hooks, attributes, the training flag
-    and `requires_grad` of all other parameters are unchanged. A packed weight has no gradient.
+    dtypes. A layer with several parents is converted once and stays shared. Biases, hooks, attributes, the training
+    flag and `requires_grad` of all other parameters are unchanged. A packed weight has no gradient.
 
     Layers that are 4-bit already are skipped, so a second call converts what the first one kept. An error in the middle
     (out of memory, an interrupt) leaves a working model with some layers in 4 bits. The number is logged, and the same
