@@ -805,7 +805,8 @@ def test_doctor_names_gpus_as_the_driver_does(monkeypatch):
 
 
 def test_doctor_without_a_driver(monkeypatch):
-    Driver(monkeypatch, RuntimeError("CUDA: the NVIDIA driver is absent"))
+    absent = getattr(_native, "NoCudaDriverError", RuntimeError)("CUDA: the NVIDIA driver is not installed")
+    Driver(monkeypatch, absent, absent)
     found = doctor.examine()["gpu"]
     assert (found["cuda"], found["devices"], found["kernels"]) == (None, [], [])
 

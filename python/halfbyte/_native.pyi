@@ -183,14 +183,14 @@ def cuda_driver_version() -> tuple[int, int]:
 def cuda_device_count() -> int:
     """The number of visible devices. RuntimeError without a driver, with one before CUDA 12.0, or after a fork."""
 
+def cuda_device_memory(device: int) -> int:
+    """Bytes of memory that a device has, of any compute capability. ValueError for an ordinal that is not there."""
+
 def cuda_device(device: int) -> tuple[str, tuple[int, int], int, int]:
     """Name, compute capability, multiprocessors and bytes of shared memory per block of a device.
 
     ValueError for an ordinal that is not there, RuntimeError for a compute capability below 7.5.
     """
-
-def cuda_device_memory(device: int) -> int:
-    """Bytes of memory that a device has, of any compute capability. ValueError for an ordinal that is not there."""
 
 def cuda_prepare(device: int) -> None:
     """Load every kernel that the device takes, so that no later call waits for that."""

@@ -13,7 +13,7 @@ from halfbyte.cli.output import complain, print_json, print_text, progress, say
 if TYPE_CHECKING:
     from halfbyte.offline.plan import CheckpointPlan
 
-# How many files that are not copied a run lists: folders of exports hold many.
+# Files that are not copied, of which a run tells: the folders of exports hold many.
 _LEFT_OUT_SHOWN = 5
 
 

@@ -26,7 +26,7 @@ def serve_bitsandbytes(model: nn.Module) -> None:
 
 @functools.cache
 def _await_peft() -> None:
-    """Report the error of merges as soon as PEFT is imported."""
+    """Let merges say what they cost, once PEFT is there."""
 
     def enter(tuners_utils: ModuleType) -> None:
         from halfbyte.integrations.peft import merging
