@@ -119,6 +119,11 @@ def test_table_without_limit_cuts_nothing():
     assert len(text.splitlines()) == 4
 
 
+def test_table_of_many_rows_is_plain_lines():
+    text = table(("name", "n"), [("x" * 90, str(i)) for i in range(2000)], right=(1,), shrink=((0, 16),), width=80)
+    assert len(text.splitlines()) == 2002
+
+
 @pytest.mark.parametrize("width", [None, 30, 60, 200])
 def test_table_shows_hostile_names_as_text(width):
     name = "[red]a[/red]:smile:[link=x]\x1b[2J\n\r\u202e\x07"

@@ -185,6 +185,10 @@ def is_terminal(stream: TextIO | None) -> bool:
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
+# rich takes about a millisecond for each row; nobody reads this many on a terminal.
+_MOST_DRAWN = 500
+
+
 def table(
     headers: Sequence[str],
     rows: Iterable[Sequence[str]],
@@ -202,14 +206,14 @@ def table(
         rows: Texts; every row has as many cells as there are headers.
         right: Columns set flush right.
         shrink: ``(column, least width)`` of the columns whose cells may wrap when the table is wider than ``width``.
-        width: Columns of the terminal, or None for a file or pipe: nothing is wrapped, and rich is not imported. When
-            even the least widths do not fit, each row becomes a paragraph.
+        width: Columns of the terminal, or None for a file or pipe: nothing is wrapped, and rich is not imported, as for
+            tables of more than 500 rows. When even the least widths do not fit, each row becomes a paragraph.
 
     Returns:
         Lines without control characters and without trailing spaces.
     """
     cells = [[printable(cell) for cell in row] for row in rows]
-    if width is None:
+    if width is None or len(cells) > _MOST_DRAWN:
         return _columns(headers, cells, right)
 
     import io
