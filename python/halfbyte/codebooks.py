@@ -1,4 +1,4 @@
-"""The sets of values that codes stand for, and those that a user may make for 8-bit quantization."""
+"""Codebooks: the values of 4-bit codes, and maps for 8-bit quantization."""
 
 from __future__ import annotations
 
@@ -79,9 +79,9 @@ def get_4bit_type(typename: str, device: torch.device | str | None = None, block
     elif typename == "af4" and blocksize == 64:
         values = list(reversed(_AF4))
     elif typename == "af4":
-        raise NotImplementedError(f"blocksize: {blocksize} is not 64, the only one that af4 is known for")
+        raise NotImplementedError(f"blocksize must be 64 for af4, got {blocksize}")
     else:
-        raise NotImplementedError(f"typename: {typename!r} is not one of 'nf4', 'fp4', 'int4', 'af4'")
+        raise NotImplementedError(f"typename must be one of 'nf4', 'fp4', 'int4', 'af4', got {typename!r}")
     return torch.tensor(values, dtype=torch.float32, device=device or "cpu")
 
 
@@ -116,8 +116,8 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
     values = torch.cat(parts)
     if values.numel() != 2**total_bits:
         raise ValueError(
-            f"max_exponent_bits: {max_exponent_bits} of total_bits {total_bits} make {values.numel()} values, "
-            f"not {2**total_bits}"
+            f"max_exponent_bits must give {2**total_bits} values for total_bits={total_bits}, "
+            f"got {max_exponent_bits}, which gives {values.numel()}"
         )
     return _padded(values)
 
@@ -137,8 +137,8 @@ def create_fp8_map(signed: bool = True, exponent_bits: int = 5, precision_bits: 
     """Small floating-point numbers, subnormals included, scaled to at most 1: float32 [256], padded with zeros."""
     if exponent_bits + precision_bits + signed != total_bits:
         raise ValueError(
-            f"total_bits: {total_bits} is not {exponent_bits} exponent bits + {precision_bits} precision bits + "
-            f"{int(signed)} sign bit"
+            f"total_bits must be exponent_bits + precision_bits + sign, "
+            f"{exponent_bits} + {precision_bits} + {int(signed)}, got {total_bits}"
         )
     bias = 2 ** (exponent_bits - 1)
     values = []

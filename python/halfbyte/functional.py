@@ -1,7 +1,6 @@
-"""Quantize and dequantize tensors, in blocks, to 4 and to 8 bits.
+"""Quantize and dequantize tensors blockwise, to 4 and 8 bits.
 
-Names and arguments are those of `bitsandbytes.functional`, and so are the bytes: what one of the two libraries wrote,
-the other reads.
+Names, arguments and bytes match `bitsandbytes.functional`: each library reads what the other wrote.
 
 >>> import torch
 >>> from halfbyte.functional import dequantize_4bit, quantize_4bit
@@ -80,10 +79,10 @@ def quantize_4bit(
     quant_type: str = "fp4",
     quant_storage: torch.dtype = torch.uint8,
 ) -> tuple[Tensor, QuantState]:
-    """Quantize a tensor to 4 bits a value, in blocks that share a scale.
+    """Quantize a tensor blockwise to 4-bit codes, with one scale per block.
 
     Args:
-        A: float16, bfloat16 or float32, of any shape and strides; read in row-major order as one list of `n` values.
+        A: float16, bfloat16 or float32, any shape and strides, read in row-major order as `n` values.
         absmax: Where to write the scales: float32 `[ceil(n / blocksize)]`, or uint8 with `compress_statistics`.
         out: Where to write the codes: of the shape and dtype of the first result.
         blocksize: 32, 64 (the default), 128, 256, 512, 1024, 2048 or 4096 consecutive values; the last block may be
@@ -98,10 +97,10 @@ def quantize_4bit(
         code are 0), and the state that `dequantize_4bit` needs. No gradient flows through either.
 
     Raises:
-        TypeError: A wrong type or dtype. The message names the argument and the legal ones.
-        ValueError: A wrong `blocksize` or `quant_type`, or an `out` or `absmax` of another shape or device.
+        TypeError: An argument has a wrong type or dtype.
+        ValueError: `blocksize` or `quant_type` is not supported, or `out` or `absmax` has another shape or device.
 
-    A block that holds NaN or an infinity is lost; on the CPU, where it costs nothing to know, that is logged.
+    A block that contains NaN or Inf dequantizes to NaN. On the CPU this is logged; on a GPU that would synchronize.
 
     >>> packed, state = quantize_4bit(torch.randn(3, 5), quant_type="nf4", quant_storage=torch.float32)
     >>> packed.shape, state.absmax.shape
@@ -180,15 +179,15 @@ def dequantize_4bit(
     if quant_state is None:
         if absmax is None or out is None:
             missing = " and ".join(name for name, value in (("absmax", absmax), ("out", out)) if value is None)
-            raise ValueError(f"{missing}: None; without quant_state, both absmax and out are needed")
+            raise ValueError(f"{missing} must be given when quant_state is None, got None")
         quant_state = QuantState(absmax, out.shape, None, 64 if blocksize is None else blocksize, quant_type, out.dtype)
     elif not isinstance(quant_state, QuantState):
-        raise TypeError(f"quant_state: {type(quant_state).__name__} is not a QuantState, as quantize_4bit returns")
+        raise TypeError(f"quant_state must be a QuantState from quantize_4bit, got {type(quant_state).__name__}")
     check_tensor("A", A)
     shape, *_ = quant_state.weight()
     dtype = quant_state.dtype
     if dtype is None:
-        raise ValueError("quant_state.dtype: None does not say what to dequantize to")
+        raise ValueError("quant_state.dtype must be the dtype to dequantize to, got None")
     check_float("quant_state.dtype", dtype)
     weight = _packed_weight(A, quant_state)
     if out is None:
@@ -241,7 +240,7 @@ def gemv_4bit(
     `transposed_A` and `transposed_B` are accepted for their callers' sake: what is transposed is seen from the shapes.
     """
     if state is None:
-        raise ValueError("state: None; the state that quantize_4bit returned is needed")
+        raise ValueError("state must be a QuantState from quantize_4bit, got None")
     return matmul_4bit(A, B, state, out=out)
 
 
@@ -256,14 +255,14 @@ def quantize_blockwise(
     blocksize: int = 4096,
     nested: bool = False,
 ) -> tuple[Tensor, QuantState]:
-    """Quantize a tensor to 8 bits a value, in blocks that share a scale.
+    """Quantize a tensor blockwise to 8-bit codes, with one scale per block.
 
     Args:
         A: float16, bfloat16 or float32, of any shape and strides.
         code: The values, float32, up to 256; default the signed dynamic map. 256 that ascend are the fast case.
         absmax: Where to write the scales: float32 `[ceil(n / blocksize)]`, or uint8 when `nested`.
         out: Where to write the codes: uint8, shaped as `A`.
-        blocksize: How many consecutive values share a scale, default 4096.
+        blocksize: Consecutive values per scale, default 4096.
         nested: Quantize the scales too.
 
     Returns:
@@ -337,7 +336,7 @@ def dequantize_blockwise(
     """
     if quant_state is None:
         if absmax is None:
-            raise ValueError("absmax: None; without quant_state, absmax is needed")
+            raise ValueError("absmax must be given when quant_state is None, got None")
         quant_state = QuantState(absmax, code=code, blocksize=blocksize, dtype=torch.float32)
     check_tensor("A", A)
     dtype = quant_state.dtype or torch.float32
@@ -385,9 +384,9 @@ def int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Te
     """
     check_quantize_rows(A, "A")
     if not isinstance(threshold, (int, float)):
-        raise TypeError(f"threshold: {threshold!r} is not a number")
+        raise TypeError(f"threshold must be a number, got {threshold!r}")
     if not threshold >= 0:
-        raise ValueError(f"threshold: {threshold} is negative; expected 0 (none) or more")
+        raise ValueError(f"threshold must be at least 0 (0 turns it off), got {threshold}")
     A = A.detach() if A.requires_grad else A
     columns = None
     if threshold > 0:

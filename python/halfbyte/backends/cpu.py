@@ -235,7 +235,7 @@ def embedding_4bit(indices: Tensor, weight: PackedWeight, dtype: torch.dtype) ->
         return torch.empty((*indices.shape, dim), dtype=dtype)
     low, high = (int(i) for i in torch.aminmax(flat))
     if low < 0 or high >= rows:
-        raise IndexError(f"indices: {low if low < 0 else high} is not a row; there are {rows}, counted from 0")
+        raise IndexError(f"indices must be from 0 to {rows - 1}, got {low if low < 0 else high}")
     if dim == 0:
         return torch.empty((*indices.shape, dim), dtype=dtype)
     data = packed.contiguous().view(torch.uint8).reshape(-1)
@@ -263,7 +263,7 @@ def _boundaries(code: Tensor) -> Tensor:
     """Above which values each next code begins: the midpoints, moved so that ties go to the even code."""
     lower, upper = code[:-1], code[1:]
     if not bool((lower <= upper).all()) or not bool(code.isfinite().all()):
-        raise ValueError("code: is not 256 finite values in ascending order")
+        raise ValueError("code must be 256 finite values in ascending order, got others")
     middle = (lower + upper) * 0.5
     odd = torch.arange(255) % 2 == 1
     return torch.where(odd & (middle > lower), torch.nextafter(middle, torch.tensor(-torch.inf)), middle)

@@ -227,8 +227,11 @@ def _slow(device: int, dtype: torch.dtype, k: int, blocksize: int) -> str | None
 def _kernel(
     device: int, dtype: torch.dtype, n: int, k: int, quant_type: str, blocksize: int, nested: bool
 ) -> tuple[Callable[..., None], int, Callable[[int], bool]]:
-    """Launches products with weights of this kind; the rows up to which they are faster than a dense copy of the
-    weight, 0 if no kernel for few rows takes it, which is said, once; and whether so many more rows are, too.
+    """Choose the kernel for weights of this kind.
+
+    Returns:
+        The launcher; the number of rows up to which it is faster than dequantize + matmul (0 when no small-batch kernel
+        takes the weight, which is logged once); and a function that tells the same for more rows.
     """
     reason = _slow(device, dtype, k, blocksize)
     if reason is not None and dtype is not torch.float32:

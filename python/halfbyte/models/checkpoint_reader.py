@@ -54,7 +54,8 @@ class Folder:
         self._views: dict[Path, Any] = {}
         self._readers: dict[Path, Any] = {}
         self._files: dict[str, Path] = {}
-        for file, expected in list_shards(self.path).items():
+        listed = list_shards(self.path)
+        for file, expected in listed.items():
             handle = self._open(self._views, file)
             # In the order of the data, where this release of safetensors can tell.
             found = handle.offset_keys() if hasattr(handle, "offset_keys") else handle.keys()
