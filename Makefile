@@ -45,7 +45,7 @@ export HALFBYTE_NVIDIA = $(shell test -d '$(NVIDIA)/nvidia' && echo '$(abspath $
 rust_files := Cargo.toml Cargo.lock pyproject.toml $(shell find rust -name '*.rs' -o -name Cargo.toml 2>/dev/null)
 rust_files += $(wildcard kernels/*.cu kernels/*.cuh kernels/build_kernels.py kernels/compiler/*.py) kernels/kernels.lock.json requirements/kernels.txt
 
-.PHONY: help demo test test-matrix setup-demo setup-test develop rust-toolchain lint fmt typecheck stubtest cargo-test pytest bench bench-cuda kernels-lock kernels-check kernels-host clean
+.PHONY: help demo test test-matrix setup-demo setup-test develop rust-toolchain lint fmt typecheck stubtest cargo-test pytest bench bench-cuda kernels-lock kernels-check emulator clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / && !seen[$$1]++ { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -146,7 +146,7 @@ kernels-check: setup-test $(kernel_tools) $(others) ## that kernels/ compiles to
 	$(py) kernels/build_kernels.py check --nvidia $(NVIDIA) $(others:%=--ptxas %)
 
 # Also part of `pytest`; there, what this machine lacks a compiler or a sanitizer for is skipped, with the reason.
-kernels-host: setup-test develop ## run kernels/*.cu on the processor: the core's bits, sanitizers, planted mistakes
+emulator: setup-test develop ## run kernels/*.cu on the processor: the core's bits, sanitizers, planted mistakes
 	@command -v $(firstword $(CXX)) >/dev/null || { echo "error: no C++ compiler: $(CXX)" >&2; exit 1; }
 	$(py) -m pytest tests/kernels $(ARGS)
 

@@ -1,4 +1,4 @@
-"""What the GPU benches share: rotated arguments, CUDA graphs, events, and the floor: kernels that only move memory."""
+"""Helpers of the GPU benches: rotated arguments, CUDA graphs, events, and floor kernels that only move memory."""
 
 from __future__ import annotations
 

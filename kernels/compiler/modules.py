@@ -100,7 +100,7 @@ MODULES = (
     Module("decode_ring", "90", ("90", "100")),
     Module("decode_ring_long", "90", ("90", "100")),
     # Products of warpgroups.
-    *(_gemm(element, tokens) for element in ("Bf16", "F16") for tokens in (64, 128, 192, 256)),
+    *(_gemm(element, tokens) for element in ("Bf16", "F16") for tokens in (64, 96, 128, 192, 256)),
 )
 
 

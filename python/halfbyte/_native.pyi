@@ -19,6 +19,7 @@ __all__ = [
     "cuda_dequantize_rows",
     "cuda_device",
     "cuda_device_count",
+    "cuda_device_memory",
     "cuda_driver_version",
     "cuda_embedding_4bit",
     "cuda_expand_absmax",
@@ -107,8 +108,10 @@ class CpuLinear:
         nested: bool,
         bias: str | None = None,
     ) -> CpuLinear:
-        """Check the kind. `dtype` is that of the factor and the result: "float16", "bfloat16" or "float32"; `bias` that
-        of the bias, where there is one.
+        """Check the arguments once for all calls.
+
+        `dtype` is the dtype of the input and the output: "float16", "bfloat16" or "float32". `bias` is the dtype of the
+        bias, or None without one.
         """
 
     def forward(
@@ -185,6 +188,9 @@ def cuda_device_count() -> int:
 
     RuntimeError in a build without kernels, without a driver, with one before CUDA 12.0, or after a fork.
     """
+
+def cuda_device_memory(device: int) -> int:
+    """Bytes of memory that a device has, of any compute capability. ValueError for an ordinal that is not there."""
 
 def cuda_device(device: int) -> tuple[str, tuple[int, int], int, int]:
     """Name, compute capability, multiprocessors and bytes of shared memory per block of a device.
@@ -291,8 +297,9 @@ class CudaLinear:
         """Rows of `x` that one launch takes at most, where the kind is one for the matrix units."""
 
     def pays(self, m: int) -> bool:
-        """Whether `launch` makes a product of `m` rows of `x`, more than a few, in less time than a dense copy of the
-        weight and a product with that. `x` and the codes begin at multiples of 16 bytes.
+        """Whether `launch` with `m` rows of `x` is faster than dequantizing the weight and a dense product.
+
+        `x` and the packed weight must be aligned to 16 bytes.
         """
 
     def launch(
@@ -307,9 +314,10 @@ class CudaLinear:
         bias: int,
         y: int,
     ) -> None:
-        """Make one product on `stream`, with `m` rows of `x`. All others are addresses in the device's memory: of `x`
-        and `y` in the dtype, of the codes, the scales (two levels and the offset when nested, else 0), and the bias
-        or 0. How much memory there is, the caller has checked.
+        """Launch one product of `m` rows of `x` on `stream`.
+
+        All other arguments are addresses in device memory. `x`, `bias` and `y` have the dtype of the product. `absmax2`
+        and `offset` are 0 unless the scales are nested; `bias` is 0 without one. The caller has checked the sizes.
         """
 
 def cuda_expand_absmax(

@@ -521,6 +521,21 @@ pub fn device_count() -> Result<usize> {
     Ok(usize::try_from(count).unwrap_or(0))
 }
 
+/// Bytes of memory that a device has, of any compute capability.
+///
+/// # Errors
+/// As [`device_count`]; [`Error::Argument`] for an ordinal that is not there.
+pub fn device_memory(ordinal: usize) -> Result<usize> {
+    let count = device_count()?;
+    if ordinal >= count {
+        return Err(Error::argument("device", ordinal, format!("an ordinal below {count}")));
+    }
+    let failed = |what: &'static str| move |error| driver_error(format!("device {ordinal}"), what, error);
+    let handle = result::device::get(ordinal as c_int).map_err(failed("cuDeviceGet"))?;
+    // SAFETY: `handle` is a device that the driver gave.
+    unsafe { result::device::total_mem(handle) }.map_err(failed("cuDeviceTotalMem"))
+}
+
 /// The device that has the memory at this address; `None` for memory of the processor, of which CUDA need not know.
 ///
 /// # Errors

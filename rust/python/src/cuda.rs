@@ -19,6 +19,7 @@ pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     cuda::listen(log_warning);
     m.add_function(wrap_pyfunction!(cuda_driver_version, m)?)?;
     m.add_function(wrap_pyfunction!(cuda_device_count, m)?)?;
+    m.add_function(wrap_pyfunction!(cuda_device_memory, m)?)?;
     m.add_function(wrap_pyfunction!(cuda_device, m)?)?;
     m.add_function(wrap_pyfunction!(cuda_kernels, m)?)?;
     m.add_function(wrap_pyfunction!(cuda_kernel_form, m)?)?;
@@ -48,6 +49,12 @@ fn cuda_driver_version(py: Python<'_>) -> PyResult<(i32, i32)> {
 #[pyfunction]
 fn cuda_device_count(py: Python<'_>) -> PyResult<usize> {
     py.detach(driver::device_count).map_err(to_py)
+}
+
+/// Bytes of memory that a device has.
+#[pyfunction]
+fn cuda_device_memory(py: Python<'_>, device: usize) -> PyResult<usize> {
+    py.detach(|| driver::device_memory(device)).map_err(to_py)
 }
 
 /// Name, compute capability, multiprocessors and shared memory per block of a device.
