@@ -57,10 +57,11 @@ def kernels(x: Tensor, factor: Tensor | None = None, *constants: Tensor | None) 
 
     Derivatives are taken with regard to `x` and `factor`; all others are constants.
     """
-    for constant in constants:
-        if type(constant) not in PLAIN_TYPES:
-            return None
-    return _kernels(x, factor)
+    found = _kernels(x, factor)
+    # Afterwards: compilers of old releases of torch do not understand this question.
+    if found is not None and any(type(constant) not in PLAIN_TYPES for constant in constants):
+        return None
+    return found
 
 
 def _kernels(x: Tensor, factor: Tensor | None) -> ModuleType | None:
@@ -99,7 +100,8 @@ def kernels_of(x: Tensor, factor: Tensor | None, weight: PackedWeight, *constant
     codes, packing = weight
     memo = packing.memo
     if memo is not None and memo.plain and not constants:
-        return _kernels(x, factor) if type(codes) in PLAIN_TYPES else None
+        found = _kernels(x, factor)
+        return found if found is None or type(codes) in PLAIN_TYPES else None
     absmax, absmax2, offset, *_ = packing
     found = kernels(x, factor, codes, absmax, absmax2, offset, *constants)
     if found is not None and memo is not None:
