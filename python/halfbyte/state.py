@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from halfbyte.codebooks import dynamic_map
+from halfbyte.codebooks import dynamic_map, quant_map
 from halfbyte.ops.checks import FLOAT_DTYPES, NESTED_BLOCKSIZE, QUANT_TYPES, check_blocksize, check_quant_type
 
 PACKED_KEYS = tuple(f"quant_state.bitsandbytes__{quant_type}" for quant_type in QUANT_TYPES)
@@ -229,6 +229,7 @@ class QuantState:
         if quant_type is not None:
             check_quant_type(quant_type)
             check_blocksize(blocksize)
+            _check_codebook(fields["quant_map"], quant_type)
         shape = fields.get("shape")
         if shape is not None:
             if not isinstance(shape, (list, tuple)) or any(type(n) is not int or n < 0 for n in shape):
@@ -327,6 +328,14 @@ def _dtype(fields: Mapping[str, Any], key: str) -> torch.dtype:
     if not isinstance(value, str) or value not in _DTYPES:
         raise ValueError(f"{key}: {value!r} is not one of {', '.join(map(repr, _DTYPES))}")
     return _DTYPES[value]
+
+
+def _check_codebook(code: object, quant_type: str) -> None:
+    """4-bit codes are read with the built-in values: the stored ones must be these, up to how they were rounded."""
+    if not isinstance(code, Tensor) or code.is_meta:
+        return
+    if code.shape != (16,) or not torch.allclose(code.cpu().float(), quant_map(quant_type, "cpu"), rtol=0, atol=1e-2):
+        raise ValueError(f"quant_map: is not the 16 values of {quant_type}, the only ones that it has")
 
 
 def _check_dynamic(state2: QuantState) -> None:

@@ -70,10 +70,17 @@ class Folder:
             handle = self._open(self._views, file)
             # In the order of the data, where this release of safetensors can tell.
             found = handle.offset_keys() if hasattr(handle, "offset_keys") else handle.keys()
-            self._files.update(dict.fromkeys(found, file))
             absent = sorted(expected - set(found))
             if absent:
                 raise CheckpointError(f"{file}: {absent[0]!r} is missing, which {_INDEX} says it holds")
+            for name in found:
+                other = self._files.get(name)
+                if other is None or name in expected:
+                    self._files[name] = file
+                elif name not in listed[other]:
+                    raise CheckpointError(
+                        f"{file}: {name!r} is in {other} too, and {_INDEX} does not say which to take"
+                    )
         self.names = list(self._files)
         if not self.names:
             raise CheckpointError(f"{self.path}: holds no tensor")

@@ -292,9 +292,7 @@ def _layers(
             )
         if isinstance(old, nn.Embedding) and (old.max_norm is not None or old.sparse):
             raise CheckpointError(f"{where}: is 4-bit, but {path} has max_norm or sparse, which 4-bit tables have not")
-        stats = {name.removeprefix(f"{base}."): source.view(name) for name in plan.states[base]}
-        # Some tools cast everything that is not packed to 16 bits.
-        stats.update({k: v.float() for k, v in stats.items() if v.dtype in (torch.float16, torch.bfloat16)})
+        stats = float_parts({name.removeprefix(f"{base}."): source.view(name) for name in plan.states[base]})
         try:
             weight = Params4bit.from_prequantized(source.view(base), stats, device=device)
         except (ValueError, TypeError) as error:
@@ -302,7 +300,7 @@ def _layers(
         state = weight.quant_state
         assert state is not None
         assert state.shape is not None
-        shape, expected = tuple(state.shape), _shape_of(old)
+        shape, expected = tuple(state.shape), layer_shape(old)
         if shape != expected:
             raise CheckpointError(f"{where}: holds {list(shape)}, {path} of the model has {list(expected)}")
         if old in found:
@@ -321,6 +319,12 @@ def _layers(
     return list(found.items())
 
 
+def float_parts(stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parts beside a packed weight with scales in float32: some tools cast all that is not packed to 16 bits."""
+    half = (torch.float16, torch.bfloat16)
+    return {key: value.float() if value.dtype in half else value for key, value in stats.items()}
+
+
 def _has_own_code(cls: type[nn.Module]) -> bool:
     """Would a 4-bit layer in its place lose code of the class, or be read by code that expects a plain weight?"""
     if issubclass(cls, Linear4bit | Embedding4bit) or is_conv1d(cls):
@@ -331,7 +335,7 @@ def _has_own_code(cls: type[nn.Module]) -> bool:
     return cls is inert or cls.forward is not base.forward
 
 
-def _shape_of(old: nn.Module) -> tuple[int, ...]:
+def layer_shape(old: nn.Module) -> tuple[int, ...]:
     """`[out, in]` of a linear layer, `[rows, columns]` of an embedding."""
     if isinstance(old, Linear4bit | Embedding4bit):
         return old._weight_shape()
@@ -459,7 +463,9 @@ def _read_config(source: Folder) -> BitsAndBytesConfig | None:
         raise CheckpointError(f"{where}: llm_int8_skip_modules must be a list of names or null, got {skipped!r}")
     arguments = inspect.signature(BitsAndBytesConfig).parameters
     try:
-        return BitsAndBytesConfig.from_dict({key: value for key, value in found.items() if key in arguments})
+        return BitsAndBytesConfig.coerce(
+            BitsAndBytesConfig.from_dict({key: value for key, value in found.items() if key in arguments})
+        )
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: {error}") from None
 
