@@ -1,11 +1,11 @@
 """halfbyte under the name `bitsandbytes`, for code that imports that package.
 
-`offer` answers to the name where no `bitsandbytes` is installed. `install` answers in any case, and in
-child processes too. Neither imports torch: the layer itself is loaded by the first `import bitsandbytes`.
+`offer` provides the name where `bitsandbytes` is not installed. `install` provides it in any case, and in child
+processes too. Neither imports torch: the layer itself is loaded by the first `import bitsandbytes`.
 
-Children are reached in two ways. A wheel puts `halfbyte_bitsandbytes.pth` beside the package: with
-HALFBYTE_BITSANDBYTES=1 in the environment its one line calls `install` when Python starts, also with `-E` or `-I`, and
-without it does nothing. Where it is not, as in a source tree on PYTHONPATH, a folder on PYTHONPATH does the same.
+Two mechanisms start it in child processes. A wheel installs `halfbyte_bitsandbytes.pth`, whose single line calls
+`install` at start-up if HALFBYTE_BITSANDBYTES=1 is set, also under `python -E` and `-I`. In a source tree on
+PYTHONPATH, a folder added to PYTHONPATH does the same.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def version() -> str:
 
 
 class _Finder:
-    """Finds the package and its metadata: whoever looks for one must find the other too."""
+    """Finds the package and its metadata, which libraries look up separately."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None

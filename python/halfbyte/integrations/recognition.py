@@ -1,4 +1,4 @@
-"""4-bit layers that other libraries recognize: they look for bitsandbytes' names and classes."""
+"""Make 4-bit layers recognizable to libraries that look for bitsandbytes' names and classes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from halfbyte.integrations.served import has_bitsandbytes
 
 
 def serve_bitsandbytes(model: nn.Module) -> None:
-    """Make the 4-bit layers of a model answer to the names by which libraries look for bitsandbytes' layers."""
+    """Make the 4-bit layers of a model pass the checks that libraries use to find bitsandbytes' layers."""
     if has_bitsandbytes():
         from halfbyte.integrations.bitsandbytes import promote
 

@@ -1,7 +1,7 @@
-"""`load_quantized`: a model filled straight from a 4-bit checkpoint, without its 16-bit form in between.
+"""`load_quantized`: fill a model from a 4-bit checkpoint, without a 16-bit copy in between.
 
-Everything is checked against the headers before the model is touched. On the CPU tensors are mapped, so loading
-reads almost nothing and the memory is the file's.
+Everything is checked against the file headers before the model is changed. On the CPU, tensors are memory-mapped, so
+loading reads almost nothing.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Plan:
 def load_quantized(
     model: _Model, folder: str | PathLike[str], *, device: torch.device | str | int = "cpu", strict: bool = True
 ) -> _Model:
-    """Fill a model from a 4-bit checkpoint, as this package, or transformers with bitsandbytes, saves it.
+    """Fill a model from a 4-bit checkpoint that this package, or transformers with bitsandbytes, has saved.
 
     Args:
         model: On the meta device, so that nothing is allocated twice, or anywhere else. Linear layers, `Conv1D` and
@@ -67,21 +67,21 @@ def load_quantized(
             the checkpoint lacks stays as it was.
 
     Returns:
-        `model`, changed in place (another object only where the model itself is a linear layer). The training flag
-        stays as it was. Parameters have the dtypes of the file, and the compute dtype of 4-bit layers is that of
-        `quantization_config` in `config.json`, else the input's.
+        `model`, changed in place; a new object only if the model itself is a linear layer. The training flag is
+        unchanged. Parameters have the dtypes of the file. 4-bit layers compute in the dtype that `config.json` gives,
+        or else in the dtype of their input.
 
     Raises:
-        CheckpointError: The checkpoint is broken, not 4-bit, or does not fit the model. Names are given. The model is
-            then as it was.
-        ValueError: Buffers on the meta device that no checkpoint holds, and that the model cannot compute.
+        CheckpointError: The checkpoint is broken, is not 4-bit, or does not fit the model. The message names the
+            tensor, and the model is unchanged.
+        ValueError: A buffer is on the meta device, not in the checkpoint, and the model cannot compute it.
 
-    Models of transformers get their tensors under the names, with the conversions, ties and computed buffers of the
-    installed transformers. Fill other models on the meta device only where all of their buffers are in the checkpoint:
-    `accelerate.init_empty_weights()` leaves buffers alone, `torch.device("meta")` does not.
+    For models of transformers, the installed transformers decides names, conversions, ties and computed buffers. Other
+    models on the meta device need all of their buffers in the checkpoint: `accelerate.init_empty_weights()` leaves
+    buffers on the CPU, `torch.device("meta")` does not.
 
-    On the CPU tensors are mapped into memory, not read: do not overwrite the files in place while the model lives.
-    Replacing or deleting them is fine.
+    On the CPU, tensors are memory-mapped: do not overwrite the files in place while the model exists. Replacing or
+    deleting them is safe.
 
     >>> import torch, tempfile, halfbyte
     >>> from safetensors.torch import save_file
@@ -96,7 +96,7 @@ def load_quantized(
     True
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: {type(model).__name__} is not a torch.nn.Module")
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     target = torch.device(device)
     if target.type == "meta":
         raise ValueError("device: 'meta' holds no numbers; expected a device such as 'cpu' or 'cuda'")

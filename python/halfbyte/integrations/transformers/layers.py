@@ -1,4 +1,4 @@
-"""The layers of a model without weights: which become 4-bit, and putting 4-bit ones in their place."""
+"""Choose the layers of an empty model that become 4-bit, and replace them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def chosen(model: nn.Module, keep: Sequence[str]) -> list[str]:
 
 
 def without_effect(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Those of `names` that cover no module at all."""
+    """The names in `names` that match no module."""
     paths = [name for name, _ in model.named_modules() if name]
     return [name for name in names if all(should_convert_module(path, [name]) for path in paths)]
 

@@ -173,7 +173,7 @@ class Quantizer4bit(Bnb4BitHfQuantizer):
     # ---- after loading -----------------------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        """Quantize what the checkpoint lacked, and tell the model, and with it PEFT and Trainer, what it is."""
+        """Quantize weights that the checkpoint lacked, and mark the model as 4-bit for PEFT and Trainer."""
         for name, module in model.named_modules():
             weight = module._parameters.get(operations.WEIGHT) if isinstance(module, Quantized) else None
             if weight is None or weight.is_meta or module.quant_state is not None:
