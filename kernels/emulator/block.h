@@ -15,7 +15,7 @@ constexpr unsigned LANES = 32;
 constexpr unsigned GROUP = 128;  // threads of a warpgroup
 constexpr unsigned MAX_THREADS = 1024;
 constexpr unsigned MAX_CLUSTER = 8;
-constexpr unsigned MAX_PHASES = 256;
+constexpr unsigned MAX_PHASES = 1024;
 constexpr unsigned NAMED = 16;
 constexpr uint32_t REGISTERS = 65536;  // of a multiprocessor
 

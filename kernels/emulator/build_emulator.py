@@ -29,7 +29,7 @@ KERNELS = HERE.parent
 if str(KERNELS) not in sys.path:
     sys.path.append(str(KERNELS))
 
-import build_ptx  # noqa: E402
+from compiler.modules import MODULES  # noqa: E402
 
 CACHE = KERNELS.parent / ".cache" / "emulator"
 
@@ -104,7 +104,7 @@ def digest(files: list[Path], *more: str) -> str:
 
 def instances(source: Path) -> list[tuple[str, ...]]:
     """What is defined for each of the times that a source is compiled to PTX, where that is more than once."""
-    return [module.defines for module in build_ptx.MODULES if module.source == source.stem and module.defines]
+    return [module.defines for module in MODULES if module.source == source.stem and module.defines]
 
 
 def included(source: Path) -> str:

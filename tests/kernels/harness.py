@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import build_emulator
-import build_ptx
 import numpy as np
 import pytest
+from compiler.modules import sources_of
 from numpy.typing import NDArray
 
 GUARD = 64
@@ -316,7 +316,7 @@ def concerns(source: Path, mode: str) -> bool:
     """Whether a source is built in a mode."""
     if mode == "ucontext":
         return source.parent.name == "tests"
-    return mode != "stores" or "wgmma.cuh" in {file.name for file in build_ptx.sources_of(source)}
+    return mode != "stores" or "wgmma.cuh" in {file.name for file in sources_of(source)}
 
 
 @functools.cache

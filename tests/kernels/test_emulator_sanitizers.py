@@ -111,9 +111,9 @@ def of_decode_ring_long(source: Described) -> Iterator[Check]:
 
 def of_gemm(source: Described) -> Iterator[Check]:
     """Every kernel: scales one by one and by fours, K in parts, rows and columns that are not there."""
-    shapes = [(33, 130, 288, 32), (3, 7, 256, 64), (20, 9, 544, 4096), (65, 40, 32, 128)]
+    shapes = [(33, 130, 288, 32), (70, 9, 256, 64), (3, 7, 256, 64), (20, 9, 544, 4096), (65, 40, 32, 128)]
     for dtype in ("bf16", "f16"):
-        for (m, n, k, blocksize), tokens in zip(shapes, (64, 128, 192, 256), strict=True):
+        for (m, n, k, blocksize), tokens in zip(shapes, (64, 96, 128, 192, 256), strict=True):
             nested = (dtype == "bf16") == (tokens > 64)
             product = Product.random(m, n, k, dtype, "nf4", blocksize, nested=nested, bias=nested)
             yield launches.gemm(source, product, launches.Gemm(tokens, parts=2 if k > 512 else 1))
