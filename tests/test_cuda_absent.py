@@ -33,7 +33,7 @@ def test_without_a_driver_the_error_says_so() -> None:
         lambda: _native.cuda_quantize_8bit(0, 0, *[(0, 0, "float32")] * 2, EMPTY, (0, 0, "float32"), 64),
         lambda: _native.cuda_quantize_rows(0, 0, (0, 0, "float32"), (0, 0, "int8"), (0, 0, "float32"), 0, 0),
     ):
-        with pytest.raises(RuntimeError, match=r"libcuda\) is not installed"):
+        with pytest.raises(_native.NoCudaDriverError, match=r"libcuda\) is not installed"):
             call()
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from halfbyte._native import CheckpointError
 from halfbyte.offline import config_json
-from halfbyte.offline.hub import resolve_source
+from halfbyte.offline.hub import Hub, resolve_source
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -56,9 +56,9 @@ class Folder:
         CheckpointError: There is no checkpoint there, or it is broken; the message names the file.
     """
 
-    def __init__(self, path: Any) -> None:
+    def __init__(self, path: Any, hub: Hub = Hub()) -> None:  # noqa: B008  (frozen)
         """Read the index and the headers."""
-        self.path = resolve_source(path)
+        self.path = resolve_source(path, hub)
         folder = self.path if self.path.is_dir() else self.path.parent
         self.config = config_json.read_config(folder)
         self._stack = contextlib.ExitStack()

@@ -12,8 +12,8 @@ from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from halfbyte._native import CheckpointError
+from halfbyte.models.layers import is_conv1d
 from halfbyte.models.replace import SOURCE_CLASS, empty_linear4bit
-from halfbyte.models.select import is_conv1d
 from halfbyte.nn import Embedding4bit, Linear4bit, Params4bit
 from halfbyte.offline.transformers_names import renamed
 from halfbyte.state import PACKED_KEYS, TENSOR_KEYS

@@ -11,13 +11,14 @@ mod facts;
 mod known;
 mod matching;
 mod model;
+mod modules;
 mod names;
 mod prefixes;
 mod rules;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use serde_json::Value;
 
@@ -25,33 +26,12 @@ pub use self::facts::TensorFacts;
 use self::facts::module_of;
 use self::matching::{SkipKey, plain_key_matches, skip_list, with_and_without};
 use self::model::{Class, Model, Reason};
+pub use self::modules::{Match, match_components, match_names, named_as_output, skip_modules};
 pub use self::rules::Rule;
 use super::dtype::is_float;
+use super::options::{QuantizeOptions, Selected};
 use crate::codebook::QuantType;
 use crate::error::{Error, Result};
-
-/// What the user asks for.
-#[derive(Debug, Clone)]
-pub struct SelectionOptions {
-    /// The codebook of tensors that no rule names.
-    pub quant_type: QuantType,
-    /// Exceptions; the first that matches a tensor decides.
-    pub rules: Vec<Rule>,
-    /// Names of modules to keep besides the defaults, matched as transformers matches `llm_int8_skip_modules`.
-    pub skip: Vec<String>,
-    /// The tensors to quantize where somebody else has decided (`--selection transformers`); rules and skip names
-    /// still apply.
-    pub explicit: Option<HashSet<String>>,
-    /// Which of those are stored `[in, out]`, where somebody else knows that too.
-    pub explicit_conv1d: Option<HashSet<String>>,
-}
-
-impl Default for SelectionOptions {
-    /// NF4, and nobody's exceptions.
-    fn default() -> Self {
-        Self { quant_type: QuantType::Nf4, rules: Vec::new(), skip: Vec::new(), explicit: None, explicit_conv1d: None }
-    }
-}
 
 /// What becomes of one tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,24 +75,29 @@ pub struct Selection {
     pub skip_modules: Option<Vec<String>>,
 }
 
-/// Decides for every tensor of a checkpoint.
+/// Decides for every tensor of a checkpoint; `selected` are the weights to quantize where somebody else has decided.
 ///
 /// # Errors
-/// [`Error::Argument`] when a rule or `explicit` asks to quantize what cannot be quantized, or a skip name is no
+/// [`Error::Argument`] when a rule or `selected` asks to quantize what cannot be quantized, or a skip name is no
 /// regular expression.
-pub fn select(config: Option<&Value>, tensors: &[TensorFacts<'_>], options: &SelectionOptions) -> Result<Selection> {
+pub fn select(
+    config: Option<&Value>,
+    tensors: &[TensorFacts<'_>],
+    options: &QuantizeOptions,
+    selected: Option<&Selected>,
+) -> Result<Selection> {
     let model = Model::new(config, tensors);
     let renames = model.renames(tensors);
     let skip = options.skip.iter().map(|name| SkipKey::new(name)).collect::<Result<Vec<_>>>()?;
-    if let Some(explicit) = &options.explicit {
-        check_explicit(explicit, tensors)?;
+    if let Some(selected) = selected {
+        check_selected(&selected.tensors, tensors)?;
     }
     let mut notes = model.notes();
     let mut decisions = Vec::with_capacity(tensors.len());
     // The modules that the loader may convert: their index, the parts it makes of them, and whether we convert them.
     let mut modules: Vec<(usize, &'static [&'static str], bool)> = Vec::new();
     // Defaults depend on a code that nobody has read, where the model is not known: a list says all of it.
-    let mut as_default = !model.is_cautious() || options.explicit.is_some();
+    let mut as_default = !model.is_cautious() || selected.is_some();
     let mut rule_use = vec![RuleUse::default(); options.rules.len()];
     let mut skip_used = vec![false; skip.len()];
     let mut experts = 0usize;
@@ -122,16 +107,16 @@ pub fn select(config: Option<&Value>, tensors: &[TensorFacts<'_>], options: &Sel
         let source = module_of(tensor.name);
         let module = if options.rules.is_empty() && skip.is_empty() { source.into() } else { renames.apply(source) };
         experts += usize::from(class.never == Some(Reason::Expert));
-        if let Some(explicit) = &options.explicit {
-            if explicit.contains(tensor.name) {
+        if let Some(selected) = selected {
+            if selected.tensors.contains(tensor.name) {
                 class.linear = true;
                 class.kept = None;
                 class.never = class.never.filter(|reason| matches!(reason, Reason::Dtype(_) | Reason::Empty));
-                if let Some(conv1d) = &options.explicit_conv1d {
+                if let Some(conv1d) = &selected.conv1d {
                     class.conv1d = conv1d.contains(tensor.name);
                 }
             } else if class.linear {
-                class.kept = class.kept.or(Some(Reason::NotExplicit));
+                class.kept = class.kept.or(Some(Reason::NotSelected));
             }
         }
         let skipped = skip.iter().position(|key| class.linear && (key.matches(&module) || key.matches(source)));
@@ -230,11 +215,9 @@ fn quantize(quant_type: QuantType, transpose: bool, reason: String) -> Decision 
     Decision { treatment: Treatment::Quantize { quant_type, transpose }, reason, float32: false }
 }
 
-fn check_explicit(explicit: &HashSet<String>, tensors: &[TensorFacts<'_>]) -> Result<()> {
+fn check_selected(selected: &BTreeSet<String>, tensors: &[TensorFacts<'_>]) -> Result<()> {
     let names: HashMap<&str, &TensorFacts<'_>> = tensors.iter().map(|tensor| (tensor.name, tensor)).collect();
-    let mut wanted: Vec<&String> = explicit.iter().collect();
-    wanted.sort();
-    for name in wanted {
+    for name in selected {
         let Some(tensor) = names.get(name.as_str()) else {
             return Err(Error::argument("selection", format!("{name:?}"), "names of tensors of this checkpoint"));
         };
