@@ -5,10 +5,11 @@ use std::borrow::Cow;
 use std::collections::BTreeSet;
 
 use safetensors::Dtype;
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::dtype::{storage_dtype, torch_name, weight_dtype};
-use super::selection::Rule;
+use super::selection::rules::Rule;
 use crate::codebook::QuantType;
 use crate::error::Error;
 use crate::geometry::BlockSize;
@@ -27,12 +28,12 @@ pub struct QuantizeOptions {
     /// Values per scale.
     pub blocksize: BlockSize,
     /// The dtype that packed codes are stored as.
-    #[serde(with = "storage")]
+    #[serde(serialize_with = "dtype_name", deserialize_with = "storage_by_name")]
     pub storage: Dtype,
     /// The dtype that loaders multiply in, as torch calls it; none for that of the model. Only config.json has it.
     pub compute_dtype: Option<String>,
     /// The dtype that weights are cast to before they are quantized or kept; none for that of config.json.
-    #[serde(with = "float")]
+    #[serde(serialize_with = "float_name", deserialize_with = "float_by_name")]
     pub dtype: Option<Dtype>,
     /// Largest output file in bytes; one weight alone may exceed it.
     pub max_shard_size: u64,
@@ -93,7 +94,7 @@ pub struct Selected {
 #[serde(deny_unknown_fields)]
 pub struct DequantizeOptions {
     /// The dtype to write; none for the one that each weight had.
-    #[serde(with = "float")]
+    #[serde(serialize_with = "float_name", deserialize_with = "float_by_name")]
     pub dtype: Option<Dtype>,
     /// Largest output file in bytes; one weight alone may exceed it.
     pub max_shard_size: u64,
@@ -109,15 +110,15 @@ impl Default for DequantizeOptions {
 macro_rules! by_name {
     ($($name:ty),*) => {$(
         impl Serialize for $name {
-            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
                 serializer.collect_str(self)
             }
         }
 
         impl<'de> Deserialize<'de> for $name {
-            fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
                 let name = Cow::<'de, str>::deserialize(deserializer)?;
-                name.parse().map_err(|error: Error| serde::de::Error::custom(error))
+                name.parse().map_err(|error: Error| D::Error::custom(error))
             }
         }
     )*};
@@ -126,48 +127,32 @@ macro_rules! by_name {
 by_name!(QuantType, Rule);
 
 impl Serialize for BlockSize {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_u64(self.get() as u64)
     }
 }
 
 impl<'de> Deserialize<'de> for BlockSize {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        Self::new(usize::deserialize(deserializer)?).map_err(serde::de::Error::custom)
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Self::new(usize::deserialize(deserializer)?).map_err(D::Error::custom)
     }
 }
 
-/// The dtype of packed codes, by torch's name.
-mod storage {
-    use serde::de::Error as _;
-    use serde::{Deserializer, Serializer};
-
-    use super::{Cow, Deserialize, Dtype, Serialize, storage_dtype, torch_name};
-
-    pub fn serialize<S: Serializer>(dtype: &Dtype, serializer: S) -> Result<S::Ok, S::Error> {
-        torch_name(*dtype).serialize(serializer)
-    }
-
-    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Dtype, D::Error> {
-        storage_dtype(&Cow::deserialize(deserializer)?).map_err(D::Error::custom)
-    }
+fn dtype_name<S: Serializer>(dtype: &Dtype, serializer: S) -> Result<S::Ok, S::Error> {
+    torch_name(*dtype).serialize(serializer)
 }
 
-/// The dtype of weights, by torch's name, or none.
-mod float {
-    use serde::de::Error as _;
-    use serde::{Deserializer, Serializer};
+fn storage_by_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Dtype, D::Error> {
+    storage_dtype(&Cow::deserialize(deserializer)?).map_err(D::Error::custom)
+}
 
-    use super::{Cow, Deserialize, Dtype, Serialize, torch_name, weight_dtype};
+fn float_name<S: Serializer>(dtype: &Option<Dtype>, serializer: S) -> Result<S::Ok, S::Error> {
+    dtype.and_then(torch_name).serialize(serializer)
+}
 
-    pub fn serialize<S: Serializer>(dtype: &Option<Dtype>, serializer: S) -> Result<S::Ok, S::Error> {
-        dtype.and_then(torch_name).serialize(serializer)
-    }
-
-    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Dtype>, D::Error> {
-        let name = Option::<Cow<'de, str>>::deserialize(deserializer)?;
-        name.map(|name| weight_dtype("dtype", &name)).transpose().map_err(D::Error::custom)
-    }
+fn float_by_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Dtype>, D::Error> {
+    let name = Option::<Cow<'de, str>>::deserialize(deserializer)?;
+    name.map(|name| weight_dtype("dtype", &name)).transpose().map_err(D::Error::custom)
 }
 
 #[cfg(test)]

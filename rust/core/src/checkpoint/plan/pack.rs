@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use super::layout::{Layout, OutputTensor};
-use super::{Action, Group, Kind, ShardPlan, TensorPlan, WeightOutputs};
+use super::types::{Action, Group, Kind, ShardPlan, TensorPlan, WeightOutputs};
 use crate::checkpoint::file_names::SINGLE_FILE;
 use crate::checkpoint::reader::Checkpoint;
 use crate::checkpoint::reader::header::MAX_HEADER_LEN;

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::{Operation, Plan, TensorPlan};
+use super::types::{Operation, Plan, TensorPlan};
 use crate::checkpoint::dtype::torch_name;
 
 /// A whole plan.

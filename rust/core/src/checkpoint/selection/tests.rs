@@ -4,7 +4,11 @@ use proptest::prelude::*;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
+use super::matching::SkipKey;
 use super::*;
+use crate::checkpoint::dtype::is_float;
+use crate::checkpoint::options::QuantizeOptions;
+use crate::error::Result;
 
 fn facts<'a>(tensors: &'a [(&'a str, Vec<usize>)]) -> Vec<TensorFacts<'a>> {
     tensors.iter().map(|(name, shape)| TensorFacts { name, shape, dtype: Dtype::BF16 }).collect()

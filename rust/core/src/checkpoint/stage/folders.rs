@@ -8,6 +8,17 @@ use std::path::{Path, PathBuf};
 use crate::checkpoint::file;
 use crate::error::{Error, Result};
 
+/// The hidden folder inside a destination.
+pub const STAGE_FOLDER: &str = ".halfbyte-partial";
+
+/// Its file that says what is being made.
+pub(super) const JOURNAL: &str = "journal.json";
+
+/// The folder of the files that a run into `destination` has made so far.
+pub fn files_in(destination: &Path) -> PathBuf {
+    destination.join(STAGE_FOLDER).join("files")
+}
+
 pub(super) fn exists(path: &Path) -> bool {
     fs::symlink_metadata(path).is_ok()
 }

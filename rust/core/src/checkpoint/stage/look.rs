@@ -6,10 +6,13 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::folders::{contents, exists, is_folder};
+use super::folders::{JOURNAL, STAGE_FOLDER, contents, exists, is_folder};
 use super::lock::{in_use, is_locked};
-use super::{JOURNAL, JOURNAL_VERSION, Mode, STAGE_FOLDER};
+use super::mode::Mode;
 use crate::error::{Error, Result};
+
+/// Version of the journal; another version's runs are not continued.
+pub(super) const JOURNAL_VERSION: u64 = 1;
 
 /// What a destination holds.
 pub(super) enum Found {

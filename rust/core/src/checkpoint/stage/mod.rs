@@ -16,6 +16,7 @@
 mod folders;
 mod lock;
 mod look;
+mod mode;
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -24,50 +25,16 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use self::folders::{contents, exists, is_folder, make_folders, refuse_obstacles, refuse_overlap, remove_partials};
+use self::folders::{
+    JOURNAL, contents, exists, is_folder, make_folders, refuse_obstacles, refuse_overlap, remove_partials,
+};
+pub use self::folders::{STAGE_FOLDER, files_in};
 use self::lock::lock;
-use self::look::{Found, look};
+use self::look::{Found, JOURNAL_VERSION, look};
+pub use self::mode::Mode;
 use super::file;
 use super::file_names::{CONFIG_FILE, INDEX_FILE, SINGLE_FILE};
 use crate::error::{Error, Result};
-
-/// The hidden folder inside a destination.
-pub const STAGE_FOLDER: &str = ".halfbyte-partial";
-
-/// The folder of the files that a run into `destination` has made so far.
-pub fn files_in(destination: &Path) -> PathBuf {
-    destination.join(STAGE_FOLDER).join("files")
-}
-
-/// Its file that says what is being made.
-const JOURNAL: &str = "journal.json";
-
-/// Version of the journal; another version's runs are not continued.
-const JOURNAL_VERSION: u64 = 1;
-
-/// What to do about a destination that holds something.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Mode {
-    /// It must be new or empty.
-    New,
-    /// Its checkpoint is replaced when the new one is complete.
-    Overwrite,
-    /// An interrupted run goes on.
-    Resume,
-}
-
-impl std::str::FromStr for Mode {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        match text {
-            "new" => Ok(Self::New),
-            "overwrite" => Ok(Self::Overwrite),
-            "resume" => Ok(Self::Resume),
-            _ => Err(Error::argument("mode", format!("{text:?}"), "new, overwrite or resume")),
-        }
-    }
-}
 
 /// What [`Stage::open`] found.
 pub enum Opened {
