@@ -43,10 +43,11 @@ def dequantize(args: argparse.Namespace) -> int:
 
 
 def _options(cls: type[_Options], args: argparse.Namespace) -> _Options:
-    """The options of the command line: each field has the name of an argument."""
+    """The options of the command line: each field has the name of an argument, which is None where it is not given."""
     from dataclasses import fields
 
-    return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
+    given = {field.name: getattr(args, field.name) for field in fields(cls)}
+    return cls(**{name: value for name, value in given.items() if value is not None})
 
 
 def _hub(args: argparse.Namespace) -> Hub:

@@ -5,22 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any, NoReturn
 
 from halfbyte import _terminal
 from halfbyte.cli import commands
 from halfbyte.cli.exit_codes import EXIT_CODES, EXIT_OK, EXIT_USAGE, PROG, describe
 from halfbyte.cli.output import complain, print_text
-from halfbyte.offline.options import (
-    BLOCK_SIZES,
-    FLOAT_DTYPES,
-    QUANT_TYPES,
-    SELECTIONS,
-    STORAGE_DTYPES,
-    DequantizeOptions,
-    QuantizeOptions,
-)
+from halfbyte.offline.choices import BLOCK_SIZES, FLOAT_DTYPES, QUANT_TYPES, SELECTIONS, STORAGE_DTYPES
 
 
 class _Parser(argparse.ArgumentParser):
@@ -234,7 +225,7 @@ def _add_quantize(sub: argparse.ArgumentParser) -> None:
     which.add_argument("--allow-nonfinite", action="store_true", help="go on when a weight holds NaN or infinities")
     which.add_argument("--plan", action="store_true", help="show what would be done, and do nothing")
     _add_output(sub)
-    sub.set_defaults(**_defaults(QuantizeOptions), run=commands.quantize)
+    sub.set_defaults(run=commands.quantize)
 
 
 def _add_dequantize(sub: argparse.ArgumentParser) -> None:
@@ -243,13 +234,7 @@ def _add_dequantize(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--dtype", choices=FLOAT_DTYPES, help="dtype to write (default: what each weight was before)")
     sub.add_argument("--plan", action="store_true", help="show what would be done, and do nothing")
     _add_output(sub)
-    sub.set_defaults(**_defaults(DequantizeOptions), run=commands.dequantize)
-
-
-def _defaults(cls: type[QuantizeOptions] | type[DequantizeOptions]) -> dict[str, Any]:
-    """What arguments are that are not given, as lists where an argument can be repeated."""
-    found = {field.name: field.default for field in fields(cls)}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+    sub.set_defaults(run=commands.dequantize)
 
 
 def _add_output(sub: argparse.ArgumentParser) -> None:

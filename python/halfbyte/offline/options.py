@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from halfbyte._terminal import parse_size
+from halfbyte.offline.choices import BLOCK_SIZES, FLOAT_DTYPES, QUANT_TYPES, SELECTIONS, STORAGE_DTYPES
 
 if TYPE_CHECKING:
     from halfbyte.config import BitsAndBytesConfig
@@ -22,11 +23,6 @@ Rule: TypeAlias = "str | tuple[str, str]"
 Progress: TypeAlias = "Callable[[int, int, str], None] | bool | None"
 Selection: TypeAlias = Literal["rules", "transformers"]
 
-QUANT_TYPES = ("nf4", "fp4")
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-STORAGE_DTYPES = ("uint8", "int8", "float16", "bfloat16", "float32", "float64")
-FLOAT_DTYPES = ("bfloat16", "float16", "float32")
-SELECTIONS = ("rules", "transformers")
 DEFAULT_SHARD_SIZE = 5_000_000_000
 
 
