@@ -36,9 +36,16 @@ export PYTHONPATH := $(if $(filter no,$(INSTALL)),$(CURDIR)/python)
 export PYO3_PYTHON := $(abspath $(py))
 unexport PYTHONHOME
 
-rust_files := Cargo.toml Cargo.lock pyproject.toml $(shell find rust -name '*.rs' -o -name Cargo.toml 2>/dev/null) $(wildcard kernels/ptx/*.ptx)
+# NVRTC, its headers and ptxas, which the build compiles kernels/ with: NVIDIA=/folder/with/nvidia takes what is there.
+NVIDIA ?= $(cache)/nvidia
+kernel_tools := $(if $(filter $(cache)/nvidia,$(NVIDIA)),$(cache)/nvidia/.made)
+# Looked up for each command, because the tools may have come meanwhile; empty where they are not.
+export HALFBYTE_NVIDIA = $(shell test -d '$(NVIDIA)/nvidia' && echo '$(abspath $(NVIDIA))')
 
-.PHONY: help demo test test-matrix setup-demo setup-test develop rust-toolchain lint fmt typecheck stubtest cargo-test pytest bench bench-cuda ptx ptx-check kernels-host clean
+rust_files := Cargo.toml Cargo.lock pyproject.toml $(shell find rust -name '*.rs' -o -name Cargo.toml 2>/dev/null)
+rust_files += $(wildcard kernels/*.cu kernels/*.cuh kernels/build_kernels.py kernels/compiler/*.py) kernels/kernels.lock.json requirements/kernels.txt
+
+.PHONY: help demo test test-matrix setup-demo setup-test develop rust-toolchain lint fmt typecheck stubtest cargo-test pytest bench bench-cuda kernels-lock kernels-check emulator clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / && !seen[$$1]++ { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -49,19 +56,19 @@ demo: setup-demo develop ## quantize real weights to 4 bits, compare what both m
 	$(py) examples/demo.py $(ARGS)
 
 # pytest goes last, so that a log ends with its summary.
-test: setup-test develop lint typecheck stubtest ptx-check cargo-test pytest ## every check that a change must pass
+test: setup-test develop lint typecheck stubtest kernels-check cargo-test pytest ## every check that a change must pass
 
 # ---- setting up -----------------------------------------------------------------------------------------------------
 
 ifeq ($(INSTALL),no)
 
-setup-demo setup-test:
+setup-demo setup-test $(VENV)/.made:
 	@test -x $(py) || { echo "error: INSTALL=no, and $(py) does not exist" >&2; exit 1; }
 
 native := python/halfbyte/_native.abi3.so
 develop: $(native) ## build the extension module and make halfbyte importable in VENV
-$(native): $(rust_files) | rust-toolchain
-	cargo build --release --locked --lib
+$(native): $(rust_files) $(kernel_tools) | rust-toolchain
+	cargo build --release --locked --lib -p halfbyte-python --features test-kernels
 	cp "$${CARGO_TARGET_DIR:-target}/release/lib_native.so" $@
 
 else
@@ -86,8 +93,8 @@ $(VENV)/.test: requirements/test.txt requirements/demo.txt $(VENV)/.made
 	@touch $@ $(VENV)/.demo
 
 # maturin builds in release mode and installs an editable halfbyte: Python files are used where they lie.
-$(VENV)/.develop: $(rust_files)
-	VIRTUAL_ENV='$(abspath $(VENV))' $(py) -m maturin develop --release --locked --quiet
+$(VENV)/.develop: $(rust_files) $(kernel_tools)
+	VIRTUAL_ENV='$(abspath $(VENV))' $(py) -m maturin develop --release --locked --features test-kernels
 	@touch $@
 
 setup-demo: rust-toolchain $(VENV)/.demo $(VENV)/.minilm
@@ -122,24 +129,24 @@ stubtest: setup-test develop ## the extension module against its stub file
 
 # ---- kernels --------------------------------------------------------------------------------------------------------
 
-# NVRTC, its headers and ptxas, in a folder of their own: NVIDIA=/folder/with/nvidia takes what is there.
-NVIDIA ?= $(cache)/nvidia
+# A folder of their own: nothing imports them. Without a network the build goes on, and says that it has no kernels.
+$(cache)/nvidia/.made: requirements/kernels.txt | $(VENV)/.made
+	@mkdir -p $(@D)
+	$(pip) --no-deps --upgrade --target $(@D) -r $< && touch $@ || echo "warning: no compilers for kernels/" >&2
 
-$(cache)/nvidia/.made: requirements/kernels.txt
-	$(pip) --no-deps --upgrade --target $(cache)/nvidia -r requirements/kernels.txt
-	@touch $@
+# Other assemblers, of the drivers' ages: what one of them serializes is slow there.
+others := $(foreach version,12.0.140 12.4.131,$(cache)/ptxas/$(version)/nvidia/cuda_nvcc/bin/ptxas)
+$(cache)/ptxas/%/nvidia/cuda_nvcc/bin/ptxas: | $(VENV)/.made
+	$(pip) --no-deps --upgrade --target $(cache)/ptxas/$* nvidia-cuda-nvcc-cu12==$*
 
-kernel_tools := $(if $(filter $(cache)/nvidia,$(NVIDIA)),$(cache)/nvidia/.made)
+kernels-lock: setup-test $(kernel_tools) ## write kernels/kernels.lock.json and kernels/resources.json anew
+	$(py) kernels/build_kernels.py lock --nvidia $(NVIDIA)
 
-ptx: setup-test $(kernel_tools) ## compile kernels/*.cu to kernels/ptx, and note what each kernel takes
-	$(py) kernels/build_ptx.py --nvidia $(NVIDIA)
-	$(py) kernels/build_ptx.py --nvidia $(NVIDIA) --assemble --accept
-
-ptx-check: setup-test $(kernel_tools) ## that kernels/ptx is what the sources give, and assembles without spills or growth
-	$(py) kernels/build_ptx.py --nvidia $(NVIDIA) --check --assemble
+kernels-check: setup-test $(kernel_tools) $(others) ## that kernels/ compiles to what is committed, without spills or growth
+	$(py) kernels/build_kernels.py check --nvidia $(NVIDIA) $(others:%=--ptxas %)
 
 # Also part of `pytest`; there, what this machine lacks a compiler or a sanitizer for is skipped, with the reason.
-kernels-host: setup-test develop ## run kernels/*.cu on the processor: the core's bits, sanitizers, planted mistakes
+emulator: setup-test develop ## run kernels/*.cu on the processor: the core's bits, sanitizers, planted mistakes
 	@command -v $(firstword $(CXX)) >/dev/null || { echo "error: no C++ compiler: $(CXX)" >&2; exit 1; }
 	$(py) -m pytest tests/kernels $(ARGS)
 

@@ -1,4 +1,4 @@
-"""What the GPU benches share: rotated arguments, CUDA graphs, events, and the floor: kernels that only move memory."""
+"""Helpers of the GPU benches: rotated arguments, CUDA graphs, events, and floor kernels that only move memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -115,12 +114,12 @@ class Floor:
         torch.cuda.init()
         torch.empty(1, device="cuda")
         self._cuda = ctypes.CDLL("libcuda.so.1")
-        path = Path(__file__).resolve().parent.parent / "kernels" / "ptx" / "floor_75.ptx"
-        module = ctypes.c_void_p()
-        self._check(self._cuda.cuModuleLoadData(ctypes.byref(module), path.read_bytes() + b"\0"))
         self._functions = {}
         for name in ("floor_read", "floor_traffic"):
-            function = ctypes.c_void_p()
+            # Builds for users have none of it; `make develop` makes one that has.
+            ptx = _native.cuda_kernel_ptx(name, torch.cuda.get_device_capability())
+            module, function = ctypes.c_void_p(), ctypes.c_void_p()
+            self._check(self._cuda.cuModuleLoadData(ctypes.byref(module), ptx + b"\0"))
             self._check(self._cuda.cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
             self._functions[name] = function
         self._sink = torch.zeros(1, dtype=torch.int32, device="cuda")

@@ -1,4 +1,4 @@
-"""What the benches share: the line that names the machine, best-of-many timing, whole processes, plain tables."""
+"""Helpers of the benches: the line that names the machine, best-of-many timing, whole processes, plain tables."""
 
 from __future__ import annotations
 

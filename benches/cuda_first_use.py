@@ -1,6 +1,7 @@
-"""What the first calls of a process cost on a GPU: the driver compiles the PTX of a module when it is first used.
+"""What the first calls of a process cost on a GPU: a kernel is loaded, or compiled from PTX, when it is first used.
 
 CUDA_CACHE_DISABLE=1 python benches/cuda_first_use.py
+CUDA_CACHE_DISABLE=1 HALFBYTE_KERNELS=ptx python benches/cuda_first_use.py
 python benches/cuda_first_use.py                         twice: the second finds what the first has left on disk
 """
 

@@ -29,7 +29,7 @@ class Weight:
         bytes_each = n * k // 2 + n * k // BLOCKSIZE * 4
         self.count = rotation(bytes_each)
         blocks = n * k // BLOCKSIZE
-        # Codes and scales beside each other, to be read by the floor as one piece.
+        # Codes and scales side by side, so that the floor kernel reads them as one buffer.
         self.memory = copies(self.count, lambda: torch.randint(256, (bytes_each,), dtype=torch.uint8, device="cuda"))
         self.packed = [m[: n * k // 2] for m in self.memory]
         self.absmax = [m[n * k // 2 :].view(torch.float32) for m in self.memory]

@@ -6,9 +6,9 @@ Products: `[rows, in] x [out, in]` for the two shapes of an 8-billion-parameter 
 bfloat16, NF4 in blocks of 64 with scales quantized too (or float32 with --single-scales). "forward" runs in inference
 mode, "backward" is the gradient to the input alone, after a forward pass that is not timed.
 
-Every contender has several layers of each shape, of 256 MiB together or more, and takes the next one at each call; the
-contenders take turns, one call each, until the time is up, and the best call of each counts. So no weight is in a cache
-when it is used, and whatever disturbs the machine disturbs all three.
+Every contender rotates through several layers of each shape, at least 256 MiB together, so that no weight is in a cache
+when it is used. Calls of the contenders alternate, so that other load on the machine affects all of them. The best call
+of each counts.
 
 "floor" is the larger of two times: reading the packed bytes and scales at the speed at which this run reads memory (the
 sum of a large array), and the arithmetic at the best speed that this run sees torch's own bfloat16 product reach (2048

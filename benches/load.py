@@ -6,7 +6,7 @@
     python benches/load.py --profile halfbyte     where the time of one load goes, function by function
 
 NF4 with double quantization, "on the fly" from the bfloat16 checkpoint and from a 4-bit one that `halfbyte quantize`
-wrote. Both checkpoints are in the page cache. Each load is a process of its own, and contenders take turns.
+wrote. Both checkpoints are in the page cache. Each load is a process of its own, and contenders alternate.
 
 Seconds run from the moment when torch, transformers, accelerate and the contender are imported until `from_pretrained`
 returns; "first forward" is then one pass of 16 tokens, which includes whatever a library put off: pages of a mapped

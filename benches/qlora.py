@@ -6,15 +6,15 @@
     python benches/qlora.py --device cuda --profile --only halfbyte halfbyte-fused
 
 PEFT's LoRA of rank 16 on all linear layers, NF4 with double quantization, AdamW; every contender runs in a process of
-its own, in turns. "halfbyte-fused" is halfbyte after `halfbyte.integrations.peft.fuse(model)`. On a GPU the model is
+its own, alternating. "halfbyte-fused" is halfbyte after `halfbyte.integrations.peft.fuse(model)`. On a GPU the model is
 bfloat16 and runs under autocast. On the CPU everything is float32, because torch's own bfloat16 products are up to a
 hundred times slower on processors without instructions for them.
 
-Weights are random; the data are eight batches in turns, whose next token mostly follows from the one before, so that
-there is something to learn and losses fall.
+Weights are random. The data are eight repeated batches in which the next token mostly follows from the previous one, so
+that losses fall.
 
-A step is forward, backward and optimizer, waited for. The first --warmup steps are not timed. Peak memory is that of
-the steps: anonymous memory (RssAnon) on the CPU, what torch allocated on a GPU.
+A step is forward, backward and optimizer, synchronized. The first --warmup steps are not timed. Peak memory is measured
+during the steps: anonymous memory (RssAnon) on the CPU, what torch allocated on a GPU.
 
 With --profile, one more step is profiled on a GPU: how many kernels it launches, how long the GPU computes, and which
 kinds of kernels it spends most of that with.

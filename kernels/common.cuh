@@ -1,11 +1,11 @@
 // What every kernel file starts from: integer types, 16-bit elements, shared memory, address arithmetic.
 //
-// The same sources are compiled twice: by NVRTC to PTX, and with HALFBYTE_HOST defined by a C++ compiler for the tests
-// on a processor. Then kernels/host/ provides the CUDA names that are used (threadIdx, __syncthreads, shuffles, ...).
+// The same sources are compiled twice: by NVRTC to PTX, and with HALFBYTE_EMULATOR defined by a C++ compiler for the tests
+// on a processor. Then kernels/emulator/ provides the CUDA names that are used (threadIdx, __syncthreads, shuffles, ...).
 #pragma once
 
-#ifdef HALFBYTE_HOST
-#include "host/runtime.h"
+#ifdef HALFBYTE_EMULATOR
+#include "emulator/runtime.h"
 #else
 
 // One array of shared memory of a size known at compile time: SHARED_ARRAY(float, table, [16]).
@@ -15,6 +15,9 @@
 #define DYNAMIC_SHARED(name)                                      \
     extern __shared__ __align__(128) unsigned char name##_base[]; \
     unsigned char *const name = name##_base
+
+// The same, at a multiple of 1024: where the copy engine and the matrix units have their patterns begin.
+#define DYNAMIC_SHARED_1024(name) extern __shared__ __align__(1024) unsigned char name[]
 
 // An array that every kernel may read: in constant memory where all lanes read the same element, else in global.
 #define CONSTANT_TABLE __constant__ const

@@ -9,9 +9,9 @@
 // y:           [m][n]
 // k:           a multiple of 32
 // block_shift: log2 of the block size, 5 to 12
-// Grid: `parts` blocks for each tile, a cluster when that is more than one; blocks of THREADS; Shape::BYTES of dynamic shared
-// memory.
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+// Grid: `parts` blocks for each tile, a cluster when that is more than one; blocks of Shape::THREADS; Shape::BYTES of dynamic
+// shared memory.
+extern "C" __global__ void __launch_bounds__(Shape<GEMM_TOKENS>::THREADS, 1)
     GEMM_NAME(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap codes,
               const __grid_constant__ Scales scales, const __grid_constant__ Codebook codebook, const GEMM_ELEMENT *bias,
               GEMM_ELEMENT *y, int m, int n, int k, int block_shift, const __grid_constant__ GemmPlan plan) {

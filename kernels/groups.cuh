@@ -18,22 +18,24 @@ __device__ inline void store_values(T *out, const float *x) {
     }
 }
 
-// Eight values as they are in memory.
-template <typename T>
+// Eight values as they are in memory. LATE: the kernel before may still write them when this one starts.
+template <typename T, bool LATE = false>
 struct Eight {
     static constexpr int COUNT = 8;
     static constexpr int WIDE = int(sizeof(T)) * COUNT / 16;
     Words4 words[WIDE];
 
-    // Those from `input` on; after the first `count` zeros. `wide`: whether `input` is a multiple of 16.
-    __device__ void load(const T *input, u32 count, bool wide) {
-        if (wide && count >= COUNT) {
+    // Those from `input` on, a multiple of 16.
+    __device__ void load(const T *input) {
 #pragma unroll
-            for (int j = 0; j < WIDE; j++) {
-                words[j] = load_stream(reinterpret_cast<const Words4 *>(input) + j);
-            }
-            return;
+        for (int j = 0; j < WIDE; j++) {
+            const Words4 *const from = reinterpret_cast<const Words4 *>(input) + j;
+            words[j] = LATE ? load_stream_after(from) : load_stream(from);
         }
+    }
+
+    // The first `count` of them, from anywhere; then zeros.
+    __device__ void load_some(const T *input, u32 count) {
 #pragma unroll
         for (int j = 0; j < WIDE; j++) {
 #pragma unroll
@@ -50,6 +52,15 @@ struct Eight {
         }
     }
 
+    // The same, in one access where there are eight and `wide` says that `input` is a multiple of 16.
+    __device__ void load(const T *input, u32 count, bool wide) {
+        if (wide && count >= COUNT) {
+            load(input);
+            return;
+        }
+        load_some(input, count);
+    }
+
     // Value k; k is known at compile time once loops are unrolled.
     __device__ float operator[](int k) const {
         if constexpr (sizeof(T) == 4) {
@@ -58,5 +69,14 @@ struct Eight {
             const u32 word = words[0].word[k / 2];
             return k % 2 == 0 ? first_of<T>(word) : second_of<T>(word);
         }
+    }
+
+    // The largest magnitude of these, or `max`.
+    __device__ float largest(float max = 0.0f) const {
+#pragma unroll
+        for (int k = 0; k < COUNT; k++) {
+            max = fmaxf(max, fabsf((*this)[k]));  // passes NaN over
+        }
+        return max;
     }
 };

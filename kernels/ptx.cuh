@@ -1,9 +1,9 @@
-// Every instruction that C++ has no words for. The only file with inline PTX: kernels/host/ptx.h has the same functions
+// Every instruction that C++ has no words for. The only file with inline PTX: kernels/emulator/ptx.h has the same functions
 // in C++. Pointers are ordinary ones; the wrappers turn them into addresses of a state space.
 #pragma once
 
-#ifdef HALFBYTE_HOST
-#include "host/ptx.h"
+#ifdef HALFBYTE_EMULATOR
+#include "emulator/ptx.h"
 #else
 
 // ---- floats --------------------------------------------------------------------------------------------------------

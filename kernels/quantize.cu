@@ -6,6 +6,7 @@
 // is found by one look-up and one exact comparison instead of fifteen: the range is cut into cells so narrow that none
 // holds two thresholds, and a table tells of each cell its threshold and the code below it. Scales leave together at the
 // end of the tile, and with them, where a tile has whole groups of 256, the groups' sums: the first step of nested.cu.
+#include "groups.cuh"
 #include "scales.cuh"
 #include "sums.cuh"
 
@@ -13,6 +14,9 @@ constexpr int THREADS = 512;
 constexpr int WARPS = THREADS / WARP;
 // Values that a thread packs into one word.
 constexpr int GROUP = 8;
+// Those of a thread: the kernel before may have made them.
+template <typename T>
+using Values = Eight<T, true>;
 constexpr int STEP = THREADS * GROUP;
 static_assert(STEP == 4096, "the largest block of values is quantized in one step");
 // 256 blocks of 64 values.
@@ -87,62 +91,10 @@ __device__ inline u32 code_reference(float scaled) {
     return ((code_of_rank >> (4 * rank)) & 7) | (scaled < 0.0f ? 8 : 0);
 }
 
-// Eight values as they are in memory.
-template <typename T>
-struct Group {
-    static constexpr int WIDE = sizeof(T) * GROUP / 16;
-    Words4 words[WIDE];
-
-    // Those from `input` on, a multiple of 16.
-    __device__ void load(const T *input) {
-#pragma unroll
-        for (int j = 0; j < WIDE; j++) {
-            words[j] = load_stream_after(reinterpret_cast<const Words4 *>(input) + j);
-        }
-    }
-
-    // The first `count` of them, from anywhere; then zeros.
-    __device__ void load_some(const T *input, u32 count) {
-#pragma unroll
-        for (int j = 0; j < WIDE; j++) {
-#pragma unroll
-            for (int k = 0; k < 4; k++) {
-                const u32 i = u32(4 * j + k);
-                if constexpr (sizeof(T) == 4) {
-                    words[j].word[k] = i < count ? __float_as_uint(input[i]) : 0;
-                } else {
-                    const u32 first = 2 * i < count ? input[2 * i].bits : 0;
-                    const u32 second = 2 * i + 1 < count ? input[2 * i + 1].bits : 0;
-                    words[j].word[k] = first | second << 16;
-                }
-            }
-        }
-    }
-
-    // Value k; k is known at compile time once loops are unrolled.
-    __device__ float operator[](int k) const {
-        if constexpr (sizeof(T) == 4) {
-            return __uint_as_float(words[k / 4].word[k % 4]);
-        } else {
-            const u32 word = words[0].word[k / 2];
-            return k % 2 == 0 ? first_of<T>(word) : second_of<T>(word);
-        }
-    }
-
-    __device__ float largest() const {
-        float max = 0.0f;
-#pragma unroll
-        for (int k = 0; k < GROUP; k++) {
-            max = fmaxf(max, fabsf((*this)[k]));  // passes NaN over
-        }
-        return max;
-    }
-};
-
 // The ranks of eight values, the first in the highest nibble. EXTREME is for blocks whose reciprocal is not an ordinary
 // number: there scaled values may be infinite.
 template <u32 QUANT_TYPE, bool EXTREME, typename T>
-__device__ inline u32 ranks_of(const Group<T> &x, float inverse, MaskedTable cells) {
+__device__ inline u32 ranks_of(const Values<T> &x, float inverse, MaskedTable cells) {
     const float steps = __fmul_rn(inverse, STEPS_PER_UNIT);
     // Two sums, so that neither waits for the other.
     u32 below = 0, above = 0;
@@ -173,7 +125,7 @@ __device__ inline u32 ranks_of(const Group<T> &x, float inverse, MaskedTable cel
 
 // The codes of eight values of a block whose largest magnitude is `max`, as they lie in memory.
 template <u32 QUANT_TYPE, typename T>
-__device__ inline u32 codes_of_group(const Group<T> &x, float max, MaskedTable cells) {
+__device__ inline u32 codes_of_group(const Values<T> &x, float max, MaskedTable cells) {
     u32 ranks;
     if (max >= 0x1p-120f && max < 0x1p126f) {
         // The bits of __frcp_rn, which does the same behind a test of the range: an approximation and a step of Newton's.
@@ -193,7 +145,7 @@ __device__ inline u32 codes_of_group(const Group<T> &x, float max, MaskedTable c
 
 // The largest magnitude among the values of eight that share a block within a warp: 4 to 32 lanes.
 template <typename T>
-__device__ inline float largest_of_lanes(const Group<T> &x, int block_shift) {
+__device__ inline float largest_of_lanes(const Values<T> &x, int block_shift) {
     float max = x.largest();
 #pragma unroll
     for (int lanes = 1; lanes < WARP; lanes *= 2) {
@@ -220,7 +172,7 @@ __device__ inline void quantize(const T *input, u8 *packed, float *absmax, doubl
     input += base + lead;
     packed += base / 2 + lead / 2;
 
-    Group<T> next;
+    Values<T> next;
     if (ordinary) {
         next.load(input);
     }
@@ -237,7 +189,7 @@ __device__ inline void quantize(const T *input, u8 *packed, float *absmax, doubl
     if (ordinary) {
 #pragma unroll
         for (int step = 0; step < STEPS; step++) {
-            const Group<T> x = next;
+            const Values<T> x = next;
             if (step + 1 < STEPS) {
                 next.load(input + (step + 1) * STEP);
             }
@@ -254,7 +206,7 @@ __device__ inline void quantize(const T *input, u8 *packed, float *absmax, doubl
             const u32 i = step * STEP + lead;
             const u32 count = i >= size ? 0 : size - i < GROUP ? size - i : GROUP;
             const bool wide = aligned && count == GROUP;
-            Group<T> x;
+            Values<T> x;
             if (wide) {
                 x.load(input + step * STEP);
             } else {

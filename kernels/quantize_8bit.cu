@@ -151,11 +151,7 @@ __device__ inline void quantize_8bit(const T *input, const float *map, u8 *codes
         // The next, while this one is worked on.
         x.load(input + (i + step), left(i + step), wide);
 
-        float max = 0.0f;
-#pragma unroll
-        for (int k = 0; k < GROUP; k++) {
-            max = fmaxf(max, fabsf(now[k]));  // passes NaN over
-        }
+        float max = now.largest();
         // Lanes of one block: 4 to 32.
         const int lanes = block_shift < 8 ? 1 << (block_shift - 3) : WARP;
         for (int by = 1; by < lanes; by *= 2) {

@@ -56,15 +56,6 @@ __device__ inline void store_codes(i8 *codes, const Eight<T> &x, u32 count, cons
 }
 
 template <typename T>
-__device__ inline float largest_of(const Eight<T> &x, float max) {
-#pragma unroll
-    for (int k = 0; k < GROUP; k++) {
-        max = fmaxf(max, fabsf(x[k]));  // passes NaN over
-    }
-    return max;
-}
-
-template <typename T>
 __device__ inline void quantize_rows(const T *input, i8 *codes, float *scales, i64 rows, i64 columns) {
     // Two, used in turn: one barrier for each row is enough.
     SHARED_ARRAY(float, warp_max, [2][WARPS]);
@@ -88,12 +79,12 @@ __device__ inline void quantize_rows(const T *input, i8 *codes, float *scales, i
         float max = 0.0f;
 #pragma unroll
         for (int d = 0; d < DEPTH; d++) {
-            max = largest_of(x[d], max);
+            max = x[d].largest(max);
         }
         for (i64 i = begin + DEPTH * step; i < columns; i += step) {
             Eight<T> more;
             more.load(in + i, left(i), wide);
-            max = largest_of(more, max);
+            max = more.largest(max);
         }
         for (int by = 1; by < WARP; by *= 2) {
             max = fmaxf(max, __shfl_xor_sync(ALL_LANES, max, by));

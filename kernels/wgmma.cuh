@@ -1,6 +1,6 @@
 // Warpgroup products: the matrix units reading one operand from registers and one from shared memory, and the copies of tiles
 // that feed them. For compute capability 9.0 alone (compute_90a), so not in ptx.cuh; as there, each function is one
-// instruction that C++ has no words for.
+// instruction that C++ has no words for, and kernels/emulator/wgmma.h has the same ones in C++.
 #pragma once
 
 #include "common.cuh"
@@ -12,6 +12,10 @@
 struct alignas(64) TensorMap {
     u64 word[16];
 };
+
+#ifdef HALFBYTE_EMULATOR
+#include "emulator/wgmma.h"
+#else
 
 // One box, its first element at (column, row); what is outside of the matrix is zero. Adds its bytes to what the barrier has
 // received.
@@ -112,6 +116,7 @@ __device__ inline void products_wait() {
 #define D8(how, i) \
     how(d[i]), how(d[i + 1]), how(d[i + 2]), how(d[i + 3]), how(d[i + 4]), how(d[i + 5]), how(d[i + 6]), how(d[i + 7])
 #define D32(how, i) D8(how, i), D8(how, i + 8), D8(how, i + 16), D8(how, i + 24)
+#define D48(how, i) D32(how, i), D8(how, i + 32), D8(how, i + 40)
 #define D64(how, i) D32(how, i), D32(how, i + 32)
 #define D96(how, i) D64(how, i), D32(how, i + 64)
 #define D128(how, i) D64(how, i), D64(how, i + 64)
@@ -119,6 +124,11 @@ __device__ inline void products_wait() {
 #define NUMBERS32 \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+
+#define NUMBERS48 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 
 #define NUMBERS64 \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
@@ -167,6 +177,7 @@ __device__ inline void products_wait() {
 
 #define PRODUCTS(T, type)                                                              \
     PRODUCT(T, type, 64, 32, "%32", "%33", "%34", "%35", "%36", "%37")                 \
+    PRODUCT(T, type, 96, 48, "%48", "%49", "%50", "%51", "%52", "%53")                 \
     PRODUCT(T, type, 128, 64, "%64", "%65", "%66", "%67", "%68", "%69")                \
     PRODUCT(T, type, 192, 96, "%96", "%97", "%98", "%99", "%100", "%101")              \
     PRODUCT(T, type, 256, 128, "%128", "%129", "%130", "%131", "%132", "%133")
@@ -176,3 +187,5 @@ PRODUCTS(F16, "f16")
 
 #undef PRODUCTS
 #undef PRODUCT
+
+#endif

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 import sys
@@ -20,7 +21,7 @@ from halfbyte._terminal import (
     format_seconds,
     parse_size,
     printable,
-    shorten,
+    progress_display,
     table,
     wrap,
 )
@@ -33,6 +34,7 @@ from halfbyte.offline.plan import CheckpointPlan, TensorPlan, group_tensors, ran
 from halfbyte.offline.quantize import plan_checkpoint, quantization_config, quantize_checkpoint
 from halfbyte.offline.report import InspectReport, VerifyReport
 from halfbyte.offline.run import Interrupted
+from rich.cells import cell_len
 
 # -------------------------------------------------------------------------------------------------------------- sizes
 
@@ -60,7 +62,7 @@ def test_parse_size(text, expected):
     "text", ["", "GB", "5gb", "5Gb", "5G", "-1GB", "0", "0.0GB", "1e3", "1.5", "5 G B", "٥GB", True, 0]
 )
 def test_parse_size_refuses(text):
-    with pytest.raises(ValueError, match=f"size is {re.escape(repr(text))}"):
+    with pytest.raises(ValueError, match=f"size must be .*, got {re.escape(repr(text))}"):
         parse_size(text)
 
 
@@ -98,15 +100,15 @@ def test_format_others():
 def test_text():
     assert printable("a\nb\x1b[1m\u202e→é") == "a\\nb\\x1b[1m\\u202e→é"
     assert printable("\udcff") == "\\udcff"
-    assert shorten("model.layers.0.weight", 11) == "model…eight"
-    assert [shorten("abc", n) for n in (3, 2, 1, 0)] == ["abc", "a…", "…", ""]
-    assert wrap("one two three", 8, "  ") == "one two\n  three"
+    assert wrap("one two three", 10, "  ") == "one two\n  three"
+    assert wrap("one two three", 12, "", used=4) == "one two\nthree"
+    assert wrap("", 12) == ""
 
 
 @pytest.mark.parametrize("width", [20, 40, 60, 79, 80, 120, 200])
-def test_tables_fit(width, plan):
+def test_table_fits_the_terminal(width, plan):
     text = plan.table(width)
-    assert max(map(len, text.splitlines())) <= width
+    assert max(map(cell_len, text.splitlines())) <= width
     assert "nf4" in text
 
 
@@ -114,6 +116,30 @@ def test_table_without_limit_cuts_nothing():
     text = table(("name", "n"), [("x" * 300, "1"), ("y", "22")], right=(1,))
     assert text.splitlines()[2] == "x" * 300 + "   1"
     assert text.splitlines()[3].endswith("  22")
+    assert len(text.splitlines()) == 4
+
+
+def test_table_of_many_rows_is_plain_lines():
+    text = table(("name", "n"), [("x" * 90, str(i)) for i in range(2000)], right=(1,), shrink=((0, 16),), width=80)
+    assert len(text.splitlines()) == 2002
+
+
+@pytest.mark.parametrize("width", [None, 30, 60, 200])
+def test_table_shows_hostile_names_as_text(width):
+    name = "[red]a[/red]:smile:[link=x]\x1b[2J\n\r\u202e\x07"
+    text = table(("tensor", "n"), [(name, "1"), ("plain", "2")], right=(1,), shrink=((0, 16),), width=width)
+    assert all(c.isprintable() or c == "\n" for c in text)
+    joined = "".join(line[: line.rfind("  1") if line.endswith("  1") else None].strip() for line in text.splitlines())
+    assert "[red]a[/red]:smile:[link=x]\\x1b[2J\\n\\r\\u202e\\x07" in joined
+
+
+@pytest.mark.parametrize("width", [40, 60, 200])
+def test_table_counts_columns_of_wide_characters(width):
+    text = table(("tensor", "n"), [("日本語" * 8, "1"), ("plain", "2")], right=(1,), shrink=((0, 16),), width=width)
+    assert max(map(cell_len, text.splitlines())) <= width
+    assert text.replace("\n", "").count("日") == 8
+    ends = {cell_len(line) for line in text.splitlines() if line.endswith((" 1", " 2"))}
+    assert len(ends) == 1
 
 
 # ------------------------------------------------------------------------------------------------------------- groups
@@ -232,38 +258,108 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize("columns", [20, 40, 80, 200])
-def test_bar_fits(columns, monkeypatch):
-    monkeypatch.setenv("COLUMNS", str(columns))
+def screen(text: str) -> list[str]:
+    """The states of a one-line display, without escape sequences."""
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    return [line.rstrip() for line in re.split(r"[\r\n]+", plain) if line.strip()]
+
+
+@pytest.fixture
+def terminal(monkeypatch) -> Terminal:
+    monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("LINES", "24")
-    monkeypatch.setenv("TERM", "xterm")
-    bar = Bar("quantizing", Terminal())
-    bar._seen.extend([(0.0, 0), (1.0, 500_000_000)])
-    text = bar.line(500_000_000, 2_000_000_000, "model.layers.3.mlp.down_proj.weight")
-    assert len(text) < columns
-    assert text.startswith("quantizi")
-    if columns > 20:
-        assert text.startswith("quantizing  25%")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    return Terminal()
+
+
+@pytest.mark.parametrize("columns", [20, 40, 80, 200])
+def test_bar_fits_the_terminal(columns, terminal, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    now = itertools.count()
+    monkeypatch.setattr("time.monotonic", lambda: next(now) / 4)
+    bar = Bar("quantizing", terminal)
+    for done in (500_000_000, 750_000_000, 1_000_000_000):
+        bar(done, 2_000_000_000, "model.layers.3.mlp.down_proj.weight")
+    last = screen(terminal.getvalue())[-1]
+    bar.close()
+    assert cell_len(last) <= columns
+    assert last.startswith("quantizing  50%"[:columns])
     if columns >= 80:
-        assert "500 MB of 2.00 GB" in text
-        assert "500 MB/s" in text
-        assert "0:03 left" in text
+        assert "1.00 GB of 2.00 GB" in last
+        assert "MB/s" in last
+        assert re.search(r"\d:\d\d", last)
     if columns == 200:
-        assert text.endswith("model.layers.3.mlp.down_proj.weight")
+        assert last.endswith("model.layers.3.mlp.down_proj.weight")
 
 
-def test_bar_without_work():
-    assert "100%" in Bar("quantizing", Terminal()).line(0, 0, "")
+def test_bar_shows_hostile_labels_as_text(terminal, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    bar = Bar("quantizing", terminal)
+    bar(1, 2, "[red]a[/red]\x1b[2J\n:smile:")
+    shown = terminal.getvalue()
+    bar.close()
+    assert "\x1b[2J" not in shown
+    assert "[red]a[/red]\\x1b[2J\\n:smile:" in screen(shown)[-1]
 
 
-def test_bar_survives_a_lost_terminal():
+def test_bar_obeys_no_color(terminal, monkeypatch):
+    def colours() -> set[str]:
+        stream = Terminal()
+        bar = Bar("quantizing", stream)
+        bar(1, 2, "x")
+        bar.close()
+        return {c for codes in re.findall(r"\x1b\[([0-9;]+)m", stream.getvalue()) for c in codes.split(";")} - {"0"}
+
+    assert colours()
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert colours() <= {"1", "2", "3", "4"}  # weight and slant are no colours
+
+
+def test_bar_leaves_nothing_behind(terminal):
+    bar = Bar("quantizing", terminal)
+    bar(1, 2, "x")
+    bar.close()
+    bar.close()
+    shown = terminal.getvalue()
+    assert shown.endswith("\x1b[2K") or shown.rstrip("\n").endswith(("\x1b[2K", "\x1b[?25h"))
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h")
+
+
+def test_bar_that_never_began_writes_nothing(terminal):
+    Bar("quantizing", terminal).close()
+    assert terminal.getvalue() == ""
+
+
+def test_bar_without_work(terminal):
+    bar = Bar("quantizing", terminal)
+    bar(0, 0, "")
+    assert "100%" in screen(terminal.getvalue())[-1]
+    bar.close()
+
+
+def test_bar_survives_a_lost_terminal(terminal):
     class Lost(Terminal):
         def write(self, text: str) -> int:
             raise OSError("gone")
 
     bar = Bar("quantizing", Lost())
     bar(1, 2, "x")
+    bar(2, 2, "x")
     bar.close()
+
+
+@pytest.mark.parametrize("variables", [{"FORCE_COLOR": "1"}, {"TTY_COMPATIBLE": "1"}, {"CI": "true"}])
+def test_progress_is_lines_where_no_terminal_is(variables, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    show = progress_display("quantizing", ["a"], lambda name: True, str)
+    show(1, 2, "x")
+    show.close()
+    assert isinstance(show, Lines)
+    assert "\x1b" not in stream.getvalue()
 
 
 def test_lines_say_each_file_once():
@@ -683,27 +779,64 @@ def test_inspect_report_of_strange_config():
 # ------------------------------------------------------------------------------------------------------------- doctor
 
 
-def test_parse_smi():
-    text = "580.95.05, NVIDIA H100 80GB HBM3, 81559, 9.0\n580.95.05, Odd, Name, [N/A], [N/A]\nnoise\n"
-    assert doctor.parse_smi(text) == {
-        "driver": "580.95.05",
-        "devices": [
-            {"name": "NVIDIA H100 80GB HBM3", "memory_bytes": 81559 * 2**20, "compute_capability": "9.0"},
-            {"name": "Odd, Name", "memory_bytes": None, "compute_capability": None},
-        ],
-    }
-    assert doctor.parse_smi("No devices were found\n") is None
+class Driver:
+    """What the compiled core answers about GPUs, in the place of its functions."""
+
+    def __init__(self, monkeypatch, version: object, count: object = 0, devices: object = ()) -> None:
+        self.answers = {
+            "cuda_driver_version": lambda: version,
+            "cuda_device_count": lambda: count,
+            "cuda_device": lambda number: devices[number],
+            "cuda_device_memory": lambda number: 80 * 10**9,
+        }
+        for name in self.answers:
+            monkeypatch.setattr(_native, name, self.answer(name))
+
+    def answer(self, name: str) -> object:
+        def call(*arguments: int) -> object:
+            found = self.answers[name](*arguments)
+            if isinstance(found, Exception):
+                raise found
+            return found
+
+        return call
+
+
+def test_doctor_names_gpus_as_the_driver_does(monkeypatch):
+    old = RuntimeError("device 1 (Tesla P100): compute capability 6.0: the kernels need 7.5 or later")
+    Driver(monkeypatch, (13, 0), 2, [("NVIDIA H100 80GB HBM3", (9, 0), 132, 232448), old])
+    found = doctor.examine()
+    assert found["gpu"]["cuda"] == "13.0"
+    assert found["gpu"]["devices"] == [
+        {"name": "NVIDIA H100 80GB HBM3", "memory_bytes": 80 * 10**9, "compute_capability": "9.0"},
+        {"name": "unsupported", "memory_bytes": 80 * 10**9, "compute_capability": None},
+    ]
+    text = doctor.render(found)
+    assert "NVIDIA H100 80GB HBM3, 80.0 GB, compute capability 9.0" in text
+    assert "Tesla P100" in text
+    assert "CUDA up to 13.0" in text
+
+
+def test_doctor_without_a_driver(monkeypatch):
+    absent = getattr(_native, "NoCudaDriverError", RuntimeError)("CUDA: the NVIDIA driver is not installed")
+    Driver(monkeypatch, absent, absent)
+    found = doctor.examine()["gpu"]
+    assert (found["cuda"], found["devices"], found["kernels"]) == (None, [], [])
 
 
 def test_doctor_survives_a_broken_driver(monkeypatch):
-    def broken() -> None:
-        raise RuntimeError("driver half installed")
-
-    monkeypatch.setattr(doctor, "_gpu_by_tool", broken)
-    monkeypatch.setattr(doctor, "_gpu_by_library", lambda: {"cuda": "13.0", "devices": [{"name": "GPU X"}]})
+    Driver(monkeypatch, (13, 0), RuntimeError("CUDA: cuInit failed: driver half installed"))
     found = doctor.examine()
-    assert found["gpu"]["devices"] == [{"name": "GPU X"}]
-    assert "GPU X" in doctor.render(found)
+    assert found["gpu"]["devices"] == []
+    assert "driver half installed" in doctor.render(found)
+
+
+def test_doctor_starts_no_other_program(monkeypatch):
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError(arguments)
+
+    monkeypatch.setattr("subprocess.Popen", refuse)
+    doctor.render(doctor.examine())
 
 
 def test_doctor_survives_a_wrong_switch(monkeypatch):

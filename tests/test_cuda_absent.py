@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import os
+from types import SimpleNamespace
 
 import pytest
+from compiler import tools
 from halfbyte import _native
+from halfbyte.cli import doctor
 
 
 def has_driver() -> bool:
@@ -23,9 +27,12 @@ EMPTY = (0, 0, "uint8")
 def test_without_a_driver_the_error_says_so() -> None:
     if has_driver():
         pytest.skip("this machine has an NVIDIA driver")
+    no_driver = r"libcuda\) is not installed"
+    with pytest.raises(RuntimeError, match=no_driver):
+        _native.cuda_driver_version()
     for call in (
-        _native.cuda_driver_version,
         _native.cuda_device_count,
+        lambda: _native.cuda_kernel_form(0),
         lambda: _native.cuda_device(0),
         lambda: _native.cuda_prepare(0),
         lambda: _native.cuda_quantize_4bit(0, 0, (0, 0, "float32"), EMPTY, (0, 0, "float32"), "nf4", 64),
@@ -33,8 +40,57 @@ def test_without_a_driver_the_error_says_so() -> None:
         lambda: _native.cuda_quantize_8bit(0, 0, *[(0, 0, "float32")] * 2, EMPTY, (0, 0, "float32"), 64),
         lambda: _native.cuda_quantize_rows(0, 0, (0, 0, "float32"), (0, 0, "int8"), (0, 0, "float32"), 0, 0),
     ):
-        with pytest.raises(_native.NoCudaDriverError, match=r"libcuda\) is not installed"):
+        # Kernels that are missing are said first: a driver would not help.
+        kernels = _native.cuda_kernels()
+        error, said = (
+            (_native.NoCudaDriverError, no_driver) if kernels else (RuntimeError, "has no CUDA kernels.*pip install")
+        )
+        with pytest.raises(error, match=said):
             call()
+
+
+def test_kernels_are_built_where_their_compilers_are() -> None:
+    try:
+        tools.find(os.environ.get("HALFBYTE_NVIDIA"))
+    except tools.MissingToolsError as error:
+        pytest.skip(str(error))
+    kernels = _native.cuda_kernels()
+    assert {"quantize_bf16_nf4", "gemm_f16_256", "decode_ring_long_bf16_32_nested"} <= set(kernels)
+    # All of them with the cargo feature test-kernels, else none.
+    for_tests = {"dequantize_reference_f32", "quantize_rows_reference_f16", "floor_read"}
+    assert for_tests & set(kernels) in (for_tests, set())
+
+
+def test_ptx_of_a_kernel() -> None:
+    for name in _native.cuda_kernels():
+        text = _native.cuda_kernel_ptx(name, (9, 0)).decode()
+        assert text.startswith(".version 8.0\n.target sm_")
+        assert f".entry {name}(" in text
+    with pytest.raises(ValueError, match='kernel is "none": expected the name of a kernel that this build has'):
+        _native.cuda_kernel_ptx("none", (9, 0))
+    if _native.cuda_kernels():
+        assert ".target sm_90a" in _native.cuda_kernel_ptx("gemm_f16_256", (9, 0)).decode()
+        with pytest.raises(ValueError, match=r"capability is \(10, 0\): expected one that the kernel is compiled for"):
+            _native.cuda_kernel_ptx("gemm_f16_256", (10, 0))
+
+
+@pytest.mark.parametrize(("form", "words"), [("cubin", "as cubins"), ("ptx", "as PTX, which the driver compiles")])
+def test_doctor_says_in_which_form_kernels_are_loaded(monkeypatch: pytest.MonkeyPatch, form: str, words: str) -> None:
+    device = SimpleNamespace(
+        cuda_device_count=lambda: 1,
+        cuda_device=lambda _: ("NVIDIA H200", (9, 0), 132, 232_448),
+        cuda_kernel_form=lambda _: form,
+    )
+    monkeypatch.setattr(doctor, "_native", device)
+    assert doctor._gpu_kernels() == [f"usable on NVIDIA H200 (sm_90, 132 multiprocessors), {words}"]
+
+
+def test_doctor_says_that_a_build_has_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def count() -> int:
+        raise RuntimeError("CUDA is not available: this build of halfbyte has no CUDA kernels: how")
+
+    monkeypatch.setattr(doctor, "_native", SimpleNamespace(cuda_device_count=count))
+    assert doctor._gpu_kernels() == ["CUDA is not available: this build of halfbyte has no CUDA kernels: how"]
 
 
 def test_wrong_arguments_are_found_before_a_device_is_asked_for() -> None:

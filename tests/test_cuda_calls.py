@@ -13,6 +13,7 @@ from cuda_stand_in import StandIn
 from halfbyte.backends import cpu as _cpu
 from halfbyte.backends import cuda as _cuda
 from halfbyte.codebooks import quant_map
+from halfbyte.ops.packed import packed_weight
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 TINY = 2.0**-24  # half a step of float16 below its normal numbers, twice
@@ -56,7 +57,7 @@ def test_quantize_and_back(native, dtype, nested):
             for ours, theirs in zip(at_once, (packed, *scales), strict=True):
                 assert torch.equal(ours, theirs)
             assert torch.equal(_cuda.expand_absmax(*scales), _cpu.expand_absmax(*scales))
-        arguments = (packed, *scales, values.shape, dtype, blocksize, "nf4")
+        arguments = packed_weight(packed, *scales, values.shape, blocksize, "nf4"), dtype
         assert torch.equal(_cuda.dequantize_4bit(*arguments), _cpu.dequantize_4bit(*arguments))
         out = torch.full_like(values, torch.nan)
         assert _cuda.dequantize_4bit(*arguments, out) is out
@@ -78,12 +79,12 @@ def test_products(native, monkeypatch, dtype, nested, part):
         for m in (1, 4, 5, 16, 33, 101):
             x = torch.randn(m, k, dtype=dtype)
             bias = torch.randn(n) if m % 2 else None
-            y = _cuda.linear_4bit(x, *tensors, bias, *how)
+            y = _cuda.linear_4bit(x, packed_weight(*tensors, *how), bias)
             assert (y.shape, y.dtype) == ((m, n), dtype)
             bound = 2 * ref.product_bound(x, dense, bias) + TINY
             assert ((y.double() - ref.linear(x, dense, bias)).abs() <= bound).all(), (n, k, blocksize, m)
             grad = torch.randn(m, n, dtype=dtype)
-            g = _cuda.linear_4bit_backward(grad, *tensors, *how)
+            g = _cuda.linear_4bit_backward(grad, packed_weight(*tensors, *how))
             bound = 2 * ref.product_bound(grad, dense.T, None) + TINY
             assert ((g.double() - ref.linear(grad, dense.T, None)).abs() <= bound).all(), (n, k, blocksize, m)
 
@@ -95,7 +96,7 @@ def test_which_kernel_is_taken(native, monkeypatch):
     def calls(x, tensors=tensors, how=how):
         native.calls.clear()
         native.rows.clear()
-        _cuda.linear_4bit(x, *tensors, None, *how)
+        _cuda.linear_4bit(x, packed_weight(*tensors, *how), None)
         return native.calls, native.rows
 
     for m in (1, 17, 64):
@@ -132,7 +133,7 @@ def test_inputs_of_any_layout(native):
         torch.randn(128, 3).t().bfloat16(),
     ):
         expected = ref.linear(x, dense, None)
-        y = _cuda.linear_4bit(x, *tensors, None, *how)
+        y = _cuda.linear_4bit(x, packed_weight(*tensors, *how), None)
         assert ((y.double() - expected).abs() <= 2 * ref.product_bound(x, dense, None)).all()
 
 
@@ -141,7 +142,7 @@ def test_a_slow_way_is_said_once(native, caplog):
     x = torch.randn(1, 65, dtype=torch.bfloat16)
     with caplog.at_level(logging.WARNING, logger="halfbyte"):
         for _ in range(3):
-            _cuda.linear_4bit(x, *tensors, None, *how)
+            _cuda.linear_4bit(x, packed_weight(*tensors, *how), None)
     (record,) = caplog.records
     assert "in_features is no multiple of 64" in record.getMessage()
     assert "[96, 65]" in record.getMessage()
@@ -150,17 +151,17 @@ def test_a_slow_way_is_said_once(native, caplog):
     _cuda._kernel.cache_clear()
     tensors, how, _ = weight(64, 64, torch.bfloat16)
     with caplog.at_level(logging.WARNING, logger="halfbyte"):
-        _cuda.linear_4bit(torch.randn(1, 64, dtype=torch.bfloat16), *tensors, None, *how)
+        _cuda.linear_4bit(torch.randn(1, 64, dtype=torch.bfloat16), packed_weight(*tensors, *how), None)
     assert "compute capability 7.5" in caplog.text
 
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_embedding(native, nested):
-    tensors, (shape, *how), dense = weight(40, 33, nested=nested, storage=torch.bfloat16)
+    tensors, how, dense = weight(40, 33, nested=nested, storage=torch.bfloat16)
     for indices in (torch.randint(0, 40, (3, 4)), torch.tensor([], dtype=torch.int64), torch.tensor(7).int()):
-        y = _cuda.embedding_4bit(indices, *tensors, shape, torch.float32, *how)
+        y = _cuda.embedding_4bit(indices, packed_weight(*tensors, *how), torch.float32)
         assert torch.equal(y, dense[indices.long()])
-    y = _cuda.embedding_4bit(torch.tensor([0, 40, -1]), *tensors, shape, torch.float16, *how)
+    y = _cuda.embedding_4bit(torch.tensor([0, 40, -1]), packed_weight(*tensors, *how), torch.float16)
     assert y.isnan().any(1).tolist() == [False, True, True]
 
 
@@ -193,7 +194,7 @@ def test_maps_are_made_by_kernels(native):
 def test_arguments_are_checked(native):
     tensors, how, _ = weight(16, 32)
     with pytest.raises(ValueError, match=r"x: shape .* does not end with in_features, 32"):
-        _cuda.linear_4bit(torch.randn(3, 31), *tensors, None, *how)
+        _cuda.linear_4bit(torch.randn(3, 31), packed_weight(*tensors, *how), None)
     with pytest.raises(ValueError, match="absmax: is on meta"):
-        _cuda.dequantize_4bit(tensors[0], tensors[1].to("meta"), None, None, (16, 32), torch.float32, 64, "nf4")
+        _cuda.dequantize_4bit(packed_weight(tensors[0], tensors[1].to("meta"), None, None, *how), torch.float32)
     assert native.calls == []

@@ -144,43 +144,63 @@ PACKAGE = ROOT / "python" / "halfbyte"
 )
 def test_examples_of_docstrings(path: Path) -> None:
     pytest.importorskip("torch")
-    name = ".".join(("halfbyte", *path.relative_to(PACKAGE).with_suffix("").parts))
+    name = ".".join(("halfbyte", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
     failed, tried = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
     assert tried > 0
     assert failed == 0
 
 
-@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
-def test_transformers_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("transformers")
-    text = (ROOT / "docs" / "transformers.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    namespace: dict[str, Any] = {}
-    exec(compile(block, "docs/transformers.md", "exec"), namespace)
-    layers = [type(module).__name__ for module in namespace["again"].modules()]
-    assert layers.count("Linear4bit") == 14
-    assert namespace["again"].config.quantization_config.bnb_4bit_compute_dtype is namespace["torch"].bfloat16
+# ---- pages whose code is run -----------------------------------------------------------------------------------------
 
-
-# ---- pages whose Python is run ---------------------------------------------------------------------------------------
-
-
-def python_blocks(page: str) -> list[str]:
-    """The blocks of Python of a page, in order."""
-    text = (ROOT / page).read_text(encoding="utf-8")
-    return re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-
-
-# What a page's code must have made, as an expression that its last block is followed by.
+# A page's blocks of `python` and `bash` run from top to bottom, in a folder with a tiny model under the name that the
+# pages use. Blocks of `console` show installations and other commands that a test cannot run. The values are
+# expressions that must be true at the end, with the names that the page's Python has defined.
 PAGES = {
+    "docs/arrays.md": (
+        "up.shape == (128, 64) and up.dtype == np.float32 and stored.quant_type == 'nf4'"
+        " and 'torch' not in __import__('sys').modules"
+    ),
     "README.md": "sum(isinstance(m, halfbyte.nn.Linear4bit) for m in model.modules()) == 14 and y.shape == (2, 14336)",
+    "docs/api.md": "report.bits_per_weight > 4",
+    "docs/command.md": "json.loads(Path('report.json').read_text())['totals']['quantized_tensors'] == 14",
+    "docs/double-quantization.md": "error[True] > error[False] > 0",
+    "docs/environment.md": "Path('Llama-3.2-1B-scalar').is_dir()",
     "docs/from-bitsandbytes.md": "model.is_loaded_in_4bit",
+    "docs/getting-started.md": "y.shape == (3, 128) and tokens.shape[1] > 2",
+    "docs/kernels.md": "dense.shape == (512, 256)",
+    "docs/merging.md": "not getattr(merged, 'is_quantized', False)",
+    "docs/offline.md": "report.converted_tensors == 7 and Path('mixed').is_dir()",
     "docs/qlora.md": (
         "not getattr(merged, 'is_quantized', False) and len(trainer.state.log_history) > 4 and report.fused == 14"
     ),
     "docs/serving.md": "model.model.layers[1].mlp.up_proj.weight.is_meta and tokens.shape[1] > 2",
+    "docs/transformers.md": (
+        "sum(type(m).__name__ == 'Linear4bit' for m in again.modules()) == 14"
+        " and again.config.quantization_config.bnb_4bit_compute_dtype is torch.bfloat16"
+    ),
 }
+# These have none: an index, tables, headings of messages, and the reader that is run above.
+WITHOUT_CODE = {"docs/README.md", "docs/supported.md", "docs/troubleshooting.md", "docs/format.md"}
+
+
+def program(page: str) -> str:
+    """The blocks of a page as one Python program."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    lines = ["import json, subprocess", "from pathlib import Path"]
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL):
+        if language == "python":
+            lines.append(block)
+        elif language == "bash":
+            lines.append(f"subprocess.run(['bash', '-euo', 'pipefail', '-c', {block!r}], check=True)")
+        else:
+            assert language in ("console", "json"), f"{page}: a block of {language or 'no language'}"
+    return "\n".join([*lines, f"assert {PAGES[page]}", "print('all of it ran')", ""])
+
+
+def test_pages_are_all_run() -> None:
+    pages = {str(path.relative_to(ROOT)) for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
+    assert pages == PAGES.keys() | WITHOUT_CODE
+    assert all("```" in (ROOT / page).read_text(encoding="utf-8") for page in PAGES)
 
 
 @pytest.mark.parametrize("page", sorted(PAGES))
@@ -189,20 +209,63 @@ def test_pages_run_from_top_to_bottom(page: str, tmp_path: Path) -> None:
         pytest.importorskip(package)
     from tiny_models import save_llama_with_words
 
-    # A tiny model, in a folder of the name that the pages use.
     save_llama_with_words(tmp_path / "Llama-3.2-1B", dtype="bfloat16")
-    code = "\n".join(python_blocks(page)) + f"\nassert {PAGES[page]}\nprint('all of it ran')\n"
-    (tmp_path / "page.py").write_text(code, encoding="utf-8")
+    (tmp_path / "page.py").write_text(program(page), encoding="utf-8")
+    command = tmp_path / "bin" / "halfbyte"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m halfbyte "$@"\n')
+    command.chmod(0o755)
     done = subprocess.run(
         [sys.executable, "page.py"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=600,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        env={
+            **os.environ,
+            "CUDA_VISIBLE_DEVICES": "",
+            "PATH": os.pathsep.join([str(command.parent), os.environ["PATH"]]),
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        },
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.splitlines()[-1] == "all of it ran"
+
+
+def test_environment_page_lists_every_variable() -> None:
+    """Each name of a variable in the sources is on the page, and each on the page is in the sources."""
+    name = re.compile(r"HALFBYTE_[A-Z_]*[A-Z]")
+    sources = [
+        path
+        for folder in ("python", "rust", "kernels", "tests", "benches", "examples")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".rs", ".cu", ".cuh", ".h") and path != Path(__file__)
+    ]
+    used = {found for path in sources for found in name.findall(path.read_text(encoding="utf-8"))}
+    text = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
+    assert set(name.findall(text)) == used
+
+
+def test_command_page_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    from halfbyte.cli.main import main
+
+    text = (ROOT / "docs" / "command.md").read_text(encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main(["quantize", "--help"])
+    options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", capsys.readouterr().out)) - {"--help"}
+    assert len(options) > 15
+    assert options <= set(re.findall(r"--[a-z][a-z-]+", text))
+
+
+def test_api_page_lists_every_public_name() -> None:
+    pytest.importorskip("torch")
+    import halfbyte
+
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    names = {*halfbyte.__all__, *halfbyte.nn.__all__, *halfbyte.functional.__all__}
+    indirect = {"__version__", "nn", "functional", "fix_4bit_weight_quant_state_from_module"}
+    # `_nf4` and `_fp4` stand for the functions of one codebook.
+    assert {n for n in names - indirect if not n.endswith(("_nf4", "_fp4")) and n not in text} == set()
 
 
 def strings_of(folder: Path) -> Iterator[str]:

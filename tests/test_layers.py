@@ -12,17 +12,18 @@ PACKAGE = Path(halfbyte.__file__).parent
 
 # The lowest first. A module belongs to the longest name that it begins with.
 LAYERS = (
-    ("_native", "_extras", "_terminal", "dtypes"),
+    ("_native", "_extras", "_terminal", "dtypes", "geometry"),
     ("config",),
-    ("ops._torch_internals", "ops.checks"),
-    ("backends",),
-    ("codebooks",),
+    ("ops._torch_internals", "ops.checks", "ops.packed"),
     ("state",),
+    ("backends",),
     ("ops",),
+    ("codebooks",),
     ("functional",),
     ("nn",),
     ("compat",),
     ("offline",),
+    ("arrays",),
     ("models",),
     ("integrations",),
     ("cli", "__main__"),
@@ -113,3 +114,18 @@ def test_imports_are_seen():
     assert "models.quantize" in imported("integrations.transformers.quantizer", everywhere=True)
     assert "models.quantize" not in imported("integrations.transformers.quantizer", everywhere=False)
     assert layer("ops.checks") < layer("backends.cpu") < layer("ops.registry") < layer("cli.main")
+
+
+def test_private_names_of_torch_are_in_one_module():
+    found = []
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Attribute) or not node.attr.startswith("_") or node.attr.startswith("__"):
+                continue
+            dotted = ast.unparse(node)
+            # Its documented check of arguments, and an operation of its public library.
+            known = dotted in ("torch._check", "torch._int_mm") or "ops.aten" in dotted
+            if dotted.startswith("torch.") and not known:
+                found.append(f"{name}:{node.lineno}: {dotted}")
+    assert [entry for entry in found if not entry.startswith("ops._torch_internals:")] == []
+    assert found, "the search finds those of ops._torch_internals"

@@ -10,6 +10,7 @@ import halfbyte.nn as hnn
 import pytest
 import torch
 from halfbyte.backends import cpu as _cpu
+from halfbyte.ops.packed import packed_weight
 from torch._dynamo.testing import CompileCounterWithBackend
 
 ops = torch.ops.halfbyte
@@ -224,12 +225,13 @@ def test_a_kind_of_weight_that_is_known_is_checked_again(nested):
     x = torch.randn(2, 256)
     absmax, absmax2, offset = state.scales()
     right = {"packed": packed, "absmax": absmax, "absmax2": absmax2, "offset": offset}
-    how = None, (96, 256), 64, "nf4"
+    how = (96, 256), 64, "nf4"
 
     def product(**wrong):
         parts = {**right, **wrong}
-        _cpu.linear_4bit(x, *parts.values(), *how)
-        _cpu.linear_4bit_backward(torch.randn(2, 96), *parts.values(), *how[1:])
+        made = packed_weight(*parts.values(), *how)
+        _cpu.linear_4bit(x, made, None)
+        _cpu.linear_4bit_backward(torch.randn(2, 96), made)
 
     product()
     wrong = [
@@ -261,7 +263,7 @@ def test_a_kind_of_weight_that_is_known_is_checked_again(nested):
     product(absmax=torch.stack([absmax, absmax], 1)[:, 0])
     for part in (x[:, :255], x.double(), x.to("meta")):
         with pytest.raises((ValueError, TypeError), match="x"):
-            _cpu.linear_4bit(part, *right.values(), *how)
+            _cpu.linear_4bit(part, packed_weight(*right.values(), *how), None)
 
 
 def test_functionalize():

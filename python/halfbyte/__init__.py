@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from halfbyte import arrays as arrays
     from halfbyte import functional as functional
     from halfbyte import nn as nn
     from halfbyte._native import CheckpointError as CheckpointError
@@ -31,6 +32,7 @@ _HOME = {
     "BitsAndBytesConfig": "halfbyte.config",
     "CheckpointError": "halfbyte._native",
     "__version__": "halfbyte._native",
+    "arrays": "halfbyte",
     "dequantize_checkpoint": "halfbyte.offline.dequantize",
     "dequantize_model": "halfbyte.models.quantize",
     "enable": "halfbyte.integrations.register",
@@ -51,6 +53,7 @@ __all__ = [
     "BitsAndBytesConfig",
     "CheckpointError",
     "__version__",
+    "arrays",
     "dequantize_checkpoint",
     "dequantize_model",
     "enable",

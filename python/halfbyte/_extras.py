@@ -9,26 +9,18 @@ from types import ModuleType
 def require(module: str, extra: str, why: str) -> ModuleType:
     """Import an optional dependency, or say which package is missing and which extra installs it.
 
-    Parameters
-    ----------
-    module:
-        Dotted name of the module to import, e.g. ``"torch"`` or ``"transformers.quantizers"``.
-    extra:
-        The extra of halfbyte that brings it, e.g. ``"torch"``.
-    why:
-        What needs it, as the subject of the message, e.g. ``"--selection transformers"``.
+    Args:
+        module: Dotted name of the module to import, e.g. ``"torch"`` or ``"transformers.quantizers"``.
+        extra: The extra of halfbyte that brings it, e.g. ``"torch"``.
+        why: What needs it, as the subject of the message, e.g. ``"--selection transformers"``.
 
-    Returns
-    -------
-    ModuleType
+    Returns:
         The module that the whole name means: ``transformers.quantizers``, not ``transformers``.
 
-    Raises
-    ------
-    ImportError
-        The package is not installed. The message names it and the command that installs it, the attribute ``name``
-        holds the package. A package that is installed but broken (one of *its* imports fails) raises its own error
-        unchanged, because installing the extra again would not help.
+    Raises:
+        ImportError: The package is not installed. The message names it and the command that installs it, the attribute
+            ``name`` holds the package. A package that is installed but broken (one of *its* imports fails) raises its
+            own error unchanged, because installing the extra again would not help.
     """
     package = module.partition(".")[0]
     try:

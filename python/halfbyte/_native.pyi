@@ -21,9 +21,13 @@ __all__ = [
     "cuda_dequantize_rows",
     "cuda_device",
     "cuda_device_count",
+    "cuda_device_memory",
     "cuda_driver_version",
     "cuda_embedding_4bit",
     "cuda_expand_absmax",
+    "cuda_kernel_form",
+    "cuda_kernel_ptx",
+    "cuda_kernels",
     "cuda_matmul_4bit",
     "cuda_prepare",
     "cuda_quantize_4bit",
@@ -111,8 +115,10 @@ class CpuLinear:
         nested: bool,
         bias: str | None = None,
     ) -> CpuLinear:
-        """Check the kind. `dtype` is that of the factor and the result: "float16", "bfloat16" or "float32"; `bias` that
-        of the bias, where there is one.
+        """Check the arguments once for all calls.
+
+        `dtype` is the dtype of the input and the output: "float16", "bfloat16" or "float32". `bias` is the dtype of the
+        bias, or None without one.
         """
 
     def forward(
@@ -185,13 +191,34 @@ def cuda_driver_version() -> tuple[int, int]:
     """The CUDA version that the NVIDIA driver supports. RuntimeError when there is no driver; starts nothing."""
 
 def cuda_device_count() -> int:
-    """The number of visible devices. RuntimeError without a driver, with one before CUDA 12.0, or after a fork."""
+    """The number of visible devices.
+
+    RuntimeError in a build without kernels, without a driver, with one before CUDA 12.0, or after a fork.
+    """
+
+def cuda_device_memory(device: int) -> int:
+    """Bytes of memory that a device has, of any compute capability. ValueError for an ordinal that is not there."""
 
 def cuda_device(device: int) -> tuple[str, tuple[int, int], int, int]:
     """Name, compute capability, multiprocessors and bytes of shared memory per block of a device.
 
     ValueError for an ordinal that is not there, RuntimeError for a compute capability below 7.5.
     """
+
+def cuda_kernels() -> list[str]:
+    """The names of the kernels that this build has: none when it was built without NVIDIA's compilers.
+
+    Those with "reference" in their names, and "floor_…", are for tests and benches; a wheel has none of them.
+    """
+
+def cuda_kernel_form(device: int) -> str:
+    """The form in which kernels are loaded on a device: "cubin", or "ptx", which the driver compiles.
+
+    `HALFBYTE_KERNELS` asks for one of them.
+    """
+
+def cuda_kernel_ptx(kernel: str, capability: tuple[int, int]) -> bytes:
+    """The PTX of a kernel for devices of a compute capability. ValueError when this build has none."""
 
 def cuda_prepare(device: int) -> None:
     """Load every kernel that the device takes, so that no later call waits for that."""
@@ -277,8 +304,9 @@ class CudaLinear:
         """Rows of `x` that one launch takes at most, where the kind is one for the matrix units."""
 
     def pays(self, m: int) -> bool:
-        """Whether `launch` makes a product of `m` rows of `x`, more than a few, in less time than a dense copy of the
-        weight and a product with that. `x` and the codes begin at multiples of 16 bytes.
+        """Whether `launch` with `m` rows of `x` is faster than dequantizing the weight and a dense product.
+
+        `x` and the packed weight must be aligned to 16 bytes.
         """
 
     def launch(
@@ -293,9 +321,10 @@ class CudaLinear:
         bias: int,
         y: int,
     ) -> None:
-        """Make one product on `stream`, with `m` rows of `x`. All others are addresses in the device's memory: of `x`
-        and `y` in the dtype, of the codes, the scales (two levels and the offset when nested, else 0), and the bias
-        or 0. How much memory there is, the caller has checked.
+        """Launch one product of `m` rows of `x` on `stream`.
+
+        All other arguments are addresses in device memory. `x`, `bias` and `y` have the dtype of the product. `absmax2`
+        and `offset` are 0 unless the scales are nested; `bias` is 0 without one. The caller has checked the sizes.
         """
 
 def cuda_expand_absmax(

@@ -1,6 +1,6 @@
-"""What the command shows: sizes, durations, tables and progress, on terminals of any width and on pipes.
+"""Text for terminals and pipes: sizes, durations, tables and progress.
 
-Standard library only: the command starts in a fraction of a second.
+rich draws tables and bars. It is imported by the functions that draw, so that `halfbyte --help` starts without it.
 """
 
 from __future__ import annotations
@@ -8,12 +8,15 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import sys
+import textwrap
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
 _DECIMAL = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _BINARY = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -24,33 +27,38 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", re.ASCII)
 
 
 def parse_size(text: str | int) -> int:
-    """A number of bytes from ``5000000000``, ``"5GB"`` (10^9), ``"500MB"``, ``"1.5GB"`` or ``"2GiB"`` (2^30).
+    """Parse a number of bytes: ``5000000000``, ``"5GB"`` (10^9), ``"500MB"``, ``"1.5GB"`` or ``"2GiB"`` (2^30).
 
-    The units are those of ``save_pretrained(max_shard_size=…)``. A final small ``b`` means bits there, which nobody
-    wants here: it is refused.
+    The units are those of ``save_pretrained(max_shard_size=…)``. That function reads a final lower-case ``b`` as bits;
+    here it is an error.
 
-    Raises
-    ------
-    ValueError
-        The text is no size, or is less than one byte.
+    Args:
+        text: A number of bytes, or a number with a unit.
+
+    Returns:
+        The number of bytes, at least 1. Fractions are rounded down.
+
+    Raises:
+        ValueError: The text is not a size, or is less than one byte.
     """
-    expected = "expected bytes, or a number with KB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (of 1024)"
+    units = "KB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (powers of 1024)"
+    expected = f"a number of bytes, or a number with {units}"
     if isinstance(text, bool) or not isinstance(text, (int, str)):
-        raise ValueError(f"size is {text!r}: {expected}")
+        raise ValueError(f"size must be {expected}, got {text!r}")
     if isinstance(text, int):
         value = text
     else:
         match = _SIZE.fullmatch(text.strip())
         if match is None:
-            raise ValueError(f"size is {text!r}: {expected}")
+            raise ValueError(f"size must be {expected}, got {text!r}")
         number, unit = match.groups()
         scale = 1 if unit == "" else _DECIMAL.get(unit) or _BINARY.get(unit)
         if scale is None or (unit in ("", "B") and "." in number):
-            raise ValueError(f"size is {text!r}: {expected}")
+            raise ValueError(f"size must be {expected}, got {text!r}")
         # Exact for whole numbers of any length; a fraction is rounded down to a byte.
         value = int(number) * scale if "." not in number else int(float(number) * scale)
     if value < 1:
-        raise ValueError(f"size is {text!r}: expected at least one byte")
+        raise ValueError(f"size must be at least one byte, got {text!r}")
     return value
 
 
@@ -104,7 +112,7 @@ def plural(count: int, noun: str) -> str:
 def printable(text: str) -> str:
     """The text on one line, with control characters and escape sequences spelled out.
 
-    Names of tensors and files come from other people's checkpoints: none of them may move the cursor.
+    Names of tensors and files come from untrusted checkpoints and must not control the terminal.
     """
     if text.isprintable():
         return text
@@ -113,33 +121,18 @@ def printable(text: str) -> str:
     )
 
 
-def shorten(text: str, width: int) -> str:
-    """At most ``width`` characters, the middle of a longer text replaced by one ``…``."""
-    if len(text) <= width:
-        return text
-    if width <= 1:
-        return "…"[:width]
-    tail = (width - 1) // 2
-    return text[: width - 1 - tail] + "…" + (text[-tail:] if tail else "")
-
-
 def wrap(text: str, width: int, indent: str = "", used: int = 0) -> str:
-    """Words filled into lines of ``width`` characters; lines after the first start with ``indent``.
+    """Fill words into lines of at most ``width`` columns; lines after the first start with ``indent``.
 
-    ``used`` columns of the first line are taken. A word longer than a line is shortened.
+    Args:
+        text: Words. Words longer than a line are broken.
+        width: Columns of a line.
+        indent: Start of every line but the first.
+        used: Columns of the first line that are already taken.
     """
-    lines: list[str] = []
-    line = ""
-    for whole in text.split():
-        limit = max(width - (len(indent) if lines else used), 8)
-        word = shorten(whole, limit)
-        if line and len(line) + 1 + len(word) > limit:
-            lines.append(line)
-            line = word
-        else:
-            line = f"{line} {word}" if line else word
-    lines.append(line)
-    return ("\n" + indent).join(lines)
+    width = max(width, len(indent) + 8, used + 8)
+    lines = textwrap.wrap(text, width, initial_indent=" " * used, subsequent_indent=indent)
+    return "\n".join(lines)[used:]
 
 
 def prepare_streams() -> None:
@@ -157,16 +150,26 @@ def plain_if_needed(text: str, stream: TextIO | None) -> str:
     try:
         text.encode(encoding)
     except (UnicodeEncodeError, LookupError):
-        for fancy, plain in (("→", "->"), ("…", "..."), ("·", "-"), ("█", "#"), ("░", "."), ("≥", ">="), ("×", "x")):
+        for fancy, plain in (("→", "->"), ("…", "..."), ("·", "-"), ("─", "-"), ("≥", ">="), ("×", "x")):
             text = text.replace(fancy, plain)
     return text
 
 
 def stream_width(stream: TextIO | None) -> int | None:
     """Columns of the terminal behind ``stream`` (``COLUMNS`` first); None for files and pipes, which have no edge."""
-    if not is_terminal(stream):
+    if stream is None or not is_terminal(stream):
         return None
-    return max(shutil.get_terminal_size((80, 24)).columns, 20)
+    return max(terminal_console(stream).width, 20)
+
+
+def terminal_console(stream: TextIO) -> Console:
+    """A rich console for a stream of which `is_terminal` is true.
+
+    The decision is not left to rich: it takes ``FORCE_COLOR``, which many CI systems set, for a terminal.
+    """
+    from rich.console import Console
+
+    return Console(file=stream, force_terminal=True, force_jupyter=False, markup=False, emoji=False, highlight=False)
 
 
 def is_terminal(stream: TextIO | None) -> bool:
@@ -182,6 +185,10 @@ def is_terminal(stream: TextIO | None) -> bool:
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
+# rich takes about a millisecond for each row; nobody reads this many on a terminal.
+_MOST_DRAWN = 500
+
+
 def table(
     headers: Sequence[str],
     rows: Iterable[Sequence[str]],
@@ -190,49 +197,68 @@ def table(
     shrink: Sequence[tuple[int, int]] = (),
     width: int | None = None,
 ) -> str:
-    """A plain text table: two spaces between columns, a rule under the headers.
+    """Lay out a plain text table: two spaces between columns, a rule under the headers.
 
-    Parameters
-    ----------
-    headers, rows
-        Texts; every row has as many cells as there are headers.
-    right
-        Columns set flush right.
-    shrink
-        ``(column, least width)`` in the order in which columns give way when the table is wider than ``width``.
-    width
-        Columns of the terminal, or None for no limit. A table that cannot be made to fit is set as one paragraph
-        per row instead.
+    Cells are text, never rich's markup. Control characters in them are escaped.
+
+    Args:
+        headers: One text for each column.
+        rows: Texts; every row has as many cells as there are headers.
+        right: Columns set flush right.
+        shrink: ``(column, least width)`` of the columns whose cells may wrap when the table is wider than ``width``.
+        width: Columns of the terminal, or None for a file or pipe: nothing is wrapped, and rich is not imported, as for
+            tables of more than 500 rows. When even the least widths do not fit, each row becomes a paragraph.
+
+    Returns:
+        Lines without control characters and without trailing spaces.
     """
     cells = [[printable(cell) for cell in row] for row in rows]
-    widths = [max([len(header), *(len(row[i]) for row in cells)]) for i, header in enumerate(headers)]
-    if width is not None:
-        for column, least in shrink:
-            excess = sum(widths) + 2 * (len(widths) - 1) - width
-            if excess <= 0:
-                break
-            widths[column] = max(widths[column] - excess, min(least, widths[column]))
-        if sum(widths) + 2 * (len(widths) - 1) > width:
-            return _paragraphs(headers, cells, width)
+    if width is None or len(cells) > _MOST_DRAWN:
+        return _columns(headers, cells, right)
+
+    import io
+
+    from rich.box import SIMPLE
+    from rich.cells import cell_len
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    widths = [max([len(header), *(cell_len(row[i]) for row in cells)]) for i, header in enumerate(headers)]
+    least = dict(shrink)
+    needed = sum(min(w, least.get(i, w)) for i, w in enumerate(widths)) + 2 * (len(widths) - 1)
+    if needed > width:
+        return _paragraphs(headers, cells, width)
+    drawn = Table(box=SIMPLE, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="")
+    for i, header in enumerate(headers):
+        drawn.add_column(
+            Text(header), justify="right" if i in right else "left", no_wrap=i not in least, overflow="fold"
+        )
+    for row in cells:
+        drawn.add_row(*map(Text, row))
+    out = io.StringIO()
+    Console(file=out, width=width, color_system=None, force_terminal=False, force_jupyter=False).print(drawn)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def _columns(headers: Sequence[str], cells: Sequence[Sequence[str]], right: Sequence[int]) -> str:
+    """One line a row: what `grep` and `diff` expect of a file."""
+    widths = [max(map(len, column)) for column in zip(headers, *cells, strict=True)]
 
     def line(row: Sequence[str]) -> str:
-        parts = (
-            shorten(cell, w).rjust(w) if i in right else shorten(cell, w).ljust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        return "  ".join(parts).rstrip()
+        pairs = enumerate(zip(row, widths, strict=True))
+        return "  ".join(cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in pairs).rstrip()
 
-    rule = "  ".join("-" * w for w in widths)
-    return "\n".join([line(headers), rule, *(line(row) for row in cells)])
+    return "\n".join([line(headers), "  ".join("-" * w for w in widths), *map(line, cells)])
 
 
 def _paragraphs(headers: Sequence[str], rows: Iterable[Sequence[str]], width: int) -> str:
     """The first cell on a line of its own, the others below it as ``header value`` pairs."""
     out: list[str] = []
     for row in rows:
-        out.append(shorten(row[0], width))
+        out.append(wrap(row[0], width, "  "))
         pairs = " · ".join(f"{h} {c}".strip() for h, c in zip(headers[1:], row[1:], strict=True) if c)
-        out.append("  " + wrap(pairs, max(width - 2, 10), "  "))
+        out.append("  " + wrap(pairs, max(width, 12), "  ", used=2))
     return "\n".join(out)
 
 
@@ -240,10 +266,10 @@ def _paragraphs(headers: Sequence[str], rows: Iterable[Sequence[str]], width: in
 
 
 class Bar:
-    """One line on a terminal that shows how far the work is: share, bar, bytes, throughput, time left, subject.
+    """A progress bar on a terminal: percentage, amount, throughput and time left, as wide as the terminal allows.
 
-    Call it with ``(bytes done, bytes in all, what is being worked on)``; it redraws at most ten times a second.
-    Throughput is that of the last few seconds, so that the time left follows the machine.
+    Call it with ``(done, total, what is being worked on)``. It redraws at most ten times a second, from the thread that
+    calls. Throughput is the average of the last few seconds.
     """
 
     INTERVAL = 0.1
@@ -253,73 +279,80 @@ class Bar:
         self._verb = verb
         self._unit = unit
         self._stream: TextIO | None = stream if stream is not None else sys.stderr
-        self._seen: deque[tuple[float, int]] = deque()
+        self._progress: Progress | None = None
         self._drawn = -self.INTERVAL
-        self._visible = False
 
     def __call__(self, done: int, total: int, label: str) -> None:
         """Show the state; see the class."""
         now = time.monotonic()
-        if now - self._drawn < self.INTERVAL and done < total:
+        if self._stream is None or (now - self._drawn < self.INTERVAL and done < total):
             return
         self._drawn = now
-        self._seen.append((now, done))
-        while len(self._seen) > 2 and now - self._seen[0][0] > self.WINDOW:
-            self._seen.popleft()
-        self._write("\r" + self.line(done, total, label) + "\x1b[K")
-        self._visible = True
+        # A terminal that went away must not stop the work.
+        try:
+            if self._progress is None:
+                self._progress = self._begin(self._stream, total)
+            task = self._progress.task_ids[0]
+            # rich calls work of size 0 unfinished.
+            completed, whole = (done, total) if total > 0 else (1, 1)
+            amount = self._amount(done, total)
+            self._progress.update(task, completed=completed, total=whole, amount=amount, label=printable(label))
+            speed = self._progress.tasks[0].speed
+            self._progress.update(task, rate=f"{self._unit(speed)}/s" if speed else "", refresh=True)
+        except (OSError, ValueError):
+            self._stream = None
 
-    def line(self, done: int, total: int, label: str) -> str:
-        """The text of the bar, one column narrower than the terminal."""
-        width = (stream_width(self._stream) or 80) - 1
-        share = min(done / total, 1.0) if total > 0 else 1.0
-        (t0, d0), (t1, d1) = (self._seen[0], self._seen[-1]) if self._seen else ((0.0, 0), (0.0, 0))
-        rate = (d1 - d0) / (t1 - t0) if t1 > t0 else 0.0
-        parts = [f"{self._verb} {share:4.0%}"]
-        numbers = [f"{self._unit(done)} of {self._unit(total)}"]
-        if rate > 0:
-            numbers.append(f"{self._unit(rate)}/s")
-            if done < total:
-                minutes, seconds = divmod(round((total - done) / rate), 60)
-                numbers.append(f"{minutes}:{seconds:02} left")
-        used = len(parts[0]) + sum(len(n) + 2 for n in numbers)
-        if width - used >= 14:
-            cells = min(24, width - used - 2)
-            filled = int(share * cells)
-            parts.append("█" * filled + "░" * (cells - filled))
-            used += cells + 2
-        for number in numbers:
-            parts.append(number)
-        if label and width - used >= 14:
-            parts.append(shorten(printable(label), width - used - 2))
-        return plain_if_needed(shorten("  ".join(parts), width), self._stream)
+    def _amount(self, done: int, total: int) -> str:
+        return f"{self._unit(done)} of {self._unit(total)}"
+
+    def _begin(self, stream: TextIO, total: int) -> Progress:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.table import Column
+
+        console = terminal_console(stream)
+        columns: list[str | BarColumn | TextColumn | TimeRemainingColumn] = [
+            TextColumn("{task.description}", markup=False),
+            TextColumn("{task.percentage:>3.0f}%", markup=False),
+        ]
+        if console.width >= 40:
+            columns.append(BarColumn(bar_width=24 if console.width >= 80 else 10))
+        if console.width >= 72:
+            columns.append(TextColumn("{task.fields[amount]}", markup=False))
+            columns.append(TextColumn("{task.fields[rate]}", markup=False))
+            columns.append(TimeRemainingColumn(compact=True))
+        if console.width >= 100:
+            name = Column(no_wrap=True, overflow="ellipsis", ratio=1)
+            columns.append(TextColumn("{task.fields[label]}", markup=False, table_column=name))
+        progress = Progress(
+            *columns,
+            console=console,
+            auto_refresh=False,
+            get_time=time.monotonic,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+            speed_estimate_period=self.WINDOW,
+            expand=console.width >= 100,
+        )
+        progress.add_task(self._verb, total=total, amount=self._amount(0, total), rate="", label="")
+        progress.start()
+        return progress
 
     def close(self) -> None:
-        """Wipe the line."""
-        if self._visible:
-            self._write("\r\x1b[K")
-            self._visible = False
-
-    def _write(self, text: str) -> None:
-        # A terminal that went away must not stop the work.
-        if self._stream is None:
-            return
-        with contextlib.suppress(OSError, ValueError):
-            self._stream.write(text)
-            self._stream.flush()
+        """Wipe the bar and show the cursor again."""
+        if self._progress is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self._progress.stop()
+            self._progress = None
 
 
 class Lines:
     """Progress where no line can be redrawn: one line at the start and one for each file that is complete.
 
-    Parameters
-    ----------
-    verb
-        What is being done: ``"quantizing"``.
-    files
-        Names of the files that will be made.
-    complete
-        Tells whether the file of a name is complete.
+    Args:
+        verb: What is being done: ``"quantizing"``.
+        files: Names of the files that will be made.
+        complete: Tells whether the file of a name is complete.
     """
 
     def __init__(

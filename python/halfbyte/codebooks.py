@@ -1,4 +1,4 @@
-"""The sets of values that codes stand for, and those that a user may make for 8-bit quantization."""
+"""Codebooks: the values of 4-bit codes, and maps for 8-bit quantization."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from torch import Tensor
 
 from halfbyte import _native
 from halfbyte.backends import cuda
-from halfbyte.ops._torch_internals import disable_modes, dispatch_modes, tracing, transforms
+from halfbyte.ops._torch_internals import disable_modes, dispatch_modes
 from halfbyte.ops.checks import QUANT_TYPES
+from halfbyte.ops.dispatch import transformed
+from halfbyte.ops.registry import KERNELS
 
 # AF4, for blocks of 64: "NF4 Isn't Information Theoretically Optimal (and that's Good)", arXiv 2306.06965, table 1.
 _AF4 = (
@@ -45,16 +47,7 @@ def dynamic_map(device: torch.device | str | None = None) -> Tensor:
 
 def _cuda_device(device: torch.device | str | None) -> torch.device | None:
     """The device, if a map is to be made there by kernels: a copy from the host would wait, and spoil a capture."""
-    if (
-        device is None
-        or device == _CPU
-        or torch.compiler.is_compiling()
-        or dispatch_modes()
-        or transforms() is not None
-        or tracing() is not None
-        or torch.version.hip is not None
-        or not hasattr(_native, "cuda_quantize_4bit")
-    ):
+    if device is None or device == _CPU or transformed() or KERNELS.get("cuda") is not cuda:
         return None
     device = torch.device(device)
     return device if device.type == "cuda" else None
@@ -86,9 +79,9 @@ def get_4bit_type(typename: str, device: torch.device | str | None = None, block
     elif typename == "af4" and blocksize == 64:
         values = list(reversed(_AF4))
     elif typename == "af4":
-        raise NotImplementedError(f"blocksize: {blocksize} is not 64, the only one that af4 is known for")
+        raise NotImplementedError(f"blocksize must be 64 for af4, got {blocksize}")
     else:
-        raise NotImplementedError(f"typename: {typename!r} is not one of 'nf4', 'fp4', 'int4', 'af4'")
+        raise NotImplementedError(f"typename must be one of 'nf4', 'fp4', 'int4', 'af4', got {typename!r}")
     return torch.tensor(values, dtype=torch.float32, device=device or "cpu")
 
 
@@ -123,8 +116,8 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
     values = torch.cat(parts)
     if values.numel() != 2**total_bits:
         raise ValueError(
-            f"max_exponent_bits: {max_exponent_bits} of total_bits {total_bits} make {values.numel()} values, "
-            f"not {2**total_bits}"
+            f"max_exponent_bits must give {2**total_bits} values for total_bits={total_bits}, "
+            f"got {max_exponent_bits}, which gives {values.numel()}"
         )
     return _padded(values)
 
@@ -144,8 +137,8 @@ def create_fp8_map(signed: bool = True, exponent_bits: int = 5, precision_bits: 
     """Small floating-point numbers, subnormals included, scaled to at most 1: float32 [256], padded with zeros."""
     if exponent_bits + precision_bits + signed != total_bits:
         raise ValueError(
-            f"total_bits: {total_bits} is not {exponent_bits} exponent bits + {precision_bits} precision bits + "
-            f"{int(signed)} sign bit"
+            f"total_bits must be exponent_bits + precision_bits + sign, "
+            f"{exponent_bits} + {precision_bits} + {int(signed)}, got {total_bits}"
         )
     bias = 2 ** (exponent_bits - 1)
     values = []

@@ -1,7 +1,6 @@
-"""Quantize and dequantize tensors, in blocks, to 4 and to 8 bits.
+"""Quantize and dequantize tensors blockwise, to 4 and 8 bits.
 
-Names and arguments are those of `bitsandbytes.functional`, and so are the bytes: what one of the two libraries wrote,
-the other reads.
+Names, arguments and bytes match `bitsandbytes.functional`: each library reads what the other wrote.
 
 >>> import torch
 >>> from halfbyte.functional import dequantize_4bit, quantize_4bit
@@ -21,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.backends import cpu
 from halfbyte.codebooks import (
     create_dynamic_map,
     create_fp8_map,
@@ -31,6 +29,7 @@ from halfbyte.codebooks import (
     get_4bit_type,
     quant_map,
 )
+from halfbyte.ops import dispatch
 from halfbyte.ops.autograd import matmul_4bit
 from halfbyte.ops.checks import (
     NESTED_BLOCKSIZE,
@@ -43,7 +42,7 @@ from halfbyte.ops.checks import (
     check_storage,
     check_tensor,
 )
-from halfbyte.ops.registry import kernels, plain
+from halfbyte.ops.packed import PackedWeight, packed_weight
 from halfbyte.state import QuantState
 
 __all__ = [
@@ -67,8 +66,6 @@ __all__ = [
     "quantize_nf4",
 ]
 
-_ops = torch.ops.halfbyte
-
 
 # ---- 4 bits ----------------------------------------------------------------------------------------------------------
 
@@ -82,10 +79,10 @@ def quantize_4bit(
     quant_type: str = "fp4",
     quant_storage: torch.dtype = torch.uint8,
 ) -> tuple[Tensor, QuantState]:
-    """Quantize a tensor to 4 bits a value, in blocks that share a scale.
+    """Quantize a tensor blockwise to 4-bit codes, with one scale per block.
 
     Args:
-        A: float16, bfloat16 or float32, of any shape and strides; read in row-major order as one list of `n` values.
+        A: float16, bfloat16 or float32, any shape and strides, read in row-major order as `n` values.
         absmax: Where to write the scales: float32 `[ceil(n / blocksize)]`, or uint8 with `compress_statistics`.
         out: Where to write the codes: of the shape and dtype of the first result.
         blocksize: 32, 64 (the default), 128, 256, 512, 1024, 2048 or 4096 consecutive values; the last block may be
@@ -100,10 +97,10 @@ def quantize_4bit(
         code are 0), and the state that `dequantize_4bit` needs. No gradient flows through either.
 
     Raises:
-        TypeError: A wrong type or dtype. The message names the argument and the legal ones.
-        ValueError: A wrong `blocksize` or `quant_type`, or an `out` or `absmax` of another shape or device.
+        TypeError: An argument has a wrong type or dtype.
+        ValueError: `blocksize` or `quant_type` is not supported, or `out` or `absmax` has another shape or device.
 
-    A block that holds NaN or an infinity is lost; on the CPU, where it costs nothing to know, that is logged.
+    A block that contains NaN or Inf dequantizes to NaN. On the CPU this is logged; on a GPU that would synchronize.
 
     >>> packed, state = quantize_4bit(torch.randn(3, 5), quant_type="nf4", quant_storage=torch.float32)
     >>> packed.shape, state.absmax.shape
@@ -113,13 +110,12 @@ def quantize_4bit(
     check_storage(quant_storage)
     check_tensor("A", A)
     A = A.detach() if A.requires_grad else A
-    call = kernels(A) or _ops
     if compress_statistics:
-        packed, scales, absmax2, offset = call.quantize_4bit_nested(A, blocksize, quant_type)
+        packed, scales, absmax2, offset = dispatch.call("quantize_4bit_nested", A, blocksize, quant_type)
     else:
-        packed, scales = call.quantize_4bit(A, blocksize, quant_type)
+        packed, scales = dispatch.call("quantize_4bit", A, blocksize, quant_type)
     # Without a device it is the CPU's, and no time goes into asking for kernels of another.
-    code = quant_map(quant_type, None if call is cpu else A.device)
+    code = quant_map(quant_type, None if A.is_cpu else A.device)
     state = QuantState(scales, A.shape, code, blocksize, quant_type, A.dtype)
     if compress_statistics:
         state.offset, state.nested = offset, True
@@ -183,28 +179,27 @@ def dequantize_4bit(
     if quant_state is None:
         if absmax is None or out is None:
             missing = " and ".join(name for name, value in (("absmax", absmax), ("out", out)) if value is None)
-            raise ValueError(f"{missing}: None; without quant_state, both absmax and out are needed")
+            raise ValueError(f"{missing} must be given when quant_state is None, got None")
         quant_state = QuantState(absmax, out.shape, None, 64 if blocksize is None else blocksize, quant_type, out.dtype)
     elif not isinstance(quant_state, QuantState):
-        raise TypeError(f"quant_state: {type(quant_state).__name__} is not a QuantState, as quantize_4bit returns")
+        raise TypeError(f"quant_state must be a QuantState from quantize_4bit, got {type(quant_state).__name__}")
     check_tensor("A", A)
-    shape, blocksize, quant_type = quant_state.weight()
+    shape, *_ = quant_state.weight()
     dtype = quant_state.dtype
     if dtype is None:
-        raise ValueError("quant_state.dtype: None does not say what to dequantize to")
+        raise ValueError("quant_state.dtype must be the dtype to dequantize to, got None")
     check_float("quant_state.dtype", dtype)
-    scales, absmax2, offset = _general_scales(quant_state)
-    if out is not None:
-        check_out(out, shape, dtype, A.device)
-    direct = kernels(A, None, scales, absmax2, offset, out)
-    if direct is not None:
-        result: Tensor = direct.dequantize_4bit(
-            plain(A), scales, absmax2, offset, shape, dtype, blocksize, quant_type, out
-        )
-        _tell_autograd(out)
+    weight = _packed_weight(A, quant_state)
+    if out is None:
+        result: Tensor = dispatch.call("dequantize_4bit", weight, dtype)
     else:
-        result = _ops.dequantize_4bit(A, scales, absmax2, offset, shape, dtype, blocksize, quant_type)
-        result = result if out is None else out.copy_(result)
+        check_out(out, shape, dtype, A.device)
+        direct = dispatch.kernels_of(A, None, weight, out)
+        if direct is None:
+            result = out.copy_(dispatch.call("dequantize_4bit", weight, dtype))
+        else:
+            result = direct.dequantize_4bit(dispatch.plain_weight(weight), dtype, out)
+            _tell_autograd(out)
     # Codes that come transposed are those of a weight that is wanted transposed.
     transposed = A.dim() == 2 and A.shape[0] == 1 and A.shape[1] > 1 and len(shape) == 2
     return result.t() if transposed else result
@@ -245,7 +240,7 @@ def gemv_4bit(
     `transposed_A` and `transposed_B` are accepted for their callers' sake: what is transposed is seen from the shapes.
     """
     if state is None:
-        raise ValueError("state: None; the state that quantize_4bit returned is needed")
+        raise ValueError("state must be a QuantState from quantize_4bit, got None")
     return matmul_4bit(A, B, state, out=out)
 
 
@@ -260,14 +255,14 @@ def quantize_blockwise(
     blocksize: int = 4096,
     nested: bool = False,
 ) -> tuple[Tensor, QuantState]:
-    """Quantize a tensor to 8 bits a value, in blocks that share a scale.
+    """Quantize a tensor blockwise to 8-bit codes, with one scale per block.
 
     Args:
         A: float16, bfloat16 or float32, of any shape and strides.
         code: The values, float32, up to 256; default the signed dynamic map. 256 that ascend are the fast case.
         absmax: Where to write the scales: float32 `[ceil(n / blocksize)]`, or uint8 when `nested`.
         out: Where to write the codes: uint8, shaped as `A`.
-        blocksize: How many consecutive values share a scale, default 4096.
+        blocksize: Consecutive values per scale, default 4096.
         nested: Quantize the scales too.
 
     Returns:
@@ -287,20 +282,22 @@ def quantize_blockwise(
         code = dynamic_map(A.device)
     else:
         check_tensor("code", code)
-        unsorted = code.device.type == "cpu" and bool(kernels(code)) and not bool((code[1:] >= code[:-1]).all())
+        unsorted = (
+            code.device.type == "cpu" and bool(dispatch.kernels(code)) and not bool((code[1:] >= code[:-1]).all())
+        )
         code = code.to(device=A.device, dtype=torch.float32, copy=True)
         if unsorted or 0 < code.numel() < 256:
             order = code.flatten().argsort(stable=True)
             ascending = code.flatten()[order]
     if order is None:
         check_code(code, A.device)
-        codes, scales = (kernels(A, None, code) or _ops).quantize_blockwise(A, code, blocksize)
+        codes, scales = dispatch.call("quantize_blockwise", A, code, blocksize)
     else:
         # Padded with its largest value; what is found there, or in order, is then named as in `code`.
         missing = 256 - ascending.numel()
         full = torch.cat([ascending, ascending[-1:].expand(missing)]) if missing > 0 else ascending
         check_code(full, A.device)
-        codes, scales = (kernels(A, None, full) or _ops).quantize_blockwise(A, full, blocksize)
+        codes, scales = dispatch.call("quantize_blockwise", A, full, blocksize)
         named = torch.cat([order, order[-1:].expand(missing)]) if missing > 0 else order
         codes = named.to(torch.uint8)[codes.int()]
     state = QuantState(scales, code=code, blocksize=blocksize, dtype=A.dtype)
@@ -339,7 +336,7 @@ def dequantize_blockwise(
     """
     if quant_state is None:
         if absmax is None:
-            raise ValueError("absmax: None; without quant_state, absmax is needed")
+            raise ValueError("absmax must be given when quant_state is None, got None")
         quant_state = QuantState(absmax, code=code, blocksize=blocksize, dtype=torch.float32)
     check_tensor("A", A)
     dtype = quant_state.dtype or torch.float32
@@ -349,15 +346,17 @@ def dequantize_blockwise(
     scales = quant_state.absmax
     if quant_state.nested and quant_state.offset is not None:
         scales = dequantize_blockwise(scales, quant_state.state2) + quant_state.offset
-    if out is not None:
-        check_out(out, A.shape, dtype, A.device)
-    direct = kernels(A, None, scales, values, out)
-    if direct is not None:
-        result: Tensor = direct.dequantize_blockwise(A, scales, values, quant_state.blocksize, dtype, out)
-        _tell_autograd(out)
+    arguments = A, scales, values, quant_state.blocksize, dtype
+    if out is None:
+        result: Tensor = dispatch.call("dequantize_blockwise", *arguments)
         return result
-    result = _ops.dequantize_blockwise(A, scales, values, quant_state.blocksize, dtype)
-    return result if out is None else out.copy_(result)
+    check_out(out, A.shape, dtype, A.device)
+    direct = dispatch.kernels(A, None, scales, values, out)
+    if direct is None:
+        return out.copy_(dispatch.call("dequantize_blockwise", *arguments))
+    result = direct.dequantize_blockwise(*arguments, out)
+    _tell_autograd(out)
+    return result
 
 
 # ---- rows of LLM.int8() ----------------------------------------------------------------------------------------------
@@ -385,9 +384,9 @@ def int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Te
     """
     check_quantize_rows(A, "A")
     if not isinstance(threshold, (int, float)):
-        raise TypeError(f"threshold: {threshold!r} is not a number")
+        raise TypeError(f"threshold must be a number, got {threshold!r}")
     if not threshold >= 0:
-        raise ValueError(f"threshold: {threshold} is negative; expected 0 (none) or more")
+        raise ValueError(f"threshold must be at least 0 (0 turns it off), got {threshold}")
     A = A.detach() if A.requires_grad else A
     columns = None
     if threshold > 0:
@@ -395,7 +394,7 @@ def int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Te
         rows = tuple(range(A.dim() - 1))
         columns = (outliers.any(rows) if rows else outliers).nonzero().view(-1)
         A = A.masked_fill(outliers, 0)
-    codes, scales = (kernels(A) or _ops).quantize_rows(A)
+    codes, scales = dispatch.call("quantize_rows", A)
     return codes if columns is None else codes.index_fill_(-1, columns, 0), scales, columns
 
 
@@ -416,19 +415,19 @@ def int8_vectorwise_dequant(A: Tensor, stats: Tensor) -> Tensor:
     check_tensor("stats", stats)
     stats = stats.to(torch.float32).resolve_neg()
     check_dequantize_rows(A, stats, torch.float32, ("A", "stats"))
-    result: Tensor = (kernels(A, None, stats) or _ops).dequantize_rows(A, stats, torch.float32)
+    result: Tensor = dispatch.call("dequantize_rows", A, stats, torch.float32)
     return result
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------
 
 
-def _general_scales(state: QuantState) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`state.scales()`, expanded first where they are nested in another way than the format's."""
+def _packed_weight(codes: Tensor, state: QuantState) -> PackedWeight:
+    """`state.packed(codes)`; scales are expanded first where they are nested in another way than the format's."""
     second, offset = state.state2, state.offset
     if state.nested and second is not None and offset is not None and second.blocksize != NESTED_BLOCKSIZE:
-        return dequantize_blockwise(state.absmax, second) + offset, None, None
-    return state.scales()
+        return packed_weight(codes, dequantize_blockwise(state.absmax, second) + offset, None, None, *state.weight())
+    return state.packed(codes)
 
 
 def _tell_autograd(out: Tensor | None) -> None:

@@ -14,14 +14,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from halfbyte.codebooks import dynamic_map
-from halfbyte.ops.checks import FLOAT_DTYPES, NESTED_BLOCKSIZE, QUANT_TYPES, check_blocksize, check_quant_type
-
-PACKED_KEYS = tuple(f"quant_state.bitsandbytes__{quant_type}" for quant_type in QUANT_TYPES)
-"""The state-dict keys, relative to the weight's, of what is not a tensor."""
-
-TENSOR_KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-"""The state-dict keys, relative to the weight's, of the state's tensors."""
+from halfbyte import _native
+from halfbyte.codebooks import quant_map
+from halfbyte.geometry import NESTED_BLOCKSIZE, QUANT_TYPES
+from halfbyte.geometry import PACKED_KEYS as PACKED_KEYS
+from halfbyte.geometry import TENSOR_KEYS as TENSOR_KEYS
+from halfbyte.ops.checks import FLOAT_DTYPES, check_blocksize, check_quant_type
+from halfbyte.ops.packed import Memo, PackedWeight, Packing, Scalars
 
 _SCALAR_KEYS = (
     "quant_type",
@@ -85,6 +84,13 @@ class QuantState:
         if name in ("absmax", "offset") and isinstance(value, Tensor) and value.dtype in _CONVERTED:
             value = value.to(torch.float32)
         object.__setattr__(self, name, value)
+        if "_packing" in self.__dict__:
+            # It was derived from the old ones.
+            del self.__dict__["_packing"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The attributes, without what is derived from them."""
+        return {name: value for name, value in self.__dict__.items() if name != "_packing"}
 
     def __getattr__(self, name: str) -> Any:
         """Resolve the last part of a packed state-dict key, as code that walks dotted names does."""
@@ -137,13 +143,28 @@ class QuantState:
             )
         return self.absmax, self.state2.absmax, self.offset
 
-    def weight(self) -> tuple[tuple[int, ...], int, str]:
+    def weight(self) -> Scalars:
         """`shape, blocksize, quant_type` as the operations take them."""
         shape, blocksize, quant_type = self.shape, self.blocksize, self.quant_type
         if shape is None or blocksize is None or quant_type is None:
             missing = [name for name in ("shape", "blocksize", "quant_type") if getattr(self, name) is None]
             raise ValueError(f"quant_state: has no {', '.join(missing)}; a 4-bit state has all of them")
         return shape if isinstance(shape, tuple) else tuple(shape), blocksize, quant_type
+
+    def packed(self, codes: Tensor) -> PackedWeight:
+        """The codes of a 4-bit weight and this state as one value, as the operations take them."""
+        if torch.compiler.is_compiling():
+            # Graphs are not to depend on what is remembered here.
+            return PackedWeight(codes, Packing(*self.scales(), *self.weight()))
+        known: Packing | None = self.__dict__.get("_packing")
+        second = self.state2
+        if known is None or (
+            known.absmax2 is not None
+            if second is None
+            else (known.absmax2 is not second.absmax or second.blocksize != NESTED_BLOCKSIZE)
+        ):
+            known = self.__dict__["_packing"] = Packing(*self.scales(), *self.weight(), Memo())
+        return PackedWeight(codes, known)
 
     # ---- devices -----------------------------------------------------------------------------------------------------
 
@@ -229,6 +250,7 @@ class QuantState:
         if quant_type is not None:
             check_quant_type(quant_type)
             check_blocksize(blocksize)
+            _check_codebook(fields["quant_map"], quant_type)
         shape = fields.get("shape")
         if shape is not None:
             if not isinstance(shape, (list, tuple)) or any(type(n) is not int or n < 0 for n in shape):
@@ -329,12 +351,21 @@ def _dtype(fields: Mapping[str, Any], key: str) -> torch.dtype:
     return _DTYPES[value]
 
 
+def _check_codebook(code: object, quant_type: str) -> None:
+    """4-bit codes are read with the built-in values: the stored ones must be these, up to how they were rounded."""
+    if not isinstance(code, Tensor) or code.is_meta:
+        return
+    if code.shape != (16,) or not torch.allclose(code.cpu().float(), quant_map(quant_type, "cpu"), rtol=0, atol=1e-2):
+        raise ValueError(f"quant_map: is not the 16 values of {quant_type}, the only ones that it has")
+
+
 def _check_dynamic(state2: QuantState) -> None:
     """Nested scales are read with the built-in map: the stored one must be it, up to how it was rounded."""
     code = state2.code
     if code is None or code.is_meta:
         return
-    if code.shape != (256,) or not torch.allclose(code.cpu().float(), dynamic_map(), rtol=0, atol=1e-6):
+    known = _native.dynamic_map()
+    if code.shape != (256,) or not all(abs(a - b) <= 1e-6 for a, b in zip(code.tolist(), known, strict=True)):
         raise ValueError("nested_quant_map: is not the signed 8-bit dynamic map, the only one that nested scales have")
     if state2.blocksize != NESTED_BLOCKSIZE:
         raise ValueError(f"nested_blocksize: {state2.blocksize!r} is not {NESTED_BLOCKSIZE}")

@@ -1,4 +1,4 @@
-"""`bitsandbytes` served by halfbyte: each case in a process of its own, where nothing is imported yet."""
+"""`bitsandbytes` served by halfbyte: each case in a process of its own, where nothing of the two is imported yet."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fresh
 import pytest
 
 pytest.importorskip("torch")
@@ -53,6 +54,17 @@ def test_offer_where_absent() -> None:
         HIDE + "import halfbyte.compat as c\nassert not c.served() and c.offer() and c.offer() and c.served()\n"
         "assert 'torch' not in sys.modules\n"
         "assert sum(type(f).__module__ == 'halfbyte.compat' for f in sys.meta_path) == 1\n" + ASK
+    )
+
+
+def test_offer_where_a_finder_forbids_the_name() -> None:
+    # As programs do to find out what happens without bitsandbytes; transformers imports it for any 4-bit model.
+    passes(
+        "import sys\nclass Forbids:\n    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] == 'bitsandbytes': raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Forbids())\n"
+        "import halfbyte.compat as c\n"
+        "assert not c.served() and c.offer() and c.served()\nimport bitsandbytes\nassert bitsandbytes.__halfbyte__"
     )
 
 
@@ -104,7 +116,7 @@ def test_install_reaches_multiprocessing(method: str, tmp_path: Path) -> None:
 
 
 def test_layer_classes_are_halfbytes_own() -> None:
-    passes(
+    fresh.passes(
         INSTALL + "import bitsandbytes as b, halfbyte.nn as n, halfbyte.functional as f, torch\n"
         "assert b.nn.Linear4bit is n.Linear4bit and b.nn.modules.Params4bit is n.Params4bit\n"
         "assert b.functional.QuantState is f.QuantState\n"
@@ -116,7 +128,7 @@ def test_layer_classes_are_halfbytes_own() -> None:
     "call", ["nn.Linear8bitLt(4, 4)", "nn.Int8Params()", "nn.Embedding8bit(4, 4)", "MatmulLtState()", "matmul(1, 2)"]
 )
 def test_layer_int8_products_raise(call: str) -> None:
-    done = python(INSTALL + f"import bitsandbytes; bitsandbytes.{call}")
+    done = fresh.run(INSTALL + f"import bitsandbytes; bitsandbytes.{call}")
     assert (
         f"NotImplementedError: bitsandbytes.{call.partition('(')[0]}: LLM.int8() is not in halfbyte yet" in done.stderr
     )
@@ -124,7 +136,7 @@ def test_layer_int8_products_raise(call: str) -> None:
 
 @pytest.mark.parametrize("where", ["", ".nn", ".functional", ".optim", ".utils", ".autograd._functions", ".nn.modules"])
 def test_layer_unknown_name_says_who_is_asked(where: str) -> None:
-    done = python(INSTALL + f"import bitsandbytes; bitsandbytes{where}.nonsense")
+    done = fresh.run(INSTALL + f"import bitsandbytes; bitsandbytes{where}.nonsense")
     assert "has no attribute 'nonsense'; halfbyte stands in for bitsandbytes here" in done.stderr
 
 
@@ -158,11 +170,11 @@ EQUAL = (
 
 def test_optimizers_equal_torchs() -> None:
     # In one process: its start takes longer than all of them.
-    passes(INSTALL + STEPS + "\n".join(f"same(lambda p: {ours}, lambda p: {torchs})" for ours, torchs in EQUAL))
+    fresh.passes(INSTALL + STEPS + "\n".join(f"same(lambda p: {ours}, lambda p: {torchs})" for ours, torchs in EQUAL))
 
 
 def test_optimizer_warns_once_and_keeps_float32_states() -> None:
-    passes(
+    fresh.passes(
         INSTALL + STEPS + "warnings.simplefilter('always')\n"
         "with warnings.catch_warnings(record=True) as seen:\n"
         "    _, o = losses(B.PagedLion8bit, torch.bfloat16); losses(B.AdamW8bit)\n"
@@ -175,7 +187,7 @@ def test_optimizer_warns_once_and_keeps_float32_states() -> None:
 
 
 def test_optimizer_override_of_one_module() -> None:
-    passes(
+    fresh.passes(
         INSTALL + "import bitsandbytes as b, torch\nm = torch.nn.Linear(4, 4, bias=False)\n"
         "b.optim.GlobalOptimManager.get_instance().register_module_override(m, 'weight', {'lr': 0.0})\n"
         "before = m.weight.detach().clone(); m.weight.grad = torch.ones(4, 4)\n"
@@ -184,7 +196,7 @@ def test_optimizer_override_of_one_module() -> None:
 
 
 def test_parametrize_reads_what_was_quantized() -> None:
-    passes(
+    fresh.passes(
         INSTALL + "import bitsandbytes as b, torch\nfrom bitsandbytes.nn.parametrize import *\n"
         "m = torch.nn.Linear(64, 32, bias=False); w = m.weight.detach().clone()\n"
         "replace_parameter_4bit(m, 'weight', compress_statistics=True)\n"
@@ -199,7 +211,7 @@ def test_parametrize_reads_what_was_quantized() -> None:
 
 
 def test_ops_equal_the_functions() -> None:
-    passes(
+    fresh.passes(
         INSTALL + "import bitsandbytes.functional as f, torch\no = torch.ops.bitsandbytes\n"
         "w = torch.randn(48, 64); q, s = f.quantize_4bit(w, quant_type='nf4')\n"
         "p, a = o.quantize_4bit(w, 64, 'nf4', torch.uint8)\n"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
+import fresh
 import pytest
 
 pytest.importorskip("torch")
@@ -26,16 +26,8 @@ def refused(kind, make):
 """
 
 
-def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    kept = {k: v for k, v in os.environ.items() if k != "HALFBYTE_BITSANDBYTES"}
-    return subprocess.run(
-        [sys.executable, *(arguments or ["-c", START + code])], capture_output=True, text=True, env=kept, check=False
-    )
-
-
 def passes(code: str) -> None:
-    done = run(code)
-    assert done.returncode == 0, done.stderr
+    fresh.passes(START + code)
 
 
 def test_int8_functions() -> None:
@@ -157,8 +149,27 @@ assert len(seen) == 1 and "Re-quantize from the weight" in str(seen[0].message)
 
 
 def test_report() -> None:
-    done = run("", "-m", "halfbyte", "run", "-m", "bitsandbytes")
+    done = subprocess.run(
+        [sys.executable, "-m", "halfbyte", "run", "-m", "bitsandbytes"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("=")
     assert "bitsandbytes v0.50.2+halfbyte" in done.stdout
     assert done.stdout.endswith("SUCCESS!\n")
+
+
+def test_gemv_is_the_reference_product_to_the_bit() -> None:
+    # bitsandbytes dequantizes and calls torch on the CPU; its own tests compare the two within torch's rounding.
+    passes("""
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for nested in (False, True):
+        for kind in ("nf4", "fp4"):
+            w, x = torch.randn(96, 256, dtype=dtype), torch.randn(1, 256, dtype=dtype)
+            packed, state = F.quantize_4bit(w, quant_type=kind, compress_statistics=nested)
+            want = torch.nn.functional.linear(x, F.dequantize_4bit(packed, state))
+            got = F.gemv_4bit(x, packed.t(), state=state)
+            assert got.dtype is dtype and torch.equal(got, want)
+            out = torch.empty_like(want)
+            assert F.gemv_4bit(x, packed.t(), out=out, state=state) is out and torch.equal(out, want)
+assert "state" in refused(ValueError, lambda: F.gemv_4bit(x, packed.t()))
+""")

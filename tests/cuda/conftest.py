@@ -20,17 +20,23 @@ def reason_to_skip() -> str | None:
         return "torch sees no CUDA device"
     if not hasattr(_native, "cuda_device"):
         return "halfbyte was built without CUDA"
+    if not _native.cuda_kernels():
+        return "halfbyte was built without CUDA kernels"
     return None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test of this folder, and skip it where no GPU is."""
+    """Mark every test of this folder, and skip it where no GPU is, or no kernel for it."""
     reason = reason_to_skip()
+    defined = "dequantize_reference_f32" in _native.cuda_kernels() if hasattr(_native, "cuda_kernels") else False
     for item in items:
         if Path(__file__).parent in item.path.parents and "no_gpu" not in item.name:
             item.add_marker(pytest.mark.gpu)
+            parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
             if reason is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
+            elif parameters.get("reference") and not defined:
+                item.add_marker(pytest.mark.skip(reason="halfbyte was built without the cargo feature test-kernels"))
 
 
 @pytest.fixture

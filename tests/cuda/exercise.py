@@ -27,7 +27,7 @@ def main() -> None:
                 for m in (1, 9, 30):
                     F.matmul_4bit(torch.randn(m, k, dtype=dtype, device="cuda"), packed, state)
                 indices = torch.tensor([0, n - 1, n, -1], device="cuda")
-                arguments = (packed, *state.scales(), (n, k), dtype, blocksize, quant_type)
+                arguments = state.packed(packed), dtype
                 _cuda.embedding_4bit(indices, *arguments)
                 _cuda.embedding_4bit(indices.int(), *arguments)
             for blocksize in (64, 100, 4096):

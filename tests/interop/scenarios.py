@@ -6,7 +6,8 @@ More of them are in the files beside this one, `scenarios_*.py`.
 or to what went wrong. KIND says what the process knows of bitsandbytes:
 
 - `absent`: it is hidden, as if it had never been installed; halfbyte is imported first.
-- `late`: it is hidden; transformers and PEFT are imported before halfbyte.
+- `late`: it is hidden; transformers and PEFT are imported before halfbyte. Only the scenarios of this file, which is
+  where an order of imports could show.
 - `present`: the real one is installed.
 """
 
@@ -520,8 +521,9 @@ def main() -> None:
 
     # The other files import this one: they must not run it again.
     sys.modules["scenarios"] = sys.modules[__name__]
-    for path in sorted(Path(__file__).parent.glob("scenarios_*.py")):
-        importlib.import_module(path.stem)
+    if KIND != "late":
+        for path in sorted(Path(__file__).parent.glob("scenarios_*.py")):
+            importlib.import_module(path.stem)
     warnings.simplefilter("ignore")
     folder, names = Path(sys.argv[2]), sys.argv[3:] or list(SCENARIOS)
     results: dict[str, str | None] = {}

@@ -203,9 +203,20 @@ def error_adapter_of_another_base(folder: Path) -> None:
     LlamaForCausalLM(LlamaConfig(**{**SIZES, "hidden_size": 128})).save_pretrained(wide)
     lora = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
     peft.get_peft_model(load(wide), lora).save_pretrained(folder / "adapter")
-    text = message(lambda: peft.PeftModel.from_pretrained(loaded(folder), folder / "adapter"), RuntimeError)
-    assert "size mismatch" in text, text
-    assert "q_proj" in text, text
+    model = loaded(folder)
+    names = [name for name, _ in model.named_modules()]
+    text = message(lambda: peft.PeftModel.from_pretrained(model, folder / "adapter"), ValueError)
+    assert str(folder / "adapter" / "adapter_model.safetensors") in text, text
+    assert "q_proj.lora_A.weight is [4, 128]" in text, text
+    assert f"{str(wide)!r} by base_model_name_or_path" in text, text
+    assert repr(str(source(folder))) in text, text
+    assert names == [name for name, _ in model.named_modules()]
+    # transformers' own way to adapters, and a second one.
+    assert "lora_A" in message(lambda: model.load_adapter(str(folder / "adapter")), ValueError)
+    assert names == [name for name, _ in model.named_modules()]
+    adapted = peft.get_peft_model(loaded(folder), lora)
+    assert "lora_A" in message(lambda: adapted.load_adapter(folder / "adapter", "other"), ValueError)
+    assert list(adapted.peft_config) == ["default"]
     other = peft.LoraConfig(r=4, target_modules=["c_attn"], task_type="CAUSAL_LM")
     model = loaded(folder)
     text = message(lambda: peft.get_peft_model(model, other), ValueError)

@@ -18,7 +18,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import build_host
+import build_emulator
+import build_ptx
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -69,9 +70,22 @@ def pointers(*buffers: Buffer | None) -> Argument:
     return Argument(bytes(8 * len(buffers)), places)
 
 
+def tensor_map(
+    buffer: Buffer, item: int, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int], swizzle: int
+) -> Argument:
+    """A tensor map as kernels/emulator/engine.h has it: elements of `item` bytes, the innermost dimension first."""
+    rank = len(sizes)
+    dimensions = [*sizes, *[0] * (5 - rank), *box, *[0] * (5 - rank)]
+    data = struct.pack("<Q4I10I4Q", 0, 0x70616D74, rank, item, swizzle, *dimensions, *strides, *[0] * (5 - rank))
+    return Argument(data.ljust(128, b"\0"), ((0, buffer),))
+
+
 @dataclass(frozen=True)
 class Launch:
-    """A kernel, its grid and its arguments. `window`: the first of the blocks that are run, and how many; None: all."""
+    """A kernel, its grid and its arguments.
+
+    `window`: the first of the blocks that are run, and how many; None: all. `cluster`: the blocks of one.
+    """
 
     kernel: str
     grid: int
@@ -79,6 +93,7 @@ class Launch:
     arguments: Sequence[Argument]
     shared: int = 0
     window: tuple[int, int] | None = None
+    cluster: int = 1
 
     def blocks(self) -> tuple[int, int]:
         """The first block that is run, and how many are."""
@@ -110,6 +125,7 @@ class _Launch(ctypes.Structure):
         ("shared", ctypes.c_uint64),
         ("first_block", ctypes.c_uint64),
         ("blocks", ctypes.c_uint64),
+        ("cluster", ctypes.c_uint32),
         ("highest_first", ctypes.c_uint32),
         ("count", ctypes.c_uint32),
         ("arguments", ctypes.POINTER(ctypes.c_void_p)),
@@ -128,9 +144,9 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))
-        self._library.halfbyte_host_launch.restype = ctypes.c_char_p
-        self._library.halfbyte_host_describe.restype = ctypes.c_char_p
-        self.description: str = self._library.halfbyte_host_describe().decode()
+        self._library.halfbyte_emulator_launch.restype = ctypes.c_char_p
+        self._library.halfbyte_emulator_describe.restype = ctypes.c_char_p
+        self.description: str = self._library.halfbyte_emulator_describe().decode()
         self.threads, self.constants = _describe(self.description)
 
     def run(self, case: Case, highest_first: bool = False) -> list[np.ndarray]:
@@ -157,13 +173,14 @@ class Library:
         """Run one launch on memory of this process: `addresses` has that of each buffer by the buffer's id."""
         values = []
         for argument in launch.arguments:
-            # In words of 8 bytes, as an argument is aligned to as many at most.
-            value = (ctypes.c_uint64 * (len(argument.data) // 8 + 1))()
             data = bytearray(argument.data)
             for at, buffer in argument.addresses:
                 struct.pack_into("<Q", data, at, addresses[id(buffer)])
-            ctypes.memmove(value, bytes(data), len(data))
-            values.append(value)
+            # At a multiple of 64, as a tensor map needs.
+            outer = np.zeros(len(data) + 64, np.uint8)
+            begin = -outer.ctypes.data % 64
+            outer[begin : begin + len(data)] = np.frombuffer(bytes(data), np.uint8)
+            values.append(outer[begin:])
         first, blocks = launch.blocks()
         raw = _Launch(
             kernel=launch.kernel.encode(),
@@ -172,12 +189,13 @@ class Library:
             shared=launch.shared,
             first_block=first,
             blocks=blocks,
+            cluster=launch.cluster,
             highest_first=highest_first,
             count=len(values),
-            arguments=(ctypes.c_void_p * len(values))(*map(ctypes.addressof, values)),
+            arguments=(ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values)),
             sizes=(ctypes.c_uint64 * len(values))(*(len(argument.data) for argument in launch.arguments)),
         )
-        error = self._library.halfbyte_host_launch(ctypes.byref(raw))
+        error = self._library.halfbyte_emulator_launch(ctypes.byref(raw))
         if error:
             raise KernelError(error.decode())
 
@@ -241,7 +259,7 @@ class Program:
 
 
 def _encode(cases: Sequence[Case], highest_first: bool) -> Iterable[bytes]:
-    """As kernels/host/program.cpp reads them."""
+    """As kernels/emulator/program.cpp reads them."""
 
     def numbers(*values: int) -> bytes:
         return struct.pack(f"<{len(values)}q", *values)
@@ -255,7 +273,9 @@ def _encode(cases: Sequence[Case], highest_first: bool) -> Iterable[bytes]:
         yield numbers(len(case.launches))
         for launch in case.launches:
             yield numbers(len(launch.kernel)) + launch.kernel.encode()
-            yield numbers(launch.grid, 1, 1, launch.block, 1, 1, launch.shared, *launch.blocks(), highest_first)
+            yield numbers(
+                launch.grid, 1, 1, launch.block, 1, 1, launch.shared, *launch.blocks(), launch.cluster, highest_first
+            )
             yield numbers(len(launch.arguments))
             for argument in launch.arguments:
                 yield numbers(len(argument.data)) + argument.data + numbers(len(argument.addresses))
@@ -269,14 +289,14 @@ def _tried(mode: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "empty.cpp")
         source.write_text("int main() {}\n", encoding="utf-8")
-        link = [word for word in build_host.MODES[mode].link if word != "-shared"]
+        link = [word for word in build_emulator.MODES[mode].link if word != "-shared"]
         try:
-            build_host.execute([*build_host.compiler(), *link, str(source), "-o", str(source.with_suffix(""))])
+            build_emulator.execute([*build_emulator.compiler(), *link, str(source), "-o", str(source.with_suffix(""))])
             Program._execute(_Bare(source.with_suffix("")), [])  # type: ignore[arg-type]
         except OSError as error:
             return f"no C++ compiler: {error}"
-        except (build_host.BuildError, KernelError, SanitizerError) as error:
-            return f"{mode} does not work with {build_host.compiler()[0]} here: {error}"
+        except (build_emulator.BuildError, KernelError, SanitizerError) as error:
+            return f"{mode} does not work with {build_emulator.compiler()[0]} here: {error}"
     return ""
 
 
@@ -292,12 +312,20 @@ def need(mode: str) -> None:
         pytest.skip(reason)
 
 
+def concerns(source: Path, mode: str) -> bool:
+    """Whether a source is built in a mode."""
+    if mode == "ucontext":
+        return source.parent.name == "tests"
+    return mode != "stores" or "wgmma.cuh" in {file.name for file in build_ptx.sources_of(source)}
+
+
 @functools.cache
-def _built(mode: str) -> dict[Path, Path | build_host.BuildError]:
+def _built(mode: str) -> dict[Path, Path | build_emulator.BuildError]:
     """Every source in a mode: all at once, for they are built side by side."""
-    # Only the engine's own kernels are tried with the portable way to switch stacks.
-    pairs = [(s, mode) for s in build_host.sources() if mode != "ucontext" or s.parent.name == "tests"]
-    return {source: result for (source, _), result in build_host.build_all(pairs).items()}
+    # Only the engine's own kernels are tried with the portable way to switch stacks; and what copies and matrix units
+    # do in shared memory only where there are such.
+    pairs = [(source, mode) for source in build_emulator.sources() if concerns(source, mode)]
+    return {source: result for (source, _), result in build_emulator.build_all(pairs).items()}
 
 
 @functools.cache
@@ -305,23 +333,29 @@ def built(source: Path, mode: str) -> Library | Program:
     """A source in a mode. A kernel that does not compile fails the test."""
     need(mode)
     result = _built(mode)[source]
-    if isinstance(result, build_host.BuildError):
+    if isinstance(result, build_emulator.BuildError):
         raise result
     return Library(result) if result.suffix == ".so" else Program(result)
 
 
 def library(name: str) -> Library:
     """kernels/NAME.cu, in this process."""
-    found = built(build_host.KERNELS / f"{name}.cu", "library")
+    found = built(build_emulator.KERNELS / f"{name}.cu", "library")
     assert isinstance(found, Library)
     return found
 
 
 def program(name: str, mode: str) -> Program:
     """kernels/NAME.cu, with a sanitizer."""
-    found = built(build_host.KERNELS / f"{name}.cu", mode)
+    found = built(build_emulator.KERNELS / f"{name}.cu", mode)
     assert isinstance(found, Program)
     return found
+
+
+def lines_of(source: Path, mistake: str) -> set[str]:
+    """Where a report of a planted mistake may say that it is: the lines that name it in a comment."""
+    lines = source.read_text(encoding="utf-8").splitlines()
+    return {f"{source.name}:{k}" for k, line in enumerate(lines, 1) if re.search(rf"// .*\b{mistake}\b", line)}
 
 
 def run_both_ways(library: Library, case: Case) -> list[NDArray]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import native
 import numpy as np
 import reference
-from harness import Argument, Buffer, Case, Launch, int32, int64, pointers
+from harness import Argument, Buffer, Case, Launch, int32, int64, pointers, tensor_map
 
 
 class Described(Protocol):
@@ -397,6 +397,12 @@ class Product:
     weights: np.ndarray  # [N][K] codes' values
 
     @staticmethod
+    def identity(n: int, k: int, dtype: str, quant_type: str, blocksize: int, nested: bool = False) -> Product:
+        """Of which the result is the weight."""
+        product = Product.random(1, n, k, dtype, quant_type, blocksize, nested)
+        return replace(product, x=native.from_float32(np.eye(k, dtype=np.float32), dtype))
+
+    @staticmethod
     def random(
         m: int, n: int, k: int, dtype: str, quant_type: str, blocksize: int, nested: bool = False, bias: bool = False
     ) -> Product:
@@ -422,8 +428,14 @@ class Product:
         """Compares with the product by `weights`; a sum may have been rounded to float32 that often in turn."""
         n, k = weights.shape
         scaled = weights.astype(np.float64) * np.repeat(self.scales.absmax, self.blocksize)[: n * k].reshape(n, k)
+        return self.result_of(scaled, roundings)
+
+    def result_of(self, scaled: np.ndarray, roundings: float) -> Callable[[np.ndarray], str]:
+        """The same with weights that have their scales."""
+        scaled = scaled.astype(np.float64)
         x = native.to_float32(self.x, self.dtype).astype(np.float64)
-        y = x @ scaled.T
+        with np.errstate(invalid="ignore"):
+            y = x @ scaled.T
         size = np.abs(x) @ np.abs(scaled).T
         if self.bias is not None:
             added = native.to_float32(self.bias, self.dtype).astype(np.float64)
@@ -592,3 +604,53 @@ def floor_read(source: Described, words: np.ndarray, grid: int, wanted: int) -> 
     arguments = [pointers(Buffer(words)), int64(len(words)), pointers(sink)]
     launch = Launch("floor_read", grid, source.constants["THREADS"], arguments)
     return Check("floor_read", Case([launch]), [(sink, bits(np.array([wanted], np.uint32)))])
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """How a launch of gemm.cuh divides a product: rows of x in a tile, and parts of K; `shift` are bytes of scales."""
+
+    tokens: int
+    parts: int = 1
+    scale_shift: int = 0
+
+
+def gemm_shared(tokens: int) -> int:
+    """The dynamic shared memory of a block, as rust/cuda/src/gemm.rs has it."""
+    codes, x, scales = (3 if tokens > 128 else 6), (4 if tokens > 64 else 8), 2
+    return x * tokens * 128 + 65536 + codes * 8192 + scales * 4096 + 1024 + 2 * (codes + x + scales) * 8
+
+
+def gemm(source: Described, product: Product, plan: Gemm, exact: bool = False) -> Check:
+    """By warpgroups. `exact`: x is an identity, and y has to be the dequantized weight."""
+    (m, k), n, constants = product.x.shape, product.weights.shape[0], source.constants
+    rows, step, unit = constants["ROWS"], constants["STEP"], constants["UNIT"]
+    kernel = f"gemm_{product.dtype}_{plan.tokens}"
+    units, tiles = _ceil(k, unit), _ceil(m, plan.tokens)
+    of_part = _ceil(units, plan.parts)
+    assert of_part * (plan.parts - 1) < units, "a part of K with nothing"
+    y = Buffer(_filled(m * n, product.x.dtype).reshape(m, n))
+    codebook = reference.CODEBOOKS[product.quant_type].astype(np.float32)
+    arguments = [
+        tensor_map(Buffer(product.x), 2, (k, m), (2 * k,), (step, plan.tokens), 128),
+        tensor_map(Buffer(product.packed), 1, (k // 2, n), (k // 2,), (constants["STAGE_BYTES"], rows), 64),
+        product.scales.argument(plan.scale_shift), Argument(codebook.tobytes()),
+        pointers(None if product.bias is None else Buffer(product.bias)), pointers(y),
+        int32(m), int32(n), int32(k), _shift(product.blocksize),
+        Argument(struct.pack("<3i", tiles, of_part, plan.parts)),
+    ]  # fmt: skip
+    blocks = tiles * _ceil(n, rows) * plan.parts
+    launch = Launch(kernel, blocks, source.threads[kernel], arguments, gemm_shared(plan.tokens), cluster=plan.parts)
+    name = f"{kernel}, {m} x {n} x {k}, {product.quant_type} in {product.blocksize}, {plan}"
+    if exact:
+        scales = product.scales.absmax
+        dense = native.dequantize(product.packed, scales, n * k, product.dtype, product.quant_type, product.blocksize)
+        # A sum of zeros is +0, if not all of them are -0.
+        dense[native.to_float32(dense, product.dtype) == 0] = 0
+        return Check(name, Case([launch]), [(y, bits(dense.reshape(n, k).T.copy(), product.dtype))])
+    # A weight is its value times its scale, rounded to x's type; a sum is rounded once for each product of matrices,
+    # and once for each part and the bias.
+    with np.errstate(invalid="ignore"):
+        scaled = product.weights * np.repeat(product.scales.absmax, product.blocksize)[: n * k].reshape(n, k)
+    rounded = native.to_float32(native.from_float32(scaled.astype(np.float32), product.dtype), product.dtype)
+    return Check(name, Case([launch]), [(y, product.result_of(rounded, 2 + k / 16 + plan.parts))])

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ from halfbyte.ops.checks import (
     check_weight,
     packed_bytes,
 )
+from halfbyte.ops.packed import PackedWeight, packed_weight
 
 _logger = logging.getLogger(__name__)
 
@@ -124,20 +126,11 @@ def _plain_absmax(absmax: Tensor, absmax2: Tensor | None, offset: Tensor | None)
     return expand_absmax(absmax, absmax2, offset)
 
 
-def dequantize_4bit(
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    blocksize: int,
-    quant_type: str,
-    out: Tensor | None = None,
-) -> Tensor:
-    """The values of a packed tensor, `shape` and `dtype`; into `out` where given (checked by the caller)."""
-    check_weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
+def dequantize_4bit(weight: PackedWeight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """The values of a packed tensor in `dtype`; into `out` where given (checked by the caller)."""
+    check_weight(weight)
     check_float("dtype", dtype)
+    packed, (absmax, absmax2, offset, shape, blocksize, quant_type, _) = weight
     if out is not None and out.is_contiguous():
         result = out
     elif len(shape) == 2:
@@ -153,84 +146,71 @@ def dequantize_4bit(
     return result if out is None or out is result else out.copy_(result)
 
 
-@functools.lru_cache(maxsize=4096)
-def _kernel(
-    dtype: torch.dtype,
-    n: int,
-    k: int,
-    quant_type: str,
-    blocksize: int,
-    nested: bool,
-    bias: torch.dtype | None,
-) -> tuple[Callable[..., None], Callable[..., None]]:
+def _kernel(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> tuple[Callable[..., None], Callable[..., None]]:
     """Products with weights of this kind: forward and backward."""
-    kernel = _native.CpuLinear(
-        _NAMES[dtype], n, k, quant_type, blocksize, nested, None if bias is None else _NAMES[bias]
-    )
+    _, (_, absmax2, _, (n, k), blocksize, quant_type, _) = weight
+    bias_name = None if bias is None else _NAMES[bias.dtype]
+    return _kernel_of_kind(_NAMES[x.dtype], n, k, quant_type, blocksize, absmax2 is not None, bias_name)
+
+
+@functools.lru_cache(maxsize=4096)
+def _kernel_of_kind(*kind: Any) -> tuple[Callable[..., None], Callable[..., None]]:
+    kernel = _native.CpuLinear(*kind)
     return kernel.forward, kernel.backward
 
 
-def linear_4bit(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    shape: Sequence[int],
-    blocksize: int,
-    quant_type: str,
-) -> Tensor:
-    """`x @ W.T + bias` with the packed `W` of `shape` [out_features, in_features]; computed in the dtype of `x`."""
-    check_weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
-    check_product(x, "x", bias, shape, packed, 1)
-    n, k = shape
+def linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """`x @ W.T + bias` with the packed `W` [out_features, in_features]; computed in the dtype of `x`."""
+    check_weight(weight)
+    check_product(x, "x", bias, weight, 1)
+    packed, (absmax, absmax2, offset, shape, _, _, memo) = weight
+    kind = x.dtype, None if bias is None else bias.dtype
+    kernels = None if memo is None else memo.kernels.get(kind)
+    if kernels is None:
+        kernels = _kernel(x, weight, bias)
+        if memo is not None:
+            memo.kernels[kind] = kernels
     x, packed, absmax = x.contiguous(), packed.contiguous(), absmax.contiguous()
-    if x.dim() == 2:
-        m = x.shape[0]
+    sizes = x.shape
+    if len(sizes) == 2:
+        m = sizes[0]
         # Numbers are parsed faster than a tuple of them.
-        out = x.new_empty(m, n)
+        out = x.new_empty(m, shape[0])
     else:
-        m = x.numel() // k if k else prod(x.shape[:-1])
-        out = x.new_empty((*x.shape[:-1], n))
-    bias = None if bias is None else bias.contiguous()
-    absmax2 = None if absmax2 is None else absmax2.contiguous()
-    bias_dtype = None if bias is None else bias.dtype
-    forward, _ = _kernel(x.dtype, n, k, quant_type, blocksize, absmax2 is not None, bias_dtype)
-    forward(
+        m = prod(sizes[:-1])
+        out = x.new_empty((*sizes[:-1], shape[0]))
+    second = third = shift = 0
+    if absmax2 is not None and offset is not None:
+        absmax2 = absmax2.contiguous()
+        second, third = absmax2.data_ptr(), offset.data_ptr()
+    if bias is not None:
+        bias = bias.contiguous()
+        shift = bias.data_ptr()
+    kernels[0](
         m,
         x.data_ptr(),
         packed.data_ptr(),
         absmax.data_ptr(),
-        0 if absmax2 is None else absmax2.data_ptr(),
-        0 if offset is None else offset.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
+        second,
+        third,
+        shift,
         out.data_ptr(),
         _follow_threads(),
     )
     return out
 
 
-def linear_4bit_backward(
-    grad: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    shape: Sequence[int],
-    blocksize: int,
-    quant_type: str,
-) -> Tensor:
-    """`grad @ W` with the packed `W` of `shape` [out_features, in_features]; computed in the dtype of `grad`."""
-    check_weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
-    check_product(grad, "grad", None, shape, packed, 0)
-    n, k = shape
+def linear_4bit_backward(grad: Tensor, weight: PackedWeight) -> Tensor:
+    """`grad @ W` with the packed `W` [out_features, in_features]; computed in the dtype of `grad`."""
+    check_weight(weight)
+    check_product(grad, "grad", None, weight, 0)
+    packed, (absmax, absmax2, offset, shape, _, _, _) = weight
     grad, packed, absmax = grad.contiguous(), packed.contiguous(), absmax.contiguous()
     absmax2 = None if absmax2 is None else absmax2.contiguous()
-    out = grad.new_empty((*grad.shape[:-1], k))
-    _, backward = _kernel(grad.dtype, n, k, quant_type, blocksize, absmax2 is not None, None)
+    out = grad.new_empty((*grad.shape[:-1], shape[1]))
+    _, backward = _kernel(grad, weight, None)
     backward(
-        grad.numel() // n if n else prod(grad.shape[:-1]),
+        prod(grad.shape[:-1]),
         grad.data_ptr(),
         packed.data_ptr(),
         absmax.data_ptr(),
@@ -242,30 +222,20 @@ def linear_4bit_backward(
     return out
 
 
-def embedding_4bit(
-    indices: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    blocksize: int,
-    quant_type: str,
-) -> Tensor:
-    """Rows of the packed matrix of `shape` [rows, dim]: `[*indices.shape, dim]`.
+def embedding_4bit(indices: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """Rows of the packed matrix [rows, dim]: `[*indices.shape, dim]`.
 
     Only the blocks that the rows asked for touch are dequantized.
     """
-    check_weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
-    check_embedding(indices, packed, shape, dtype)
-    rows, dim = shape
+    check_weight(weight)
+    check_embedding(indices, weight, dtype)
+    packed, (absmax, absmax2, offset, (rows, dim), blocksize, quant_type, _) = weight
     flat = indices.reshape(-1).to(torch.int64)
     if flat.numel() == 0:
         return torch.empty((*indices.shape, dim), dtype=dtype)
     low, high = (int(i) for i in torch.aminmax(flat))
     if low < 0 or high >= rows:
-        raise IndexError(f"indices: {low if low < 0 else high} is not a row; there are {rows}, counted from 0")
+        raise IndexError(f"indices must be from 0 to {rows - 1}, got {low if low < 0 else high}")
     if dim == 0:
         return torch.empty((*indices.shape, dim), dtype=dtype)
     data = packed.contiguous().view(torch.uint8).reshape(-1)
@@ -273,7 +243,8 @@ def embedding_4bit(
     if dim % blocksize == 0:
         data = data[: packed_bytes(rows * dim)].view(rows, dim // 2).index_select(0, flat)
         scales = absmax.view(rows, dim // blocksize).index_select(0, flat)
-        values = dequantize_4bit(data, scales, None, None, (flat.numel(), dim), dtype, blocksize, quant_type)
+        wide = (flat.numel(), dim)
+        values = dequantize_4bit(packed_weight(data, scales, None, None, wide, blocksize, quant_type), dtype)
     else:
         # Blocks run on across rows. For each row: as many whole blocks as it can touch, then the values that are its
         # own. What lies beyond the last block is read from the last one, and is nobody's own.
@@ -283,7 +254,7 @@ def embedding_4bit(
         block = first[:, None] + torch.arange(width)
         data, scales = data[byte.clamp_(max=data.numel() - 1)], absmax[block.clamp_(max=absmax.numel() - 1)]
         wide = (flat.numel(), width * blocksize)
-        values = dequantize_4bit(data, scales, None, None, wide, dtype, blocksize, quant_type)
+        values = dequantize_4bit(packed_weight(data, scales, None, None, wide, blocksize, quant_type), dtype)
         values = values.gather(1, (flat * dim - first * blocksize)[:, None] + torch.arange(dim))
     return values.view(*indices.shape, dim)
 
@@ -292,7 +263,7 @@ def _boundaries(code: Tensor) -> Tensor:
     """Above which values each next code begins: the midpoints, moved so that ties go to the even code."""
     lower, upper = code[:-1], code[1:]
     if not bool((lower <= upper).all()) or not bool(code.isfinite().all()):
-        raise ValueError("code: is not 256 finite values in ascending order")
+        raise ValueError("code must be 256 finite values in ascending order, got others")
     middle = (lower + upper) * 0.5
     odd = torch.arange(255) % 2 == 1
     return torch.where(odd & (middle > lower), torch.nextafter(middle, torch.tensor(-torch.inf)), middle)

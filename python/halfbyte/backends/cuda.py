@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import gcd, lcm, prod
 
 import torch
@@ -33,6 +33,7 @@ from halfbyte.ops.checks import (
     check_weight,
     packed_bytes,
 )
+from halfbyte.ops.packed import PackedWeight, packed_weight
 
 _logger = logging.getLogger(__name__)
 
@@ -165,20 +166,11 @@ def expand_absmax(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
     return absmax
 
 
-def dequantize_4bit(
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    blocksize: int,
-    quant_type: str,
-    out: Tensor | None = None,
-) -> Tensor:
-    """The values of a packed tensor, `shape` and `dtype`; into `out` where given (checked by the caller)."""
-    check_weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
+def dequantize_4bit(weight: PackedWeight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """The values of a packed tensor in `dtype`; into `out` where given (checked by the caller)."""
+    check_weight(weight)
     check_float("dtype", dtype)
+    packed, (absmax, absmax2, offset, shape, blocksize, quant_type, _) = weight
     result = out if out is not None and out.is_contiguous() else packed.new_empty(shape, dtype=dtype)
     packed = packed.contiguous()
     (first, second, third), _kept = _raw_scales(absmax, absmax2, offset)
@@ -189,24 +181,14 @@ def dequantize_4bit(
     return result if out is None or out is result else out.copy_(result)
 
 
-def embedding_4bit(
-    indices: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    blocksize: int,
-    quant_type: str,
-) -> Tensor:
-    """Rows of the packed matrix of `shape` [rows, dim]: `[*indices.shape, dim]`.
+def embedding_4bit(indices: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """Rows of the packed matrix [rows, dim]: `[*indices.shape, dim]`.
 
     A row that does not exist is NaN: to raise for it, the call would have to wait for the GPU.
     """
-    check_weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
-    check_embedding(indices, packed, shape, dtype)
-    rows, dim = shape
+    check_weight(weight)
+    check_embedding(indices, weight, dtype)
+    packed, (absmax, absmax2, offset, (rows, dim), blocksize, quant_type, _) = weight
     indices, packed = indices.contiguous(), packed.contiguous()
     (first, second, third), _kept = _raw_scales(absmax, absmax2, offset)
     out = packed.new_empty((*indices.shape, dim), dtype=dtype)
@@ -245,8 +227,11 @@ def _slow(device: int, dtype: torch.dtype, k: int, blocksize: int) -> str | None
 def _kernel(
     device: int, dtype: torch.dtype, n: int, k: int, quant_type: str, blocksize: int, nested: bool
 ) -> tuple[Callable[..., None], int, Callable[[int], bool]]:
-    """Launches products with weights of this kind; the rows up to which they are faster than a dense copy of the
-    weight, 0 if no kernel for few rows takes it, which is said, once; and whether so many more rows are, too.
+    """Choose the kernel for weights of this kind.
+
+    Returns:
+        The launcher; the number of rows up to which it is faster than dequantize + matmul (0 when no small-batch kernel
+        takes the weight, which is logged once); and a function that tells the same for more rows.
     """
     reason = _slow(device, dtype, k, blocksize)
     if reason is not None and dtype is not torch.float32:
@@ -268,18 +253,8 @@ def _say_unaligned(n: int, k: int) -> None:
 class _Weight:
     """A packed weight `[n, k]`, checked and contiguous, to be made dense part by part."""
 
-    def __init__(
-        self,
-        packed: Tensor,
-        absmax: Tensor,
-        absmax2: Tensor | None,
-        offset: Tensor | None,
-        shape: Sequence[int],
-        blocksize: int,
-        quant_type: str,
-    ) -> None:
-        self.n, self.k = shape
-        self.blocksize, self.quant_type = blocksize, quant_type
+    def __init__(self, weight: PackedWeight) -> None:
+        packed, (absmax, absmax2, offset, (self.n, self.k), self.blocksize, self.quant_type, _) = weight
         self.packed = packed.contiguous()
         self.scales, self._kept = _raw_scales(absmax, absmax2, offset)
         self.here = _here(packed)
@@ -314,25 +289,15 @@ class _Weight:
         return [(begin, min(begin + step, self.n)) for begin in range(0, self.n, step)]
 
 
-def linear_4bit(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    shape: Sequence[int],
-    blocksize: int,
-    quant_type: str,
-) -> Tensor:
-    """`x @ W.T + bias` with the packed `W` of `shape` [out_features, in_features]; computed in the dtype of `x`.
+def linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """`x @ W.T + bias` with the packed `W` [out_features, in_features]; computed in the dtype of `x`.
 
     Up to some hundred rows go to kernels that read the packed weight; for more it is dequantized, part by part, into
     memory that torch's matrix product reads.
     """
-    check_weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
-    check_product(x, "x", bias, shape, packed, 1)
-    n, k = shape
+    check_weight(weight)
+    check_product(x, "x", bias, weight, 1)
+    packed, (absmax, absmax2, offset, (n, k), blocksize, quant_type, _) = weight
     dtype = x.dtype
     if x.dim() == 2:
         m = x.shape[0]
@@ -366,16 +331,16 @@ def linear_4bit(
                 rows = x.data_ptr()
             launch(current_stream(device), m, rows, codes, *scales, shift, result)
             return out
-    weight = _Weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
+    unpacked = _Weight(weight)
     x, into = x.view(m, k), out.view(m, n)
-    parts = weight.parts(dtype.itemsize)
+    parts = unpacked.parts(dtype.itemsize)
     buffer = x.new_empty(parts[0][1], k)
     # With `out`, the matrix products stay in this dtype whatever autocast wants.
     for begin, end in parts:
         dense, columns = buffer, into
         if len(parts) > 1:
             dense, columns = buffer[: end - begin], into[:, begin:end]
-        weight.dense(begin, end, dense)
+        unpacked.dense(begin, end, dense)
         if bias is None:
             torch.mm(x, dense.t(), out=columns)
         else:
@@ -383,30 +348,21 @@ def linear_4bit(
     return out
 
 
-def linear_4bit_backward(
-    grad: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    shape: Sequence[int],
-    blocksize: int,
-    quant_type: str,
-) -> Tensor:
-    """`grad @ W` with the packed `W` of `shape` [out_features, in_features]; computed in the dtype of `grad`."""
-    check_weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
-    check_product(grad, "grad", None, shape, packed, 0)
-    n, k = shape
+def linear_4bit_backward(grad: Tensor, weight: PackedWeight) -> Tensor:
+    """`grad @ W` with the packed `W` [out_features, in_features]; computed in the dtype of `grad`."""
+    check_weight(weight)
+    check_product(grad, "grad", None, weight, 0)
+    n, k = weight.packing.shape
     out = grad.new_empty((*grad.shape[:-1], k))
     m = grad.numel() // n if n else prod(grad.shape[:-1])
     if m == 0 or k == 0 or n == 0:
         return out.zero_()
     grad = grad.contiguous().view(m, n)
-    weight = _Weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
-    parts = weight.parts(grad.element_size())
+    unpacked = _Weight(weight)
+    parts = unpacked.parts(grad.element_size())
     buffer = grad.new_empty(parts[0][1], k)
     if len(parts) == 1:
-        weight.dense(0, n, buffer)
+        unpacked.dense(0, n, buffer)
         torch.mm(grad, buffer, out=out.view(m, k))
         return out
     # Parts are summed up in float32: in the dtype of `grad` each would be rounded on top of the sum of all before.
@@ -414,7 +370,7 @@ def linear_4bit_backward(
     part = grad.new_empty(m, k)
     for begin, end in parts:
         dense = buffer[: end - begin]
-        weight.dense(begin, end, dense)
+        unpacked.dense(begin, end, dense)
         total += torch.mm(grad[:, begin:end], dense, out=part)
     return out.copy_(total.view(out.shape))
 
@@ -474,7 +430,7 @@ def quant_map(quant_type: str, device: torch.device) -> Tensor:
     # Two codes to a byte: 0x01, 0x23, ... 0xef.
     packed = torch.arange(0x01, 0x100, 0x22, dtype=torch.uint8, device=device)
     one = packed.new_ones(1, dtype=torch.float32)
-    values = dequantize_4bit(packed, one, None, None, (16,), torch.float32, 32, quant_type)
+    values = dequantize_4bit(packed_weight(packed, one, None, None, (16,), 32, quant_type), torch.float32)
     # FP4 has two zeros; in the map, both are positive.
     return values.add_(0.0) if quant_type == "fp4" else values
 

@@ -1,4 +1,4 @@
-"""What each command does with its arguments; gives the exit code."""
+"""The commands: each takes the parsed arguments and returns the exit code."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def quantize(args: argparse.Namespace) -> int:
 
 
 def dequantize(args: argparse.Namespace) -> int:
-    """Turn a 4-bit checkpoint back, or show the plan."""
+    """Dequantize a 4-bit checkpoint, or show the plan."""
     from halfbyte.offline.dequantize import prepare_dequantize, run_dequantize
     from halfbyte.offline.options import DequantizeOptions
 
@@ -84,7 +84,7 @@ def _convert(args: argparse.Namespace, prepared: Any, run: Any) -> int:
 
 def _check_destination(args: argparse.Namespace) -> None:
     if args.destination is None and not args.plan:
-        raise ValueError("DST is missing: name a folder to write to, or add --plan to see what would be done")
+        raise ValueError("DST must be a folder to write to, got none; --plan shows what would be done without one")
 
 
 def inspect(args: argparse.Namespace) -> int:
@@ -135,7 +135,7 @@ def complete(args: argparse.Namespace) -> int:
     """Print a completion script."""
     from halfbyte.cli import completion
 
-    print_text(completion.script(args.shell, args.parser).rstrip("\n"))
+    print_text(completion.script(args.shell).rstrip("\n"))
     return EXIT_OK
 
 

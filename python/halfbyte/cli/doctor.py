@@ -1,19 +1,16 @@
-"""What this machine offers: processor, threads, memory, disk, GPU, and the versions of the libraries around.
+"""What this machine offers: processor, threads, memory, disk, GPU, and the versions of installed libraries.
 
-Nothing heavy is imported: versions come from package metadata, the GPU from the driver.
+Nothing heavy is imported: versions come from package metadata, facts about the GPU from the compiled core.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.metadata
 import os
 import platform
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,6 @@ from halfbyte import _native
 from halfbyte._terminal import format_bytes, printable
 
 PACKAGES = ("numpy", "safetensors", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "huggingface_hub")
-_SMI_SECONDS = 10
 
 
 def examine() -> dict[str, Any]:
@@ -74,9 +70,9 @@ def render(found: dict[str, Any]) -> str:
     for number, kernels in enumerate(gpu["kernels"]):
         lines.append((f"GPU kernels {number}" if number else "GPU kernels", kernels))
     driver = gpu["driver"]
-    if driver:
-        cuda = f", CUDA up to {gpu['cuda']}" if gpu["cuda"] else ""
-        lines.append(("driver", f"NVIDIA {driver}{cuda}"))
+    if driver or gpu["cuda"]:
+        parts = [f"NVIDIA {driver}"] if driver else []
+        lines.append(("driver", ", ".join([*parts, *([f"CUDA up to {gpu['cuda']}"] if gpu["cuda"] else [])])))
     lines.append(("disk", f"{_amounts(disk['total_bytes'], disk['free_bytes'], 'free')} in {disk['path']}"))
     for name, version in found["packages"].items():
         lines.append((name, version or "not installed"))
@@ -174,20 +170,27 @@ def _disk(path: Path) -> dict[str, Any]:
 
 
 def _gpu() -> dict[str, Any]:
-    """Driver, the CUDA version it supports, and devices: from the driver's library, else its tool, else /proc."""
-    asks: tuple[Callable[[], dict[str, Any] | None], ...] = (_gpu_by_tool, _gpu_by_library)
-    found: dict[str, Any] = {"driver": None, "cuda": None, "devices": []}
-    for ask in asks:
-        with contextlib.suppress(Exception):  # a half-installed driver fails in ways of its own
-            answer = ask()
-            if answer is not None:
-                for key, value in answer.items():
-                    found[key] = found[key] or value
-    if found["driver"] is None:
-        # "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.95.05  Tue Sep …"
-        words = (_field(_read("/proc/driver/nvidia/version"), "NVRM version") or "").split()
-        found["driver"] = next((w for w in words if w[0].isdecimal() and "." in w), None)
+    """The driver, the CUDA version that it supports, and its devices."""
+    # "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.95.05  Tue Sep …"
+    words = (_field(_read("/proc/driver/nvidia/version"), "NVRM version") or "").split()
+    found: dict[str, Any] = {
+        "driver": next((w for w in words if w[0].isdecimal() and "." in w), None),
+        "cuda": None,
+        "devices": [],
+    }
+    with contextlib.suppress(RuntimeError):  # no driver, or one that does not work: `_gpu_kernels` says which
+        found["cuda"] = "{}.{}".format(*_native.cuda_driver_version())
+        found["devices"] = [_device(number) for number in range(_native.cuda_device_count())]
     return found
+
+
+def _device(number: int) -> dict[str, Any]:
+    device: dict[str, Any] = {"name": "unsupported", "memory_bytes": None, "compute_capability": None}
+    with contextlib.suppress(RuntimeError, ValueError):
+        device["memory_bytes"] = _native.cuda_device_memory(number)
+        name, (major, minor), _, _ = _native.cuda_device(number)
+        device["name"], device["compute_capability"] = name, f"{major}.{minor}"
+    return device
 
 
 def _gpu_kernels() -> list[str]:
@@ -203,80 +206,8 @@ def _gpu_kernels() -> list[str]:
     for device in range(count):
         try:
             name, (major, minor), multiprocessors, _ = _native.cuda_device(device)
-            found.append(f"usable on {name} (sm_{major}{minor}, {multiprocessors} multiprocessors)")
+            form = "cubins" if _native.cuda_kernel_form(device) == "cubin" else "PTX, which the driver compiles"
+            found.append(f"usable on {name} (sm_{major}{minor}, {multiprocessors} multiprocessors), as {form}")
         except (RuntimeError, ValueError) as error:
             found.append(str(error))
     return found
-
-
-def _gpu_by_tool() -> dict[str, Any] | None:
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return None
-    fields = "driver_version,name,memory.total,compute_cap"
-    done = subprocess.run(
-        [tool, f"--query-gpu={fields}", "--format=csv,noheader,nounits"],
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=_SMI_SECONDS,
-        check=False,
-    )
-    return parse_smi(done.stdout) if done.returncode == 0 else None
-
-
-def parse_smi(text: str) -> dict[str, Any] | None:
-    """Read ``nvidia-smi --query-gpu=driver_version,name,memory.total,compute_cap --format=csv,noheader,nounits``."""
-    driver = None
-    devices = []
-    for line in text.splitlines():
-        cells = [cell.strip() for cell in line.split(",")]
-        if len(cells) < 4:
-            continue
-        driver = driver or cells[0]
-        memory, capability = cells[-2], cells[-1]
-        devices.append(
-            {
-                "name": ", ".join(cells[1:-2]),
-                "memory_bytes": int(memory) * 2**20 if memory.isdecimal() else None,
-                "compute_capability": capability if capability.replace(".", "").isdecimal() else None,
-            }
-        )
-    return {"driver": driver, "devices": devices} if devices else None
-
-
-def _gpu_by_library() -> dict[str, Any] | None:
-    """Ask libcuda itself: device names, memory, and the CUDA version that the driver supports."""
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
-    version = ctypes.c_int()
-    if cuda.cuDriverGetVersion(ctypes.byref(version)) != 0:
-        return None
-    supported = f"{version.value // 1000}.{version.value % 1000 // 10}"
-    count = ctypes.c_int()
-    if cuda.cuInit(0) != 0 or cuda.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return {"cuda": supported, "devices": []}
-    # CUdevice_attribute: COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR.
-    major_attribute, minor_attribute = 75, 76
-    devices = []
-    for number in range(count.value):
-        device = ctypes.c_int()
-        if cuda.cuDeviceGet(ctypes.byref(device), number) != 0:
-            continue
-        name = ctypes.create_string_buffer(256)
-        memory = ctypes.c_size_t()
-        major, minor = ctypes.c_int(), ctypes.c_int()
-        cuda.cuDeviceGetName(name, len(name), device)
-        cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
-        cuda.cuDeviceGetAttribute(ctypes.byref(major), major_attribute, device)
-        cuda.cuDeviceGetAttribute(ctypes.byref(minor), minor_attribute, device)
-        devices.append(
-            {
-                "name": name.value.decode("utf-8", "replace"),
-                "memory_bytes": memory.value or None,
-                "compute_capability": f"{major.value}.{minor.value}",
-            }
-        )
-    return {"cuda": supported, "devices": devices}

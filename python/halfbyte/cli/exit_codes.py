@@ -1,4 +1,4 @@
-"""The command's exit codes, and what each failure has for one and says."""
+"""The exit codes, and the code and message of each failure."""
 
 from __future__ import annotations
 
@@ -62,6 +62,6 @@ def describe(error: BaseException, arguments: Sequence[str] = ()) -> tuple[int, 
 def resume_command(arguments: Sequence[str]) -> str:
     """The command line that goes on where this one stopped."""
     kept = [a for a in arguments if a not in ("--overwrite", "--resume")]
-    # Behind a lone "--" it would be read as a path.
+    # After a lone "--" it would be read as a path.
     place = kept.index("--") if "--" in kept else len(kept)
     return shlex.join([PROG, *kept[:place], "--resume", *kept[place:]])

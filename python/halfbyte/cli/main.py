@@ -1,6 +1,7 @@
+# PYTHON_ARGCOMPLETE_OK
 """The command `halfbyte`.
 
-Only the standard library is imported before the arguments are read: `--help` and completion answer at once.
+Only the standard library is imported before the arguments are parsed, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import NoReturn
 
 from halfbyte import _terminal
 from halfbyte.cli.commands import run_program
+from halfbyte.cli.completion import answer_shell
 from halfbyte.cli.exit_codes import EXIT_PIPE, EXIT_SYSTEM, EXIT_USAGE, PROG, describe
 from halfbyte.cli.output import OutputError, complain, say
 from halfbyte.cli.parser import build_parser
@@ -44,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(arguments: list[str]) -> int:
     parser = build_parser()
+    answer_shell(parser)
     args = parser.parse_args(arguments)
     if args.command is None:
         parser.print_help()

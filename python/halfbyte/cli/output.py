@@ -1,4 +1,4 @@
-"""What the command writes: results on standard output, all else on standard error."""
+"""Output of the command: results on standard output, everything else on standard error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from halfbyte.cli.exit_codes import PROG
 
 
 def progress(args: argparse.Namespace) -> bool:
-    """Whether to show progress: lines would disturb a program that reads the JSON, a bar on a terminal does not."""
+    """Whether to show progress. With --json only as a bar on a terminal, which does not disturb a program."""
     return not args.quiet and (not args.json or _terminal.is_terminal(sys.stderr))
 
 

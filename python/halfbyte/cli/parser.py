@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from halfbyte import _terminal
 from halfbyte.cli import commands
+from halfbyte.cli.completion import SHELLS
 from halfbyte.cli.exit_codes import EXIT_CODES, EXIT_OK, EXIT_USAGE, PROG, describe
 from halfbyte.cli.output import complain, print_text
 from halfbyte.offline.choices import BLOCK_SIZES, FLOAT_DTYPES, QUANT_TYPES, SELECTIONS, STORAGE_DTYPES
@@ -116,8 +117,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.set_defaults(run=commands.examine)
 
     sub = add("completion", [], *_COMPLETION_TEXT)
-    sub.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell to complete in")
-    sub.set_defaults(run=commands.complete, parser=parser)
+    sub.add_argument("shell", choices=SHELLS, help="the shell to complete in")
+    sub.set_defaults(run=commands.complete)
     return parser
 
 

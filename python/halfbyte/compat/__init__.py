@@ -1,11 +1,11 @@
 """halfbyte under the name `bitsandbytes`, for code that imports that package.
 
-`offer` answers to the name where no `bitsandbytes` is installed. `install` answers in any case, and in
-child processes too. Neither imports torch: the layer itself is loaded by the first `import bitsandbytes`.
+`offer` provides the name where `bitsandbytes` is not installed. `install` provides it in any case, and in child
+processes too. Neither imports torch: the layer itself is loaded by the first `import bitsandbytes`.
 
-Children are reached in two ways. A wheel puts `halfbyte_bitsandbytes.pth` beside the package: with
-HALFBYTE_BITSANDBYTES=1 in the environment its one line calls `install` when Python starts, also with `-E` or `-I`, and
-without it does nothing. Where it is not, as in a source tree on PYTHONPATH, a folder on PYTHONPATH does the same.
+Two mechanisms start it in child processes. A wheel installs `halfbyte_bitsandbytes.pth`, whose single line calls
+`install` at start-up if HALFBYTE_BITSANDBYTES=1 is set, also under `python -E` and `-I`. In a source tree on
+PYTHONPATH, a folder added to PYTHONPATH does the same.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import importlib
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,11 +38,14 @@ def version() -> str:
 
 
 class _Finder:
-    """Finds the package and its metadata: whoever looks for one must find the other too."""
+    """Finds the package and its metadata, which libraries look up separately."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        if fullname.startswith(f"{NAME}.") and path is not None and any(Path(p).is_relative_to(_FOLDER) for p in path):
+            # The parts too, where a finder behind this one forbids the name with all that begins with it.
+            return PathFinder.find_spec(fullname, path, target)
         if fullname != NAME:
             return None
         from importlib.util import spec_from_file_location
@@ -81,19 +84,21 @@ def served() -> bool:
         return bool(getattr(loaded, "__halfbyte__", False))
     if _finder not in sys.meta_path:
         return False
-    return not _elsewhere(sys.meta_path[: sys.meta_path.index(_finder)])
+    try:
+        return not _elsewhere(sys.meta_path[: sys.meta_path.index(_finder)])
+    except ImportError:
+        return False
 
 
 def _elsewhere(finders: Iterable[Any]) -> bool:
-    """Whether one of `finders` has a `bitsandbytes`."""
+    """Whether one of `finders` has a `bitsandbytes`.
+
+    Raises:
+        ImportError: One forbids the name before any has it.
+    """
     for finder in finders:
         find_spec = getattr(finder, "find_spec", None)
-        if find_spec is None or finder is _finder:
-            continue
-        try:
-            if find_spec(NAME, None) is not None:
-                return True
-        except ImportError:  # a finder that forbids the name
+        if find_spec is not None and finder is not _finder and find_spec(NAME, None) is not None:
             return True
     return False
 
@@ -115,9 +120,14 @@ def offer() -> bool:
     if os.environ.get(VARIABLE) == "1":
         install()
         return True
-    if _elsewhere(sys.meta_path):
-        return False
-    sys.meta_path.append(_finder)
+    try:
+        if _elsewhere(sys.meta_path):
+            return False
+        sys.meta_path.append(_finder)
+    except ImportError:
+        # A finder forbids the name: bitsandbytes cannot be had, and libraries that import it for a 4-bit model would
+        # fail there.
+        sys.meta_path.insert(0, _finder)
     _tell_libraries()
     return True
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
@@ -28,8 +27,11 @@ def _is_being_imported(module: ModuleType) -> bool:
     return bool(getattr(module.__spec__, "_initializing", False))
 
 
-class _Finder(importlib.abc.MetaPathFinder):
-    """Finds one module as the others do, and leaves once it is found."""
+class _Finder:
+    """Finds one module as the others do, and leaves once it is found.
+
+    Without the base class `importlib.abc.MetaPathFinder`, whose module is slow to import.
+    """
 
     def __init__(self, name: str, callback: Callable[[ModuleType], None]) -> None:
         self.name = name

@@ -1,4 +1,4 @@
-"""Tell the libraries around a model that it is 4-bit, as a load by `from_pretrained` would have."""
+"""Mark a model as 4-bit for transformers, diffusers, PEFT and Trainer, as `from_pretrained` does."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from halfbyte.models.layers import is_transformers_model
 
 
 def attach(model: nn.Module, config: BitsAndBytesConfig | None) -> None:
-    """Say to every model of transformers or diffusers in `model` that it is, or with None is no longer, quantized.
+    """Mark every transformers or diffusers model in `model` as quantized, or with None as dense.
 
     Afterwards `save_pretrained`, `dequantize`, `num_parameters`, Trainer and PEFT see what they would see after a load.
 
     Args:
-        model: Any module. Of nested models the outermost are told, each with the skip names as seen from it.
-        config: How it was quantized; names in `llm_int8_skip_modules` are paths in `model`.
+        model: Any module. Of nested models, the outermost are marked, each with skip names relative to it.
+        config: The config it was quantized with; names in `llm_int8_skip_modules` are paths in `model`.
     """
     for path, root in _outermost(model):
         if is_transformers_model(root):

@@ -27,7 +27,7 @@ from torch import nn
 
 from halfbyte import nn as own_nn
 from halfbyte.nn._joint import JOINT, STANDS_FOR
-from halfbyte.ops.registry import PLAIN_TYPES
+from halfbyte.ops.dispatch import PLAIN_TYPES
 
 _logger = logging.getLogger(__name__)
 

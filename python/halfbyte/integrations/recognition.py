@@ -1,4 +1,4 @@
-"""4-bit layers that other libraries recognize: they look for bitsandbytes' names and classes."""
+"""Make 4-bit layers recognizable to libraries that look for bitsandbytes' names and classes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from halfbyte.integrations.served import has_bitsandbytes
 
 
 def serve_bitsandbytes(model: nn.Module) -> None:
-    """Make the 4-bit layers of a model answer to the names by which libraries look for bitsandbytes' layers."""
+    """Make the 4-bit layers of a model pass the checks that libraries use to find bitsandbytes' layers."""
     if has_bitsandbytes():
         from halfbyte.integrations.bitsandbytes import promote
 
@@ -26,11 +26,23 @@ def serve_bitsandbytes(model: nn.Module) -> None:
 
 @functools.cache
 def _await_peft() -> None:
-    """Let merges say what they cost, once PEFT is there."""
+    """Let merges say what they cost, and adapters of another base be refused, once PEFT is there."""
 
     def enter(tuners_utils: ModuleType) -> None:
         from halfbyte.integrations.peft import merging
 
         merging.enter(tuners_utils)
 
+    def enter_models(peft_model: ModuleType) -> None:
+        from halfbyte.integrations.peft import another_base
+
+        another_base.enter(peft_model)
+
+    def enter_transformers(peft: ModuleType) -> None:
+        from halfbyte.integrations.peft import another_base
+
+        another_base.enter_transformers(peft)
+
     when_imported("peft.tuners.tuners_utils", enter)
+    when_imported("peft.peft_model", enter_models)
+    when_imported("transformers.integrations.peft", enter_transformers)

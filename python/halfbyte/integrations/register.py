@@ -1,4 +1,4 @@
-"""Entering quantizers into the tables of transformers and diffusers, which are asked for each load."""
+"""Register this package's quantizers with transformers and diffusers."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _waiting = False
 
 
 def enable(on: bool = True) -> None:
-    """Serve every 4-bit load of transformers in this process, also where bitsandbytes is installed.
+    """Load every 4-bit model of transformers with this package, also where bitsandbytes is installed.
 
-    Without it, a load is served when its `quantization_config` is of this package's class, or when bitsandbytes is not
-    installed. Where it is not installed, `import bitsandbytes` gives this package's layer from now on, for libraries
-    that need it before a model is loaded.
+    Without this call, a load uses this package if its `quantization_config` has this package's class, or if
+    bitsandbytes is not installed. In the latter case `import bitsandbytes` also gives this package from now on, for
+    libraries that import it before a model is loaded.
 
     Args:
-        on: False gives loads that do not name this package back to bitsandbytes.
+        on: False restores the default.
 
     Raises:
         TypeError: `on` is not a bool.
@@ -48,9 +48,9 @@ def enable(on: bool = True) -> None:
 
 
 def register() -> None:
-    """Enter this package's quantizers into the tables of transformers and diffusers, now or when those are imported.
+    """Register this package's quantizers with transformers and diffusers, now or when they are imported.
 
-    Models that are quantized in memory are told the same as a load tells them. Idempotent.
+    Models quantized in memory are marked in the same way as loaded ones. Idempotent.
     """
     global _waiting
     if not _waiting:
@@ -102,10 +102,10 @@ def _enter(auto: ModuleType) -> None:
 
 
 def check_version() -> None:
-    """That transformers is one that this package was made for.
+    """Check the version of transformers.
 
     Raises:
-        ImportError: It is older.
+        ImportError: transformers is older than `OLDEST`.
     """
     version = getattr(sys.modules.get("transformers"), "__version__", "")
     numbers = version.split(".")[:2]

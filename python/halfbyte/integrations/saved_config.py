@@ -1,4 +1,4 @@
-"""The config of a 4-bit checkpoint, beside the one that a load was given."""
+"""Merge the config of a 4-bit checkpoint with the one that was passed to the load."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _logger = logging.getLogger(__name__)
 
 
 def keep_class_of_argument(cls: Any) -> None:
-    """Check the config of a 4-bit checkpoint, and let it be of this package's class where the one given is.
+    """Check the config of a 4-bit checkpoint, and convert it to this package's class if the argument has that class.
 
-    The checkpoint's own config decides, as in the libraries; a warning names what was asked for in vain.
+    The checkpoint's config takes precedence, as in transformers. A warning names the values that are ignored.
 
     Args:
         cls: The class of transformers or diffusers whose `merge_quantization_configs` does the merging.
@@ -67,7 +67,7 @@ def _check_saved(config: Any) -> BitsAndBytesConfig | None:
 
 
 def _say_ignored(given: BitsAndBytesConfig, saved: BitsAndBytesConfig) -> None:
-    """Say which of the values given are not those of the checkpoint, which decides."""
+    """Warn about values that differ from the checkpoint's and are ignored."""
     # What was left to its default was not asked for.
     asked = {name: value for name, value in given.to_diff_dict().items() if not name.startswith("_")}
     written = saved.to_dict()

@@ -1,6 +1,6 @@
-"""Which loads are this package's.
+"""Which loads use this package.
 
-| who asks | bitsandbytes is not installed, or served by this package | bitsandbytes is installed |
+| loading with | bitsandbytes is not installed, or served by this package | bitsandbytes is installed |
 |---|---|---|
 | `quantization_config=` of this package's class | this package | this package |
 | after `halfbyte.enable()` | this package | this package |
@@ -22,7 +22,7 @@ _all_loads = False
 
 
 def serve_all(on: bool) -> None:
-    """Serve every load, or with False only those that name this package while bitsandbytes is installed."""
+    """Whether to serve all loads, or only those that name this package while bitsandbytes is installed."""
     global _all_loads
     _all_loads = on
 
@@ -43,7 +43,7 @@ def has_bitsandbytes() -> bool:
 
 def is_ours(config: object) -> bool:
     """Whether a load with this config is served here."""
-    # `__class__` answers what transformers wants to hear; the type does not.
+    # `__class__` of the config claims transformers' class; the type does not.
     return issubclass(type(config), BitsAndBytesConfig) or is_ours_by_default()
 
 

@@ -7,22 +7,17 @@ gives a tensor memory of its own, which goes as soon as the tensor does.
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from halfbyte._native import CheckpointError
 from halfbyte.offline import config_json
 from halfbyte.offline.hub import Hub, resolve_source
-
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-_MAX_INDEX_BYTES = 512 * 2**20
+from halfbyte.offline.shards import INDEX, list_shards, open_shard
 
 _DTYPES = {
     "F64": torch.float64,
@@ -36,12 +31,6 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-
-
-def _is_inside(file: str) -> bool:
-    """Is this a path that leads to a place inside the folder it starts from? Also ``part/model.safetensors``."""
-    parts = file.split("/")
-    return not ({"", ".", ".."} & set(parts)) and "\\" not in file and "\0" not in file and not Path(file).is_absolute()
 
 
 class Folder:
@@ -65,51 +54,27 @@ class Folder:
         self._views: dict[Path, Any] = {}
         self._readers: dict[Path, Any] = {}
         self._files: dict[str, Path] = {}
-        listed = self._listed()
+        listed = list_shards(self.path)
         for file, expected in listed.items():
             handle = self._open(self._views, file)
             # In the order of the data, where this release of safetensors can tell.
             found = handle.offset_keys() if hasattr(handle, "offset_keys") else handle.keys()
-            self._files.update(dict.fromkeys(found, file))
             absent = sorted(expected - set(found))
             if absent:
-                raise CheckpointError(f"{file}: {absent[0]!r} is missing, which {_INDEX} says it holds")
+                raise CheckpointError(f"{file}: {absent[0]!r} is missing, which {INDEX} says it holds")
+            for name in found:
+                other = self._files.get(name)
+                if other is None or name in expected:
+                    self._files[name] = file
+                elif name not in listed[other]:
+                    raise CheckpointError(f"{file}: {name!r} is in {other} too, and {INDEX} does not say which to take")
         self.names = list(self._files)
         if not self.names:
             raise CheckpointError(f"{self.path}: holds no tensor")
 
-    def _listed(self) -> dict[Path, set[str]]:
-        """The files to open, and which tensors the index expects in each."""
-        if self.path.is_file():
-            return {self.path: set()}
-        index, single = self.path / _INDEX, self.path / _SINGLE
-        if single.is_file():
-            return {single: set()}
-        if not index.is_file():
-            raise CheckpointError(f"{self.path}: expected {_SINGLE} or {_INDEX}")
-        if index.stat().st_size > _MAX_INDEX_BYTES:
-            raise CheckpointError(f"{index}: {index.stat().st_size} bytes: expected at most {_MAX_INDEX_BYTES}")
-        try:
-            table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files: dict[Path, set[str]] = {}
-            for name, file in table.items():
-                if not isinstance(file, str) or not _is_inside(file):
-                    raise CheckpointError(f"{index}: {name!r} is in {file!r}: expected a file inside the folder")
-                files.setdefault(self.path / file, set()).add(name)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"{index}: expected an object with weight_map: {error!r}") from None
-        return files
-
     def _open(self, handles: dict[Path, Any], file: Path, **how: Any) -> Any:
         if file not in handles:
-            if not file.is_file():
-                raise CheckpointError(f"{file}: no such file")
-            try:
-                handles[file] = self._stack.enter_context(safe_open(file, framework="pt", device="cpu", **how))
-            except SafetensorError as error:
-                raise CheckpointError(f"{file}: not a safetensors file: {error}") from None
+            handles[file] = self._stack.enter_context(open_shard(file, "pt", device="cpu", **how))
         return handles[file]
 
     def __enter__(self) -> Folder:

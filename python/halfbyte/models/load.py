@@ -1,7 +1,7 @@
-"""`load_quantized`: a model filled straight from a 4-bit checkpoint, without its 16-bit form in between.
+"""`load_quantized`: fill a model from a 4-bit checkpoint, without a 16-bit copy in between.
 
-Everything is checked against the headers before the model is touched. On the CPU tensors are mapped, so loading
-reads almost nothing and the memory is the file's.
+Everything is checked against the file headers before the model is changed. On the CPU, tensors are memory-mapped, so
+loading reads almost nothing.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def load_quantized(
     token: str | bool | None = None,
     cache_dir: str | PathLike[str] | None = None,
 ) -> _Model:
-    """Fill a model from a 4-bit checkpoint, as this package, or transformers with bitsandbytes, saves it.
+    """Fill a model from a 4-bit checkpoint that this package, or transformers with bitsandbytes, has saved.
 
     Args:
         model: On the meta device, so that nothing is allocated twice, or anywhere else. Linear layers, `Conv1D` and
@@ -79,21 +79,21 @@ def load_quantized(
         cache_dir: Where `folder` is a name on the hub: the folder of downloaded files; None for huggingface_hub's.
 
     Returns:
-        `model`, changed in place (another object only where the model itself is a linear layer). The training flag
-        stays as it was. Parameters have the dtypes of the file, and the compute dtype of 4-bit layers is that of
-        `quantization_config` in `config.json`, else the input's.
+        `model`, changed in place; a new object only if the model itself is a linear layer. The training flag is
+        unchanged. Parameters have the dtypes of the file. 4-bit layers compute in the dtype that `config.json` gives,
+        or else in the dtype of their input.
 
     Raises:
-        CheckpointError: The checkpoint is broken, not 4-bit, or does not fit the model. Names are given. The model is
-            then as it was.
-        ValueError: Buffers on the meta device that no checkpoint holds, and that the model cannot compute.
+        CheckpointError: The checkpoint is broken, is not 4-bit, or does not fit the model. The message names the
+            tensor, and the model is unchanged.
+        ValueError: A buffer is on the meta device, not in the checkpoint, and the model cannot compute it.
 
-    Models of transformers get their tensors under the names, with the conversions, ties and computed buffers of the
-    installed transformers. Fill other models on the meta device only where all of their buffers are in the checkpoint:
-    `accelerate.init_empty_weights()` leaves buffers alone, `torch.device("meta")` does not.
+    For models of transformers, the installed transformers decides names, conversions, ties and computed buffers. Other
+    models on the meta device need all of their buffers in the checkpoint: `accelerate.init_empty_weights()` leaves
+    buffers on the CPU, `torch.device("meta")` does not.
 
-    On the CPU tensors are mapped into memory, not read: do not overwrite the files in place while the model lives.
-    Replacing or deleting them is fine.
+    On the CPU, tensors are memory-mapped: do not overwrite the files in place while the model exists. Replacing or
+    deleting them is safe.
 
     >>> import torch, tempfile, halfbyte
     >>> from safetensors.torch import save_file
@@ -108,7 +108,7 @@ def load_quantized(
     True
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: {type(model).__name__} is not a torch.nn.Module")
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     target = torch.device(device)
     if target.type == "meta":
         raise ValueError("device: 'meta' holds no numbers; expected a device such as 'cpu' or 'cuda'")
@@ -304,9 +304,7 @@ def _layers(
             )
         if isinstance(old, nn.Embedding) and (old.max_norm is not None or old.sparse):
             raise CheckpointError(f"{where}: is 4-bit, but {path} has max_norm or sparse, which 4-bit tables have not")
-        stats = {name.removeprefix(f"{base}."): source.view(name) for name in plan.states[base]}
-        # Some tools cast everything that is not packed to 16 bits.
-        stats.update({k: v.float() for k, v in stats.items() if v.dtype in (torch.float16, torch.bfloat16)})
+        stats = float_parts({name.removeprefix(f"{base}."): source.view(name) for name in plan.states[base]})
         try:
             weight = Params4bit.from_prequantized(source.view(base), stats, device=device)
         except (ValueError, TypeError) as error:
@@ -314,7 +312,7 @@ def _layers(
         state = weight.quant_state
         assert state is not None
         assert state.shape is not None
-        shape, expected = tuple(state.shape), _shape_of(old)
+        shape, expected = tuple(state.shape), layer_shape(old)
         if shape != expected:
             raise CheckpointError(f"{where}: holds {list(shape)}, {path} of the model has {list(expected)}")
         if old in found:
@@ -333,6 +331,12 @@ def _layers(
     return list(found.items())
 
 
+def float_parts(stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parts beside a packed weight with scales in float32: some tools cast all that is not packed to 16 bits."""
+    half = (torch.float16, torch.bfloat16)
+    return {key: value.float() if value.dtype in half else value for key, value in stats.items()}
+
+
 def _has_own_code(cls: type[nn.Module]) -> bool:
     """Would a 4-bit layer in its place lose code of the class, or be read by code that expects a plain weight?"""
     if issubclass(cls, Linear4bit | Embedding4bit) or is_conv1d(cls):
@@ -343,7 +347,7 @@ def _has_own_code(cls: type[nn.Module]) -> bool:
     return cls is inert or cls.forward is not base.forward
 
 
-def _shape_of(old: nn.Module) -> tuple[int, ...]:
+def layer_shape(old: nn.Module) -> tuple[int, ...]:
     """`[out, in]` of a linear layer, `[rows, columns]` of an embedding."""
     if isinstance(old, Linear4bit | Embedding4bit):
         return old._weight_shape()
@@ -471,7 +475,9 @@ def _read_config(source: Folder) -> BitsAndBytesConfig | None:
         raise CheckpointError(f"{where}: llm_int8_skip_modules must be a list of names or null, got {skipped!r}")
     arguments = inspect.signature(BitsAndBytesConfig).parameters
     try:
-        return BitsAndBytesConfig.from_dict({key: value for key, value in found.items() if key in arguments})
+        return BitsAndBytesConfig.coerce(
+            BitsAndBytesConfig.from_dict({key: value for key, value in found.items() if key in arguments})
+        )
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: {error}") from None
 

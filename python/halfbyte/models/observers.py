@@ -1,4 +1,4 @@
-"""Who is told that a model became 4-bit, or is dense again: the integrations, which know other libraries."""
+"""Observers of models that become 4-bit or dense: the integrations, which inform other libraries."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ if TYPE_CHECKING:
     from halfbyte.config import BitsAndBytesConfig
 
 Observer: TypeAlias = "Callable[[nn.Module, BitsAndBytesConfig | None], None]"
-"""Called with the whole model, and how it was quantized; None when it is dense again."""
+"""Called with the whole model and its quantization config; None when it is dense again."""
 
 _observers: list[Observer] = []
 
 
 def add_observer(observer: Observer) -> None:
-    """Tell `observer` of every model that is changed from now on; once however often it is added."""
+    """Call `observer` for every model that is changed from now on. Adding it twice has no effect."""
     if observer not in _observers:
         _observers.append(observer)
 
 
 def notify(model: nn.Module, config: BitsAndBytesConfig | None) -> None:
-    """Tell all observers that a model was quantized as `config` says, or with None that it is dense again.
+    """Call all observers for a model that was quantized with `config`, or with None is dense again.
 
     Args:
         model: The model.

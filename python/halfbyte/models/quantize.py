@@ -1,6 +1,6 @@
-"""`quantize_model` and `dequantize_model`: the linear layers of a torch model to 4 bits, and back.
+"""`quantize_model` and `dequantize_model`: convert the linear layers of a model to 4 bits, and back.
 
-Layers are converted one after the other, in place: at any time one dense weight exists beside what is already packed.
+Layers are converted one after the other, in place, so at most one dense weight exists beside the packed ones.
 """
 
 from __future__ import annotations
@@ -83,23 +83,23 @@ def quantize_model(
         cache_dir: Where `checkpoint` is a name on the hub, as in `quantize_checkpoint`.
 
     Returns:
-        `model`; another object only where the model itself is a linear layer. A summary is logged at level INFO.
+        `model`; a new object only if the model itself is a linear layer. A summary is logged at level INFO.
 
     Raises:
-        ValueError: Nothing can be converted; a layer that is to be converted cannot be (its weight is computed,
-            offloaded, on the meta device; its `forward` was replaced): the message names it; `config`, a rule or a skip
-            name is wrong. The model is then as it was.
-        CheckpointError: The checkpoint lacks what the model needs, or does not fit it. The model is then as it was.
-        TypeError: An argument of a wrong type.
+        ValueError: There is nothing to convert; a layer cannot be converted (its weight is computed, offloaded or on
+            the meta device, or its `forward` was replaced); or `config`, a rule or a skip name is wrong. The message
+            names the layer or argument, and the model is unchanged.
+        CheckpointError: The checkpoint lacks a tensor or does not fit the model. The model is unchanged.
+        TypeError: An argument has a wrong type.
 
-    Kept are, by default, what transformers and the offline tool keep: output embeddings, tied weights, modules that the
-    architecture wants in float32, the last parameter of a transformers model; and weights of other dtypes. A layer that
-    several parents share is converted once and stays shared. The bias, hooks, attributes, `requires_grad` of everything
-    else, and the training flag stay as they are; a packed weight has no gradient.
+    By default the same layers are kept as in transformers and the offline tool: output embeddings, tied weights,
+    modules that the architecture keeps in float32, the last parameter of a transformers model, and weights of other
+    dtypes. A layer with several parents is converted once and stays shared. Biases, hooks, attributes, the training
+    flag and `requires_grad` of all other parameters are unchanged. A packed weight has no gradient.
 
-    Layers that are 4-bit already are left alone, so a second call converts what the first one kept, and is an error
-    where there is nothing left. An error in the middle (memory, an interrupt) leaves a model that works, some of whose
-    layers are 4-bit: how many is logged, and the same call goes on.
+    Layers that are 4-bit already are skipped, so a second call converts what the first one kept. An error in the middle
+    (out of memory, an interrupt) leaves a working model with some layers in 4 bits. The number is logged, and the same
+    call continues.
 
     >>> import torch, halfbyte
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.GELU(), torch.nn.Linear(128, 64))
@@ -108,7 +108,7 @@ def quantize_model(
     ['nf4', 'fp4']
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: {type(model).__name__} is not a torch.nn.Module")
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     settings, compute_dtype = _settings(config)
     options = QuantizeOptions.from_config(settings, rules=rules or (), skip=skip or (), blocksize=blocksize)
     choice = choose(
@@ -123,7 +123,7 @@ def quantize_model(
         raise ValueError(_nothing(model, choice))
     target = None if device is None else torch.device(device)
     if target is not None and target.type == "meta":
-        raise ValueError("device: 'meta' holds no numbers; expected a device such as 'cpu' or 'cuda'")
+        raise ValueError("device must be a device with storage, such as 'cpu' or 'cuda', got 'meta'")
     listed = skip_list(model, choice)
     for note in choice.notes:
         _logger.warning("quantize_model: %s", note)
@@ -157,15 +157,15 @@ def dequantize_model(model: _Model, dtype: torch.dtype | None = None) -> _Model:
         ValueError: There is no 4-bit layer, or one of them is not quantized yet.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: {type(model).__name__} is not a torch.nn.Module")
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if dtype not in (None, torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"dtype: {dtype!r} is not one of torch.float16, torch.bfloat16, torch.float32, or None")
+        raise ValueError(f"dtype must be one of torch.float16, torch.bfloat16, torch.float32, None, got {dtype!r}")
     found = [(m, names) for m, names in paths(model).items() if isinstance(m, Linear4bit | Embedding4bit)]
     if not found:
-        raise ValueError(f"model: {type(model).__name__} has no 4-bit layer")
+        raise ValueError(f"model must have a 4-bit layer, got {type(model).__name__} without any")
     for module, names in found:
         if module.quant_state is None or module.weight.is_meta:
-            raise ValueError(f"model: {names[0] or 'it'} is not quantized yet, so there is nothing to dequantize")
+            raise ValueError(f"model must be quantized, got {names[0] or 'a layer'} with a dense weight")
     result: nn.Module = model
     found.reverse()
     while found:
@@ -314,15 +314,15 @@ class _Swap:
 
 
 def _settings(config: object) -> tuple[BitsAndBytesConfig, torch.dtype | None]:
-    """The config, checked, and the dtype to compute in: None for that of the input."""
+    """The checked config and the compute dtype; None means the dtype of the input."""
     if config is None:
         made = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
         return made, None
     made = BitsAndBytesConfig.coerce(config)
     if made.load_in_8bit:
-        raise ValueError("config: load_in_8bit is True; quantize_model makes 4-bit layers, expected load_in_4bit=True")
+        raise ValueError("config must have load_in_4bit=True, got load_in_8bit=True")
     if not made.load_in_4bit:
-        raise ValueError("config: load_in_4bit is False, so it quantizes nothing; expected load_in_4bit=True")
+        raise ValueError("config must have load_in_4bit=True, got False")
     dtype = made.compute_dtype()
     assert dtype is None or isinstance(dtype, torch.dtype)
     return made, dtype
@@ -335,7 +335,7 @@ def _classes(subclasses: bool | Iterable[type[nn.Linear]]) -> bool | tuple[type[
     found: tuple[Any, ...] = (one,) if isinstance(one, type) else tuple(one)
     for cls in found:
         if not isinstance(cls, type) or not issubclass(cls, nn.Linear):
-            raise TypeError(f"subclasses: {cls!r} is not a subclass of torch.nn.Linear")
+            raise TypeError(f"subclasses must be subclasses of torch.nn.Linear, got {cls!r}")
     return found
 
 
@@ -369,4 +369,4 @@ def _display(progress: bool | _Show) -> Iterator[_Show]:
     elif isinstance(progress, bool):
         yield lambda done, total, name: None
     else:
-        raise TypeError(f"progress: {progress!r} is neither a bool nor a callable(done, total, name)")
+        raise TypeError(f"progress must be a bool or a callable(done, total, name), got {progress!r}")

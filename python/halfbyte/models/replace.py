@@ -1,4 +1,4 @@
-"""One module in another's place: what torch, accelerate and users hung on the old one comes along.
+"""Replace a module, keeping the hooks and attributes that torch, accelerate and users have added to it.
 
 Hooks keep their handles (`handle.remove()` works afterwards), attributes, buffers and further parameters move, and the
 bias stays the same parameter object. A module that several parents hold is replaced in all of them.

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from halfbyte.nn._quantized import Quantized
-from halfbyte.ops.registry import kernels, plain
+from halfbyte.ops import dispatch
 
 
 class Embedding4bit(Quantized, torch.nn.Embedding):
@@ -58,17 +56,8 @@ class Embedding4bit(Quantized, torch.nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Rows of the table: `[...]`, int64 or int32, to `[..., embedding_dim]`."""
-        state = self._state()
-        absmax, absmax2, offset = state.scales()
-        shape, blocksize, quant_type = state.weight()
-        weight: Tensor = self.weight
-        call: Any = torch.ops.halfbyte
-        direct = kernels(input, None, weight, absmax, absmax2, offset)
-        if direct is not None:
-            call, weight = direct, plain(weight)
-        rows: Tensor = call.embedding_4bit(
-            input, weight, absmax, absmax2, offset, shape, self.dtype, blocksize, quant_type
-        )
+        weight = self._state().packed(self.weight)
+        rows: Tensor = dispatch.call("embedding_4bit", input, weight, self.dtype)
         return rows
 
 

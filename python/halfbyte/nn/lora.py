@@ -32,9 +32,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from halfbyte.ops._torch_internals import any_autocast, current_stream, forward_ad, tracing, transforms
-from halfbyte.ops.autograd import _backward, _forward, _needs_op, linear_4bit
-from halfbyte.ops.registry import PLAIN_TYPES
+from halfbyte.ops._torch_internals import any_autocast, current_stream
+from halfbyte.ops.autograd import input_gradient_now, keep, kept_by, linear_4bit, product_now
+from halfbyte.ops.dispatch import PLAIN_TYPES, transformed
+from halfbyte.ops.packed import PackedWeight
 from halfbyte.state import QuantState
 
 
@@ -90,26 +91,27 @@ def lora_linear_4bit(
     >>> torch.testing.assert_close(y, x @ (dequantize_4bit(packed, state) + 0.5 * b @ a).T)
     """
     low = _low_dtype(x, compute_dtype)
-    if _transformed(x):
+    # Nothing of all this has a rule for autograd.Function as it is used here.
+    if transformed() or type(x) not in PLAIN_TYPES:
         return _traceable(x, packed, state, bias, adapters, compute_dtype, low)
     factors = [tensor for adapter in adapters for tensor in (adapter.x, adapter.A, adapter.B)]
-    call = _Call(state.weight(), low, [adapter.scaling for adapter in adapters])
+    weight = state.packed(packed)
+    call = _Call(low, [adapter.scaling for adapter in adapters])
     cast = _cast_once(x, compute_dtype)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (bias is not None and bias.requires_grad)
         or any(factor is not None and factor.requires_grad for factor in factors)
     ):
-        y: Tensor = _LoraLinear4bit.apply(x, cast, call, packed, *state.scales(), bias, *factors)
+        y: Tensor = _LoraLinear4bit.apply(x, cast, call, weight, bias, *factors)
         return y
-    y, _ = _products(x, cast, call, packed, *state.scales(), bias, *factors)
+    y, _ = _products(x, cast, call, weight, bias, *factors)
     return y
 
 
 class _Call(NamedTuple):
     """What one call knows besides tensors."""
 
-    weight: tuple[tuple[int, ...], int, str]
     low: torch.dtype
     scalings: list[float]
 
@@ -117,17 +119,6 @@ class _Call(NamedTuple):
 def _low_dtype(x: Tensor, compute_dtype: torch.dtype) -> torch.dtype:
     """The dtype of the products with A and B."""
     return torch.float32 if x.is_cpu else compute_dtype
-
-
-def _transformed(x: Tensor) -> bool:
-    """Whether something traces or transforms the call that has no rule for autograd.Function as it is used here."""
-    return (
-        _needs_op()
-        or transforms() is not None
-        or tracing() is not None
-        or forward_ad._current_level >= 0
-        or type(x) not in PLAIN_TYPES
-    )
 
 
 def _traceable(
@@ -157,15 +148,12 @@ def _products(
     x: Tensor,
     cast: Tensor,
     call: _Call,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
+    weight: PackedWeight,
     bias: Tensor | None,
     *factors: Tensor | None,
 ) -> tuple[Tensor, list[Tensor]]:
     """The output, and for each adapter its input, A and B in the dtype of its products, and `x Aᵀ`."""
-    y = _forward(cast, packed, absmax, absmax2, offset, bias, *call.weight)
+    y = product_now(cast, weight, bias)
     dtype, low = x.dtype, call.low
     summed = _sum_dtype(cast.dtype, dtype)
     rows = total = _rows(y)
@@ -197,19 +185,20 @@ class _LoraLinear4bit(torch.autograd.Function):
     """`lora_linear_4bit` in eager mode. `cast` is `x` in the compute dtype, and has no gradient of its own."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cast: Tensor, call: _Call, *tensors: Any) -> Tensor:
-        y, kept = _products(x, cast, call, *tensors)
-        bias, *factors = tensors[4:]
+    def forward(
+        ctx: Any, x: Tensor, cast: Tensor, call: _Call, weight: PackedWeight, bias: Tensor | None, *factors: Any
+    ) -> Tensor:
+        y, kept = _products(x, cast, call, weight, bias, *factors)
         needs = ctx.needs_input_grad
         for i in range(len(call.scalings)):
             # The input is wanted by the gradient of A alone, `x Aᵀ` by that of B.
-            if not needs[9 + 3 * i]:
+            if not needs[6 + 3 * i]:
                 kept[4 * i] = None  # type: ignore[call-overload]
-            if not needs[10 + 3 * i]:
+            if not needs[7 + 3 * i]:
                 kept[4 * i + 3] = None  # type: ignore[call-overload]
         dtypes = [None if tensor is None else tensor.dtype for tensor in (x, cast, bias, *factors)]
         ctx.known = call, x.shape, dtypes
-        ctx.save_for_backward(*tensors[:4], *kept)
+        keep(ctx, weight, *kept)
         return y
 
     @staticmethod
@@ -221,7 +210,7 @@ class _LoraLinear4bit(torch.autograd.Function):
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """Of all inputs of `_LoraLinear4bit`."""
-    packed, absmax, absmax2, offset, *kept = ctx.saved_tensors
+    weight, kept = kept_by(ctx)
     call: _Call
     call, shape, (dtype, compute, bias_dtype, *dtypes) = ctx.known
     low, needs = call.low, ctx.needs_input_grad
@@ -229,15 +218,15 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     g = _rows(cast if low is compute else _to(grad, low))
     grad_x = grad_bias = None
     if needs[0]:
-        grad_x = _rows(_backward(cast, packed, absmax, absmax2, offset, *call.weight))
-    if needs[7]:
+        grad_x = _rows(input_gradient_now(cast, weight))
+    if needs[4]:
         grad_bias = _rows(grad).sum(0, dtype=bias_dtype)
     summed = _sum_dtype(compute, dtype)
     grads: list[Tensor | None] = []
     for i, scaling in enumerate(call.scalings):
         given, A, B, h = kept[4 * i : 4 * i + 4]
         own_dtype, A_dtype, B_dtype = dtypes[3 * i : 3 * i + 3]
-        needs_own, needs_A, needs_B = needs[8 + 3 * i : 11 + 3 * i]
+        needs_own, needs_A, needs_B = needs[5 + 3 * i : 8 + 3 * i]
         into_x = own_dtype is None and grad_x is not None
         own = grad_A = grad_B = None
         if needs_A or needs_own or into_x:
@@ -253,7 +242,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grads += [own, grad_A, grad_B]
     if grad_x is not None:
         grad_x = _to(grad_x, dtype).view(shape)
-    return grad_x, None, None, None, None, None, None, grad_bias, *grads
+    return grad_x, None, None, None, grad_bias, *grads
 
 
 _unsafe_view = torch.ops.aten._unsafe_view.default

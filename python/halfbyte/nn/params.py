@@ -23,7 +23,7 @@ from halfbyte.ops.checks import (
     check_scales,
     check_storage,
 )
-from halfbyte.ops.registry import PLAIN_TYPES
+from halfbyte.ops.dispatch import PLAIN_TYPES
 from halfbyte.state import QuantState
 
 _SPLITTERS = (torch.chunk, torch.split, Tensor.chunk, Tensor.split)

@@ -95,3 +95,11 @@ def _public_stream(device: int) -> int:
 
 current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _public_stream)
 """The handle of torch's current stream on a CUDA device."""
+
+
+def _no_rule(name: str, rule: Any) -> None:
+    """Torch before 2.5 has no batching rules of operations: `torch.func.vmap` over one of those says so."""
+
+
+register_vmap: Callable[[str, Any], Any] = getattr(torch.library, "register_vmap", _no_rule)
+"""Give an operation its batching rule."""

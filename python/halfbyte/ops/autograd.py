@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.ops._torch_internals import any_autocast, dispatch_modes, functionalizing, transforms
+from halfbyte.ops._torch_internals import any_autocast, register_vmap, transforms
 from halfbyte.ops.checks import DTypeError, check_out
-from halfbyte.ops.registry import kernels, plain
+from halfbyte.ops.dispatch import kernels_of, needs_op, plain_weight
+from halfbyte.ops.packed import PackedWeight, Packing, packed_weight
+from halfbyte.ops.registry import flatten, unflatten
 from halfbyte.state import QuantState
 
 _ops = torch.ops.halfbyte
@@ -28,10 +30,27 @@ _ops = torch.ops.halfbyte
 # eager calls, since registered formulas do not compose with torch.func, and cost more.
 
 
+def keep(ctx: Any, weight: PackedWeight, *others: Tensor | None) -> None:
+    """Save a packed weight, and more, for a backward pass. Torch notices when its tensors have changed until then."""
+    ctx.packing = weight.packing
+    ctx.save_for_backward(*weight.tensors(), *others)
+
+
+def kept_by(ctx: Any) -> tuple[PackedWeight, tuple[Any, ...]]:
+    """What `keep` saved."""
+    codes, absmax, absmax2, offset, *others = ctx.saved_tensors
+    packing: Packing = ctx.packing
+    if absmax is packing.absmax and absmax2 is packing.absmax2 and offset is packing.offset:
+        return PackedWeight(codes, packing), others
+    # Hooks of saved tensors, such as those that offload, give others.
+    shape, blocksize, quant_type = packing.shape, packing.blocksize, packing.quant_type
+    return packed_weight(codes, absmax, absmax2, offset, shape, blocksize, quant_type), others
+
+
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, packed, absmax, absmax2, offset, bias, *ctx.how = inputs
+    _, weight, bias = unflatten("linear_4bit", inputs)
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(packed, absmax, absmax2, offset)
+    keep(ctx, weight)
 
 
 def _setup_linear_both(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -40,32 +59,36 @@ def _setup_linear_both(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 
 def _linear_tangent(ctx: Any, x: Tensor, *tangents: Any) -> Tensor:
+    return _tangent(ctx, x, tangents[4])
+
+
+def _tangent(ctx: Any, x: Tensor, bias: Tensor | None) -> Tensor:
     """Of the result, those of `x` and the bias being given; zeros where there is none."""
-    y = _product(x, *ctx.saved_tensors, None, *ctx.how)
-    bias = tangents[4]
+    y = product(x, kept_by(ctx)[0], None)
     return y if bias is None else y + bias.to(y.dtype)
 
 
+def _bias_gradient(ctx: Any, grad: Tensor) -> Tensor:
+    rows = tuple(range(grad.dim() - 1))
+    # A sum over no dimension would be one over all.
+    return grad.sum(rows, dtype=ctx.bias_dtype) if rows else grad.to(ctx.bias_dtype)
+
+
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = _input_gradient(grad, *ctx.saved_tensors, *ctx.how)
-    if ctx.needs_input_grad[5]:
-        rows = tuple(range(grad.dim() - 1))
-        # A sum over no dimension would be one over all.
-        grad_bias = grad.sum(rows, dtype=ctx.bias_dtype) if rows else grad.to(ctx.bias_dtype)
+    grad_x = input_gradient(grad, kept_by(ctx)[0]) if ctx.needs_input_grad[0] else None
+    grad_bias = _bias_gradient(ctx, grad) if ctx.needs_input_grad[5] else None
     return grad_x, None, None, None, None, grad_bias, None, None, None
 
 
 def _setup_linear_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, packed, absmax, absmax2, offset, *ctx.how = inputs
-    ctx.save_for_backward(packed, absmax, absmax2, offset)
+    _, weight = unflatten("linear_4bit_backward", inputs)
+    keep(ctx, weight)
 
 
 def _linear_double_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_grad = None
     if ctx.needs_input_grad[0]:
-        grad_grad = _product(grad, *ctx.saved_tensors, None, *ctx.how)
+        grad_grad = product(grad, kept_by(ctx)[0], None)
     return grad_grad, None, None, None, None, None, None, None
 
 
@@ -75,18 +98,23 @@ torch.library.register_autograd(
 )
 
 
-def _forward(x: Tensor, packed: Tensor, *args: Any) -> Tensor:
-    direct = kernels(x, args[3], packed, *args[:3])
-    y: Tensor = _ops.linear_4bit(x, packed, *args) if direct is None else direct.linear_4bit(x, plain(packed), *args)
+def product_now(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """`product` within an autograd.Function, where the derivative is being taken care of."""
+    direct = kernels_of(x, bias, weight)
+    if direct is None:
+        y: Tensor = _ops.linear_4bit(*flatten("linear_4bit", (x, weight, bias)))
+    else:
+        y = direct.linear_4bit(x, plain_weight(weight), bias)
     return y
 
 
-def _backward(grad: Tensor, packed: Tensor, *args: Any) -> Tensor:
-    direct = kernels(grad, None, packed, *args[:3])
+def input_gradient_now(grad: Tensor, weight: PackedWeight) -> Tensor:
+    """`input_gradient` within an autograd.Function."""
+    direct = kernels_of(grad, None, weight)
     if direct is None:
-        y: Tensor = _ops.linear_4bit_backward(grad, packed, *args)
+        y: Tensor = _ops.linear_4bit_backward(*flatten("linear_4bit_backward", (grad, weight)))
     else:
-        y = direct.linear_4bit_backward(grad, plain(packed), *args)
+        y = direct.linear_4bit_backward(grad, plain_weight(weight))
     return y
 
 
@@ -94,95 +122,102 @@ class _Linear4bit(torch.autograd.Function):
     """`x @ W.T + bias` in eager mode."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        y = _forward(*inputs)
-        _setup_linear_both(ctx, inputs, y)
-        return y
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: PackedWeight) -> Tensor:
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        keep(ctx, weight)
+        ctx.save_for_forward(*weight.tensors())
+        return product_now(x, weight, bias)
 
-    backward = staticmethod(_linear_backward)
-    jvp = staticmethod(_linear_tangent)
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x = input_gradient(grad, kept_by(ctx)[0]) if ctx.needs_input_grad[0] else None
+        return grad_x, _bias_gradient(ctx, grad) if ctx.needs_input_grad[1] else None, None
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor, bias: Tensor | None, weight: None) -> Tensor:
+        return _tangent(ctx, x, bias)
 
 
 class _InputGradient(torch.autograd.Function):
     """`grad @ W` in eager mode."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        y = _backward(*inputs)
-        _setup_linear_backward(ctx, inputs, y)
-        return y
+    def forward(ctx: Any, grad: Tensor, weight: PackedWeight) -> Tensor:
+        keep(ctx, weight)
+        return input_gradient_now(grad, weight)
 
-    backward = staticmethod(_linear_double_backward)
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return product(grad, kept_by(ctx)[0], None) if ctx.needs_input_grad[0] else None, None
 
 
 class _FuncLinear4bit(torch.autograd.Function):
-    """`_Linear4bit` in the form that torch.func asks for, which takes its time."""
+    """`_Linear4bit` in the form that torch.func asks for, which takes its time: tensors are arguments of their own."""
 
-    forward = staticmethod(_forward)
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        return product_now(*unflatten("linear_4bit", args))
+
     setup_context = staticmethod(_setup_linear_both)
     backward = staticmethod(_linear_backward)
     jvp = staticmethod(_linear_tangent)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        return _vmap_linear(_product, info, in_dims, *args)
+        return _vmap_linear(_flat_product, info, in_dims, *args)
 
 
 class _FuncInputGradient(torch.autograd.Function):
     """`_InputGradient` in the form that torch.func asks for."""
 
-    forward = staticmethod(_backward)
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        return input_gradient_now(*unflatten("linear_4bit_backward", args))
+
     setup_context = staticmethod(_setup_linear_backward)
     backward = staticmethod(_linear_double_backward)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        return _vmap_linear_backward(_input_gradient, info, in_dims, *args)
+        return _vmap_linear_backward(_flat_input_gradient, info, in_dims, *args)
 
 
-def _needs_op() -> bool:
-    """Whether to call the op: compilers, tracers and functionalize have no rule for autograd.Function."""
-    return torch.compiler.is_compiling() or bool(dispatch_modes()) or functionalizing()
-
-
-def _product(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    *how: Any,
-) -> Tensor:
-    """`linear_4bit` by the way that is right now."""
-    direct = kernels(x, bias, packed, absmax, absmax2, offset)
+def product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """`x @ W.T + bias` by the way that is right now; differentiable."""
+    direct = kernels_of(x, bias, weight)
     y: Tensor
     if direct is not None:
-        y = direct.linear_4bit(x, plain(packed), absmax, absmax2, offset, bias, *how)
-        return y
-    args = absmax, absmax2, offset, bias, *how
-    if _needs_op():
-        y = _ops.linear_4bit(x, packed, *args)
+        y = direct.linear_4bit(x, plain_weight(weight), bias)
+    elif needs_op():
+        y = _ops.linear_4bit(*flatten("linear_4bit", (x, weight, bias)))
     elif transforms() is None:
-        y = _Linear4bit.apply(x, packed, *args)
+        y = _Linear4bit.apply(x, bias, weight)
     else:
-        y = _FuncLinear4bit.apply(x, packed, *args)
+        y = _FuncLinear4bit.apply(*flatten("linear_4bit", (x, weight, bias)))
     return y
 
 
-def _input_gradient(grad: Tensor, packed: Tensor, *args: Any) -> Tensor:
-    """`linear_4bit_backward` by the way that is right now."""
-    direct = kernels(grad, None, packed, *args[:3])
+def input_gradient(grad: Tensor, weight: PackedWeight) -> Tensor:
+    """`grad @ W` by the way that is right now; differentiable."""
+    direct = kernels_of(grad, None, weight)
     y: Tensor
     if direct is not None:
-        y = direct.linear_4bit_backward(grad, plain(packed), *args)
-    elif _needs_op():
-        y = _ops.linear_4bit_backward(grad, packed, *args)
+        y = direct.linear_4bit_backward(grad, plain_weight(weight))
+    elif needs_op():
+        y = _ops.linear_4bit_backward(*flatten("linear_4bit_backward", (grad, weight)))
     elif transforms() is None:
-        y = _InputGradient.apply(grad, packed, *args)
+        y = _InputGradient.apply(grad, weight)
     else:
-        y = _FuncInputGradient.apply(grad, packed, *args)
+        y = _FuncInputGradient.apply(*flatten("linear_4bit_backward", (grad, weight)))
     return y
+
+
+def _flat_product(*args: Any) -> Tensor:
+    return product(*unflatten("linear_4bit", args))
+
+
+def _flat_input_gradient(*args: Any) -> Tensor:
+    return input_gradient(*unflatten("linear_4bit_backward", args))
 
 
 def _no_gradient(ctx: Any, *grads: Tensor) -> Any:
@@ -262,12 +297,12 @@ def _register_vmap_each(name: str) -> None:
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         return _vmap_each(op, info, in_dims, args)
 
-    torch.library.register_vmap(f"halfbyte::{name}", rule)
+    register_vmap(f"halfbyte::{name}", rule)
 
 
-torch.library.register_vmap("halfbyte::linear_4bit", partial(_vmap_linear, _ops.linear_4bit))
-torch.library.register_vmap("halfbyte::linear_4bit_backward", partial(_vmap_linear_backward, _ops.linear_4bit_backward))
-torch.library.register_vmap("halfbyte::embedding_4bit", _vmap_embedding)
+register_vmap("halfbyte::linear_4bit", partial(_vmap_linear, _ops.linear_4bit))
+register_vmap("halfbyte::linear_4bit_backward", partial(_vmap_linear_backward, _ops.linear_4bit_backward))
+register_vmap("halfbyte::embedding_4bit", _vmap_embedding)
 for _name in (
     "quantize_4bit",
     "quantize_4bit_nested",
@@ -290,7 +325,7 @@ def linear_4bit(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | Non
 
     `packed` and `state` are the weight `[out_features, in_features]`; `x` is `[..., in_features]`.
     """
-    return _product(x, packed, *state.scales(), bias, *state.weight())
+    return product(x, state.packed(packed), bias)
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
@@ -356,7 +391,7 @@ def matmul_4bit(
                 DeprecationWarning,
                 stacklevel=2,
             )
-        result = _input_gradient(A, B, *quant_state.scales(), *quant_state.weight())
+        result = input_gradient(A, quant_state.packed(B))
         if bias is not None:
             result = result + bias.to(result.dtype)
     else:

@@ -17,13 +17,15 @@ from math import prod
 import torch
 from torch import Tensor
 
-QUANT_TYPES = ("nf4", "fp4")
-"""The two sets of sixteen values."""
-
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-"""How many consecutive values may share a scale."""
+from halfbyte.geometry import BLOCK_SIZES as BLOCK_SIZES
+from halfbyte.geometry import NESTED_BLOCKSIZE as NESTED_BLOCKSIZE
+from halfbyte.geometry import QUANT_TYPES as QUANT_TYPES
+from halfbyte.geometry import blocks_of as blocks_of
+from halfbyte.geometry import packed_bytes as packed_bytes
+from halfbyte.ops.packed import PackedWeight
 
 _BLOCK_SIZES = frozenset(BLOCK_SIZES)
+_STRIDED = torch.strided
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 """What can be quantized, computed with, and dequantized to."""
@@ -33,9 +35,6 @@ STORAGE_DTYPES = (torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.
 
 INDEX_DTYPES = (torch.int64, torch.int32)
 """What `embedding` takes as indices."""
-
-NESTED_BLOCKSIZE = 256
-"""How many scales share a scale of their own."""
 
 
 class DTypeError(TypeError, ValueError):
@@ -98,16 +97,6 @@ def same_device(argument: str, tensor: Tensor, other: str, device: torch.device)
     """`tensor` is on `device`, which is that of the argument `other`."""
     if tensor.device != device:
         raise ValueError(f"{argument}: is on {tensor.device}, but {other} is on {device}; move them to one device")
-
-
-def blocks_of(n: int, blocksize: int) -> int:
-    """How many blocks `n` values fill, the last one perhaps in part."""
-    return (n + blocksize - 1) // blocksize
-
-
-def packed_bytes(n: int) -> int:
-    """How many bytes hold the codes of `n` values."""
-    return (n + 1) // 2
 
 
 def check_quantize(input: Tensor, blocksize: int, quant_type: str) -> None:
@@ -181,80 +170,73 @@ def check_packed_length(argument: str, packed: Tensor, n: int) -> None:
         )
 
 
-def check_weight(
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    shape: Sequence[int],
-    blocksize: int,
-    quant_type: str,
-) -> None:
-    """A packed tensor of `shape` and its scales."""
-    if (
-        blocksize in _BLOCK_SIZES
-        and quant_type in QUANT_TYPES
-        and type(packed) is Tensor
-        and type(absmax) is Tensor
-        and len(shape) == 2
-    ):
-        n = shape[0] * shape[1]
-        blocks = (n + blocksize - 1) // blocksize
+def check_weight(weight: PackedWeight) -> None:
+    """A packed tensor and its scales.
+
+    A packing that remembers is known again when it has passed: what is asked then is whether it is still the same.
+    """
+    codes, packing = weight
+    memo = packing.memo
+    if memo is not None and memo.addresses is not None and type(codes) is Tensor:
+        absmax, absmax2, offset = packing.absmax, packing.absmax2, packing.offset
         if (
-            packed.dtype is torch.uint8
-            and packed.layout is torch.strided
-            and packed.numel() == (n + 1) // 2
-            and absmax.numel() == blocks
-            and absmax.layout is torch.strided
-            # A device takes longer to name than this question.
-            and ((absmax.is_cpu and packed.is_cpu) or absmax.device == packed.device)
-        ):
-            if absmax2 is None or offset is None:
-                if absmax2 is offset and absmax.dtype is torch.float32:
-                    return
-            elif (
-                type(absmax2) is Tensor
-                and type(offset) is Tensor
-                and absmax.dtype is torch.uint8
-                and absmax2.dtype is torch.float32
-                and offset.dtype is torch.float32
-                and absmax2.numel() == (blocks + NESTED_BLOCKSIZE - 1) // NESTED_BLOCKSIZE
-                and offset.numel() == 1
-                and absmax2.layout is torch.strided
-                and (
-                    (absmax2.is_cpu and offset.is_cpu and packed.is_cpu)
-                    or (absmax2.device == packed.device and offset.device == packed.device)
+            codes.numel() == memo.codes[0]
+            and codes.dtype is memo.codes[1]
+            and (codes.is_cpu if memo.codes[2] is None else codes.device == memo.codes[2])
+            and absmax.data_ptr() == memo.addresses[0]
+            and absmax.numel() == memo.sizes[0]
+            and (
+                absmax2 is None
+                or offset is None
+                or (
+                    absmax2.data_ptr() == memo.addresses[1]
+                    and absmax2.numel() == memo.sizes[1]
+                    and offset.data_ptr() == memo.addresses[2]
+                    and offset.numel() == memo.sizes[2]
                 )
-            ):
-                return
-    check_blocksize(blocksize)
-    check_quant_type(quant_type)
-    check_tensor("packed", packed)
-    check_shape("shape", shape)
-    n = prod(shape)
-    check_packed_length("packed", packed, n)
-    check_scales(absmax, absmax2, offset, blocks_of(n, blocksize), packed.device)
+            )
+        ):
+            return
+    check_blocksize(packing.blocksize)
+    check_quant_type(packing.quant_type)
+    check_tensor("packed", codes)
+    check_shape("shape", packing.shape)
+    n = prod(packing.shape)
+    check_packed_length("packed", codes, n)
+    blocks = blocks_of(n, packing.blocksize)
+    check_scales(packing.absmax, packing.absmax2, packing.offset, blocks, codes.device)
+    if memo is not None:
+        absmax, absmax2, offset, *_ = packing
+        memo.addresses = absmax.data_ptr(), _address(absmax2), _address(offset)
+        memo.sizes = absmax.numel(), _size(absmax2), _size(offset)
+        memo.codes = codes.numel(), codes.dtype, None if codes.is_cpu else codes.device
 
 
-def check_product(
-    x: Tensor, argument: str, bias: Tensor | None, shape: Sequence[int], packed: Tensor, dim: int
-) -> None:
-    """A factor of a product with a packed matrix of `shape`, whose dimension `dim` it meets."""
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _size(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.numel()
+
+
+def check_product(x: Tensor, argument: str, bias: Tensor | None, weight: PackedWeight, dim: int) -> None:
+    """A factor of a product with a packed matrix, whose dimension `dim` it meets."""
+    shape, sizes = weight.packing.shape, x.shape
     if (
         type(x) is Tensor
-        and x.dtype in FLOAT_DTYPES
-        and x.layout is torch.strided
-        and ((x.is_cpu and packed.is_cpu) or x.device == packed.device)
         and len(shape) == 2
-        and x.dim() > 0
-        and x.shape[-1] == shape[dim]
+        and len(sizes) > 0
+        and sizes[-1] == shape[dim]
+        and x.dtype in FLOAT_DTYPES
+        and x.layout is _STRIDED
+        and ((x.is_cpu and weight.codes.is_cpu) or x.device == weight.codes.device)
         and (
             bias is None
             or (
                 bias.dtype in FLOAT_DTYPES
-                and bias.dim() == 1
-                and bias.shape[0] == shape[1 - dim]
-                and bias.layout is torch.strided
+                and bias.shape == shape[1 - dim : 2 - dim]
+                and bias.layout is _STRIDED
                 and ((bias.is_cpu and x.is_cpu) or bias.device == x.device)
             )
         )
@@ -263,7 +245,7 @@ def check_product(
     check_tensor(argument, x)
     check_float(argument, x.dtype)
     check_shape("shape", shape, 2)
-    same_device("packed", packed, argument, x.device)
+    same_device("packed", weight.codes, argument, x.device)
     if x.dim() == 0 or x.shape[-1] != shape[dim]:
         name = "in_features" if dim == 1 else "out_features"
         raise ValueError(f"{argument}: shape {list(x.shape)} does not end with {name}, {shape[dim]}")
@@ -275,13 +257,13 @@ def check_product(
             raise ValueError(f"bias: shape {list(bias.shape)} is not [{shape[1 - dim]}]")
 
 
-def check_embedding(indices: Tensor, packed: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+def check_embedding(indices: Tensor, weight: PackedWeight, dtype: torch.dtype) -> None:
     """The arguments of `embedding_4bit` beside the weight."""
     check_tensor("indices", indices)
     if indices.dtype not in INDEX_DTYPES:
         raise DTypeError(f"indices: dtype {indices.dtype} is not one of {names(INDEX_DTYPES)}")
-    same_device("indices", indices, "packed", packed.device)
-    check_shape("shape", shape, 2)
+    same_device("indices", indices, "packed", weight.codes.device)
+    check_shape("shape", weight.packing.shape, 2)
     check_float("dtype", dtype)
 
 

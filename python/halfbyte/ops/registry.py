@@ -1,12 +1,12 @@
 """The operations as torch sees them: `torch.ops.halfbyte.*`.
 
-Here are schemas, fake kernels (what a traced or meta call returns), the registrations of `cpu` and `cuda`, and
-`kernels`, through which eager calls go straight to a device's kernels. Kernels of another device are registered
-likewise: one `_register` call. Derivatives and batching rules are in `halfbyte.ops.autograd`.
+Here are schemas, fake kernels (what a traced or meta call returns) and the registrations of `cpu` and `cuda`. Kernels
+of another device are registered likewise: one `_register` call. How operations are called is in
+`halfbyte.ops.dispatch`, derivatives and batching rules are in `halfbyte.ops.autograd`.
 
 All operations are functional: no output shares memory with an input. A packed weight is several arguments: `packed`
 (bytes viewed as any storage dtype), `absmax`, and `absmax2` and `offset` where the scales are nested; then its `shape`,
-`blocksize` and `quant_type`.
+`blocksize` and `quant_type`. Kernels, and fake ones, take it as one `PackedWeight`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,6 @@ from torch import Tensor
 
 from halfbyte import _native
 from halfbyte.backends import cpu, cuda
-from halfbyte.ops._torch_internals import (
-    DisableTorchFunctionSubclass,
-    dispatch_modes,
-    forward_ad,
-    function_modes,
-    tracing,
-    transforms,
-)
 from halfbyte.ops.checks import (
     NESTED_BLOCKSIZE,
     blocks_of,
@@ -45,6 +37,7 @@ from halfbyte.ops.checks import (
     check_weight,
     packed_bytes,
 )
+from halfbyte.ops.packed import PackedWeight, packed_weight
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -71,6 +64,49 @@ for _name, _schema in SCHEMAS.items():
     torch.library.define(f"halfbyte::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
 
 
+# ---- packed weights --------------------------------------------------------------------------------------------------
+
+# Of operations with a packed weight: how many arguments come before it, and how many tensors and others after it.
+_PLACES = {
+    "dequantize_4bit": (0, 0, 1),
+    "linear_4bit": (1, 1, 0),
+    "linear_4bit_backward": (1, 0, 0),
+    "embedding_4bit": (1, 0, 1),
+}
+
+
+def flatten(name: str, args: Sequence[Any]) -> tuple[Any, ...]:
+    """Arguments as the schema has them, of those where the packed weight is one."""
+    before, tensors, _ = _PLACES[name]
+    weight: PackedWeight = args[before]
+    shape, *how = weight.scalars()
+    rest = args[before + 1 :]
+    return *args[:before], *weight.tensors(), *rest[:tensors], shape, *rest[tensors:], *how
+
+
+def unflatten(name: str, args: Sequence[Any]) -> tuple[Any, ...]:
+    """The way back."""
+    before, tensors, others = _PLACES[name]
+    packed, absmax, absmax2, offset, *rest = args[before:]
+    shape, (blocksize, quant_type) = rest[tensors], rest[tensors + 1 + others :]
+    weight = packed_weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
+    return *args[:before], weight, *rest[:tensors], *rest[tensors + 1 : tensors + 1 + others]
+
+
+def _flat(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of a packed weight as one that takes the arguments of the schema."""
+    if name not in _PLACES:
+        return function
+    names = [argument.rpartition(" ")[2] for argument in SCHEMAS[name].partition(")")[0].split(", ")]
+
+    def call(*args: Any, **named: Any) -> Any:
+        if named:
+            args = *args, *(named[argument] for argument in names[len(args) :])
+        return function(*unflatten(name, args))
+
+    return call
+
+
 # ---- fake kernels ----------------------------------------------------------------------------------------------------
 
 
@@ -78,7 +114,7 @@ def _fake(name: str) -> Callable[[_Function], _Function]:
     """Register a function as what a traced or meta call of an operation returns."""
 
     def register(function: _Function) -> _Function:
-        torch.library.register_fake(f"halfbyte::{name}", function)
+        torch.library.register_fake(f"halfbyte::{name}", _flat(name, function))
         return function
 
     return register
@@ -101,19 +137,10 @@ def _quantize_4bit_nested(input: Tensor, blocksize: int, quant_type: str) -> tup
 
 
 @_fake("dequantize_4bit")
-def _dequantize_4bit(
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    blocksize: int,
-    quant_type: str,
-) -> Tensor:
-    check_weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
+def _dequantize_4bit(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    check_weight(weight)
     check_float("dtype", dtype)
-    return packed.new_empty(shape, dtype=dtype)
+    return weight.codes.new_empty(weight.packing.shape, dtype=dtype)
 
 
 @_fake("compress_absmax")
@@ -164,124 +191,39 @@ def _dequantize_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tenso
 
 
 @_fake("linear_4bit")
-def _linear_4bit(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    shape: Sequence[int],
-    blocksize: int,
-    quant_type: str,
-) -> Tensor:
-    check_weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
-    check_product(x, "x", bias, shape, packed, 1)
-    return x.new_empty((*x.shape[:-1], shape[0]))
+def _linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    check_weight(weight)
+    check_product(x, "x", bias, weight, 1)
+    return x.new_empty((*x.shape[:-1], weight.packing.shape[0]))
 
 
 @_fake("linear_4bit_backward")
-def _linear_4bit_backward(
-    grad: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    shape: Sequence[int],
-    blocksize: int,
-    quant_type: str,
-) -> Tensor:
-    check_weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
-    check_product(grad, "grad", None, shape, packed, 0)
-    return grad.new_empty((*grad.shape[:-1], shape[1]))
+def _linear_4bit_backward(grad: Tensor, weight: PackedWeight) -> Tensor:
+    check_weight(weight)
+    check_product(grad, "grad", None, weight, 0)
+    return grad.new_empty((*grad.shape[:-1], weight.packing.shape[1]))
 
 
 @_fake("embedding_4bit")
-def _embedding_4bit(
-    indices: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    blocksize: int,
-    quant_type: str,
-) -> Tensor:
-    check_weight(packed, absmax, absmax2, offset, shape, blocksize, quant_type)
-    check_embedding(indices, packed, shape, dtype)
-    return packed.new_empty((*indices.shape, shape[1]), dtype=dtype)
+def _embedding_4bit(indices: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    check_weight(weight)
+    check_embedding(indices, weight, dtype)
+    return weight.codes.new_empty((*indices.shape, weight.packing.shape[1]), dtype=dtype)
 
 
 # ---- devices ---------------------------------------------------------------------------------------------------------
 
-_KERNELS: dict[str, ModuleType] = {}
+KERNELS: dict[str, ModuleType] = {}
 
 
 def _register(device: str, kernels: ModuleType) -> None:
     """Make a module's functions, one for each operation and of its name, the kernels for tensors on `device`."""
-    _KERNELS[device] = kernels
+    KERNELS[device] = kernels
     for name in SCHEMAS:
-        torch.library.impl(f"halfbyte::{name}", device, getattr(kernels, name))
+        torch.library.impl(f"halfbyte::{name}", device, _flat(name, getattr(kernels, name)))
 
 
 _register("cpu", cpu)
 # A ROCm build of torch calls its devices "cuda" too; the kernels are not for them.
 if hasattr(_native, "cuda_quantize_4bit") and torch.version.hip is None:
     _register("cuda", cuda)
-
-
-# ---- eager calls -----------------------------------------------------------------------------------------------------
-
-# Tensors that have nothing to say about operations on them. `halfbyte.nn` adds its parameters.
-PLAIN_TYPES: set[type] = {torch.Tensor, torch.nn.Parameter, type(None)}
-
-
-def kernels(
-    x: Tensor,
-    factor: Tensor | None = None,
-    first: Tensor | None = None,
-    second: Tensor | None = None,
-    third: Tensor | None = None,
-    fourth: Tensor | None = None,
-) -> ModuleType | None:
-    """The kernels to call directly, or None where only the dispatcher does right.
-
-    A call through torch's dispatcher costs more than a small product. It is needed where something listens or
-    transforms (compiling, tracing, dispatch and function modes, `torch.func`), where tensors are subclasses or lazily
-    negated views, and where a derivative is to be taken, with regard to `x` or `factor`. All others are constants.
-    """
-    plain = PLAIN_TYPES
-    if (
-        torch.compiler.is_compiling()
-        or dispatch_modes()
-        or function_modes()
-        or transforms() is not None
-        or tracing() is not None
-        or type(x) not in plain
-        or type(factor) not in plain
-        or type(first) not in plain
-        or type(second) not in plain
-        or type(third) not in plain
-        or type(fourth) not in plain
-        or x.is_neg()
-        or (factor is not None and factor.is_neg())
-        # Forward-mode derivatives: tensors with a tangent look like others.
-        or forward_ad._current_level >= 0
-    ):
-        return None
-    if _is_grad_enabled() and (x.requires_grad or (factor is not None and factor.requires_grad)):
-        return None
-    # The device's name takes longer than this question.
-    return cpu if x.is_cpu else _KERNELS.get(x.device.type)
-
-
-_is_grad_enabled = torch.is_grad_enabled
-
-
-def plain(tensor: Tensor) -> Tensor:
-    """A parameter as the tensor that it is: what is asked of that takes no way round through the parameter's class."""
-    if type(tensor) is Tensor:
-        return tensor
-    with DisableTorchFunctionSubclass():
-        return tensor.data

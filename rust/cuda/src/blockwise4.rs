@@ -5,19 +5,14 @@ use halfbyte::dtype::DType;
 use halfbyte::error::Result;
 use halfbyte::geometry::{BlockSize, NESTED_BLOCK_SIZE, packed_len};
 
-use super::driver::{Device, Kernel, Stream};
+use super::driver::{Device, Stream};
+use super::kernels::{self, Kernel};
 use super::launch::{Variant, parameters};
 use super::memory::{Memory, Scales, block_shift};
-use super::ptx::Module;
 use super::quantize_absmax::{QuantizedAbsmax, quantize_absmax_with_sums, write_sums};
 
-// Of kernels/dequantize.cu.
-const DEQUANTIZE_THREADS: u32 = 256;
-const DEQUANTIZE_TILE: u64 = 8192;
-
-// Of kernels/quantize.cu.
-const QUANTIZE_THREADS: u32 = 512;
-const QUANTIZE_TILE: u64 = 16384;
+const DEQUANTIZE_TILE: u64 = kernels::dequantize::TILE as u64;
+const QUANTIZE_TILE: u64 = kernels::quantize::TILE as u64;
 
 /// What `quant_type` is to a kernel.
 pub(super) fn quant_type_parameter(quant_type: QuantType) -> u32 {
@@ -27,22 +22,21 @@ pub(super) fn quant_type_parameter(quant_type: QuantType) -> u32 {
     }
 }
 
-fn dequantize_kernel(dtype: DType, nested: bool, variant: Variant) -> Kernel {
-    let name = match (variant, dtype, nested) {
-        (Variant::Fast, DType::Bf16, false) => "dequantize_bf16",
-        (Variant::Fast, DType::Bf16, true) => "dequantize_bf16_nested",
-        (Variant::Fast, DType::F16, false) => "dequantize_f16",
-        (Variant::Fast, DType::F16, true) => "dequantize_f16_nested",
-        (Variant::Fast, _, false) => "dequantize_f32",
-        (Variant::Fast, _, true) => "dequantize_f32_nested",
-        (Variant::Reference, DType::Bf16, false) => "dequantize_reference_bf16",
-        (Variant::Reference, DType::Bf16, true) => "dequantize_reference_bf16_nested",
-        (Variant::Reference, DType::F16, false) => "dequantize_reference_f16",
-        (Variant::Reference, DType::F16, true) => "dequantize_reference_f16_nested",
-        (Variant::Reference, _, false) => "dequantize_reference_f32",
-        (Variant::Reference, _, true) => "dequantize_reference_f32_nested",
-    };
-    Kernel { module: Module::Dequantize, name, threads: DEQUANTIZE_THREADS, large_shared: false }
+fn dequantize_kernel(dtype: DType, nested: bool, variant: Variant) -> &'static Kernel {
+    match (variant, dtype, nested) {
+        (Variant::Fast, DType::Bf16, false) => &kernels::DEQUANTIZE_BF16,
+        (Variant::Fast, DType::Bf16, true) => &kernels::DEQUANTIZE_BF16_NESTED,
+        (Variant::Fast, DType::F16, false) => &kernels::DEQUANTIZE_F16,
+        (Variant::Fast, DType::F16, true) => &kernels::DEQUANTIZE_F16_NESTED,
+        (Variant::Fast, _, false) => &kernels::DEQUANTIZE_F32,
+        (Variant::Fast, _, true) => &kernels::DEQUANTIZE_F32_NESTED,
+        (Variant::Reference, DType::Bf16, false) => &kernels::DEQUANTIZE_REFERENCE_BF16,
+        (Variant::Reference, DType::Bf16, true) => &kernels::DEQUANTIZE_REFERENCE_BF16_NESTED,
+        (Variant::Reference, DType::F16, false) => &kernels::DEQUANTIZE_REFERENCE_F16,
+        (Variant::Reference, DType::F16, true) => &kernels::DEQUANTIZE_REFERENCE_F16_NESTED,
+        (Variant::Reference, _, false) => &kernels::DEQUANTIZE_REFERENCE_F32,
+        (Variant::Reference, _, true) => &kernels::DEQUANTIZE_REFERENCE_F32_NESTED,
+    }
 }
 
 /// Reads `out.count()` values back.
@@ -70,31 +64,30 @@ pub unsafe fn dequantize(
     let kernel = dequantize_kernel(out.dtype(), scales.is_nested(), variant);
     let blocks = match variant {
         Variant::Fast => (n as u64).div_ceil(DEQUANTIZE_TILE),
-        Variant::Reference => (n as u64).div_ceil(u64::from(DEQUANTIZE_THREADS)),
+        Variant::Reference => (n as u64).div_ceil(u64::from(kernel.threads)),
     };
     let (packed, out, n) = (packed.address(), out.address(), n as i64);
     let (shift, quant_type) = (block_shift(blocksize), quant_type_parameter(quant_type));
     let parameters = parameters![packed, scales_parameter, out, n, shift, quant_type];
     // SAFETY: the kernel's parameters in its order; lengths were checked, the rest is the caller's.
-    unsafe { device.launch(stream, &kernel, blocks, 0, parameters) }
+    unsafe { device.launch(stream, kernel, blocks, 0, parameters) }
 }
 
-fn quantize_kernel(dtype: DType, quant_type: QuantType, variant: Variant) -> Kernel {
-    let name = match (variant, dtype, quant_type) {
-        (Variant::Fast, DType::Bf16, QuantType::Nf4) => "quantize_bf16_nf4",
-        (Variant::Fast, DType::Bf16, QuantType::Fp4) => "quantize_bf16_fp4",
-        (Variant::Fast, DType::F16, QuantType::Nf4) => "quantize_f16_nf4",
-        (Variant::Fast, DType::F16, QuantType::Fp4) => "quantize_f16_fp4",
-        (Variant::Fast, _, QuantType::Nf4) => "quantize_f32_nf4",
-        (Variant::Fast, _, QuantType::Fp4) => "quantize_f32_fp4",
-        (Variant::Reference, DType::Bf16, QuantType::Nf4) => "quantize_reference_bf16_nf4",
-        (Variant::Reference, DType::Bf16, QuantType::Fp4) => "quantize_reference_bf16_fp4",
-        (Variant::Reference, DType::F16, QuantType::Nf4) => "quantize_reference_f16_nf4",
-        (Variant::Reference, DType::F16, QuantType::Fp4) => "quantize_reference_f16_fp4",
-        (Variant::Reference, _, QuantType::Nf4) => "quantize_reference_f32_nf4",
-        (Variant::Reference, _, QuantType::Fp4) => "quantize_reference_f32_fp4",
-    };
-    Kernel { module: Module::Quantize, name, threads: QUANTIZE_THREADS, large_shared: false }
+fn quantize_kernel(dtype: DType, quant_type: QuantType, variant: Variant) -> &'static Kernel {
+    match (variant, dtype, quant_type) {
+        (Variant::Fast, DType::Bf16, QuantType::Nf4) => &kernels::QUANTIZE_BF16_NF4,
+        (Variant::Fast, DType::Bf16, QuantType::Fp4) => &kernels::QUANTIZE_BF16_FP4,
+        (Variant::Fast, DType::F16, QuantType::Nf4) => &kernels::QUANTIZE_F16_NF4,
+        (Variant::Fast, DType::F16, QuantType::Fp4) => &kernels::QUANTIZE_F16_FP4,
+        (Variant::Fast, _, QuantType::Nf4) => &kernels::QUANTIZE_F32_NF4,
+        (Variant::Fast, _, QuantType::Fp4) => &kernels::QUANTIZE_F32_FP4,
+        (Variant::Reference, DType::Bf16, QuantType::Nf4) => &kernels::QUANTIZE_REFERENCE_BF16_NF4,
+        (Variant::Reference, DType::Bf16, QuantType::Fp4) => &kernels::QUANTIZE_REFERENCE_BF16_FP4,
+        (Variant::Reference, DType::F16, QuantType::Nf4) => &kernels::QUANTIZE_REFERENCE_F16_NF4,
+        (Variant::Reference, DType::F16, QuantType::Fp4) => &kernels::QUANTIZE_REFERENCE_F16_FP4,
+        (Variant::Reference, _, QuantType::Nf4) => &kernels::QUANTIZE_REFERENCE_F32_NF4,
+        (Variant::Reference, _, QuantType::Fp4) => &kernels::QUANTIZE_REFERENCE_F32_FP4,
+    }
 }
 
 /// Quantizes `input` to 4 bits.
@@ -126,11 +119,11 @@ pub unsafe fn quantize(
             Variant::Fast => {
                 let no_sums = 0u64;
                 let parameters = parameters![input, packed, absmax, no_sums, n, shift];
-                device.launch_early(stream, &kernel, (values as u64).div_ceil(QUANTIZE_TILE), 0, parameters)
+                device.launch_early(stream, kernel, (values as u64).div_ceil(QUANTIZE_TILE), 0, parameters)
             }
             Variant::Reference => {
-                let blocks = (blocksize.absmax_len(values) as u64).div_ceil(u64::from(QUANTIZE_THREADS));
-                device.launch(stream, &kernel, blocks, 0, parameters![input, packed, absmax, n, shift])
+                let blocks = (blocksize.absmax_len(values) as u64).div_ceil(u64::from(kernel.threads));
+                device.launch(stream, kernel, blocks, 0, parameters![input, packed, absmax, n, shift])
             }
         }
     }
@@ -166,7 +159,7 @@ pub unsafe fn quantize_nested(
     // SAFETY: the kernels' parameters in their order; lengths were checked, those that start early wait, the rest is the
     // caller's.
     unsafe {
-        device.launch_early(stream, &kernel, grid, 0, parameters![input, packed, scales, sums, n, shift])?;
+        device.launch_early(stream, kernel, grid, 0, parameters![input, packed, scales, sums, n, shift])?;
         if !with_sums {
             write_sums(device, stream, absmax, out)?;
         }

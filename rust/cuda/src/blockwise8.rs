@@ -5,24 +5,19 @@ use halfbyte::dtype::DType;
 use halfbyte::error::{Error, Result};
 use halfbyte::geometry::BlockSize;
 
-use super::driver::{Device, Kernel, Stream};
+use super::driver::{Device, Stream};
+use super::kernels;
 use super::launch::{Variant, parameters};
 use super::memory::{Memory, block_shift};
-use super::ptx::Module;
 
 const CODES: usize = 256;
 
-// Of kernels/dequantize_8bit.cu.
-const DEQUANTIZE_THREADS: u32 = 256;
-const DEQUANTIZE_TILE_BYTES: u64 = 32768;
-
-// Of kernels/quantize_8bit.cu.
-const QUANTIZE_THREADS: u32 = 512;
-const QUANTIZE_TILE: u64 = 4096;
-const QUANTIZE_WARPS: u64 = 16;
-const QUANTIZE_WARP_BLOCK: usize = 1024;
+const DEQUANTIZE_TILE_BYTES: u64 = kernels::dequantize_8bit::TILE_BYTES as u64;
+const QUANTIZE_TILE: u64 = kernels::quantize_8bit::TILE as u64;
+const QUANTIZE_WARPS: u64 = kernels::quantize_8bit::WARPS as u64;
+const QUANTIZE_WARP_BLOCK: usize = kernels::quantize_8bit::WARP_BLOCK;
 /// Blocks of threads for each multiprocessor: as many as it takes at once, because each makes a table first.
-const QUANTIZE_RESIDENT: u64 = 3;
+const QUANTIZE_RESIDENT: u64 = kernels::quantize_8bit::RESIDENT as u64;
 
 /// The block size as kernels take it, and how many blocks `n` values are.
 fn blocks_of(n: usize, blocksize: usize) -> Result<(i64, usize)> {
@@ -57,24 +52,23 @@ pub unsafe fn dequantize_8bit(
     codes.of(&[DType::U8])?.long(n, "one code per value")?;
     absmax.of(&[DType::F32])?.long(scales, "one scale per block")?;
     code.of(&[DType::F32])?.long(CODES, "one value per code")?;
-    let name = match (variant, out.dtype()) {
-        (Variant::Fast, DType::Bf16) => "dequantize_8bit_bf16",
-        (Variant::Fast, DType::F16) => "dequantize_8bit_f16",
-        (Variant::Fast, _) => "dequantize_8bit_f32",
-        (Variant::Reference, DType::Bf16) => "dequantize_8bit_reference_bf16",
-        (Variant::Reference, DType::F16) => "dequantize_8bit_reference_f16",
-        (Variant::Reference, _) => "dequantize_8bit_reference_f32",
+    let kernel = match (variant, out.dtype()) {
+        (Variant::Fast, DType::Bf16) => &kernels::DEQUANTIZE_8BIT_BF16,
+        (Variant::Fast, DType::F16) => &kernels::DEQUANTIZE_8BIT_F16,
+        (Variant::Fast, _) => &kernels::DEQUANTIZE_8BIT_F32,
+        (Variant::Reference, DType::Bf16) => &kernels::DEQUANTIZE_8BIT_REFERENCE_BF16,
+        (Variant::Reference, DType::F16) => &kernels::DEQUANTIZE_8BIT_REFERENCE_F16,
+        (Variant::Reference, _) => &kernels::DEQUANTIZE_8BIT_REFERENCE_F32,
     };
-    let kernel = Kernel { module: Module::Dequantize8Bit, name, threads: DEQUANTIZE_THREADS, large_shared: false };
     let tile = match variant {
         Variant::Fast => DEQUANTIZE_TILE_BYTES / out.dtype().size() as u64,
-        Variant::Reference => u64::from(DEQUANTIZE_THREADS),
+        Variant::Reference => u64::from(kernel.threads),
     };
     let blocks = (n as u64).div_ceil(tile);
     let (codes, absmax, code, out) = (codes.address(), absmax.address(), code.address(), out.address());
     let n = n as i64;
     // SAFETY: the kernel's parameters in its order; lengths were checked, the rest is the caller's.
-    unsafe { device.launch(stream, &kernel, blocks, 0, parameters![codes, absmax, code, out, n, blocksize]) }
+    unsafe { device.launch(stream, kernel, blocks, 0, parameters![codes, absmax, code, out, n, blocksize]) }
 }
 
 /// Quantizes `input` to 8 bits with the map `code`: 256 finite float32 values, ascending. What the map holds is not known
@@ -106,18 +100,17 @@ pub unsafe fn quantize_8bit(
     absmax.of(&[DType::F32])?.long(scales, "one scale per block")?;
 
     let of_format = BlockSize::new(blocksize).ok();
-    let name = match (variant, of_format, input.dtype()) {
-        (Variant::Fast, Some(_), DType::Bf16) => "quantize_8bit_bf16",
-        (Variant::Fast, Some(_), DType::F16) => "quantize_8bit_f16",
-        (Variant::Fast, Some(_), _) => "quantize_8bit_f32",
-        (Variant::Fast, None, DType::Bf16) => "quantize_8bit_any_bf16",
-        (Variant::Fast, None, DType::F16) => "quantize_8bit_any_f16",
-        (Variant::Fast, None, _) => "quantize_8bit_any_f32",
-        (Variant::Reference, _, DType::Bf16) => "quantize_8bit_reference_bf16",
-        (Variant::Reference, _, DType::F16) => "quantize_8bit_reference_f16",
-        (Variant::Reference, _, _) => "quantize_8bit_reference_f32",
+    let kernel = match (variant, of_format, input.dtype()) {
+        (Variant::Fast, Some(_), DType::Bf16) => &kernels::QUANTIZE_8BIT_BF16,
+        (Variant::Fast, Some(_), DType::F16) => &kernels::QUANTIZE_8BIT_F16,
+        (Variant::Fast, Some(_), _) => &kernels::QUANTIZE_8BIT_F32,
+        (Variant::Fast, None, DType::Bf16) => &kernels::QUANTIZE_8BIT_ANY_BF16,
+        (Variant::Fast, None, DType::F16) => &kernels::QUANTIZE_8BIT_ANY_F16,
+        (Variant::Fast, None, _) => &kernels::QUANTIZE_8BIT_ANY_F32,
+        (Variant::Reference, _, DType::Bf16) => &kernels::QUANTIZE_8BIT_REFERENCE_BF16,
+        (Variant::Reference, _, DType::F16) => &kernels::QUANTIZE_8BIT_REFERENCE_F16,
+        (Variant::Reference, _, _) => &kernels::QUANTIZE_8BIT_REFERENCE_F32,
     };
-    let kernel = Kernel { module: Module::Quantize8Bit, name, threads: QUANTIZE_THREADS, large_shared: false };
     let resident = u64::from(device.multiprocessors()) * QUANTIZE_RESIDENT;
     let blocks = match (variant, of_format) {
         (Variant::Fast, Some(_)) => (n as u64).div_ceil(QUANTIZE_TILE).min(resident),
@@ -125,7 +118,7 @@ pub unsafe fn quantize_8bit(
             (scales as u64).div_ceil(QUANTIZE_WARPS).min(resident)
         }
         (Variant::Fast, None) => (scales as u64).min(resident),
-        (Variant::Reference, _) => (scales as u64).div_ceil(u64::from(QUANTIZE_THREADS)),
+        (Variant::Reference, _) => (scales as u64).div_ceil(u64::from(kernel.threads)),
     };
     let (input, code, codes, absmax) = (input.address(), code.address(), codes.address(), absmax.address());
     let n = n as i64;
@@ -133,11 +126,11 @@ pub unsafe fn quantize_8bit(
         Some(blocksize) if variant == Variant::Fast => {
             let shift = block_shift(blocksize);
             // SAFETY: the kernel's parameters in its order; lengths were checked, the rest is the caller's.
-            unsafe { device.launch(stream, &kernel, blocks, 0, parameters![input, code, codes, absmax, n, shift]) }
+            unsafe { device.launch(stream, kernel, blocks, 0, parameters![input, code, codes, absmax, n, shift]) }
         }
         _ => {
             // SAFETY: as above.
-            unsafe { device.launch(stream, &kernel, blocks, 0, parameters![input, code, codes, absmax, n, size]) }
+            unsafe { device.launch(stream, kernel, blocks, 0, parameters![input, code, codes, absmax, n, size]) }
         }
     }
 }

@@ -2,24 +2,23 @@
 
 use halfbyte::dtype::DType;
 
-use super::driver::{Device, Kernel};
-use super::ptx::Module;
+use super::driver::Device;
+use super::kernels::{self, Kernel, decode, decode_ring_long as ring};
 
-// Of kernels/decode.cuh and its two users.
-pub(super) const DECODE_BLOCK: usize = 64;
-const DECODE_ROWS: usize = 16;
-const DECODE_COLUMNS: usize = 8;
+pub(super) const DECODE_BLOCK: usize = decode::BLOCK;
+const DECODE_ROWS: usize = decode::ROWS;
+const DECODE_COLUMNS: usize = decode::COLUMNS;
 const DECODE_FRAGMENTS: usize = 2;
-const DECODE_WARPS: usize = 16;
-const DECODE_CHUNK: usize = 4;
-const DECODE_TABLE: usize = 256 * 256;
-const DECODE_MAP: usize = 1024;
+const DECODE_WARPS: usize = decode::SIZES_1_WARPS;
+const DECODE_CHUNK: usize = decode::SIZES_1_CHUNK;
+const DECODE_TABLE: usize = decode::LANE_TABLE_BYTES;
+const DECODE_MAP: usize = decode::MAP_BYTES;
 /// Partial sums of one column of a tile.
-const DECODE_COLUMN: usize = 16 * 4;
-const RING_WARPS: usize = 8;
+const DECODE_COLUMN: usize = DECODE_ROWS * size_of::<f32>();
+const RING_WARPS: usize = ring::RING_WARPS;
 const RING_FRAGMENTS: usize = 4;
 /// Sums of eight columns of a warp for a step.
-const RING_SUMS: usize = DECODE_ROWS * DECODE_COLUMNS * size_of::<f32>();
+const RING_SUMS: usize = ring::SUMS * size_of::<f32>();
 const RING_BARRIER: usize = 8;
 /// What is on the way, of all warps.
 const RING_AHEAD: usize = 64 * 1024;
@@ -70,7 +69,7 @@ pub(super) enum AnyPlan {
 /// A launch of a fused product.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Decode {
-    pub kernel: Kernel,
+    pub kernel: &'static Kernel,
     pub plan: AnyPlan,
     pub blocks: u64,
     pub shared: u32,
@@ -130,9 +129,9 @@ fn ring_plan(
     let fragments = fragments_of(m);
     // Blocks of a slot, and chunks of a round.
     let (slot, round) = match fragments {
-        1 => (8, 2),
-        2 => (8, 1),
-        _ => (4, 1),
+        1 => (ring::RING_1_1_SLOT, ring::RING_1_1_ROUND),
+        2 => (ring::RING_2_1_SLOT, ring::RING_2_1_ROUND),
+        _ => (ring::RING_4_1_SLOT, ring::RING_4_1_ROUND),
     };
     let values = slot * DECODE_BLOCK;
     // As few slots as leave no more chunks than the most do.
@@ -198,8 +197,8 @@ impl Decode {
         nested: bool,
         (m, n, k): (usize, usize, usize),
     ) -> Option<Self> {
-        let module = if ring { Module::DecodeRing } else { Module::Decode };
-        let suits = module.image(device.capability()).is_some()
+        let smallest = if ring { &kernels::DECODE_RING_BF16_8 } else { &kernels::DECODE_BF16_8 };
+        let suits = smallest.suits(device.capability())
             && (1..=Self::rows_at_once(ring)).contains(&m)
             && n >= 1
             && i32::try_from(n).is_ok()
@@ -215,54 +214,49 @@ impl Decode {
         if ring {
             let RingLaunch { plan, long, blocks, shared } =
                 ring_plan((m, n, k), nested, multiprocessors, shared_per_block)?;
-            let (module, name) = if long {
-                let name = match (dtype, columns, nested) {
-                    (DType::Bf16, 8, false) => "decode_ring_long_bf16_8",
-                    (DType::Bf16, 8, true) => "decode_ring_long_bf16_8_nested",
-                    (DType::Bf16, 16, false) => "decode_ring_long_bf16_16",
-                    (DType::Bf16, 16, true) => "decode_ring_long_bf16_16_nested",
-                    (DType::Bf16, 32, false) => "decode_ring_long_bf16_32",
-                    (DType::Bf16, 32, true) => "decode_ring_long_bf16_32_nested",
-                    (DType::F16, 8, false) => "decode_ring_long_f16_8",
-                    (DType::F16, 8, true) => "decode_ring_long_f16_8_nested",
-                    (DType::F16, 16, false) => "decode_ring_long_f16_16",
-                    (DType::F16, 16, true) => "decode_ring_long_f16_16_nested",
-                    (DType::F16, 32, false) => "decode_ring_long_f16_32",
-                    (DType::F16, 32, true) => "decode_ring_long_f16_32_nested",
+            let kernel = if long {
+                match (dtype, columns, nested) {
+                    (DType::Bf16, 8, false) => &kernels::DECODE_RING_LONG_BF16_8,
+                    (DType::Bf16, 8, true) => &kernels::DECODE_RING_LONG_BF16_8_NESTED,
+                    (DType::Bf16, 16, false) => &kernels::DECODE_RING_LONG_BF16_16,
+                    (DType::Bf16, 16, true) => &kernels::DECODE_RING_LONG_BF16_16_NESTED,
+                    (DType::Bf16, 32, false) => &kernels::DECODE_RING_LONG_BF16_32,
+                    (DType::Bf16, 32, true) => &kernels::DECODE_RING_LONG_BF16_32_NESTED,
+                    (DType::F16, 8, false) => &kernels::DECODE_RING_LONG_F16_8,
+                    (DType::F16, 8, true) => &kernels::DECODE_RING_LONG_F16_8_NESTED,
+                    (DType::F16, 16, false) => &kernels::DECODE_RING_LONG_F16_16,
+                    (DType::F16, 16, true) => &kernels::DECODE_RING_LONG_F16_16_NESTED,
+                    (DType::F16, 32, false) => &kernels::DECODE_RING_LONG_F16_32,
+                    (DType::F16, 32, true) => &kernels::DECODE_RING_LONG_F16_32_NESTED,
                     _ => return None,
-                };
-                (Module::DecodeRingLong, name)
+                }
             } else {
-                let name = match (dtype, columns, nested) {
-                    (DType::Bf16, 8, false) => "decode_ring_bf16_8",
-                    (DType::Bf16, 8, true) => "decode_ring_bf16_8_nested",
-                    (DType::Bf16, 16, false) => "decode_ring_bf16_16",
-                    (DType::Bf16, 16, true) => "decode_ring_bf16_16_nested",
-                    (DType::F16, 8, false) => "decode_ring_f16_8",
-                    (DType::F16, 8, true) => "decode_ring_f16_8_nested",
-                    (DType::F16, 16, false) => "decode_ring_f16_16",
-                    (DType::F16, 16, true) => "decode_ring_f16_16_nested",
+                match (dtype, columns, nested) {
+                    (DType::Bf16, 8, false) => &kernels::DECODE_RING_BF16_8,
+                    (DType::Bf16, 8, true) => &kernels::DECODE_RING_BF16_8_NESTED,
+                    (DType::Bf16, 16, false) => &kernels::DECODE_RING_BF16_16,
+                    (DType::Bf16, 16, true) => &kernels::DECODE_RING_BF16_16_NESTED,
+                    (DType::F16, 8, false) => &kernels::DECODE_RING_F16_8,
+                    (DType::F16, 8, true) => &kernels::DECODE_RING_F16_8_NESTED,
+                    (DType::F16, 16, false) => &kernels::DECODE_RING_F16_16,
+                    (DType::F16, 16, true) => &kernels::DECODE_RING_F16_16_NESTED,
                     _ => return None,
-                };
-                (Module::DecodeRing, name)
+                }
             };
-            let kernel = Kernel { module, name, threads: (RING_WARPS * 32) as u32, large_shared: true };
             return Some(Self { kernel, plan: AnyPlan::Ring(plan), blocks, shared });
         }
-        let name = match (dtype, columns, nested) {
-            (DType::Bf16, 8, false) => "decode_bf16_8",
-            (DType::Bf16, 8, true) => "decode_bf16_8_nested",
-            (DType::Bf16, 16, false) => "decode_bf16_16",
-            (DType::Bf16, 16, true) => "decode_bf16_16_nested",
-            (DType::F16, 8, false) => "decode_f16_8",
-            (DType::F16, 8, true) => "decode_f16_8_nested",
-            (DType::F16, 16, false) => "decode_f16_16",
-            (DType::F16, 16, true) => "decode_f16_16_nested",
+        let kernel = match (dtype, columns, nested) {
+            (DType::Bf16, 8, false) => &kernels::DECODE_BF16_8,
+            (DType::Bf16, 8, true) => &kernels::DECODE_BF16_8_NESTED,
+            (DType::Bf16, 16, false) => &kernels::DECODE_BF16_16,
+            (DType::Bf16, 16, true) => &kernels::DECODE_BF16_16_NESTED,
+            (DType::F16, 8, false) => &kernels::DECODE_F16_8,
+            (DType::F16, 8, true) => &kernels::DECODE_F16_8_NESTED,
+            (DType::F16, 16, false) => &kernels::DECODE_F16_16,
+            (DType::F16, 16, true) => &kernels::DECODE_F16_16_NESTED,
             _ => return None,
         };
         let (plan, blocks, shared) = decode_plan((m, n, k), multiprocessors, shared_per_block)?;
-        let threads = (DECODE_WARPS / fragments_of(m) * 32) as u32;
-        let kernel = Kernel { module, name, threads, large_shared: true };
         Some(Self { kernel, plan: AnyPlan::Registers(plan), blocks, shared })
     }
 }
@@ -277,7 +271,7 @@ pub(super) fn suits_ring(n: usize, k: usize, nested_codes: Option<usize>) -> boo
 
 /// Rows of `x` that one launch takes at most, with a weight `[n][k]` that the matrix units take at all.
 pub fn rows_at_once(device: &Device, n: usize, k: usize, nested_codes: Option<usize>) -> usize {
-    let ring = Module::DecodeRing.image(device.capability()).is_some()
+    let ring = kernels::DECODE_RING_BF16_8.suits(device.capability())
         && device.shared_per_block() as usize >= RING_SHARED
         && suits_ring(n, k, nested_codes);
     Decode::rows_at_once(ring)

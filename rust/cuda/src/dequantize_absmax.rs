@@ -4,14 +4,12 @@ use halfbyte::dtype::DType;
 use halfbyte::error::Result;
 use halfbyte::geometry::NESTED_BLOCK_SIZE;
 
-use super::driver::{Device, Kernel, Stream};
+use super::driver::{Device, Stream};
+use super::kernels;
 use super::launch::{Variant, parameters};
 use super::memory::Memory;
-use super::ptx::Module;
 
-// Of kernels/expand.cu.
-const THREADS: u32 = 256;
-const TILE: u64 = 4096;
+const TILE: u64 = kernels::expand::TILE as u64;
 
 /// Reads `out.count()` scales back: one product and one sum each.
 ///
@@ -34,14 +32,16 @@ pub unsafe fn dequantize_absmax(
     codes.of(&[DType::U8])?.long(n, "one code per scale")?;
     absmax2.of(&[DType::F32])?.long(n.div_ceil(NESTED_BLOCK_SIZE), "one scale per 256 codes")?;
     offset.of(&[DType::F32])?.long(1, "one offset")?;
-    let (name, tile) = match variant {
-        Variant::Fast => ("expand_absmax", TILE),
-        Variant::Reference => ("expand_absmax_reference", u64::from(THREADS)),
+    let (kernel, tile) = match variant {
+        Variant::Fast => (&kernels::EXPAND_ABSMAX, TILE),
+        Variant::Reference => {
+            let kernel = &kernels::EXPAND_ABSMAX_REFERENCE;
+            (kernel, u64::from(kernel.threads))
+        }
     };
-    let kernel = Kernel { module: Module::Expand, name, threads: THREADS, large_shared: false };
     let blocks = (n as u64).div_ceil(tile);
     let (codes, absmax2, offset, out) = (codes.address(), absmax2.address(), offset.address(), out.address());
     let n = n as i64;
     // SAFETY: the kernel's parameters in its order; lengths were checked, the rest is the caller's.
-    unsafe { device.launch(stream, &kernel, blocks, 0, parameters![codes, absmax2, offset, out, n]) }
+    unsafe { device.launch(stream, kernel, blocks, 0, parameters![codes, absmax2, offset, out, n]) }
 }

@@ -4,16 +4,17 @@
 //! loaded into it once and stay. Each call binds that context to its thread and puts back what was bound before
 //! (in a thread that had none it leaves that of the first device, as the runtime would).
 
-use std::collections::HashMap;
 use std::ffi::{CString, c_int, c_void};
-use std::sync::{Mutex, OnceLock, RwLock};
+use std::sync::{Mutex, OnceLock};
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 use halfbyte::error::{Error, Result};
 
 use super::capability::Capability;
-use super::ptx::Module;
+use super::kernels::{ALL, BUILT, Form, Kernel};
+use super::modules::{self, NO_KERNELS, Refusal};
+use super::notice;
 
 /// The least CUDA version that a driver must support: the PTX is of that version.
 const LEAST_CUDA: (i32, i32) = (12, 0);
@@ -32,19 +33,6 @@ const MOST_DEVICES: usize = 64;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stream(pub usize);
 
-/// A kernel of a loaded module.
-#[derive(Debug, Clone, Copy)]
-pub struct Kernel {
-    /// The file that it is in.
-    pub module: Module,
-    /// Its name there.
-    pub name: &'static str,
-    /// Threads in each block.
-    pub threads: u32,
-    /// Whether it may be launched with all the dynamic shared memory that the device has for a block.
-    pub large_shared: bool,
-}
-
 /// A handle of the driver's that may go from thread to thread.
 #[derive(Debug, Clone, Copy)]
 struct Handle<T>(T);
@@ -53,6 +41,13 @@ struct Handle<T>(T);
 unsafe impl<T> Send for Handle<T> {}
 // SAFETY: as above.
 unsafe impl<T> Sync for Handle<T> {}
+
+/// A kernel that can be launched.
+#[derive(Debug, Clone, Copy)]
+struct Loaded {
+    function: Handle<sys::CUfunction>,
+    form: Form,
+}
 
 /// A GPU that this process uses.
 #[derive(Debug)]
@@ -65,8 +60,14 @@ pub struct Device {
     /// Whether it has launches that start early, in stream captures too.
     starts_early: bool,
     context: Handle<sys::CUcontext>,
-    modules: Mutex<HashMap<Module, Handle<sys::CUmodule>>>,
-    functions: RwLock<HashMap<&'static str, Handle<sys::CUfunction>>>,
+    /// The form of code that is loaded, when the environment asks for one.
+    only: Option<Form>,
+    /// Of every kernel that was loaded, by its index.
+    functions: Box<[OnceLock<Loaded>]>,
+    /// Held while one is.
+    loading: Mutex<()>,
+    /// Why the driver takes no cubins, once it has refused one.
+    refused: OnceLock<Error>,
 }
 
 impl Device {
@@ -75,8 +76,8 @@ impl Device {
     /// The first call for a device takes a while: keep no lock that others wait for.
     ///
     /// # Errors
-    /// [`Error::Cuda`] when there is no driver, one older than CUDA 12.0, no such device, a device of compute
-    /// capability below 7.5, and in a process that was forked from one that used CUDA.
+    /// [`Error::Cuda`] when this build has no kernels, when there is no driver, one older than CUDA 12.0, no such device, a
+    /// device of compute capability below 7.5, and in a process that was forked from one that used CUDA.
     pub fn get(ordinal: usize) -> Result<&'static Self> {
         let slot = slot(ordinal)?;
         if let Some(device) = slot.get() {
@@ -130,8 +131,10 @@ impl Device {
             shared_per_block: u32::try_from(shared_per_block).unwrap_or(0),
             starts_early: capability >= EARLY_CAPABILITY && supported_cuda()? >= EARLY_CUDA,
             context: Handle(context),
-            modules: Mutex::default(),
-            functions: RwLock::default(),
+            only: modules::asked_for()?,
+            functions: ALL.iter().map(|_| OnceLock::new()).collect(),
+            loading: Mutex::default(),
+            refused: OnceLock::new(),
         })
     }
 
@@ -159,69 +162,80 @@ impl Device {
         format!("device {} ({})", self.ordinal, self.name)
     }
 
-    /// Whether a module is loaded, so that a launch will not wait for it.
-    pub fn is_loaded(&self, module: Module) -> bool {
-        // Who loads one holds the lock all the while: then this one counts as not loaded.
-        self.modules.try_lock().is_ok_and(|modules| modules.contains_key(&module))
-    }
-
-    /// Loads a module unless it is: the driver compiles it for the device, or finds it in its cache on disk. Allowed
-    /// while a stream is being captured.
+    /// Loads a kernel unless it is, and gives the form in which it was: a cubin, or when there is none for the device PTX,
+    /// which the driver compiles or finds in its cache on disk. Allowed while a stream is being captured.
     ///
     /// # Errors
-    /// [`Error::Cuda`] when the device is too old for the module, or in the driver's words.
-    pub fn load(&self, module: Module) -> Result<()> {
-        self.module(module).map(|_| ())
+    /// [`Error::Cuda`] when there is no code for the device, or in the driver's words.
+    pub fn load(&self, kernel: &'static Kernel) -> Result<Form> {
+        self.loaded(kernel).map(|loaded| loaded.form)
     }
 
-    fn module(&self, module: Module) -> Result<sys::CUmodule> {
-        let Ok(mut modules) = self.modules.lock() else {
-            return Err(Error::Bug { words: "a thread panicked while it loaded a CUDA module".to_owned() });
+    fn loaded(&self, kernel: &'static Kernel) -> Result<Loaded> {
+        let Some(place) = self.functions.get(kernel.index) else {
+            return Err(Error::Bug { words: format!("kernel {} is none of this build's", kernel.name) });
         };
-        if let Some(loaded) = modules.get(&module) {
-            return Ok(loaded.0);
+        if let Some(&loaded) = place.get() {
+            return Ok(loaded);
         }
-        let Some(image) = module.image(self.capability) else {
-            let problem = format!("compute capability {} has no {module:?} kernels", self.capability);
-            return Err(Error::cuda(self.words(), problem));
+        let Ok(loading) = self.loading.lock() else {
+            return Err(Error::Bug { words: "a thread panicked while it loaded a kernel".to_owned() });
         };
-        let loaded = self.bound(|| {
+        if let Some(&loaded) = place.get() {
+            return Ok(loaded);
+        }
+        let only = self.only.or_else(|| self.refused.get().map(|_| Form::Ptx));
+        let (loaded, refused) = self.bound(|| {
             let _relaxed = RelaxedCapture::begin();
-            // SAFETY: PTX that ends with a zero byte, in static memory; the context is current.
-            unsafe { result::module::load_data(image.as_ptr().cast::<c_void>()) }
-                .map_err(|error| driver_error(self.words(), "cuModuleLoadData", error))
+            let modules::Loaded { module, form, refused } =
+                modules::load(kernel, self.capability, only, &self.words(), |code| self.load_code(code))?;
+            let function = self.function(module, kernel)?;
+            Ok((Loaded { function: Handle(function), form }, refused))
         })?;
-        modules.insert(module, Handle(loaded));
+        let _ = place.set(loaded);
+        drop(loading);
+        if let Some(error) = refused
+            && self.refused.set(error).is_ok()
+            && let Some(error) = self.refused.get()
+        {
+            notice::tell(&format!(
+                "the driver refuses the code that was built for this GPU, and compiles it anew, which takes a while when a \
+                 kernel is first used: {error}"
+            ));
+        }
         Ok(loaded)
     }
 
-    fn function(&self, kernel: &Kernel) -> Result<sys::CUfunction> {
-        if let Ok(functions) = self.functions.read()
-            && let Some(function) = functions.get(kernel.name)
-        {
-            return Ok(function.0);
-        }
-        let module = self.module(kernel.module)?;
+    /// Code as the driver takes it; the context is current.
+    fn load_code(&self, code: &[u8]) -> std::result::Result<sys::CUmodule, Refusal> {
+        // SAFETY: a whole cubin, or PTX that ends with a zero byte; the driver copies it.
+        unsafe { result::module::load_data(code.as_ptr().cast::<c_void>()) }.map_err(|error| {
+            let unfit = matches!(
+                error.0,
+                sys::CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU
+                    | sys::CUresult::CUDA_ERROR_INVALID_IMAGE
+                    | sys::CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION
+                    | sys::CUresult::CUDA_ERROR_NOT_SUPPORTED
+            );
+            let error = driver_error(self.words(), "cuModuleLoadData", error);
+            if unfit { Refusal::Unfit(error) } else { Refusal::Failed(error) }
+        })
+    }
+
+    /// The kernel of its module, which may take all the shared memory that the device has for a block.
+    fn function(&self, module: sys::CUmodule, kernel: &Kernel) -> Result<sys::CUfunction> {
         let name =
             CString::new(kernel.name).map_err(|_| Error::Bug { words: "a kernel's name has a zero".to_owned() })?;
         let failed = |what: &'static str| {
             move |error| driver_error(format!("kernel {} on {}", kernel.name, self.words()), what, error)
         };
-        let function = self.bound(|| {
-            let _relaxed = RelaxedCapture::begin();
-            // SAFETY: modules are never unloaded.
-            let function =
-                unsafe { result::module::get_function(module, name) }.map_err(failed("cuModuleGetFunction"))?;
-            if kernel.large_shared {
-                let most = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-                // SAFETY: the function exists.
-                unsafe { result::function::set_function_attribute(function, most, self.shared_per_block as i32) }
-                    .map_err(failed("cuFuncSetAttribute"))?;
-            }
-            Ok(function)
-        })?;
-        if let Ok(mut functions) = self.functions.write() {
-            functions.insert(kernel.name, Handle(function));
+        // SAFETY: modules are never unloaded.
+        let function = unsafe { result::module::get_function(module, name) }.map_err(failed("cuModuleGetFunction"))?;
+        if kernel.dynamic_shared {
+            let most = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: the function exists.
+            unsafe { result::function::set_function_attribute(function, most, self.shared_per_block as i32) }
+                .map_err(failed("cuFuncSetAttribute"))?;
         }
         Ok(function)
     }
@@ -239,7 +253,7 @@ impl Device {
     pub unsafe fn launch(
         &self,
         stream: Stream,
-        kernel: &Kernel,
+        kernel: &'static Kernel,
         blocks: u64,
         shared: u32,
         parameters: &mut [*mut c_void],
@@ -260,7 +274,7 @@ impl Device {
     pub unsafe fn launch_early(
         &self,
         stream: Stream,
-        kernel: &Kernel,
+        kernel: &'static Kernel,
         blocks: u64,
         shared: u32,
         parameters: &mut [*mut c_void],
@@ -280,7 +294,7 @@ impl Device {
     pub unsafe fn launch_early_in_clusters(
         &self,
         stream: Stream,
-        kernel: &Kernel,
+        kernel: &'static Kernel,
         (blocks, cluster): (u64, u32),
         shared: u32,
         parameters: &mut [*mut c_void],
@@ -309,7 +323,7 @@ impl Device {
     unsafe fn start(
         &self,
         stream: Stream,
-        kernel: &Kernel,
+        kernel: &'static Kernel,
         blocks: u64,
         shared: u32,
         parameters: &mut [*mut c_void],
@@ -330,7 +344,7 @@ impl Device {
         let Some(grid) = u32::try_from(blocks).ok().filter(|&grid| grid <= i32::MAX as u32) else {
             return Err(Error::cuda(describe(), "the tensor is too large for one launch".to_owned()));
         };
-        let function = self.function(kernel)?;
+        let function = self.loaded(kernel)?.function.0;
         let config = sys::CUlaunchConfig {
             gridDimX: grid,
             gridDimY: 1,
@@ -479,8 +493,12 @@ pub fn supported_cuda() -> Result<(i32, i32)> {
 /// The number of visible devices; starts CUDA.
 ///
 /// # Errors
-/// [`Error::Cuda`] when there is no driver, one that is too old, or none that works in this process.
+/// [`Error::Cuda`] when this build has no kernels, when there is no driver, one that is too old, or none that works in this
+/// process.
 pub fn device_count() -> Result<usize> {
+    if !BUILT {
+        return Err(no_cuda(NO_KERNELS.to_owned()));
+    }
     let (major, minor) = supported_cuda()?;
     if (major, minor) < LEAST_CUDA {
         let (least_major, least_minor) = LEAST_CUDA;
@@ -501,6 +519,21 @@ pub fn device_count() -> Result<usize> {
     let count =
         result::device::get_count().map_err(|error| driver_error("CUDA".to_owned(), "cuDeviceGetCount", error))?;
     Ok(usize::try_from(count).unwrap_or(0))
+}
+
+/// Bytes of memory that a device has, of any compute capability.
+///
+/// # Errors
+/// As [`device_count`]; [`Error::Argument`] for an ordinal that is not there.
+pub fn device_memory(ordinal: usize) -> Result<usize> {
+    let count = device_count()?;
+    if ordinal >= count {
+        return Err(Error::argument("device", ordinal, format!("an ordinal below {count}")));
+    }
+    let failed = |what: &'static str| move |error| driver_error(format!("device {ordinal}"), what, error);
+    let handle = result::device::get(ordinal as c_int).map_err(failed("cuDeviceGet"))?;
+    // SAFETY: `handle` is a device that the driver gave.
+    unsafe { result::device::total_mem(handle) }.map_err(failed("cuDeviceTotalMem"))
 }
 
 /// The device that has the memory at this address; `None` for memory of the processor, of which CUDA need not know.

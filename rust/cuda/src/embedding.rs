@@ -6,14 +6,12 @@ use halfbyte::error::{Error, Result};
 use halfbyte::geometry::{BlockSize, element_count, packed_len};
 
 use super::blockwise4::quant_type_parameter;
-use super::driver::{Device, Kernel, Stream};
+use super::driver::{Device, Stream};
+use super::kernels::{self, Kernel};
 use super::launch::{Variant, parameters};
 use super::memory::{Memory, Scales, block_shift};
-use super::ptx::Module;
 
-// Of kernels/embedding.cu.
-const THREADS: u32 = 256;
-const TILE: u64 = 8192;
+const TILE: u64 = kernels::embedding::TILE as u64;
 /// The most columns: the kernel has 32 bits for a place in a row and a tile behind it.
 const MOST_COLUMNS: usize = 1 << 30;
 
@@ -43,22 +41,21 @@ struct IndicesParameter {
     rows: i64,
 }
 
-fn kernel(dtype: DType, nested: bool, variant: Variant) -> Kernel {
-    let name = match (variant, dtype, nested) {
-        (Variant::Fast, DType::Bf16, false) => "embedding_bf16",
-        (Variant::Fast, DType::Bf16, true) => "embedding_bf16_nested",
-        (Variant::Fast, DType::F16, false) => "embedding_f16",
-        (Variant::Fast, DType::F16, true) => "embedding_f16_nested",
-        (Variant::Fast, _, false) => "embedding_f32",
-        (Variant::Fast, _, true) => "embedding_f32_nested",
-        (Variant::Reference, DType::Bf16, false) => "embedding_reference_bf16",
-        (Variant::Reference, DType::Bf16, true) => "embedding_reference_bf16_nested",
-        (Variant::Reference, DType::F16, false) => "embedding_reference_f16",
-        (Variant::Reference, DType::F16, true) => "embedding_reference_f16_nested",
-        (Variant::Reference, _, false) => "embedding_reference_f32",
-        (Variant::Reference, _, true) => "embedding_reference_f32_nested",
-    };
-    Kernel { module: Module::Embedding, name, threads: THREADS, large_shared: false }
+fn kernel(dtype: DType, nested: bool, variant: Variant) -> &'static Kernel {
+    match (variant, dtype, nested) {
+        (Variant::Fast, DType::Bf16, false) => &kernels::EMBEDDING_BF16,
+        (Variant::Fast, DType::Bf16, true) => &kernels::EMBEDDING_BF16_NESTED,
+        (Variant::Fast, DType::F16, false) => &kernels::EMBEDDING_F16,
+        (Variant::Fast, DType::F16, true) => &kernels::EMBEDDING_F16_NESTED,
+        (Variant::Fast, _, false) => &kernels::EMBEDDING_F32,
+        (Variant::Fast, _, true) => &kernels::EMBEDDING_F32_NESTED,
+        (Variant::Reference, DType::Bf16, false) => &kernels::EMBEDDING_REFERENCE_BF16,
+        (Variant::Reference, DType::Bf16, true) => &kernels::EMBEDDING_REFERENCE_BF16_NESTED,
+        (Variant::Reference, DType::F16, false) => &kernels::EMBEDDING_REFERENCE_F16,
+        (Variant::Reference, DType::F16, true) => &kernels::EMBEDDING_REFERENCE_F16_NESTED,
+        (Variant::Reference, _, false) => &kernels::EMBEDDING_REFERENCE_F32,
+        (Variant::Reference, _, true) => &kernels::EMBEDDING_REFERENCE_F32_NESTED,
+    }
 }
 
 /// Writes row `indices[i]` of the table to row `i` of `out`, `[indices.count()][columns]`.
@@ -99,7 +96,7 @@ pub unsafe fn embedding(
     let kernel = kernel(out.dtype(), scales.is_nested(), variant);
     let blocks = match variant {
         Variant::Fast => (n as u64).div_ceil(TILE),
-        Variant::Reference => (n as u64).div_ceil(u64::from(THREADS)),
+        Variant::Reference => (n as u64).div_ceil(u64::from(kernel.threads)),
     };
     let indices =
         IndicesParameter { address: indices.address(), size: indices.dtype().size() as u32, rows: rows as i64 };
@@ -107,5 +104,5 @@ pub unsafe fn embedding(
     let (shift, quant_type) = (block_shift(blocksize), quant_type_parameter(quant_type));
     let parameters = parameters![indices, packed, scales_parameter, out, n, columns, shift, quant_type];
     // SAFETY: the kernel's parameters in its order; lengths were checked, the rest is the caller's.
-    unsafe { device.launch(stream, &kernel, blocks, 0, parameters) }
+    unsafe { device.launch(stream, kernel, blocks, 0, parameters) }
 }

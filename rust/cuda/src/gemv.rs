@@ -4,14 +4,12 @@ use halfbyte::dtype::DType;
 use halfbyte::error::Result;
 use halfbyte::geometry::{BlockSize, strided_lengths};
 
-use super::driver::{Device, Kernel, Stream};
+use super::driver::{Device, Stream};
+use super::kernels;
 use super::launch::parameters;
 use super::memory::{Memory, block_shift};
-use super::ptx::Module;
 
-// Of kernels/gemv.cu.
-const THREADS: u32 = 256;
-const WARPS: u64 = 8;
+const WARPS: u64 = kernels::gemv::WARPS as u64;
 
 /// `y[n] = W[n][k] · x[k]`.
 #[derive(Debug, Clone, Copy)]
@@ -47,16 +45,15 @@ pub unsafe fn gemv(device: &Device, stream: Stream, gemv: &Gemv<'_>) -> Result<(
     gemv.packed.of(&[DType::U8])?.long(bytes, "two codes to a byte")?;
     gemv.absmax.of(&[DType::F32])?.long(scales, "one scale per block")?;
     gemv.table.of(&[DType::F32])?.long(16, "one value per code")?;
-    let name = match dtype {
-        DType::Bf16 => "gemv_bf16",
-        DType::F16 => "gemv_f16",
-        _ => "gemv_f32",
+    let kernel = match dtype {
+        DType::Bf16 => &kernels::GEMV_BF16,
+        DType::F16 => &kernels::GEMV_F16,
+        _ => &kernels::GEMV_F32,
     };
-    let kernel = Kernel { module: Module::Gemv, name, threads: THREADS, large_shared: false };
     let (x, packed, absmax) = (gemv.x.address(), gemv.packed.address(), gemv.absmax.address());
     let (table, y, shift) = (gemv.table.address(), gemv.y.address(), block_shift(gemv.blocksize));
     let (rows, k, stride) = (n as i64, k as i64, gemv.stride as i64);
     let parameters = parameters![x, packed, absmax, table, y, rows, k, stride, shift];
     // SAFETY: the kernel's parameters in its order; lengths were checked, the rest is the caller's.
-    unsafe { device.launch(stream, &kernel, (n as u64).div_ceil(WARPS), 0, parameters) }
+    unsafe { device.launch(stream, kernel, (n as u64).div_ceil(WARPS), 0, parameters) }
 }

@@ -4,22 +4,16 @@ use halfbyte::dtype::DType;
 use halfbyte::error::{Error, Result};
 use halfbyte::geometry::element_count;
 
-use super::driver::{Device, Kernel, Stream};
+use super::driver::{Device, Stream};
+use super::kernels;
 use super::launch::{Variant, parameters};
 use super::memory::Memory;
-use super::ptx::Module;
 
-// Of kernels/rows.cu.
-const THREADS: u32 = 256;
-const WARPS: u64 = 8;
-const WARP_ROW: usize = 1024;
-const TILE_BYTES: u64 = 16384;
+const WARPS: u64 = kernels::rows::WARPS as u64;
+const WARP_ROW: usize = kernels::rows::WARP_ROW;
+const TILE_BYTES: u64 = kernels::rows::TILE_BYTES as u64;
 /// Blocks of threads for each multiprocessor: as many as it takes at once.
 const RESIDENT: u64 = 8;
-
-const fn kernel(name: &'static str) -> Kernel {
-    Kernel { module: Module::Rows, name, threads: THREADS, large_shared: false }
-}
 
 fn check(values: &Memory, codes: &Memory, scales: &Memory, rows: usize, columns: usize) -> Result<usize> {
     let n = element_count(&[rows, columns])
@@ -52,24 +46,24 @@ pub unsafe fn quantize_rows(
     variant: Variant,
 ) -> Result<()> {
     check(input, codes, scales, rows, columns)?;
-    let kernel = kernel(match (variant, input.dtype()) {
-        (Variant::Fast, DType::Bf16) => "quantize_rows_bf16",
-        (Variant::Fast, DType::F16) => "quantize_rows_f16",
-        (Variant::Fast, _) => "quantize_rows_f32",
-        (Variant::Reference, DType::Bf16) => "quantize_rows_reference_bf16",
-        (Variant::Reference, DType::F16) => "quantize_rows_reference_f16",
-        (Variant::Reference, _) => "quantize_rows_reference_f32",
-    });
+    let kernel = match (variant, input.dtype()) {
+        (Variant::Fast, DType::Bf16) => &kernels::QUANTIZE_ROWS_BF16,
+        (Variant::Fast, DType::F16) => &kernels::QUANTIZE_ROWS_F16,
+        (Variant::Fast, _) => &kernels::QUANTIZE_ROWS_F32,
+        (Variant::Reference, DType::Bf16) => &kernels::QUANTIZE_ROWS_REFERENCE_BF16,
+        (Variant::Reference, DType::F16) => &kernels::QUANTIZE_ROWS_REFERENCE_F16,
+        (Variant::Reference, _) => &kernels::QUANTIZE_ROWS_REFERENCE_F32,
+    };
     let resident = u64::from(device.multiprocessors()) * RESIDENT;
     let blocks = match variant {
         Variant::Fast if columns <= WARP_ROW => (rows as u64).div_ceil(WARPS).min(resident),
         Variant::Fast => (rows as u64).min(resident),
-        Variant::Reference => (rows as u64).div_ceil(u64::from(THREADS)),
+        Variant::Reference => (rows as u64).div_ceil(u64::from(kernel.threads)),
     };
     let (input, codes, scales) = (input.address(), codes.address(), scales.address());
     let (rows, columns) = (rows as i64, columns as i64);
     // SAFETY: the kernel's parameters in its order; lengths were checked, the rest is the caller's.
-    unsafe { device.launch(stream, &kernel, blocks, 0, parameters![input, codes, scales, rows, columns]) }
+    unsafe { device.launch(stream, kernel, blocks, 0, parameters![input, codes, scales, rows, columns]) }
 }
 
 /// Reads rows back: [`halfbyte::quant::int8_rowwise::dequantize_rows`].
@@ -91,20 +85,20 @@ pub unsafe fn dequantize_rows(
     variant: Variant,
 ) -> Result<()> {
     let n = check(out, codes, scales, rows, columns)? as u64;
-    let kernel = kernel(match (variant, out.dtype()) {
-        (Variant::Fast, DType::Bf16) => "dequantize_rows_bf16",
-        (Variant::Fast, DType::F16) => "dequantize_rows_f16",
-        (Variant::Fast, _) => "dequantize_rows_f32",
-        (Variant::Reference, DType::Bf16) => "dequantize_rows_reference_bf16",
-        (Variant::Reference, DType::F16) => "dequantize_rows_reference_f16",
-        (Variant::Reference, _) => "dequantize_rows_reference_f32",
-    });
+    let kernel = match (variant, out.dtype()) {
+        (Variant::Fast, DType::Bf16) => &kernels::DEQUANTIZE_ROWS_BF16,
+        (Variant::Fast, DType::F16) => &kernels::DEQUANTIZE_ROWS_F16,
+        (Variant::Fast, _) => &kernels::DEQUANTIZE_ROWS_F32,
+        (Variant::Reference, DType::Bf16) => &kernels::DEQUANTIZE_ROWS_REFERENCE_BF16,
+        (Variant::Reference, DType::F16) => &kernels::DEQUANTIZE_ROWS_REFERENCE_F16,
+        (Variant::Reference, _) => &kernels::DEQUANTIZE_ROWS_REFERENCE_F32,
+    };
     let blocks = match variant {
         Variant::Fast => n.div_ceil(TILE_BYTES / out.dtype().size() as u64),
-        Variant::Reference => n.div_ceil(u64::from(THREADS)),
+        Variant::Reference => n.div_ceil(u64::from(kernel.threads)),
     };
     let (codes, scales, out) = (codes.address(), scales.address(), out.address());
     let (n, columns) = (n as i64, columns as i64);
     // SAFETY: the kernel's parameters in its order; lengths were checked, the rest is the caller's.
-    unsafe { device.launch(stream, &kernel, blocks, 0, parameters![codes, scales, out, n, columns]) }
+    unsafe { device.launch(stream, kernel, blocks, 0, parameters![codes, scales, out, n, columns]) }
 }

@@ -13,10 +13,12 @@ mod embedding;
 mod gemm;
 mod gemv;
 mod int8_rowwise;
+pub mod kernels;
 mod launch;
 mod memory;
+mod modules;
+mod notice;
 mod product;
-pub mod ptx;
 mod quantize_absmax;
 
 pub use blockwise4::{dequantize, quantize, quantize_nested};
@@ -29,8 +31,11 @@ pub use embedding::{Table, embedding};
 pub use gemm::gemm_pays;
 pub use gemv::{Gemv, gemv};
 pub use int8_rowwise::{dequantize_rows, quantize_rows};
+pub use kernels::{Form, Kernel};
 pub use launch::Variant;
 pub use memory::{Memory, Scales};
+pub use modules::NO_KERNELS;
+pub use notice::listen;
 pub use product::{Choice, Product, product};
 pub use quantize_absmax::{QuantizedAbsmax, quantize_absmax, quantize_absmax_workspace};
 

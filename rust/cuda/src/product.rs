@@ -7,11 +7,11 @@ use halfbyte::geometry::{BlockSize, packed_len};
 
 use super::blockwise4::quant_type_parameter;
 use super::decode::{AnyPlan, DECODE_BLOCK, Decode, suits_ring};
-use super::driver::{Device, Kernel, Stream};
+use super::driver::{Device, Stream};
 use super::gemm::{Gemm, beats_few, codebook};
+use super::kernels::{self, Kernel};
 use super::launch::parameters;
 use super::memory::{Memory, Scales, block_shift};
-use super::ptx::Module;
 
 /// `y[m][n] = x[m][k] · W[n][k]ᵀ + bias[n]`, row-major.
 #[derive(Debug, Clone, Copy)]
@@ -41,20 +41,18 @@ pub struct Product<'a> {
 /// The kernel that [`product`] used: its name begins with `decode`, `gemm` or `product`.
 pub type KernelName = &'static str;
 
-// Of kernels/product.cu.
-const PRODUCT_THREADS: u32 = 256;
-const PRODUCT_ELEMENTS: usize = 8;
+/// Elements of `y` that a block of threads makes: one for each warp.
+const PRODUCT_ELEMENTS: usize = kernels::product::WARPS;
 
-fn product_kernel(dtype: DType, nested: bool) -> Kernel {
-    let name = match (dtype, nested) {
-        (DType::Bf16, false) => "product_bf16",
-        (DType::Bf16, true) => "product_bf16_nested",
-        (DType::F16, false) => "product_f16",
-        (DType::F16, true) => "product_f16_nested",
-        (_, false) => "product_f32",
-        (_, true) => "product_f32_nested",
-    };
-    Kernel { module: Module::Product, name, threads: PRODUCT_THREADS, large_shared: false }
+fn product_kernel(dtype: DType, nested: bool) -> &'static Kernel {
+    match (dtype, nested) {
+        (DType::Bf16, false) => &kernels::PRODUCT_BF16,
+        (DType::Bf16, true) => &kernels::PRODUCT_BF16_NESTED,
+        (DType::F16, false) => &kernels::PRODUCT_F16,
+        (DType::F16, true) => &kernels::PRODUCT_F16_NESTED,
+        (_, false) => &kernels::PRODUCT_F32,
+        (_, true) => &kernels::PRODUCT_F32_NESTED,
+    }
 }
 
 impl Product<'_> {
@@ -196,7 +194,7 @@ pub unsafe fn product(device: &Device, stream: Stream, product: &Product<'_>, ch
         let blocks = (gemm.blocks, gemm.cluster);
         // SAFETY: the kernel's parameters in its order; lengths and alignment were checked, it waits before it touches what
         // earlier ones write, the rest is the caller's.
-        unsafe { device.launch_early_in_clusters(stream, &gemm.kernel, blocks, gemm.shared, parameters) }?;
+        unsafe { device.launch_early_in_clusters(stream, gemm.kernel, blocks, gemm.shared, parameters) }?;
         return Ok(gemm.kernel.name);
     }
     for &ring in choice.decoders() {
@@ -220,11 +218,11 @@ pub unsafe fn product(device: &Device, stream: Stream, product: &Product<'_>, ch
                 match plan {
                     AnyPlan::Registers(plan) => {
                         let parameters = parameters![x, packed, scales, bias, y, m, n, k, shift, quant_type, plan];
-                        device.launch(stream, &kernel, blocks, shared, parameters)
+                        device.launch(stream, kernel, blocks, shared, parameters)
                     }
                     AnyPlan::Ring(plan) => {
                         let parameters = parameters![x, packed, scales, bias, y, m, n, k, shift, quant_type, plan];
-                        device.launch_early(stream, &kernel, blocks, shared, parameters)
+                        device.launch_early(stream, kernel, blocks, shared, parameters)
                     }
                 }
             }?;
@@ -241,6 +239,6 @@ pub unsafe fn product(device: &Device, stream: Stream, product: &Product<'_>, ch
     let (m, n, k) = (m as i64, n as i64, k as i64);
     let parameters = parameters![x, packed, scales, bias, y, m, n, k, shift, quant_type];
     // SAFETY: as above.
-    unsafe { device.launch(stream, &kernel, blocks, 0, parameters) }?;
+    unsafe { device.launch(stream, kernel, blocks, 0, parameters) }?;
     Ok(kernel.name)
 }

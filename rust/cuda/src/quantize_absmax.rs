@@ -4,25 +4,17 @@ use halfbyte::dtype::DType;
 use halfbyte::error::Result;
 use halfbyte::geometry::NESTED_BLOCK_SIZE;
 
-use super::driver::{Device, Kernel, Stream};
+use super::driver::{Device, Stream};
+use super::kernels::{self, NESTED_COMPRESS as COMPRESS, NESTED_SUMS as SUMS, NESTED_SUMS_OF_SUMS as SUMS_OF_SUMS};
 use super::launch::parameters;
 use super::memory::Memory;
-use super::ptx::Module;
 
-// Of kernels/nested.cu: groups of 256 in each block of threads, blocks of threads that the last kernel has for each
-// multiprocessor, and the sums that one block adds up.
-const THREADS: u32 = 512;
-const GROUPS: usize = 16;
-const BLOCKS: u64 = 2;
+/// Groups of 256 in each block of threads: one for each warp.
+const GROUPS: usize = kernels::nested::WARPS;
+/// Blocks of threads that the last kernel has for each multiprocessor.
+const BLOCKS: u64 = kernels::nested::BLOCKS as u64;
+/// The sums that one block adds up.
 const MOST_SUMS: usize = NESTED_BLOCK_SIZE * NESTED_BLOCK_SIZE;
-
-const fn kernel(name: &'static str) -> Kernel {
-    Kernel { module: Module::Nested, name, threads: THREADS, large_shared: false }
-}
-
-const SUMS: Kernel = kernel("nested_sums");
-const SUMS_OF_SUMS: Kernel = kernel("nested_sums_of_sums");
-const COMPRESS: Kernel = kernel("nested_compress");
 
 /// The blocks of threads for one group with each warp.
 fn blocks(values: usize) -> u64 {

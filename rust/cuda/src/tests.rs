@@ -1,11 +1,14 @@
-//! What can be tested without a GPU: the kernels' tables, and that every kernel that is launched exists.
+//! What can be tested without a GPU: the kernels' tables, which image a device gets, and what happens when it is refused.
 
 use halfbyte::codebook::{FP4_THRESHOLDS, NF4_THRESHOLDS, QuantType, dynamic_map};
+use halfbyte::error::{Error, Result};
 
 use super::capability::Capability;
-use super::ptx::Module;
+use super::kernels::{self, ALL, BUILT, Form, Image, Kernel};
+use super::modules::{Loaded, NO_KERNELS, Refusal, load, parse};
 
 const TABLES: &str = include_str!("../../../kernels/tables.cuh");
+const HOPPER: Capability = Capability(9, 0);
 
 /// The literals of the table with this name.
 fn table(name: &str) -> Vec<u32> {
@@ -31,50 +34,172 @@ fn the_kernels_have_the_tables_of_the_codebook() {
     assert_eq!(table("DYNAMIC_MAP"), bits(dynamic_map()));
 }
 
-#[test]
-fn a_device_gets_the_newest_image_that_it_takes() {
-    for module in Module::ALL {
-        assert!(module.image(Capability(7, 0)).is_none());
-        // Every module has an image for a Hopper, and those that are for it alone have none for later ones.
-        let hopper = module.image(Capability(9, 0)).unwrap();
-        let newest = module.image(Capability(12, 0)).unwrap_or(hopper);
-        assert_eq!(hopper.contains(".target sm_90a\n"), module.image(Capability(12, 0)).is_none(), "{module:?}");
-        assert!(newest.starts_with(".version 8.0\n") && newest.ends_with('\0'), "{module:?}");
-    }
-    assert!(Module::Decode.image(Capability(7, 5)).is_none());
-    assert!(Module::DecodeRing.image(Capability(8, 9)).is_none());
-    assert!(Module::Dequantize.image(Capability(7, 5)).unwrap().contains(".target sm_75\n"));
-    assert!(Module::Dequantize.image(Capability(8, 6)).unwrap().contains(".target sm_80\n"));
+fn architecture(kernel: &'static Kernel, form: Form, device: Capability) -> Option<String> {
+    kernel.image(form, device).map(Image::architecture)
 }
 
-/// The names in the launchers, as string literals, are entries of the modules.
 #[test]
-fn every_kernel_that_is_launched_exists() {
-    let launchers = [
-        (include_str!("blockwise4.rs"), &[Module::Dequantize, Module::Quantize][..]),
-        (include_str!("quantize_absmax.rs"), &[Module::Nested]),
-        (include_str!("dequantize_absmax.rs"), &[Module::Expand]),
-        (include_str!("embedding.rs"), &[Module::Embedding]),
-        (include_str!("blockwise8.rs"), &[Module::Dequantize8Bit, Module::Quantize8Bit]),
-        (include_str!("int8_rowwise.rs"), &[Module::Rows]),
-        (include_str!("decode.rs"), &[Module::Decode, Module::DecodeRing, Module::DecodeRingLong]),
-        (include_str!("product.rs"), &[Module::Product]),
-        (include_str!("gemv.rs"), &[Module::Gemv]),
-        (include_str!("gemm.rs"), &Module::ALL),
-    ];
-    for (source, modules) in launchers {
-        let names: Vec<&str> = source
-            .split('"')
-            .skip(1)
-            .step_by(2)
-            .filter(|s| !s.is_empty() && s.contains('_') && s.chars().all(|c| c.is_ascii_alphanumeric() || c == '_'))
-            .filter(|&s| s != "decode_ring")
-            .collect();
-        assert!(names.len() >= 2);
-        for name in names {
-            let entry = format!(".entry {name}(");
-            let found = modules.iter().any(|m| m.image(Capability(9, 0)).unwrap().contains(&entry));
-            assert!(found, "{name}");
+fn a_device_gets_the_newest_image_that_it_takes() {
+    for (kernel, device, cubin, ptx) in [
+        (&kernels::DEQUANTIZE_BF16, Capability(7, 0), None, None),
+        (&kernels::DEQUANTIZE_BF16, Capability(7, 5), Some("sm_75"), Some("sm_75")),
+        (&kernels::DEQUANTIZE_BF16, Capability(8, 0), Some("sm_80"), Some("sm_80")),
+        (&kernels::DEQUANTIZE_BF16, Capability(8, 9), Some("sm_80"), Some("sm_80")),
+        (&kernels::DEQUANTIZE_BF16, HOPPER, Some("sm_90"), Some("sm_80")),
+        (&kernels::DEQUANTIZE_BF16, Capability(10, 3), Some("sm_100"), Some("sm_80")),
+        // A card of the future, and one between two for which there are cubins.
+        (&kernels::DEQUANTIZE_BF16, Capability(11, 0), None, Some("sm_80")),
+        (&kernels::DEQUANTIZE_BF16, Capability(12, 1), Some("sm_120"), Some("sm_80")),
+        (&kernels::QUANTIZE_BF16_NF4, Capability(8, 6), Some("sm_80"), Some("sm_75")),
+        (&kernels::QUANTIZE_BF16_NF4, Capability(12, 0), Some("sm_120"), Some("sm_90")),
+        (&kernels::DECODE_BF16_8, Capability(7, 5), None, None),
+        (&kernels::DECODE_RING_BF16_8, Capability(8, 9), None, None),
+        // Its code is for one capability alone.
+        (&kernels::GEMM_BF16_64, HOPPER, Some("sm_90a"), Some("sm_90a")),
+        (&kernels::GEMM_BF16_64, Capability(10, 0), None, None),
+        (&kernels::GEMM_BF16_64, Capability(8, 0), None, None),
+    ] {
+        let words = format!("{} on {device}", kernel.name);
+        assert_eq!(architecture(kernel, Form::Cubin, device).as_deref(), cubin, "{words}");
+        assert_eq!(architecture(kernel, Form::Ptx, device).as_deref(), ptx, "{words}");
+        assert_eq!(kernel.suits(device), ptx.is_some(), "{words}");
+    }
+}
+
+#[test]
+fn every_kernel_that_is_shipped_has_code_for_every_gpu_that_it_is_for() {
+    for (index, kernel) in ALL.iter().enumerate() {
+        assert_eq!(kernel.index, index, "{}", kernel.name);
+        assert!(kernel.suits(HOPPER) && kernel.threads.is_multiple_of(32), "{}", kernel.name);
+        // Those for tests are built for them alone.
+        let has_code = BUILT && (!kernel.for_tests || cfg!(feature = "test-kernels"));
+        assert_eq!(kernel.is_built(), has_code, "{}", kernel.name);
+        if !has_code {
+            continue;
         }
+        let ptx = kernel.image(Form::Ptx, HOPPER).and_then(Image::code).unwrap();
+        let text = std::str::from_utf8(&ptx).unwrap();
+        assert!(text.starts_with(".version 8.0\n") && text.ends_with("}\n\0"), "{}", kernel.name);
+        assert_eq!(text.matches(".entry").count(), 1, "{}", kernel.name);
+        assert!(text.contains(&format!(".entry {}(", kernel.name)), "{}", kernel.name);
+        if !kernel.for_tests {
+            let cubin = kernel.image(Form::Cubin, HOPPER).and_then(Image::code).unwrap();
+            assert!(cubin.starts_with(b"\x7fELF"), "{}", kernel.name);
+        }
+    }
+}
+
+#[test]
+fn the_launchers_numbers_are_those_of_the_sources() {
+    // One of each kind: of a namespace, of an instance of a template, and a product that the compiler made.
+    assert_eq!(kernels::dequantize::TILE, kernels::dequantize::THREADS * kernels::dequantize::GROUP * 4);
+    assert_eq!(kernels::decode::SIZES_2_THREADS, kernels::DECODE_BF16_16.threads as usize);
+    assert_eq!(kernels::gemm_bf16_64::THREADS, kernels::GEMM_F16_64.threads as usize);
+    assert!(kernels::GEMM_F16_64.dynamic_shared && !kernels::GEMV_F16.dynamic_shared);
+    // Both element types have the same shape.
+    assert_eq!(kernels::gemm_bf16_256::SHAPE_256_BYTES, kernels::gemm_f16_256::SHAPE_256_BYTES);
+}
+
+/// A driver that says this of cubins and PTX; what it was given, and what came of it.
+fn driver(
+    kernel: &'static Kernel,
+    device: Capability,
+    only: Option<Form>,
+    refuses: &[(Form, bool)],
+) -> (Vec<Form>, Result<Loaded<Form>>) {
+    let mut given = Vec::new();
+    let loaded = load(kernel, device, only, "device 0 (a card)", |code| {
+        let form = if code.starts_with(b"\x7fELF") { Form::Cubin } else { Form::Ptx };
+        given.push(form);
+        let error = || Error::cuda("device 0 (a card)", format!("no {}", form.as_str()));
+        match refuses.iter().find(|(refused, _)| *refused == form) {
+            None => Ok(form),
+            Some((_, true)) => Err(Refusal::Unfit(error())),
+            Some((_, false)) => Err(Refusal::Failed(error())),
+        }
+    });
+    (given, loaded)
+}
+
+#[test]
+fn the_cubin_comes_first_and_the_ptx_when_it_is_refused() {
+    if !BUILT {
+        return;
+    }
+    let kernel = &kernels::GEMV_BF16;
+    let (given, loaded) = driver(kernel, HOPPER, None, &[]);
+    let loaded = loaded.unwrap();
+    assert_eq!((given, loaded.module, loaded.form), (vec![Form::Cubin], Form::Cubin, Form::Cubin));
+    assert!(loaded.refused.is_none());
+
+    let (given, loaded) = driver(kernel, HOPPER, None, &[(Form::Cubin, true)]);
+    let loaded = loaded.unwrap();
+    assert_eq!((given, loaded.form), (vec![Form::Cubin, Form::Ptx], Form::Ptx));
+    assert!(loaded.refused.unwrap().to_string().contains("no cubin"));
+
+    // Another failure is no refusal: a device out of memory would not take the PTX either.
+    let (given, loaded) = driver(kernel, HOPPER, None, &[(Form::Cubin, false)]);
+    assert_eq!(given, [Form::Cubin]);
+    assert!(loaded.unwrap_err().to_string().contains("no cubin"));
+
+    let (given, loaded) = driver(kernel, HOPPER, None, &[(Form::Cubin, true), (Form::Ptx, true)]);
+    assert_eq!(given, [Form::Cubin, Form::Ptx]);
+    assert!(loaded.unwrap_err().to_string().contains("no ptx"));
+
+    // A card that is newer than the build.
+    let (given, loaded) = driver(kernel, Capability(13, 0), None, &[]);
+    assert_eq!((given, loaded.unwrap().form), (vec![Form::Ptx], Form::Ptx));
+}
+
+#[test]
+fn the_environment_asks_for_one_form_alone() {
+    if !BUILT {
+        return;
+    }
+    let kernel = &kernels::GEMV_BF16;
+    let (given, loaded) = driver(kernel, HOPPER, Some(Form::Ptx), &[]);
+    assert_eq!((given, loaded.unwrap().form), (vec![Form::Ptx], Form::Ptx));
+
+    let (given, loaded) = driver(kernel, HOPPER, Some(Form::Cubin), &[(Form::Cubin, true)]);
+    assert_eq!(given, [Form::Cubin]);
+    assert!(loaded.unwrap_err().to_string().contains("no cubin"));
+
+    let (given, loaded) = driver(kernel, Capability(13, 0), Some(Form::Cubin), &[]);
+    assert!(given.is_empty());
+    let words = loaded.unwrap_err().to_string();
+    assert!(
+        words.contains("HALFBYTE_KERNELS asks for a cubin, and there is none for compute capability 13.0"),
+        "{words}"
+    );
+}
+
+#[test]
+fn what_the_environment_may_ask_for() {
+    assert_eq!(parse("").unwrap(), None);
+    assert_eq!(parse("ptx").unwrap(), Some(Form::Ptx));
+    assert_eq!(parse("cubin").unwrap(), Some(Form::Cubin));
+    assert!(parse("PTX").unwrap_err().to_string().contains("HALFBYTE_KERNELS"));
+}
+
+#[test]
+fn a_kernel_that_there_is_no_code_for_says_why() {
+    let (given, loaded) = driver(&kernels::GEMM_BF16_64, Capability(10, 0), None, &[]);
+    assert!(given.is_empty());
+    let words = loaded.unwrap_err().to_string();
+    assert!(words.contains("kernel gemm_bf16_64 on device 0 (a card)"), "{words}");
+    assert!(words.contains("it is not for devices of compute capability 10.0"), "{words}");
+
+    if !BUILT {
+        let (_, loaded) = driver(&kernels::GEMV_BF16, HOPPER, None, &[]);
+        assert!(loaded.unwrap_err().to_string().contains(NO_KERNELS));
+    } else if cfg!(feature = "test-kernels") {
+        // It has PTX alone, whatever is asked for.
+        let (given, loaded) = driver(&kernels::DEQUANTIZE_REFERENCE_BF16, HOPPER, Some(Form::Cubin), &[]);
+        assert_eq!((given, loaded.unwrap().form), (vec![Form::Ptx], Form::Ptx));
+    } else {
+        let (given, loaded) = driver(&kernels::DEQUANTIZE_REFERENCE_BF16, HOPPER, None, &[]);
+        assert!(given.is_empty());
+        let words = loaded.unwrap_err().to_string();
+        assert!(words.contains("cargo feature test-kernels"), "{words}");
     }
 }

@@ -16,7 +16,7 @@ use halfbyte::geometry::{BlockSize, packed_len, strided_lengths};
 use halfbyte::quant::blockwise4;
 use halfbyte::quant::blockwise8::{self, ByteMap};
 #[cfg(feature = "cuda")]
-use halfbyte_cuda::{self as cuda, Device, Gemv, Memory, Scales, Stream, Variant, driver, ptx::Module};
+use halfbyte_cuda::{self as cuda, Device, Gemv, Memory, Scales, Stream, Variant, driver};
 
 use super::buffer::{Buffer, Plain, check_disjoint};
 use super::quant::in_parallel;
@@ -127,7 +127,6 @@ impl Blocks {
         #[cfg(feature = "cuda")]
         if let Some(device) = device_of(self.values)? {
             let [packed, absmax, out] = self.device::<T>(packed_len(self.n))?;
-            device.load(Module::Dequantize)?;
             let stream = Stream(self.stream);
             // SAFETY: the C caller's to keep.
             return unsafe {
@@ -147,7 +146,6 @@ impl Blocks {
         #[cfg(feature = "cuda")]
         if let Some(device) = device_of(self.values)? {
             let [packed, absmax, input] = self.device::<T>(packed_len(self.n))?;
-            device.load(Module::Quantize)?;
             let stream = Stream(self.stream);
             // SAFETY: the C caller's to keep.
             return unsafe {
@@ -169,7 +167,6 @@ impl Blocks {
         if let Some(device) = device_of(self.values)? {
             let [codes, absmax, out] = self.device::<T>(self.n)?;
             let code = Memory::new("code", self.code, 256, DType::F32)?;
-            device.load(Module::Dequantize8Bit)?;
             let (stream, blocksize) = (Stream(self.stream), self.blocksize);
             // SAFETY: the C caller's to keep.
             return unsafe {
@@ -194,7 +191,6 @@ impl Blocks {
         if let Some(device) = device_of(self.values)? {
             let [codes, absmax, input] = self.device::<T>(self.n)?;
             let code = Memory::new("code", self.code, 256, DType::F32)?;
-            device.load(Module::Quantize8Bit)?;
             let (stream, blocksize) = (Stream(self.stream), self.blocksize);
             // SAFETY: the C caller's to keep.
             return unsafe {
@@ -241,7 +237,6 @@ impl Vector {
                 stride: self.stride,
                 blocksize: self.blocksize,
             };
-            device.load(Module::Gemv)?;
             // SAFETY: the C caller's to keep.
             return unsafe { cuda::gemv(device, Stream(self.stream), &gemv) };
         }

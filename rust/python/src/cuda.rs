@@ -1,23 +1,29 @@
 //! The kernels on device memory of Python's. The caller keeps the memory alive until the stream has come past the call.
-//! The GIL is released meanwhile: opening a device and loading modules take long, and a launch waits where too many are
+//! The GIL is released meanwhile: opening a device and loading kernels take long, and a launch waits where too many are
 //! on their way.
 
 use halfbyte::dtype::DType;
 use halfbyte::error::{Error, Result};
 use halfbyte::geometry::BlockSize;
-use halfbyte_cuda::driver;
-use halfbyte_cuda::ptx::Module;
 use halfbyte_cuda::{self as cuda, Device, Memory, Product, QuantizedAbsmax, Scales, Stream, Table, Variant};
+use halfbyte_cuda::{driver, kernels};
+use pyo3::intern;
 use pyo3::prelude::*;
+use pyo3::types::PyBytes;
 
 use super::buffer::RawBuffer;
 use super::error::to_py;
 
 /// Adds this room's functions to the module.
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    cuda::listen(log_warning);
     m.add_function(wrap_pyfunction!(cuda_driver_version, m)?)?;
     m.add_function(wrap_pyfunction!(cuda_device_count, m)?)?;
+    m.add_function(wrap_pyfunction!(cuda_device_memory, m)?)?;
     m.add_function(wrap_pyfunction!(cuda_device, m)?)?;
+    m.add_function(wrap_pyfunction!(cuda_kernels, m)?)?;
+    m.add_function(wrap_pyfunction!(cuda_kernel_form, m)?)?;
+    m.add_function(wrap_pyfunction!(cuda_kernel_ptx, m)?)?;
     m.add_function(wrap_pyfunction!(cuda_prepare, m)?)?;
     m.add_function(wrap_pyfunction!(cuda_quantize_4bit, m)?)?;
     m.add_function(wrap_pyfunction!(cuda_dequantize_4bit, m)?)?;
@@ -45,36 +51,76 @@ fn cuda_device_count(py: Python<'_>) -> PyResult<usize> {
     py.detach(driver::device_count).map_err(to_py)
 }
 
+/// Bytes of memory that a device has.
+#[pyfunction]
+fn cuda_device_memory(py: Python<'_>, device: usize) -> PyResult<usize> {
+    py.detach(|| driver::device_memory(device)).map_err(to_py)
+}
+
 /// Name, compute capability, multiprocessors and shared memory per block of a device.
 #[pyfunction]
 fn cuda_device(py: Python<'_>, device: usize) -> PyResult<(String, (i32, i32), u32, u32)> {
-    let device = open(py, device, &[])?;
+    let device = open(py, device)?;
     let capability = device.capability();
     let shared = device.shared_per_block();
     Ok((device.name().to_owned(), (capability.0, capability.1), device.multiprocessors(), shared))
 }
 
+/// A warning of `logging`, in whatever thread; none when Python is ending.
+fn log_warning(text: &str) {
+    // A handler that fails must not fail the kernel's launch: logging says on stderr what was wrong with it.
+    Python::try_attach(|py| -> PyResult<()> {
+        let logger =
+            py.import(intern!(py, "logging"))?.call_method1(intern!(py, "getLogger"), ("halfbyte.backends.cuda",))?;
+        logger.call_method1(intern!(py, "warning"), ("%s", text)).map(|_| ())
+    });
+}
+
+/// The names of the kernels that this build has.
+#[pyfunction]
+fn cuda_kernels() -> Vec<&'static str> {
+    kernels::ALL.iter().filter(|kernel| kernel.is_built()).map(|kernel| kernel.name).collect()
+}
+
+/// In which form kernels are loaded on a device: "cubin" or "ptx".
+#[pyfunction]
+fn cuda_kernel_form(py: Python<'_>, device: usize) -> PyResult<&'static str> {
+    // The smallest that every device takes.
+    py.detach(|| Device::get(device)?.load(&kernels::EXPAND_ABSMAX)).map(cuda::Form::as_str).map_err(to_py)
+}
+
+/// The PTX of a kernel for a compute capability, without a zero at its end.
+#[pyfunction]
+fn cuda_kernel_ptx<'py>(py: Python<'py>, kernel: &str, capability: (i32, i32)) -> PyResult<Bound<'py, PyBytes>> {
+    let of = |name: &str| kernels::ALL.iter().find(|k| k.name == name && k.is_built());
+    let found = of(kernel).ok_or_else(|| {
+        let expected = "the name of a kernel that this build has (cuda_kernels)";
+        to_py(Error::argument("kernel", format!("{kernel:?}"), expected))
+    })?;
+    let image = found.image(cuda::Form::Ptx, cuda::Capability(capability.0, capability.1));
+    let code = image.and_then(|image| image.code()).ok_or_else(|| {
+        to_py(Error::argument("capability", format!("{capability:?}"), "one that the kernel is compiled for"))
+    })?;
+    Ok(PyBytes::new(py, code.strip_suffix(b"\0").unwrap_or(&code)))
+}
+
 /// Load every kernel that the device takes.
 #[pyfunction]
 fn cuda_prepare(py: Python<'_>, device: usize) -> PyResult<()> {
-    let capability = open(py, device, &[])?.capability();
-    let modules: Vec<_> = Module::ALL.into_iter().filter(|m| m.image(capability).is_some()).collect();
-    open(py, device, &modules).map(|_| ())
-}
-
-/// The device with these modules loaded.
-pub(super) fn open(py: Python<'_>, ordinal: usize, modules: &[Module]) -> PyResult<&'static Device> {
-    if let Some(device) = Device::ready(ordinal)
-        && modules.iter().all(|&m| device.is_loaded(m))
-    {
-        return Ok(device);
-    }
     py.detach(|| {
-        let device = Device::get(ordinal)?;
-        modules.iter().try_for_each(|&m| device.load(m))?;
-        Ok(device)
+        let device = Device::get(device)?;
+        let wanted = |k: &&&kernels::Kernel| k.is_built() && !k.for_tests && k.suits(device.capability());
+        kernels::ALL.iter().filter(wanted).try_for_each(|kernel| device.load(kernel).map(|_| ()))
     })
     .map_err(to_py)
+}
+
+/// The device; its kernels are loaded when they are launched.
+pub(super) fn open(py: Python<'_>, ordinal: usize) -> PyResult<&'static Device> {
+    match Device::ready(ordinal) {
+        Some(device) => Ok(device),
+        None => py.detach(|| Device::get(ordinal)).map_err(to_py),
+    }
 }
 
 fn memory(argument: &'static str, (address, count, dtype): RawBuffer) -> Result<Memory> {
@@ -123,7 +169,7 @@ fn cuda_quantize_4bit(
         Ok((input, packed, absmax, quant_type.parse()?, BlockSize::new(blocksize)?))
     };
     let (input, packed, absmax, quant_type, blocksize) = check().map_err(to_py)?;
-    let device = open(py, device, &[Module::Quantize])?;
+    let device = open(py, device)?;
     // SAFETY: the Python caller's to keep.
     py.detach(|| unsafe {
         cuda::quantize(device, Stream(stream), &input, &packed, &absmax, quant_type, blocksize, variant(reference))
@@ -153,7 +199,7 @@ fn cuda_dequantize_4bit(
         Ok((packed, scales(absmax, absmax2, offset)?, out, quant_type.parse()?, BlockSize::new(blocksize)?))
     };
     let (packed, scales, out, quant_type, blocksize) = check().map_err(to_py)?;
-    let device = open(py, device, &[Module::Dequantize])?;
+    let device = open(py, device)?;
     // SAFETY: the Python caller's to keep.
     py.detach(|| unsafe {
         cuda::dequantize(device, Stream(stream), &packed, &scales, &out, quant_type, blocksize, variant(reference))
@@ -187,7 +233,7 @@ fn cuda_compress_absmax(
     };
     let (absmax, codes, absmax2, offset, workspace) = check().map_err(to_py)?;
     let out = QuantizedAbsmax { codes: &codes, absmax2: &absmax2, offset: &offset, workspace: &workspace };
-    let device = open(py, device, &[Module::Nested])?;
+    let device = open(py, device)?;
     // SAFETY: the Python caller's to keep.
     py.detach(|| unsafe { cuda::quantize_absmax(device, Stream(stream), &absmax, &out) }).map_err(to_py)
 }
@@ -223,7 +269,7 @@ fn cuda_quantize_4bit_nested(
     };
     let ((input, packed, scratch), out, quant_type, blocksize) = check().map_err(to_py)?;
     let out = QuantizedAbsmax { codes: &out.0, absmax2: &out.1, offset: &out.2, workspace: &out.3 };
-    let device = open(py, device, &[Module::Quantize, Module::Nested])?;
+    let device = open(py, device)?;
     // SAFETY: the Python caller's to keep.
     py.detach(|| unsafe {
         cuda::quantize_nested(device, Stream(stream), &input, &packed, &scratch, &out, quant_type, blocksize)
@@ -250,7 +296,7 @@ fn cuda_expand_absmax(
         Ok((codes, absmax2, memory("offset", offset)?, memory("out", out)?))
     };
     let (codes, absmax2, offset, out) = check().map_err(to_py)?;
-    let device = open(py, device, &[Module::Expand])?;
+    let device = open(py, device)?;
     // SAFETY: the Python caller's to keep.
     py.detach(|| unsafe {
         cuda::dequantize_absmax(device, Stream(stream), &codes, &absmax2, &offset, &out, variant(reference))
@@ -286,7 +332,7 @@ fn cuda_embedding_4bit(
         Ok((indices, packed, scales, out, quant_type.parse()?, BlockSize::new(blocksize)?))
     };
     let (indices, packed, scales, out, quant_type, blocksize) = check().map_err(to_py)?;
-    let device = open(py, device, &[Module::Embedding])?;
+    let device = open(py, device)?;
     let table = Table { packed: &packed, scales: &scales, rows, columns, quant_type, blocksize };
     // SAFETY: the Python caller's to keep.
     py.detach(|| unsafe { cuda::embedding(device, Stream(stream), &indices, &table, &out, variant(reference)) })
@@ -313,7 +359,7 @@ fn cuda_quantize_8bit(
         Ok((input, code, memory("codes", codes)?, memory("absmax", absmax)?))
     };
     let (input, code, codes, absmax) = check().map_err(to_py)?;
-    let device = open(py, device, &[Module::Quantize8Bit])?;
+    let device = open(py, device)?;
     // SAFETY: the Python caller's to keep.
     py.detach(|| unsafe {
         cuda::quantize_8bit(device, Stream(stream), &input, &code, &codes, &absmax, blocksize, variant(reference))
@@ -341,7 +387,7 @@ fn cuda_dequantize_8bit(
         Ok((codes, absmax, memory("code", code)?, memory("out", out)?))
     };
     let (codes, absmax, code, out) = check().map_err(to_py)?;
-    let device = open(py, device, &[Module::Dequantize8Bit])?;
+    let device = open(py, device)?;
     // SAFETY: the Python caller's to keep.
     py.detach(|| unsafe {
         cuda::dequantize_8bit(device, Stream(stream), &codes, &absmax, &code, &out, blocksize, variant(reference))
@@ -366,7 +412,7 @@ fn cuda_quantize_rows(
 ) -> PyResult<()> {
     let check = || Ok((memory("input", input)?, memory("codes", codes)?, memory("scales", scales)?));
     let (input, codes, scales) = check().map_err(to_py)?;
-    let device = open(py, device, &[Module::Rows])?;
+    let device = open(py, device)?;
     // SAFETY: the Python caller's to keep.
     py.detach(|| unsafe {
         cuda::quantize_rows(device, Stream(stream), &input, &codes, &scales, rows, columns, variant(reference))
@@ -391,7 +437,7 @@ fn cuda_dequantize_rows(
 ) -> PyResult<()> {
     let check = || Ok((memory("codes", codes)?, memory("scales", scales)?, memory("out", out)?));
     let (codes, scales, out) = check().map_err(to_py)?;
-    let device = open(py, device, &[Module::Rows])?;
+    let device = open(py, device)?;
     // SAFETY: the Python caller's to keep.
     py.detach(|| unsafe {
         cuda::dequantize_rows(device, Stream(stream), &codes, &scales, &out, rows, columns, variant(reference))
@@ -430,8 +476,7 @@ fn cuda_matmul_4bit(
         Ok((x, packed, scales, bias, y, quant_type.parse()?, BlockSize::new(blocksize)?, kernel.parse()?))
     };
     let (x, packed, scales, bias, y, quant_type, blocksize, kernel) = check().map_err(to_py)?;
-    // Its kernel's module is loaded when it is launched: which that is, is decided then.
-    let device = open(py, device, &[])?;
+    let device = open(py, device)?;
     let product =
         Product { x: &x, packed: &packed, scales: &scales, bias: bias.as_ref(), y: &y, m, n, k, quant_type, blocksize };
     // SAFETY: the Python caller's to keep.

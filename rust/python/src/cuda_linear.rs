@@ -47,7 +47,7 @@ impl CudaLinear {
             Ok((dtype, weight_count(n, k)?, quant_type.parse()?, BlockSize::new(blocksize)?))
         };
         let (dtype, values, quant_type, blocksize) = check().map_err(to_py)?;
-        let device = open(py, device, &[])?;
+        let device = open(py, device)?;
         Ok(Self { device, dtype, n, k, values, quant_type, blocksize, nested })
     }
 

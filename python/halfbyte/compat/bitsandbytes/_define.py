@@ -31,7 +31,7 @@ def check_blocksize(blocksize: int) -> None:
 
 
 def check_4bit(blocksize: int, quant_type: str, absmax: Tensor | None = None) -> None:
-    """What every 4-bit operation is told."""
+    """The arguments of every 4-bit operation."""
     check_blocksize(blocksize)
     torch._check(quant_type in ("nf4", "fp4"), lambda: f"quant_type must be 'nf4' or 'fp4', got {quant_type!r}")
     if absmax is not None:

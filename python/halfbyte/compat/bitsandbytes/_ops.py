@@ -117,7 +117,11 @@ def _quant_type(code: Tensor) -> str:
 )
 def _gemv_4bit(A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int) -> Tensor:
     _fake_gemm(A, shapeB, blocksize)
-    return _product(A, B, shapeB, absmax, None, None, None, blocksize, _quant_type(code))
+    quant_type = _quant_type(code)
+    if A.device.type == "cpu":
+        # As bitsandbytes computes it there, to the bit: the sums of the fused product are added in another order.
+        return torch.nn.functional.linear(A, _dequantize_4bit(B, absmax, blocksize, quant_type, shapeB, A.dtype))
+    return _product(A, B, shapeB, absmax, None, None, None, blocksize, quant_type)
 
 
 def _fake_gemv_4bit_out(

@@ -63,7 +63,7 @@ class BNBNativeLibrary:
         self._lib = lib
         self._error = lib.halfbyte_last_error
         self._error.restype = ct.c_char_p
-        self.compiled_with_cuda = hasattr(_native, "cuda_device")
+        self.compiled_with_cuda = hasattr(_native, "cuda_kernels") and bool(_native.cuda_kernels())
 
     def __getattr__(self, name: str) -> Any:
         """A ctypes function pointer with its argument types set."""

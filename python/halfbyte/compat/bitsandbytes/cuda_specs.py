@@ -25,7 +25,7 @@ class CUDASpecs:
 
 
 def get_compute_capabilities() -> list[tuple[int, int]]:
-    """Those of all devices, ascending."""
+    """The compute capabilities of all devices, ascending."""
     return sorted(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from halfbyte import functional
 from halfbyte.functional import (
     QuantState,
     create_dynamic_map,
@@ -18,7 +19,6 @@ from halfbyte.functional import (
     dequantize_blockwise,
     dequantize_fp4,
     dequantize_nf4,
-    gemv_4bit,
     get_4bit_type,
     int8_vectorwise_dequant,
     int8_vectorwise_quant,
@@ -109,6 +109,34 @@ def is_on_gpu(tensors: Iterable[Tensor | None]) -> bool:
 def has_avx512bf16() -> bool:
     """Whether weights must be packed in another order for the processor: never, here."""
     return False
+
+
+def gemv_4bit(
+    A: Tensor,
+    B: Tensor,
+    out: Tensor | None = None,
+    transposed_A: bool = False,
+    transposed_B: bool = False,
+    state: QuantState | None = None,
+) -> Tensor:
+    """`A @ dequantize_4bit(B, state).t()`, on the CPU with the bits that bitsandbytes gives there.
+
+    `transposed_A` and `transposed_B` are accepted for their callers' sake.
+
+    Raises:
+        ValueError: `state` is None.
+    """
+    if state is None or A.device.type != "cpu":
+        return functional.gemv_4bit(A, B, out, transposed_A, transposed_B, state)
+    absmax = state.absmax
+    if state.state2 is not None and state.offset is not None:
+        absmax = dequantize_blockwise(absmax, state.state2) + state.offset
+    arguments = (A, B, state.shape, absmax, state.code, state.blocksize)
+    if out is None:
+        result: Tensor = torch.ops.bitsandbytes.gemv_4bit.default(*arguments)
+        return result
+    torch.ops.bitsandbytes.gemv_4bit.out(*arguments, out=out)
+    return out
 
 
 class GlobalPageManager:

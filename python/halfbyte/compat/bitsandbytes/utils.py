@@ -123,7 +123,7 @@ class OutlierTracer:
 
 
 def outlier_hook(module: torch.nn.Module, input: tuple[Tensor, ...]) -> None:
-    """Note the outliers of a linear layer's inputs: by its weight, and those of the first layer by what it is given."""
+    """Record outlier columns of a linear layer: from its weight, and for the first layer from its input."""
     if not isinstance(module, torch.nn.Linear):
         raise TypeError(f"module must be a torch.nn.Linear, got {type(module).__name__}")
     tracer = OutlierTracer.get_instance()

@@ -1,4 +1,4 @@
-"""The class of fused layers. Imported only where PEFT's 4-bit layers are there already."""
+"""The class of fused layers. Imported only when PEFT's 4-bit layers have been imported."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from halfbyte.nn.linear4bit import Linear4bit, say_slow
 from halfbyte.nn.lora import Adapter, lora_linear_4bit
 from halfbyte.ops.autograd import autocast_dtype
 from halfbyte.ops.checks import FLOAT_DTYPES
-from halfbyte.ops.registry import PLAIN_TYPES
+from halfbyte.ops.dispatch import PLAIN_TYPES
 
 _logger = logging.getLogger(__name__)
 _said: set[str] = set()
@@ -59,7 +59,7 @@ def reason_of_adapter(layer: Any, name: str) -> str | None:
     if (
         name not in layer.lora_variant
         and type(A) is type(B) is nn.Linear
-        # Wrappers make parameters plain attributes, also those of the weight below.
+        # Wrappers turn parameters into plain attributes, which `_parameters` does not have.
         and A._parameters.get("bias", A) is B._parameters.get("bias", B) is None
         and not _hooked(A)
         and not _hooked(B)

@@ -1,7 +1,7 @@
-"""PEFT: what merging an adapter into 4-bit weights costs is said.
+"""PEFT: report the error of merging an adapter into 4-bit weights.
 
-A merge adds the adapter to the dequantized weight and quantizes the sum: what the 16 values cannot tell apart is lost.
-PEFT's methods that merge a whole model are wrapped, to say so once for each call, and not once for each layer.
+A merge adds the adapter to the dequantized weight and quantizes the sum, which rounds small changes away. PEFT's
+methods that merge a whole model are wrapped, so that the report comes once per call and not once per layer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from halfbyte.nn._requantized import Requantized, watch
 
 _logger = logging.getLogger(__name__)
 
-# Merged for good, or to be undone: training with a server beside it does that at every step.
+# Temporary merges are not worth a warning: training with a server beside it merges and unmerges at every step.
 _METHODS = {"merge_and_unload": logging.WARNING, "merge_adapter": logging.INFO, "unmerge_adapter": logging.INFO}
 
 
@@ -50,7 +50,7 @@ def _measured(stock: Callable[..., Any], level: int) -> Callable[..., Any]:
             _logger.log(level, "%s: %s", stock.__name__, cost(seen.found, names))
         return result
 
-    # `enter` knows by this that the method is wrapped already.
+    # Tells `enter` that the method is wrapped already.
     method.__halfbyte__ = True  # type: ignore[attr-defined]
     return method
 
@@ -62,7 +62,7 @@ def _layers(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def cost(found: list[Requantized], names: dict[nn.Module, str]) -> str:
-    """One line: how far the new weights are from what they should be, on average and at worst, beside the adapter."""
+    """One line: mean and worst relative error of the new weights, beside the size of the adapter's own change."""
     mean = sum(one.error for one in found) / len(found)
     worst = max(found, key=lambda one: one.error)
     changed = [one for one in found if one.change > 0]
@@ -86,10 +86,10 @@ def _percent(value: float) -> str:
 
 @contextlib.contextmanager
 def _own_parameters(model: nn.Module) -> Iterator[None]:
-    """Where bitsandbytes is installed, let the weights that PEFT makes meanwhile be this package's.
+    """Make PEFT create this package's parameters while it merges, also where bitsandbytes is installed.
 
-    It makes them by the name `bitsandbytes.nn.Params4bit`, which quantizes by other code on the CPU. The joint class,
-    under that name, is a subclass. Nothing is changed where the model has layers of bitsandbytes too.
+    PEFT creates them as `bitsandbytes.nn.Params4bit`, which quantizes with other code on the CPU. The joint class put
+    under that name is a subclass. Nothing changes if the model has layers of bitsandbytes too.
     """
     own = JOINT.get(Params4bit)
     from halfbyte.integrations.bitsandbytes import find

@@ -1,22 +1,17 @@
-"""The layers of a model without weights: which become 4-bit, and putting 4-bit ones in their place."""
+"""Choose the layers of an empty model that become 4-bit, and replace them."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from halfbyte._native import CheckpointError
 from halfbyte.models.layers import is_conv1d
 from halfbyte.models.replace import SOURCE_CLASS, empty_linear4bit
 from halfbyte.nn import Embedding4bit, Linear4bit, Params4bit
-from halfbyte.offline.transformers_names import renamed
-from halfbyte.state import PACKED_KEYS, TENSOR_KEYS
 
 
 def is_conv1d_layer(module: nn.Module) -> bool:
@@ -43,69 +38,9 @@ def chosen(model: nn.Module, keep: Sequence[str]) -> list[str]:
 
 
 def without_effect(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Those of `names` that cover no module at all."""
+    """The names in `names` that match no module."""
     paths = [name for name, _ in model.named_modules() if name]
     return [name for name in names if all(should_convert_module(path, [name]) for path in paths)]
-
-
-def packed_in(model: Any, files: Sequence[str]) -> list[str] | None:
-    """Paths of the layers whose weight is packed in a checkpoint; None when its files do not tell.
-
-    Args:
-        model: The transformers model that the checkpoint is for.
-        files: The checkpoint's files.
-
-    Raises:
-        CheckpointError: A packed weight lacks a part, or is one of many that the model holds as one tensor; the message
-            names it.
-    """
-    if not files or not all(os.fspath(file).endswith(".safetensors") for file in files):
-        return None
-    from safetensors import safe_open
-
-    names: dict[str, str] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as header:
-            names.update(dict.fromkeys(header.keys(), os.fspath(file)))
-    found: list[str] = []
-    for name, target, _, _ in renamed(model, _packed_weights(names)):
-        if target is not None and target.endswith("weight"):
-            found.append(target.rpartition(".")[0])
-        elif target is not None:
-            raise CheckpointError(
-                f"{names[name]}: {name} is packed to 4 bits, but transformers {transformers.__version__} holds it as "
-                f"part of {target}, one tensor for all experts, which cannot be made of packed ones; make a 16-bit "
-                "checkpoint of it by `halfbyte dequantize`, or load the one that it was made from"
-            )
-    return found
-
-
-def _packed_weights(names: Mapping[str, str]) -> list[str]:
-    """Names of the packed weights among a checkpoint's tensors, which come with their files; each is complete."""
-    parts: dict[str, set[str]] = {}
-    for name in names:
-        for key in (*PACKED_KEYS, *TENSOR_KEYS):
-            if name.endswith(f".{key}"):
-                parts.setdefault(name[: -len(key) - 1], set()).add(key)
-                break
-    for weight, keys in parts.items():
-        file = names[f"{weight}.{min(keys)}"]
-        if not weight.endswith("weight"):
-            continue
-        wanted = {"absmax", "quant_map"}
-        if any(key.startswith("nested_") for key in keys):
-            wanted |= {"nested_absmax", "nested_quant_map"}
-        missing = [f"{weight}.{key}" for key in TENSOR_KEYS if key in wanted - keys]
-        if not keys.intersection(PACKED_KEYS):
-            missing.append(f"{weight}.{PACKED_KEYS[0]} (or {PACKED_KEYS[1].rpartition('.')[2]})")
-        if weight not in names:
-            missing.insert(0, weight)
-        if missing:
-            raise CheckpointError(
-                f"{file}: {weight} is packed to 4 bits, but the checkpoint lacks {', '.join(missing)}; it is "
-                "incomplete: save, or download, it again"
-            )
-    return [weight for weight, keys in parts.items() if keys.intersection(PACKED_KEYS)]
 
 
 def put_4bit(

@@ -15,6 +15,7 @@ from transformers.core_model_loading import ConversionOps
 from halfbyte.config import BitsAndBytesConfig
 from halfbyte.functional import dequantize_4bit
 from halfbyte.integrations.transformers.layers import is_transposed
+from halfbyte.models.load import float_parts
 from halfbyte.nn import Params4bit
 from halfbyte.nn._quantized import Quantized
 from halfbyte.state import PACKED_KEYS, TENSOR_KEYS, QuantState
@@ -93,7 +94,7 @@ class Deserialize(Operation):
             raise ValueError(
                 f"{full_layer_name}: missing, but {', '.join(sorted(parts))} are in the checkpoint: it is incomplete"
             )
-        stats = {key.removeprefix(f"{WEIGHT}."): value for key, value in parts.items()}
+        stats = float_parts({key.removeprefix(f"{WEIGHT}."): value for key, value in parts.items()})
         try:
             if not isinstance(module, Quantized):
                 # Its class reads the weight with code of its own.

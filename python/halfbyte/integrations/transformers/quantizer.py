@@ -20,7 +20,7 @@ from transformers.utils.import_utils import is_accelerate_available
 
 from halfbyte.config import BitsAndBytesConfig
 from halfbyte.integrations.recognition import serve_bitsandbytes
-from halfbyte.integrations.transformers import layers, operations
+from halfbyte.integrations.transformers import checkpoint, layers, operations
 from halfbyte.models.layers import experts_note, fused_experts
 from halfbyte.models.replace import SOURCE_CLASS
 from halfbyte.nn import Params4bit
@@ -96,16 +96,18 @@ class Quantizer4bit(Bnb4BitHfQuantizer):
         if isinstance(device_map, Mapping):
             self._device_map = dict(device_map)
         skip = self.config.llm_int8_skip_modules
-        paths = layers.packed_in(model, checkpoint_files or ()) if self.pre_quantized else None
+        kept = list(getattr(model, "_keep_in_fp32_modules", None) or ())
+        paths = None
+        if self.pre_quantized:
+            heads = self.get_modules_to_not_convert(model, skip, kept, add_default_skips=True)
+            paths = checkpoint.packed_in(model, checkpoint_files or (), heads)
         if paths is None:
             self.modules_to_not_convert = self.get_modules_to_not_convert(
-                model,
-                skip,
-                list(getattr(model, "_keep_in_fp32_modules", None) or ()),
-                add_default_skips=not self.pre_quantized,
+                model, skip, kept, add_default_skips=not self.pre_quantized
             )
             paths = layers.chosen(model, self.modules_to_not_convert)
         if not self.pre_quantized:
+            checkpoint.check_dense(model, checkpoint_files or (), paths)
             for name in layers.without_effect(model, skip or ()):
                 _logger.warning(
                     "llm_int8_skip_modules: %r names no module of %s, so it keeps nothing; module names are matched "
@@ -171,7 +173,7 @@ class Quantizer4bit(Bnb4BitHfQuantizer):
     # ---- after loading -----------------------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        """Quantize what the checkpoint lacked, and tell the model, and with it PEFT and Trainer, what it is."""
+        """Quantize weights that the checkpoint lacked, and mark the model as 4-bit for PEFT and Trainer."""
         for name, module in model.named_modules():
             weight = module._parameters.get(operations.WEIGHT) if isinstance(module, Quantized) else None
             if weight is None or weight.is_meta or module.quant_state is not None:

@@ -61,7 +61,7 @@ class MatMul8bitFp(torch.autograd.Function):
 
 
 class GlobalOutlierPooler:
-    """Outlier columns that several layers share."""
+    """Outlier columns common to several layers."""
 
     _instance: GlobalOutlierPooler | None = None
     outliers: set[int]

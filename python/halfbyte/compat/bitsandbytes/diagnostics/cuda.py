@@ -1,4 +1,4 @@
-"""What is said of CUDA. There are no runtime libraries to look for: halfbyte uses the driver alone."""
+"""The report about CUDA. halfbyte uses the driver alone, so there are no runtime libraries to look for."""
 
 from __future__ import annotations
 

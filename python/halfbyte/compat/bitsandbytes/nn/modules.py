@@ -1,4 +1,4 @@
-"""The module classes. Those of 4 bits are halfbyte's, not subclasses: `isinstance` holds in both directions."""
+"""The module classes. The 4-bit ones are halfbyte's own, not subclasses, so `isinstance` works both ways."""
 
 from __future__ import annotations
 

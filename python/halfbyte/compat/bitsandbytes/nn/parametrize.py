@@ -66,7 +66,7 @@ def replace_parameter_4bit(
         param_name: Its name in `module`.
         compress_statistics: Quantize the scales too.
         quant_type: "nf4" or "fp4".
-        blocksize: Values that share a scale, default 64.
+        blocksize: Values per scale, default 64.
 
     Raises:
         AttributeError: `module` has no such attribute.
@@ -92,7 +92,7 @@ def _parameter(module: nn.Module, name: str) -> nn.Parameter:
 
 
 def _register(module: nn.Module, name: str, state: F.QuantState) -> None:
-    # Unsafe: shape and dtype of what is read are not those of what is held.
+    # unsafe=True: the dequantized weight has another shape and dtype than the packed one.
     P.register_parametrization(module, name, Bnb4bitParametrization(state), unsafe=True)
     _register_parametrization_hooks(module, name)
 

@@ -79,7 +79,7 @@ class GlobalOptimManager:
         value: Any = None,
         key_value_dict: dict[str, Any] | None = None,
     ) -> None:
-        """Set one setting, or several, of parameters: `lr`, `betas`, `eps`, `weight_decay`, `optim_bits`, …"""
+        """Set one setting, or several, of parameters: `lr`, `betas`, `eps`, `weight_decay`, `optim_bits` and others."""
         self.uses_config_override = True
         if key is not None and value is not None:
             if key_value_dict is not None:
@@ -95,9 +95,9 @@ class GlobalOptimManager:
 
 
 class Optimizer8bit(torch.optim.Optimizer):
-    """What all optimizers here share. States are float32 whatever `optim_bits` says."""
+    """Base class of the optimizers. States are float32, whatever `optim_bits` is."""
 
-    # What a class with "8bit", "32bit" or "Paged" in its name was made for; the others are told when they are made.
+    # Fixed by classes with "8bit", "32bit" or "Paged" in their name; an argument of the other classes.
     _bits: int | None = None
     _paged = False
 
@@ -131,7 +131,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         order = [key for group in state_dict["param_groups"] for key in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for key, p in zip(order, params, strict=True):
-            # torch casts states to the parameter's dtype, which would round those of 16-bit parameters.
+            # torch casts states to the parameter's dtype, which would round the states of 16-bit parameters.
             for name, state in saved.get(key, {}).items():
                 if isinstance(state, Tensor):
                     self.state[p][name] = state.to(p.device, copy=True)
@@ -259,7 +259,7 @@ class Optimizer2State(Optimizer8bit):
         if config["t_alpha"]:
             alpha = min(state["step"] * alpha / config["t_alpha"], alpha)
         if config["t_beta3"]:
-            # Linear in the half-life, from that of beta1 to that of beta3 (arXiv 2409.03137, appendix A.1).
+            # Linear in the half-life, from beta1's to beta3's (arXiv 2409.03137, appendix A.1).
             low, high, part = math.log(betas[0]), math.log(beta3), state["step"] / config["t_beta3"]
             beta3 = min(math.exp(low * high / ((1 - part) * high + part * low)), beta3)
         F.optimizer_update_32bit(

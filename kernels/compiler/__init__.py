@@ -1,0 +1,1 @@
+"""What builds the kernels: `modules` says what, `tools` with what, `build` does it, `ptx` takes the result apart."""

@@ -1,0 +1,242 @@
+"""Compile a kernel source of this folder's parent, or of tests/, for the processor.
+
+    python kernels/emulator/build_emulator.py                   every kernels/*.cu, in every mode
+    python kernels/emulator/build_emulator.py SOURCE.cu MODE    one; prints where it is
+
+A mode is "library" (a shared library, for many launches), "asan" (a program with AddressSanitizer and
+UndefinedBehaviorSanitizer), "tsan" (a program with ThreadSanitizer, whose threads are those of the kernel), "stores" (a
+library that knows each access to shared memory, for what copies and matrix units do there), or "ucontext" (a library
+with the portable way to switch stacks). What was built of the same files in the same way is not
+built again: .cache/emulator/ of the repository keeps it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+KERNELS = HERE.parent
+if str(KERNELS) not in sys.path:
+    sys.path.append(str(KERNELS))
+
+import build_ptx  # noqa: E402
+
+CACHE = KERNELS.parent / ".cache" / "emulator"
+
+# Aliasing as CUDA's compilers treat it; contraction would change bits.
+COMMON = ("-std=c++17", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra", "-pthread")
+# `#pragma unroll` is for CUDA; a parameter that one instance of a template does not need is not a mistake.
+KERNEL_ONLY = (
+    "-DHALFBYTE_EMULATOR",
+    "-Wno-unknown-pragmas",
+    "-Wno-unused-parameter",
+    "-Wno-unused-but-set-parameter",
+    "-Wno-psabi",
+)
+SANITIZED = ("-O1", "-g1", "-fno-omit-frame-pointer")
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How kernels are compiled: `flags` for them, `defines` for the engine, which no sanitizer touches."""
+
+    flags: tuple[str, ...]
+    link: tuple[str, ...]
+    defines: tuple[str, ...] = ()
+
+
+MODES = {
+    "library": Mode(("-O2", "-g1"), ("-shared",)),
+    "ucontext": Mode(("-O2", "-g1"), ("-shared",), ("-DEMULATOR_UCONTEXT=1",)),
+    "asan": Mode(
+        (*SANITIZED, "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
+        ("-fsanitize=address,undefined",),
+        ("-DEMULATOR_ASAN=1",),
+    ),
+    "tsan": Mode(
+        (*SANITIZED, "-fsanitize=thread", "-DHALFBYTE_EMULATOR_RACES"), ("-fsanitize=thread",), ("-DEMULATOR_TSAN=1",)
+    ),
+    # The engine has the functions that the compiler then calls before each access: stores.cpp.
+    "stores": Mode(("-O2", "-g1", "-fsanitize=thread"), ("-shared", "-ldl"), ("-DEMULATOR_STORES=1",)),
+}
+
+
+class BuildError(RuntimeError):
+    """The compiler refused; the message is what it said."""
+
+
+def compiler() -> list[str]:
+    """The command of the C++ compiler: the environment's CXX, else g++."""
+    return shlex.split(os.environ.get("CXX", "g++"))
+
+
+def execute(command: list[str]) -> str:
+    """Run a command; gives its standard output."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise BuildError(f"{shlex.join(command)}\n{done.stderr}")
+    return done.stdout
+
+
+@functools.cache
+def version(command: tuple[str, ...]) -> str:
+    """What the compiler says it is. OSError when it is not there."""
+    return execute([*command, "--version"])
+
+
+def digest(files: list[Path], *more: str) -> str:
+    """SHA-256 over files and words, shortened."""
+    total = hashlib.sha256("\0".join(more).encode())
+    for file in files:
+        total.update(f"\0{file.name}\0".encode() + file.read_bytes())
+    return total.hexdigest()[:20]
+
+
+def instances(source: Path) -> list[tuple[str, ...]]:
+    """What is defined for each of the times that a source is compiled to PTX, where that is more than once."""
+    return [module.defines for module in build_ptx.MODULES if module.source == source.stem and module.defines]
+
+
+def included(source: Path) -> str:
+    """Lines that include a source, once for each of its instances."""
+    line = f'#include "{source}"\n'
+    text = ""
+    for defines in instances(source):
+        words = [define.partition("=") for define in defines]
+        text += "".join(f"#define {name} {value}\n" for name, _, value in words)
+        text += line + "".join(f"#undef {name}\n" for name, _, _ in words)
+    return text or line
+
+
+def listing(source: Path, command: list[str]) -> str:
+    """A C++ file with tables of the kernels of a source, and of its whole-number constants."""
+    with tempfile.TemporaryDirectory() as folder:
+        all_of_it = Path(folder, source.name)
+        all_of_it.write_text(included(source), encoding="utf-8")
+        text = execute(
+            [
+                *command,
+                "-E",
+                "-P",
+                *COMMON,
+                *KERNEL_ONLY,
+                "-DHALFBYTE_EMULATOR_LISTING",
+                f"-I{KERNELS}",
+                "-xc++",
+                str(all_of_it),
+            ]
+        )
+    kernels = re.findall(
+        r"\b__global__\s+void\s+__launch_bounds__\s*\(\s*([^(),]+?)\s*(?:,[^()]*)?\)\s*(\w+)\s*\(", text
+    )
+    if len(kernels) != text.count("__global__"):
+        raise BuildError(f"{source.name}: a kernel is not of the form: __global__ void __launch_bounds__(...) name(")
+    constants = re.findall(r"(?<!>\n)^constexpr (?:int|u32|i64) (\w+) =", text, re.MULTILINE)
+    entries = "".join(f'    Unpack<{name}>::entry("{name}", {threads}),\n' for threads, name in kernels)
+    values = "".join(f'    {{"{name}", {name}}},\n' for name in constants)
+    return (
+        f'{included(source)}#include "emulator/registry.h"\n\nnamespace emulator {{\n'
+        f"const Entry entries[] = {{\n{entries}    {{nullptr, nullptr, 0, nullptr, 0}},\n}};\n"
+        f"const Constant constants[] = {{\n{values}    {{nullptr, 0}},\n}};\n}}  // namespace emulator\n"
+    )
+
+
+def place(output: Path, command: list[str]) -> None:
+    """Run the command that ends with where to write, and put what it wrote to `output` in one step."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f"{output.stem}.{os.getpid()}{output.suffix}")
+    try:
+        execute([*command, str(partial)])
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def engine(mode: Mode, command: list[str]) -> list[Path]:
+    """The objects of the engine."""
+    headers = sorted(HERE.glob("*.h"))
+    objects = []
+    for source in sorted(HERE.glob("*.cpp")):
+        # The others do not know what kernels are compiled with.
+        defines = mode.defines if source.stem in ("fibers", "stores") else ()
+        words = [*command, "-O3", *COMMON, "-fvisibility=hidden", *defines]
+        name = digest([source, *headers], version(tuple(command)), *words)
+        target = CACHE / f"{source.stem}-{name}.o"
+        if not target.exists():
+            place(target, [*words, "-c", str(source), "-o"])
+        objects.append(target)
+    return objects
+
+
+def build(source: Path, mode_name: str, command: list[str] | None = None) -> Path:
+    """Compile a source in a mode, unless that has been done; gives the library or the program.
+
+    BuildError with the compiler's words when it fails, OSError when there is no compiler.
+    """
+    command = command or compiler()
+    mode = MODES[mode_name]
+    words = [*command, *COMMON, *KERNEL_ONLY, *mode.flags, "-fvisibility=hidden", f"-I{KERNELS}"]
+    files = sorted({*KERNELS.glob("*.cuh"), *HERE.glob("*.h"), *HERE.glob("*.cpp"), Path(__file__), source})
+    name = digest(files, version(tuple(command)), *words, *mode.link, *mode.defines, *map(str, instances(source)))
+    shared = "-shared" in mode.link
+    target = CACHE / f"{source.stem}-{mode_name}-{name}{'.so' if shared else ''}"
+    if target.exists():
+        return target
+    table = CACHE / f"{source.stem}-{name}.cpp"
+    table.parent.mkdir(parents=True, exist_ok=True)
+    table.write_text(listing(source, command), encoding="utf-8")
+    compiled = table.with_suffix(".o")
+    place(compiled, [*words, "-c", str(table), "-o"])
+    objects = [str(path) for path in [compiled, *engine(mode, command)]]
+    # What a library is linked with comes behind what needs it.
+    place(target, [*command, "-pthread", *objects, *mode.link, "-o"])
+    compiled.unlink()
+    return target
+
+
+def sources() -> list[Path]:
+    """The kernels' sources, and those that test the engine."""
+    return [*sorted(KERNELS.glob("*.cu")), *sorted((HERE / "tests").glob("*.cu"))]
+
+
+def build_all(pairs: list[tuple[Path, str]]) -> dict[tuple[Path, str], Path | BuildError]:
+    """Build several, two at a time."""
+
+    def attempt(pair: tuple[Path, str]) -> Path | BuildError:
+        try:
+            return build(*pair)
+        except BuildError as error:
+            return error
+
+    for mode_name in sorted({mode_name for _, mode_name in pairs}):
+        engine(MODES[mode_name], compiler())
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        return dict(zip(pairs, pool.map(attempt, pairs), strict=True))
+
+
+def main() -> None:
+    """The command line."""
+    if len(sys.argv) == 3:
+        pairs = [(Path(sys.argv[1]).resolve(), sys.argv[2])]
+    elif len(sys.argv) == 1:
+        pairs = [(source, mode_name) for source in sources() for mode_name in MODES]
+    else:
+        raise SystemExit(__doc__)
+    for built in build_all(pairs).values():
+        if isinstance(built, BuildError):
+            raise SystemExit(f"error: {built}")
+        print(built)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""The files of a 4-bit checkpoint, compared with the model that they are for before it is changed.
+
+transformers reads tensors one by one and says of what went wrong at the end, in a report; a linear layer that it does
+not find starts at random. Here the headers and the small parts beside the weights tell before anything happens.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from halfbyte._native import CheckpointError
+from halfbyte.integrations.transformers.layers import chosen
+from halfbyte.models import transformers_weights
+from halfbyte.models.load import float_parts, layer_shape
+from halfbyte.nn import Params4bit
+from halfbyte.offline.transformers_names import renamed
+from halfbyte.state import PACKED_KEYS, TENSOR_KEYS
+
+_AGAIN = "it is incomplete: save, or download, it again"
+
+
+def packed_in(model: Any, files: Sequence[str], keep: Sequence[str]) -> list[str] | None:
+    """Paths of the layers whose weight is packed in a checkpoint; None when its files do not tell.
+
+    Args:
+        model: The transformers model that the checkpoint is for.
+        files: The checkpoint's files.
+        keep: Names of the modules that the checkpoint has in 16 bits, and those that any may have so.
+
+    Raises:
+        CheckpointError: A file is missing or broken; a packed weight lacks a part, has one that does not fit, another
+            shape than the model's, or is one of many that the model holds as one tensor; or a linear layer is not in
+            the checkpoint at all. The message names the tensor and the file.
+    """
+    if not files or not all(os.fspath(file).endswith(".safetensors") for file in files):
+        return None
+    with ExitStack() as stack:
+        checkpoint = _Checkpoint([os.fspath(file) for file in files], stack)
+        packed = _packed_weights(checkpoint)
+        beside = {f"{weight}.{key}" for weight, keys in packed.items() for key in keys}
+        targets: dict[str, str] = {}
+        merged: list[str] = []
+        for name, target, _, converter in renamed(model, [name for name in checkpoint.files if name not in beside]):
+            if target is None:
+                continue
+            if name not in packed:
+                targets[target] = name
+                if converter is not None:
+                    merged.append(name)
+            elif target.endswith("weight"):
+                targets[target] = name
+            else:
+                raise CheckpointError(
+                    f"{checkpoint.files[name]}: {name} is packed to 4 bits, but transformers "
+                    f"{transformers.__version__} holds it as part of {target}, one tensor for all experts, which "
+                    "cannot be made of packed ones; make a 16-bit checkpoint of it by `halfbyte dequantize`, or load "
+                    "the one that it was made from"
+                )
+        _check_complete(model, checkpoint, targets, merged, keep)
+        found = [target for target, name in targets.items() if name in packed]
+        for target in found:
+            _check_weight(model, checkpoint, target, targets[target], packed[targets[target]])
+    return [target.rpartition(".")[0] for target in found]
+
+
+def check_dense(model: Any, files: Sequence[str], paths: Sequence[str]) -> None:
+    """That a checkpoint to be quantized is not quantized already, whatever its config.json says.
+
+    Args:
+        model: The transformers model that the checkpoint is for.
+        files: The checkpoint's files.
+        paths: Of the layers to quantize.
+
+    Raises:
+        CheckpointError: A weight of these layers is packed, or of a dtype that is none of a dense weight; the message
+            names it and its file.
+    """
+    if not files or not all(os.fspath(file).endswith(".safetensors") for file in files):
+        return
+    with ExitStack() as stack:
+        checkpoint = _Checkpoint([os.fspath(file) for file in files], stack)
+        odd = []
+        for name, file in checkpoint.files.items():
+            if name.endswith(tuple(f".{key}" for key in PACKED_KEYS)):
+                raise CheckpointError(
+                    f"{file}: {name}: the weight is packed to 4 bits already, but config.json has no "
+                    "quantization_config with load_in_4bit true; take config.json from where the checkpoint is from"
+                )
+            if checkpoint.dtype(name) not in ("F16", "BF16", "F32", "F64"):
+                odd.append(name)
+        weights = {f"{path}.weight" for path in paths}
+        for name, target, _, _ in renamed(model, odd):
+            if target in weights:
+                raise CheckpointError(
+                    f"{checkpoint.files[name]}: {name} is {checkpoint.dtype(name)}, so it is quantized already, and "
+                    "cannot be quantized to 4 bits; start from the 16-bit checkpoint that it was made from"
+                )
+
+
+class _Checkpoint:
+    """Open files of a checkpoint.
+
+    Attributes:
+        files: The file of each tensor, by its name.
+        twice: Another file of a tensor that two files have.
+        where: The file, or the index, for messages.
+    """
+
+    def __init__(self, files: list[str], stack: ExitStack) -> None:
+        index = Path(files[0]).parent / "model.safetensors.index.json"
+        self.where = files[0] if len(files) == 1 else str(index if index.is_file() else index.parent)
+        self.files: dict[str, str] = {}
+        self.twice: dict[str, str] = {}
+        self._handles: dict[str, Any] = {}
+        for file in files:
+            if not Path(file).is_file():
+                raise CheckpointError(f"{file}: there is no such file, but {self.where} names it; {_AGAIN}")
+            try:
+                handle = self._handles[file] = stack.enter_context(safe_open(file, framework="pt"))
+            except SafetensorError as error:
+                raise CheckpointError(
+                    f"{file}: is not a whole safetensors file ({error}); save, or download, it again"
+                ) from None
+            for name in handle.keys():  # noqa: SIM118  (not a dict)
+                if self.files.setdefault(name, file) != file:
+                    self.twice[name] = file
+
+    def view(self, name: str) -> torch.Tensor:
+        """A tensor, in mapped memory."""
+        tensor: torch.Tensor = self._handles[self.files[name]].get_tensor(name)
+        return tensor
+
+    def dtype(self, name: str) -> str:
+        """The dtype of a tensor, as safetensors writes it."""
+        dtype: str = self._handles[self.files[name]].get_slice(name).get_dtype()
+        return dtype
+
+    def facts(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of a tensor."""
+        tensor = self.view(name)
+        return tuple(tensor.shape), tensor.dtype
+
+
+def _packed_weights(checkpoint: _Checkpoint) -> dict[str, set[str]]:
+    """The packed weights of a checkpoint, with the keys of what is saved beside them; each is complete."""
+    names = checkpoint.files
+    parts: dict[str, set[str]] = {}
+    for name in names:
+        for key in (*PACKED_KEYS, *TENSOR_KEYS):
+            if name.endswith(f".{key}"):
+                parts.setdefault(name[: -len(key) - 1], set()).add(key)
+                break
+    for weight, keys in parts.items():
+        file = names[f"{weight}.{min(keys)}"]
+        if not weight.endswith("weight"):
+            continue
+        wanted = {"absmax", "quant_map"}
+        if any(key.startswith("nested_") for key in keys):
+            wanted |= {"nested_absmax", "nested_quant_map"}
+        missing = [f"{weight}.{key}" for key in TENSOR_KEYS if key in wanted - keys]
+        if not keys.intersection(PACKED_KEYS):
+            missing.append(f"{weight}.{PACKED_KEYS[0]} (or {PACKED_KEYS[1].rpartition('.')[2]})")
+        if weight not in names:
+            missing.insert(0, weight)
+        if missing:
+            raise CheckpointError(
+                f"{file}: {weight} is packed to 4 bits, but the checkpoint lacks {', '.join(missing)}; {_AGAIN}"
+            )
+        for name in (weight, *(f"{weight}.{key}" for key in sorted(keys))):
+            if name in checkpoint.twice:
+                raise CheckpointError(
+                    f"{names[name]}: {name} is in {checkpoint.twice[name]} too, and nothing says which is meant; "
+                    "save, or download, the checkpoint again"
+                )
+    return {weight: keys for weight, keys in parts.items() if keys.intersection(PACKED_KEYS)}
+
+
+def _check_weight(model: nn.Module, checkpoint: _Checkpoint, target: str, name: str, keys: set[str]) -> None:
+    """A packed weight and its parts fit together, and the model."""
+    stats = float_parts({key: checkpoint.view(f"{name}.{key}") for key in keys})
+    where = f"{checkpoint.files[name]}: {name}"
+    try:
+        state = Params4bit.from_prequantized(checkpoint.view(name), stats).quant_state
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}: {error}; save, or download, the checkpoint again") from None
+    assert state is not None
+    path, _, attribute = target.rpartition(".")
+    holder = model.get_submodule(path)
+    expected = layer_shape(holder) if attribute == "weight" else tuple(getattr(holder, attribute).shape)
+    shape = tuple(state.shape or ())
+    if shape != expected:
+        raise CheckpointError(
+            f"{where}: the checkpoint holds a weight {list(shape)}, the model has {list(expected)}; load it with the "
+            "config.json that it was saved with"
+        )
+
+
+# ---- layers that are not there ---------------------------------------------------------------------------------------
+
+
+def _check_complete(
+    model: Any, checkpoint: _Checkpoint, targets: Mapping[str, str], merged: Sequence[str], keep: Sequence[str]
+) -> None:
+    """No linear layer that should be packed is absent.
+
+    A new head may be, and whatever else transformers starts anew when a checkpoint of one class is loaded into another.
+    """
+    given = set(targets)
+    absent = _absent(model, given, keep)
+    if absent and merged:
+        # Of these transformers makes more tensors than the one by which it groups them.
+        for entry in transformers_weights.entries(model, merged, checkpoint.facts)[0]:
+            given.update(entry.targets)
+        absent = _absent(model, given, keep)
+    saved_from_it = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
+    blocks = {_block(name) for name in given} - {None}
+    lost = [
+        f"{path}.weight"
+        for path in absent
+        if (saved_from_it and not _is_optional(model, path)) or _block(f"{path}.weight") in blocks
+    ]
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise CheckpointError(
+            f"{checkpoint.where}: the 4-bit checkpoint lacks {lost[0]}{more}, packed or not; {_AGAIN}, or load it with "
+            "the config.json that it was saved with. What is meant to start anew can be named in "
+            "llm_int8_skip_modules of the quantization_config in config.json"
+        )
+
+
+def _absent(model: Any, given: set[str], keep: Sequence[str]) -> list[str]:
+    """Paths of linear layers that are not kept, whose weight the checkpoint has under no name."""
+    names: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(path)
+    same: dict[str, set[str]] = {}
+    for a, b in transformers_weights.tied_names(model):
+        same.setdefault(a, set()).add(b)
+        same.setdefault(b, set()).add(a)
+    candidates = []
+    for path in chosen(model, keep):
+        weights = {f"{name}.weight" for name in names[model.get_submodule(path)]}
+        weights |= {other for weight in weights for other in same.get(weight, ())}
+        if not weights & given:
+            candidates.append(path)
+    allowed = transformers_weights.expected_absent(model, [f"{path}.weight" for path in candidates])
+    return [path for path in candidates if f"{path}.weight" not in allowed]
+
+
+def _block(name: str) -> str | None:
+    """The name without its numbers, which is that of the same tensor in other blocks; None outside of any."""
+    block, count = re.subn(r"(?<=\.)\d+(?=\.)", "*", name)
+    return block if count else None
+
+
+def _is_optional(model: nn.Module, path: str) -> bool:
+    """Whether the class can be built without this layer: a pooler, which checkpoints of other tools often lack."""
+    start, found, _ = f".{path}.".partition(".pooler.")
+    if not found:
+        return False
+    holder = model.get_submodule(start.strip("."))
+    return "add_pooling_layer" in inspect.signature(type(holder).__init__).parameters

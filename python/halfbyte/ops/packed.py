@@ -1,0 +1,88 @@
+"""A packed 4-bit weight as one value: codes, and how they are read."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypeAlias
+
+from torch import Tensor
+
+Tensors: TypeAlias = "tuple[Tensor, Tensor, Tensor | None, Tensor | None]"
+Scalars: TypeAlias = tuple[tuple[int, ...], int, str]
+
+
+class Memo:
+    """What is known of a packing from one call to the next.
+
+    Attributes:
+        plain: Whether the tensors of the packing are plain ones, none of a subclass with a say.
+        addresses: Of `absmax`, `absmax2` and `offset` when they were checked; 0 where there is none.
+        sizes: Their numbers of elements.
+        codes: What was checked of the codes: number, dtype, and the index of their device, None for the CPU.
+        kernels: What a back end found for products with such a weight, by the dtypes of the other operands.
+    """
+
+    __slots__ = ("addresses", "codes", "kernels", "plain", "sizes")
+
+    def __init__(self) -> None:
+        self.plain = False
+        self.addresses: tuple[int, int, int] | None = None
+        self.sizes = (0, 0, 0)
+        self.codes: tuple[object, ...] = ()
+        self.kernels: dict[Any, Any] = {}
+
+
+class Packing(NamedTuple):
+    """How codes are read: everything of a packed weight but the codes.
+
+    Attributes:
+        absmax: Scales, float32 `[blocks]`; or uint8 codes of them when they are nested.
+        absmax2: When nested, the scales of the scales, float32 `[ceil(blocks / 256)]`.
+        offset: When nested, what was subtracted from the scales: float32 `[]`.
+        shape: Of the tensor that was quantized.
+        blocksize: How many consecutive values share a scale.
+        quant_type: "nf4" or "fp4".
+        memo: What checks and back ends remember of it, so that a weight that is used again costs less; None for a
+            packing that is made for a single call.
+    """
+
+    absmax: Tensor
+    absmax2: Tensor | None
+    offset: Tensor | None
+    shape: tuple[int, ...]
+    blocksize: int
+    quant_type: str
+    memo: Memo | None = None
+
+
+class PackedWeight(NamedTuple):
+    """Codes (bytes viewed as any storage dtype) and their packing.
+
+    Immutable. A tuple and no dataclass, since one is made for each call: that takes half the time, and the compilers of
+    all releases of torch know tuples.
+    """
+
+    codes: Tensor
+    packing: Packing
+
+    def tensors(self) -> Tensors:
+        """`packed, absmax, absmax2, offset`, as in the operations' schemas."""
+        packing = self.packing
+        return self.codes, packing.absmax, packing.absmax2, packing.offset
+
+    def scalars(self) -> Scalars:
+        """`shape, blocksize, quant_type`, as in the operations' schemas."""
+        packing = self.packing
+        return packing.shape, packing.blocksize, packing.quant_type
+
+
+def packed_weight(
+    codes: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    shape: Any,
+    blocksize: int,
+    quant_type: str,
+) -> PackedWeight:
+    """One value of what is several in the operations' schemas."""
+    return PackedWeight(codes, Packing(absmax, absmax2, offset, shape, blocksize, quant_type))

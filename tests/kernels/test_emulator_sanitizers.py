@@ -1,0 +1,249 @@
+"""The CUDA sources on the processor with AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
+
+Buffers have their exact size: a read behind the end, which may do no harm elsewhere, is found here; as is what no
+barrier orders, whatever the results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import build_emulator
+import launches
+import native
+import numpy as np
+import pytest
+import values
+from harness import program
+from launches import Check, Described, Product, Scales
+from native import QUANT_TYPES, STORED
+
+
+def of_quantize(source: Described) -> Iterator[Check]:
+    """Every kernel; a ragged end, an odd number, nothing aligned; a block of values on many warps."""
+    for dtype in STORED:
+        item = STORED[dtype].itemsize
+        for quant_type in QUANT_TYPES:
+            for n, blocksize, shifts in (
+                (16384 + 77, 64, (0, 0)),
+                (333, 4096, (item, 3)),
+                (8193, 512, (0, 0)),
+                (1, 32, (0, 1)),
+            ):
+                yield launches.quantize(source, values.awkward(n, dtype), dtype, quant_type, blocksize, shifts)
+            yield launches.quantize(source, values.normal(999, dtype), dtype, quant_type, 64, (item, 1), slow=True)
+
+
+def of_dequantize(source: Described) -> Iterator[Check]:
+    """Every kernel, with the same in mind."""
+    for dtype in STORED:
+        item = STORED[dtype].itemsize
+        for nested in (False, True):
+            for n, blocksize, shifts in (
+                (8192 + 77, 64, (0, 0)),
+                (333, 4096, (3, item)),
+                (2049, 32, (4, 16)),
+                (1, 32, (0, 0)),
+            ):
+                absmax = np.abs(values.normal(-(-n // blocksize), "f32"))
+                scales = Scales.nested(absmax) if nested else Scales.plain(absmax)
+                for slow in (False, True):
+                    yield launches.dequantize(source, values.codes(n), scales, n, dtype, "nf4", blocksize, shifts, slow)
+
+
+def of_nested(source: Described) -> Iterator[Check]:
+    """A warp with nothing to do or several groups, one that is not full, more levels than needed, nothing aligned."""
+    for n, levels, grid, shifts in (
+        (1, 1, 1, (0, 0)),
+        (256, 1, 1, (0, 0)),
+        (2500, 2, 1, (4, 1)),
+        (9001, 1, 2, (0, 0)),
+        (70001, 1, 9, (0, 0)),
+    ):
+        yield launches.compress(source, np.abs(values.normal(n, "f32")), levels, grid, shifts)
+    yield launches.compress_slowly(source, np.abs(values.normal(600, "f32")))
+
+
+def of_product(source: Described) -> Iterator[Check]:
+    """Every kernel."""
+    for k, dtype in enumerate(STORED):
+        for nested in (False, True):
+            product = Product.random(3, 7, 65, dtype, QUANT_TYPES[k % 2], 32, nested=nested, bias=nested)
+            yield launches.plain_product(source, product, shift=1)
+
+
+def of_gemv(source: Described) -> Iterator[Check]:
+    """Every kernel, by words with a rest and by single codes."""
+    for dtype in STORED:
+        yield launches.gemv(source, 9, 300, 152, dtype, 64)
+        yield launches.gemv(source, 3, 65, 33, dtype, 32, shift=1)
+
+
+def of_decode(source: Described) -> Iterator[Check]:
+    """Every kernel: parts of K for several warps, and enough of it for one warp to use each place twice."""
+    for dtype in ("bf16", "f16"):
+        for nested in (False, True):
+            for m in (3, 11):
+                for k, plan in ((320, (21, 4, 1)), (1088, (37, 1, 3))):
+                    product = Product.random(m, 37, k, dtype, "nf4", 64, nested=nested, bias=nested)
+                    yield launches.decode(source, product, *plan)
+
+
+def of_decode_ring(source: Described) -> Iterator[Check]:
+    """The same by way of shared memory: scales one by one and by fours, one chunk and two, a short pass."""
+    for dtype in ("bf16", "f16"):
+        for nested in (False, True):
+            for m in (3, 11):
+                for k, plan in ((320, (21, 4, 1)), (1088 if m == 11 else 2112, (37, 4, 2)), (1024, (37, 8, 1))):
+                    product = Product.random(m, 37, k, dtype, "nf4", 64, nested=nested, bias=nested)
+                    yield launches.decode_ring(source, product, *plan)
+
+
+def of_decode_ring_long(source: Described) -> Iterator[Check]:
+    """Two rounds and three, the last of one chunk of two; sums of each warp, or of two or four together."""
+    for dtype in ("bf16", "f16"):
+        for nested in (False, True):
+            for m in (3, 11, 21):
+                for k, slots, sharing in ((2560, 2, 2), (1600, 1, 1), (6208, 4, 4)):
+                    product = Product.random(m, 37, k, dtype, "nf4", 64, nested=nested, bias=nested)
+                    yield launches.decode_ring(source, product, 37, slots, 0, sharing=sharing)
+
+
+def of_gemm(source: Described) -> Iterator[Check]:
+    """Every kernel: scales one by one and by fours, K in parts, rows and columns that are not there."""
+    shapes = [(33, 130, 288, 32), (3, 7, 256, 64), (20, 9, 544, 4096), (65, 40, 32, 128)]
+    for dtype in ("bf16", "f16"):
+        for (m, n, k, blocksize), tokens in zip(shapes, (64, 128, 192, 256), strict=True):
+            nested = (dtype == "bf16") == (tokens > 64)
+            product = Product.random(m, n, k, dtype, "nf4", blocksize, nested=nested, bias=nested)
+            yield launches.gemm(source, product, launches.Gemm(tokens, parts=2 if k > 512 else 1))
+
+
+def of_floor(source: Described) -> Iterator[Check]:
+    """Shares of different sizes, and none; the one sum that is written."""
+    words = np.random.default_rng(8).integers(0, 1 << 32, (2600, 4), np.uint32)
+    for count, out_count, grid in ((2600, 3000, 3), (5, 2, 3), (1, 700, 1)):
+        yield launches.floor(source, words[:count], out_count, grid)
+    yield launches.floor_read(source, words, 2, 7)
+    magic = np.array([[0, 0, 0x9E3779B9, 0]], np.uint32)
+    yield launches.floor_read(source, magic, 1, 0x9E3779B9)
+
+
+def of_expand(source: Described) -> Iterator[Check]:
+    """Both kernels; a ragged end, nothing aligned."""
+    for n, shifts in ((4096 + 259, (0, 0)), (1030, (1, 4)), (1, (3, 0))):
+        for slow in (False, True):
+            yield launches.expand(source, np.abs(values.normal(n, "f32")), shifts, slow)
+
+
+def of_embedding(source: Described) -> Iterator[Check]:
+    """Every kernel; rows that share bytes and blocks, and indices that are no rows."""
+    for dtype in STORED:
+        item = STORED[dtype].itemsize
+        for nested in (False, True):
+            for columns, blocksize, shifts in ((24, 64, (0, 0)), (37, 32, (1, item)), (4104, 4096, (0, 0))):
+                table = values.table(7, columns, "nf4", blocksize, nested)
+                for slow in (False, True):
+                    kind = np.int32 if slow else np.int64
+                    indices = np.array([6, 0, -1, 3, 7, 6, np.iinfo(kind).min], kind)
+                    yield launches.embedding(source, table, indices, dtype, shifts, slow)
+
+
+def of_dequantize_8bit(source: Described) -> Iterator[Check]:
+    """Every kernel; blocks that begin anywhere."""
+    map_ = values.maps()["dynamic"]
+    for dtype in STORED:
+        item = STORED[dtype].itemsize
+        for n, blocksize, shifts in (
+            (16384 + 77, 64, (0, 0)),
+            (1500, 7, (0, 0)),
+            (333, 4096, (3, item)),
+            (5, 1, (0, 0)),
+        ):
+            codes, absmax = values.codes(2 * n), np.abs(values.normal(-(-n // blocksize), "f32"))
+            for slow in (False, True):
+                yield launches.dequantize_8bit(source, codes, absmax, map_, dtype, blocksize, shifts, slow)
+
+
+def of_quantize_8bit(source: Described) -> Iterator[Check]:
+    """Every kernel: several tiles or blocks for one block of threads, blocks of a lane's values to all of them."""
+    maps = values.maps()
+    for dtype in STORED:
+        item = STORED[dtype].itemsize
+        for n, blocksize, shifts in (
+            (3 * 4096 + 77, 64, (0, 0)),
+            (4 * 4096 + 5, 4096, (item, 3)),
+            (2000, 100, (0, 1)),
+            (5000, 1500, (0, 0)),
+            (3, 1, (0, 0)),
+        ):
+            data = values.awkward(n, dtype)
+            yield launches.quantize_8bit(source, data, dtype, maps["dynamic"], blocksize, shifts)
+        yield launches.quantize_8bit(source, values.normal(999, dtype), dtype, maps["crowded"], 128)
+        yield launches.quantize_8bit(source, values.normal(99, dtype), dtype, maps["dynamic"], 10, slow=True)
+
+
+def of_rows(source: Described) -> Iterator[Check]:
+    """Every kernel: rows for a warp, for a block of threads, and longer ones than it has registers for."""
+    for dtype in STORED:
+        item = STORED[dtype].itemsize
+        for rows, columns, shifts in ((19, 72, (0, 0)), (3, 1032, (0, 0)), (3, 8200 + 61, (item, 1)), (5, 1, (0, 0))):
+            data = values.awkward(rows * columns, dtype).reshape(rows, columns)
+            yield launches.quantize_rows(source, data, dtype, shifts)
+            codes = values.codes(2 * rows * columns).view(np.int8).reshape(rows, columns)
+            scales = np.abs(values.normal(rows, "f32"))
+            yield launches.dequantize_rows(source, codes, scales, dtype, shifts[::-1])
+        small = values.normal(6 * 50, dtype).reshape(6, 50)
+        yield launches.quantize_rows(source, small, dtype, slow=True)
+        codes = values.codes(600).view(np.int8).reshape(6, 50)
+        yield launches.dequantize_rows(source, codes, np.ones(6, np.float32), dtype, slow=True)
+
+
+FAMILIES = {
+    "expand": of_expand,
+    "embedding": of_embedding,
+    "dequantize_8bit": of_dequantize_8bit,
+    "quantize_8bit": of_quantize_8bit,
+    "rows": of_rows,
+    "quantize": of_quantize,
+    "dequantize": of_dequantize,
+    "nested": of_nested,
+    "product": of_product,
+    "gemv": of_gemv,
+    "decode": of_decode,
+    "decode_ring": of_decode_ring,
+    "decode_ring_long": of_decode_ring_long,
+    "floor": of_floor,
+    "gemm": of_gemm,
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("mode", "highest_first"), [("asan", False), ("asan", True), ("tsan", False)])
+def test_no_sanitizer_complains(name: str, mode: str, highest_first: bool) -> None:
+    source = program(name, mode)
+    checks = list(FAMILIES[name](source))
+    for check, results in zip(checks, source.run_all([c.case for c in checks], highest_first), strict=True):
+        check.against(results)
+
+
+def test_every_kernel_is_run() -> None:
+    for name, cases in FAMILIES.items():
+        source = program(name, "asan")
+        run = {launch.kernel for check in cases(source) for launch in check.case.launches}
+        assert run == set(source.threads), name
+
+
+def test_every_source_is_here() -> None:
+    assert {path.stem for path in build_emulator.KERNELS.glob("*.cu")} == set(FAMILIES)
+
+
+def test_what_is_compared_is_not_empty() -> None:
+    """The comparison itself: one wrong bit is a difference, NaN for NaN is none."""
+    ones = np.ones(4, np.float32)
+    other = ones.copy()
+    other[2] = np.nextafter(np.float32(1), np.float32(2))
+    assert launches.bits(ones)(other)
+    nans = np.array([0x7FC00000, 0x7FFFFFFF], np.uint32).view(np.float32)
+    assert not launches.bits(nans)(nans[::-1].copy())
+    assert not native.same_bits(ones, np.full(4, np.nan, np.float32))
