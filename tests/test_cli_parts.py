@@ -29,9 +29,9 @@ from halfbyte.cli import doctor
 from halfbyte.offline import config_json as _config_json
 from halfbyte.offline import hub
 from halfbyte.offline.dequantize import plan_dequantize
-from halfbyte.offline.options import quantization_dict
+from halfbyte.offline.options import QuantizeOptions
 from halfbyte.offline.plan import CheckpointPlan, TensorPlan, group_tensors, ranges
-from halfbyte.offline.quantize import plan_checkpoint, quantize_checkpoint
+from halfbyte.offline.quantize import plan_checkpoint, quantization_config, quantize_checkpoint
 from halfbyte.offline.report import InspectReport, VerifyReport
 from halfbyte.offline.run import Interrupted
 from rich.cells import cell_len
@@ -190,8 +190,8 @@ class FakePlan:
     def __init__(self, data: dict) -> None:
         self.data = data
 
-    def to_json(self) -> str:
-        return json.dumps(self.data)
+    def report(self) -> dict:
+        return self.data
 
 
 @pytest.fixture
@@ -216,6 +216,7 @@ def plan() -> CheckpointPlan:
                 "copies": [{"file": "tokenizer.json", "bytes": 2}],
                 "left_out": [{"file": "pytorch_model.bin", "reason": "weights in another file"}],
                 "skip_modules": None,
+                "model_dtype": "bfloat16",
                 "totals": {
                     "weights": 17 * 2**24,
                     "quantized_weights": 2**28,
@@ -469,7 +470,7 @@ def test_written_config_is_what_transformers_writes(tmp_path):
     theirs.save_pretrained(tmp_path)
     config = _config_json.read_config(tmp_path)
     assert config is not None
-    text = _config_json.with_quantization(config, quantization_dict(None)[0])
+    text = _config_json.with_quantization(config, quantization_config(QuantizeOptions(), None, None))
     theirs.quantization_config = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -526,6 +527,7 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch, outcome: object) -> list[tuple[tup
     errors = types.ModuleType("huggingface_hub.errors")
     for name, base in (
         ("RepositoryNotFoundError", OSError),
+        ("RevisionNotFoundError", OSError),
         ("HFValidationError", ValueError),
         ("LocalEntryNotFoundError", FileNotFoundError),
         ("OfflineModeIsEnabled", ConnectionError),
@@ -631,18 +633,24 @@ def test_hub_not_installed(tmp_path, monkeypatch):
         ({"config": {"load_in_8bit": True}}, "load_in_4bit"),
         ({"config": {"load_in_4bit": True, "bnb_4bit_quant_type": "int4"}}, "bnb_4bit_quant_type"),
         ({"config": {"load_in_4bit": True, "typo": 1}}, "typo"),
-        ({"skip": "lm_head"}, "skip is 'lm_head'"),
-        ({"skip": [1]}, "skip holds 1"),
-        ({"rules": ["x"]}, "rule"),
-        ({"rules": [("x", "nf4", "y")]}, "rule is"),
-        ({"selection": "guess"}, "selection is 'guess'"),
-        ({"max_shard_size": "5gb"}, "got '5gb'"),
-        ({"max_shard_size": 0}, "size must be at least one byte, got 0"),
-        ({"blocksize": 48}, "48"),
-        ({"threads": 0}, "threads is 0"),
-        ({"threads": True}, "threads is True"),
-        ({"overwrite": True, "resume": True}, "overwrite and resume"),
-        ({"progress": 7}, "progress is 7"),
+        ({"skip": "lm_head"}, "skip must be a list of module names, got 'lm_head'"),
+        ({"skip": [1]}, "skip must hold module names, got 1"),
+        ({"rules": "x=keep"}, "rules must be a list of rules, got 'x=keep'"),
+        ({"rules": ["x"]}, 'rule is "x": expected REGEX=nf4'),
+        ({"rules": ["(=nf4"]}, 'rule is "(=nf4": expected a regular expression'),
+        ({"rules": [("x", "nf4", "y")]}, "rules must hold 'REGEX=nf4'"),
+        ({"selection": "guess"}, "selection must be one of rules, transformers, got 'guess'"),
+        ({"trust_remote_code": True}, "trust_remote_code must be False unless selection='transformers'"),
+        ({"dtype": "int8"}, "dtype must be one of bfloat16, float16, float32, got 'int8'"),
+        ({"max_shard_size": "5gb"}, "max_shard_size must be a size of at least one byte"),
+        ({"max_shard_size": 0}, "'2GiB', got 0"),
+        ({"blocksize": 48}, "blocksize must be one of 32, 64, 128, 256, 512, 1024, 2048, 4096, got 48"),
+        ({"blocksize": True}, "blocksize must be an int, got True"),
+        ({"threads": 0}, "threads must be an int of at least 1, or None for one per core, got 0"),
+        ({"threads": True}, "got True"),
+        ({"overwrite": True, "resume": True}, "overwrite and resume must not both be True"),
+        ({"progress": 7}, "progress must be None, True, or a callable(done, total, label), got 7"),
+        ({"revision": "main"}, "revision must be None for a file or folder on this disk"),
     ],
 )
 def test_wrong_arguments(arguments, words, tmp_path):
@@ -740,12 +748,12 @@ def test_interrupted_is_a_keyboard_interrupt():
 
 
 def test_verify_report_shows_what_differs():
-    rows = [
-        {"name": f"w.{i}", "status": "differs", "kind": "nf4", "shape": [2, 2], "rmse": 0.5, "max_error": 1.0}
-        for i in range(60)
-    ]
-    rows += [{"name": "x", "status": "equal-codes", "kind": "nf4", "shape": [2], "rmse": None, "max_error": None}]
-    rows += [{"name": "y", "status": "missing"}]
+    def row(name: str, status: str, kind: str, rmse: float | None) -> dict:
+        facts = {"shape": [2, 2], "rmse": rmse, "max_error": rmse, "differing_bytes": None, "detail": ""}
+        return {"name": name, "status": status, "kind": kind, **facts}
+
+    rows = [row(f"w.{i}", "differs", "nf4", 0.5) for i in range(60)]
+    rows += [row("x", "equal-codes", "nf4", None), row("y", "missing", "", None)]
     report = VerifyReport.of({"a": "a", "b": "b", "tensors": rows}, 1.0)
     assert not report.ok
     assert report.counts == {"differs": 60, "equal-codes": 1, "missing": 1}
@@ -838,6 +846,18 @@ def test_doctor_survives_a_wrong_switch(monkeypatch):
     monkeypatch.setattr(_native, "simd", refuse)
     monkeypatch.setenv("HALFBYTE_SIMD", "mmx")
     assert doctor.render(doctor.examine()).count("mmx") == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "kernels"),
+    [(_native.NoCudaDriverError("no driver"), []), (RuntimeError("driver too old"), ["driver too old"])],
+)
+def test_doctor_says_why_kernels_cannot_be_used_unless_there_is_no_driver(error, kernels, monkeypatch):
+    def fail() -> int:
+        raise error
+
+    monkeypatch.setattr(_native, "cuda_device_count", fail)
+    assert doctor.examine()["gpu"]["kernels"] == kernels
 
 
 def test_doctor_reads_this_machine():

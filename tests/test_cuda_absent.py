@@ -41,9 +41,11 @@ def test_without_a_driver_the_error_says_so() -> None:
         lambda: _native.cuda_quantize_rows(0, 0, (0, 0, "float32"), (0, 0, "int8"), (0, 0, "float32"), 0, 0),
     ):
         # Kernels that are missing are said first: a driver would not help.
-        with pytest.raises(
-            RuntimeError, match=no_driver if _native.cuda_kernels() else "has no CUDA kernels.*pip install"
-        ):
+        kernels = _native.cuda_kernels()
+        error, said = (
+            (_native.NoCudaDriverError, no_driver) if kernels else (RuntimeError, "has no CUDA kernels.*pip install")
+        )
+        with pytest.raises(error, match=said):
             call()
 
 

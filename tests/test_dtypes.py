@@ -74,7 +74,7 @@ def test_another_dtype_may_be_asked_for(tmp_path):
     plan = halfbyte.plan_checkpoint(source, dtype="bfloat16")
     reasons = {t.name: t.reason for t in plan.tensors}
     assert reasons["model.norm.weight"].endswith("float32 becomes bfloat16")
-    with pytest.raises(ValueError, match="dtype is 'float64': expected bfloat16, float16, float32"):
+    with pytest.raises(ValueError, match="dtype must be one of bfloat16, float16, float32, got 'float64'"):
         halfbyte.quantize_checkpoint(source, tmp_path / "no", dtype="float64")
 
 

@@ -119,6 +119,7 @@ def test_import_alone_loads_what_registers_and_nothing_heavy():
     assert done.stdout.split() == [
         "halfbyte",
         "halfbyte.config",
+        "halfbyte.dtypes",
         "halfbyte.integrations",
         "halfbyte.integrations._when_imported",
         "halfbyte.integrations.register",

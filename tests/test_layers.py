@@ -12,7 +12,8 @@ PACKAGE = Path(halfbyte.__file__).parent
 
 # The lowest first. A module belongs to the longest name that it begins with.
 LAYERS = (
-    ("_native", "_extras", "_terminal", "config", "geometry"),
+    ("_native", "_extras", "_terminal", "dtypes", "geometry"),
+    ("config",),
     ("ops._torch_internals", "ops.checks", "ops.packed"),
     ("state",),
     ("backends",),

@@ -91,6 +91,24 @@ def test_forward_and_backward_are_those_of_the_dequantized_layer(storage, quant_
         assert layer.weight.grad is None
 
 
+@pytest.mark.parametrize("blocksize", [32, 64, 256, 4096])
+def test_blocksize_is_that_of_the_weight(blocksize):
+    dense, layer = quantized(48, 96, blocksize=blocksize)
+    assert layer.weight.quant_state.blocksize == blocksize
+    assert torch.equal(layer.dequantize(), ref.quantize_4bit(dense.weight, "nf4", blocksize, nested=True).values)
+    loaded = Linear4bit(48, 48, blocksize=blocksize)
+    loaded.load_state_dict({"weight": torch.randn(48, 48), "bias": torch.zeros(48)})
+    assert loaded.quant_state.blocksize == blocksize
+    table = Embedding4bit(48, 96, blocksize=blocksize).to("cpu")
+    assert table.weight.quant_state.blocksize == blocksize
+
+
+def test_blocksize_is_checked():
+    for kind in (Linear4bit, Embedding4bit):
+        with pytest.raises(ValueError, match="blocksize"):
+            kind(48, 96, blocksize=63)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_any_shape_and_stride(data):

@@ -524,7 +524,9 @@ def test_destinations_that_are_no_folders(single, tmp_path, here):
     refused(here("quantize", single, tmp_path / "file" / "x", "-q"), 4, "Not a directory")
     refused(here("quantize", single, tmp_path / "dangling", "-q"), 2, "leads nowhere")
     refused(here("quantize", single, tmp_path / "loop" / "x", "-q"), 4, "symbolic links")
-    refused(run("quantize", single, "", "-q", "--overwrite", cwd=tmp_path), 2, "dst is ''")
+    refused(
+        run("quantize", single, "", "-q", "--overwrite", cwd=tmp_path), 2, "dst must be the folder to write to, got ''"
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dangling", "file", "loop", "source"]
     assert (tmp_path / "file").read_text() == "mine"
 

@@ -24,6 +24,7 @@ transformers = pytest.importorskip("transformers")
 
 import tiny_models  # noqa: E402  (needs torch)
 from halfbyte import _native  # noqa: E402
+from halfbyte.offline.options import QuantizeOptions  # noqa: E402
 from halfbyte.offline.transformers_selection import (  # noqa: E402
     converted_modules,
     converted_tensors,
@@ -68,12 +69,20 @@ def header(folder: Path) -> list[tuple[str, list[int], str]]:
 
 def select(config: str | None, tensors: list[tuple[str, list[int], str]], **options: Any) -> dict[str, Any]:
     """Our decisions, with ``selected``: the names of the tensors to quantize."""
-    answer: dict[str, Any] = json.loads(_native.select(config, json.dumps(tensors), json.dumps(options)))
+    picked = options.pop("selected", None)
+    if picked is not None:
+        options["selection"] = "transformers"
+    answer: dict[str, Any] = {**_native.select(config, tensors, QuantizeOptions(**options).to_dict(), picked)}
     pairs = list(zip(tensors, answer["decisions"], strict=True))
-    answer["selected"] = sorted(name for (name, *_), (kind, *_) in pairs if kind)
-    answer["transposed"] = sorted(name for (name, *_), (_, transpose, _) in pairs if transpose)
-    answer["reasons"] = {name: reason for (name, *_), (*_, reason) in pairs}
+    answer["selected"] = sorted(name for (name, *_), decision in pairs if decision["quant_type"])
+    answer["transposed"] = sorted(name for (name, *_), decision in pairs if decision["transpose"])
+    answer["reasons"] = {name: decision["reason"] for (name, *_), decision in pairs}
     return answer
+
+
+def chosen(names: list[str]) -> dict[str, Any]:
+    """What transformers would answer."""
+    return {"tensors": names, "conv1d": None}
 
 
 def select_in(folder: Path, **options: Any) -> dict[str, Any]:
@@ -254,7 +263,8 @@ def test_a_rule_for_what_cannot_be_quantized_is_an_error(name: str, rule: str, p
 def test_the_first_rule_that_matches_decides(checkpoint: Any) -> None:
     folder = checkpoint("LlamaForCausalLM")
     answer = select_in(folder, rules=[r"layers\.0\.=keep", "q_proj=fp4", "proj=nf4"])
-    kinds = {name: kind for (name, *_), (kind, *_) in zip(header(folder), answer["decisions"], strict=True)}
+    pairs = zip(header(folder), answer["decisions"], strict=True)
+    kinds = {name: decision["quant_type"] for (name, *_), decision in pairs}
     assert kinds["model.layers.0.self_attn.q_proj.weight"] is None
     assert kinds["model.layers.1.self_attn.q_proj.weight"] == "fp4"
     assert kinds["model.layers.1.self_attn.k_proj.weight"] == "nf4"
@@ -263,13 +273,13 @@ def test_the_first_rule_that_matches_decides(checkpoint: Any) -> None:
 def test_an_explicit_selection_replaces_the_rules(checkpoint: Any) -> None:
     folder = checkpoint("Qwen2ForCausalLM")
     names = transformers_selection(folder)
-    assert select_in(folder, explicit=names)["skip_modules"] is None
-    answer = select_in(folder, explicit=names[:1], skip=["nothing"])
+    assert select_in(folder, selected=chosen(names))["skip_modules"] is None
+    answer = select_in(folder, selected=chosen(names[:1]), skip=["nothing"])
     assert answer["selected"] == names[:1]
     with pytest.raises(ValueError, match="no_such_tensor"):
-        select_in(folder, explicit=["no_such_tensor"])
+        select_in(folder, selected=chosen(["no_such_tensor"]))
     with pytest.raises(ValueError, match="two-dimensional"):
-        select_in(folder, explicit=["model.norm.weight"])
+        select_in(folder, selected=chosen(["model.norm.weight"]))
 
 
 def test_an_unknown_architecture_is_planned_by_shape() -> None:

@@ -1,12 +1,14 @@
 """The compiled core."""
 
-from typing import TypeAlias, final
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic, Literal, TypeAlias, TypedDict, TypeVar, final, type_check_only
 
 __all__ = [
     "CheckpointError",
     "CpuLinear",
     "CudaLinear",
     "Job",
+    "NoCudaDriverError",
     "Plan",
     "__version__",
     "codebook",
@@ -40,7 +42,11 @@ __all__ = [
     "get_threads",
     "inspect",
     "is_conv1d",
+    "is_staged",
+    "match_components",
+    "match_names",
     "matmul_path",
+    "named_as_output",
     "plan_dequantize",
     "plan_quantize",
     "quant_map",
@@ -51,6 +57,7 @@ __all__ = [
     "select",
     "set_threads",
     "simd",
+    "skip_modules",
     "verify",
 ]
 
@@ -433,15 +440,186 @@ def cuda_matmul_4bit(
 class CheckpointError(ValueError):
     """The input is wrong: a checkpoint that is broken, or unsuitable for what was asked."""
 
+class NoCudaDriverError(RuntimeError):
+    """The machine has no NVIDIA driver."""
+
+# What crosses as a dict. The keys are the fields of the Rust structs, in their order.
+
+_TensorPlanData = TypedDict(
+    "_TensorPlanData",
+    {
+        "name": str,
+        "shape": list[int],
+        "from": str,
+        "to": str,
+        "bytes_in": int,
+        "bytes_out": int,
+        "reason": str,
+        "shard": str,
+    },
+)
+
+@type_check_only
+class ShardData(TypedDict):
+    file: str
+    bytes: int
+    tensors: int
+
+@type_check_only
+class FileData(TypedDict):
+    file: str
+    bytes: int
+
+@type_check_only
+class LeftOutData(TypedDict):
+    file: str
+    reason: str
+
+@type_check_only
+class TotalsData(TypedDict):
+    tensors: int
+    quantized_tensors: int
+    weights: int
+    quantized_weights: int
+    bytes_in: int
+    bytes_out: int
+    bits_per_weight: float
+
+@type_check_only
+class PlanData(TypedDict):
+    operation: Literal["quantize", "dequantize"]
+    source: str
+    architecture: str | None
+    known_architecture: bool
+    notes: list[str]
+    tensors: list[_TensorPlanData]
+    shards: list[ShardData]
+    copies: list[FileData]
+    left_out: list[LeftOutData]
+    skip_modules: list[str] | None
+    model_dtype: str | None
+    totals: TotalsData
+
+@type_check_only
+class SelectedData(TypedDict):
+    """What transformers has chosen: names of tensors, and which of them are stored `[in, out]`."""
+
+    tensors: Sequence[str]
+    conv1d: Sequence[str] | None
+
+@type_check_only
+class RunData(TypedDict):
+    destination: str
+    shards: list[FileData]
+    resumed_shards: int
+    already_complete: bool
+    seconds: float
+
+@type_check_only
+class ComparisonData(TypedDict):
+    name: str
+    status: str
+    kind: str
+    shape: list[int]
+    rmse: float | None
+    max_error: float | None
+    differing_bytes: int | None
+    detail: str
+
+@type_check_only
+class VerifyData(TypedDict):
+    a: str
+    b: str
+    tensors: list[ComparisonData]
+
+@type_check_only
+class InspectedFile(TypedDict):
+    file: str | None
+    bytes: int
+    tensors: int
+    metadata: dict[str, str]
+
+@type_check_only
+class InspectedWeight(TypedDict):
+    name: str
+    quant_type: str
+    blocksize: int
+    nested: bool
+    dtype: str | None
+    shape: list[int]
+    storage: str | None
+    bytes: int
+    bits_per_weight: float
+    file: str | None
+
+@type_check_only
+class InspectedTensor(TypedDict):
+    name: str
+    dtype: str
+    shape: list[int]
+    bytes: int
+    file: str | None
+
+@type_check_only
+class InspectedKind(TypedDict):
+    kind: str
+    tensors: int
+    weights: int
+    bytes: int
+
+@type_check_only
+class InspectedTotals(TypedDict):
+    weights: int
+    bytes: int
+    quantized_tensors: int
+    bits_per_weight: float
+
+@type_check_only
+class InspectData(TypedDict):
+    path: str
+    files: list[InspectedFile]
+    weights: list[InspectedWeight]
+    tensors: list[InspectedTensor]
+    groups: list[InspectedKind]
+    totals: InspectedTotals
+    notes: list[str]
+
+@type_check_only
+class DecisionData(TypedDict):
+    quant_type: str | None
+    transpose: bool
+    reason: str
+
+@type_check_only
+class SelectionData(TypedDict):
+    decisions: list[DecisionData]
+    architecture: str | None
+    known: bool
+    notes: list[str]
+    skip_modules: list[str] | None
+
+@type_check_only
+class MatchData(TypedDict):
+    """Positions of the first rule and the first skip name that match, and what that rule asks for (None: to keep)."""
+
+    rule: int | None
+    quant_type: str | None
+    skip: int | None
+
+_Report = TypeVar("_Report", covariant=True)
+
 @final
 class Plan:
     """What a run would do, from headers and config alone: no weight is read."""
 
-    def to_json(self) -> str:
-        """The plan as one JSON object."""
+    def report(self) -> PlanData:
+        """The whole plan."""
+
+    def options(self) -> dict[str, Any]:
+        """All that decided about it, as the core has read it."""
 
 @final
-class Job:
+class Job(Generic[_Report]):
     """Work on threads of its own."""
 
     def wait(self, seconds: float) -> bool:
@@ -453,26 +631,58 @@ class Job:
     def cancel(self) -> None:
         """Stop soon: `result` then raises KeyboardInterrupt."""
 
-    def result(self) -> str:
-        """The report, one JSON object; raises what went wrong."""
+    def result(self) -> _Report:
+        """The report, once; raises what went wrong."""
 
-def plan_quantize(source: str, config_json: str | None, options_json: str) -> Plan:
-    """Decide what becomes of every tensor of the checkpoint in the folder `source`."""
+def plan_quantize(
+    source: str, config_json: str | None, options: Mapping[str, Any], selected: SelectedData | None = None
+) -> Plan:
+    """Decide what becomes of every tensor of the checkpoint in the folder `source`.
 
-def plan_dequantize(source: str, config_json: str | None, options_json: str) -> Plan:
-    """The way back: every quantized weight to a float dtype."""
+    `options` are the fields of `QuantizeOptions`; `selected` is given where they say that transformers decides.
+    """
 
-def run_plan(plan: Plan, destination: str, mode: str, config_text: str | None, threads: int, fsync: bool) -> Job:
-    """Carry the plan out. `mode` is "new", "overwrite" or "resume"."""
+def plan_dequantize(source: str, config_json: str | None, options: Mapping[str, Any]) -> Plan:
+    """The way back: every quantized weight to a float dtype. `options` are the fields of `DequantizeOptions`."""
 
-def verify(a: str, b: str, config_json: str | None, threads: int) -> Job:
+def run_plan(
+    plan: Plan,
+    destination: str,
+    mode: Literal["new", "overwrite", "resume"],
+    config_text: str | None,
+    threads: int,
+    fsync: bool,
+) -> Job[RunData]:
+    """Carry the plan out."""
+
+def is_staged(destination: str, file: str) -> bool:
+    """Whether a run into `destination` that has not ended, or was interrupted, has completed an output file."""
+
+def verify(a: str, b: str, config_json: str | None, threads: int) -> Job[VerifyData]:
     """Compare every quantized tensor of `b` with a fresh quantization of `a`, or with `a` when that is quantized."""
 
-def inspect(path: str) -> str:
-    """What a folder or a file holds, as one JSON object."""
+def inspect(path: str) -> InspectData:
+    """What a folder or a file holds."""
 
-def select(config_json: str | None, tensors_json: str, options_json: str = "{}") -> str:
-    """The selection alone: `[[name, shape, dtype], …]` in, decisions with reasons out, both JSON."""
+def select(
+    config_json: str | None,
+    tensors: Sequence[tuple[str, Sequence[int], str]],
+    options: Mapping[str, Any],
+    selected: SelectedData | None = None,
+) -> SelectionData:
+    """The selection alone: name, shape and dtype of every tensor in, decisions with reasons out."""
+
+def match_names(tensors: Sequence[str], rules: Sequence[str], skip: Sequence[str]) -> list[MatchData]:
+    """Which rule and which skip name match each tensor of a model in memory."""
+
+def match_components(modules: Sequence[str], keys: Sequence[str]) -> list[bool]:
+    """Whether the components of each module's path hold those of a key, one after the other."""
+
+def named_as_output(modules: Sequence[str]) -> list[bool]:
+    """Whether each module is an output embedding by its name."""
+
+def skip_modules(converted: Sequence[str], kept: Sequence[str]) -> list[str] | None:
+    """`llm_int8_skip_modules` with which a loader converts the first list and keeps the second; None: its defaults."""
 
 def is_conv1d(config_json: str, name: str) -> bool:
     """Whether this weight is stored `[in, out]`, as those of transformers' `Conv1D` are."""

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from halfbyte import _terminal
 from halfbyte.cli.exit_codes import EXIT_DIFFERENT, EXIT_OK, EXIT_USAGE, PROG
 from halfbyte.cli.output import complain, print_json, print_text, progress, say
 
 if TYPE_CHECKING:
+    from halfbyte.offline.hub import Hub
+    from halfbyte.offline.options import DequantizeOptions, QuantizeOptions, RunOptions
     from halfbyte.offline.plan import CheckpointPlan
+
+_Options = TypeVar("_Options", "QuantizeOptions", "DequantizeOptions", "RunOptions")
 
 # Files that are not copied, of which a run tells: the folders of exports hold many.
 _LEFT_OUT_SHOWN = 5
@@ -19,46 +23,43 @@ _LEFT_OUT_SHOWN = 5
 
 def quantize(args: argparse.Namespace) -> int:
     """Quantize a checkpoint, or show the plan."""
-    from halfbyte.config import BitsAndBytesConfig
+    from halfbyte.offline.options import QuantizeOptions
     from halfbyte.offline.quantize import prepare_quantize, run_quantize
 
     _check_destination(args)
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=args.type,
-        bnb_4bit_use_double_quant=args.double_quant,
-        bnb_4bit_compute_dtype=args.compute_dtype,
-        bnb_4bit_quant_storage=args.storage,
-    )
-    prepared = prepare_quantize(
-        args.source,
-        config,
-        rules=args.rule,
-        skip=args.skip,
-        selection=args.selection,
-        trust_remote_code=args.trust_remote_code,
-        dtype=args.dtype,
-        max_shard_size=args.max_shard_size,
-        allow_nonfinite=args.allow_nonfinite,
-        blocksize=args.blocksize,
-        hub_progress=progress(args),
-    )
+    prepared = prepare_quantize(args.source, _options(QuantizeOptions, args), _hub(args))
     return _convert(args, prepared, run_quantize)
 
 
 def dequantize(args: argparse.Namespace) -> int:
     """Dequantize a 4-bit checkpoint, or show the plan."""
     from halfbyte.offline.dequantize import prepare_dequantize, run_dequantize
+    from halfbyte.offline.options import DequantizeOptions
 
     _check_destination(args)
-    prepared = prepare_dequantize(
-        args.source, dtype=args.dtype, max_shard_size=args.max_shard_size, hub_progress=progress(args)
+    return _convert(
+        args, prepare_dequantize(args.source, _options(DequantizeOptions, args), _hub(args)), run_dequantize
     )
-    return _convert(args, prepared, run_dequantize)
+
+
+def _options(cls: type[_Options], args: argparse.Namespace) -> _Options:
+    """The options of the command line: each field has the name of an argument, which is None where it is not given."""
+    from dataclasses import fields
+
+    given = {field.name: getattr(args, field.name) for field in fields(cls)}
+    return cls(**{name: value for name, value in given.items() if value is not None})
+
+
+def _hub(args: argparse.Namespace) -> Hub:
+    from halfbyte.offline.hub import Hub
+
+    return Hub(args.revision, args.token, args.cache_dir, progress(args))
 
 
 def _convert(args: argparse.Namespace, prepared: Any, run: Any) -> int:
     """Show the plan, or carry it out and show the report."""
+    from halfbyte.offline.options import RunOptions
+
     plan: CheckpointPlan = prepared.plan
     if args.plan:
         if args.json:
@@ -73,15 +74,7 @@ def _convert(args: argparse.Namespace, prepared: Any, run: Any) -> int:
             say(f"left out: {left}")
         if len(plan.left_out) > _LEFT_OUT_SHOWN:
             say(f"left out: {len(plan.left_out) - _LEFT_OUT_SHOWN} more files, which --plan lists")
-    report = run(
-        prepared,
-        args.destination,
-        overwrite=args.overwrite,
-        resume=args.resume,
-        threads=args.threads,
-        fsync=not args.no_fsync,
-        progress=progress(args),
-    )
+    report = run(prepared, args.destination, _options(RunOptions, args), progress(args))
     if args.json:
         print_json(report.to_dict())
     elif not args.quiet:
@@ -98,7 +91,7 @@ def inspect(args: argparse.Namespace) -> int:
     """Show what a checkpoint holds."""
     from halfbyte.offline.inspect import inspect_checkpoint
 
-    report = inspect_checkpoint(args.path)
+    report = inspect_checkpoint(args.path, revision=args.revision, token=args.token, cache_dir=args.cache_dir)
     if args.json:
         print_json(report.to_dict())
     else:
@@ -110,7 +103,15 @@ def verify(args: argparse.Namespace) -> int:
     """Compare two checkpoints."""
     from halfbyte.offline.verify import verify_checkpoint
 
-    report = verify_checkpoint(args.a, args.b, threads=args.threads, progress=progress(args))
+    report = verify_checkpoint(
+        args.a,
+        args.b,
+        threads=args.threads,
+        progress=progress(args),
+        revision=args.revision,
+        token=args.token,
+        cache_dir=args.cache_dir,
+    )
     if args.json:
         print_json(report.to_dict())
     elif not args.quiet:

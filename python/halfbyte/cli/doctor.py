@@ -197,9 +197,11 @@ def _gpu_kernels() -> list[str]:
     """Of every GPU whether halfbyte's kernels can be used there, or why not; of no GPU nothing."""
     try:
         count = _native.cuda_device_count()
-    except RuntimeError as error:
+    except _native.NoCudaDriverError:
         # Without a driver that is no news.
-        return [] if "is not installed" in str(error) else [str(error)]
+        return []
+    except RuntimeError as error:
+        return [str(error)]
     found = []
     for device in range(count):
         try:

@@ -12,10 +12,7 @@ from halfbyte.cli import commands
 from halfbyte.cli.completion import SHELLS
 from halfbyte.cli.exit_codes import EXIT_CODES, EXIT_OK, EXIT_USAGE, PROG, describe
 from halfbyte.cli.output import complain, print_text
-
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-STORAGE_DTYPES = ("uint8", "int8", "float16", "bfloat16", "float32", "float64")
-FLOAT_DTYPES = ("bfloat16", "float16", "float32")
+from halfbyte.offline.choices import BLOCK_SIZES, FLOAT_DTYPES, QUANT_TYPES, SELECTIONS, STORAGE_DTYPES
 
 
 class _Parser(argparse.ArgumentParser):
@@ -84,6 +81,12 @@ def build_parser() -> argparse.ArgumentParser:
     threads = _Parser(add_help=False)
     threads.add_argument("--threads", type=_positive, metavar="N", help="threads to use (default: one per usable core)")
 
+    hub = _Parser(add_help=False)
+    names = hub.add_argument_group("names on the hub")
+    names.add_argument("--revision", metavar="REV", help="branch, tag or commit (default: the main branch)")
+    names.add_argument("--token", help="access token (default: the one that hf auth login has stored)")
+    names.add_argument("--cache-dir", metavar="DIR", help="folder of downloaded files (default: huggingface_hub's)")
+
     def add(name: str, parents: Sequence[_Parser], summary: str, text: str, examples: str) -> Any:
         return subparsers.add_parser(
             name,
@@ -95,14 +98,14 @@ def build_parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
 
-    _add_quantize(add("quantize", [threads, quiet, common], *_QUANTIZE_TEXT))
-    _add_dequantize(add("dequantize", [threads, quiet, common], *_DEQUANTIZE_TEXT))
+    _add_quantize(add("quantize", [hub, threads, quiet, common], *_QUANTIZE_TEXT))
+    _add_dequantize(add("dequantize", [hub, threads, quiet, common], *_DEQUANTIZE_TEXT))
 
-    sub = add("inspect", [common], *_INSPECT_TEXT)
+    sub = add("inspect", [hub, common], *_INSPECT_TEXT)
     sub.add_argument("path", metavar="PATH", help="a checkpoint's folder, a .safetensors file, or a name on the hub")
     sub.set_defaults(run=commands.inspect)
 
-    sub = add("verify", [threads, quiet, common], *_VERIFY_TEXT)
+    sub = add("verify", [hub, threads, quiet, common], *_VERIFY_TEXT)
     sub.add_argument("a", metavar="A", help="the original, or a quantized checkpoint")
     sub.add_argument("b", metavar="B", help="the quantized checkpoint to be checked")
     sub.set_defaults(run=commands.verify)
@@ -165,18 +168,16 @@ def _add_quantize(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("source", metavar="SRC", help="a folder of safetensors, or a name on the hub (org/name)")
     sub.add_argument("destination", metavar="DST", nargs="?", help="folder to write (not needed with --plan)")
     form = sub.add_argument_group("format")
-    form.add_argument("--type", choices=("nf4", "fp4"), default="nf4", help="codebook (default: nf4)")
+    form.add_argument("--type", dest="quant_type", choices=QUANT_TYPES, help="codebook (default: nf4)")
     form.add_argument(
         "--double-quant",
         action=argparse.BooleanOptionalAction,
-        default=True,
         help="quantize the scales too, which saves 0.37 bits per weight (default: yes)",
     )
     form.add_argument(
         "--blocksize",
         type=int,
         choices=BLOCK_SIZES,
-        default=64,
         metavar="N",
         help=f"weights per scale: {', '.join(map(str, BLOCK_SIZES))} (default: 64, as transformers quantizes; the "
         "others load as well, but on a CPU bitsandbytes multiplies only when N divides the width of every layer)",
@@ -184,13 +185,11 @@ def _add_quantize(sub: argparse.ArgumentParser) -> None:
     form.add_argument(
         "--storage",
         choices=STORAGE_DTYPES,
-        default="uint8",
         help="dtype that packed bytes are stored as (default: uint8; FSDP wants the compute dtype)",
     )
     form.add_argument(
         "--compute-dtype",
         choices=FLOAT_DTYPES,
-        default=None,
         help="dtype that loaders multiply in, written to config.json (default: the model's)",
     )
     form.add_argument(
@@ -202,22 +201,20 @@ def _add_quantize(sub: argparse.ArgumentParser) -> None:
     which = sub.add_argument_group("which tensors")
     which.add_argument(
         "--rule",
+        dest="rules",
         action="append",
-        default=[],
         metavar="REGEX=nf4|fp4|keep",
         help="decide for tensors whose name REGEX is found in; repeatable, the first match wins",
     )
     which.add_argument(
         "--skip",
         action="append",
-        default=[],
         metavar="NAME",
         help="keep a module, in addition to those that transformers keeps; repeatable",
     )
     which.add_argument(
         "--selection",
-        choices=("rules", "transformers"),
-        default="rules",
+        choices=SELECTIONS,
         help="who decides what is a linear layer. rules: config, names and shapes (default); transformers: the "
         "installed one is asked",
     )
@@ -249,4 +246,6 @@ def _add_output(sub: argparse.ArgumentParser) -> None:
     state = output.add_mutually_exclusive_group()
     state.add_argument("--overwrite", action="store_true", help="replace an earlier output in DST")
     state.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same arguments")
-    output.add_argument("--no-fsync", action="store_true", help="do not wait for the disk after each file")
+    output.add_argument(
+        "--no-fsync", dest="fsync", action="store_false", help="do not wait for the disk after each file"
+    )

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from halfbyte.config import BitsAndBytesConfig
-from halfbyte.models.select import is_transformers_model
+from halfbyte.models.layers import is_transformers_model
 
 
 def attach(model: nn.Module, config: BitsAndBytesConfig | None) -> None:

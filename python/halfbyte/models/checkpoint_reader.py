@@ -16,7 +16,7 @@ from torch import Tensor
 
 from halfbyte._native import CheckpointError
 from halfbyte.offline import config_json
-from halfbyte.offline.hub import resolve_source
+from halfbyte.offline.hub import Hub, resolve_source
 from halfbyte.offline.shards import INDEX, list_shards, open_shard
 
 _DTYPES = {
@@ -45,9 +45,9 @@ class Folder:
         CheckpointError: There is no checkpoint there, or it is broken; the message names the file.
     """
 
-    def __init__(self, path: Any) -> None:
+    def __init__(self, path: Any, hub: Hub = Hub()) -> None:  # noqa: B008  (frozen)
         """Read the index and the headers."""
-        self.path = resolve_source(path)
+        self.path = resolve_source(path, hub)
         folder = self.path if self.path.is_dir() else self.path.parent
         self.config = config_json.read_config(folder)
         self._stack = contextlib.ExitStack()
@@ -67,9 +67,7 @@ class Folder:
                 if other is None or name in expected:
                     self._files[name] = file
                 elif name not in listed[other]:
-                    raise CheckpointError(
-                        f"{file}: {name!r} is in {other} too, and {INDEX} does not say which to take"
-                    )
+                    raise CheckpointError(f"{file}: {name!r} is in {other} too, and {INDEX} does not say which to take")
         self.names = list(self._files)
         if not self.names:
             raise CheckpointError(f"{self.path}: holds no tensor")

@@ -21,13 +21,14 @@ from halfbyte._terminal import format_bytes
 from halfbyte.config import BitsAndBytesConfig
 from halfbyte.models import transformers_weights as weights
 from halfbyte.models.checkpoint_reader import Folder
+from halfbyte.models.layers import is_conv1d, is_transformers_model, join, paths
 from halfbyte.models.observers import notify
 from halfbyte.models.replace import replace, to_dense, to_embedding4bit, to_linear4bit
-from halfbyte.models.select import is_conv1d, is_transformers_model, join, paths
 from halfbyte.models.transformers_weights import Entry
 from halfbyte.nn import Embedding4bit, Linear4bit, Params4bit
 from halfbyte.nn._quantized import Quantized
 from halfbyte.offline import config_json
+from halfbyte.offline.hub import Hub
 from halfbyte.state import PACKED_KEYS, TENSOR_KEYS
 
 _logger = logging.getLogger(__name__)
@@ -53,7 +54,14 @@ class Plan:
 
 
 def load_quantized(
-    model: _Model, folder: str | PathLike[str], *, device: torch.device | str | int = "cpu", strict: bool = True
+    model: _Model,
+    folder: str | PathLike[str],
+    *,
+    device: torch.device | str | int = "cpu",
+    strict: bool = True,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | PathLike[str] | None = None,
 ) -> _Model:
     """Fill a model from a 4-bit checkpoint that this package, or transformers with bitsandbytes, has saved.
 
@@ -65,6 +73,10 @@ def load_quantized(
         device: Where everything goes.
         strict: Names that only the model or only the checkpoint has are an error; otherwise they are logged, and what
             the checkpoint lacks stays as it was.
+        revision: Where `folder` is a name on the hub: a branch, a tag or a commit; None for the main branch.
+        token: Where `folder` is a name on the hub: an access token, or False to send none. None uses the one that
+            `hf auth login` has stored, if any.
+        cache_dir: Where `folder` is a name on the hub: the folder of downloaded files; None for huggingface_hub's.
 
     Returns:
         `model`, changed in place; a new object only if the model itself is a linear layer. The training flag is
@@ -100,7 +112,7 @@ def load_quantized(
     target = torch.device(device)
     if target.type == "meta":
         raise ValueError("device: 'meta' holds no numbers; expected a device such as 'cpu' or 'cuda'")
-    with Folder(folder) as source:
+    with Folder(folder, Hub(revision, token, cache_dir)) as source:
         config = _read_config(source)
         plan = make_plan(model, source)
         if not plan.packed:

@@ -20,6 +20,7 @@ from halfbyte._native import CheckpointError
 from halfbyte._terminal import Bar, format_bytes, is_terminal
 from halfbyte.config import BitsAndBytesConfig
 from halfbyte.models.checkpoint_reader import Folder
+from halfbyte.models.layers import join, paths
 from halfbyte.models.load import (
     assign,
     check_ties,
@@ -33,9 +34,10 @@ from halfbyte.models.load import (
 )
 from halfbyte.models.observers import notify
 from halfbyte.models.replace import replace, to_dense, to_linear4bit
-from halfbyte.models.select import Choice, Layer, choose, join, paths, skip_list
+from halfbyte.models.select import Choice, Layer, choose, skip_list
 from halfbyte.nn import Embedding4bit, Linear4bit, Params4bit
-from halfbyte.offline.options import Rule, rule_text, strings
+from halfbyte.offline.hub import Hub
+from halfbyte.offline.options import QuantizeOptions, Rule
 
 _logger = logging.getLogger(__name__)
 
@@ -53,6 +55,10 @@ def quantize_model(
     checkpoint: str | PathLike[str] | None = None,
     device: torch.device | str | int | None = None,
     progress: bool | _Show = True,
+    blocksize: int = 64,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | PathLike[str] | None = None,
 ) -> _Model:
     """Replace the linear layers of a model by `Linear4bit`, one after the other, in place.
 
@@ -71,6 +77,10 @@ def quantize_model(
         device: Where the model goes, each layer when it is its turn. None: everything stays where it is (on the CPU,
             when it comes from a checkpoint).
         progress: Show a bar on a terminal; or a callable that takes layers done, layers in all, and a name.
+        blocksize: Weights per absmax, as in `quantize_checkpoint`.
+        revision: Where `checkpoint` is a name on the hub, as in `quantize_checkpoint`.
+        token: Where `checkpoint` is a name on the hub, as in `quantize_checkpoint`.
+        cache_dir: Where `checkpoint` is a name on the hub, as in `quantize_checkpoint`.
 
     Returns:
         `model`; a new object only if the model itself is a linear layer. A summary is logged at level INFO.
@@ -100,12 +110,12 @@ def quantize_model(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     settings, compute_dtype = _settings(config)
-    skips = strings("skip", skip or ()) + strings("llm_int8_skip_modules", settings.llm_int8_skip_modules or ())
+    options = QuantizeOptions.from_config(settings, rules=rules or (), skip=skip or (), blocksize=blocksize)
     choice = choose(
         model,
-        settings.bnb_4bit_quant_type,
-        rules=[rule_text(rule) for rule in rules or ()],
-        skip=skips,
+        options.quant_type,
+        rules=options.rules,
+        skip=options.skip,
         subclasses=_classes(subclasses),
         meta=checkpoint is not None,
     )
@@ -118,11 +128,13 @@ def quantize_model(
     for note in choice.notes:
         _logger.warning("quantize_model: %s", note)
 
-    swap = _Swap(model, choice, settings, compute_dtype, target)
+    swap = _Swap(model, choice, settings, options.blocksize, compute_dtype, target)
     # From here on only `swap` knows the layers, and lets go of each as it is converted.
     del choice
     with _display(progress) as show:
-        result = swap.run(show) if checkpoint is None else swap.run_from(checkpoint, show)
+        result = (
+            swap.run(show) if checkpoint is None else swap.run_from(checkpoint, Hub(revision, token, cache_dir), show)
+        )
     notify(result, _written(settings, listed))
     _logger.info("%s", swap.summary(result))
     return result  # type: ignore[return-value]
@@ -172,12 +184,14 @@ class _Swap:
         model: nn.Module,
         choice: Choice,
         config: BitsAndBytesConfig,
+        blocksize: int,
         compute_dtype: torch.dtype | None,
         device: torch.device | None,
     ) -> None:
         self.model = model
         self.layers = choice.layers
         self.config = config
+        self.blocksize = blocksize
         self.compute_dtype = compute_dtype
         self.device = device
         self.total = len(choice.layers)
@@ -207,10 +221,10 @@ class _Swap:
                 self.model = self.model.to(self.device)
         return self.model
 
-    def run_from(self, checkpoint: str | PathLike[str], show: _Show) -> nn.Module:
+    def run_from(self, checkpoint: str | PathLike[str], hub: Hub, show: _Show) -> nn.Module:
         """Convert a model whose weights are in a checkpoint."""
         device = torch.device("cpu") if self.device is None else self.device
-        with Folder(checkpoint) as source:
+        with Folder(checkpoint, hub) as source:
             plan = make_plan(self.model, source)
             if plan.packed:
                 raise CheckpointError(
@@ -259,6 +273,7 @@ class _Swap:
         weight = Params4bit(
             dense.to(device),
             requires_grad=False,
+            blocksize=self.blocksize,
             compress_statistics=self.config.bnb_4bit_use_double_quant,
             quant_type=layer.quant_type,
             quant_storage=storage,

@@ -35,13 +35,16 @@ class Quantized(torch.nn.Module):
         """Of the weight that is packed."""
         raise NotImplementedError
 
-    def _pack(self, weight: Tensor, compress_statistics: bool, quant_type: str, quant_storage: torch.dtype) -> None:
+    def _pack(
+        self, weight: Tensor, compress_statistics: bool, quant_type: str, quant_storage: torch.dtype, blocksize: int
+    ) -> None:
         """Replace the float weight by a parameter that will be quantized."""
         self.quant_state = None
         self.quant_storage = quant_storage
         self.weight = Params4bit(
             weight.detach(),
             requires_grad=False,
+            blocksize=blocksize,
             compress_statistics=compress_statistics,
             quant_type=quant_type,
             quant_storage=quant_storage,

@@ -20,6 +20,8 @@ class Embedding4bit(Quantized, torch.nn.Embedding):
         quant_storage: The dtype as which the packed bytes are viewed: uint8, int8, float16, bfloat16, float32 or
             float64.
         device: Where the float table is made that is to be quantized.
+        blocksize: How many consecutive values share an absmax: 32, 64, 128, 256, 512, 1024, 2048 or 4096. bitsandbytes'
+            class has no such argument, and 64.
 
     Only the rows asked for are dequantized. There is no gradient. Unlike bitsandbytes' it can be saved and loaded, with
     the keys that a linear layer has.
@@ -41,11 +43,13 @@ class Embedding4bit(Quantized, torch.nn.Embedding):
         quant_type: str = "fp4",
         quant_storage: torch.dtype = torch.uint8,
         device: torch.device | str | int | None = None,
+        *,
+        blocksize: int = 64,
     ) -> None:
         """Make a table of random values that are to be quantized; see the class."""
         super().__init__(num_embeddings, embedding_dim, device=device, dtype=dtype)
         self.dtype = self.weight.dtype
-        self._pack(self.weight, False, quant_type, quant_storage)
+        self._pack(self.weight, False, quant_type, quant_storage, blocksize)
 
     def _weight_shape(self) -> tuple[int, int]:
         return self.num_embeddings, self.embedding_dim

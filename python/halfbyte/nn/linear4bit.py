@@ -32,6 +32,8 @@ class Linear4bit(Quantized, torch.nn.Linear):
         quant_storage: The dtype as which the packed bytes are viewed: uint8, int8, float16, bfloat16, float32 or
             float64.
         device: Where the float weight is made that is to be quantized.
+        blocksize: How many consecutive values share an absmax: 32, 64, 128, 256, 512, 1024, 2048 or 4096. bitsandbytes'
+            class has no such argument, and 64.
 
     The output has the input's dtype, under `torch.autocast` too: there `torch.nn.Linear` gives the autocast dtype, in
     which the small contributions of adapters to a float32 stream would be rounded away. Gradients go to the input and
@@ -67,6 +69,8 @@ class Linear4bit(Quantized, torch.nn.Linear):
         quant_type: str = "fp4",
         quant_storage: torch.dtype = torch.uint8,
         device: torch.device | str | int | None = None,
+        *,
+        blocksize: int = 64,
     ) -> None:
         """Make a layer with random weights that are to be quantized; see the class."""
         if compute_dtype is not None and compute_dtype not in FLOAT_DTYPES:
@@ -74,7 +78,7 @@ class Linear4bit(Quantized, torch.nn.Linear):
         super().__init__(input_features, output_features, bias, device)
         self.compute_dtype = compute_dtype
         self.compute_type_is_set = compute_dtype is not None
-        self._pack(self.weight, compress_statistics, quant_type, quant_storage)
+        self._pack(self.weight, compress_statistics, quant_type, quant_storage, blocksize)
 
     def _weight_shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features

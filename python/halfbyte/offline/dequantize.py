@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import json
-
 from halfbyte import _native
 from halfbyte.offline import config_json
-from halfbyte.offline.hub import resolve_source
-from halfbyte.offline.options import Progress, StrPath, dtype_name, shard_size
+from halfbyte.offline.hub import Hub, resolve_source
+from halfbyte.offline.options import DequantizeOptions, Progress, RunOptions, StrPath
 from halfbyte.offline.plan import CheckpointPlan
 from halfbyte.offline.report import DequantizeReport
 from halfbyte.offline.run import Prepared, run
 
 
 def plan_dequantize(
-    src: StrPath, *, dtype: str | None = None, max_shard_size: int | str | None = None
+    src: StrPath,
+    *,
+    dtype: str | None = None,
+    max_shard_size: int | str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: StrPath | None = None,
 ) -> CheckpointPlan:
     """What `dequantize_checkpoint` would do with these arguments; see there."""
-    return prepare_dequantize(src, dtype=dtype, max_shard_size=max_shard_size).plan
+    options = DequantizeOptions(dtype=dtype, max_shard_size=max_shard_size)  # type: ignore[arg-type]
+    return prepare_dequantize(src, options, Hub(revision, token, cache_dir)).plan
 
 
 def dequantize_checkpoint(
@@ -31,53 +36,46 @@ def dequantize_checkpoint(
     threads: int | None = None,
     fsync: bool = True,
     progress: Progress = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: StrPath | None = None,
 ) -> DequantizeReport:
-    """Turn a 4-bit checkpoint, of halfbyte or of bitsandbytes, back into a 16- or 32-bit one.
+    """Dequantize a 4-bit checkpoint, of halfbyte or of bitsandbytes, shard by shard.
 
-    Parameters
-    ----------
-    src, dst, max_shard_size, overwrite, resume, threads, fsync, progress
-        As in `quantize_checkpoint`.
-    dtype
-        ``"bfloat16"``, ``"float16"`` or ``"float32"`` (or torch's dtype); None for the dtype that each weight had
-        before.
+    Args:
+        src: As for `quantize_checkpoint`, with 4-bit weights.
+        dst: As for `quantize_checkpoint`.
+        dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"`` (or torch's dtype); None for the dtype that each weight
+            had before.
+        max_shard_size: As for `quantize_checkpoint`, like all that follow.
+        overwrite: As there.
+        resume: As there.
+        threads: As there.
+        fsync: As there.
+        progress: As there.
+        revision: As there.
+        token: As there.
+        cache_dir: As there.
 
-    Raises
-    ------
-    ValueError, CheckpointError, OSError, Interrupted
-        As in `quantize_checkpoint`; a source without quantized weights is a CheckpointError.
+    Raises:
+        ValueError: As `quantize_checkpoint`.
+        CheckpointError: As `quantize_checkpoint`; or the source has no 4-bit weight.
+        OSError: As `quantize_checkpoint`.
+        Interrupted: As `quantize_checkpoint`.
     """
-    prepared = prepare_dequantize(src, dtype=dtype, max_shard_size=max_shard_size)
-    return run_dequantize(
-        prepared, dst, overwrite=overwrite, resume=resume, threads=threads, fsync=fsync, progress=progress
-    )
+    options = DequantizeOptions(dtype=dtype, max_shard_size=max_shard_size)  # type: ignore[arg-type]
+    how = RunOptions(overwrite=overwrite, resume=resume, threads=threads, fsync=fsync)
+    return run_dequantize(prepare_dequantize(src, options, Hub(revision, token, cache_dir)), dst, how, progress)
 
 
-def prepare_dequantize(
-    src: StrPath,
-    *,
-    dtype: object = None,
-    max_shard_size: int | str | None = None,
-    hub_progress: bool = False,
-) -> Prepared:
-    """Plan `dequantize_checkpoint`; see there for the arguments."""
-    name = dtype_name(dtype)
-    options = {"dtype": name, "max_shard_size": shard_size(max_shard_size)}
-    folder = resolve_source(src, progress=hub_progress)
+def prepare_dequantize(src: StrPath, options: DequantizeOptions, hub: Hub) -> Prepared:
+    """Plan `dequantize_checkpoint`."""
+    folder = resolve_source(src, hub)
     config = config_json.read_config(folder if folder.is_dir() else folder.parent)
-    plan = CheckpointPlan.of(_native.plan_dequantize(str(folder), config_json.native_text(config), json.dumps(options)))
-    return Prepared(plan, config, None, name)
+    native = _native.plan_dequantize(str(folder), config_json.native_text(config), options.to_dict())
+    return Prepared(CheckpointPlan.of(native), config, None, options.dtype)
 
 
-def run_dequantize(
-    prepared: Prepared,
-    dst: StrPath,
-    *,
-    overwrite: bool = False,
-    resume: bool = False,
-    threads: int | None = None,
-    fsync: bool = True,
-    progress: Progress = None,
-) -> DequantizeReport:
+def run_dequantize(prepared: Prepared, dst: StrPath, options: RunOptions, progress: Progress) -> DequantizeReport:
     """Carry out what `prepare_dequantize` has planned."""
-    return DequantizeReport(**run(prepared, dst, overwrite, resume, threads, fsync, progress, "dequantizing"))
+    return DequantizeReport(**run(prepared, dst, options, progress, "dequantizing"))

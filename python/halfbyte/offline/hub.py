@@ -1,4 +1,4 @@
-"""Model names: from ``org/name`` to a local folder, through huggingface_hub when that is installed."""
+"""Checkpoints by their names on the hub: from ``org/name`` to a local folder, through huggingface_hub."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,35 +60,58 @@ def is_model_name(text: str) -> bool:
     return "/" not in text or not os.path.exists(text.split("/")[0])
 
 
-def resolve_source(source: str | os.PathLike[str], *, progress: bool = False) -> Path:
-    """The local folder or file of a checkpoint, fetched from the hub when ``source`` is a model name.
+@dataclass(frozen=True)
+class Hub:
+    """Where and as whom to look a model up, for names on the hub.
 
-    Parameters
-    ----------
-    source
-        A folder, a ``.safetensors`` file, or a model name such as ``"org/name"``.
-    progress
-        Show huggingface_hub's progress bars while fetching.
+    Attributes:
+        revision: A branch, a tag or a commit; None for the main branch.
+        token: An access token; True for the one that ``hf auth login`` has stored, False for none, None for the stored
+            one where there is one.
+        cache_dir: The folder of downloaded files; None for huggingface_hub's.
+        progress: Show huggingface_hub's progress bars.
+    """
 
-    Raises
-    ------
-    CheckpointError
-        Nothing has that name, here or on the hub, or the model's licence was not accepted.
-    OSError
-        The hub cannot be reached, and the model is not in the cache.
+    revision: str | None = None
+    token: str | bool | None = field(default=None, repr=False)
+    cache_dir: str | os.PathLike[str] | None = None
+    progress: bool = False
+
+
+def resolve_source(source: str | os.PathLike[str], hub: Hub = Hub()) -> Path:
+    """The local folder or file of a checkpoint, downloaded when ``source`` is a name on the hub.
+
+    Args:
+        source: A folder, a ``.safetensors`` file, or a name such as ``"org/name"``.
+        hub: How to look a name up.
+
+    Raises:
+        CheckpointError: Nothing has that name, here or on the hub, or the model's licence was not accepted.
+        OSError: The hub cannot be reached, and the model is not in the cache.
+        ValueError: A revision of what is not on the hub.
     """
     text = os.fspath(source)
     if not isinstance(text, str):
-        raise ValueError(f"source is {text!r}: expected a str or a path")
+        raise ValueError(f"source must be a str or a path, got {text!r}")
     if isinstance(source, str) and is_model_name(text):
-        return _fetch(text, progress=progress)
+        return _download(text, hub)
     path = Path(text).expanduser() if text.startswith("~") else Path(text)
     if not text or not path.exists():
         raise CheckpointError(f"{text or repr(text)}: no such file or folder")
+    if hub.revision is not None:
+        raise ValueError(f"revision must be None for a file or folder on this disk ({text}), got {hub.revision!r}")
     return path
 
 
-def _fetch(name: str, *, progress: bool) -> Path:
+def resolve_sources(sources: tuple[str | os.PathLike[str], str | os.PathLike[str]], hub: Hub) -> tuple[Path, Path]:
+    """Both checkpoints of a comparison. A revision is that of those that are names on the hub."""
+    named = [isinstance(source, str) and is_model_name(source) for source in sources]
+    local = Hub(None, hub.token, hub.cache_dir, hub.progress) if any(named) else hub
+    a, b = (resolve_source(source, hub if name else local) for source, name in zip(sources, named, strict=True))
+    return a, b
+
+
+def _download(name: str, hub: Hub) -> Path:
     try:
         import huggingface_hub
         from huggingface_hub import errors
@@ -96,9 +120,15 @@ def _fetch(name: str, *, progress: bool) -> Path:
             f"{name}: no such folder; to fetch it from the hub as a model name: pip install 'halfbyte[hub]'"
         ) from None
     try:
-        with _progress_bars(progress):
+        with _progress_bars(hub.progress):
             folder = huggingface_hub.snapshot_download(
-                name, allow_patterns=list(ALLOW), ignore_patterns=list(IGNORE), library_name="halfbyte"
+                name,
+                revision=hub.revision,
+                token=hub.token,
+                cache_dir=None if hub.cache_dir is None else os.fspath(hub.cache_dir),
+                allow_patterns=list(ALLOW),
+                ignore_patterns=list(IGNORE),
+                library_name="halfbyte",
             )
     except errors.GatedRepoError:
         raise CheckpointError(
@@ -109,11 +139,14 @@ def _fetch(name: str, *, progress: bool) -> Path:
         raise CheckpointError(
             f"{name}: no such folder, and the hub has no model of that name (a private one needs: hf auth login)"
         ) from None
+    except errors.RevisionNotFoundError:
+        raise CheckpointError(f"{name}: the model has no revision {hub.revision!r} on the hub") from None
     except errors.HFValidationError as error:
         raise CheckpointError(f"{name}: no such folder, and no name for a model: {_first_line(error)}") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        at = "" if hub.revision is None else f" at revision {hub.revision!r}"
         raise OSError(
-            f"{name}: no such folder; it is not in the hub's cache, and the hub cannot be reached "
+            f"{name}: no such folder; it is not in the hub's cache{at}, and the hub cannot be reached "
             "(no network, or HF_HUB_OFFLINE is set)"
         ) from None
     except Exception as error:  # the HTTP library's own exceptions differ between releases of huggingface_hub

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from halfbyte import _native
 from halfbyte._terminal import format_bytes, format_count, plural, printable, table, wrap
+
+if TYPE_CHECKING:
+    from halfbyte._native import PlanData, TotalsData
 
 T = TypeVar("T")
 
@@ -18,20 +20,15 @@ T = TypeVar("T")
 class TensorPlan:
     """What becomes of one tensor.
 
-    Attributes
-    ----------
-    name, shape
-        As in the source.
-    source
-        Dtype in the source (``"BF16"``), or quantization type when the source is quantized.
-    target
-        ``"nf4"``, ``"fp4"``, a dtype, or ``"keep"`` for a tensor that is copied.
-    bytes_in, bytes_out
-        Bytes of the tensor, in the output with its absmax and state.
-    reason
-        Why.
-    shard
-        Output file.
+    Attributes:
+        name: As in the source.
+        shape: As in the source.
+        source: Dtype in the source (``"BF16"``), or quantization type when the source is quantized.
+        target: ``"nf4"``, ``"fp4"``, a dtype, or ``"keep"`` for a tensor that is copied.
+        bytes_in: Bytes of the tensor in the source.
+        bytes_out: Bytes of the tensor in the output, with its absmax and state.
+        reason: Why.
+        shard: Output file.
     """
 
     name: str
@@ -48,16 +45,15 @@ class TensorPlan:
 class Group:
     """Tensors that differ in layer numbers only.
 
-    Attributes
-    ----------
-    pattern
-        ``model.layers.{0-15}.mlp.up_proj.weight``: the numbers that occur, in ranges.
-    count
-        How many tensors.
-    shape, source, target, reason
-        Common to all, see `TensorPlan`.
-    bytes_in, bytes_out
-        Sums.
+    Attributes:
+        pattern: ``model.layers.{0-15}.mlp.up_proj.weight``: the numbers that occur, in ranges.
+        count: How many tensors.
+        shape: Common to all, like `source`, `target` and `reason`; see `TensorPlan`.
+        source: See `shape`.
+        target: See `shape`.
+        bytes_in: Sum over all.
+        bytes_out: Sum over all.
+        reason: See `shape`.
     """
 
     pattern: str
@@ -74,45 +70,42 @@ class Group:
 class CheckpointPlan:
     """What a run would do, from headers and ``config.json`` alone. ``print(plan)`` shows it as a table."""
 
-    data: dict[str, Any] = field(repr=False)
+    data: PlanData = field(repr=False)
     native: _native.Plan = field(repr=False, compare=False)
 
     @classmethod
     def of(cls, native: _native.Plan) -> CheckpointPlan:
         """Wrap the compiled core's plan."""
-        return cls(json.loads(native.to_json()), native)
+        return cls(native.report(), native)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON has it, with every tensor."""
-        return self.data
+        return dict(self.data)
 
     @property
     def architecture(self) -> str | None:
         """The model's class, from ``config.json``."""
-        value: str | None = self.data.get("architecture")
-        return value
+        return self.data["architecture"]
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know before the run."""
-        return tuple(self.data.get("notes") or ())
+        return tuple(self.data["notes"])
 
     @property
     def left_out(self) -> tuple[str, ...]:
         """Files of the source that are not copied, each with the reason."""
-        return tuple(f"{left['file']}: {left['reason']}" for left in self.data.get("left_out") or ())
+        return tuple(f"{left['file']}: {left['reason']}" for left in self.data["left_out"])
 
     @property
     def skip_modules(self) -> list[str] | None:
         """What ``llm_int8_skip_modules`` of the output has to be, so that a loader replaces the same modules."""
-        value: list[str] | None = self.data.get("skip_modules")
-        return value
+        return self.data["skip_modules"]
 
     @property
     def model_dtype(self) -> str | None:
         """The dtype of the quantized model: that asked for, else ``config.json``'s, else that of most 4-bit weights."""
-        value: str | None = self.data.get("model_dtype")
-        return value
+        return self.data["model_dtype"]
 
     @property
     def shards(self) -> tuple[tuple[str, int], ...]:
@@ -120,10 +113,9 @@ class CheckpointPlan:
         return tuple((s["file"], s["bytes"]) for s in self.data["shards"])
 
     @property
-    def totals(self) -> dict[str, Any]:
+    def totals(self) -> TotalsData:
         """Sums: weights, quantized_weights, bytes_in, bytes_out, bits_per_weight, quantized_tensors, tensors."""
-        value: dict[str, Any] = self.data["totals"]
-        return value
+        return self.data["totals"]
 
     @cached_property
     def tensors(self) -> tuple[TensorPlan, ...]:
@@ -136,8 +128,8 @@ class CheckpointPlan:
                 target=t["to"],
                 bytes_in=t["bytes_in"],
                 bytes_out=t["bytes_out"],
-                reason=t.get("reason") or "",
-                shard=t.get("shard") or "",
+                reason=t["reason"],
+                shard=t["shard"],
             )
             for t in self.data["tensors"]
         )
@@ -177,15 +169,15 @@ class CheckpointPlan:
 
     def _title(self) -> str:
         architecture = self.architecture or "no architecture named"
-        known = "" if self.data.get("known_architecture", True) else " (not known here: planned by shape)"
-        return f"{self.data.get('operation', 'quantize')} {printable(str(self.data['source']))}: {architecture}{known}"
+        known = "" if self.data["known_architecture"] else " (not known here: planned by shape)"
+        return f"{self.data['operation']} {printable(self.data['source'])}: {architecture}{known}"
 
     def _totals(self) -> list[tuple[str, str]]:
         t = self.totals
         count = f"{t['quantized_tensors']:,} of {plural(t['tensors'], 'tensor')}"
         weights = f"{format_count(t['quantized_weights'])} of {format_count(t['weights'])} weights"
         lines = [
-            (f"{self.data.get('operation', 'quantize')}d", f"{count}, {weights}"),
+            (f"{self.data['operation']}d", f"{count}, {weights}"),
             (
                 "bytes",
                 f"{format_bytes(t['bytes_in'])} → {format_bytes(t['bytes_out'])} "
@@ -193,7 +185,7 @@ class CheckpointPlan:
             ),
         ]
         files = [f"{plural(len(self.data['shards']), 'file')} of weights"]
-        if self.data.get("copies"):
+        if self.data["copies"]:
             files.append(f"{plural(len(self.data['copies']), 'other file')} copied")
         lines.append(("output", ", ".join(files)))
         lines += [("left out", printable(left)) for left in self.left_out]

@@ -11,27 +11,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from halfbyte import _native
 from halfbyte._native import CheckpointError
 from halfbyte.offline import config_json
-from halfbyte.offline.hub import resolve_source
+from halfbyte.offline.hub import Hub, resolve_source
 from halfbyte.offline.options import (
     Config,
     Progress,
+    QuantizeOptions,
     Rule,
+    RunOptions,
     Selection,
     StrPath,
-    dtype_name,
-    quantization_dict,
-    rule_text,
-    shard_size,
-    strings,
+    coerce_config,
 )
 from halfbyte.offline.plan import CheckpointPlan
 from halfbyte.offline.report import QuantizeReport
 from halfbyte.offline.run import Prepared, run
+
+if TYPE_CHECKING:
+    from halfbyte._native import SelectedData
 
 
 def plan_checkpoint(
@@ -46,13 +48,15 @@ def plan_checkpoint(
     max_shard_size: int | str | None = None,
     allow_nonfinite: bool = False,
     blocksize: int = 64,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: StrPath | None = None,
 ) -> CheckpointPlan:
     """What `quantize_checkpoint` would do with these arguments, in milliseconds: no weight is read.
 
     See there for the arguments and the errors.
     """
-    return prepare_quantize(
-        src,
+    options = QuantizeOptions.from_config(
         config,
         rules=rules,
         skip=skip,
@@ -62,7 +66,8 @@ def plan_checkpoint(
         max_shard_size=max_shard_size,
         allow_nonfinite=allow_nonfinite,
         blocksize=blocksize,
-    ).plan
+    )
+    return prepare_quantize(src, options, Hub(revision, token, cache_dir), config).plan
 
 
 def quantize_checkpoint(
@@ -83,70 +88,55 @@ def quantize_checkpoint(
     threads: int | None = None,
     fsync: bool = True,
     progress: Progress = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: StrPath | None = None,
 ) -> QuantizeReport:
-    """Quantize a checkpoint of float32, float16 or bfloat16 weights to NF4 or FP4, file by file.
+    """Quantize a checkpoint of float32, float16 or bfloat16 weights to NF4 or FP4, shard by shard.
 
-    Parameters
-    ----------
-    src
-        Folder with ``config.json`` and ``model.safetensors`` or an index and shards; or a name on the hub.
-        It is only read.
-    dst
-        Folder to write: created, or empty, unless ``overwrite`` or ``resume`` is set.
-    config
-        ``BitsAndBytesConfig`` of halfbyte or transformers, or its dict, with ``load_in_4bit``. None stands for NF4 with
-        double quantization. ``llm_int8_skip_modules`` adds to what is kept anyway. Where it gives no compute dtype, the
-        output's ``config.json`` says the model's: ``dtype``, else what the checkpoint has (transformers' own class says
-        float32 where nothing was given).
-    rules
-        ``"REGEX=nf4"``, ``"REGEX=fp4"``, ``"REGEX=keep"`` or pairs of both sides: the first whose expression is found
-        in a tensor's name decides. They come before everything else.
-    skip
-        Names of modules to keep, in addition to those that transformers keeps.
-    selection
-        ``"rules"``: which weights are linear layers is decided from config, names and shapes.
-        ``"transformers"``: the installed transformers is asked (it and torch are imported).
-    trust_remote_code
-        With ``selection="transformers"``: run the code that comes with the checkpoint (``auto_map``), if it has some.
-        Without it such a checkpoint is refused; nothing is ever asked.
-    dtype
-        ``"bfloat16"``, ``"float16"`` or ``"float32"`` (or torch's dtype): what weights are cast to before they are
-        quantized or kept, written to ``config.json`` too. None for the dtype that ``config.json`` names, which is what
-        transformers loads a model in; without one, weights are taken as they are stored.
-    max_shard_size
-        Most bytes of an output file: ``"5GB"`` (10^9), ``"2GiB"`` (2^30) or an int. None is 5 GB.
-    overwrite
-        Replace an earlier output in ``dst``.
-    resume
-        Go on with an interrupted run of the same arguments. Finished files are not made again.
-    allow_nonfinite
-        Quantize weights that hold NaN or infinities, instead of raising.
-    blocksize
-        Weights per scale: 32, 64, 128, 256, 512, 1024, 2048 or 4096. ``config.json`` has no place for it; each weight's
-        state says it, and transformers with bitsandbytes 0.50 loads all of them. On a CPU with AVX-512, though,
-        bitsandbytes 0.50 multiplies with wrong scales unless the blocksize, 64 too, divides the width of every layer.
-    threads
-        How many to use; None for one per core that this process may run on.
-    fsync
-        Wait until the disk has every file before it gets its final name.
-    progress
-        True to show it (a bar on a terminal, else a line per file, on standard error), or a callable that is given
-        (bytes done, bytes in all, what is being worked on) about ten times a second.
+    Args:
+        src: A folder with ``config.json`` and ``model.safetensors`` or an index and shards; or a name on the hub. It is
+            only read.
+        dst: The folder to write: created, or empty, unless ``overwrite`` or ``resume`` is set.
+        config: A ``BitsAndBytesConfig`` of halfbyte or transformers, or its dict, with ``load_in_4bit``. None stands
+            for NF4 with double quantization. ``llm_int8_skip_modules`` adds to what is kept anyway. Where it gives no
+            compute dtype, the output's ``config.json`` says the model's: ``dtype``, else what the checkpoint has
+            (transformers' own class says float32 where nothing was given).
+        rules: ``"REGEX=nf4"``, ``"REGEX=fp4"``, ``"REGEX=keep"`` or pairs of both sides: the first whose expression is
+            found in a tensor's name decides. Rules come before everything else.
+        skip: Names of modules to keep, in addition to those that transformers keeps.
+        selection: ``"rules"``: which weights are linear layers is decided from config, names and shapes.
+            ``"transformers"``: the installed transformers is asked (it and torch are imported).
+        trust_remote_code: With ``selection="transformers"``: run the code that comes with the checkpoint
+            (``auto_map``), if it has some. Without it such a checkpoint is refused; nothing is ever asked.
+        dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"`` (or torch's dtype): what weights are cast to before they
+            are quantized or kept, written to ``config.json`` too. None for the dtype that ``config.json`` names, which
+            is what transformers loads a model in; without one, weights are taken as they are stored.
+        max_shard_size: Most bytes of an output file: ``"5GB"`` (10^9), ``"2GiB"`` (2^30) or an int. None is 5 GB.
+        overwrite: Replace an earlier output in ``dst``.
+        resume: Continue an interrupted run of the same arguments. Shards that are complete are not made again.
+        allow_nonfinite: Quantize weights that hold NaN or infinities, instead of raising.
+        blocksize: Weights per absmax: 32, 64, 128, 256, 512, 1024, 2048 or 4096. ``config.json`` has no place for it;
+            each weight's state says it, and transformers with bitsandbytes 0.50 loads all of them. On a CPU with
+            AVX-512, though, bitsandbytes 0.50 multiplies with wrong scales unless the blocksize, 64 too, divides the
+            width of every layer.
+        threads: How many to use; None for one per core that this process may run on.
+        fsync: Wait until the disk has every file before it gets its final name.
+        progress: True to show it (a bar on a terminal, else a line per file, on standard error), or a callable that is
+            given (bytes done, bytes in all, what is being worked on) about ten times a second.
+        revision: For a name on the hub: a branch, a tag or a commit; None for the main branch.
+        token: For a name on the hub: an access token, or False to send none. None uses the one that ``hf auth login``
+            has stored, if any.
+        cache_dir: For a name on the hub: the folder of downloaded files; None for huggingface_hub's.
 
-    Raises
-    ------
-    ValueError
-        An argument is wrong, or ``dst`` is in use.
-    CheckpointError
-        The checkpoint is broken, an adapter, quantized already (by ``config.json`` or by its tensors), holds a
-        non-finite weight, or a value that ``dtype`` cannot hold. A ValueError too.
-    OSError
-        The file system refused: permissions, space.
-    Interrupted
-        Ctrl-C. A KeyboardInterrupt too.
+    Raises:
+        ValueError: An argument is wrong, or ``dst`` is in use.
+        CheckpointError: The checkpoint is broken, an adapter, quantized already (by ``config.json`` or by its tensors),
+            holds a non-finite weight, or a value that ``dtype`` cannot hold. A ValueError too.
+        OSError: The file system refused: permissions, space.
+        Interrupted: Ctrl-C. A KeyboardInterrupt too.
     """
-    prepared = prepare_quantize(
-        src,
+    options = QuantizeOptions.from_config(
         config,
         rules=rules,
         skip=skip,
@@ -157,83 +147,65 @@ def quantize_checkpoint(
         allow_nonfinite=allow_nonfinite,
         blocksize=blocksize,
     )
-    return run_quantize(
-        prepared, dst, overwrite=overwrite, resume=resume, threads=threads, fsync=fsync, progress=progress
-    )
+    how = RunOptions(overwrite=overwrite, resume=resume, threads=threads, fsync=fsync)
+    return run_quantize(prepare_quantize(src, options, Hub(revision, token, cache_dir), config), dst, how, progress)
 
 
-def prepare_quantize(
-    src: StrPath,
-    config: Config = None,
-    *,
-    rules: Iterable[Rule] = (),
-    skip: Iterable[str] = (),
-    selection: Selection = "rules",
-    trust_remote_code: bool = False,
-    dtype: object = None,
-    max_shard_size: int | str | None = None,
-    allow_nonfinite: bool = False,
-    blocksize: int = 64,
-    hub_progress: bool = False,
-) -> Prepared:
-    """Plan `quantize_checkpoint`; see there for the arguments."""
-    quantization, compute_dtype_given = quantization_dict(config)
-    if selection not in ("rules", "transformers"):
-        raise ValueError(f"selection is {selection!r}: expected 'rules' or 'transformers'")
-    if trust_remote_code and selection != "transformers":
-        raise ValueError("trust_remote_code is True: expected selection='transformers' with it")
-    skip_names = strings("skip", skip)
-    options: dict[str, Any] = {
-        "quant_type": quantization["bnb_4bit_quant_type"],
-        "blocksize": blocksize,
-        "double_quant": quantization["bnb_4bit_use_double_quant"],
-        "storage": quantization["bnb_4bit_quant_storage"],
-        "dtype": (name := dtype_name(dtype)),
-        "max_shard_size": shard_size(max_shard_size),
-        "rules": [rule_text(rule) for rule in rules],
-        "skip": [*(quantization["llm_int8_skip_modules"] or ()), *skip_names],
-        "explicit": None,
-        "explicit_conv1d": None,
-        "allow_nonfinite": bool(allow_nonfinite),
-    }
-    folder = resolve_source(src, progress=hub_progress)
+def prepare_quantize(src: StrPath, options: QuantizeOptions, hub: Hub, config: Config = None) -> Prepared:
+    """Plan `quantize_checkpoint`.
+
+    Args:
+        src: As there.
+        options: How to quantize.
+        hub: How to look up a name on the hub.
+        config: The config that the options come from, if any: its other keys go into the output's ``config.json``.
+    """
+    folder = resolve_source(src, hub)
     model_config = config_json.read_config(folder if folder.is_dir() else folder.parent)
-    if model_config is not None and (method := config_json.existing_quantization(model_config)):
-        if config_json.is_eight_bit(model_config):
-            method, undo = (
-                f"{method}, 8 bits",
-                "; start from the original model: halfbyte dequantize undoes 4 bits alone",
-            )
-        else:
-            undo = "; undo it with: halfbyte dequantize" if method == "bitsandbytes" else ""
-        raise CheckpointError(
-            f"{folder / config_json.FILE}: the checkpoint is quantized already ({method}): expected one of float32, "
-            f"float16 or bfloat16{undo}"
-        )
-    if selection == "transformers":
+    if model_config is not None:
+        _refuse_quantized(folder / config_json.FILE, model_config)
+    selected: SelectedData | None = None
+    if options.selection == "transformers":
         from halfbyte.offline.transformers_selection import selected_and_conv1d
 
-        selected = selected_and_conv1d(folder, trust_remote_code=trust_remote_code)
-        options["explicit"], options["explicit_conv1d"] = selected
+        tensors, conv1d = selected_and_conv1d(folder, trust_remote_code=options.trust_remote_code)
+        selected = {"tensors": tensors, "conv1d": conv1d}
     plan = CheckpointPlan.of(
-        _native.plan_quantize(str(folder), config_json.native_text(model_config), json.dumps(options))
+        _native.plan_quantize(str(folder), config_json.native_text(model_config), options.to_dict(), selected)
     )
-    quantization["llm_int8_skip_modules"] = plan.skip_modules
-    if not compute_dtype_given and plan.model_dtype is not None:
-        quantization["bnb_4bit_compute_dtype"] = plan.model_dtype
-    return Prepared(plan, model_config, quantization, name)
+    return Prepared(plan, model_config, quantization_config(options, plan, config), options.dtype)
 
 
-def run_quantize(
-    prepared: Prepared,
-    dst: StrPath,
-    *,
-    overwrite: bool = False,
-    resume: bool = False,
-    threads: int | None = None,
-    fsync: bool = True,
-    progress: Progress = None,
-) -> QuantizeReport:
+def quantization_config(options: QuantizeOptions, plan: CheckpointPlan | None, config: Config) -> dict[str, Any]:
+    """``quantization_config`` of the output's ``config.json``, as transformers writes it."""
+    # Through JSON, so that enumerations become the plain strings that config.json holds.
+    written: dict[str, Any] = json.loads(json.dumps(coerce_config(config).to_dict()))
+    written["bnb_4bit_quant_type"] = options.quant_type
+    written["bnb_4bit_use_double_quant"] = options.double_quant
+    written["bnb_4bit_quant_storage"] = options.storage
+    if plan is not None:
+        written["llm_int8_skip_modules"] = plan.skip_modules
+    compute_dtype = options.compute_dtype or (plan.model_dtype if plan is not None else None)
+    if compute_dtype is not None:
+        written["bnb_4bit_compute_dtype"] = compute_dtype
+    return written
+
+
+def _refuse_quantized(file: Path, config: dict[str, Any]) -> None:
+    method = config_json.existing_quantization(config)
+    if method is None:
+        return
+    if config_json.is_eight_bit(config):
+        method = f"{method}, 8 bits"
+        undo = "; start from the original model: halfbyte dequantize undoes 4 bits alone"
+    else:
+        undo = "; undo it with: halfbyte dequantize" if method == "bitsandbytes" else ""
+    raise CheckpointError(
+        f"{file}: the checkpoint is quantized already ({method}): expected one of float32, float16 or bfloat16{undo}"
+    )
+
+
+def run_quantize(prepared: Prepared, dst: StrPath, options: RunOptions, progress: Progress) -> QuantizeReport:
     """Carry out what `prepare_quantize` has planned."""
-    common = run(prepared, dst, overwrite, resume, threads, fsync, progress, "quantizing")
+    common = run(prepared, dst, options, progress, "quantizing")
     return QuantizeReport(**common, quantization_config=prepared.quantization or {})

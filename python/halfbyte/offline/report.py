@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from halfbyte._terminal import format_bytes, format_count, format_seconds, plural, printable, table
 from halfbyte.offline.plan import collapse, ratio, shape_text
+
+if TYPE_CHECKING:
+    from halfbyte._native import VerifyData
 
 
 @dataclass(frozen=True)
@@ -21,32 +24,23 @@ class _Report:
 class ConvertReport(_Report):
     """What a conversion wrote.
 
-    Attributes
-    ----------
-    source, destination
-        Folders.
-    files
-        Name and bytes of every weight file in the destination.
-    copied
-        Names of the other files.
-    reused
-        How many weight files were complete already (``resume``).
-    already_complete
-        Whether there was nothing left to do.
-    tensors, converted_tensors
-        How many there are, and how many were quantized or dequantized.
-    weights, converted_weights
-        The same in single numbers.
-    bytes_in, bytes_out
-        Bytes of all tensors before and after.
-    bits_per_weight
-        ``8 * bytes_out / weights``, with scales and whatever was kept.
-    seconds
-        Wall time of the conversion.
-    notes
-        Remarks of the plan.
-    left_out
-        Files of the source that were not copied, each with the reason.
+    Attributes:
+        source: The source folder.
+        destination: The destination folder.
+        files: Name and bytes of every shard in the destination.
+        copied: Names of the other files.
+        reused: How many shards were complete already (``resume``).
+        already_complete: Whether there was nothing left to do.
+        tensors: How many tensors there are.
+        converted_tensors: How many of them were quantized or dequantized.
+        weights: The numbers in all tensors.
+        converted_weights: The numbers that were quantized or dequantized.
+        bytes_in: Bytes of all tensors before.
+        bytes_out: Bytes of all tensors after.
+        bits_per_weight: ``8 * bytes_out / weights``, with absmax and whatever was kept.
+        seconds: Wall time of the conversion.
+        notes: Remarks of the plan.
+        left_out: Files of the source that were not copied, each with the reason.
     """
 
     source: str
@@ -100,10 +94,8 @@ class ConvertReport(_Report):
 class QuantizeReport(ConvertReport):
     """What `quantize_checkpoint` wrote.
 
-    Attributes
-    ----------
-    quantization_config
-        As in the output's ``config.json``.
+    Attributes:
+        quantization_config: As in the output's ``config.json``.
     """
 
     quantization_config: dict[str, Any] = field(default_factory=dict)
@@ -121,26 +113,19 @@ class DequantizeReport(ConvertReport):
 class TensorComparison(_Report):
     """One tensor of `verify_checkpoint`.
 
-    Attributes
-    ----------
-    name
-        The tensor, or the 4-bit weight with its state.
-    status
-        ``"identical"``: the same bytes (of a 4-bit weight beside an original: those of a fresh quantization), or the
-        same values in another dtype.
-        ``"equal-codes"``: the same codes, scales that differ in rounding. ``"differs"``. ``"shape"``: not comparable.
-        ``"missing"``: only in the first checkpoint. ``"extra"``: only in the second.
-    kind
-        ``"nf4"``, ``"fp4"``, or a dtype.
-    shape
-        Of the tensor, of the weight itself when it is 4-bit.
-    rmse, max_error
-        Of the values that a loader sees, beside those of the first checkpoint; None where there is nothing to compare,
-        or NaN is in between.
-    differing_bytes
-        Bytes of codes, or of the tensor, that are not the same.
-    detail
-        What else there is to say.
+    Attributes:
+        name: The tensor, or the 4-bit weight with its state.
+        status: ``"identical"``: the same bytes (of a 4-bit weight beside an original: those of a fresh quantization),
+            or the same values in another dtype. ``"equal-codes"``: the same codes, absmax that differ in rounding.
+            ``"differs"``. ``"shape"``: not comparable. ``"missing"``: only in the first checkpoint. ``"extra"``: only
+            in the second.
+        kind: ``"nf4"``, ``"fp4"``, or a dtype.
+        shape: Of the tensor, of the weight itself when it is 4-bit.
+        rmse: Root mean square error of the values that a loader sees, beside those of the first checkpoint; None where
+            there is nothing to compare, or where one of them is NaN or infinite.
+        max_error: The largest error of these values; None like `rmse`.
+        differing_bytes: Bytes of codes, or of the tensor, that are not the same.
+        detail: What else there is to say.
     """
 
     name: str
@@ -162,14 +147,11 @@ class TensorComparison(_Report):
 class VerifyReport(_Report):
     """What `verify_checkpoint` found.
 
-    Attributes
-    ----------
-    a, b
-        The folders.
-    tensors
-        Every tensor of both.
-    seconds
-        Wall time.
+    Attributes:
+        a: The first folder.
+        b: The second folder.
+        tensors: Every tensor of both.
+        seconds: Wall time.
     """
 
     a: str
@@ -181,9 +163,21 @@ class VerifyReport(_Report):
     MOST_ROWS: ClassVar[int] = 50
 
     @classmethod
-    def of(cls, data: dict[str, Any], seconds: float) -> VerifyReport:
-        """Read the compiled core's report."""
-        tensors = tuple(TensorComparison(**{**t, "shape": tuple(t.get("shape") or ())}) for t in data["tensors"])
+    def of(cls, data: VerifyData, seconds: float) -> VerifyReport:
+        """Wrap the compiled core's report."""
+        tensors = tuple(
+            TensorComparison(
+                name=t["name"],
+                status=t["status"],
+                kind=t["kind"],
+                shape=tuple(t["shape"]),
+                rmse=t["rmse"],
+                max_error=t["max_error"],
+                differing_bytes=t["differing_bytes"],
+                detail=t["detail"],
+            )
+            for t in data["tensors"]
+        )
         return cls(data["a"], data["b"], tensors, seconds)
 
     def to_dict(self) -> dict[str, Any]:
@@ -245,13 +239,11 @@ def _number(value: float | None) -> str:
 class InspectReport:
     """What a checkpoint holds: ``print(report)`` shows it as tables.
 
-    Attributes
-    ----------
-    data
-        All of it: ``path``; ``files`` (file, bytes, tensors, metadata); ``weights``, the 4-bit ones (name, quant_type,
-        blocksize, nested, dtype, shape, storage, bytes, bits_per_weight, file); ``tensors``, the others (name, dtype,
-        shape, bytes, file); ``groups`` (kind, tensors, weights, bytes); ``totals``; ``notes``;
-        ``quantization_config`` of ``config.json``.
+    Attributes:
+        data: All of it: ``path``; ``files`` (file, bytes, tensors, metadata); ``weights``, the 4-bit ones (name,
+            quant_type, blocksize, nested, dtype, shape, storage, bytes, bits_per_weight, file); ``tensors``, the others
+            (name, dtype, shape, bytes, file); ``groups`` (kind, tensors, weights, bytes); ``totals``; ``notes``;
+            ``quantization_config`` of ``config.json``.
     """
 
     data: dict[str, Any]

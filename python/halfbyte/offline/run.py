@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from halfbyte import _native
 from halfbyte._terminal import format_bytes, progress_display
 from halfbyte.offline import config_json
-from halfbyte.offline.options import Progress, StrPath, thread_count
+from halfbyte.offline.options import Progress, RunOptions, StrPath, thread_count
 from halfbyte.offline.plan import CheckpointPlan
+
+_Report = TypeVar("_Report")
 
 # Python looks at signals between two waits.
 _POLL_SECONDS = 0.02
 _SHOW_SECONDS = 0.1
-# Where the compiled core keeps complete files until all of them are there (rust/core/src/checkpoint/stage.rs).
-_STAGE = ".halfbyte-partial"
 
 
 class Interrupted(KeyboardInterrupt):
     """Stopped by Ctrl-C. What is complete stays, and ``resume=True`` goes on from there.
 
-    Attributes
-    ----------
-    complete, total
-        Output files of weights that are complete, and how many there will be.
+    Attributes:
+        complete: How many shards are complete.
+        total: How many there will be.
     """
 
     def __init__(self, complete: int, total: int) -> None:
@@ -57,38 +55,25 @@ class Prepared:
         return config_json.with_quantization(self.config, self.quantization, self.dtype)
 
 
-def run(
-    prepared: Prepared,
-    dst: StrPath,
-    overwrite: bool,
-    resume: bool,
-    threads: int | None,
-    fsync: bool,
-    progress: Progress,
-    verb: str,
-) -> dict[str, Any]:
+def run(prepared: Prepared, dst: StrPath, options: RunOptions, progress: Progress, verb: str) -> dict[str, Any]:
     """Execute a plan; the fields of `ConvertReport`."""
-    if overwrite and resume:
-        raise ValueError("overwrite and resume are both set: expected at most one of them")
     if not os.fspath(dst):
         # As a path it would stand for the working directory: not what an unset variable in a script means.
-        raise ValueError("dst is '': expected the folder to write to")
-    mode = "overwrite" if overwrite else "resume" if resume else "new"
+        raise ValueError("dst must be the folder to write to, got ''")
     plan = prepared.plan
-    destination = Path(dst)
-    staged = destination / _STAGE / "files"
+    destination = str(Path(dst))
     names = [name for name, _ in plan.shards]
     ended = False
 
     def complete(name: str) -> bool:
-        return ended or (staged / name).is_file()
+        return ended or _native.is_staged(destination, name)
 
     with display_progress(progress, verb, names, complete) as show:
         job = _native.run_plan(
-            plan.native, str(destination), mode, prepared.config_text(), thread_count(threads), fsync
+            plan.native, destination, options.mode, prepared.config_text(), thread_count(options.threads), options.fsync
         )
         try:
-            data = json.loads(wait(job, show))
+            written = wait(job, show)
             ended = True
             show(*job.progress())
         except KeyboardInterrupt:
@@ -97,14 +82,14 @@ def run(
                 job.result()
                 ended = True
             raise Interrupted(sum(complete(name) for name in names), len(names)) from None
-    totals = plan.totals
+    data, totals = plan.data, plan.totals
     return {
-        "source": str(plan.data["source"]),
-        "destination": data["destination"],
-        "files": tuple((shard["file"], shard["bytes"]) for shard in data["shards"]),
-        "copied": tuple(c["file"] for c in plan.data.get("copies") or ()),
-        "reused": data["resumed_shards"],
-        "already_complete": data["already_complete"],
+        "source": data["source"],
+        "destination": written["destination"],
+        "files": tuple((shard["file"], shard["bytes"]) for shard in written["shards"]),
+        "copied": tuple(copy["file"] for copy in data["copies"]),
+        "reused": written["resumed_shards"],
+        "already_complete": written["already_complete"],
         "tensors": totals["tensors"],
         "converted_tensors": totals["quantized_tensors"],
         "weights": totals["weights"],
@@ -112,13 +97,13 @@ def run(
         "bytes_in": totals["bytes_in"],
         "bytes_out": totals["bytes_out"],
         "bits_per_weight": totals["bits_per_weight"],
-        "seconds": data["seconds"],
+        "seconds": written["seconds"],
         "notes": plan.notes,
         "left_out": plan.left_out,
     }
 
 
-def wait(job: _native.Job, show: Callable[[int, int, str], None]) -> str:
+def wait(job: _native.Job[_Report], show: Callable[[int, int, str], None]) -> _Report:
     """Follow a job to its end. An interruption stops it, waits until it has stopped, and is raised again."""
     try:
         show(*job.progress())
@@ -156,4 +141,4 @@ def display_progress(
     elif callable(progress):
         yield progress
     else:
-        raise ValueError(f"progress is {progress!r}: expected None, True, or a callable(done, total, label)")
+        raise ValueError(f"progress must be None, True, or a callable(done, total, label), got {progress!r}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte._native import CheckpointError
+from halfbyte.offline import config_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -78,6 +79,11 @@ def selected_and_conv1d(
         ) from error
     source = Path(source)
     names = _tensor_names(source)
+    if not trust_remote_code and _config_needs_code(source):
+        raise RemoteCodeError(
+            f"{source / config_json.FILE}: the model's code comes with the checkpoint (auto_map) and is not run: if "
+            "you trust it, add --trust-remote-code (trust_remote_code=True)"
+        )
     with _own_words(source, trust_remote_code):
         # False, not None: transformers would ask on standard input.
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -90,19 +96,23 @@ def selected_and_conv1d(
     )
 
 
+def _config_needs_code(source: Path) -> bool:
+    """Does the checkpoint bring a class of its own for a config that transformers has none for?"""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    config = config_json.read_config(source) or {}
+    table = config.get("auto_map")
+    return isinstance(table, dict) and "AutoConfig" in table and config.get("model_type") not in CONFIG_MAPPING
+
+
 @contextlib.contextmanager
 def _own_words(source: Path, trust_remote_code: bool) -> Iterator[None]:
-    """Inside the block, what transformers says of code that is not trusted, or that code of itself, in our words."""
+    """Inside the block, an error of the checkpoint's own code is one of the checkpoint."""
     try:
         yield
     except (RemoteCodeError, ImportError, OSError):
         raise
     except Exception as error:
-        if not trust_remote_code and "trust_remote_code" in str(error):
-            raise RemoteCodeError(
-                f"{source / 'config.json'}: the model's code comes with the checkpoint (auto_map) and is not run: if "
-                "you trust it, add --trust-remote-code (trust_remote_code=True)"
-            ) from None
         if trust_remote_code and not isinstance(error, ValueError):
             raise CheckpointError(
                 f"{source}: the model's own code failed: {type(error).__name__}: {error}".splitlines()[0]

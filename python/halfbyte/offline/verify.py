@@ -2,42 +2,48 @@
 
 from __future__ import annotations
 
-import json
 import time
 
 from halfbyte import _native
 from halfbyte._terminal import format_weights
 from halfbyte.offline import config_json
-from halfbyte.offline.hub import resolve_source
+from halfbyte.offline.hub import Hub, resolve_sources
 from halfbyte.offline.options import Progress, StrPath, thread_count
 from halfbyte.offline.report import VerifyReport
 from halfbyte.offline.run import display_progress, wait
 
 
-def verify_checkpoint(a: StrPath, b: StrPath, *, threads: int | None = None, progress: Progress = None) -> VerifyReport:
+def verify_checkpoint(
+    a: StrPath,
+    b: StrPath,
+    *,
+    threads: int | None = None,
+    progress: Progress = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: StrPath | None = None,
+) -> VerifyReport:
     """Compare every tensor of ``b`` with ``a``.
 
-    Parameters
-    ----------
-    a
-        The original: each weight that ``b`` holds in 4 bits is quantized afresh, in the same way, and the bytes are
-        compared. Or a quantized checkpoint: bytes are compared with bytes.
-    b
-        The checkpoint to be checked.
-    threads, progress
-        As in `quantize_checkpoint`.
+    Args:
+        a: The original: each weight that ``b`` holds in 4 bits is quantized afresh, in the same way, and the bytes are
+            compared. Or a quantized checkpoint: bytes are compared with bytes.
+        b: The checkpoint to be checked.
+        threads: As for `quantize_checkpoint`.
+        progress: As for `quantize_checkpoint`.
+        revision: As for `quantize_checkpoint`, for those of ``a`` and ``b`` that are names on the hub.
+        token: As for `quantize_checkpoint`.
+        cache_dir: As for `quantize_checkpoint`.
 
-    Raises
-    ------
-    CheckpointError
-        Either checkpoint is broken.
-    OSError
-        They cannot be read.
+    Raises:
+        CheckpointError: Either checkpoint is broken.
+        OSError: They cannot be read.
     """
     started = time.monotonic()
-    folders = [resolve_source(a), resolve_source(b)]
-    config = config_json.read_config(folders[0] if folders[0].is_dir() else folders[0].parent)
-    job = _native.verify(str(folders[0]), str(folders[1]), config_json.native_text(config), thread_count(threads))
+    used = thread_count(threads)
+    first, second = resolve_sources((a, b), Hub(revision, token, cache_dir))
+    config = config_json.read_config(first if first.is_dir() else first.parent)
+    job = _native.verify(str(first), str(second), config_json.native_text(config), used)
     with display_progress(progress, "verifying", unit=format_weights) as show:
-        data = json.loads(wait(job, show))
+        data = wait(job, show)
     return VerifyReport.of(data, time.monotonic() - started)

@@ -121,6 +121,9 @@ pub enum Error {
         /// Why, in the driver's words where it has any.
         problem: String,
     },
+    /// There is no NVIDIA driver on this machine.
+    #[error("CUDA is not available: the NVIDIA driver's library (libcuda) is not installed")]
+    NoCudaDriver,
     /// An invariant of this crate does not hold.
     #[error("a bug in halfbyte, please report it: {}", line(words))]
     Bug {
@@ -128,10 +131,10 @@ pub enum Error {
         words: String,
     },
     /// The caller asked to stop.
-    #[error("interrupted{how_far}")]
+    #[error("interrupted{}", how_far(shards))]
     Interrupted {
-        /// What had been done by then, to be read on: " with …", or nothing.
-        how_far: String,
+        /// How many output files were complete by then, and how many there were to be.
+        shards: Option<(usize, usize)>,
     },
 }
 
@@ -139,6 +142,10 @@ pub enum Error {
 fn words(error: &io::Error) -> String {
     let text = error.to_string();
     text.split_once(" (os error ").map_or(text.clone(), |(words, _)| words.to_owned())
+}
+
+fn how_far(shards: &Option<(usize, usize)>) -> String {
+    shards.map_or_else(String::new, |(done, total)| format!(" with {done} of {total} shards complete"))
 }
 
 /// The longest part of a message, in bytes. Names in a hostile header may be a hundred megabytes long.
@@ -245,7 +252,7 @@ impl Error {
                 ErrorKind::Input
             }
             Self::NoSpace { .. } | Self::Io { .. } => ErrorKind::System,
-            Self::Cuda { .. } => ErrorKind::Gpu,
+            Self::Cuda { .. } | Self::NoCudaDriver => ErrorKind::Gpu,
             Self::Bug { .. } => ErrorKind::Bug,
             Self::Interrupted { .. } => ErrorKind::Interrupted,
         }

@@ -475,12 +475,12 @@ impl Drop for RelaxedCapture {
 /// The CUDA version that the driver supports: major, minor. Does not start CUDA.
 ///
 /// # Errors
-/// [`Error::Cuda`] when there is no driver.
+/// [`Error::NoCudaDriver`] when there is no driver.
 pub fn supported_cuda() -> Result<(i32, i32)> {
     static PRESENT: OnceLock<bool> = OnceLock::new();
     // SAFETY: opens the driver's library, which has no preconditions.
     if !PRESENT.get_or_init(|| unsafe { sys::is_culib_present() }) {
-        return Err(no_cuda("the NVIDIA driver's library (libcuda) is not installed".to_owned()));
+        return Err(Error::NoCudaDriver);
     }
     let mut version = 0;
     // SAFETY: writes one integer; may be called before everything else.

@@ -1,48 +1,26 @@
-//! Plans, runs and descriptions of checkpoints for Python. Options and reports cross as JSON text.
+//! Plans, runs and descriptions of checkpoints for Python.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use halfbyte::checkpoint::execute::{self, RunOptions};
+use halfbyte::checkpoint::execute::{self, RunOptions, RunReport};
 use halfbyte::checkpoint::inspect;
 use halfbyte::checkpoint::job::Progress;
-use halfbyte::checkpoint::plan::{self as plans, DEFAULT_SHARD_SIZE, QuantizeOptions};
+use halfbyte::checkpoint::options::{DequantizeOptions, QuantizeOptions, Selected};
+use halfbyte::checkpoint::plan as plans;
 use halfbyte::checkpoint::reader::Checkpoint;
-use halfbyte::checkpoint::selection::{Rule, SelectionOptions};
-use halfbyte::checkpoint::{dtype, verify as verifying};
+use halfbyte::checkpoint::verify::{self as verifying, VerifyReport};
 use halfbyte::error::{Error, Result};
-use halfbyte::geometry::BlockSize;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
-use serde::Deserialize;
+use pyo3::types::PyDict;
+use serde::Serialize;
 use serde_json::Value;
 
 use super::error::to_py;
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct QuantizeArguments {
-    quant_type: String,
-    blocksize: usize,
-    double_quant: bool,
-    storage: String,
-    dtype: Option<String>,
-    max_shard_size: Option<u64>,
-    rules: Vec<String>,
-    skip: Vec<String>,
-    explicit: Option<Vec<String>>,
-    explicit_conv1d: Option<Vec<String>>,
-    allow_nonfinite: bool,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct DequantizeArguments {
-    dtype: Option<String>,
-    max_shard_size: Option<u64>,
-}
+use super::values::{from_python, to_python};
 
 /// What a run would do, computed from headers and config.json alone.
 #[pyclass(frozen, module = "halfbyte._native")]
@@ -52,21 +30,34 @@ pub struct Plan {
 
 #[pymethods]
 impl Plan {
-    /// The whole plan as a JSON object.
-    fn to_json(&self) -> String {
-        self.inner.to_json().to_string()
+    /// The whole plan.
+    fn report<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        to_python(py, &self.inner.report())
     }
+
+    /// All that decided about it, as the core has read it.
+    fn options<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        to_python(py, &self.inner.options)
+    }
+}
+
+/// What a job gives.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Report {
+    Run(RunReport),
+    Verify(VerifyReport),
 }
 
 /// A run on threads of its own.
 #[pyclass(frozen, module = "halfbyte._native")]
 pub struct Job {
     progress: Arc<Progress>,
-    end: Arc<(Mutex<Option<Result<Value>>>, Condvar)>,
+    end: Arc<(Mutex<Option<Result<Report>>>, Condvar)>,
 }
 
 impl Job {
-    fn start(work: impl FnOnce(&Progress) -> Result<Value> + Send + 'static) -> PyResult<Self> {
+    fn start(work: impl FnOnce(&Progress) -> Result<Report> + Send + 'static) -> PyResult<Self> {
         let progress = Arc::new(Progress::default());
         let end = Arc::new((Mutex::new(None), Condvar::new()));
         let (theirs, finish) = (Arc::clone(&progress), Arc::clone(&end));
@@ -121,10 +112,10 @@ impl Job {
     }
 
     /// The report of a run that has ended, once; raises what went wrong.
-    fn result(&self) -> PyResult<String> {
+    fn result<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let outcome = self.end.0.lock().unwrap_or_else(PoisonError::into_inner).take();
         match outcome {
-            Some(Ok(report)) => Ok(report.to_string()),
+            Some(Ok(report)) => to_python(py, &report),
             Some(Err(error)) => Err(to_py(error)),
             None => Err(PyRuntimeError::new_err("the job has not ended, or its result was taken already")),
         }
@@ -137,45 +128,22 @@ fn parse_config(text: Option<&str>) -> PyResult<Option<Value>> {
         .map_err(|e| super::error::CheckpointError::new_err(format!("config.json is no valid JSON: {e}")))
 }
 
-fn options<'a, T: Deserialize<'a>>(text: &'a str) -> PyResult<(T, Value)> {
-    let fail = |e: serde_json::Error| PyValueError::new_err(format!("options_json is not what was expected: {e}"));
-    Ok((serde_json::from_str(text).map_err(fail)?, serde_json::from_str(text).map_err(fail)?))
-}
-
-fn shard_size(given: Option<u64>) -> Result<u64> {
-    match given {
-        Some(0) => Err(Error::argument("max_shard_size", 0, "a size in bytes of at least 1")),
-        Some(size) => Ok(size),
-        None => Ok(DEFAULT_SHARD_SIZE),
-    }
-}
-
 /// Plans the quantization of the checkpoint in `source`.
 #[pyfunction]
-pub fn plan_quantize(py: Python<'_>, source: PathBuf, config_json: Option<&str>, options_json: &str) -> PyResult<Plan> {
+#[pyo3(signature = (source, config_json, options, selected = None))]
+pub fn plan_quantize(
+    py: Python<'_>,
+    source: PathBuf,
+    config_json: Option<&str>,
+    options: &Bound<'_, PyDict>,
+    selected: Option<&Bound<'_, PyDict>>,
+) -> PyResult<Plan> {
     let config = parse_config(config_json)?;
-    let (given, record) = options::<QuantizeArguments>(options_json)?;
-    py.detach(move || {
-        let options = QuantizeOptions {
-            blocksize: BlockSize::new(given.blocksize)?,
-            double_quant: given.double_quant,
-            storage: dtype::storage_dtype(&given.storage)?,
-            dtype: given.dtype.as_deref().map(|d| dtype::weight_dtype("dtype", d)).transpose()?,
-            max_shard_size: shard_size(given.max_shard_size)?,
-            allow_nonfinite: given.allow_nonfinite,
-            selection: SelectionOptions {
-                quant_type: given.quant_type.parse()?,
-                rules: given.rules.iter().map(|r| r.parse::<Rule>()).collect::<Result<_>>()?,
-                skip: given.skip,
-                explicit: given.explicit.map(|names| names.into_iter().collect()),
-                explicit_conv1d: given.explicit_conv1d.map(|names| names.into_iter().collect()),
-            },
-        };
-        let source = Checkpoint::open(&source)?;
-        plans::Plan::quantize(source, config.as_ref(), &options, record)
-    })
-    .map(|inner| Plan { inner: Arc::new(inner) })
-    .map_err(to_py)
+    let options: QuantizeOptions = from_python(options)?;
+    let selected: Option<Selected> = selected.map(from_python).transpose()?;
+    py.detach(move || plans::Plan::quantize(Checkpoint::open(&source)?, config.as_ref(), &options, selected.as_ref()))
+        .map(|inner| Plan { inner: Arc::new(inner) })
+        .map_err(to_py)
 }
 
 /// Plans the reverse.
@@ -184,17 +152,13 @@ pub fn plan_dequantize(
     py: Python<'_>,
     source: PathBuf,
     config_json: Option<&str>,
-    options_json: &str,
+    options: &Bound<'_, PyDict>,
 ) -> PyResult<Plan> {
     let config = parse_config(config_json)?;
-    let (given, record) = options::<DequantizeArguments>(options_json)?;
-    py.detach(move || {
-        let dtype = given.dtype.as_deref().map(|d| dtype::weight_dtype("dtype", d)).transpose()?;
-        let size = shard_size(given.max_shard_size)?;
-        plans::Plan::dequantize(Checkpoint::open(&source)?, config.as_ref(), dtype, size, record)
-    })
-    .map(|inner| Plan { inner: Arc::new(inner) })
-    .map_err(to_py)
+    let options: DequantizeOptions = from_python(options)?;
+    py.detach(move || plans::Plan::dequantize(Checkpoint::open(&source)?, config.as_ref(), &options))
+        .map(|inner| Plan { inner: Arc::new(inner) })
+        .map_err(to_py)
 }
 
 /// Starts to carry out a plan.
@@ -211,7 +175,13 @@ pub fn run_plan(
     let mode = mode.parse().map_err(to_py)?;
     let plan = Arc::clone(&plan.inner);
     let options = RunOptions { mode, config_text, threads: threads.max(1), durable: fsync };
-    Job::start(move |progress| execute::run(&plan, &destination, &options, progress))
+    Job::start(move |progress| execute::run(&plan, &destination, &options, progress).map(Report::Run))
+}
+
+/// Whether a run into `destination` that has not ended, or was interrupted, has completed an output file.
+#[pyfunction]
+pub fn is_staged(destination: PathBuf, file: &str) -> bool {
+    execute::is_staged(&destination, file)
 }
 
 /// Starts to compare two checkpoints; `config_json` is the config.json of `a`.
@@ -220,25 +190,29 @@ pub fn verify(a: PathBuf, b: PathBuf, config_json: Option<&str>, threads: usize)
     let config = parse_config(config_json)?;
     Job::start(move |progress| {
         let (a, b) = (Checkpoint::open(&a)?, Checkpoint::open(&b)?);
-        verifying::verify(&a, &b, config.as_ref(), threads.max(1), progress)
+        verifying::verify(&a, &b, config.as_ref(), threads.max(1), progress).map(Report::Verify)
     })
 }
 
-/// Describes a checkpoint, as JSON.
+/// Describes a checkpoint.
 #[pyfunction]
 #[pyo3(name = "inspect")]
-pub fn inspect_path(py: Python<'_>, path: PathBuf) -> PyResult<String> {
-    py.detach(|| inspect::inspect(&Checkpoint::open(&path)?)).map(|v| v.to_string()).map_err(to_py)
+pub fn inspect_path(py: Python<'_>, path: PathBuf) -> PyResult<Bound<'_, PyAny>> {
+    let checkpoint = py.detach(|| Checkpoint::open(&path)).map_err(to_py)?;
+    let report = py.detach(|| inspect::inspect(&checkpoint)).map_err(to_py)?;
+    to_python(py, &report)
 }
 
 /// Adds this file's names to the module.
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("CheckpointError", m.py().get_type::<super::error::CheckpointError>())?;
+    m.add("NoCudaDriverError", m.py().get_type::<super::error::NoCudaDriverError>())?;
     m.add_class::<Plan>()?;
     m.add_class::<Job>()?;
     m.add_function(wrap_pyfunction!(plan_quantize, m)?)?;
     m.add_function(wrap_pyfunction!(plan_dequantize, m)?)?;
     m.add_function(wrap_pyfunction!(run_plan, m)?)?;
+    m.add_function(wrap_pyfunction!(is_staged, m)?)?;
     m.add_function(wrap_pyfunction!(verify, m)?)?;
     m.add_function(wrap_pyfunction!(inspect_path, m)?)?;
     Ok(())

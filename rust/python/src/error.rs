@@ -12,6 +12,8 @@ create_exception!(
     "A checkpoint that cannot be used: broken, hostile, or not of the expected kind. The message names file and tensor."
 );
 
+create_exception!(halfbyte, NoCudaDriverError, PyRuntimeError, "The machine has no NVIDIA driver.");
+
 /// The exception for an error: `ValueError` for a wrong call, `CheckpointError` for wrong input, `OSError` (with its
 /// number, so that Python picks `PermissionError` and the like) for what the machine refuses, `RuntimeError` for what the
 /// GPU refuses, `KeyboardInterrupt`.
@@ -20,6 +22,7 @@ pub fn to_py(error: Error) -> PyErr {
     match (error.kind(), &error) {
         (ErrorKind::Usage, _) => PyValueError::new_err(text),
         (ErrorKind::Input, _) => CheckpointError::new_err(text),
+        (_, Error::NoCudaDriver) => NoCudaDriverError::new_err(text),
         (ErrorKind::Gpu | ErrorKind::Bug, _) => PyRuntimeError::new_err(text),
         (ErrorKind::Interrupted, _) => PyKeyboardInterrupt::new_err(text),
         (ErrorKind::System, Error::Io { source, .. }) => match source.raw_os_error() {

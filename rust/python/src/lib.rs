@@ -14,6 +14,7 @@ mod openmp;
 mod quant;
 mod selection;
 mod threads;
+mod values;
 
 use pyo3::prelude::*;
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from halfbyte.models.layers import is_conv1d
 from halfbyte.models.replace import SOURCE_CLASS, empty_linear4bit
-from halfbyte.models.select import is_conv1d
 from halfbyte.nn import Embedding4bit, Linear4bit, Params4bit
 
 

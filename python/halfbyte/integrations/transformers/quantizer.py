@@ -21,8 +21,8 @@ from transformers.utils.import_utils import is_accelerate_available
 from halfbyte.config import BitsAndBytesConfig
 from halfbyte.integrations.recognition import serve_bitsandbytes
 from halfbyte.integrations.transformers import checkpoint, layers, operations
+from halfbyte.models.layers import experts_note, fused_experts
 from halfbyte.models.replace import SOURCE_CLASS
-from halfbyte.models.select import experts_note, fused_experts
 from halfbyte.nn import Params4bit
 from halfbyte.nn._quantized import Quantized
 

@@ -2,15 +2,117 @@
 
 use std::collections::{BTreeMap, HashSet};
 
-use serde_json::{Value, json};
+use serde::Serialize;
 
 use super::dtype::torch_name;
 use super::reader::{Checkpoint, TensorRef};
 use super::weights::find_weights;
 use crate::error::Result;
 
-/// A description for programs: files, each 4-bit weight with its state, every other tensor, totals.
-pub fn inspect(checkpoint: &Checkpoint) -> Result<Value> {
+/// What a checkpoint holds.
+#[derive(Debug, Clone, Serialize)]
+pub struct InspectReport<'a> {
+    /// The folder.
+    pub path: String,
+    /// Files of weights.
+    pub files: Vec<FileLine<'a>>,
+    /// Each 4-bit weight.
+    pub weights: Vec<WeightLine>,
+    /// Every other tensor.
+    pub tensors: Vec<TensorLine<'a>>,
+    /// Sums over tensors of one kind.
+    pub groups: Vec<KindLine>,
+    /// Sums over all tensors.
+    pub totals: InspectTotals,
+    /// Remarks for the reader.
+    pub notes: &'a [String],
+}
+
+/// One file of weights.
+#[derive(Debug, Clone, Serialize)]
+pub struct FileLine<'a> {
+    /// Its name.
+    pub file: Option<String>,
+    /// Its size.
+    pub bytes: u64,
+    /// How many tensors it holds.
+    pub tensors: usize,
+    /// Its metadata.
+    pub metadata: &'a BTreeMap<String, String>,
+}
+
+/// One 4-bit weight with its state.
+#[derive(Debug, Clone, Serialize)]
+pub struct WeightLine {
+    /// The weight's name.
+    pub name: String,
+    /// Its codebook.
+    pub quant_type: &'static str,
+    /// Values per scale.
+    pub blocksize: usize,
+    /// Whether the scales are quantized too.
+    pub nested: bool,
+    /// The dtype of the weight before it was quantized.
+    pub dtype: Option<&'static str>,
+    /// The weight's shape.
+    pub shape: Vec<usize>,
+    /// The dtype that packed codes are stored as.
+    pub storage: Option<&'static str>,
+    /// Bytes of all its parts.
+    pub bytes: u64,
+    /// Bits for each value.
+    pub bits_per_weight: f64,
+    /// The file that holds the packed codes.
+    pub file: Option<String>,
+}
+
+/// One tensor that is not quantized.
+#[derive(Debug, Clone, Serialize)]
+pub struct TensorLine<'a> {
+    /// The tensor's name.
+    pub name: &'a str,
+    /// Its dtype.
+    pub dtype: String,
+    /// Its shape.
+    pub shape: &'a [usize],
+    /// Its size.
+    pub bytes: u64,
+    /// The file that holds it.
+    pub file: Option<String>,
+}
+
+/// Sums over tensors of one kind.
+#[derive(Debug, Clone, Serialize)]
+pub struct KindLine {
+    /// The kind.
+    pub kind: String,
+    /// How many tensors.
+    pub tensors: u64,
+    /// How many values.
+    pub weights: u64,
+    /// How many bytes.
+    pub bytes: u64,
+}
+
+/// Sums over all tensors.
+#[derive(Debug, Clone, Serialize)]
+pub struct InspectTotals {
+    /// How many values.
+    pub weights: u64,
+    /// How many bytes.
+    pub bytes: u64,
+    /// How many 4-bit weights.
+    pub quantized_tensors: usize,
+    /// Bits for each value.
+    pub bits_per_weight: f64,
+}
+
+fn bits(bytes: u64, values: u64) -> f64 {
+    if values == 0 { 0.0 } else { bytes as f64 * 8.0 / values as f64 }
+}
+
+/// Describes a checkpoint.
+pub fn inspect(checkpoint: &Checkpoint) -> Result<InspectReport<'_>> {
     let weights = find_weights(checkpoint)?;
     let parts: HashSet<TensorRef> = weights.iter().flat_map(|w| w.parts.iter().copied()).collect();
     let mut rows = Vec::new();
@@ -26,45 +128,60 @@ pub fn inspect(checkpoint: &Checkpoint) -> Result<Value> {
         let len: u64 = weight.parts.iter().map(|&p| checkpoint.tensor(p).len).sum();
         let state = &weight.state;
         let kind = state.quant_type.as_str();
-        count(
-            format!("{kind}{}", if weight.nested.is_some() { " double-quantized" } else { "" }),
-            state.elements() as u64,
-            len,
-        );
-        rows.push(json!({
-            "name": weight.name, "quant_type": kind, "blocksize": state.blocksize.get(),
-            "nested": weight.nested.is_some(), "dtype": torch_name(state.dtype), "shape": state.shape,
-            "storage": torch_name(checkpoint.tensor(weight.packed).dtype), "bytes": len,
-            "bits_per_weight": if state.elements() == 0 { 0.0 } else { len as f64 * 8.0 / state.elements() as f64 },
-            "file": file_name(checkpoint, weight.packed),
-        }));
+        let nested = weight.nested.is_some();
+        let elements = state.elements() as u64;
+        count(format!("{kind}{}", if nested { " double-quantized" } else { "" }), elements, len);
+        rows.push(WeightLine {
+            name: weight.name.clone(),
+            quant_type: kind,
+            blocksize: state.blocksize.get(),
+            nested,
+            dtype: torch_name(state.dtype),
+            shape: state.shape.clone(),
+            storage: torch_name(checkpoint.tensor(weight.packed).dtype),
+            bytes: len,
+            bits_per_weight: bits(len, elements),
+            file: file_name(checkpoint, weight.packed),
+        });
     }
-    let mut others = Vec::new();
+    let mut tensors = Vec::new();
     for &at in &checkpoint.order {
         if parts.contains(&at) {
             continue;
         }
         let t = checkpoint.tensor(at);
         count(t.dtype.to_string(), t.elements() as u64, t.len);
-        others.push(json!({
-            "name": t.name, "dtype": t.dtype.to_string(), "shape": t.shape, "bytes": t.len, "file": file_name(checkpoint, at),
-        }));
+        tensors.push(TensorLine {
+            name: &t.name,
+            dtype: t.dtype.to_string(),
+            shape: &t.shape,
+            bytes: t.len,
+            file: file_name(checkpoint, at),
+        });
     }
-    Ok(json!({
-        "path": checkpoint.folder.to_string_lossy(),
-        "files": checkpoint.files.iter().map(|f| json!({
-            "file": f.path.file_name().map(|n| n.to_string_lossy().into_owned()), "bytes": f.len,
-            "tensors": f.tensors.len(), "metadata": f.metadata,
-        })).collect::<Vec<_>>(),
-        "weights": rows,
-        "tensors": others,
-        "groups": groups.iter().map(|(k, (n, e, b))| json!({"kind": k, "tensors": n, "weights": e, "bytes": b})).collect::<Vec<_>>(),
-        "totals": {
-            "weights": values, "bytes": bytes, "quantized_tensors": weights.len(),
-            "bits_per_weight": if values == 0 { 0.0 } else { bytes as f64 * 8.0 / values as f64 },
+    let files = checkpoint.files.iter().map(|f| FileLine {
+        file: f.path.file_name().map(|n| n.to_string_lossy().into_owned()),
+        bytes: f.len,
+        tensors: f.tensors.len(),
+        metadata: &f.metadata,
+    });
+    Ok(InspectReport {
+        path: checkpoint.folder.to_string_lossy().into_owned(),
+        files: files.collect(),
+        weights: rows,
+        tensors,
+        groups: groups
+            .into_iter()
+            .map(|(kind, (tensors, weights, bytes))| KindLine { kind, tensors, weights, bytes })
+            .collect(),
+        totals: InspectTotals {
+            weights: values,
+            bytes,
+            quantized_tensors: weights.len(),
+            bits_per_weight: bits(bytes, values),
         },
-        "notes": checkpoint.notes,
-    }))
+        notes: &checkpoint.notes,
+    })
 }
 
 fn file_name(checkpoint: &Checkpoint, at: TensorRef) -> Option<String> {

@@ -45,6 +45,6 @@ impl Progress {
 
     /// Fails once [`Progress::cancel`] was called.
     pub fn check(&self) -> Result<()> {
-        if self.stop.load(Ordering::Relaxed) { Err(Error::Interrupted { how_far: String::new() }) } else { Ok(()) }
+        if self.stop.load(Ordering::Relaxed) { Err(Error::Interrupted { shards: None }) } else { Ok(()) }
     }
 }

@@ -11,6 +11,7 @@ pub mod file;
 pub mod file_names;
 pub mod inspect;
 pub mod job;
+pub mod options;
 pub mod plan;
 pub mod quantized;
 pub mod reader;

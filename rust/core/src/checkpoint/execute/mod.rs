@@ -9,6 +9,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use self::shard::ShardJob;
@@ -17,7 +18,7 @@ use super::file_names::{CONFIG_FILE, INDEX_FILE};
 use super::job::Progress;
 use super::plan::{Plan, ShardPlan};
 use super::reader::header::SourceFile;
-use super::stage::{Mode, Opened, Stage};
+use super::stage::{self, Mode, Opened, Stage};
 use crate::error::{Error, Result};
 
 /// How to carry a plan out.
@@ -33,8 +34,32 @@ pub struct RunOptions {
     pub durable: bool,
 }
 
+/// What a run wrote.
+#[derive(Debug, Clone, Serialize)]
+pub struct RunReport {
+    /// The destination folder, without links.
+    pub destination: String,
+    /// The files of weights.
+    pub shards: Vec<Written>,
+    /// How many of them an earlier run had completed.
+    pub resumed_shards: usize,
+    /// Whether there was nothing left to do.
+    pub already_complete: bool,
+    /// Wall time.
+    pub seconds: f64,
+}
+
+/// One file of weights.
+#[derive(Debug, Clone, Serialize)]
+pub struct Written {
+    /// Its name.
+    pub file: String,
+    /// Its size.
+    pub bytes: u64,
+}
+
 /// Carries out `plan` into `destination` and gives a report.
-pub fn run(plan: &Plan, destination: &Path, options: &RunOptions, progress: &Progress) -> Result<Value> {
+pub fn run(plan: &Plan, destination: &Path, options: &RunOptions, progress: &Progress) -> Result<RunReport> {
     let start = Instant::now();
     progress.set_total(plan.bytes_in());
     let identity = identity(plan, options);
@@ -43,7 +68,7 @@ pub fn run(plan: &Plan, destination: &Path, options: &RunOptions, progress: &Pro
     let complete = |folder: &Path| is_complete(plan, folder, options);
     let opened = Stage::open(destination, &places, names, options.mode, &identity, options.durable, complete)?;
     let stage = match opened {
-        Opened::Complete => return report(plan, &file::resolve(destination)?, options, start, plan.shards.len(), true),
+        Opened::Complete => return report(plan, &file::resolve(destination)?, start, plan.shards.len(), true),
         Opened::Write(stage) => stage,
     };
     let mut resumed = 0;
@@ -58,7 +83,7 @@ pub fn run(plan: &Plan, destination: &Path, options: &RunOptions, progress: &Pro
     }
     let destination = stage.destination().to_path_buf();
     stage.commit()?;
-    report(plan, &destination, options, start, resumed, false)
+    report(plan, &destination, start, resumed, false)
 }
 
 /// Decides what a failed run leaves. Finished shards are kept where another try can succeed as it is; a broken input
@@ -67,7 +92,7 @@ fn settle(stage: Stage, error: Error, done: usize, total: usize) -> Error {
     match error {
         Error::Interrupted { .. } => {
             stage.keep();
-            Error::Interrupted { how_far: format!(" with {done} of {total} shards complete") }
+            Error::Interrupted { shards: Some((done, total)) }
         }
         Error::Io { .. } | Error::NoSpace { .. } if done > 0 => {
             stage.keep();
@@ -236,32 +261,25 @@ fn is_complete(plan: &Plan, folder: &Path, options: &RunOptions) -> bool {
 fn report(
     plan: &Plan,
     destination: &Path,
-    options: &RunOptions,
     start: Instant,
-    resumed: usize,
+    resumed_shards: usize,
     already_complete: bool,
-) -> Result<Value> {
-    let mut shards = Vec::new();
-    let mut bytes_out = 0;
-    for shard in &plan.shards {
+) -> Result<RunReport> {
+    let written = |shard: &ShardPlan| -> Result<Written> {
         let path = destination.join(&shard.name);
-        let len = fs::metadata(&path).map_err(Error::io(&path, "read"))?.len();
-        bytes_out += len;
-        shards.push(json!({"file": shard.name, "bytes": len}));
-    }
-    let planned = plan.to_json();
-    Ok(json!({
-        "operation": planned["operation"],
-        "source": planned["source"],
-        "destination": destination.to_string_lossy(),
-        "shards": shards,
-        "resumed_shards": resumed,
-        "already_complete": already_complete,
-        "bytes_in": plan.bytes_in(),
-        "bytes_out": bytes_out,
-        "seconds": start.elapsed().as_secs_f64(),
-        "threads": options.threads,
-        "notes": plan.notes,
-        "totals": planned["totals"],
-    }))
+        let bytes = fs::metadata(&path).map_err(Error::io(&path, "read"))?.len();
+        Ok(Written { file: shard.name.clone(), bytes })
+    };
+    Ok(RunReport {
+        destination: destination.to_string_lossy().into_owned(),
+        shards: plan.shards.iter().map(written).collect::<Result<_>>()?,
+        resumed_shards,
+        already_complete,
+        seconds: start.elapsed().as_secs_f64(),
+    })
+}
+
+/// Whether a run into `destination` that has not ended, or was interrupted, has completed the output file `name`.
+pub fn is_staged(destination: &Path, name: &str) -> bool {
+    stage::files_in(destination).join(name).is_file()
 }

@@ -1,188 +1,49 @@
 //! What a run will do, computed from headers alone: which tensor becomes what, why, how many bytes, in which file.
 
 pub mod layout;
+mod pack;
+pub mod report;
+mod types;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
-use std::path::PathBuf;
+use std::collections::{BTreeMap, HashSet};
 
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
-use self::layout::{Layout, OutputTensor};
+use self::layout::OutputTensor;
+use self::pack::pack;
+pub use self::types::{Action, Operation, Plan, ShardPlan, TensorPlan, WeightOutputs};
+use self::types::{Group, Kind};
 use super::dtype::{config_dtype, is_float, torch_name};
-use super::file_names::SINGLE_FILE;
+use super::options::{DequantizeOptions, QuantizeOptions, Selected, Selector};
 use super::quantized;
-use super::reader::header::{MAX_HEADER_LEN, TensorEntry};
+use super::reader::header::TensorEntry;
 use super::reader::{CONV1D_KEY, Checkpoint, TensorRef};
-use super::selection::{self, SelectionOptions, TensorFacts, Treatment};
+use super::selection::{self, TensorFacts, Treatment};
 use super::state::{self, State, packed_shape};
 use super::weights::{WeightSource, find_weights};
 use crate::error::{Error, Result};
-use crate::geometry::{BlockSize, NESTED_BLOCK_SIZE};
-
-/// Largest output file when none is asked for: that of the hub's own tools.
-pub const DEFAULT_SHARD_SIZE: u64 = 5_000_000_000;
-
-/// How to quantize.
-#[derive(Debug, Clone)]
-pub struct QuantizeOptions {
-    /// Values per scale.
-    pub blocksize: BlockSize,
-    /// Whether the scales are quantized too.
-    pub double_quant: bool,
-    /// The dtype that packed codes are stored as.
-    pub storage: Dtype,
-    /// The dtype that weights are taken in before they are quantized or kept; none for that of config.json.
-    pub dtype: Option<Dtype>,
-    /// Largest output file in bytes; one weight alone may exceed it.
-    pub max_shard_size: u64,
-    /// Which tensors.
-    pub selection: SelectionOptions,
-    /// Whether weights may hold NaN or infinities.
-    pub allow_nonfinite: bool,
-}
-
-/// What a plan is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Operation {
-    /// 16- or 32-bit weights become 4-bit ones.
-    Quantize,
-    /// 4-bit weights become 16- or 32-bit ones.
-    Dequantize,
-}
-
-/// What happens to one tensor (or one 4-bit weight with its state) of the source. Numbers are positions in the
-/// [`Layout`] of the shard.
-#[derive(Debug, Clone)]
-pub enum Action {
-    /// Bytes are copied.
-    Copy {
-        /// From where.
-        source: TensorRef,
-        /// To where.
-        output: usize,
-    },
-    /// A weight becomes 4-bit.
-    Quantize {
-        /// The weight.
-        source: TensorRef,
-        /// What its JSON will say; the offset is a placeholder.
-        state: State,
-        /// Whether the weight is transposed first.
-        transpose: bool,
-        /// Where its parts go.
-        outputs: WeightOutputs,
-    },
-    /// A 4-bit weight becomes 16- or 32-bit.
-    Dequantize {
-        /// Its parts.
-        source: WeightSource,
-        /// Whether the weight is transposed afterwards.
-        transpose: bool,
-        /// To where.
-        output: usize,
-    },
-}
-
-/// The places of a 4-bit weight's parts in a [`Layout`].
-#[derive(Debug, Clone)]
-pub struct WeightOutputs {
-    /// Packed codes.
-    pub packed: usize,
-    /// Scales.
-    pub absmax: usize,
-    /// The codebook.
-    pub quant_map: usize,
-    /// The scales' scales and codebook.
-    pub nested: Option<(usize, usize)>,
-    /// The JSON.
-    pub state: usize,
-}
-
-/// One file to write.
-#[derive(Debug)]
-pub struct ShardPlan {
-    /// Its name.
-    pub name: String,
-    /// The place of every tensor in it.
-    pub layout: Layout,
-    /// What to do, in the order of the source.
-    pub actions: Vec<Action>,
-}
-
-/// One line of the table that a reader sees.
-#[derive(Debug, Clone)]
-pub struct TensorPlan {
-    /// The tensor's name.
-    pub name: String,
-    /// Its shape, of the weight itself when it is 4-bit.
-    pub shape: Vec<usize>,
-    /// What it is.
-    pub from: String,
-    /// What it becomes: `nf4`, `fp4`, a dtype, or `keep`.
-    pub to: String,
-    /// Bytes before.
-    pub bytes_in: u64,
-    /// Bytes after.
-    pub bytes_out: u64,
-    /// Why.
-    pub reason: String,
-    /// The output file.
-    pub shard: usize,
-}
-
-/// What a run will do.
-#[derive(Debug)]
-pub struct Plan {
-    /// What it is for.
-    pub operation: Operation,
-    /// The source, open.
-    pub source: Checkpoint,
-    /// The files to write.
-    pub shards: Vec<ShardPlan>,
-    /// A line for each tensor or 4-bit weight.
-    pub tensors: Vec<TensorPlan>,
-    /// Remarks for the reader.
-    pub notes: Vec<String>,
-    /// The architecture that config.json names.
-    pub architecture: Option<String>,
-    /// Whether rules for it exist.
-    pub known_architecture: bool,
-    /// What `llm_int8_skip_modules` must say for a loader to convert exactly what is quantized here.
-    pub skip_modules: Option<Vec<String>>,
-    /// The dtype that the quantized model's other weights have: the one asked for, else that of config.json, else that
-    /// of most weights that become 4-bit. None when nothing is quantized.
-    pub model_dtype: Option<Dtype>,
-    /// Whether weights may hold NaN or infinities.
-    pub allow_nonfinite: bool,
-    /// The options as they came, for the record of an interrupted run.
-    pub options: Value,
-}
-
-/// The tensors that one source tensor turns into, before they have a place.
-struct Group {
-    outputs: Vec<OutputTensor>,
-    kind: Kind,
-    line: TensorPlan,
-}
-
-enum Kind {
-    Copy(TensorRef),
-    Quantize { source: TensorRef, state: State, transpose: bool },
-    Dequantize { source: WeightSource, transpose: bool },
-}
+use crate::geometry::NESTED_BLOCK_SIZE;
 
 impl Plan {
     /// Plans the quantization of `source`. `config` is its config.json; without one tensors are chosen by shape.
+    /// `selected` is the answer of transformers, where the options say that it decides.
     pub fn quantize(
         source: Checkpoint,
         config: Option<&Value>,
         options: &QuantizeOptions,
-        record: Value,
+        selected: Option<&Selected>,
     ) -> Result<Self> {
+        if (options.selection == Selector::Transformers) != selected.is_some() {
+            return Err(Error::argument(
+                "selected",
+                selected.is_some(),
+                "a selection exactly when transformers decides",
+            ));
+        }
         quantized::refuse(&source, config)?;
         let facts: Vec<TensorFacts<'_>> = source.order.iter().map(|&at| source.facts(at)).collect();
-        let selection = selection::select(config, &facts, &options.selection)?;
+        let selection = selection::select(config, &facts, options, selected)?;
         let model_dtype = options.dtype.or_else(|| config_dtype(config));
         let mut groups = Vec::with_capacity(source.order.len());
         for (&at, decision) in source.order.iter().zip(&selection.decisions) {
@@ -239,19 +100,13 @@ impl Plan {
             skip_modules: selection.skip_modules,
             model_dtype,
             allow_nonfinite: options.allow_nonfinite,
-            options: record,
+            options: json!({"quantize": options, "selected": selected}),
             source,
         })
     }
 
-    /// Plans the reverse: every 4-bit weight becomes `dtype`, or what it was before it was quantized.
-    pub fn dequantize(
-        source: Checkpoint,
-        config: Option<&Value>,
-        dtype: Option<Dtype>,
-        max_shard_size: u64,
-        record: Value,
-    ) -> Result<Self> {
+    /// Plans the reverse: every 4-bit weight becomes a dense one.
+    pub fn dequantize(source: Checkpoint, config: Option<&Value>, options: &DequantizeOptions) -> Result<Self> {
         let weights = find_weights(&source)?;
         if weights.is_empty() {
             return Err(Error::file(
@@ -273,7 +128,7 @@ impl Plan {
         let mut groups = Vec::with_capacity(source.order.len());
         for &at in &source.order {
             if let Some(weight) = starts.remove(&at) {
-                let to = dtype.unwrap_or(weight.state.dtype);
+                let to = options.dtype.unwrap_or(weight.state.dtype);
                 let transpose = match &conv1d {
                     Some(names) => names.contains(&weight.name),
                     None => selection::is_conv1d(config, &weight.name),
@@ -311,7 +166,7 @@ impl Plan {
         }
         let mut metadata = source.metadata();
         metadata.remove(CONV1D_KEY);
-        let (shards, tensors) = pack(&source, groups, max_shard_size, metadata)?;
+        let (shards, tensors) = pack(&source, groups, options.max_shard_size, metadata)?;
         Ok(Self {
             operation: Operation::Dequantize,
             shards,
@@ -322,7 +177,7 @@ impl Plan {
             skip_modules: None,
             model_dtype: None,
             allow_nonfinite: true,
-            options: record,
+            options: json!({"dequantize": options}),
             source,
         })
     }
@@ -341,48 +196,6 @@ impl Plan {
     /// Whether the output needs an index.
     pub fn sharded(&self) -> bool {
         self.shards.len() > 1
-    }
-
-    /// The plan for programs.
-    pub fn to_json(&self) -> Value {
-        let weights: u64 = self.tensors.iter().map(TensorPlan::elements).sum();
-        let changed: Vec<&TensorPlan> = self.tensors.iter().filter(|t| t.to != "keep").collect();
-        let bytes_in: u64 = self.bytes_in();
-        let bytes_out: u64 = self.tensors.iter().map(|t| t.bytes_out).sum();
-        let path = |p: &PathBuf| p.to_string_lossy().into_owned();
-        json!({
-            "operation": match self.operation { Operation::Quantize => "quantize", Operation::Dequantize => "dequantize" },
-            "source": path(&self.source.folder),
-            "architecture": self.architecture,
-            "known_architecture": self.known_architecture,
-            "notes": self.notes,
-            "tensors": self.tensors.iter().map(|t| json!({
-                "name": t.name, "shape": t.shape, "from": t.from, "to": t.to, "bytes_in": t.bytes_in,
-                "bytes_out": t.bytes_out, "reason": t.reason, "shard": self.shards[t.shard].name,
-            })).collect::<Vec<_>>(),
-            "shards": self.shards.iter().map(|s| json!({
-                "file": s.name, "bytes": s.layout.max_len, "tensors": s.layout.tensors.len(),
-            })).collect::<Vec<_>>(),
-            "copies": self.source.small_files.iter().map(|(p, n)| json!({"file": path(p), "bytes": n})).collect::<Vec<_>>(),
-            "left_out": self.source.left_out.iter().map(|(p, why)| json!({"file": path(p), "reason": why})).collect::<Vec<_>>(),
-            "skip_modules": self.skip_modules,
-            "model_dtype": self.model_dtype.and_then(torch_name),
-            "totals": {
-                "tensors": self.tensors.len(),
-                "quantized_tensors": changed.len(),
-                "weights": weights,
-                "quantized_weights": changed.iter().map(|t| t.elements()).sum::<u64>(),
-                "bytes_in": bytes_in,
-                "bytes_out": bytes_out,
-                "bits_per_weight": if weights == 0 { 0.0 } else { bytes_out as f64 * 8.0 / weights as f64 },
-            },
-        })
-    }
-}
-
-impl TensorPlan {
-    fn elements(&self) -> u64 {
-        self.shape.iter().map(|&d| d as u64).product()
     }
 }
 
@@ -470,119 +283,4 @@ fn quantized_metadata(source: &Checkpoint, config: Option<&Value>, groups: &[Gro
         metadata.insert(CONV1D_KEY.to_owned(), json!(names).to_string());
     }
     metadata
-}
-
-/// A bound of the bytes that an entry of this name takes in a header, but for its shape: the name, each byte of which
-/// JSON may spell in six, and its dtype and offsets.
-fn header_room(name: &str) -> u64 {
-    let escaped: usize = name
-        .bytes()
-        .map(|b| {
-            if b < 0x20 || b == 0x7f {
-                6
-            } else if b == b'"' || b == b'\\' {
-                2
-            } else {
-                1
-            }
-        })
-        .sum();
-    escaped as u64 + 100
-}
-
-/// Fails when two tensors of the output have one name.
-fn refuse_duplicates(source: &Checkpoint, groups: &[Group]) -> Result<()> {
-    let mut owners: HashMap<&str, &str> = HashMap::new();
-    for group in groups {
-        for output in &group.outputs {
-            if let Some(other) = owners.insert(&output.name, &group.line.name) {
-                let weight = if other == output.name { &group.line.name } else { other };
-                return Err(Error::tensor(
-                    &source.folder,
-                    &output.name,
-                    format!(
-                        "would stand twice in the output: it has the name of a part of the 4-bit weight {weight:?}"
-                    ),
-                ));
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Deals groups out to files of at most `max_shard_size` bytes, in order; a weight and its state stay together.
-fn pack(
-    source: &Checkpoint,
-    groups: Vec<Group>,
-    max_shard_size: u64,
-    mut metadata: BTreeMap<String, String>,
-) -> Result<(Vec<ShardPlan>, Vec<TensorPlan>)> {
-    refuse_duplicates(source, &groups)?;
-    // transformers asks for it and writes it itself.
-    metadata.entry("format".to_owned()).or_insert_with(|| "pt".to_owned());
-    let metadata_len: u64 = metadata.iter().map(|(k, v)| header_room(k) + header_room(v)).sum();
-    let mut bins: Vec<Vec<Group>> = Vec::new();
-    let (mut filled, mut header) = (0, 0);
-    for group in groups {
-        let len = group.line.bytes_out;
-        let room: u64 = group.outputs.iter().map(|o| header_room(&o.name) + 24 * o.shape.len() as u64).sum();
-        // A 4-bit weight has six entries in a header where the weight itself had one.
-        let full = filled > 0 && filled + len > max_shard_size || header + room > MAX_HEADER_LEN;
-        if bins.last().is_none_or(|bin| full && !bin.is_empty()) {
-            bins.push(Vec::new());
-            (filled, header) = (0, metadata_len);
-        }
-        filled += len;
-        header += room;
-        if let Some(bin) = bins.last_mut() {
-            bin.push(group);
-        }
-    }
-    let count = bins.len();
-    let mut shards = Vec::with_capacity(count);
-    let mut lines = Vec::new();
-    for (number, bin) in bins.into_iter().enumerate() {
-        let outputs: Vec<OutputTensor> = bin.iter().flat_map(|g| g.outputs.iter().cloned()).collect();
-        let layout = Layout::new(outputs, metadata.clone());
-        if layout.header_len > MAX_HEADER_LEN {
-            return Err(Error::file(
-                &source.folder,
-                format!(
-                    "has so long names or so much metadata that a header of the output would have {} bytes: \
-                     safetensors allows {MAX_HEADER_LEN}",
-                    layout.header_len
-                ),
-            ));
-        }
-        let place = |o: &OutputTensor| layout.index(o).expect("a layout holds what it was made of");
-        let mut actions = Vec::with_capacity(bin.len());
-        for mut group in bin {
-            let at: Vec<usize> = group.outputs.iter().map(place).collect();
-            actions.push(match group.kind {
-                Kind::Copy(source) => Action::Copy { source, output: at[0] },
-                Kind::Dequantize { source, transpose } => Action::Dequantize { source, transpose, output: at[0] },
-                Kind::Quantize { source, state, transpose } => Action::Quantize {
-                    source,
-                    transpose,
-                    outputs: WeightOutputs {
-                        packed: at[0],
-                        absmax: at[1],
-                        quant_map: at[2],
-                        state: at[3],
-                        nested: state.nested_offset.map(|_| (at[4], at[5])),
-                    },
-                    state,
-                },
-            });
-            group.line.shard = number;
-            lines.push(group.line);
-        }
-        let name = if count == 1 {
-            SINGLE_FILE.to_owned()
-        } else {
-            format!("model-{:05}-of-{count:05}.safetensors", number + 1)
-        };
-        shards.push(ShardPlan { name, layout, actions });
-    }
-    Ok((shards, lines))
 }

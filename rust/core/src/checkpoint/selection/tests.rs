@@ -4,7 +4,11 @@ use proptest::prelude::*;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
+use super::matching::SkipKey;
 use super::*;
+use crate::checkpoint::dtype::is_float;
+use crate::checkpoint::options::QuantizeOptions;
+use crate::error::Result;
 
 fn facts<'a>(tensors: &'a [(&'a str, Vec<usize>)]) -> Vec<TensorFacts<'a>> {
     tensors.iter().map(|(name, shape)| TensorFacts { name, shape, dtype: Dtype::BF16 }).collect()
@@ -23,7 +27,7 @@ fn llama_quantizes_its_projections() {
         ("model.layers.0.input_layernorm.weight", vec![8]),
         ("lm_head.weight", vec![32, 8]),
     ];
-    let selection = select(Some(&config), &facts(&tensors), &SelectionOptions::default()).unwrap();
+    let selection = select(Some(&config), &facts(&tensors), &QuantizeOptions::default(), None).unwrap();
     let reasons: Vec<&str> = selection.decisions.iter().map(|decision| decision.reason.as_str()).collect();
     assert_eq!(reasons, ["embedding", "linear weight", "norm", "output embedding"]);
     assert!(selection.known && selection.notes.is_empty());
@@ -43,12 +47,12 @@ fn tied_llama(rules: &[&str], skip: &[&str]) -> Result<Selection> {
         .iter()
         .map(|name| TensorFacts { name, shape: if name.contains("norm") { &[8] } else { &[8, 8] }, dtype: Dtype::F16 })
         .collect();
-    let options = SelectionOptions {
+    let options = QuantizeOptions {
         rules: rules.iter().map(|rule| rule.parse().unwrap()).collect(),
         skip: skip.iter().map(|name| (*name).to_owned()).collect(),
-        ..SelectionOptions::default()
+        ..QuantizeOptions::default()
     };
-    select(Some(&config), &tensors, &options)
+    select(Some(&config), &tensors, &options, None)
 }
 
 #[test]
@@ -143,7 +147,7 @@ fn lists_that_are_searched_are_sorted() {
 
 /// Decisions on tensors given as (name, shape): what is quantized, with a mark where it is transposed first.
 fn decided(config: &Value, tensors: &[(&str, Vec<usize>)]) -> (Vec<String>, Selection) {
-    let selection = select(Some(config), &facts(tensors), &SelectionOptions::default()).unwrap();
+    let selection = select(Some(config), &facts(tensors), &QuantizeOptions::default(), None).unwrap();
     let pairs = tensors.iter().zip(&selection.decisions);
     let names = pairs.filter_map(|((name, _), decision)| match decision.treatment {
         Treatment::Quantize { transpose: true, .. } => Some(format!("{name}^T")),
@@ -241,11 +245,11 @@ fn what_nobody_knows_is_kept_and_listed() {
         }
         assert!(selection.notes[0].contains("--trust-remote-code"), "{:?}", selection.notes);
         // Whoever knows better can say so.
-        let told = SelectionOptions {
+        let told = QuantizeOptions {
             rules: vec![format!("^{}=nf4", regex::escape(&weight)).parse().unwrap()],
-            ..SelectionOptions::default()
+            ..QuantizeOptions::default()
         };
-        let told = select(Some(&config), &facts(&tensors), &told).unwrap();
+        let told = select(Some(&config), &facts(&tensors), &told, None).unwrap();
         assert!(matches!(told.decisions[5].treatment, Treatment::Quantize { .. }), "{name}");
     }
 }
@@ -269,8 +273,8 @@ fn a_list_holds_with_and_without_the_prefix_of_the_base_model() {
                 names.iter().map(|name| TensorFacts { name, shape: &[64, 64], dtype: Dtype::BF16 }).collect();
             let config = json!({"model_type": model_type, "architectures": [architecture]});
             for (rule, kept) in [(r"(^|\.)layers\.0\.attn=keep", 2), (r"(^|\.)layers\.0\.attn\.q=keep", 1)] {
-                let options = SelectionOptions { rules: vec![rule.parse().unwrap()], ..SelectionOptions::default() };
-                let list = select(Some(&config), &tensors, &options).unwrap().skip_modules.unwrap();
+                let options = QuantizeOptions { rules: vec![rule.parse().unwrap()], ..QuantizeOptions::default() };
+                let list = select(Some(&config), &tensors, &options, None).unwrap().skip_modules.unwrap();
                 let keys: Vec<SkipKey> = list.iter().map(|name| SkipKey::new(name).unwrap()).collect();
                 let order = ["layers.0.attn.q", "layers.0.attn.k"];
                 for path in paths {
@@ -357,12 +361,12 @@ proptest! {
     ) {
         let facts: Vec<TensorFacts<'_>> =
             tensors.iter().map(|(name, shape, dtype)| TensorFacts { name, shape, dtype: *dtype }).collect();
-        let options = SelectionOptions {
+        let options = QuantizeOptions {
             rules: rules.iter().filter_map(|rule| rule.parse().ok()).collect(),
             skip,
-            ..SelectionOptions::default()
+            ..QuantizeOptions::default()
         };
-        if let Ok(selection) = select(config.as_ref(), &facts, &options) {
+        if let Ok(selection) = select(config.as_ref(), &facts, &options, None) {
             prop_assert_eq!(selection.decisions.len(), facts.len());
             for (decision, tensor) in selection.decisions.iter().zip(&facts) {
                 if decision.treatment != Treatment::Keep {

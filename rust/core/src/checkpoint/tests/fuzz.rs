@@ -11,7 +11,7 @@ use super::super::inspect::inspect;
 use super::super::reader::header::{SourceFile, parse};
 use super::super::reader::{Checkpoint, check_index};
 use super::super::state::State;
-use super::{Plan, file_bytes, plan, quantize_options, weights, write_tensors};
+use super::{Plan, dequantize_options, file_bytes, plan, quantize_options, weights, write_tensors};
 use crate::error::Result;
 
 /// The outcome's message is one line, and no mistake of ours.
@@ -144,13 +144,13 @@ fn try_everything(folder: &Path, bytes: &[u8]) -> std::result::Result<(), TestCa
     }
     let Some(found) = one_line(Checkpoint::open(folder))? else { return Ok(()) };
     one_line(inspect(&found))?;
-    one_line(Plan::dequantize(found, None, None, 100, json!(null)))?;
+    one_line(Plan::dequantize(found, None, &dequantize_options(100)))?;
     if let Some(plan) = one_line(plan(folder, 100))? {
-        plan.to_json();
+        plan.report();
     }
     let config = json!({"architectures": ["LlamaForCausalLM"], "model_type": "llama"});
     let found = Checkpoint::open(folder).unwrap();
-    one_line(Plan::quantize(found, Some(&config), &quantize_options(1 << 30), json!(null)))?;
+    one_line(Plan::quantize(found, Some(&config), &quantize_options(1 << 30), None))?;
     Ok(())
 }
 

@@ -14,17 +14,15 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use safetensors::Dtype;
 use serde_json::{Value, json};
 
-use super::execute::{self, RunOptions};
+use super::execute::{self, RunOptions, RunReport};
 use super::job::Progress;
-use super::plan::{Plan, QuantizeOptions};
+use super::options::{DequantizeOptions, QuantizeOptions};
+use super::plan::Plan;
 use super::reader::Checkpoint;
-use super::selection::SelectionOptions;
 use super::stage::Mode;
 use crate::error::{Error, Result};
-use crate::geometry::BlockSize;
 
 /// A safetensors file of this header and so many bytes of data.
 fn file_bytes(header: &str, data: &[u8]) -> Vec<u8> {
@@ -82,23 +80,19 @@ fn write_checkpoint(folder: &Path, seed: u64) {
 }
 
 fn quantize_options(max_shard_size: u64) -> QuantizeOptions {
-    QuantizeOptions {
-        dtype: None,
-        blocksize: BlockSize::DEFAULT,
-        double_quant: true,
-        storage: Dtype::U8,
-        max_shard_size,
-        selection: SelectionOptions::default(),
-        allow_nonfinite: false,
-    }
+    QuantizeOptions { max_shard_size, ..QuantizeOptions::default() }
+}
+
+fn dequantize_options(max_shard_size: u64) -> DequantizeOptions {
+    DequantizeOptions { max_shard_size, ..DequantizeOptions::default() }
 }
 
 fn plan(source: &Path, max_shard_size: u64) -> Result<Plan> {
-    Plan::quantize(Checkpoint::open(source)?, None, &quantize_options(max_shard_size), json!({"max": max_shard_size}))
+    Plan::quantize(Checkpoint::open(source)?, None, &quantize_options(max_shard_size), None)
 }
 
 /// Quantizes in one thread, without waiting for the disk, to shards of one layer each.
-fn quantize(source: &Path, destination: &Path, mode: Mode) -> Result<Value> {
+fn quantize(source: &Path, destination: &Path, mode: Mode) -> Result<RunReport> {
     let plan = plan(source, 2200)?;
     let options = RunOptions { mode, config_text: Some("{\"new\": 1}".to_owned()), threads: 1, durable: false };
     execute::run(&plan, destination, &options, &Progress::default())

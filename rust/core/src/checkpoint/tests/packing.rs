@@ -9,7 +9,7 @@ use serde_json::json;
 use super::super::plan::layout::{Layout, OutputTensor};
 use super::super::plan::{Action, Plan};
 use super::super::reader::header::SourceFile;
-use super::{Mode, files, message, plan, quantize, weights, write_checkpoint, write_tensors};
+use super::{Mode, dequantize_options, files, message, plan, quantize, weights, write_checkpoint, write_tensors};
 
 fn tensors() -> impl Strategy<Value = Vec<OutputTensor>> {
     let dtype = prop::sample::select(vec![Dtype::F64, Dtype::F32, Dtype::BF16, Dtype::U8, Dtype::BOOL, Dtype::F8_E4M3]);
@@ -106,14 +106,14 @@ fn the_output_is_a_checkpoint_of_its_own() {
     let (source, out) = (folder.path().join("source"), folder.path().join("out"));
     write_checkpoint(&source, 1);
     let report = quantize(&source, &out, Mode::New).unwrap();
-    assert_eq!(report["shards"].as_array().unwrap().len(), 3);
+    assert_eq!(report.shards.len(), 3);
     for name in files(&out).keys().filter(|n| n.extension().is_some_and(|e| e == "safetensors")) {
         SafeTensors::deserialize(&std::fs::read(out.join(name)).unwrap()).unwrap();
         SourceFile::open(&out.join(name)).unwrap();
     }
     // It is refused as a source, and read as a quantized one.
     assert!(message(plan(&out, 1000), "model-00001-of-00003.safetensors").contains("4-bit already"));
-    let back = Plan::dequantize(super::Checkpoint::open(&out).unwrap(), None, None, 1 << 30, json!(null)).unwrap();
+    let back = Plan::dequantize(super::Checkpoint::open(&out).unwrap(), None, &dequantize_options(1 << 30)).unwrap();
     assert_eq!(back.tensors.len(), 6);
     assert_eq!(quantized(&plan(&source, 1000).unwrap()), 3);
 }
@@ -158,7 +158,7 @@ fn four_bit(change: impl Fn(&mut Parts)) -> tempfile::TempDir {
 #[test]
 fn broken_4_bit_weights_are_refused() {
     let open = |folder: &tempfile::TempDir, config: Option<&serde_json::Value>| {
-        Plan::dequantize(super::Checkpoint::open(folder.path()).unwrap(), config, None, 1 << 30, json!(null))
+        Plan::dequantize(super::Checkpoint::open(folder.path()).unwrap(), config, &dequantize_options(1 << 30))
     };
     assert_eq!(open(&four_bit(|_| ()), None).unwrap().tensors.len(), 1);
     let refused = |word: &str, change: &dyn Fn(&mut Parts)| {

@@ -1,5 +1,8 @@
 //! Sources that are refused for what their tensors are, whatever config.json says, and values that a dtype cannot hold.
 
+use safetensors::Dtype;
+
+use super::super::verify::Status;
 use super::*;
 
 const Q: &str = "model.layers.0.self_attn.q_proj";
@@ -103,7 +106,7 @@ fn adapters_are_called_adapters() {
     plan(folder.path(), 1 << 30).unwrap();
 }
 
-fn convert(plan: &Plan, to: &Path) -> Result<Value> {
+fn convert(plan: &Plan, to: &Path) -> Result<RunReport> {
     let options = RunOptions { mode: Mode::New, config_text: None, threads: 1, durable: false };
     execute::run(plan, to, &options, &Progress::default())
 }
@@ -116,7 +119,7 @@ fn values_that_a_dtype_cannot_hold_are_an_error() {
         let folder = checkpoint_with(&[(name, "BF16", shape, huge(64))]);
         let options = |allow_nonfinite, dtype| QuantizeOptions { dtype, allow_nonfinite, ..quantize_options(1 << 30) };
         let planned = |options: QuantizeOptions| {
-            Plan::quantize(Checkpoint::open(folder.path()).unwrap(), None, &options, json!({})).unwrap()
+            Plan::quantize(Checkpoint::open(folder.path()).unwrap(), None, &options, None).unwrap()
         };
         let out = folder.path().with_extension("out");
         let error = convert(&planned(options(false, Some(Dtype::F16))), &out).unwrap_err();
@@ -127,9 +130,10 @@ fn values_that_a_dtype_cannot_hold_are_an_error() {
         if !name.contains("norm") {
             let back = folder.path().with_extension("back");
             let source = || Checkpoint::open(&out).unwrap();
-            let to_f16 = Plan::dequantize(source(), None, Some(Dtype::F16), 1 << 30, json!({})).unwrap();
+            let to = |dtype| DequantizeOptions { dtype: Some(dtype), ..dequantize_options(1 << 30) };
+            let to_f16 = Plan::dequantize(source(), None, &to(Dtype::F16)).unwrap();
             assert!(matches!(convert(&to_f16, &back).unwrap_err(), Error::TooLarge { .. }));
-            let to_bf16 = Plan::dequantize(source(), None, Some(Dtype::BF16), 1 << 30, json!({})).unwrap();
+            let to_bf16 = Plan::dequantize(source(), None, &to(Dtype::BF16)).unwrap();
             convert(&to_bf16, &back).unwrap();
             fs::remove_dir_all(&back).unwrap();
         }
@@ -150,11 +154,12 @@ fn what_the_headers_transposed_is_turned_back() {
     let config = json!({"model_type": "mygpt", "architectures": ["MyGPT"], "auto_map": {}});
     let open = |path: &Path| Checkpoint::open(path).unwrap();
     let (out, back) = (folder.path().with_extension("out"), folder.path().with_extension("back"));
-    let planned = Plan::quantize(open(folder.path()), Some(&config), &quantize_options(1 << 30), json!({})).unwrap();
+    let planned = Plan::quantize(open(folder.path()), Some(&config), &quantize_options(1 << 30), None).unwrap();
     convert(&planned, &out).unwrap();
     let report = super::super::verify::verify(&open(folder.path()), &open(&out), None, 1, &Progress::default());
-    assert_eq!(report.unwrap()["identical"], 5);
-    convert(&Plan::dequantize(open(&out), Some(&config), None, 1 << 30, json!({})).unwrap(), &back).unwrap();
+    let identical = report.unwrap().tensors.iter().filter(|t| t.status == Status::Identical).count();
+    assert_eq!(identical, 5);
+    convert(&Plan::dequantize(open(&out), Some(&config), &dequantize_options(1 << 30)).unwrap(), &back).unwrap();
     let (before, after) = (open(folder.path()), open(&back));
     for name in ["h.0.c_attn.weight", "h.0.c_proj.weight"] {
         let values = |c: &Checkpoint| {

@@ -1,13 +1,16 @@
 //! Comparing two checkpoints tensor by tensor: is this 4-bit weight what a fresh quantization of that one gives, and
 //! if not, how far apart are the values?
 
+mod report;
+
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytemuck::cast_slice;
 use safetensors::Dtype;
-use serde_json::{Value, json};
+use serde_json::Value;
 
+pub use self::report::{Comparison, Status, VerifyReport};
 use super::cast::{cast_to_vec, floats, transposed};
 use super::dtype::{is_float, item_size, with_element};
 use super::file::read_exact_at;
@@ -80,19 +83,15 @@ struct Sides<'a> {
 /// A weight's scales, read by the first piece that needs them.
 type ScaleCache = Mutex<HashMap<(usize, bool), Arc<Vec<f32>>>>;
 
-/// Compares every tensor of `b` with `a` and gives a report; `config` is the config.json of `a`, which tells of
-/// weights that are stored transposed.
-///
-/// Each tensor's `status` is `identical` (same bytes, or the same values in another dtype; for a 4-bit weight beside
-/// a dense one: the same bytes as a fresh quantization), `equal-codes` (4-bit codes alike, doubly quantized scales
-/// that differ in their rounding), `differs`, `shape` (not comparable), `missing` (not in b) or `extra` (not in a). `rmse` and `max_error` compare the values that a loader would see.
+/// Compares every tensor of `b` with `a`; `config` is the config.json of `a`, which tells of weights that are stored
+/// transposed. Values are compared as a loader would see them.
 pub fn verify(
     a: &Checkpoint,
     b: &Checkpoint,
     config: Option<&Value>,
     threads: usize,
     progress: &Progress,
-) -> Result<Value> {
+) -> Result<VerifyReport> {
     let weights = |c: &Checkpoint| -> Result<(HashMap<String, WeightSource>, HashSet<TensorRef>)> {
         let found = find_weights(c)?;
         let parts = found.iter().flat_map(|w| w.parts.iter().copied()).collect();
@@ -110,7 +109,7 @@ pub fn verify(
         weights_a.keys().chain(weights_b.keys()).chain(plain_a.keys()).chain(plain_b.keys()).collect();
     let names: Vec<String> = names.into_iter().cloned().collect();
 
-    let mut rows: Vec<Value> = Vec::new();
+    let mut rows: Vec<Comparison> = Vec::new();
     let mut tasks = Vec::new();
     for name in names {
         match (weights_a.remove(&name), plain_a.get(&name), weights_b.remove(&name), plain_b.get(&name)) {
@@ -143,12 +142,13 @@ pub fn verify(
                 tasks.push(Task { name, values: tb.elements(), comparable: same, pair: Pair::Dense { a: da, b: db } });
             }
             (Some(_), _, None, Some(_)) => {
-                rows.push(json!({"name": name, "status": "shape", "detail": "4-bit in the first, not in the second"}));
+                let detail = "4-bit in the first, not in the second".to_owned();
+                rows.push(Comparison { name, status: Status::Shape, detail, ..Comparison::default() });
             }
             (a4, da, None, None) if a4.is_some() || da.is_some() => {
-                rows.push(json!({"name": name, "status": "missing"}))
+                rows.push(Comparison { name, status: Status::Missing, ..Comparison::default() });
             }
-            _ => rows.push(json!({"name": name, "status": "extra"})),
+            _ => rows.push(Comparison { name, status: Status::Extra, ..Comparison::default() }),
         }
     }
 
@@ -192,19 +192,12 @@ pub fn verify(
     for (task, found) in tasks.iter().zip(by_task) {
         rows.push(sides.row(task, found)?);
     }
-    rows.sort_by(|x, y| x["name"].as_str().cmp(&y["name"].as_str()));
-    let count = |status: &str| rows.iter().filter(|r| r["status"] == status).count();
-    Ok(json!({
-        "a": a.folder.to_string_lossy(),
-        "b": b.folder.to_string_lossy(),
-        "identical": count("identical"),
-        "equal_codes": count("equal-codes"),
-        "different": count("differs") + count("shape"),
-        "missing": count("missing"),
-        "extra": count("extra"),
-        "quantized": tasks.iter().filter(|t| !matches!(t.pair, Pair::Dense { .. })).count(),
-        "tensors": rows,
-    }))
+    rows.sort_by(|x, y| x.name.cmp(&y.name));
+    Ok(VerifyReport {
+        a: a.folder.to_string_lossy().into_owned(),
+        b: b.folder.to_string_lossy().into_owned(),
+        tensors: rows,
+    })
 }
 
 impl Sides<'_> {
@@ -266,7 +259,7 @@ impl Sides<'_> {
         Ok(found)
     }
 
-    fn row(&self, task: &Task, found: Vec<Found>) -> Result<Value> {
+    fn row(&self, task: &Task, found: Vec<Found>) -> Result<Comparison> {
         let (shape, kind) = match &task.pair {
             Pair::Fresh { b, .. } | Pair::Weights { b, .. } => {
                 (b.state.shape.clone(), b.state.quant_type.as_str().to_owned())
@@ -281,7 +274,8 @@ impl Sides<'_> {
                 Pair::Weights { a, .. } => format!("{} {:?}", a.state.quant_type.as_str(), a.state.shape),
             };
             let detail = format!("{other} in the first, {kind} {shape:?} in the second");
-            return Ok(json!({"name": task.name, "status": "shape", "kind": kind, "shape": shape, "detail": detail}));
+            let name = task.name.clone();
+            return Ok(Comparison { name, status: Status::Shape, kind, shape, detail, ..Comparison::default() });
         }
         let differing: u64 = found.iter().map(|f| f.differing).sum();
         let squares: f64 = found.iter().map(|f| f.squares).sum();
@@ -296,21 +290,27 @@ impl Sides<'_> {
             Pair::Dense { .. } => Scales::Same,
         };
         let status = match (differing, scales) {
-            (0, Scales::Same) => "identical",
-            (0, Scales::Rounded) => "equal-codes",
-            _ => "differs",
+            (0, Scales::Same) => Status::Identical,
+            (0, Scales::Rounded) => Status::EqualCodes,
+            _ => Status::Differs,
         };
         let rmse = if task.values == 0 { 0.0 } else { (squares / task.values as f64).sqrt() };
-        let mut row = json!({
-            "name": task.name, "status": status, "kind": kind, "shape": shape, "rmse": rmse, "max_error": largest,
-            "differing_bytes": differing,
-        });
-        if let Pair::Dense { a, b } = &task.pair
-            && self.a.tensor(*a).dtype != self.b.tensor(*b).dtype
-        {
-            row["detail"] = json!(format!("{} in the first, {kind} in the second", self.a.tensor(*a).dtype));
-        }
-        Ok(row)
+        let detail = match &task.pair {
+            Pair::Dense { a, b } if self.a.tensor(*a).dtype != self.b.tensor(*b).dtype => {
+                format!("{} in the first, {kind} in the second", self.a.tensor(*a).dtype)
+            }
+            _ => String::new(),
+        };
+        Ok(Comparison {
+            name: task.name.clone(),
+            status,
+            kind,
+            shape,
+            rmse: Some(rmse).filter(|rmse| rmse.is_finite()),
+            max_error: Some(largest).filter(|largest| largest.is_finite()),
+            differing_bytes: Some(differing),
+            detail,
+        })
     }
 
     /// The stored scales of `b` beside those of a fresh quantization.

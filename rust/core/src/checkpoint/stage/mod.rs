@@ -13,51 +13,28 @@
 //! DST/.halfbyte-partial/files/NAME              complete
 //! ```
 
+mod folders;
+mod lock;
+mod look;
+mod mode;
+
 use std::collections::BTreeSet;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::thread;
-use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use self::folders::{
+    JOURNAL, contents, exists, is_folder, make_folders, refuse_obstacles, refuse_overlap, remove_partials,
+};
+pub use self::folders::{STAGE_FOLDER, files_in};
+use self::lock::lock;
+use self::look::{Found, JOURNAL_VERSION, look};
+pub use self::mode::Mode;
 use super::file;
 use super::file_names::{CONFIG_FILE, INDEX_FILE, SINGLE_FILE};
 use crate::error::{Error, Result};
-
-/// The hidden folder inside a destination.
-pub const STAGE_FOLDER: &str = ".halfbyte-partial";
-
-/// Its file that says what is being made.
-const JOURNAL: &str = "journal.json";
-
-/// Version of the journal; another version's runs are not continued.
-const JOURNAL_VERSION: u64 = 1;
-
-/// What to do about a destination that holds something.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Mode {
-    /// It must be new or empty.
-    New,
-    /// Its checkpoint is replaced when the new one is complete.
-    Overwrite,
-    /// An interrupted run goes on.
-    Resume,
-}
-
-impl std::str::FromStr for Mode {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        match text {
-            "new" => Ok(Self::New),
-            "overwrite" => Ok(Self::Overwrite),
-            "resume" => Ok(Self::Resume),
-            _ => Err(Error::argument("mode", format!("{text:?}"), "new, overwrite or resume")),
-        }
-    }
-}
 
 /// What [`Stage::open`] found.
 pub enum Opened {
@@ -151,7 +128,7 @@ impl Stage {
 
     /// The folder that files are written to.
     pub fn files(&self) -> PathBuf {
-        self.stage().join("files")
+        files_in(&self.destination)
     }
 
     /// The destination.
@@ -322,245 +299,4 @@ fn is_shard(name: &str) -> bool {
         .and_then(|rest| rest.strip_suffix(".safetensors"))
         .and_then(|numbers| numbers.split_once("-of-"))
         .is_some_and(|(part, count)| number(part) && number(count))
-}
-
-/// What a destination holds.
-enum Found {
-    /// The finished output.
-    Complete,
-    /// A run to go on with: its journal.
-    Interrupted(Value),
-    /// Nothing that is to be kept until the commit but, perhaps, files to replace.
-    Fresh { occupied: bool },
-}
-
-/// Looks whether `mode` suits what is in `destination`; `holding` is whether its lock is ours.
-fn look(
-    destination: &Path,
-    mode: Mode,
-    identity: &Value,
-    holding: bool,
-    complete: &impl Fn(&Path) -> bool,
-) -> Result<Found> {
-    let stage = destination.join(STAGE_FOLDER);
-    let occupied = contents(destination)?.iter().any(|name| name != STAGE_FOLDER);
-    let there = exists(&stage);
-    for folder in [&stage, &stage.join("files")] {
-        if exists(folder) && !is_folder(folder) {
-            return Err(Error::destination(folder, "is no folder: remove it, no run of halfbyte has made it"));
-        }
-    }
-    let journal = match mode {
-        // Whatever it says, it is replaced.
-        Mode::Overwrite => None,
-        _ if !there => None,
-        Mode::New | Mode::Resume => read_journal(&stage)?,
-    };
-    let fresh = Ok(Found::Fresh { occupied });
-    match (mode, journal) {
-        (Mode::Overwrite, _) => fresh,
-        (Mode::New, Some(_)) if !holding && is_locked(&stage) => Err(in_use(destination)),
-        (Mode::New, Some(_)) => Err(Error::destination(
-            destination,
-            "holds a run that was interrupted: --resume continues it, --overwrite starts again",
-        )),
-        (Mode::New, None) if occupied => Err(Error::destination(
-            destination,
-            "is not empty: choose another folder, or --overwrite to replace its checkpoint",
-        )),
-        (Mode::New, None) => fresh,
-        (Mode::Resume, Some(journal)) if journal.get("identity") == Some(identity) => Ok(Found::Interrupted(journal)),
-        (Mode::Resume, Some(journal)) => Err(Error::destination(
-            destination,
-            format!(
-                "holds an interrupted run of another kind ({}): --overwrite starts again",
-                difference(&journal, identity)
-            ),
-        )),
-        (Mode::Resume, None) if occupied && complete(destination) => Ok(Found::Complete),
-        // A stage without a journal was left by --overwrite in its first moments.
-        (Mode::Resume, None) if occupied && !there => Err(Error::destination(
-            destination,
-            "holds files that are not the output of this command, and no interrupted run to resume: --overwrite \
-             replaces its checkpoint",
-        )),
-        (Mode::Resume, None) => fresh,
-    }
-}
-
-fn in_use(destination: &Path) -> Error {
-    Error::destination(destination, "is being written by another halfbyte process: wait for it, or stop it")
-}
-
-fn exists(path: &Path) -> bool {
-    fs::symlink_metadata(path).is_ok()
-}
-
-/// Whether it is a folder itself, not a link to one.
-fn is_folder(path: &Path) -> bool {
-    fs::symlink_metadata(path).is_ok_and(|facts| facts.is_dir())
-}
-
-/// Fails where a file of the output cannot take its place: better now than in the middle of the commit. Links to
-/// folders are not followed, so that nothing is written outside the destination.
-fn refuse_obstacles(destination: &Path, names: &[PathBuf]) -> Result<()> {
-    for name in names {
-        let path = destination.join(name);
-        if is_folder(&path) {
-            return Err(Error::destination(path, "is a folder where the output has a file: remove it"));
-        }
-        for folder in path.ancestors().skip(1).take_while(|f| *f != destination) {
-            if exists(folder) && !is_folder(folder) {
-                return Err(Error::destination(
-                    folder,
-                    "is a file or a link where the output has a folder of its own: remove it",
-                ));
-            }
-        }
-    }
-    Ok(())
-}
-
-/// The names in a folder; none when it does not exist. A name that is no Unicode counts as itself, replaced.
-fn contents(folder: &Path) -> Result<BTreeSet<String>> {
-    let entries = match fs::read_dir(folder) {
-        Ok(entries) => entries,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(BTreeSet::new()),
-        Err(e) if e.kind() == io::ErrorKind::NotADirectory => {
-            return Err(Error::destination(folder, "is a file: expected a folder"));
-        }
-        Err(e) => return Err(Error::io(folder, "list")(e)),
-    };
-    entries
-        .map(|entry| entry.map(|e| e.file_name().to_string_lossy().into_owned()).map_err(Error::io(folder, "list")))
-        .collect()
-}
-
-/// The source is never written to, however the two are connected.
-fn refuse_overlap(destination: &Path, place: &Path) -> Result<()> {
-    let problem = if file::is_same(destination, place) {
-        "is the source itself"
-    } else if destination.ancestors().any(|folder| file::is_same(folder, place)) {
-        "is inside the source folder"
-    } else if place.ancestors().any(|folder| file::is_same(folder, destination)) {
-        if place.is_dir() { "contains the source folder" } else { "contains a file that the source links to" }
-    } else {
-        return Ok(());
-    };
-    Err(Error::destination(
-        destination,
-        format!("{problem} ({}): expected a folder beside it; the source is never changed", place.display()),
-    ))
-}
-
-/// Makes `folder` and those above it; gives those that were not there, the outermost first.
-fn make_folders(folder: &Path) -> Result<Vec<PathBuf>> {
-    let mut missing: Vec<PathBuf> =
-        folder.ancestors().take_while(|f| !f.as_os_str().is_empty() && !f.exists()).map(Path::to_path_buf).collect();
-    missing.reverse();
-    for (done, path) in missing.iter().enumerate() {
-        // One that appeared meanwhile will do.
-        if let Err(error) = file::create_folders(path) {
-            for made in missing[..done].iter().rev() {
-                file::remove_folder(made);
-            }
-            return Err(error);
-        }
-    }
-    Ok(missing)
-}
-
-/// Takes the lock of a stage; adds to `made` what was removed meanwhile and had to be made again.
-fn lock(stage: &Path, destination: &Path, made: &mut Vec<PathBuf>) -> Result<File> {
-    let path = stage.join("lock");
-    // Who only looks whether there is a lock holds it for a moment.
-    for wait in [0, 5, 20, 50] {
-        thread::sleep(Duration::from_millis(wait));
-        let lock = match open_lock(&path, true) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                made.extend(make_folders(stage)?);
-                continue;
-            }
-            outcome => outcome.map_err(Error::io(&path, "create"))?,
-        };
-        match lock.try_lock() {
-            Ok(()) if is_still(&lock, &path) => return Ok(lock),
-            // It was removed, with its stage, by the process that held it.
-            Ok(()) => {}
-            Err(fs::TryLockError::WouldBlock) => {}
-            // File systems without locks: two runs at once are the user's care there.
-            Err(fs::TryLockError::Error(_)) => return Ok(lock),
-        }
-    }
-    Err(in_use(destination))
-}
-
-/// Whether another process holds the lock of a stage.
-fn is_locked(stage: &Path) -> bool {
-    open_lock(&stage.join("lock"), false).is_ok_and(|f| matches!(f.try_lock(), Err(fs::TryLockError::WouldBlock)))
-}
-
-/// Opens a lock file as it is; a link is not followed.
-fn open_lock(path: &Path, create: bool) -> io::Result<File> {
-    let mut options = fs::OpenOptions::new();
-    options.read(true).write(true).create(create);
-    #[cfg(unix)]
-    std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, rustix::fs::OFlags::NOFOLLOW.bits().cast_signed());
-    options.open(path)
-}
-
-fn is_still(file: &File, path: &Path) -> bool {
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::MetadataExt;
-        let identity = |facts: fs::Metadata| (facts.dev(), facts.ino());
-        let there = fs::symlink_metadata(path).map(identity);
-        there.is_ok_and(|there| file.metadata().map(identity).is_ok_and(|ours| ours == there))
-    }
-    #[cfg(not(unix))]
-    {
-        let _ = file;
-        path.exists()
-    }
-}
-
-/// The journal of an interrupted run; `None` when it stopped before it had written one.
-fn read_journal(stage: &Path) -> Result<Option<Value>> {
-    let path = stage.join(JOURNAL);
-    let text = match fs::read(&path) {
-        Ok(text) => text,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(Error::io(&path, "read")(e)),
-    };
-    let journal: Value = serde_json::from_slice(&text).map_err(|e| {
-        Error::file(&path, format!("is no valid journal of an interrupted run ({e}): --overwrite starts again"))
-    })?;
-    if journal["version"] != JOURNAL_VERSION {
-        return Err(Error::file(
-            &path,
-            format!("has the version {}: expected {JOURNAL_VERSION}; --overwrite starts again", journal["version"]),
-        ));
-    }
-    Ok(Some(journal))
-}
-
-/// What differs between an interrupted run and this one, in a word or two.
-fn difference(journal: &Value, identity: &Value) -> String {
-    let (Some(was), Some(is)) = (journal["identity"].as_object(), identity.as_object()) else {
-        return "its journal cannot be read".to_owned();
-    };
-    let keys: Vec<&str> = is.iter().filter(|(k, v)| was.get(*k) != Some(v)).map(|(k, _)| k.as_str()).collect();
-    format!("it differs in: {}", keys.join(", "))
-}
-
-fn remove_partials(folder: &Path) {
-    let Ok(entries) = fs::read_dir(folder) else { return };
-    for entry in entries.flatten() {
-        let path = entry.path();
-        if path.is_dir() {
-            remove_partials(&path);
-        } else if path.extension().is_some_and(|e| e == "partial") {
-            let _ = file::remove_if_present(&path);
-        }
-    }
 }

@@ -1,0 +1,148 @@
+//! What a plan is made of.
+
+use safetensors::Dtype;
+use serde::Serialize;
+use serde_json::Value;
+
+use super::layout::{Layout, OutputTensor};
+use crate::checkpoint::reader::{Checkpoint, TensorRef};
+use crate::checkpoint::state::State;
+use crate::checkpoint::weights::WeightSource;
+
+/// What a plan is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Operation {
+    /// 16- or 32-bit weights become 4-bit ones.
+    Quantize,
+    /// 4-bit weights become 16- or 32-bit ones.
+    Dequantize,
+}
+
+/// What happens to one tensor (or one 4-bit weight with its state) of the source. Numbers are positions in the
+/// [`Layout`] of the shard.
+#[derive(Debug, Clone)]
+pub enum Action {
+    /// Bytes are copied.
+    Copy {
+        /// From where.
+        source: TensorRef,
+        /// To where.
+        output: usize,
+    },
+    /// A weight becomes 4-bit.
+    Quantize {
+        /// The weight.
+        source: TensorRef,
+        /// What its JSON will say; the offset is a placeholder.
+        state: State,
+        /// Whether the weight is transposed first.
+        transpose: bool,
+        /// Where its parts go.
+        outputs: WeightOutputs,
+    },
+    /// A 4-bit weight becomes 16- or 32-bit.
+    Dequantize {
+        /// Its parts.
+        source: WeightSource,
+        /// Whether the weight is transposed afterwards.
+        transpose: bool,
+        /// To where.
+        output: usize,
+    },
+}
+
+/// The places of a 4-bit weight's parts in a [`Layout`].
+#[derive(Debug, Clone)]
+pub struct WeightOutputs {
+    /// Packed codes.
+    pub packed: usize,
+    /// Scales.
+    pub absmax: usize,
+    /// The codebook.
+    pub quant_map: usize,
+    /// The scales' scales and codebook.
+    pub nested: Option<(usize, usize)>,
+    /// The JSON.
+    pub state: usize,
+}
+
+/// One file to write.
+#[derive(Debug)]
+pub struct ShardPlan {
+    /// Its name.
+    pub name: String,
+    /// The place of every tensor in it.
+    pub layout: Layout,
+    /// What to do, in the order of the source.
+    pub actions: Vec<Action>,
+}
+
+/// One line of the table that a reader sees.
+#[derive(Debug, Clone)]
+pub struct TensorPlan {
+    /// The tensor's name.
+    pub name: String,
+    /// Its shape, of the weight itself when it is 4-bit.
+    pub shape: Vec<usize>,
+    /// What it is.
+    pub from: String,
+    /// What it becomes: `nf4`, `fp4`, a dtype, or `keep`.
+    pub to: String,
+    /// Bytes before.
+    pub bytes_in: u64,
+    /// Bytes after.
+    pub bytes_out: u64,
+    /// Why.
+    pub reason: String,
+    /// The output file.
+    pub shard: usize,
+}
+
+/// What a run will do.
+#[derive(Debug)]
+pub struct Plan {
+    /// What it is for.
+    pub operation: Operation,
+    /// The source, open.
+    pub source: Checkpoint,
+    /// The files to write.
+    pub shards: Vec<ShardPlan>,
+    /// A line for each tensor or 4-bit weight.
+    pub tensors: Vec<TensorPlan>,
+    /// Remarks for the reader.
+    pub notes: Vec<String>,
+    /// The architecture that config.json names.
+    pub architecture: Option<String>,
+    /// Whether rules for it exist.
+    pub known_architecture: bool,
+    /// What `llm_int8_skip_modules` must say for a loader to convert exactly what is quantized here.
+    pub skip_modules: Option<Vec<String>>,
+    /// The dtype that the quantized model's other weights have: the one asked for, else that of config.json, else that
+    /// of most weights that become 4-bit. None when nothing is quantized.
+    pub model_dtype: Option<Dtype>,
+    /// Whether weights may hold NaN or infinities.
+    pub allow_nonfinite: bool,
+    /// All that decided about it, for the record of an interrupted run.
+    pub options: Value,
+}
+
+/// The tensors that one source tensor turns into, before they have a place.
+pub(super) struct Group {
+    pub outputs: Vec<OutputTensor>,
+    pub kind: Kind,
+    pub line: TensorPlan,
+}
+
+pub(super) enum Kind {
+    Copy(TensorRef),
+    Quantize { source: TensorRef, state: State, transpose: bool },
+    Dequantize { source: WeightSource, transpose: bool },
+}
+
+impl TensorPlan {
+    /// The number of its values.
+    pub fn elements(&self) -> u64 {
+        self.shape.iter().map(|&d| d as u64).product()
+    }
+}
