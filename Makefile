@@ -8,6 +8,7 @@
 #   VENV=/path/to/venv        where the environment is, or is made (default: .venv)
 #   INSTALL=no                use VENV as it is: install nothing, build the extension with cargo alone, and run halfbyte
 #                             from python/. For environments that are shared or already have everything.
+#   WORKERS=N                processes of pytest (default: one for each core)
 #   ARGS='…'                  more arguments for pytest or a bench: make pytest ARGS='-k plan -x'
 
 VENV    ?= .venv
@@ -153,8 +154,11 @@ emulator: setup-test develop ## run kernels/*.cu on the processor: the core's bi
 cargo-test: rust-toolchain ## the Rust tests, without Python
 	cargo test --release --locked --quiet
 
+# The files of the suite, shared among a process for each core; each process then has one thread for products.
+WORKERS ?= $(shell nproc 2>/dev/null || echo 1)
+pytest: export OMP_NUM_THREADS := $(or $(OMP_NUM_THREADS),1)
 pytest: setup-test develop ## the Python tests
-	$(py) -m pytest $(ARGS)
+	$(py) -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 # An environment for each set of releases, over the packages of VENV: only what differs is installed, torch is not. pip
 # says that packages which these scenarios do not use with that set, such as TRL with the oldest, do not fit it.

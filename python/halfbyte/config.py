@@ -77,54 +77,41 @@ class BitsAndBytesConfig:
     Accepted by transformers wherever it takes its own class of this name (`from_pretrained(quantization_config=...)`),
     whether transformers is imported before or after the config is made.
 
-    Parameters
-    ----------
-    load_in_8bit:
-        Replace linear layers by LLM.int8() ones. Not together with `load_in_4bit`.
-    load_in_4bit:
-        Replace linear layers by 4-bit ones.
-    llm_int8_threshold:
-        8-bit: input columns holding an absolute value of at least this are multiplied in float16; 0.0 for none.
-    llm_int8_skip_modules:
-        Names of modules to leave unquantized, in 4-bit as in 8-bit. None leaves the choice to the loader (which keeps
-        the output embedding).
-    llm_int8_enable_fp32_cpu_offload:
-        Allow a device map that leaves some modules on the CPU, unquantized in float32.
-    llm_int8_has_fp16_weight:
-        8-bit: keep float16 weights as well, for training them.
-    bnb_4bit_compute_dtype:
-        4-bit: the data type of the product, a `torch.dtype` or its name ("bfloat16", "torch.bfloat16"). None leaves it
-        to the input, whose type the product then has; the attribute and `config.json` say float32 for it, as those of
-        transformers do, and `compute_dtype()` tells the two apart.
-    bnb_4bit_quant_type:
-        4-bit: the codebook, "nf4" or "fp4".
-    bnb_4bit_use_double_quant:
-        4-bit: quantize the blocks' absmax as well, which saves 0.37 bits per weight.
-    bnb_4bit_quant_storage:
-        4-bit: the data type that the packed bytes are stored under, a `torch.dtype` or one of "float16", "float32",
-        "int8", "uint8", "float64", "bfloat16"; None for uint8.
-    **kwargs:
-        Ignored, and named in a log record of level INFO, so that `config.json` files of other versions can be read.
+    Args:
+        load_in_8bit: Replace linear layers by LLM.int8() ones. Not together with `load_in_4bit`.
+        load_in_4bit: Replace linear layers by 4-bit ones.
+        llm_int8_threshold: 8-bit: input columns holding an absolute value of at least this are multiplied in float16;
+            0.0 for none.
+        llm_int8_skip_modules: Names of modules to leave unquantized, in 4-bit as in 8-bit. None leaves the choice to
+            the loader (which keeps the output embedding).
+        llm_int8_enable_fp32_cpu_offload: Allow a device map that leaves some modules on the CPU, unquantized in
+            float32.
+        llm_int8_has_fp16_weight: 8-bit: keep float16 weights as well, for training them.
+        bnb_4bit_compute_dtype: 4-bit: the data type of the product, a `torch.dtype` or its name ("bfloat16",
+            "torch.bfloat16"). None leaves it to the input, whose type the product then has; the attribute and
+            `config.json` say float32 for it, as those of transformers do, and `compute_dtype()` tells the two apart.
+        bnb_4bit_quant_type: 4-bit: the codebook, "nf4" or "fp4".
+        bnb_4bit_use_double_quant: 4-bit: quantize the blocks' absmax as well, which saves 0.37 bits per weight.
+        bnb_4bit_quant_storage: 4-bit: the data type that the packed bytes are stored under, a `torch.dtype` or one of
+            "float16", "float32", "int8", "uint8", "float64", "bfloat16"; None for uint8.
+        **kwargs: Ignored, and named in a log record of level INFO, so that `config.json` files of other versions can be
+            read.
 
-    Raises
-    ------
-    ValueError
-        Both `load_in_4bit` and `load_in_8bit` are true, or a data type is neither a `torch.dtype` nor a legal name.
-    TypeError
-        Any other argument is not of its type; flags must be `bool`, the threshold `float` (6.0, not 6).
+    Raises:
+        ValueError: Both `load_in_4bit` and `load_in_8bit` are true, or a data type is neither a `torch.dtype` nor a
+            legal name.
+        TypeError: Any other argument is not of its type; flags must be `bool`, the threshold `float` (6.0, not 6).
 
-    Notes
-    -----
-    Two configs are equal when they serialize to the same dictionary; one of transformers' class counts. The two
-    attributes that hold a data type give a `torch.dtype` where the process has loaded torch, else its name.
+    Note:
+        Two configs are equal when they serialize to the same dictionary; one of transformers' class counts. The two
+        attributes that hold a data type give a `torch.dtype` where the process has loaded torch, else its name.
 
-    Examples
-    --------
-    >>> config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")
-    >>> config.quantization_method()
-    'nf4'
-    >>> config.to_dict()["bnb_4bit_compute_dtype"]
-    'bfloat16'
+    Examples:
+        >>> config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")
+        >>> config.quantization_method()
+        'nf4'
+        >>> config.to_dict()["bnb_4bit_compute_dtype"]
+        'bfloat16'
     """
 
     # What was left to its default. No attribute among the others: those are what `config.json` holds.
@@ -194,10 +181,8 @@ class BitsAndBytesConfig:
     def post_init(self) -> None:
         """Check the type of every attribute that holds no data type.
 
-        Raises
-        ------
-        TypeError
-            Names the attribute, its value and the type it must have.
+        Raises:
+            TypeError: Names the attribute, its value and the type it must have.
         """
         _check_type("load_in_4bit", self.load_in_4bit, bool)
         _check_type("load_in_8bit", self.load_in_8bit, bool)
@@ -237,18 +222,13 @@ class BitsAndBytesConfig:
         Stricter than `from_dict`, because it stands where a person's argument comes in: unknown keys, another
         `quant_method`, a 4-bit type or storage type that no loader reads are errors.
 
-        Parameters
-        ----------
-        config:
-            An instance of this class (returned as it is), of transformers' `BitsAndBytesConfig`, or a dictionary: the
-            constructor's arguments by name, or what either class' `to_dict` returned.
+        Args:
+            config: An instance of this class (returned as it is), of transformers' `BitsAndBytesConfig`, or a
+                dictionary: the constructor's arguments by name, or what either class' `to_dict` returned.
 
-        Raises
-        ------
-        TypeError
-            `config` is something else, or holds a value of a wrong type.
-        ValueError
-            A key or value is not a legal one; the message lists those that are.
+        Raises:
+            TypeError: `config` is something else, or holds a value of a wrong type.
+            ValueError: A key or value is not a legal one; the message lists those that are.
         """
         theirs = _transformers_class()
         if isinstance(config, cls):
@@ -302,14 +282,10 @@ class BitsAndBytesConfig:
     ) -> _Config | tuple[_Config, dict[str, Any]]:
         """Make a config from a dictionary, such as `quantization_config` of a `config.json`.
 
-        Parameters
-        ----------
-        config_dict:
-            The constructor's arguments by name; other keys are ignored.
-        return_unused_kwargs:
-            Return `(config, rest)`, where `rest` holds those of `kwargs` that name no attribute.
-        **kwargs:
-            Attributes to set afterwards, in place of those of `config_dict`.
+        Args:
+            config_dict: The constructor's arguments by name; other keys are ignored.
+            return_unused_kwargs: Return `(config, rest)`, where `rest` holds those of `kwargs` that name no attribute.
+            **kwargs: Attributes to set afterwards, in place of those of `config_dict`.
         """
         config = cls(**config_dict)
         unused = config.update(**kwargs)

@@ -89,7 +89,9 @@ def quantize_4bit(input: Tensor, blocksize: int, quant_type: str) -> tuple[Tenso
     _follow_threads()
     codes, scales = (packed.data_ptr(), size, "uint8"), (absmax.data_ptr(), blocks, "float32")
     if not _native.quantize_4bit(_raw(input), codes, scales, quant_type, blocksize):
-        _logger.warning("a tensor %s to quantize holds NaN or an infinity: its block is lost", list(input.shape))
+        _logger.warning(
+            "input of shape %s contains NaN or Inf; the affected blocks dequantize to NaN", list(input.shape)
+        )
     return packed, absmax
 
 

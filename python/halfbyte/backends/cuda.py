@@ -235,7 +235,9 @@ def _kernel(
     """
     reason = _slow(device, dtype, k, blocksize)
     if reason is not None and dtype is not torch.float32:
-        _logger.warning("products of few rows with a 4-bit weight %s in %s take longer: %s", [n, k], dtype, reason)
+        _logger.warning(
+            "no fused 4-bit GEMM for weight %s in %s (%s); falling back to dequantize + matmul", [n, k], dtype, reason
+        )
     kernel = _native.CudaLinear(device, _NAMES[dtype], n, k, quant_type, blocksize, nested)
     most = 0 if reason is not None else kernel.rows_at_once * _FUSED_LAUNCHES[n * k >= _LARGE]
     return kernel.launch, most, kernel.pays
@@ -245,7 +247,7 @@ def _kernel(
 def _say_unaligned(n: int, k: int) -> None:
     """Once: the fused product takes such a weight, but not where it lies."""
     _logger.warning(
-        "products with a 4-bit weight %s take longer: its codes do not begin at a multiple of %d bytes",
+        "no fused 4-bit GEMM for weight %s (codes not aligned to %d bytes); falling back to dequantize + matmul",
         [n, k], _ALIGNMENT,
     )  # fmt: skip
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _Options = TypeVar("_Options", "QuantizeOptions", "DequantizeOptions", "RunOptions")
 
-# Files that are not copied, of which a run tells: the folders of exports hold many.
+# How many files that are not copied a run lists: folders of exports hold many.
 _LEFT_OUT_SHOWN = 5
 
 

@@ -123,28 +123,28 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 _QUANTIZE_TEXT = (
-    "turn a 16- or 32-bit checkpoint into a 4-bit one",
-    "Quantize the linear layers of a safetensors checkpoint to NF4 or FP4: those that transformers would quantize.\n"
-    "Files appear when they are complete; an interrupted run goes on with --resume. The source is never changed.",
+    "quantize a 16- or 32-bit checkpoint to 4 bits",
+    "Quantize the linear layers of a safetensors checkpoint to NF4 or FP4: the ones that transformers would quantize.\n"
+    "Files appear when they are complete. --resume continues an interrupted run. The source is never changed.",
     "  halfbyte quantize Llama-3.2-1B Llama-3.2-1B-nf4\n"
     "  halfbyte quantize Llama-3.2-1B --plan\n"
     "  halfbyte quantize meta-llama/Llama-3.2-1B out --type fp4 --no-double-quant\n"
     "  halfbyte quantize model out --rule 'layers\\.(0|31)\\.=keep' --rule 'mlp=fp4' --max-shard-size 2GB",
 )
 _DEQUANTIZE_TEXT = (
-    "turn a 4-bit checkpoint back into a 16- or 32-bit one",
-    "Write the values that a 4-bit checkpoint stands for, so that any tool can read it.",
+    "write the values of a 4-bit checkpoint as a 16- or 32-bit one",
+    "Dequantize a 4-bit checkpoint, so that any tool can read it. What 4 bits lost does not come back.",
     "  halfbyte dequantize Llama-3.2-1B-nf4 Llama-3.2-1B-back --dtype bfloat16",
 )
 _INSPECT_TEXT = (
     "show what a checkpoint holds: what is quantized, how, sizes",
-    "Show what a folder or a single .safetensors file of any origin holds. Only headers and states are read.",
+    "Show what a folder or a .safetensors file holds. Only headers and quantization states are read.",
     "  halfbyte inspect Llama-3.2-1B-nf4\n  halfbyte inspect model.safetensors --json",
 )
 _VERIFY_TEXT = (
     "compare a quantized checkpoint with its original",
-    "Compare every quantized weight of B with a fresh quantization of A, byte for byte; where they differ, the error\n"
-    "of the dequantized values is shown. A may be quantized too.",
+    "Compare every quantized weight of B with a fresh quantization of A, byte for byte. Where they differ, show the\n"
+    "error of the dequantized values. A may be quantized too.",
     "  halfbyte verify Llama-3.2-1B Llama-3.2-1B-nf4",
 )
 _RUN_TEXT = (
@@ -154,7 +154,7 @@ _RUN_TEXT = (
 )
 _DOCTOR_TEXT = (
     "show what this machine offers and which libraries it has",
-    "Show the processor and the kernels chosen for it, memory, disk, GPU and driver, and versions of libraries.",
+    "Show the processor and the kernels chosen for it, memory, disk, GPUs and driver, and library versions.",
     "  halfbyte doctor --json",
 )
 _COMPLETION_TEXT = (
@@ -180,23 +180,23 @@ def _add_quantize(sub: argparse.ArgumentParser) -> None:
         choices=BLOCK_SIZES,
         metavar="N",
         help=f"weights per scale: {', '.join(map(str, BLOCK_SIZES))} (default: 64, as transformers quantizes; the "
-        "others load as well, but on a CPU bitsandbytes multiplies only when N divides the width of every layer)",
+        "others load too, but on a CPU bitsandbytes only multiplies correctly when N divides every layer's width)",
     )
     form.add_argument(
         "--storage",
         choices=STORAGE_DTYPES,
-        help="dtype that packed bytes are stored as (default: uint8; FSDP wants the compute dtype)",
+        help="dtype label of the packed bytes (default: uint8; for FSDP, use the compute dtype)",
     )
     form.add_argument(
         "--compute-dtype",
         choices=FLOAT_DTYPES,
-        help="dtype that loaders multiply in, written to config.json (default: the model's)",
+        help="dtype that loaders compute in, written to config.json (default: the model's)",
     )
     form.add_argument(
         "--dtype",
         choices=FLOAT_DTYPES,
-        help="dtype to cast weights to before they are quantized or kept (default: that of config.json, which is what "
-        "transformers loads a model in)",
+        help="dtype to cast weights to before they are quantized or kept (default: the dtype in config.json, in which "
+        "transformers loads the model)",
     )
     which = sub.add_argument_group("which tensors")
     which.add_argument(
@@ -204,27 +204,27 @@ def _add_quantize(sub: argparse.ArgumentParser) -> None:
         dest="rules",
         action="append",
         metavar="REGEX=nf4|fp4|keep",
-        help="decide for tensors whose name REGEX is found in; repeatable, the first match wins",
+        help="decide for tensors whose name matches REGEX anywhere; repeatable, the first match wins",
     )
     which.add_argument(
         "--skip",
         action="append",
         metavar="NAME",
-        help="keep a module, in addition to those that transformers keeps; repeatable",
+        help="keep a module, in addition to transformers' defaults; repeatable",
     )
     which.add_argument(
         "--selection",
         choices=SELECTIONS,
-        help="who decides what is a linear layer. rules: config, names and shapes (default); transformers: the "
-        "installed one is asked",
+        help="how linear layers are found. rules: from config, names and shapes (default); transformers: by the "
+        "installed transformers",
     )
     which.add_argument(
         "--trust-remote-code",
         action="store_true",
         help="with --selection transformers: run the code that comes with the checkpoint",
     )
-    which.add_argument("--allow-nonfinite", action="store_true", help="go on when a weight holds NaN or infinities")
-    which.add_argument("--plan", action="store_true", help="show what would be done, and do nothing")
+    which.add_argument("--allow-nonfinite", action="store_true", help="continue when a weight holds NaN or Inf")
+    which.add_argument("--plan", action="store_true", help="show what would be done and write nothing")
     _add_output(sub)
     sub.set_defaults(run=commands.quantize)
 
@@ -233,7 +233,7 @@ def _add_dequantize(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("source", metavar="SRC", help="a folder with 4-bit weights, or a name on the hub (org/name)")
     sub.add_argument("destination", metavar="DST", nargs="?", help="folder to write (not needed with --plan)")
     sub.add_argument("--dtype", choices=FLOAT_DTYPES, help="dtype to write (default: what each weight was before)")
-    sub.add_argument("--plan", action="store_true", help="show what would be done, and do nothing")
+    sub.add_argument("--plan", action="store_true", help="show what would be done and write nothing")
     _add_output(sub)
     sub.set_defaults(run=commands.dequantize)
 
@@ -245,7 +245,7 @@ def _add_output(sub: argparse.ArgumentParser) -> None:
     )
     state = output.add_mutually_exclusive_group()
     state.add_argument("--overwrite", action="store_true", help="replace an earlier output in DST")
-    state.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same arguments")
+    state.add_argument("--resume", action="store_true", help="continue an interrupted run with the same arguments")
     output.add_argument(
         "--no-fsync", dest="fsync", action="store_false", help="do not wait for the disk after each file"
     )

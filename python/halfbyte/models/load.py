@@ -66,13 +66,13 @@ def load_quantized(
     """Fill a model from a 4-bit checkpoint that this package, or transformers with bitsandbytes, has saved.
 
     Args:
-        model: On the meta device, so that nothing is allocated twice, or anywhere else. Linear layers, `Conv1D` and
-            embeddings whose weight is packed in the checkpoint become 4-bit layers; others are filled as they are.
-        folder: With `model.safetensors` or `model.safetensors.index.json`; or one `.safetensors` file; or with
-            huggingface_hub installed a model's name.
-        device: Where everything goes.
-        strict: Names that only the model or only the checkpoint has are an error; otherwise they are logged, and what
-            the checkpoint lacks stays as it was.
+        model: On the meta device, which saves memory, or on any other. Linear layers, `Conv1D` and embeddings whose
+            weight is packed in the checkpoint become 4-bit layers. Others are filled as they are.
+        folder: A folder with `model.safetensors` or `model.safetensors.index.json`, one `.safetensors` file, or (with
+            huggingface_hub installed) the name of a model.
+        device: The device of all parameters and buffers.
+        strict: Whether names that only the model or only the checkpoint has are an error. If False they are logged, and
+            parameters that the checkpoint lacks are unchanged.
         revision: Where `folder` is a name on the hub: a branch, a tag or a commit; None for the main branch.
         token: Where `folder` is a name on the hub: an access token, or False to send none. None uses the one that
             `hf auth login` has stored, if any.
@@ -111,7 +111,7 @@ def load_quantized(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     target = torch.device(device)
     if target.type == "meta":
-        raise ValueError("device: 'meta' holds no numbers; expected a device such as 'cpu' or 'cuda'")
+        raise ValueError("device must be a device with storage, such as 'cpu' or 'cuda', got 'meta'")
     with Folder(folder, Hub(revision, token, cache_dir)) as source:
         config = _read_config(source)
         plan = make_plan(model, source)

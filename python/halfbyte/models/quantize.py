@@ -63,20 +63,19 @@ def quantize_model(
     """Replace the linear layers of a model by `Linear4bit`, one after the other, in place.
 
     Args:
-        model: Any module. Converted are `nn.Linear` and transformers' `Conv1D`, wherever they are.
-        config: How: a `BitsAndBytesConfig`, of this package or of transformers, or a dict of its arguments, with
-            `load_in_4bit=True`. None for NF4 with double quantization, computed in the dtype of the input.
-        rules: Exceptions, as in the offline tool: `"REGEX=nf4|fp4|keep"`, or pairs of both sides. The first whose
-            pattern occurs in the name of a weight or of its layer decides, defaults notwithstanding.
-        skip: Names of modules to keep besides the defaults, matched as transformers matches `llm_int8_skip_modules`.
-            Those in `config` count too, and are likewise added to the defaults instead of replacing them.
-        subclasses: Subclasses of `nn.Linear` to convert too: their classes; or True for all that do not override
-            `forward`.
-        checkpoint: A folder of 16- or 32-bit safetensors (or one file, or a model's name) that fills the model, which
-            is on the meta device; each weight is quantized as it is read.
-        device: Where the model goes, each layer when it is its turn. None: everything stays where it is (on the CPU,
-            when it comes from a checkpoint).
-        progress: Show a bar on a terminal; or a callable that takes layers done, layers in all, and a name.
+        model: Any module. All `nn.Linear` and transformers' `Conv1D` modules in it are converted.
+        config: A `BitsAndBytesConfig` of this package or of transformers, or a dict of its arguments, with
+            `load_in_4bit=True`. None means NF4 with double quantization, computed in the dtype of the input.
+        rules: Exceptions, as in the offline tool: `"REGEX=nf4|fp4|keep"`, or pairs of both sides. The first rule whose
+            pattern is found in the name of a weight or of its layer decides, before the defaults.
+        skip: Names of modules to keep in addition to the defaults, matched as transformers matches
+            `llm_int8_skip_modules`. Names in `config` are added in the same way.
+        subclasses: Subclasses of `nn.Linear` to convert too, or True for all that do not override `forward`.
+        checkpoint: A folder of 16- or 32-bit safetensors (or one file, or a model's name). `model` is then on the meta
+            device and is filled from it; each weight is quantized as it is read.
+        device: Where to move the model, layer by layer. None leaves everything where it is (on the CPU, when it comes
+            from a checkpoint).
+        progress: Whether to show a bar on a terminal; or a callable(layers done, layers in total, name).
         blocksize: Weights per absmax, as in `quantize_checkpoint`.
         revision: Where `checkpoint` is a name on the hub, as in `quantize_checkpoint`.
         token: Where `checkpoint` is a name on the hub, as in `quantize_checkpoint`.

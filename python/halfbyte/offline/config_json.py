@@ -20,12 +20,9 @@ def read_config(folder: Path) -> dict[str, Any] | None:
 
     ``Infinity`` is kept: transformers writes it into configs of state-space models.
 
-    Raises
-    ------
-    CheckpointError
-        The file is no JSON object, is nested too deeply, holds NaN, or is larger than 64 MiB.
-    OSError
-        The file cannot be read.
+    Raises:
+        CheckpointError: The file is no JSON object, is nested too deeply, holds NaN, or is larger than 64 MiB.
+        OSError: The file cannot be read.
     """
     path = folder / FILE
     if not path.exists():

@@ -37,31 +37,21 @@ def transformers_selection(
 ) -> list[str]:
     """Names of the tensors of a checkpoint that the installed transformers would quantize while loading it.
 
-    Parameters
-    ----------
-    source:
-        Folder with ``config.json`` and safetensors files.
-    skip:
-        Names of modules to keep besides transformers' defaults, matched as it matches ``llm_int8_skip_modules``.
-    trust_remote_code:
-        Run the code that comes with the checkpoint (``auto_map`` in ``config.json``), where it has some. Nothing is
-        ever asked: without it such a checkpoint is refused.
+    Args:
+        source: Folder with ``config.json`` and safetensors files.
+        skip: Names of modules to keep besides transformers' defaults, matched as it matches ``llm_int8_skip_modules``.
+        trust_remote_code: Run the code that comes with the checkpoint (``auto_map`` in ``config.json``), where it has
+            some. Nothing is ever asked: without it such a checkpoint is refused.
 
-    Returns
-    -------
-    list[str]
-        Sorted names, as the checkpoint spells them. A tensor that transformers would first merge with others or
-        split (fused projections) is not among them: it has no 4-bit form under its own name.
+    Returns:
+        Sorted names, as the checkpoint spells them. A tensor that transformers would first merge with others or split
+            (fused projections) is not among them: it has no 4-bit form under its own name.
 
-    Raises
-    ------
-    ImportError
-        transformers is not installed; the message names the extra that brings it.
-    ValueError
-        The architecture is not one of transformers' own, or the folder holds no safetensors. `RemoteCodeError` where
-        ``trust_remote_code`` would help.
-    CheckpointError
-        The checkpoint's own code was run and failed.
+    Raises:
+        ImportError: transformers is not installed; the message names the extra that brings it.
+        ValueError: The architecture is not one of transformers' own, or the folder holds no safetensors.
+            `RemoteCodeError` where ``trust_remote_code`` would help.
+        CheckpointError: The checkpoint's own code was run and failed.
     """
     return sorted(selected_and_conv1d(source, skip, trust_remote_code=trust_remote_code)[0])
 
@@ -123,12 +113,9 @@ def _own_words(source: Path, trust_remote_code: bool) -> Iterator[None]:
 def skeleton(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     """Build a model without weights, in the state that transformers' quantizers see: on the meta device, untied.
 
-    Parameters
-    ----------
-    cls:
-        The model's class.
-    config:
-        Its configuration; not modified.
+    Args:
+        cls: The model's class.
+        config: Its configuration; not modified.
     """
     import copy
     from contextlib import ExitStack
@@ -144,18 +131,12 @@ def skeleton(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrained
 def converted_tensors(model: PreTrainedModel, names: Iterable[str], skip: Sequence[str] = ()) -> list[str]:
     """Which of a checkpoint's tensors would be quantized while loading into ``model``.
 
-    Parameters
-    ----------
-    model:
-        The model without weights, see :func:`skeleton`.
-    names:
-        Tensor names of the checkpoint.
-    skip:
-        Names of modules to keep besides the defaults.
+    Args:
+        model: The model without weights, see :func:`skeleton`.
+        names: Tensor names of the checkpoint.
+        skip: Names of modules to keep besides the defaults.
 
-    Returns
-    -------
-    list[str]
+    Returns:
         Sorted names, a subset of ``names``.
     """
     return sorted(_converted(model, names, skip))
@@ -177,14 +158,10 @@ def _converted(model: PreTrainedModel, names: Iterable[str], skip: Sequence[str]
 def converted_modules(model: PreTrainedModel, skip: Sequence[str] = (), replace: bool = False) -> set[str]:
     """Paths of the modules that transformers' bitsandbytes quantizer would replace.
 
-    Parameters
-    ----------
-    model:
-        The model, see :func:`skeleton`.
-    skip:
-        Names of modules to keep.
-    replace:
-        ``skip`` replaces the defaults, as ``llm_int8_skip_modules`` does, instead of being added to them.
+    Args:
+        model: The model, see :func:`skeleton`.
+        skip: Names of modules to keep.
+        replace: ``skip`` replaces the defaults, as ``llm_int8_skip_modules`` does, instead of being added to them.
     """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
