@@ -46,7 +46,7 @@ export HALFBYTE_NVIDIA = $(shell test -d '$(NVIDIA)/nvidia' && echo '$(abspath $
 rust_files := Cargo.toml Cargo.lock pyproject.toml $(shell find rust -name '*.rs' -o -name Cargo.toml 2>/dev/null)
 rust_files += $(wildcard kernels/*.cu kernels/*.cuh kernels/build_kernels.py kernels/compiler/*.py) kernels/kernels.lock.json requirements/kernels.txt
 
-.PHONY: help demo test test-matrix setup-demo setup-test develop rust-toolchain lint fmt typecheck stubtest cargo-test pytest bench bench-cuda kernels-lock kernels-check emulator clean
+.PHONY: help demo test test-matrix setup-demo setup-test develop rust-toolchain lint fmt typecheck stubtest cargo-test pytest bench bench-cuda kernels-lock kernels-check kernels-check-others emulator clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / && !seen[$$1]++ { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -135,15 +135,19 @@ $(cache)/nvidia/.made: requirements/kernels.txt | $(VENV)/.made
 	@mkdir -p $(@D)
 	$(pip) --no-deps --upgrade --target $(@D) -r $< && touch $@ || echo "warning: no compilers for kernels/" >&2
 
+kernels-lock: setup-test $(kernel_tools) ## write kernels/kernels.lock.json and kernels/resources.json anew
+	$(py) kernels/build_kernels.py lock --nvidia $(NVIDIA)
+
+kernels-check: setup-test $(kernel_tools) ## that kernels/ compiles to what is committed, without spills or growth
+	$(py) kernels/build_kernels.py check --nvidia $(NVIDIA)
+
+# Minutes, most of them of the oldest assembler, after a change to the kernels with warpgroup products.
 # Other assemblers, of the drivers' ages: what one of them serializes is slow there.
 others := $(foreach version,12.0.140 12.4.131,$(cache)/ptxas/$(version)/nvidia/cuda_nvcc/bin/ptxas)
 $(cache)/ptxas/%/nvidia/cuda_nvcc/bin/ptxas: | $(VENV)/.made
 	$(pip) --no-deps --upgrade --target $(cache)/ptxas/$* nvidia-cuda-nvcc-cu12==$*
 
-kernels-lock: setup-test $(kernel_tools) ## write kernels/kernels.lock.json and kernels/resources.json anew
-	$(py) kernels/build_kernels.py lock --nvidia $(NVIDIA)
-
-kernels-check: setup-test $(kernel_tools) $(others) ## that kernels/ compiles to what is committed, without spills or growth
+kernels-check-others: setup-test $(kernel_tools) $(others) ## the same with the assemblers of older drivers
 	$(py) kernels/build_kernels.py check --nvidia $(NVIDIA) $(others:%=--ptxas %)
 
 # Also part of `pytest`; there, what this machine lacks a compiler or a sanitizer for is skipped, with the reason.
