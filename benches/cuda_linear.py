@@ -16,6 +16,7 @@ from _cuda import SHAPES, Floor, copies, device_line, graph_seconds, here, host_
 from _table import print_table
 from halfbyte import _native
 from halfbyte.backends import cuda
+from halfbyte.ops.packed import Memo, PackedWeight, Packing
 
 BLOCKSIZE = 64
 FEW_ROWS = 32
@@ -38,6 +39,18 @@ class Weight:
         self.codes = copies(self.count, lambda: torch.randint(256, (blocks,), dtype=torch.uint8, device="cuda"))
         self.absmax2 = torch.rand(-(-blocks // 256), device="cuda")
         self.offset = torch.rand(1, device="cuda")
+        scales = (
+            [(absmax, None, None) for absmax in self.absmax],
+            [(c, self.absmax2, self.offset) for c in self.codes],
+        )
+        # As a layer keeps them: what is found out at the first call is remembered.
+        self.weights = [
+            [
+                PackedWeight(packed, Packing(*of_copy, (n, k), BLOCKSIZE, "nf4", Memo()))
+                for packed, of_copy in zip(self.packed, of_kind, strict=True)
+            ]
+            for of_kind in scales
+        ]
 
     def calls(self, method: object) -> list[functools.partial[None]]:
         """One call for each copy."""
@@ -45,10 +58,10 @@ class Weight:
 
     def product(self, i: int, x: torch.Tensor, y: torch.Tensor, nested: bool) -> None:
         """Ours: the kernel of few rows by itself, or for more rows what torch calls, which chooses the way."""
-        scales = (self.codes[i], self.absmax2, self.offset) if nested else (self.absmax[i], None, None)
         if self.kernel == "best" and len(x) > FEW_ROWS:
-            cuda.linear_4bit(x, self.packed[i], *scales, None, (self.n, self.k), BLOCKSIZE, "nf4")
+            cuda.linear_4bit(x, self.weights[nested][i], None)
             return
+        scales = (self.codes[i], self.absmax2, self.offset) if nested else (self.absmax[i], None, None)
         parts = (x, self.packed[i], *scales, None, y)
         _native.cuda_matmul_4bit(*here(), *map(raw, parts), len(x), self.n, self.k, "nf4", BLOCKSIZE, self.kernel)
 
