@@ -89,7 +89,8 @@ def test_doctor_says_that_a_build_has_no_kernels(monkeypatch: pytest.MonkeyPatch
     def count() -> int:
         raise RuntimeError("CUDA is not available: this build of halfbyte has no CUDA kernels: how")
 
-    monkeypatch.setattr(doctor, "_native", SimpleNamespace(cuda_device_count=count))
+    functions = SimpleNamespace(cuda_device_count=count, NoCudaDriverError=_native.NoCudaDriverError)
+    monkeypatch.setattr(doctor, "_native", functions)
     assert doctor._gpu_kernels() == ["CUDA is not available: this build of halfbyte has no CUDA kernels: how"]
 
 

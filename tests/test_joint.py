@@ -85,7 +85,7 @@ def test_layers_and_weights_are_promoted_in_place():
         assert torch.equal(m(x), y) and list(m.state_dict()) == keys
         assert joint.linear4bit_class() is type(m[1]) and joint.params4bit_class() is type(weights[0])
         # The way around torch's dispatcher is open to them too.
-        from halfbyte.ops.registry import PLAIN_TYPES
+        from halfbyte.ops.dispatch import PLAIN_TYPES
         assert type(weights[0]) in PLAIN_TYPES
         compiled = torch.compile(m, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(x), y)
