@@ -153,7 +153,7 @@ kernels-check-others: setup-test $(kernel_tools) $(others) ## the same with the 
 # Also part of `pytest`; there, what this machine lacks a compiler or a sanitizer for is skipped, with the reason.
 emulator: setup-test develop ## run kernels/*.cu on the processor: the core's bits, sanitizers, planted mistakes
 	@command -v $(firstword $(CXX)) >/dev/null || { echo "error: no C++ compiler: $(CXX)" >&2; exit 1; }
-	$(py) -m pytest tests/kernels $(ARGS)
+	$(py) -m pytest tests/emulator $(ARGS)
 
 cargo-test: rust-toolchain ## the Rust tests, without Python
 	cargo test --release --locked --quiet

@@ -126,7 +126,7 @@ def run_python(code: str, *arguments: str) -> str:
     return done.stdout
 
 
-def test_signature_is_theirs():
+def test_config_signature_is_theirs():
     def shape(cls):
         return [(p.name, p.kind, p.default) for p in inspect.signature(cls).parameters.values()]
 
@@ -135,7 +135,7 @@ def test_signature_is_theirs():
     assert set(ARGUMENTS) == set(VALUES)
 
 
-def test_public_methods_are_theirs():
+def test_config_public_methods_are_theirs():
     theirs = {name for name in dir(Theirs) if not name.startswith("_")}
     ours = {name for name in dir(BitsAndBytesConfig) if not name.startswith("_")}
     assert theirs <= ours
@@ -143,7 +143,7 @@ def test_public_methods_are_theirs():
 
 @pytest.mark.parametrize("argument", ARGUMENTS)
 @pytest.mark.parametrize("base", [{}, NF4, {"load_in_8bit": True}], ids=["none", "nf4", "int8"])
-def test_one_argument_at_a_time(argument, base):
+def test_config_one_argument_at_a_time(argument, base):
     refused = 0
     for value in VALUES[argument]:
         assert_same_construction({**base, argument: value})
@@ -151,12 +151,12 @@ def test_one_argument_at_a_time(argument, base):
     assert 0 < refused < len(VALUES[argument]), "the grid must hold good and bad values"
 
 
-def test_product_of_arguments():
+def test_config_product_of_arguments():
     for values in itertools.product(*FEW.values()):
         assert_same_construction(dict(zip(FEW, values, strict=True)))
 
 
-def test_positional_arguments():
+def test_config_positional_arguments():
     values = (False, True, 5.0, ["x"], True, True, torch.bfloat16, "nf4", True, torch.int8)
     assert_same_config(BitsAndBytesConfig(*values), Theirs(*values))
 
@@ -173,7 +173,7 @@ def test_positional_arguments():
     ),
     st.dictionaries(st.sampled_from(["surplus", "quant_method", "_load_in_4bit"]), st.integers()),
 )
-def test_any_arguments(case, surplus):
+def test_config_any_arguments(case, surplus):
     assert_same_construction({**case, **surplus})
 
 
@@ -202,7 +202,7 @@ def assert_same_state(ours, theirs, case):
 
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from([{}, NF4, {"load_in_8bit": True}]), st.lists(STEPS, min_size=1, max_size=3))
-def test_update_and_assignment(base, steps):
+def test_config_update_and_assignment(base, steps):
     ours, theirs = BitsAndBytesConfig(**base), Theirs(**base)
     for step in steps:
         our_rest, our_error = attempt(ours.update, **step)
@@ -233,7 +233,7 @@ def test_from_dict(base, extra, return_unused):
 
 
 @pytest.mark.parametrize("name", ["load_in_4bit", "load_in_8bit"])
-def test_loading_flags_refuse_each_other_on_assignment(name):
+def test_config_loading_flags_refuse_each_other_on_assignment(name):
     other = {"load_in_4bit": "load_in_8bit", "load_in_8bit": "load_in_4bit"}[name]
     config = BitsAndBytesConfig(**{other: True})
     with pytest.raises(ValueError, match=r"load_in_4bit and load_in_8bit"):
@@ -246,7 +246,7 @@ def test_loading_flags_refuse_each_other_on_assignment(name):
 
 
 @pytest.mark.parametrize("storage", QUANT_STORAGE_DTYPES)
-def test_every_storage_dtype_in_every_spelling(storage):
+def test_config_every_storage_dtype_in_every_spelling(storage):
     dtype = getattr(torch, storage)
     for spelling in (storage, f"torch.{storage}", dtype):
         config = BitsAndBytesConfig(**NF4, bnb_4bit_quant_storage=spelling)
@@ -256,7 +256,7 @@ def test_every_storage_dtype_in_every_spelling(storage):
 
 
 @pytest.mark.parametrize("spelling", ["bfloat16", "torch.bfloat16", torch.bfloat16])
-def test_dtypes_may_be_named_after_construction(spelling):
+def test_config_dtypes_may_be_named_after_construction(spelling):
     expected = Theirs(bnb_4bit_compute_dtype=torch.bfloat16)
     config = BitsAndBytesConfig()
     config.bnb_4bit_compute_dtype = spelling
@@ -270,7 +270,7 @@ def test_dtypes_may_be_named_after_construction(spelling):
         config.bnb_4bit_quant_storage = "torch.int64"
 
 
-def test_dtype_names_without_torch_are_torchs():
+def test_config_dtype_names_without_torch_are_torchs():
     """The table used where torch is absent gives each of torch's names the meaning that torch gives it."""
     code = """
 import json, sys
@@ -291,7 +291,7 @@ assert "torch" not in sys.modules
     assert meanings == {name: str(getattr(torch, name)).removeprefix("torch.") for name in DTYPE_NAMES}
 
 
-def test_unused_kwargs_are_logged_not_refused(caplog):
+def test_config_unused_kwargs_are_logged_not_refused(caplog):
     with caplog.at_level(logging.INFO, logger="halfbyte"):
         config = BitsAndBytesConfig(**NF4, surplus=1, bnb_4bit_quant_typ="nf4")
     assert_same_config(config, Theirs(**NF4, surplus=1))
@@ -309,7 +309,7 @@ def test_json_file(tmp_path):
         assert BitsAndBytesConfig.from_dict(read) == BitsAndBytesConfig(**kwargs)
 
 
-def test_diff_dict_with_an_attribute_of_the_user():
+def test_config_diff_dict_with_an_attribute_of_the_user():
     config = BitsAndBytesConfig(**NF4)
     config.note = "mine"
     assert config.to_diff_dict()["note"] == "mine"
@@ -327,7 +327,7 @@ class Derived(BitsAndBytesConfig):
 
 
 @pytest.mark.parametrize("cls", [BitsAndBytesConfig, Derived])
-def test_copies_and_pickles(cls):
+def test_config_copies_and_pickles(cls):
     config = cls(**NF4, llm_int8_skip_modules=["lm_head"], bnb_4bit_quant_storage="float16")
     config.note = "mine"
     again = [pickle.loads(pickle.dumps(config, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
@@ -340,7 +340,7 @@ def test_copies_and_pickles(cls):
     assert copy.deepcopy(config).llm_int8_skip_modules is not config.llm_int8_skip_modules
 
 
-def test_compute_dtype_knows_what_was_not_given():
+def test_config_compute_dtype_knows_what_was_not_given():
     name = "bnb_4bit_compute_dtype"
     left = BitsAndBytesConfig(load_in_4bit=True)
     chosen = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
@@ -372,7 +372,7 @@ def test_compute_dtype_knows_what_was_not_given():
     assert chosen.compute_dtype() is None
 
 
-def test_equality():
+def test_config_equality():
     config = BitsAndBytesConfig(**NF4)
     assert config == BitsAndBytesConfig(**{**NF4, "bnb_4bit_compute_dtype": torch.bfloat16})
     assert config == Theirs(**NF4)
@@ -423,7 +423,7 @@ def test_coerce_refuses(value, error, message):
         BitsAndBytesConfig.coerce(value)
 
 
-def test_is_an_instance_of_both_classes():
+def test_config_is_an_instance_of_both_classes():
     config = BitsAndBytesConfig(**NF4)
     assert type(config) is BitsAndBytesConfig
     assert isinstance(config, BitsAndBytesConfig)
@@ -540,7 +540,7 @@ print("compared", *CASES)
 
 
 @pytest.mark.parametrize("order", ["halfbyte first", "transformers first"])
-def test_model_quantized_saved_and_reloaded(order, tmp_path):
+def test_config_model_quantized_saved_and_reloaded(order, tmp_path):
     pytest.importorskip("bitsandbytes")
     pytest.importorskip("accelerate")
     assert run_python(MODEL, order, str(tmp_path)).split() == ["compared", "nf4", "fp4", "int8"]

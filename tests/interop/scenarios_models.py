@@ -17,7 +17,7 @@ from scenarios import IDS, KIND, SIZES, config, layers, loaded, logits, scenario
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import tiny_models
 
 

@@ -1,4 +1,4 @@
-//! The rules on hand-written checkpoints; `tests/test_selection.py` compares them with transformers.
+//! The rules on hand-written checkpoints; `tests/offline/test_selection.py` compares them with transformers.
 
 use proptest::prelude::*;
 use safetensors::Dtype;

@@ -68,7 +68,7 @@ class Tied(nn.Module):
 
 
 @pytest.mark.parametrize("name", tiny_models.MODELS)
-def test_the_choice_is_that_of_transformers(name: str) -> None:
+def test_quantize_model_choice_is_that_of_transformers(name: str) -> None:
     model = skeleton(getattr(transformers, name), tiny_models.tiny_config(name))
     choice = _choice.choose(model, "nf4", meta=True)
     assert {layer.names[0] for layer in choice.layers} == converted_modules(model)
@@ -76,7 +76,7 @@ def test_the_choice_is_that_of_transformers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in tiny_models.MODELS if name != "FalconForCausalLM"])
-def test_the_skip_list_makes_a_loader_choose_the_same(name: str) -> None:
+def test_quantize_model_skip_list_makes_a_loader_choose_the_same(name: str) -> None:
     model = skeleton(getattr(transformers, name), tiny_models.tiny_config(name))
     first = min(converted_modules(model))
     for options in ({"rules": [f"^{re.escape(first)}$=keep"]}, {"skip": [first.rpartition(".")[2]]}):
@@ -101,7 +101,9 @@ RULES = [
 
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize("skip", [[], ["up_proj"], [r".*\.1\."]])
-def test_rules_and_skip_names_mean_what_they_mean_offline(rules: list[str], skip: list[str], tmp_path: Path) -> None:
+def test_quantize_model_rules_and_skip_names_mean_what_they_mean_offline(
+    rules: list[str], skip: list[str], tmp_path: Path
+) -> None:
     """The same bytes as `halfbyte quantize` with the same options: the whole path of both, on every choice."""
     source, output = tiny_models.save("LlamaForCausalLM", tmp_path / "source"), tmp_path / "output"
     model = transformers.LlamaForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
@@ -124,7 +126,7 @@ def test_rules_and_skip_names_mean_what_they_mean_offline(rules: list[str], skip
             assert torch.equal(stored, state[name]), name
 
 
-def test_conv1d_is_transposed_as_offline(tmp_path: Path) -> None:
+def test_quantize_model_conv1d_is_transposed_as_offline(tmp_path: Path) -> None:
     source = tiny_models.save("GPT2LMHeadModel", tmp_path / "source")
     halfbyte.quantize_checkpoint(source, tmp_path / "output", config=NF4, progress=None)
     model = transformers.GPT2LMHeadModel.from_pretrained(source, dtype=torch.bfloat16)
@@ -151,7 +153,7 @@ def test_conv1d_is_transposed_as_offline(tmp_path: Path) -> None:
     assert back(ids).logits.isfinite().all()
 
 
-def test_plain_models_keep_tied_weights_and_output_embeddings() -> None:
+def test_quantize_model_plain_models_keep_tied_weights_and_output_embeddings() -> None:
     model = halfbyte.quantize_model(Tied(), NF4)
     assert packed(model) == {"body.0": "nf4", "body.2": "nf4", "up": "nf4"}
     assert model.lm_head.weight is model.embed.weight
@@ -163,7 +165,7 @@ def test_plain_models_keep_tied_weights_and_output_embeddings() -> None:
         halfbyte.quantize_model(Tied(), NF4, rules=["lm_head=nf4"])
 
 
-def test_weights_that_share_memory_are_tied() -> None:
+def test_quantize_model_weights_that_share_memory_are_tied() -> None:
     model = mlp()
     model.append(nn.Linear(96, 32))
     model[3].weight = nn.Parameter(model[2].weight.data)
@@ -174,14 +176,14 @@ def test_weights_that_share_memory_are_tied() -> None:
     assert packed(halfbyte.quantize_model(model, NF4)) == {"0": "nf4", "1": "nf4"}
 
 
-def test_a_transformers_model_inside_another_module_keeps_its_defaults() -> None:
+def test_quantize_model_transformers_model_inside_another_module_keeps_its_defaults() -> None:
     model = nn.ModuleDict({"lm": tiny_models.build("T5ForConditionalGeneration"), "head": nn.Linear(64, 4)})
     names = packed(halfbyte.quantize_model(model, NF4))
     inner = skeleton(transformers.T5ForConditionalGeneration, tiny_models.tiny_config("T5ForConditionalGeneration"))
     assert set(names) == {f"lm.{name}" for name in converted_modules(inner)} | {"head"}
 
 
-def test_skip_names_add_to_the_defaults_from_both_places() -> None:
+def test_quantize_model_skip_names_add_to_the_defaults_from_both_places() -> None:
     config = transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["q_proj"])
     model = halfbyte.quantize_model(tiny_models.build("LlamaForCausalLM"), config, skip=["model.layers.1"])
     names = packed(model)
@@ -194,7 +196,7 @@ def test_skip_names_add_to_the_defaults_from_both_places() -> None:
     assert "lm_head" in model.config.quantization_config.llm_int8_skip_modules
 
 
-def test_other_dtypes_stay() -> None:
+def test_quantize_model_other_dtypes_stay() -> None:
     model = mlp()
     model[0].to(torch.float64)
     assert packed(halfbyte.quantize_model(model, NF4)) == {"2": "nf4"}
@@ -213,7 +215,7 @@ class Scaled(nn.Linear):
         return 2 * super().forward(input)
 
 
-def test_subclasses_are_converted_only_when_asked(caplog: pytest.LogCaptureFixture) -> None:
+def test_quantize_model_subclasses_are_converted_only_when_asked(caplog: pytest.LogCaptureFixture) -> None:
     def model() -> nn.ModuleList:
         return nn.ModuleList([nn.Linear(8, 8), Own(8, 8), Scaled(8, 8), nn.MultiheadAttention(8, 2)])
 
@@ -237,7 +239,7 @@ def test_subclasses_are_converted_only_when_asked(caplog: pytest.LogCaptureFixtu
 # ---- what comes along ------------------------------------------------------------------------------------------------
 
 
-def test_a_shared_layer_stays_one_object() -> None:
+def test_quantize_model_shared_layer_stays_one_object() -> None:
     layer = nn.Linear(32, 32)
     model = nn.ModuleDict({"a": layer, "b": nn.Sequential(nn.Linear(32, 32), layer)})
     halfbyte.quantize_model(model, NF4)
@@ -253,7 +255,7 @@ def test_a_shared_layer_stays_one_object() -> None:
     assert packed(model) == {}
 
 
-def test_hooks_attributes_flags_and_the_bias_come_along() -> None:
+def test_quantize_model_hooks_attributes_flags_and_the_bias_come_along() -> None:
     model = mlp().eval()
     layer = model[0]
     layer.bias.requires_grad_(False)
@@ -294,7 +296,7 @@ def test_hooks_attributes_flags_and_the_bias_come_along() -> None:
     assert calls == []
 
 
-def test_there_and_back() -> None:
+def test_quantize_model_there_and_back() -> None:
     model = mlp(dtype=torch.bfloat16)
     model[2].weight.requires_grad_(False)
     before = copy.deepcopy(model)
@@ -316,13 +318,13 @@ def test_there_and_back() -> None:
     assert wide(x.float()).dtype == torch.float32
 
 
-def test_the_model_itself_may_be_the_layer() -> None:
+def test_quantize_model_model_itself_may_be_the_layer() -> None:
     layer = halfbyte.quantize_model(nn.Linear(32, 8), NF4)
     assert isinstance(layer, Linear4bit)
     assert type(halfbyte.dequantize_model(layer)) is nn.Linear
 
 
-def test_the_config_sets_type_storage_scales_and_compute_dtype() -> None:
+def test_quantize_model_config_sets_type_storage_scales_and_compute_dtype() -> None:
     for nested in (False, True):
         config = halfbyte.BitsAndBytesConfig(
             load_in_4bit=True,
@@ -346,7 +348,7 @@ def test_the_config_sets_type_storage_scales_and_compute_dtype() -> None:
     assert halfbyte.quantize_model(mlp(), chosen)[0].compute_dtype is torch.float32
 
 
-def test_swapped_models_can_be_copied_pickled_saved_and_trained() -> None:
+def test_quantize_model_swapped_models_can_be_copied_pickled_saved_and_trained() -> None:
     model = halfbyte.quantize_model(mlp(), NF4)
     x = torch.randn(4, 64)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -366,7 +368,7 @@ def test_swapped_models_can_be_copied_pickled_saved_and_trained() -> None:
     assert losses[-1] < losses[0]
 
 
-def test_fast_paths_of_torch_do_not_read_packed_weights() -> None:
+def test_quantize_model_fast_paths_of_torch_do_not_read_packed_weights() -> None:
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
     halfbyte.quantize_model(model, NF4)
@@ -378,7 +380,7 @@ def test_fast_paths_of_torch_do_not_read_packed_weights() -> None:
         torch.testing.assert_close(y, model(x), atol=1e-4, rtol=1e-4)
 
 
-def test_accelerate_hooks_stay() -> None:
+def test_quantize_model_accelerate_hooks_stay() -> None:
     hooks = pytest.importorskip("accelerate.hooks")
 
     class Counting(hooks.ModelHook):
@@ -405,7 +407,7 @@ def test_accelerate_hooks_stay() -> None:
 
 # PEFT asks for an attribute that transformers has renamed.
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-def test_lora_trains_over_a_swapped_model_and_merges() -> None:
+def test_quantize_model_lora_trains_over_a_swapped_model_and_merges() -> None:
     """PEFT takes its path for 4-bit layers, which quantizes the sum anew."""
     peft = pytest.importorskip("peft")
     model = halfbyte.quantize_model(tiny_models.build("LlamaForCausalLM", torch.float32), NF4)
@@ -433,7 +435,7 @@ def test_lora_trains_over_a_swapped_model_and_merges() -> None:
     assert torch.isfinite(merged(ids).logits).all()
 
 
-def test_one_line_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_quantize_model_one_line_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="halfbyte"):
         halfbyte.quantize_model(tiny_models.build("LlamaForCausalLM"))
     lines = [record.getMessage() for record in caplog.records if record.name == "halfbyte.models.quantize"]
@@ -443,12 +445,12 @@ def test_one_line_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     )
 
 
-def test_experts_that_stay_are_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_quantize_model_experts_that_stay_are_named(caplog: pytest.LogCaptureFixture) -> None:
     halfbyte.quantize_model(tiny_models.build("MixtralForCausalLM"), NF4)
     assert "4 fused expert weights" in caplog.text
 
 
-def test_progress_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+def test_quantize_model_progress_is_told(capfd: pytest.CaptureFixture[str]) -> None:
     seen: list[tuple[int, int, str]] = []
     halfbyte.quantize_model(mlp(), NF4, progress=lambda *state: seen.append(state))
     assert seen == [(0, 2, "0"), (1, 2, "2"), (2, 2, "")]
@@ -489,7 +491,9 @@ def share(model: nn.Sequential) -> None:
         (share, "2: its weight is on the meta device"),
     ],
 )
-def test_layers_that_cannot_be_converted_are_named_before_anything_changes(spoil: Any, text: str) -> None:
+def test_quantize_model_layers_that_cannot_be_converted_are_named_before_anything_changes(
+    spoil: Any, text: str
+) -> None:
     model = mlp()
     spoil(model)
     with pytest.raises(ValueError, match=re.escape(text)) as caught:
@@ -517,7 +521,7 @@ def test_layers_that_cannot_be_converted_are_named_before_anything_changes(spoil
         ({"config": NF4, "device": "meta"}, "device must be a device with storage"),
     ],
 )
-def test_bad_arguments_change_nothing(arguments: dict[str, Any], text: str) -> None:
+def test_quantize_model_bad_arguments_change_nothing(arguments: dict[str, Any], text: str) -> None:
     model = mlp()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=re.escape(text)):
@@ -525,7 +529,7 @@ def test_bad_arguments_change_nothing(arguments: dict[str, Any], text: str) -> N
     assert same(model, before)
 
 
-def test_bad_types() -> None:
+def test_quantize_model_bad_types() -> None:
     for arguments in ({"config": 4}, {"config": NF4, "progress": "yes"}, {"config": NF4, "subclasses": [int]}):
         with pytest.raises(TypeError):
             halfbyte.quantize_model(mlp(), **arguments)
@@ -533,7 +537,7 @@ def test_bad_types() -> None:
         halfbyte.quantize_model([mlp()], NF4)  # type: ignore[type-var]
 
 
-def test_a_model_without_linear_layers_is_an_error() -> None:
+def test_quantize_model_model_without_linear_layers_is_an_error() -> None:
     with pytest.raises(ValueError, match="no linear layer"):
         halfbyte.quantize_model(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()), NF4)
     with pytest.raises(ValueError, match="8 FalconLinear"):
@@ -542,7 +546,7 @@ def test_a_model_without_linear_layers_is_an_error() -> None:
         halfbyte.dequantize_model(mlp())
 
 
-def test_a_second_call_goes_on_or_is_an_error() -> None:
+def test_quantize_model_second_call_goes_on_or_is_an_error() -> None:
     model = halfbyte.quantize_model(mlp(), NF4, skip=["2"])
     first = model[0]
     halfbyte.quantize_model(model, NF4, rules=["2=fp4"])
@@ -552,7 +556,7 @@ def test_a_second_call_goes_on_or_is_an_error() -> None:
         halfbyte.quantize_model(model, NF4)
 
 
-def test_an_interrupted_run_says_how_far_it_came_and_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_quantize_model_interrupted_run_says_how_far_it_came_and_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_models.build("LlamaForCausalLM", torch.float32)
     want = halfbyte.quantize_model(copy.deepcopy(model), NF4)
 
@@ -575,7 +579,7 @@ def test_an_interrupted_run_says_how_far_it_came_and_goes_on(caplog: pytest.LogC
 # ---- memory and checkpoints ------------------------------------------------------------------------------------------
 
 
-def test_from_the_meta_device_and_a_checkpoint(tmp_path: Path) -> None:
+def test_quantize_model_from_the_meta_device_and_a_checkpoint(tmp_path: Path) -> None:
     """Weights that a loader renames, splits and ties, quantized as they are read."""
     for name in ("LlamaForCausalLM", "GPT2LMHeadModel", "MixtralForCausalLM", "ViTForImageClassification",
                  "LlavaForConditionalGeneration", "T5ForConditionalGeneration", "NomicBertModel"):  # fmt: skip
@@ -592,7 +596,7 @@ def test_from_the_meta_device_and_a_checkpoint(tmp_path: Path) -> None:
             assert torch.equal(a, b), key
 
 
-def test_a_checkpoint_that_lacks_something_changes_nothing(tmp_path: Path) -> None:
+def test_quantize_model_checkpoint_that_lacks_something_changes_nothing(tmp_path: Path) -> None:
     state = mlp().state_dict()
     del state["2.bias"]
     save_file(state, tmp_path / "model.safetensors")
@@ -625,7 +629,7 @@ print(json.dumps([peak() - before, sum(2 * a * b for a, b in sizes)]))
 """
 
 
-def test_the_peak_is_the_4_bit_model_and_one_weight(tmp_path: Path) -> None:
+def test_quantize_model_peak_is_the_4_bit_model_and_one_weight(tmp_path: Path) -> None:
     import json
 
     def run(how: str) -> str:
@@ -641,7 +645,7 @@ def test_the_peak_is_the_4_bit_model_and_one_weight(tmp_path: Path) -> None:
     assert grown < dense * 4.2 / 16 + 16 * 2**20
 
 
-def test_dense_weights_are_let_go_one_by_one() -> None:
+def test_quantize_model_dense_weights_are_let_go_one_by_one() -> None:
     import weakref
 
     model = mlp()
@@ -664,11 +668,11 @@ class Embedder(nn.Module):
         self.proj = nn.Linear(64, 64)
 
 
-def test_float32_keys_match_any_component_outside_of_transformers() -> None:
+def test_quantize_model_float32_keys_match_any_component_outside_of_transformers() -> None:
     assert set(packed(halfbyte.quantize_model(Embedder()))) == {"condition.time_embedders", "proj"}
 
 
-def test_the_skip_list_holds_with_and_without_the_base_models_prefix() -> None:
+def test_quantize_model_skip_list_holds_with_and_without_the_base_models_prefix() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=96
@@ -677,7 +681,7 @@ def test_the_skip_list_holds_with_and_without_the_base_models_prefix() -> None:
     assert {"model.layers.0", "layers.0", "lm_head"} <= set(model.config.quantization_config.llm_int8_skip_modules)
 
 
-def test_a_short_skip_name_never_keeps_a_packed_layer() -> None:
+def test_quantize_model_short_skip_name_never_keeps_a_packed_layer() -> None:
     transformers = pytest.importorskip("transformers")
     from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -706,7 +710,7 @@ def test_a_short_skip_name_never_keeps_a_packed_layer() -> None:
     assert "model.block.proj" in packed(model)
 
 
-def test_skip_names_that_hit_nothing_are_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_quantize_model_skip_names_that_hit_nothing_are_told(caplog: pytest.LogCaptureFixture) -> None:
     halfbyte.quantize_model(mlp(), skip=["0", "nowhere"])
     assert "the skip name 'nowhere' matches no module" in caplog.text
     assert "'0' matches" not in caplog.text

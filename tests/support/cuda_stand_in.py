@@ -1,7 +1,7 @@
 """The compiled core's CUDA functions, done by its CPU functions: so `halfbyte.backends.cuda` runs on CPU tensors.
 
 What is tested so is what Python does around kernels: which one it takes, parts of weights and of batches, addresses,
-lengths, memory. The kernels themselves are tested in tests/kernels and tests/cuda.
+lengths, memory. The kernels themselves are tested in tests/emulator and tests/cuda.
 """
 
 from __future__ import annotations

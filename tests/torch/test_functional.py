@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-GOLDEN = Path(__file__).parent / "golden" / "blockwise4.safetensors"
+GOLDEN = Path(__file__).parents[1] / "golden" / "blockwise4.safetensors"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 STORAGES = (torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)

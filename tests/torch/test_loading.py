@@ -63,7 +63,7 @@ OTHERS = ["ViTForImageClassification", "LlavaForConditionalGeneration", "Qwen2VL
 
 
 @pytest.mark.parametrize("name", TEXT + OTHERS)
-def test_a_checkpoint_of_bitsandbytes_loads_as_stock_loads_it(name: str, tmp_path: Path) -> None:
+def test_load_quantized_checkpoint_of_bitsandbytes_loads_as_stock_loads_it(name: str, tmp_path: Path) -> None:
     cls = getattr(transformers, name)
     config = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
@@ -118,7 +118,7 @@ def test_stock_loads_what_a_swapped_model_saves(tmp_path: Path) -> None:
         assert torch.equal(again(ids).logits, model(ids).logits)
 
 
-def test_a_sharded_checkpoint_of_the_offline_tool(tmp_path: Path) -> None:
+def test_load_quantized_sharded_checkpoint_of_the_offline_tool(tmp_path: Path) -> None:
     source, output = tiny_models.save("LlamaForCausalLM", tmp_path / "source"), tmp_path / "output"
     halfbyte.quantize_checkpoint(
         source, output, config={**NF4, "bnb_4bit_compute_dtype": "bfloat16"}, max_shard_size="40KB", progress=None
@@ -138,7 +138,7 @@ def test_a_sharded_checkpoint_of_the_offline_tool(tmp_path: Path) -> None:
         assert torch.equal(model(ids).logits, swapped(ids).logits)
 
 
-def test_a_body_fills_a_model_with_a_head_up_to_the_head(tmp_path: Path) -> None:
+def test_load_quantized_body_fills_a_model_with_a_head_up_to_the_head(tmp_path: Path) -> None:
     """Names gain and lose the prefix, as transformers has it; what is really missing is named."""
     body = transformers.BertModel(tiny_models.tiny_config("BertModel"))
     halfbyte.quantize_model(body, NF4).save_pretrained(tmp_path)
@@ -153,7 +153,7 @@ def test_a_body_fills_a_model_with_a_head_up_to_the_head(tmp_path: Path) -> None
 # ---- plain modules ---------------------------------------------------------------------------------------------------
 
 
-def test_a_real_model_is_filled_too_and_keeps_its_flags(folder: Path) -> None:
+def test_load_quantized_real_model_is_filled_too_and_keeps_its_flags(folder: Path) -> None:
     want = halfbyte.quantize_model(mlp(), NF4)
     model = mlp(dtype=torch.bfloat16).eval()
     model[0].bias.requires_grad_(False)
@@ -172,7 +172,7 @@ def test_a_real_model_is_filled_too_and_keeps_its_flags(folder: Path) -> None:
     assert sum(isinstance(m, nn.Linear) for m in model) == 2
 
 
-def test_a_root_layer_and_an_embedding(tmp_path: Path) -> None:
+def test_load_quantized_root_layer_and_an_embedding(tmp_path: Path) -> None:
     layer = halfbyte.quantize_model(nn.Linear(32, 8), NF4)
     save_file(layer.state_dict(), tmp_path / "model.safetensors")
     loaded = halfbyte.load_quantized(empty(nn.Linear, 32, 8), tmp_path)
@@ -190,7 +190,7 @@ def test_a_root_layer_and_an_embedding(tmp_path: Path) -> None:
     assert type(halfbyte.dequantize_model(loaded)["embed"]) is nn.Embedding
 
 
-def test_parameters_that_are_one_stay_one(tmp_path: Path) -> None:
+def test_load_quantized_parameters_that_are_one_stay_one(tmp_path: Path) -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -221,7 +221,7 @@ class WithTable(nn.Module):
         self.register_buffer("mean", torch.zeros(3))
 
 
-def test_buffers_that_no_checkpoint_holds(tmp_path: Path) -> None:
+def test_load_quantized_buffers_that_no_checkpoint_holds(tmp_path: Path) -> None:
     model = halfbyte.quantize_model(WithTable(), NF4)
     model.mean += 2
     save_file(model.state_dict(), tmp_path / "model.safetensors")
@@ -236,7 +236,7 @@ def test_buffers_that_no_checkpoint_holds(tmp_path: Path) -> None:
     assert torch.equal(loaded.mean, torch.full((3,), 2.0))
 
 
-def test_a_transformers_model_that_does_not_compute_its_buffer(tmp_path: Path) -> None:
+def test_load_quantized_transformers_model_that_does_not_compute_its_buffer(tmp_path: Path) -> None:
     class Odd(transformers.LlamaForCausalLM):
         def __init__(self, config: Any) -> None:
             super().__init__(config)
@@ -289,7 +289,7 @@ def reshape(state: dict[str, Any]) -> None:
         (lambda s: [s.pop(k) for k in list(s) if "weight" in k], "holds no 4-bit weight"),
     ],
 )
-def test_a_checkpoint_that_does_not_fit_changes_nothing(change: Any, text: str, folder: Path) -> None:
+def test_load_quantized_checkpoint_that_does_not_fit_changes_nothing(change: Any, text: str, folder: Path) -> None:
     edit(folder, change)
     model = empty(mlp)
     with pytest.raises(halfbyte.CheckpointError, match=re.escape(text)) as caught:
@@ -298,7 +298,7 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(change: Any, text: str, 
     assert on_meta(model)
 
 
-def test_not_strict_says_what_it_leaves(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_load_quantized_not_strict_says_what_it_leaves(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     edit(folder, lambda state: (state.pop("2.bias"), state.update(extra=torch.ones(1))))
     model = mlp()
     bias = model[2].bias.detach().clone()
@@ -308,14 +308,14 @@ def test_not_strict_says_what_it_leaves(folder: Path, caplog: pytest.LogCaptureF
     assert torch.equal(model[2].bias, bias)
 
 
-def test_a_4_bit_weight_for_another_module(folder: Path) -> None:
+def test_load_quantized_4_bit_weight_for_another_module(folder: Path) -> None:
     model = nn.Sequential(nn.Bilinear(4, 4, 96), nn.GELU(), nn.Linear(96, 32))
     with pytest.raises(halfbyte.CheckpointError, match=r"0\.weight: is 4-bit, .* belongs to a Bilinear"):
         halfbyte.load_quantized(model, folder)
     assert type(model[2]) is nn.Linear
 
 
-def test_a_4_bit_weight_that_a_model_wants_split(tmp_path: Path) -> None:
+def test_load_quantized_4_bit_weight_that_a_model_wants_split(tmp_path: Path) -> None:
     """Stock transformers saves such a thing itself (it joins the bytes), and then cannot load it."""
     model = tiny_models.build("NomicBertModel")
     model.save_pretrained(tmp_path)
@@ -340,14 +340,14 @@ def test_a_4_bit_weight_that_a_model_wants_split(tmp_path: Path) -> None:
         ("{", "weight_map"),
     ],
 )
-def test_a_broken_index(table: str, text: str, folder: Path) -> None:
+def test_load_quantized_broken_index(table: str, text: str, folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "part.safetensors")
     (folder / "model.safetensors.index.json").write_text(table)
     with pytest.raises(halfbyte.CheckpointError, match=text):
         halfbyte.load_quantized(empty(mlp), folder)
 
 
-def test_broken_files_and_other_formats(folder: Path) -> None:
+def test_load_quantized_broken_files_and_other_formats(folder: Path) -> None:
     path = folder / "model.safetensors"
     whole = path.read_bytes()
     for text in (b"", b"x" * 40, whole[:-5]):
@@ -367,7 +367,7 @@ def test_broken_files_and_other_formats(folder: Path) -> None:
         halfbyte.load_quantized(empty(mlp), folder, device="meta")
 
 
-def test_writing_to_a_loaded_model_does_not_reach_the_file(folder: Path) -> None:
+def test_load_quantized_writing_to_a_loaded_model_does_not_reach_the_file(folder: Path) -> None:
     path = folder / "model.safetensors"
     before = path.read_bytes()
     model = halfbyte.load_quantized(mlp(), folder)
@@ -399,7 +399,7 @@ class Versioned(nn.Module):
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_extra_state_is_set(strict: bool, tmp_path: Path) -> None:
+def test_load_quantized_extra_state_is_set(strict: bool, tmp_path: Path) -> None:
     saved = halfbyte.quantize_model(Versioned(7), NF4)
     save_file(saved.state_dict(), tmp_path / "model.safetensors")
     loaded = halfbyte.load_quantized(Versioned(1), tmp_path, strict=strict)
@@ -407,7 +407,7 @@ def test_extra_state_is_set(strict: bool, tmp_path: Path) -> None:
     assert isinstance(loaded.linear, Linear4bit)
 
 
-def test_extra_state_is_set_when_quantizing_a_checkpoint(tmp_path: Path) -> None:
+def test_load_quantized_extra_state_is_set_when_quantizing_a_checkpoint(tmp_path: Path) -> None:
     save_file(Versioned(7).state_dict(), tmp_path / "model.safetensors")
     assert halfbyte.quantize_model(Versioned(1), NF4, checkpoint=tmp_path).version == 7
 
@@ -415,7 +415,7 @@ def test_extra_state_is_set_when_quantizing_a_checkpoint(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("key", "value"), [("llm_int8_skip_modules", "null"), ("llm_int8_skip_modules", [1]), ("load_in_4bit", "yes")]
 )
-def test_a_wrong_quantization_config_changes_nothing(key: str, value: Any, folder: Path) -> None:
+def test_load_quantized_wrong_quantization_config_changes_nothing(key: str, value: Any, folder: Path) -> None:
     config = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True, key: value}}
     (folder / "config.json").write_text(json.dumps(config))
     model = mlp()
@@ -433,7 +433,7 @@ class Attention(nn.Module):
         return self.inner(x, x, x)[0]
 
 
-def test_a_4_bit_weight_is_unpacked_where_the_module_reads_it(tmp_path: Path) -> None:
+def test_load_quantized_4_bit_weight_is_unpacked_where_the_module_reads_it(tmp_path: Path) -> None:
     model = Attention().eval()
     tensors = model.state_dict()
     name = "inner.out_proj.weight"
@@ -449,13 +449,13 @@ def test_a_4_bit_weight_is_unpacked_where_the_module_reads_it(tmp_path: Path) ->
     assert torch.equal(loaded(x), model(x))
 
 
-def test_names_with_a_prefix_are_told(folder: Path) -> None:
+def test_load_quantized_names_with_a_prefix_are_told(folder: Path) -> None:
     edit(folder, lambda state: state.update({f"module.{name}": state.pop(name) for name in list(state)}))
     with pytest.raises(halfbyte.CheckpointError, match=r"lacks 0\.weight.*no place for module\.0"):
         halfbyte.load_quantized(mlp(), folder)
 
 
-def test_scales_stored_in_16_bits_are_read(folder: Path) -> None:
+def test_load_quantized_scales_stored_in_16_bits_are_read(folder: Path) -> None:
     expected = halfbyte.load_quantized(mlp(), folder)[0].weight.quant_state.absmax.clone()
     edit(folder, lambda state: state.update({k: v.half() for k, v in state.items() if k.endswith(".absmax")}))
     state = halfbyte.load_quantized(mlp(), folder)[0].weight.quant_state

@@ -98,7 +98,7 @@ def test_config_json_is_the_original_again(workshop, case):
 
 
 def by_definition(folder: Path) -> dict[str, torch.Tensor]:
-    """The bfloat16 weights of a 4-bit checkpoint, read by the plain arithmetic of tests/reference.py."""
+    """The bfloat16 weights of a 4-bit checkpoint, read by the plain arithmetic of tests/support/reference.py."""
     tensors = load_tensors(folder)
     dense = {}
     for weight, state in states(tensors).items():

@@ -66,7 +66,7 @@ def test_parse_size_refuses(text):
         parse_size(text)
 
 
-def test_sizes_agree_with_the_hub():
+def test_parse_size_agrees_with_the_hub():
     convert = pytest.importorskip("huggingface_hub.serialization._base").parse_size_to_int
     for text in ("5GB", "500MB", "3KB", "1TB"):
         assert parse_size(text) == convert(text)
@@ -149,7 +149,7 @@ def tensor(name: str, shape: tuple[int, ...] = (4, 4), target: str = "nf4", reas
     return TensorPlan(name, shape, "BF16", target, 32, 9, reason, "model.safetensors")
 
 
-def test_layers_collapse():
+def test_group_tensors_collapses_layers():
     tensors = [tensor(f"model.layers.{i}.mlp.up.weight") for i in (0, 1, 2, 10, 11)]
     tensors += [tensor(f"model.layers.{i}.mlp.experts.{e}.w1.weight") for i in range(2) for e in range(3)]
     groups = group_tensors(tensors)
@@ -159,7 +159,7 @@ def test_layers_collapse():
     ]
 
 
-def test_what_differs_stays_apart():
+def test_group_tensors_keeps_what_differs_apart():
     tensors = [
         tensor("h.0.w"),
         tensor("h.1.w", shape=(8, 4)),
@@ -173,7 +173,7 @@ def test_what_differs_stays_apart():
     assert group_tensors(tensors)[0].pattern == "h.0.w"
 
 
-def test_odd_names():
+def test_group_tensors_of_odd_names():
     names = ["", ".", "0", "1", "a..0", "a..1", "٣.w", "9" * 5000]
     groups = group_tensors([tensor(name) for name in names])
     assert sum(g.count for g in groups) == len(names)
@@ -404,13 +404,13 @@ def folder_with(tmp_path: Path, data: bytes) -> Path:
         b'{"a": ' + b"9" * 5000 + b"}",
     ],
 )
-def test_bad_config_is_an_error_that_names_it(data, tmp_path):
+def test_config_json_that_is_bad_is_named(data, tmp_path):
     with pytest.raises(halfbyte.CheckpointError, match=r"config\.json: ") as caught:
         _config_json.read_config(folder_with(tmp_path, data))
     assert "\n" not in str(caught.value)
 
 
-def test_infinity_is_kept_and_null_for_the_core(tmp_path):
+def test_config_json_keeps_infinity_and_gives_the_core_null(tmp_path):
     config = _config_json.read_config(
         folder_with(tmp_path, b'{"limit": [0.0, Infinity], "low": -Infinity, "b": 1e999}')
     )
@@ -419,11 +419,11 @@ def test_infinity_is_kept_and_null_for_the_core(tmp_path):
     assert '"limit": [\n    0.0,\n    Infinity\n  ]' in _config_json.dump(config)
 
 
-def test_no_config(tmp_path):
+def test_config_json_may_be_absent(tmp_path):
     assert _config_json.read_config(tmp_path) is None
 
 
-def test_quantization_config_goes_where_transformers_puts_it():
+def test_config_json_has_quantization_config_where_transformers_puts_it():
     quantization = {"quant_method": "bitsandbytes", "_load_in_4bit": True}
     ordered = {"architectures": ["A"], "id2label": {"0": "x", "10": "y", "2": "z"}, "vocab_size": 3}
     text = _config_json.with_quantization(ordered, quantization)
@@ -436,7 +436,7 @@ def test_quantization_config_goes_where_transformers_puts_it():
     assert text.endswith("\n}\n")
 
 
-def test_dtype_keys():
+def test_config_json_dtype_keys():
     quantized = {"dtype": "bfloat16", "quantization_config": {}, "text_config": {"dtype": "bfloat16"}, "x": None}
     assert json.loads(_config_json.without_quantization(quantized, "float16")) == {
         "dtype": "float16",
@@ -460,11 +460,11 @@ def test_dtype_keys():
         ({"quantization_config": "strange"}, "unknown method"),
     ],
 )
-def test_existing_quantization(config, method):
+def test_config_json_with_existing_quantization(config, method):
     assert _config_json.existing_quantization(config) == method
 
 
-def test_written_config_is_what_transformers_writes(tmp_path):
+def test_config_json_is_what_transformers_writes(tmp_path):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.LlamaConfig(hidden_size=64, num_hidden_layers=1)
     theirs.save_pretrained(tmp_path)
@@ -483,7 +483,7 @@ def test_written_config_is_what_transformers_writes(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "org/name", "meta-llama/Llama-3.2-1B", "a_b/c.d-e"])
-def test_model_names(name, tmp_path, monkeypatch):
+def test_hub_names(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert hub.is_model_name(name)
 
@@ -509,13 +509,13 @@ def test_model_names(name, tmp_path, monkeypatch):
         "é",
     ],
 )
-def test_paths_are_never_model_names(text, tmp_path, monkeypatch):
+def test_hub_names_are_never_paths(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     assert not hub.is_model_name(text)
 
 
-def test_path_objects_are_never_looked_up(tmp_path, monkeypatch):
+def test_hub_is_never_asked_for_path_objects(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(halfbyte.CheckpointError, match="no such file or folder"):
         hub.resolve_source(Path("org/name"))

@@ -89,7 +89,7 @@ def test_start_imports_nothing_heavy(arguments):
     assert len([name for name in loaded if not name.startswith("_")]) < 140
 
 
-def test_offline_tool_imports_neither_torch_nor_numpy(source, tmp_path):
+def test_start_of_offline_tool_imports_neither_torch_nor_numpy(source, tmp_path):
     code = (
         "import sys\nfrom halfbyte.cli.main import main\n"
         f"assert main(['quantize', {str(source)!r}, {str(tmp_path / 'out')!r}, '-q']) == 0\n"
@@ -117,7 +117,7 @@ def test_help_of_every_command(command, capsys):
     assert all(f"\n  {code} " in out for code in (0, 1, 2, 3, 4, 70, 130, 141))
 
 
-def test_no_command_prints_help(capsys):
+def test_help_is_printed_without_a_command(capsys):
     assert cli.main([]) == EXIT_USAGE
     assert capsys.readouterr().out.startswith("usage: halfbyte")
 
@@ -168,7 +168,7 @@ def test_errors_are_one_line_with_a_code(arguments, code, words, source, tmp_pat
     assert files(places["USED"]) == {"thesis.txt": b"precious"}
 
 
-def test_nonfinite_weight_names_tensor_and_goes_on_when_allowed(tmp_path):
+def test_quantize_names_nonfinite_tensor_and_continues_when_allowed(tmp_path):
     source = write_checkpoint(tmp_path / "source")
     with safe_open(source / "model.safetensors", "numpy") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -182,7 +182,7 @@ def test_nonfinite_weight_names_tensor_and_goes_on_when_allowed(tmp_path):
     assert run("quantize", source, tmp_path / "out", "--allow-nonfinite", "-q").returncode == 0
 
 
-def test_hostile_names_stay_on_one_line(tmp_path):
+def test_errors_keep_hostile_names_on_one_line(tmp_path):
     source = tmp_path / "bad\n\x1b[2Jname"
     source.mkdir()
     done = run("quantize", source, tmp_path / "out")
@@ -201,7 +201,7 @@ def test_traceback_on_request_only(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["inspect", "."], ["doctor"]])
-def test_missing_compiled_module(arguments):
+def test_errors_of_missing_compiled_module(arguments):
     code = (
         "import sys\nsys.modules['halfbyte._native'] = None\nfrom halfbyte.cli.main import main\n"
         f"sys.exit(main({arguments!r}))"
@@ -212,7 +212,7 @@ def test_missing_compiled_module(arguments):
     assert done.stderr.count("\n") == 1
 
 
-def test_unforeseen_error_is_reported_as_ours(monkeypatch, capsys):
+def test_errors_of_halfbyte_itself_are_internal_errors(monkeypatch, capsys):
     def fail(*_: object) -> object:
         raise ZeroDivisionError("one over nothing")
 
@@ -221,7 +221,7 @@ def test_unforeseen_error_is_reported_as_ours(monkeypatch, capsys):
     assert "internal error: ZeroDivisionError: one over nothing" in capsys.readouterr().err
 
 
-def test_reader_that_goes_away(source):
+def test_stdout_reader_that_goes_away(source):
     command = [sys.executable, "-m", "halfbyte", "quantize", str(source), "--plan"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), bufsize=0
@@ -235,7 +235,7 @@ def test_reader_that_goes_away(source):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-def test_full_standard_output(source):
+def test_stdout_on_a_full_disk(source):
     command = [sys.executable, "-m", "halfbyte", "quantize", str(source), "--plan"]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment(), timeout=60)
@@ -301,7 +301,7 @@ def test_quiet_prints_nothing(source, tmp_path):
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_lines_and_summary_without_a_terminal(source, tmp_path):
+def test_progress_is_lines_without_a_terminal(source, tmp_path):
     done = run("quantize", source, tmp_path / "out", "--max-shard-size", "20KB")
     plan = json.loads(run("quantize", source, "--plan", "--json", "--max-shard-size", "20KB").stdout)
     names = [shard["file"] for shard in plan["shards"]]
@@ -315,7 +315,7 @@ def test_lines_and_summary_without_a_terminal(source, tmp_path):
     assert str(tmp_path / "out") in done.stdout
 
 
-def test_bar_on_a_terminal(source, tmp_path):
+def test_progress_is_a_bar_on_a_terminal(source, tmp_path):
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "halfbyte", "quantize", str(source), str(tmp_path / "out")]
     try:
@@ -361,7 +361,7 @@ def test_verify_finds_one_changed_byte(source, tmp_path):
     assert run("verify", source, out, "-q").returncode == EXIT_DIFFERENT
 
 
-def test_options_reach_the_output(source, tmp_path):
+def test_quantize_options_reach_the_output(source, tmp_path):
     out = tmp_path / "out"
     options = ["--type", "fp4", "--no-double-quant", "--blocksize", "128", "--storage", "bfloat16"]
     options += ["--compute-dtype", "float16", "--skip", "model.layers.0", "--rule", r"layers\.1\.mlp=nf4"]
@@ -426,7 +426,7 @@ class EndlessJob:
         raise KeyboardInterrupt("stopped")
 
 
-def test_ctrl_c_cancels_and_says_how_to_go_on(source, tmp_path, monkeypatch, capsys):
+def test_interrupt_by_ctrl_c_cancels_and_says_how_to_resume(source, tmp_path, monkeypatch, capsys):
     job = EndlessJob()
     out = tmp_path / "my out"
 
@@ -451,7 +451,7 @@ def test_ctrl_c_cancels_and_says_how_to_go_on(source, tmp_path, monkeypatch, cap
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_stop_the_command(number, source, tmp_path):
+def test_interrupt_by_signal_stops_the_command(number, source, tmp_path):
     code = (
         "import signal, sys, time\nfrom halfbyte import _native\nfrom halfbyte.cli import main as cli\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
@@ -475,7 +475,7 @@ def test_signals_stop_the_command(number, source, tmp_path):
     assert rest.endswith("--resume\n")
 
 
-def test_interrupted_run_goes_on_to_the_same_bytes(source, tmp_path):
+def test_resume_gives_the_bytes_of_an_uninterrupted_run(source, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     quantize_checkpoint(source, whole, max_shard_size="10KB")
     stops = []
@@ -498,7 +498,7 @@ def test_interrupted_run_goes_on_to_the_same_bytes(source, tmp_path):
     assert report.files == again.files
 
 
-def test_kill_then_resume(tmp_path):
+def test_resume_after_kill(tmp_path):
     source = write_checkpoint(tmp_path / "source", layers=40)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = ["--max-shard-size", "5KB", "--threads", "1", "-q"]
