@@ -82,8 +82,7 @@ __device__ constexpr int part_tokens(int tokens, int parts) { return (tokens / 1
 __device__ constexpr u32 received_bytes(int tokens, int parts) { return u32(parts * part_tokens(tokens, parts)) * (ROWS * 4); }
 __device__ constexpr u32 larger(u32 a, u32 b) { return a > b ? a : b; }
 
-// What a block of threads is made of, and how much of everything is in its shared memory. rust/cuda/src/gemm.rs has the same
-// numbers.
+// What a block of threads is made of, and how much of everything is in its shared memory. The launcher takes BYTES from here.
 template <int TOKENS>
 struct Shape {
     // Teams that take turns. The sums of two fit into registers up to 128 tokens; then a step is unpacked by halves.

@@ -94,7 +94,7 @@ fn the_launchers_numbers_are_those_of_the_sources() {
     // One of each kind: of a namespace, of an instance of a template, and a product that the compiler made.
     assert_eq!(kernels::dequantize::TILE, kernels::dequantize::THREADS * kernels::dequantize::GROUP * 4);
     assert_eq!(kernels::decode::SIZES_2_THREADS, kernels::DECODE_BF16_16.threads as usize);
-    assert_eq!(kernels::gemm_bf16_64::THREADS, kernels::GEMM_F16_64.threads as usize);
+    assert_eq!(kernels::gemm_bf16_64::SHAPE_64_THREADS, kernels::GEMM_F16_64.threads as usize);
     assert!(kernels::GEMM_F16_64.dynamic_shared && !kernels::GEMV_F16.dynamic_shared);
     // Both element types have the same shape.
     assert_eq!(kernels::gemm_bf16_256::SHAPE_256_BYTES, kernels::gemm_f16_256::SHAPE_256_BYTES);
