@@ -116,19 +116,21 @@ def plain_weight(weight: PackedWeight) -> PackedWeight:
 
 
 def call(name: str, *args: Any) -> Any:
-    """Call an operation that has no derivative. A packed weight is one argument, where the schema has its codes."""
-    tensors, weight = [], None
-    for argument in args:
-        if isinstance(argument, PackedWeight):
-            weight = argument
-        elif isinstance(argument, Tensor):
-            tensors.append(argument)
-    if weight is None:
-        direct = kernels(tensors[0], None, *tensors[1:])
+    """Call an operation that has no derivative.
+
+    A packed weight is one argument, the first or the second, where the schema has its tensors and scalars.
+    """
+    first = args[0]
+    if type(first) is PackedWeight:
+        direct = kernels_of(plain(first.codes), None, first)
         if direct is not None:
-            return getattr(direct, name)(*args)
-        return getattr(_ops, name)(*args)
-    direct = kernels_of(tensors[0] if tensors else plain(weight.codes), None, weight)
-    if direct is None:
+            return getattr(direct, name)(plain_weight(first), *args[1:])
         return getattr(_ops, name)(*flatten(name, args))
-    return getattr(direct, name)(*(plain_weight(a) if a is weight else a for a in args))
+    second = args[1] if len(args) > 1 else None
+    if type(second) is PackedWeight:
+        direct = kernels_of(first, None, second)
+        if direct is not None:
+            return getattr(direct, name)(first, plain_weight(second), *args[2:])
+        return getattr(_ops, name)(*flatten(name, args))
+    direct = kernels(first, None, *(argument for argument in args[1:] if isinstance(argument, Tensor)))
+    return getattr(_ops if direct is None else direct, name)(*args)
