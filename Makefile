@@ -164,8 +164,9 @@ pytest: export OMP_NUM_THREADS := $(or $(OMP_NUM_THREADS),1)
 pytest: setup-test develop ## the Python tests
 	$(py) -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
-# An environment for each set of releases, over the packages of VENV: only what differs is installed, torch is not. pip
-# says that packages which these scenarios do not use with that set, such as TRL with the oldest, do not fit it.
+# An environment for each set of releases, over the packages of VENV: only what differs is installed. pip says that
+# packages which these tests do not use with that set, such as TRL with the oldest, do not fit it.
+MATRIX_TESTS := tests/interop $(patsubst %,tests/torch/test_%.py,functional loading lora nn ops)
 .matrix/%/.made: requirements/matrix-%.txt
 	rm -rf .matrix/$*
 	.ci/make-venv $(py) .matrix/$*
@@ -174,10 +175,10 @@ pytest: setup-test develop ## the Python tests
 	.matrix/$*/bin/python -m pip install --quiet --disable-pip-version-check --retries 10 -r $<
 	@touch $@
 
-test-matrix: setup-test develop .matrix/oldest/.made .matrix/newest/.made ## the scenarios of tests/interop with the oldest and the newest releases
+test-matrix: setup-test develop .matrix/oldest/.made .matrix/newest/.made ## scenarios and torch tests with the oldest and the newest releases
 	@for set in oldest newest; do \
 	    echo "== $$set: $$(grep -v '^#' requirements/matrix-$$set.txt | tr '\n' ' ')"; \
-	    .matrix/$$set/bin/python -m pytest tests/interop $(ARGS) || failed="$$failed $$set"; \
+	    .matrix/$$set/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(MATRIX_TESTS) $(ARGS) || failed="$$failed $$set"; \
 	done; test -z "$$failed" || { echo "error: failed with the releases of:$$failed" >&2; exit 1; }
 
 bench: setup-test develop ## the benches, as tables; minutes, on a quiet machine (benches/RESULTS.md)

@@ -10,6 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from compilers import needs_compiler  # noqa: E402
 from halfbyte.functional import dequantize_4bit, quantize_4bit  # noqa: E402
 from halfbyte.nn import lora  # noqa: E402
 from halfbyte.nn.lora import Adapter, lora_linear_4bit  # noqa: E402
@@ -353,6 +354,7 @@ def test_lora_checkpointed(reentrant: bool) -> None:
     assert all(torch.equal(leaf.grad, grad) for leaf, grad in zip(own, expected, strict=True))
 
 
+@needs_compiler
 def test_lora_compiles_without_a_break() -> None:
     one, x = layer(), inputs((4, K), torch.float32)
     adapters = [adapter(4, torch.float32, 2.0), adapter(2, torch.bfloat16, 0.5)]

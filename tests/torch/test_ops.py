@@ -9,6 +9,7 @@ import halfbyte.functional as F
 import halfbyte.nn as hnn
 import pytest
 import torch
+from compilers import needs_compiler
 from halfbyte.backends import cpu as _cpu
 from halfbyte.ops.packed import packed_weight
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -446,6 +447,7 @@ class Small(torch.nn.Module):
         return self.second(torch.relu(self.first(x)))
 
 
+@needs_compiler
 @pytest.mark.parametrize("compress_statistics", [False, True])
 @pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16], ids=str)
 def test_compiled_whole_with_dynamic_shapes(compress_statistics, compute_dtype):
@@ -468,6 +470,7 @@ def test_compiled_whole_with_dynamic_shapes(compress_statistics, compute_dtype):
     assert counter.frame_count == 1, "one graph serves all sizes"
 
 
+@needs_compiler
 def test_compiled_functional_with_inductor():
     torch._dynamo.reset()
 
@@ -487,6 +490,7 @@ def test_compiled_functional_with_inductor():
     torch.testing.assert_close(y, F.matmul_4bit(again, packed, state) * 2)
 
 
+@needs_compiler
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(strict):
     model = Small().to("cpu").eval()

@@ -79,7 +79,12 @@ def _conversion(
         fresh = copy.deepcopy(converter)
         for name, pattern in sources:
             fresh.add_tensor(key, name, pattern, tensors[name])
-        made = fresh.convert(key, model=model, config=model.config, hf_quantizer=None, loading_info=None)
+        made = fresh.convert(key, model=model, config=model.config)
+        if isinstance(made, tuple):
+            # transformers 5.0 returns what went wrong beside the tensors.
+            made, problems = made
+            if problems:
+                raise ValueError(next(iter(problems.values())))
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
     return convert

@@ -118,12 +118,15 @@ def skeleton(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrained
         config: Its configuration; not modified.
     """
     import copy
+    import inspect
     from contextlib import ExitStack
 
     import torch
 
+    # The first three are dtype, is_quantized and whether DeepSpeed was set up; releases after 5.0 ask for more.
+    more = len(inspect.signature(cls.get_init_context).parameters) - 3
     with ExitStack() as stack:
-        for context in cls.get_init_context(torch.float32, True, False, False):
+        for context in cls.get_init_context(torch.float32, True, False, *[False] * more):
             stack.enter_context(context)
         return cls(copy.deepcopy(config))
 
