@@ -193,6 +193,10 @@ def test_absent_cross_attention_starts_anew_where_it_is_named(tmp_path: Path) ->
     assert count(model) == 8
 
 
+@pytest.mark.skipif(
+    transformers.__version__.startswith("5.0."),
+    reason="transformers 5.0 loads any shape beside a quantizer",
+)
 def test_head_of_another_size_can_be_ignored(tmp_path: Path) -> None:
     config = transformers.LlamaConfig(**SIZES, num_labels=3)
     path = packed(transformers.LlamaForSequenceClassification(config), tmp_path / "three")

@@ -18,6 +18,7 @@ peft = pytest.importorskip("peft")
 
 import halfbyte  # noqa: E402
 import transformers  # noqa: E402
+from compilers import needs_compiler  # noqa: E402
 from halfbyte.integrations import peft as integration  # noqa: E402
 from halfbyte.integrations.peft import fuse, unfuse  # noqa: E402
 from halfbyte.nn import lora  # noqa: E402
@@ -432,6 +433,7 @@ def test_fuse_survives_deepcopy_and_pickle() -> None:
     model.load_state_dict(torch.load(buffer))
 
 
+@needs_compiler
 def test_fuse_compiles_without_a_break() -> None:
     torch._dynamo.reset()
     model = adapted()

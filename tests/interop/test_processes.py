@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from compilers import needs_compiler
 
 SCRIPT = Path(__file__).with_name("scenarios.py")
 KINDS = ("absent", "late", "present")
@@ -48,7 +49,14 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> object:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in KINDS for name in names(kind)])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        pytest.param(kind, name, marks=needs_compiler if "compiled" in name else ())
+        for kind in KINDS
+        for name in names(kind)
+    ],
+)
 def test_scenario(outcomes, kind: str, name: str) -> None:  # type: ignore[no-untyped-def]
     problem = outcomes(kind)[name]
     assert problem is None, problem
