@@ -141,8 +141,8 @@ kernels-lock: setup-test $(kernel_tools) ## write kernels/kernels.lock.json and 
 kernels-check: setup-test $(kernel_tools) ## that kernels/ compiles to what is committed, without spills or growth
 	$(py) kernels/build_kernels.py check --nvidia $(NVIDIA)
 
-# Minutes, most of them of the oldest assembler, after a change to the kernels with warpgroup products.
-# Other assemblers, of the drivers' ages: what one of them serializes is slow there.
+# A driver compiles PTX with the assembler of its age, and a kernel whose warpgroup products that one serializes is slow
+# there. After a change to such a kernel this takes minutes, so `test` leaves it out.
 others := $(foreach version,12.0.140 12.4.131,$(cache)/ptxas/$(version)/nvidia/cuda_nvcc/bin/ptxas)
 $(cache)/ptxas/%/nvidia/cuda_nvcc/bin/ptxas: | $(VENV)/.made
 	$(pip) --no-deps --upgrade --target $(cache)/ptxas/$* nvidia-cuda-nvcc-cu12==$*

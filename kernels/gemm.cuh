@@ -19,7 +19,8 @@
 // room for one team, which unpacks a quarter of a step between two products.
 //
 // Bound by shared memory up to 128 tokens, then by the matrix units. Clocks of a multiprocessor for 128 rows of W by 64
-// columns, at 128 bytes a clock, and what an H200 takes:
+// columns, at 128 bytes a clock, and what follows from the times of an H200 (a clock counter in the kernel, which had one team
+// then, said 657, 818 and 1240 for 64, 128 and 256 tokens, and 1193 for 256 with quarters):
 //     tokens                         64     96    128    192    256
 //     matrix units                  256    384    512    768   1024
 //     their reads of x              128    192    256    384    512
@@ -27,7 +28,7 @@
 //     x coming in                    64     96    128    192    256
 //     codes in and out               96     96     96     96     96
 //     all of shared memory          544    640    736    928   1120
-//     measured                      570    680    790   1000   1190
+//     from its times                610    715    810   1030   1190
 // A tile takes some 4500 clocks before its first product, most of them the latency of memory, and 1200 to 3700 behind its
 // last one, to write y. Measured on an H200, 14336 x 4096, for 64, 96, 128, 256 and 512 rows of x: 26.4, 30.5, 34.0, 49.3 and
 // 99.1 us (cuBLAS with a 16-bit weight: 33.9, 34.0, 33.8, 45.1 and 85.1). Launches that keep the card busy for long run at
