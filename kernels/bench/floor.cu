@@ -3,6 +3,7 @@
 // Tile. Every block of 256 threads has its share of the input and of the output; a thread has four reads of 16 bytes in flight.
 #include "common/types.cuh"
 
+// benches/_cuda.py launches as many.
 constexpr int THREADS = 256;
 // 16-byte accesses in flight in each thread.
 constexpr int DEPTH = 4;

@@ -21,6 +21,7 @@
 
 using i8 = signed char;
 
+// Of a block that has a long row: with GROUP and DEPTH, rows of up to 8192 values stay in registers.
 constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / WARP;
 // Values that a thread reads, and whose codes it writes, at once.

@@ -17,6 +17,7 @@
 #include "common/vectors.cuh"
 #include "common/scales.cuh"
 
+// A thread for each value of the map.
 constexpr int THREADS = 256;
 // Codes of one 32-bit word, whose scales are one store.
 constexpr int GROUP = 4;

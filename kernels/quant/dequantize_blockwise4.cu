@@ -20,6 +20,7 @@
 // Determinism. The same bits everywhere: each value is one product, rounded once to float32 and once to T.
 #include "common/scales.cuh"
 
+// At least 256: a thread for each value of the map of nested scales.
 constexpr int THREADS = 256;
 // Values of one 32-bit word of codes: a thread's share at a time. Every block size is a multiple of it.
 constexpr int GROUP = 8;

@@ -17,6 +17,7 @@
 #include "common/blocks.cuh"
 #include "common/vectors.cuh"
 
+// So many that the map's copies, 8 KB, are written by eight stores of each.
 constexpr int THREADS = 256;
 // Reads in flight in each thread: 4 to 8 bytes each, 8 to 16 KB in a block of threads.
 constexpr int DEPTH = 8;

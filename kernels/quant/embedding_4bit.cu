@@ -18,6 +18,7 @@
 #include "common/vectors.cuh"
 #include "common/scales.cuh"
 
+// At least 256: a thread for each value of the map of nested scales.
 constexpr int THREADS = 256;
 // Values of one 32-bit word of codes: a thread's share at a time. Every block size is a multiple of it.
 constexpr int GROUP = 8;

@@ -26,6 +26,7 @@
 
 constexpr int GROUP = 256;
 static_assert(GROUP == SUM_GROUP, "scales are summed in the groups in which they are quantized");
+// A group for each warp: sixteen share one copy of the look-up table.
 constexpr int WARPS = 16;
 constexpr int THREADS = WARPS * WARP;
 // Values of a group that a lane has.

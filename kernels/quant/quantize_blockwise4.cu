@@ -27,6 +27,7 @@
 #include "common/scales.cuh"
 #include "common/tree_sum.cuh"
 
+// Eight values each are the largest block, 4096: no block of values lies in two steps.
 constexpr int THREADS = 512;
 constexpr int WARPS = THREADS / WARP;
 // Values that a thread packs into one word.

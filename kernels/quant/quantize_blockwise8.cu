@@ -19,6 +19,7 @@
 // Determinism. The same bits everywhere. In blocks of the format NaN does not count for the scale; in others it is the scale.
 #include "common/vectors.cuh"
 
+// Eight values each are the largest block of the format, 4096; and a thread for each boundary of the table.
 constexpr int THREADS = 512;
 constexpr int WARPS = THREADS / WARP;
 // Blocks on a multiprocessor: while they work on a tile, the next is on the way, 24 KB of 16-bit values.
@@ -208,7 +209,7 @@ __device__ inline void quantize_blockwise8(const T *input, const float *map, u8 
 }
 
 // Whether the block size is one of the format's: NaN then does not count for the scale. In other blocks it does, as it
-// does on the processor (python/halfbyte/_cpu.py).
+// does on the processor (python/halfbyte/backends/cpu.py).
 __device__ inline bool passes_nan_over(i64 blocksize) {
     return blocksize >= 32 && blocksize <= 4096 && (blocksize & (blocksize - 1)) == 0;
 }

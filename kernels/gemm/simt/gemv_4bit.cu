@@ -13,6 +13,7 @@
 // Determinism. Each lane adds along K in order, then the lanes by a tree: the same bits from run to run.
 #include "common/types.cuh"
 
+// Rows for each block of threads, which share the table of values.
 constexpr int WARPS = 8;
 constexpr int THREADS = WARPS * WARP;
 constexpr int CODES = 8;  // of a word

@@ -3,6 +3,7 @@
 
 #include "gemm/small_m.cuh"
 
+// Eight warps: then each has 255 registers, half of them for x. See the budget.
 constexpr int LOG2_WARPS = 3;
 constexpr int WARPS = 1 << LOG2_WARPS;
 constexpr int THREADS = WARPS * WARP;
