@@ -7,6 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from halfbyte.backends.int8_torch import product
 from halfbyte.ops import dispatch
 from halfbyte.ops.checks import (
     DTypeError,
@@ -112,7 +113,7 @@ def int8_double_quant(
         if memory is not None:
             raise ValueError(f"{name} must be None, got a {type(memory).__name__}")
     rows, row_scales, columns = int8_vectorwise_quant(A, threshold)
-    turned = A.detach().reshape(prod(A.shape[:-1]), A.shape[-1]).t()
+    turned = A.detach().reshape(prod(A.shape[:-1]), A.shape[-1]).t().to(torch.float32)
     if threshold > 0:
         turned = turned.masked_fill(turned.abs() >= threshold, 0.0)
     codes, column_scales = dispatch.call("quantize_rows", turned)
@@ -254,8 +255,7 @@ def int8_mixed_scaled_mm(
         return dispatch.call("int8_scaled_mm", CA, CB, SCA, SCB, bias, A.dtype), A.new_empty(0)
     rows = prod(A.shape[:-1])
     outliers = A.reshape(rows, A.shape[-1])[:, outlier_cols].contiguous()
-    with torch.autocast(A.device.type, enabled=False):
-        extra = outliers.to(torch.float32) @ CB[:, outlier_cols].to(torch.float32).t()
+    extra = product(outliers.to(torch.float32), CB[:, outlier_cols].to(torch.float32).t())
     total = dispatch.call("int8_matmul", CA, CB).view(rows, CB.shape[0]).to(torch.float32)
     value = total * (SCA.view(-1, 1) * _UNIT) + extra
     return _finish(value, SCB, bias, A.dtype).view(*A.shape[:-1], CB.shape[0]), outliers
