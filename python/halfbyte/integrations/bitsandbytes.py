@@ -1,4 +1,4 @@
-"""Where a real bitsandbytes is installed: 4-bit layers of this package that its `isinstance` accepts.
+"""Where a real bitsandbytes is installed: packed layers of this package that its `isinstance` accepts.
 
 Libraries such as PEFT ask `isinstance(layer, bitsandbytes.nn.Linear4bit)`. `promote` makes the layers and weights of a
 model answer yes, without a copy and without a patch of anybody's code: their class becomes one of the same name whose
@@ -31,7 +31,20 @@ from halfbyte.ops.dispatch import PLAIN_TYPES
 
 _logger = logging.getLogger(__name__)
 
-_NAMES = ("Linear4bit", "LinearNF4", "LinearFP4", "Embedding4bit", "EmbeddingNF4", "EmbeddingFP4", "Params4bit")
+_LAYERS = (
+    "Linear4bit",
+    "LinearNF4",
+    "LinearFP4",
+    "Embedding4bit",
+    "EmbeddingNF4",
+    "EmbeddingFP4",
+    "Linear8bitLt",
+    "Embedding8bit",
+)
+_PARAMETERS = ("Params4bit", "Int8Params")
+_NAMES = (*_LAYERS, *_PARAMETERS)
+_OWN_LAYERS = tuple(getattr(own_nn, name) for name in _LAYERS)
+_OWN_PARAMETERS = tuple(getattr(own_nn, name) for name in _PARAMETERS)
 _THEIRS = "_theirs"
 
 
@@ -101,7 +114,7 @@ def _joint(own: type, module: ModuleType) -> type:
     # The most special first, as in any order of resolution.
     matching.sort(key=lambda name: -len(getattr(own_nn, name).__mro__))
     others = tuple(getattr(module.nn, name) for name in matching)
-    parameter = issubclass(own, own_nn.Params4bit)
+    parameter = issubclass(own, _OWN_PARAMETERS)
     namespace: dict[str, Any] = {
         _THEIRS: others,
         STANDS_FOR: own,
@@ -130,7 +143,7 @@ def params4bit_class() -> type[own_nn.Params4bit]:
 
 
 def promote(model: nn.Module) -> None:
-    """Make all 4-bit layers and weights of a model answer `isinstance` of bitsandbytes' classes, where it is real.
+    """Make all packed layers and weights of a model answer `isinstance` of bitsandbytes' classes, where it is real.
 
     In place: modules and parameters stay the objects that they are, and their numbers where they are. Classes derived
     from this package's are promoted too. Where bitsandbytes is installed but not imported, it happens when that is;
@@ -148,10 +161,10 @@ def _promote(model: nn.Module) -> None:
     module = find(load=False)
     assert module is not None
     for layer in model.modules():
-        if isinstance(layer, (own_nn.Linear4bit, own_nn.Embedding4bit)):
+        if isinstance(layer, _OWN_LAYERS):
             _become(layer, module)
         for parameter in layer._parameters.values():
-            if isinstance(parameter, own_nn.Params4bit):
+            if isinstance(parameter, _OWN_PARAMETERS):
                 _become(parameter, module)
 
 

@@ -1,4 +1,4 @@
-"""Merge the config of a 4-bit checkpoint with the one that was passed to the load."""
+"""Merge the config of a quantized checkpoint with the one that was passed to the load."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _logger = logging.getLogger(__name__)
 
 
 def keep_class_of_argument(cls: Any) -> None:
-    """Check the config of a 4-bit checkpoint, and convert it to this package's class if the argument has that class.
+    """Check the config of a quantized checkpoint, and convert it to this package's class if the argument has that class.
 
     The checkpoint's config takes precedence, as in transformers. A warning names the values that are ignored.
 
@@ -35,7 +35,7 @@ def keep_class_of_argument(cls: Any) -> None:
             if method != "bitsandbytes":
                 raise ValueError(
                     f"quantization_config: the checkpoint is quantized already, its config.json says quant_method "
-                    f"{method!r}, and cannot be quantized to 4 bits again; load it without quantization_config, by the "
+                    f"{method!r}, and cannot be quantized again; load it without quantization_config, by the "
                     "library of that method, or start from the 16-bit checkpoint that it was made from"
                 )
         saved = _check_saved(values)
