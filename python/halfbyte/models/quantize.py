@@ -36,8 +36,9 @@ from halfbyte.models.recipe import INT8, PACKED_LAYERS, PackedLinear, Recipe, is
 from halfbyte.models.replace import replace, to_dense, to_linear
 from halfbyte.models.select import Choice, Layer, choose, skip_list
 from halfbyte.nn import Params4bit
+from halfbyte.nn.int8_params import check_weight
 from halfbyte.offline.hub import Hub
-from halfbyte.offline.options import QuantizeOptions, Rule
+from halfbyte.offline.options import QuantizeOptions, Rule, module_names, rule_texts
 
 _logger = logging.getLogger(__name__)
 
@@ -113,7 +114,10 @@ def quantize_model(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     settings = _settings(config)
-    options = QuantizeOptions.from_config(settings, rules=rules or (), skip=skip or (), blocksize=blocksize)
+    listed = module_names("llm_int8_skip_modules", settings.llm_int8_skip_modules or ())
+    options = QuantizeOptions(
+        rules=rule_texts(rules or ()), skip=(*listed, *module_names("skip", skip or ())), blocksize=blocksize
+    )
     recipe = Recipe.from_config(settings, options.blocksize)
     choice = choose(
         model,
@@ -328,7 +332,7 @@ def _check_int8(choice: Choice, recipe: Recipe) -> None:
     for layer in choice.layers:
         weight = layer.module._parameters["weight"]
         if layer.quant_type == INT8 and not recipe.has_fp16_weights and weight is not None and not weight.is_meta:
-            check_int8_weight(layer.name, weight.detach())
+            check_weight(weight, join(layer.names[0], "weight"))
 
 
 def _classes(subclasses: bool | Iterable[type[nn.Linear]]) -> bool | tuple[type[nn.Module], ...]:

@@ -197,9 +197,14 @@ class _Quantizer:
         """
         if self._device_map and _target(self._device_map, name) == "disk":
             with torch.no_grad():
-                module.weight = weight.to("meta")
                 if isinstance(weight, Params4bit):
+                    module._parameters[operations.WEIGHT] = weight.to("meta")
                     module.quant_state = weight.quant_state  # type: ignore[assignment]
+                elif weight.SCB is not None:
+                    # A plain parameter: one of class `Int8Params` goes by way of a GPU, which may not be there.
+                    empty = torch.empty_like(weight.data, device="meta")
+                    module._parameters[operations.WEIGHT] = nn.Parameter(empty, requires_grad=False)
+                    module.offloaded_scales = weight.SCB  # type: ignore[assignment]
         return weight
 
     # ---- after loading -----------------------------------------------------------------------------------------------
