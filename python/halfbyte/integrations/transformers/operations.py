@@ -33,12 +33,17 @@ class Quantizer(Protocol):
     """What the operations ask of the quantizer that made them."""
 
     recipe: Recipe
+    problems: list[str]
 
     def param_needs_quantization(self, model: Any, param_name: str) -> bool:
         """Whether this is the dense weight of a packed layer."""
 
     def place(self, name: str, module: nn.Module, weight: PackedParameter) -> PackedParameter:
         """Prepare the module for its weight."""
+
+
+class NotFiniteError(ValueError):
+    """A weight has values that cannot be quantized to 8 bits."""
 
 
 class Operation(ConversionOps):
@@ -76,7 +81,13 @@ class Quantize(Operation):
                 made[name] = tensor
                 continue
             module = model.get_submodule(name.rpartition(".")[0])
-            made[name] = self.hf_quantizer.place(name, module, quantize(module, tensor, name, self.hf_quantizer.recipe))
+            try:
+                weight = quantize(module, tensor, name, self.hf_quantizer.recipe)
+            except NotFiniteError as error:
+                # transformers would say no more than that something went wrong. The load is stopped at its end.
+                self.hf_quantizer.problems.append(str(error))
+                weight = self.hf_quantizer.recipe.parameter(torch.zeros(layer_shape(module)))
+            made[name] = self.hf_quantizer.place(name, module, weight)
         return made
 
 
@@ -126,7 +137,8 @@ def quantize(module: nn.Module, tensor: Tensor, name: str, recipe: Recipe) -> Pa
         recipe: How.
 
     Raises:
-        ValueError: Shapes disagree, the dtype is none of the three, or for 8 bits a value is not finite in float16.
+        NotFiniteError: For 8 bits: a value is not finite in float16.
+        ValueError: Shapes disagree, or the dtype is none of the three.
     """
     assert isinstance(module, PACKED_LAYERS)
     if is_transposed(module):
@@ -143,7 +155,7 @@ def quantize(module: nn.Module, tensor: Tensor, name: str, recipe: Recipe) -> Pa
     try:
         made = made.to(tensor.device)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise NotFiniteError(f"{name}: {str(error).removeprefix('weight: ')}") from error
     module._is_hf_initialized = True  # type: ignore[assignment]
     return made
 

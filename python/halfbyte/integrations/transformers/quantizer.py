@@ -58,6 +58,7 @@ class _Quantizer:
         super().__init__(quantization_config, **kwargs)  # type: ignore[call-arg]
         self.config = coerced
         self.recipe = Recipe.from_config(coerced)
+        self.problems: list[str] = []
         self._device_map: Mapping[str, Any] = {}
 
     # ---- before loading ----------------------------------------------------------------------------------------------
@@ -210,7 +211,14 @@ class _Quantizer:
     # ---- after loading -----------------------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        """Quantize weights that the checkpoint lacked, and mark the model as quantized for PEFT and Trainer."""
+        """Quantize weights that the checkpoint lacked, and mark the model as quantized for PEFT and Trainer.
+
+        Raises:
+            ValueError: A weight has values that cannot be quantized; the message names it.
+        """
+        if self.problems:
+            more = f" (and {len(self.problems) - 1} more weights)" if len(self.problems) > 1 else ""
+            raise ValueError(f"{self.problems[0]}{more}")
         found = {self.bits}
         for name, module in model.named_modules():
             if not isinstance(module, PACKED_LAYERS):
