@@ -66,8 +66,9 @@ class Int8Params(torch.nn.Parameter):
     (torch.Size([32, 64]), torch.int8, torch.Size([32]))
     """
 
-    has_fp16_weights: bool
-    SCB: Tensor | None
+    # Where an attribute was taken away, as transformers does.
+    has_fp16_weights: bool = False
+    SCB: Tensor | None = None
 
     def __new__(
         cls,
@@ -100,14 +101,8 @@ class Int8Params(torch.nn.Parameter):
 
     @classmethod
     def adopt(cls, param: Any) -> Int8Params:
-        """Make a parameter of this class from one of bitsandbytes, whose memory it shares."""
-        quantized = param.data.dtype is torch.int8
-        return cls(
-            param.data,
-            requires_grad=param.requires_grad,
-            has_fp16_weights=param.has_fp16_weights,
-            SCB=param.SCB if quantized else None,
-        )
+        """Make a parameter of this class from one of bitsandbytes, whose bytes it shares."""
+        return cls(param.data, param.requires_grad, param.has_fp16_weights, SCB=param.SCB)
 
     @property
     def CB(self) -> Tensor | None:
@@ -223,7 +218,8 @@ class Int8Params(torch.nn.Parameter):
         if id(self) in memo:
             known: Int8Params = memo[id(self)]
             return known
-        new = _rebuild(type(self), self.data.clone(memory_format=torch.preserve_format), self.requires_grad)
+        # Whatever else shares the memory shares the copy, as the codes in a layer's state do.
+        new = _rebuild(type(self), copy.deepcopy(self.data, memo), self.requires_grad)
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return new
