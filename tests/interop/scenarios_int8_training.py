@@ -139,12 +139,13 @@ def int8_other_tuners_train_and_merge(folder: Path) -> None:
         peft.IA3Config(feedforward_modules=[], **targets),
     ):
         name = type(tuner).__name__
-        model = adapted8(folder, tuner, sane(folder))
         autocast = isinstance(tuner, peft.RandLoraConfig | peft.RoadConfig | peft.IA3Config)
-        losses = train(model, 3, autocast=autocast, rate=1e-3)
+        losses = train(adapted8(folder, tuner), 4, autocast=autocast, rate=1e-2)
         assert losses[-1] < losses[0], (name, losses)
         if tuner not in mergeable:
             continue
+        model = adapted8(folder, tuner, sane(folder))
+        train(model, 2, autocast=autocast)
         before = logits(model)
         with said() as lines:
             merged = model.merge_and_unload()
