@@ -112,7 +112,6 @@ def test_layers_of_8_bits_are_promoted_and_merged():
         m, x = model(), torch.tensor([[1, 2, 3]])
         y, weights, keys = m(x), [layer.weight for layer in m], list(m.state_dict())
         joint.promote(m)
-        assert "bitsandbytes" not in sys.modules
         import bitsandbytes as bnb
         assert isinstance(m[0], bnb.nn.Embedding8bit) and isinstance(m[1], bnb.nn.Linear8bitLt)
         for layer, weight in zip(m, weights):
