@@ -28,6 +28,7 @@ pub fn forward<K: Kernel>(a: Codes<'_>, b: Codes<'_>, finish: &Finish<'_>, worke
         let rows = task * task_rows..n.min((task + 1) * task_rows);
         Scratch::with(|scratch| {
             let results: &mut [i32] = bytemuck::cast_slice_mut(scratch.sums.at_least(m * TASK));
+            let left_out: &mut [f32] = bytemuck::cast_slice_mut(scratch.tile.at_least(m * TASK));
             for row in rows.clone().step_by(2) {
                 let both = [row, (row + 1).min(rows.end - 1)];
                 for first_lane in (0..m).step_by(LANES) {
@@ -47,12 +48,24 @@ pub fn forward<K: Kernel>(a: Codes<'_>, b: Codes<'_>, finish: &Finish<'_>, worke
                         }
                     }
                 }
+                if let Some(outliers) = finish.outliers() {
+                    // Now, while the rows are in the first-level cache.
+                    let codes = both.map(|row| b.row(row));
+                    for lane in 0..m {
+                        let mut sums = [0.0f32; 2];
+                        for (x, &column) in outliers.row(lane).iter().zip(&outliers.columns) {
+                            sums[0] += x * f32::from(codes[0][column]);
+                            sums[1] += x * f32::from(codes[1][column]);
+                        }
+                        both.iter().zip(sums).for_each(|(row, sum)| left_out[lane * TASK + row - rows.start] = sum);
+                    }
+                }
             }
-            finish.gather(b, rows.clone(), &mut scratch.scales[0]);
             for (row, results) in results.chunks_exact_mut(TASK).take(m).enumerate() {
                 let results = &mut results[..rows.len()];
+                let left_out = finish.outliers().map(|_| &left_out[row * TASK..][..rows.len()]);
                 // SAFETY: this task alone has these rows of the weight, which are columns of the result.
-                unsafe { finish.store(row, rows.start, results, offsets[row], &scratch.scales[0]) }
+                unsafe { finish.store(row, rows.start, results, offsets[row], left_out) }
             }
         });
     });
