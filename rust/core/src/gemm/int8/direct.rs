@@ -1,7 +1,7 @@
 //! Products of codes with few rows of activations: the weight's codes go from memory to registers.
 
 use super::codes::Codes;
-use super::finish::Finish;
+use super::finish::{Finish, Outliers, SIDE};
 use super::kernel::{Kernel, LANES, Pair, STEP, words};
 use crate::gemm::scratch::{Scratch, Words};
 use crate::gemm::workers::Workers;
@@ -23,6 +23,7 @@ pub fn forward<K: Kernel>(a: Codes<'_>, b: Codes<'_>, finish: &Finish<'_>, worke
     }
     let x = x.as_slice();
     let offsets = if K::PAIR_OFFSET { a.offsets() } else { vec![0; m] };
+    let outlier_lanes = finish.outliers().map_or_else(Vec::new, Outliers::lanes);
     let task_rows = n.div_ceil(8 * workers.threads()).next_multiple_of(2).min(TASK);
     workers.for_each(n.div_ceil(task_rows), |task| {
         let rows = task * task_rows..n.min((task + 1) * task_rows);
@@ -51,13 +52,13 @@ pub fn forward<K: Kernel>(a: Codes<'_>, b: Codes<'_>, finish: &Finish<'_>, worke
                 if let Some(outliers) = finish.outliers() {
                     // Now, while the rows are in the first-level cache.
                     let codes = both.map(|row| b.row(row));
-                    for lane in 0..m {
-                        let mut sums = [0.0f32; 2];
-                        for (x, &column) in outliers.row(lane).iter().zip(&outliers.columns) {
-                            sums[0] += x * f32::from(codes[0][column]);
-                            sums[1] += x * f32::from(codes[1][column]);
+                    for (group, lanes) in outlier_lanes.chunks_exact(outliers.columns.len()).enumerate() {
+                        let sums = finish.pair_sums(&outliers.columns, lanes, codes);
+                        for lane in group * SIDE..m.min((group + 1) * SIDE) {
+                            for (row, sums) in both.into_iter().zip(sums) {
+                                left_out[lane * TASK + row - rows.start] = sums[lane % SIDE];
+                            }
                         }
-                        both.iter().zip(sums).for_each(|(row, sum)| left_out[lane * TASK + row - rows.start] = sum);
                     }
                 }
             }

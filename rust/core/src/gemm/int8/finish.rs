@@ -25,7 +25,22 @@ impl Outliers {
     pub fn row(&self, row: usize) -> &[f32] {
         &self.values[row * self.columns.len()..][..self.columns.len()]
     }
+
+    /// Those of all rows as `[group][outlier][SIDE rows]`.
+    pub fn lanes(&self) -> Vec<[f32; SIDE]> {
+        let count = self.columns.len();
+        let rows = self.values.len() / count;
+        let mut lanes = vec![[0.0; SIDE]; rows.div_ceil(SIDE) * count];
+        for row in 0..rows {
+            let group = &mut lanes[row / SIDE * count..][..count];
+            group.iter_mut().zip(self.row(row)).for_each(|(lanes, x)| lanes[row % SIDE] = *x);
+        }
+        lanes
+    }
 }
+
+/// Rows of activations whose outliers are multiplied side by side.
+pub const SIDE: usize = 8;
 
 /// Where sums go.
 pub enum To<'a> {
@@ -94,6 +109,20 @@ impl Finish<'_> {
         match self.to {
             To::Sums(_) => None,
             To::Values { outliers, .. } => outliers,
+        }
+    }
+
+    /// The products of the outliers of some rows of activations, as [`Outliers::lanes`] gives them, with two rows of the
+    /// weight.
+    pub fn pair_sums(&self, columns: &[usize], lanes: &[[f32; SIDE]], codes: [&[i8]; 2]) -> [[f32; SIDE]; 2] {
+        match &self.to {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the path is available.
+            To::Values { simd: Simd::Avx2, .. } => unsafe { pair_sums_avx2(columns, lanes, codes) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the path is available.
+            To::Values { simd: Simd::Avx512, .. } => unsafe { pair_sums_avx512(columns, lanes, codes) },
+            _ => pair_sums(columns, lanes, codes),
         }
     }
 
@@ -188,6 +217,37 @@ unsafe fn gathered_sums_avx2(values: &[f32], gathered: &[f32], sums: &mut [f32; 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 unsafe fn gathered_sums_avx512(values: &[f32], gathered: &[f32], sums: &mut [f32; MOST_COLS]) {
     gathered_sums(values, gathered, sums);
+}
+
+/// # Safety
+/// AVX2.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+unsafe fn pair_sums_avx2(columns: &[usize], lanes: &[[f32; SIDE]], codes: [&[i8]; 2]) -> [[f32; SIDE]; 2] {
+    pair_sums(columns, lanes, codes)
+}
+
+/// # Safety
+/// AVX-512 F, BW and VL.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn pair_sums_avx512(columns: &[usize], lanes: &[[f32; SIDE]], codes: [&[i8]; 2]) -> [[f32; SIDE]; 2] {
+    pair_sums(columns, lanes, codes)
+}
+
+/// As [`gathered_sums`].
+#[inline(always)]
+fn pair_sums(columns: &[usize], lanes: &[[f32; SIDE]], codes: [&[i8]; 2]) -> [[f32; SIDE]; 2] {
+    let mut sums = [[0.0f32; SIDE]; 2];
+    for (&column, x) in columns.iter().zip(lanes) {
+        for (codes, sums) in codes.iter().zip(&mut sums) {
+            let code = f32::from(codes[column]);
+            for i in 0..SIDE {
+                sums[i] += x[i] * code;
+            }
+        }
+    }
+    sums
 }
 
 /// Column after column, from zero.
