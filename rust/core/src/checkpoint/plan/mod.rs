@@ -13,8 +13,8 @@ use serde_json::{Value, json};
 
 use self::groups::{dequantize, keep, quantize, weight_dtype};
 use self::pack::pack;
-use self::types::Group;
 pub use self::types::{Action, Operation, Plan, RowsOutputs, ShardPlan, TensorPlan, WeightOutputs};
+use self::types::{Group, Kind};
 use super::dtype::config_dtype;
 use super::options::{DequantizeOptions, QuantizeOptions, Selected, Selector};
 use super::quantized;
@@ -24,6 +24,10 @@ use super::selection::{self, TensorFacts, Treatment};
 use super::state;
 use super::weights::{Quantized, find_quantized};
 use crate::error::{Error, Result};
+
+/// What is said of an output with weights of both kinds.
+const MIXED: &str = "4-bit and 8-bit weights are mixed, and config.json says both: transformers, which loads one kind, refuses \
+                     the output; halfbyte.load_quantized reads it";
 
 impl Plan {
     /// Plans the quantization of `source`. `config` is its config.json; without one tensors are chosen by shape.
@@ -60,6 +64,14 @@ impl Plan {
         }
         let mut notes = source.notes.clone();
         notes.extend(selection.notes);
+        let makes = |int8: bool| {
+            groups
+                .iter()
+                .any(|group| matches!(group.kind, Kind::QuantizeRows { .. }) == int8 && group.quantized().is_some())
+        };
+        if makes(true) && makes(false) {
+            notes.push(MIXED.to_owned());
+        }
         if !groups.iter().any(|g| g.quantized().is_some()) {
             return Err(Error::file(
                 &source.folder,
