@@ -164,11 +164,10 @@ def _check_rows(entries: Mapping[str, Entry], codes: Entry, scales: Entry) -> No
             f"got {scales.dtype} {list(scales.shape)}"
         )
     layout = entries.get(_beside(codes.name, "weight_format"))
-    if layout is not None and (layout.dtype != "U8" or layout.read() != b"\0"):
-        raise CheckpointError(
-            f"{layout.file}: {layout.name!r} must be one U8 of value 0 (rows), "
-            f"got {layout.dtype} {_stored(layout).tolist()}"
-        )
+    if layout is not None and layout.dtype != "U8":
+        raise CheckpointError(f"{layout.file}: {layout.name!r} must be U8, got {layout.dtype}")
+    if layout is not None and layout.read() != b"\0":
+        raise CheckpointError(f"{layout.file}: {layout.name!r} must be 0 (rows), got {_stored(layout).tolist()}")
 
 
 def _state_keys(entries: Mapping[str, Entry], name: str) -> list[str]:

@@ -250,8 +250,8 @@ class InspectReport:
     Attributes:
         data: All of it: ``path``; ``files`` (file, bytes, tensors, metadata); ``weights``, the quantized ones (name,
             quant_type, blocksize, nested, dtype, shape, storage, bytes, bits_per_weight, file; blocksize and dtype are
-            None for int8); ``tensors``, the others (name, dtype, shape, bytes, file); ``groups`` (kind, tensors, weights, bytes); ``totals``; ``notes``;
-            ``quantization_config`` of ``config.json``.
+            None for int8); ``tensors``, the others (name, dtype, shape, bytes, file); ``groups`` (kind, tensors,
+            weights, bytes); ``totals``; ``notes``; ``quantization_config`` of ``config.json``.
     """
 
     data: dict[str, Any]
