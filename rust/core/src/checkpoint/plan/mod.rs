@@ -108,7 +108,7 @@ impl Plan {
             return Err(Error::file(
                 &source.folder,
                 format!(
-                    "has no 4-bit and no 8-bit weight: expected tensors named *{}nf4 or …fp4, or *.{}{}",
+                    "has no 4-bit weight and no 8-bit one: expected tensors named *{}nf4 or …fp4, or *.{}{}",
                     state::STATE_INFIX,
                     rows::SCALES,
                     otherwise

@@ -63,11 +63,33 @@ fn decoded(dtype: &str, bytes: &[u8]) -> Vec<f32> {
     }
 }
 
+/// A folder of folders, of which one is a checkpoint.
+struct Place {
+    folder: tempfile::TempDir,
+}
+
+impl Place {
+    fn new(tensors: &[Named<'_>]) -> Self {
+        let place = Self { folder: tempfile::tempdir().unwrap() };
+        fs::create_dir(place.path()).unwrap();
+        write_tensors(&place.path().join("model.safetensors"), tensors);
+        place
+    }
+
+    /// The checkpoint.
+    fn path(&self) -> PathBuf {
+        self.beside("source")
+    }
+
+    /// Another folder.
+    fn beside(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+}
+
 /// A checkpoint of one weight.
-fn one_weight(dtype: &str, shape: [usize; 2], values: &[f32]) -> tempfile::TempDir {
-    let folder = tempfile::tempdir().unwrap();
-    write_tensors(&folder.path().join("model.safetensors"), &[(NAME, dtype, shape.to_vec(), encoded(dtype, values))]);
-    folder
+fn one_weight(dtype: &str, shape: [usize; 2], values: &[f32]) -> Place {
+    Place::new(&[(NAME, dtype, shape.to_vec(), encoded(dtype, values))])
 }
 
 /// Codes and scales of rows of float16 values, as the format defines them.
@@ -95,8 +117,8 @@ proptest! {
         prop_assume!(rows > 0);
         let values = &values[..rows * columns];
         let source = one_weight(dtype, [rows, columns], values);
-        let (out, back) = (source.path().join("out"), source.path().join("back"));
-        convert(&planned(source.path(), &int8()).unwrap(), &out, threads).unwrap();
+        let (out, back) = (source.beside("out"), source.beside("back"));
+        convert(&planned(&source.path(), &int8()).unwrap(), &out, threads).unwrap();
 
         let stored = decoded(dtype, &encoded(dtype, values));
         let halves: Vec<f32> = stored.iter().map(|&v| f16::from_f32(v).to_f32()).collect();
@@ -104,7 +126,7 @@ proptest! {
         prop_assert_eq!(bytes_of(&out, NAME), (Dtype::I8, vec![rows, columns], codes.clone()));
         prop_assert_eq!(bytes_of(&out, SCALES), (Dtype::F32, vec![rows], scales.clone()));
         prop_assert_eq!(bytes_of(&out, FORMAT), (Dtype::U8, vec![], vec![0]));
-        let found = compare(source.path(), &out, None);
+        let found = compare(&source.path(), &out, None);
         prop_assert_eq!(found.tensors.len(), 1);
         prop_assert_eq!((found.tensors[0].status, found.tensors[0].kind.as_str()), (Status::Identical, "int8"));
         prop_assert_eq!(compare(&out, &out, None).tensors[0].status, Status::Identical);
@@ -123,18 +145,17 @@ proptest! {
 fn rows_of_any_length_are_cut_into_pieces_that_do_not_show() {
     for shape in [[3, 400_000], [9000, 64], [1, 1], [70_001, 3]] {
         let count = shape[0] * shape[1];
-        let folder = tempfile::tempdir().unwrap();
         let values = weights(count, 7);
-        write_tensors(&folder.path().join("model.safetensors"), &[(NAME, "BF16", shape.to_vec(), values.clone())]);
-        let (one, many) = (folder.path().join("one"), folder.path().join("many"));
-        let plan = planned(folder.path(), &int8()).unwrap();
+        let folder = Place::new(&[(NAME, "BF16", shape.to_vec(), values.clone())]);
+        let (one, many) = (folder.beside("one"), folder.beside("many"));
+        let plan = planned(&folder.path(), &int8()).unwrap();
         convert(&plan, &one, 1).unwrap();
         convert(&plan, &many, 4).unwrap();
         assert_eq!(files(&one), files(&many));
         let (codes, scales) = definition(&decoded("BF16", &values), shape[1]);
         assert!(bytes_of(&one, NAME).2 == codes && bytes_of(&one, SCALES).2 == scales, "{shape:?}");
-        assert_eq!(compare(folder.path(), &one, None).tensors[0].status, Status::Identical);
-        let back = folder.path().join("back");
+        assert_eq!(compare(&folder.path(), &one, None).tensors[0].status, Status::Identical);
+        let back = folder.beside("back");
         convert(&Plan::dequantize(open(&one), None, &dequantize_options(1 << 30)).unwrap(), &back, 4).unwrap();
         let values = decoded("BF16", &values);
         let near = decoded("F16", &bytes_of(&back, NAME).2).iter().zip(&values).all(|(x, y)| (x - y).abs() < 0.005);
@@ -146,11 +167,11 @@ fn rows_of_any_length_are_cut_into_pieces_that_do_not_show() {
 fn a_weight_is_cast_to_the_dtype_of_the_model_before_it_becomes_float16() {
     // In bfloat16 these two are one number.
     let source = one_weight("F32", [1, 2], &[1.0, 1.0 + 1.0 / 256.0]);
-    let out = source.path().join("out");
+    let out = source.beside("out");
     let options = QuantizeOptions { dtype: Some(Dtype::BF16), ..int8() };
-    convert(&planned(source.path(), &options).unwrap(), &out, 1).unwrap();
+    convert(&planned(&source.path(), &options).unwrap(), &out, 1).unwrap();
     assert_eq!(bytes_of(&out, NAME).2, [127, 127]);
-    let status = |config: Option<&Value>| compare(source.path(), &out, config).tensors[0].status;
+    let status = |config: Option<&Value>| compare(&source.path(), &out, config).tensors[0].status;
     assert_eq!(status(Some(&json!({"dtype": "bfloat16"}))), Status::Identical);
     assert_eq!(status(None), Status::Differs);
 }
@@ -159,8 +180,8 @@ fn a_weight_is_cast_to_the_dtype_of_the_model_before_it_becomes_float16() {
 fn a_code_of_a_value_in_the_middle_may_be_either_of_two() {
     // 63.5 and 31.75 of 127.
     let source = one_weight("F32", [1, 4], &[1.0, 0.5, 0.25, -1.0]);
-    let out = source.path().join("out");
-    convert(&planned(source.path(), &int8()).unwrap(), &out, 1).unwrap();
+    let out = source.beside("out");
+    convert(&planned(&source.path(), &int8()).unwrap(), &out, 1).unwrap();
     let file = out.join("model.safetensors");
     let good = fs::read(&file).unwrap();
     let at = good.windows(4).rposition(|codes| codes == [127, 64, 32, 129]).unwrap();
@@ -168,14 +189,14 @@ fn a_code_of_a_value_in_the_middle_may_be_either_of_two() {
         let mut bad = good.clone();
         bad[at + code] = value;
         fs::write(&file, bad).unwrap();
-        let found = compare(source.path(), &out, None);
+        let found = compare(&source.path(), &out, None);
         assert_eq!((found.tensors[0].status, found.tensors[0].differing_bytes), (status, Some(1)));
     }
     let mut bad = good.clone();
     let scale = bad.windows(4).rposition(|bytes| bytes == 1.0f32.to_le_bytes()).unwrap();
     bad[scale] ^= 1;
     fs::write(&file, bad).unwrap();
-    let found = compare(source.path(), &out, None);
+    let found = compare(&source.path(), &out, None);
     assert_eq!((found.tensors[0].status, found.tensors[0].differing_bytes), (Status::Differs, Some(0)));
     assert!(found.tensors[0].detail.contains("scales"));
 }
@@ -191,12 +212,12 @@ fn values_that_float16_cannot_hold_are_refused_by_name_and_leave_nothing() {
         let mut values = vec![0.5; 6 * 64];
         values[3 * 64 + 5] = bad;
         let source = one_weight(dtype, [6, 64], &values);
-        let out = source.path().join("out");
-        let text = message(convert(&planned(source.path(), &int8()).unwrap(), &out, 2), "model.safetensors");
+        let out = source.beside("out");
+        let text = message(convert(&planned(&source.path(), &int8()).unwrap(), &out, 2), "model.safetensors");
         assert!(text.contains(NAME) && text.contains("element 197") && text.contains(words), "{text}");
         assert!(!out.exists());
         let options = QuantizeOptions { allow_nonfinite: true, ..int8() };
-        convert(&planned(source.path(), &options).unwrap(), &out, 2).unwrap();
+        convert(&planned(&source.path(), &options).unwrap(), &out, 2).unwrap();
         let scales = decoded("F32", &bytes_of(&out, SCALES).2);
         assert_eq!(scales[3], if bad.is_nan() { 0.5 } else { f32::INFINITY });
         assert!(scales.iter().enumerate().all(|(row, &scale)| row == 3 || scale == 0.5));
@@ -205,10 +226,10 @@ fn values_that_float16_cannot_hold_are_refused_by_name_and_leave_nothing() {
 
 #[test]
 fn a_plan_says_what_becomes_of_each_kind() {
-    let folder = tempfile::tempdir().unwrap();
-    write_checkpoint(folder.path(), 3);
+    let folder = Place { folder: tempfile::tempdir().unwrap() };
+    write_checkpoint(&folder.path(), 3);
     let mixed = |note: &&String| note.contains("mixed");
-    let plan = planned(folder.path(), &rule(r"layers\.1\.mlp=int8")).unwrap();
+    let plan = planned(&folder.path(), &rule(r"layers\.1\.mlp=int8")).unwrap();
     let (eight, four) = (plan.tensors.iter().filter(|t| t.to == "int8"), plan.tensors.iter().filter(|t| t.to == "nf4"));
     assert_eq!((eight.count(), four.count()), (1, 2));
     assert_eq!(plan.notes.iter().filter(mixed).count(), 1);
@@ -222,7 +243,7 @@ fn a_plan_says_what_becomes_of_each_kind() {
     let int8 = ("int8", 1, 1024, 2048, 1024 + 64 + 1);
     assert_eq!((found.len(), found[2], found[1]), (3, int8, ("keep", 3, 192, 384, 384)));
     for options in [self::int8(), quantize_options(1 << 30), rule(".=int8")] {
-        let plan = planned(folder.path(), &options).unwrap();
+        let plan = planned(&folder.path(), &options).unwrap();
         assert_eq!(plan.notes.iter().filter(mixed).count(), 0, "{:?}", plan.notes);
     }
     let quantized = |plan: &Plan| {
@@ -231,9 +252,9 @@ fn a_plan_says_what_becomes_of_each_kind() {
     assert_eq!(quantized(&plan), 1);
 
     // Mixed weights are compared, described and read back each as what it is.
-    let (out, back) = (folder.path().join("out"), folder.path().join("back"));
+    let (out, back) = (folder.beside("out"), folder.beside("back"));
     convert(&plan, &out, 2).unwrap();
-    assert!(compare(folder.path(), &out, None).tensors.iter().all(|t| t.status == Status::Identical));
+    assert!(compare(&folder.path(), &out, None).tensors.iter().all(|t| t.status == Status::Identical));
     let found = open(&out);
     let described = super::super::inspect::inspect(&found).unwrap();
     let kinds: Vec<_> = described.weights.iter().map(|w| (w.quant_type, w.blocksize)).collect();
@@ -254,12 +275,11 @@ fn a_plan_says_what_becomes_of_each_kind() {
 
 #[test]
 fn only_what_is_called_weight_has_an_8_bit_form() {
-    let folder = tempfile::tempdir().unwrap();
     let name = "blocks.0.in_proj";
-    write_tensors(&folder.path().join("model.safetensors"), &[(name, "BF16", vec![4, 64], weights(256, 1))]);
+    let folder = Place::new(&[(name, "BF16", vec![4, 64], weights(256, 1))]);
     let selected = Selected { tensors: [name.to_owned()].into(), conv1d: None };
     let options = QuantizeOptions { selection: Selector::Transformers, ..int8() };
-    let text = message(Plan::quantize(open(folder.path()), None, &options, Some(&selected)), "model.safetensors");
+    let text = message(Plan::quantize(open(&folder.path()), None, &options, Some(&selected)), "model.safetensors");
     assert!(text.contains(name) && text.contains("\"weight\""), "{text}");
 }
 
@@ -282,32 +302,26 @@ fn parts_that_do_not_fit_are_refused_by_name() {
         (vec![codes(), scales(), ("b.weight", "I8", vec![4, 8], vec![0; 32])], "b.weight", "b.SCB"),
     ];
     for (tensors, name, word) in cases {
-        let folder = tempfile::tempdir().unwrap();
-        write_tensors(&folder.path().join("model.safetensors"), &tensors);
+        let folder = Place::new(&tensors);
         let text =
-            message(Plan::dequantize(open(folder.path()), None, &dequantize_options(1 << 30)), "model.safetensors");
+            message(Plan::dequantize(open(&folder.path()), None, &dequantize_options(1 << 30)), "model.safetensors");
         assert!(text.contains(name) && text.contains(word), "{text}");
-        assert!(planned(folder.path(), &int8()).is_err(), "{name}: a source that is quantized already");
+        assert!(planned(&folder.path(), &int8()).is_err(), "{name}: a source that is quantized already");
     }
     // Without the number that names the order, as old releases wrote it, and with tensors of other methods beside.
-    let folder = tempfile::tempdir().unwrap();
-    write_tensors(
-        &folder.path().join("model.safetensors"),
-        &[codes(), scales(), ("table", "I8", vec![2, 2], vec![1; 4])],
-    );
-    let plan = Plan::dequantize(open(folder.path()), None, &dequantize_options(1 << 30)).unwrap();
+    let folder = Place::new(&[codes(), scales(), ("table", "I8", vec![2, 2], vec![1; 4])]);
+    let plan = Plan::dequantize(open(&folder.path()), None, &dequantize_options(1 << 30)).unwrap();
     assert_eq!(plan.tensors.iter().map(|t| t.to.as_str()).collect::<Vec<_>>(), ["F16", "keep"]);
 }
 
 #[test]
 fn a_scale_beyond_the_dtype_is_refused_by_name() {
-    let folder = tempfile::tempdir().unwrap();
     let tensors =
         [(NAME, "I8", vec![2, 2], vec![127, 1, 1, 129]), (SCALES, "F32", vec![2], encoded("F32", &[1.0, 7e4]))];
-    write_tensors(&folder.path().join("model.safetensors"), &tensors);
+    let folder = Place::new(&tensors);
     let to = |dtype| DequantizeOptions { dtype: Some(dtype), ..dequantize_options(1 << 30) };
-    let planned = |dtype| Plan::dequantize(open(folder.path()), None, &to(dtype)).unwrap();
-    let out = folder.path().join("out");
+    let planned = |dtype| Plan::dequantize(open(&folder.path()), None, &to(dtype)).unwrap();
+    let out = folder.beside("out");
     let error = convert(&planned(Dtype::F16), &out, 1).unwrap_err();
     assert!(matches!(error, Error::TooLarge { index: 3, dtype: "float16", .. }), "{error}");
     assert!(!out.exists());
@@ -317,16 +331,15 @@ fn a_scale_beyond_the_dtype_is_refused_by_name() {
 #[test]
 fn codes_of_no_elements_are_read() {
     for shape in [vec![0, 8], vec![3, 0]] {
-        let folder = tempfile::tempdir().unwrap();
         let tensors = [
             (NAME, "I8", shape.clone(), vec![]),
             (SCALES, "F32", vec![shape[0]], vec![0; 4 * shape[0]]),
             ("norm.weight", "F32", vec![1], vec![0; 4]),
         ];
-        write_tensors(&folder.path().join("model.safetensors"), &tensors);
-        let out = folder.path().join("out");
-        convert(&Plan::dequantize(open(folder.path()), None, &dequantize_options(1 << 30)).unwrap(), &out, 2).unwrap();
+        let folder = Place::new(&tensors);
+        let out = folder.beside("out");
+        convert(&Plan::dequantize(open(&folder.path()), None, &dequantize_options(1 << 30)).unwrap(), &out, 2).unwrap();
         assert_eq!(bytes_of(&out, NAME), (Dtype::F16, shape, vec![]));
-        assert!(compare(folder.path(), folder.path(), None).tensors.iter().all(|t| t.status == Status::Identical));
+        assert!(compare(&folder.path(), &folder.path(), None).tensors.iter().all(|t| t.status == Status::Identical));
     }
 }
