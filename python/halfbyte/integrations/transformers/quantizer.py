@@ -1,8 +1,9 @@
 """`Quantizer4bit` and `Quantizer8bit`: how transformers loads, saves and dequantizes models with this package's layers.
 
 They derive from transformers' quantizers for bitsandbytes, because code that asks with `isinstance` expects that, and
-override everything that imports bitsandbytes. Hooks that only some releases know are all here (5.0 to 5.24). A checkpoint
-may hold weights of both kinds: either class loads it, and the config decides only what is quantized on the fly.
+override everything that imports bitsandbytes. Hooks that only some releases know are all here (5.0 to 5.24). A
+checkpoint may hold weights of both kinds: either class loads it, and the config decides only what is quantized on the
+fly.
 """
 
 from __future__ import annotations
@@ -282,7 +283,7 @@ class Quantizer8bit(_Quantizer, Bnb8BitHfQuantizer):  # type: ignore[misc]
     bits = 8
 
     def _kept_by_device(self) -> list[str]:
-        """With `llm_int8_enable_fp32_cpu_offload`, what goes to the CPU or to disk stays as it is, as in transformers."""
+        """With `llm_int8_enable_fp32_cpu_offload`, what goes to the CPU or to disk stays as it is."""
         if not self.config.llm_int8_enable_fp32_cpu_offload:
             return []
         return [name for name, target in self._device_map.items() if name and str(target) in ("cpu", "disk")]
