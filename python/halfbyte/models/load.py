@@ -69,8 +69,8 @@ def load_quantized(
         or else in the dtype of their input; 8-bit layers have the threshold that it gives, or else 6.0.
 
     Raises:
-        CheckpointError: The checkpoint is broken, has no packed weight, or does not fit the model. The message names the
-            tensor, and the model is unchanged.
+        CheckpointError: The checkpoint is broken, has no packed weight, or does not fit the model. The message names
+            the tensor, and the model is unchanged.
         ValueError: A buffer is on the meta device, not in the checkpoint, and the model cannot compute it.
 
     For models of transformers, the installed transformers decides names, conversions, ties and computed buffers. Other

@@ -206,7 +206,7 @@ class _Quantizer:
                     # A plain parameter: one of class `Int8Params` goes by way of a GPU, which may not be there.
                     empty = torch.empty_like(weight.data, device="meta")
                     module._parameters[operations.WEIGHT] = nn.Parameter(empty, requires_grad=False)
-                    module.offloaded_scales = weight.SCB  # type: ignore[assignment]
+                    module.offloaded_scales = weight.SCB
         return weight
 
     # ---- after loading -----------------------------------------------------------------------------------------------
@@ -271,13 +271,13 @@ class _Quantizer:
         return dequantize_model(model, dtype)
 
 
-class Quantizer4bit(_Quantizer, Bnb4BitHfQuantizer):  # type: ignore[misc]
+class Quantizer4bit(_Quantizer, Bnb4BitHfQuantizer):
     """4-bit quantization by halfbyte."""
 
     bits = 4
 
 
-class Quantizer8bit(_Quantizer, Bnb8BitHfQuantizer):  # type: ignore[misc]
+class Quantizer8bit(_Quantizer, Bnb8BitHfQuantizer):
     """LLM.int8() by halfbyte."""
 
     bits = 8
