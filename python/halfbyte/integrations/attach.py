@@ -64,7 +64,8 @@ def _tell_transformers(model: Any, config: BitsAndBytesConfig | None) -> None:
             if is_transformers_model(module):
                 module.config.__dict__.pop("_is_quantized", None)
         return
-    from halfbyte.integrations.transformers.quantizer import Quantizer4bit, Quantizer8bit, with_compute_dtype
+    from halfbyte.integrations.saved_config import with_compute_dtype
+    from halfbyte.integrations.transformers.quantizer import Quantizer4bit, Quantizer8bit
 
     cls: Any = Quantizer8bit if config.load_in_8bit else Quantizer4bit
     quantizer = cls(with_compute_dtype(config, model.dtype), pre_quantized=False)
@@ -83,7 +84,10 @@ def _tell_diffusers(model: Any, config: BitsAndBytesConfig | None) -> None:
         model._internal_dict = type(model.config)(internal)
         return
     from halfbyte.integrations.diffusers import Quantizer4bit, Quantizer8bit
+    from halfbyte.integrations.saved_config import with_compute_dtype
 
+    config = with_compute_dtype(config, model.dtype)
+    assert config is not None
     cls: Any = Quantizer8bit if config.load_in_8bit else Quantizer4bit
     quantizer = cls(config, pre_quantized=False)
     model.hf_quantizer = quantizer

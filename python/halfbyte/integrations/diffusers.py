@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from halfbyte.config import BitsAndBytesConfig
 from halfbyte.integrations.recognition import serve_bitsandbytes
-from halfbyte.integrations.saved_config import keep_class_of_argument
+from halfbyte.integrations.saved_config import keep_class_of_argument, with_compute_dtype
 from halfbyte.integrations.served import is_ours
 from halfbyte.models import packed
 from halfbyte.models.packed import Packed
@@ -88,7 +88,6 @@ class _Quantizer:
             new.requires_grad_(False)
             model.set_submodule(name, new)
         self.modules_to_not_convert = keep
-        model.register_to_config(quantization_config=self.quantization_config)
         for bits in found:
             setattr(model, f"is_loaded_in_{bits}bit", True)
 
@@ -155,6 +154,8 @@ class _Quantizer:
         return True
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self.quantization_config = with_compute_dtype(self.quantization_config, model.dtype)
+        model.register_to_config(quantization_config=self.quantization_config)
         serve_bitsandbytes(model)
         return super()._process_model_after_weight_loading(model, **kwargs)  # type: ignore[misc]
 

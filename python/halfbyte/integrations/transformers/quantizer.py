@@ -8,7 +8,6 @@ fly.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from transformers.utils.import_utils import is_accelerate_available
 
 from halfbyte.config import BitsAndBytesConfig
 from halfbyte.integrations.recognition import serve_bitsandbytes
+from halfbyte.integrations.saved_config import with_compute_dtype
 from halfbyte.integrations.transformers import checkpoint, layers, operations
 from halfbyte.models.layers import experts_note, fused_experts
 from halfbyte.models.packed import Packed
@@ -287,22 +287,6 @@ class Quantizer8bit(_Quantizer, Bnb8BitHfQuantizer):
         if not self.config.llm_int8_enable_fp32_cpu_offload:
             return []
         return [name for name, target in self._device_map.items() if name and str(target) in ("cpu", "disk")]
-
-
-def with_compute_dtype(config: Any, dtype: Any) -> Any:
-    """The config to save with a model: a compute dtype that was not given is the model's.
-
-    Readers of the file cannot tell float32 from "not given", and would compute in float32.
-    """
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype.removeprefix("torch."), None)
-    if not issubclass(type(config), BitsAndBytesConfig) or config.compute_dtype() is not None or config.load_in_8bit:
-        return config
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return config
-    made = copy.deepcopy(config)
-    made.bnb_4bit_compute_dtype = dtype
-    return made
 
 
 def _check_target(name: str, target: Any) -> None:
