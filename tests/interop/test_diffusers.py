@@ -48,7 +48,9 @@ def test_diffusers_loads_saves_and_dequantizes(tmp_path: Path, bits: int, size: 
     with torch.no_grad():
         expected = model(x, return_dict=False)[0]
         torch.testing.assert_close(again(x, return_dict=False)[0], expected)
-        torch.testing.assert_close(again.dequantize()(x, return_dict=False)[0], expected, rtol=1e-4, atol=1e-4)
+        # 8-bit layers quantize their inputs too.
+        close = {4: {"rtol": 1e-4, "atol": 1e-4}, 8: {"rtol": 0.0, "atol": 0.02}}[bits]
+        torch.testing.assert_close(again.dequantize()(x, return_dict=False)[0], expected, **close)
 
 
 def test_diffusers_8bit_names_weights_that_are_not_finite(tmp_path: Path) -> None:
