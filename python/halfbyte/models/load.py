@@ -51,8 +51,8 @@ def load_quantized(
 
     Args:
         model: On the meta device, which saves memory, or on any other. Linear layers, `Conv1D` and embeddings whose
-            weight is packed in the checkpoint become 4-bit or 8-bit layers, which the names of its tensors tell. Others
-            are filled as they are.
+            weight is packed in the checkpoint become 4-bit or 8-bit layers, as the names of its tensors say. Others are
+            filled as they are.
         folder: A folder with `model.safetensors` or `model.safetensors.index.json`, one `.safetensors` file, or (with
             huggingface_hub installed) the name of a model.
         device: The device of all parameters and buffers.
@@ -69,8 +69,8 @@ def load_quantized(
         or else in the dtype of their input; 8-bit layers have the threshold that it gives, or else 6.0.
 
     Raises:
-        CheckpointError: The checkpoint is broken, has no packed weight, or does not fit the model. The message names the
-            tensor, and the model is unchanged.
+        CheckpointError: The checkpoint is broken, has no packed weight, or does not fit the model. The message names
+            the tensor, and the model is unchanged.
         ValueError: A buffer is on the meta device, not in the checkpoint, and the model cannot compute it.
 
     For models of transformers, the installed transformers decides names, conversions, ties and computed buffers. Other
@@ -150,7 +150,9 @@ def _layers(
                 "expected nn.Linear, Conv1D or nn.Embedding"
             )
         if isinstance(old, nn.Embedding) and (old.max_norm is not None or old.sparse):
-            raise CheckpointError(f"{where}: is {bits}, but {path} has max_norm or sparse, which {bits} tables have not")
+            raise CheckpointError(
+                f"{where}: is {bits}, but {path} has max_norm or sparse, which {bits} tables have not"
+            )
         parts = {key: source.view(name) for key, name in one.parts.items()}
         try:
             weight = packed.parameter(one.bits, source.view(one.weight), parts, device)
