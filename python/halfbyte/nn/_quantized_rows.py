@@ -17,6 +17,7 @@ from torch import Tensor
 from halfbyte.functional import int8_vectorwise_dequant
 from halfbyte.nn._joint import JOINT, STANDS_FOR, is_foreign, new_module, portable
 from halfbyte.nn._quantized import _as_bytes
+from halfbyte.nn._requantized import watching
 from halfbyte.nn.int8_params import Int8Params, quantize_weight
 from halfbyte.ops._torch_internals import can_hold
 from halfbyte.ops.checks import FLOAT_DTYPES, DTypeError, check_tensor, names
@@ -37,6 +38,10 @@ class QuantizedRows(torch.nn.Module):
     # one that stands in for it.
     _loads_codes_early: bool = True
 
+    # The scales of a weight that is offloaded: accelerate's hooks bring its codes for each forward, in a parameter of
+    # their own making, and forget those of the state behind it.
+    offloaded_scales: Tensor | None = None
+
     def _weight_shape(self) -> tuple[int, int]:
         """Of the weight."""
         raise NotImplementedError
@@ -50,6 +55,9 @@ class QuantizedRows(torch.nn.Module):
             param = Int8Params.adopt(param)
         if isinstance(param, Int8Params) and type(param) in JOINT and STANDS_FOR in type(self).__dict__:
             param.__class__ = JOINT[type(param)]
+        watch = watching()
+        if watch is not None and name == "weight" and isinstance(param, Int8Params):
+            watch.assigned(self, self._parameters.get(name), param)
         super().register_parameter(name, param)
         if name == "weight" and isinstance(param, Int8Params):
             self._follow(param)
@@ -64,6 +72,8 @@ class QuantizedRows(torch.nn.Module):
         scales: Tensor | None = getattr(weight, "SCB", None)
         if scales is None:
             scales = self.state.SCB
+            if scales is None and self.offloaded_scales is not None:
+                return self.offloaded_scales if weight.is_meta else self.offloaded_scales.to(weight.device)
             if scales is None:
                 raise RuntimeError(
                     f"{type(self).__name__}: the weight is torch.int8, but its scales are missing: weight.SCB and "
@@ -157,6 +167,10 @@ class QuantizedRows(torch.nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         weight = self._parameters.get("weight")
         if weight is None or weight.dtype is not torch.int8:
+            return
+        known = (getattr(weight, "SCB", None), self.state.SCB, self.offloaded_scales)
+        if weight.is_meta and all(scales is None for scales in known):
+            # An empty layer, whose codes are to be loaded.
             return
         scales = self._scales(weight)
         destination[f"{prefix}SCB"] = scales if keep_vars else scales.detach()
