@@ -378,7 +378,7 @@ def test_bad_arguments_are_named(name, args, error, message):
         (lambda f: f.int8_mm_dequant(X, SCALES, SCALES), DTypeError, "A: dtype torch.float32 is not torch.int32"),
         (lambda f: f.int8_mm_dequant(X.int(), SCALES, SCALES), ValueError, "row_stats: 3 scales .* A has 2 rows"),
         (lambda f: f.int8_mm_dequant(X.int(), SCALES[1:], SCALES), ValueError, "col_stats: 3 .* A has 8 columns"),
-        (lambda f: f.int8_double_quant(X, out_col=X), ValueError, "out_col must be None, got a Tensor"),
+        (lambda f: f.int8_double_quant(X, out_col=X), ValueError, "out_col must be None, got a tensor"),
         (lambda f: f.int8_scaled_mm(CODES, CODES, SCALES, X), ValueError, "col_stats: 16 scales do not fit"),
         (lambda f: f.int8_mixed_scaled_mm(X, CODES, CODES, SCALES, SCALES), ValueError, r"A: shape \[2, 8\] is not"),
     ],

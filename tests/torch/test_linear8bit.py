@@ -66,7 +66,7 @@ def test_golden_layer(threshold):
     assert torch.equal(made.weight.SCB, saved["SCB"])
     # The GPU's approximate reciprocal puts two values below the middle between two codes, where they are exactly.
     exact = dense["weight"].double() * 127 / saved["SCB"].double()[:, None]
-    differs = made.weight.CB != saved["weight"]
+    differs = saved["weight"] != made.weight.CB
     assert differs.sum() == 2
     assert torch.equal((exact - saved["weight"])[differs], torch.tensor([0.5, 0.5], dtype=torch.float64))
     read = Linear8bitLt(k, n, has_fp16_weights=False, threshold=threshold)
@@ -416,7 +416,7 @@ def test_bare_parameters_will_do():
     layer.load_state_dict(quantized()[1].state_dict(), strict=True)
     assert not torch.equal(layer(x), y)
     layer.load_state_dict(saved, strict=True)
-    layer.half().to("cpu").float()
+    layer.double().to("cpu").float()
     assert torch.equal(copy.deepcopy(layer)(x), y)
 
 
