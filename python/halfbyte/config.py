@@ -296,6 +296,26 @@ class BitsAndBytesConfig:
         unused = config.update(**kwargs)
         return (config, unused) if return_unused_kwargs else config
 
+    @classmethod
+    def of_checkpoint(cls: type[_Config], values: dict[str, Any]) -> _Config:
+        """Give the checked config of a checkpoint from its `config.json`, where both kinds of weights may be there.
+
+        In a checkpoint with 4-bit layers beside 8-bit ones `load_in_4bit` and `load_in_8bit` are both true. Only a config
+        made here can be so: an argument with both asks for what no layer can be.
+
+        Args:
+            values: `quantization_config`; keys that this class does not know are ignored.
+
+        Raises:
+            ValueError: A value is not a legal one; the message lists those that are.
+            TypeError: A value has a wrong type.
+        """
+        mixed = values.get("load_in_4bit") is True and values.get("load_in_8bit") is True
+        made = cls.coerce(cls.from_dict({**values, "load_in_8bit": False} if mixed else values))
+        if mixed:
+            made._load_in_8bit = True
+        return made
+
     def update(self, **kwargs: Any) -> dict[str, Any]:
         """Set those of the attributes named that this config has; return the others.
 

@@ -28,7 +28,10 @@ def keep_class_of_argument(cls: Any) -> None:
         given = quantization_config_from_args
         if not issubclass(type(given), BitsAndBytesConfig):
             if is_ours_by_default():
-                _check_saved(quantization_config)
+                own = _check_saved(quantization_config)
+                if own is not None and own.load_in_4bit and own.load_in_8bit:
+                    # Both kinds of layers, which transformers' own class refuses.
+                    return own
             return stock(quantization_config, given)
         values = quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
         if not (values.get("load_in_4bit") or values.get("load_in_8bit")):
@@ -59,7 +62,11 @@ def with_compute_dtype(config: Any, dtype: Any) -> Any:
 
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."), None)
-    if not issubclass(type(config), BitsAndBytesConfig) or config.compute_dtype() is not None or config.load_in_8bit:
+    if (
+        not issubclass(type(config), BitsAndBytesConfig)
+        or config.compute_dtype() is not None
+        or not config.load_in_4bit
+    ):
         return config
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return config
@@ -79,7 +86,7 @@ def _check_saved(config: Any) -> BitsAndBytesConfig | None:
     if not (values.get("load_in_4bit") or values.get("load_in_8bit") or values.get("quant_method") == "bitsandbytes"):
         return None
     try:
-        return BitsAndBytesConfig.coerce(BitsAndBytesConfig.from_dict(values))
+        return BitsAndBytesConfig.of_checkpoint(values)
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"config.json of the checkpoint: quantization_config: {error}; correct the file") from error
