@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import register_vmap
 
-from halfbyte.ops._torch_internals import any_autocast, register_vmap, transforms
+from halfbyte.ops._torch_internals import any_autocast, transforms
 from halfbyte.ops.checks import DTypeError, check_out
 from halfbyte.ops.dispatch import kernels_of, needs_op, plain_weight
 from halfbyte.ops.packed import PackedWeight, Packing, packed_weight
