@@ -636,8 +636,8 @@ def test_hub_not_installed(tmp_path, monkeypatch):
         ({"skip": "lm_head"}, "skip must be a list of module names, got 'lm_head'"),
         ({"skip": [1]}, "skip must hold module names, got 1"),
         ({"rules": "x=keep"}, "rules must be a list of rules, got 'x=keep'"),
-        ({"rules": ["x"]}, 'rule is "x": expected REGEX=nf4'),
-        ({"rules": ["(=nf4"]}, 'rule is "(=nf4": expected a regular expression'),
+        ({"rules": ["x"]}, "rule must be REGEX=nf4"),
+        ({"rules": ["(=nf4"]}, "rule must be a regular expression"),
         ({"rules": [("x", "nf4", "y")]}, "rules must hold 'REGEX=nf4'"),
         ({"selection": "guess"}, "selection must be one of rules, transformers, got 'guess'"),
         ({"trust_remote_code": True}, "trust_remote_code must be False unless selection='transformers'"),
@@ -841,7 +841,7 @@ def test_doctor_starts_no_other_program(monkeypatch):
 
 def test_doctor_survives_a_wrong_switch(monkeypatch):
     def refuse() -> str:
-        raise ValueError("HALFBYTE_SIMD is 'mmx': expected another")
+        raise ValueError("HALFBYTE_SIMD must be another, got 'mmx'")
 
     monkeypatch.setattr(_native, "simd", refuse)
     monkeypatch.setenv("HALFBYTE_SIMD", "mmx")

@@ -701,7 +701,16 @@ def test_nonfinite_weights_are_named(tmp_path, value, at, here):
     source, out = write_single(tmp_path / "source", weights.tobytes()), tmp_path / "out"
     name = '"model.layers.0.mlp.up_proj.weight"'
     done = here("quantize", source, out, "-q")
-    refused(done, 3, "model.safetensors", name, f"element {at} ", f"is {value}:", "[64, 64]", "--allow-nonfinite")
+    refused(
+        done,
+        3,
+        "model.safetensors",
+        name,
+        f"element {at} ",
+        f"must be finite, got {value};",
+        "[64, 64]",
+        "--allow-nonfinite",
+    )
     assert not out.exists()
     assert here("quantize", source, out, "-q", "--rule", "up_proj=keep", "--rule", "norm=keep").returncode == 3
     for _ in range(2):

@@ -252,7 +252,7 @@ def test_a_rule_can_quantize_an_untied_output_embedding(checkpoint: Any) -> None
     ],
 )
 def test_a_rule_for_what_cannot_be_quantized_is_an_error(name: str, rule: str, part: str, checkpoint: Any) -> None:
-    with pytest.raises(ValueError, match="rule is ") as caught:
+    with pytest.raises(ValueError, match="rule must be ") as caught:
         select_in(checkpoint(name), rules=[rule])
     message = str(caught.value)
     assert rule in message

@@ -95,7 +95,7 @@ impl Product<'_> {
         let size = |argument, a: usize, b: usize| {
             a.checked_mul(b)
                 .filter(|&count| i64::try_from(count).is_ok())
-                .ok_or_else(|| Error::argument(argument, format!("{a} x {b}"), "less than 2^63 elements"))
+                .ok_or_else(|| Error::argument(argument, format!("{a} x {b}"), "of less than 2^63 elements"))
         };
         self.x.long(size("x", self.m, self.k)?, "m x k")?;
         self.y.of(&[dtype])?.long(size("y", self.m, self.n)?, "m x n")?;
@@ -207,7 +207,7 @@ pub unsafe fn product(device: &Device, stream: Stream, product: &Product<'_>, ch
             // All launches are like the first, but the last may have fewer rows; what suits some rows suits fewer.
             let decode = if count == at_once.min(m) { Some(first) } else { product.decode(device, ring, count) };
             let Some(Decode { kernel, plan, blocks, shared }) = decode else {
-                return Err(Error::argument("m", m, format!("rows that {} takes", first.kernel.name)));
+                return Err(Error::argument("m", m, format!("a number of rows that {} takes", first.kernel.name)));
             };
             let (x, y) = product.rows(begin, count);
             let (x, y) = (x.address(), y.address());

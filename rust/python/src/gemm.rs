@@ -77,7 +77,7 @@ impl CpuLinear {
     /// `[rows][columns]` of the type of the factor and of the result.
     fn matrix(&self, argument: &'static str, address: usize, rows: usize, columns: usize) -> Result<Buffer> {
         let Some(count) = rows.checked_mul(columns) else {
-            return Err(Error::argument("m", rows, "less than 2^64 elements"));
+            return Err(Error::argument("m", rows, "a number of rows of less than 2^64 elements"));
         };
         Buffer::of(argument, address, count, self.dtype)
     }

@@ -189,11 +189,11 @@ mod tests {
     #[test]
     fn options_name_what_is_wrong_with_them() {
         for (field, bad, message) in [
-            ("blocksize", json!(63), "blocksize is 63: expected one of [32, 64"),
-            ("quant_type", json!("int4"), r#"quant_type is "int4": expected "nf4" or "fp4""#),
-            ("storage", json!("int4"), r#"storage is "int4": expected uint8"#),
-            ("dtype", json!("float64"), r#"dtype is "float64": expected float32"#),
-            ("rules", json!(["mlp"]), r#"rule is "mlp": expected REGEX=nf4"#),
+            ("blocksize", json!(63), "blocksize must be one of [32, 64"),
+            ("quant_type", json!("int4"), r#"quant_type must be "nf4" or "fp4", got "int4""#),
+            ("storage", json!("int4"), r#"storage must be uint8"#),
+            ("dtype", json!("float64"), r#"dtype must be float32"#),
+            ("rules", json!(["mlp"]), r#"rule must be REGEX=nf4"#),
             ("selection", json!("me"), "unknown variant `me`"),
             ("colour", json!("red"), "unknown field `colour`"),
         ] {

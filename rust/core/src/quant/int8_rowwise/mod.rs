@@ -80,8 +80,9 @@ fn check(
     rows: usize,
     columns: usize,
 ) -> Result<()> {
-    let n = element_count(&[rows, columns])
-        .ok_or_else(|| Error::argument("rows", format!("{rows} x {columns}"), "less elements than memory has bytes"))?;
+    let n = element_count(&[rows, columns]).ok_or_else(|| {
+        Error::argument("rows x columns", format!("{rows} x {columns}"), "a number of elements that fits in memory")
+    })?;
     check_length(argument, values, n, "rows x columns")?;
     check_length("codes", codes, n, "rows x columns")?;
     check_length("scales", scales, rows, "one scale per row")
@@ -233,9 +234,9 @@ mod tests {
         assert_eq!(quantized::<f32>(&[], 0, 3), (vec![], vec![]));
         dequantize_rows::<f32>(&[], &[1.0; 3], 3, 0, &mut []).unwrap();
         let error = quantize_rows(&[1.0f32; 6], 2, 3, &mut [0; 5], &mut [0.0; 2]).unwrap_err();
-        assert_eq!(error.to_string(), "codes is 5 elements long: expected 6 elements (rows x columns)");
+        assert_eq!(error.to_string(), "codes must be 6 elements long (rows x columns), got 5");
         let error = dequantize_rows(&[0; 6], &[0.0; 3], 2, 3, &mut [0.0f32; 6]).unwrap_err();
-        assert_eq!(error.to_string(), "scales is 3 elements long: expected 2 elements (one scale per row)");
+        assert_eq!(error.to_string(), "scales must be 2 elements long (one scale per row), got 3");
         assert!(quantize_rows::<f32>(&[], usize::MAX, 3, &mut [], &mut []).is_err());
     }
 
