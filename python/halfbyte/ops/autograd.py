@@ -23,6 +23,7 @@ from halfbyte.ops.registry import flatten, unflatten
 from halfbyte.state import QuantState
 
 _ops = torch.ops.halfbyte
+_is_compiling = torch.compiler.is_compiling
 
 
 # ---- derivatives -----------------------------------------------------------------------------------------------------
@@ -331,7 +332,7 @@ def linear_4bit(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | Non
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype of products with `tensor` under `torch.autocast`, or None outside of it."""
-    if not torch.compiler.is_compiling() and not any_autocast():
+    if not _is_compiling() and not any_autocast():
         return None
     device = tensor.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
