@@ -39,7 +39,7 @@ from halfbyte.offline.run import Interrupted
     ],
 )
 def test_wrong_arguments(arguments, words, tmp_path):
-    from test_cli import write_checkpoint
+    from command_line import write_checkpoint
 
     source = write_checkpoint(tmp_path / "source", layers=1)
     with pytest.raises(ValueError, match=re.escape(words)) as caught:
@@ -49,7 +49,7 @@ def test_wrong_arguments(arguments, words, tmp_path):
 
 
 def test_api_end_to_end(tmp_path):
-    from test_cli import files, write_checkpoint
+    from command_line import files, write_checkpoint
 
     source = write_checkpoint(tmp_path / "source")
     config = halfbyte.BitsAndBytesConfig(
@@ -98,7 +98,7 @@ NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     ],
 )
 def test_compute_dtype_that_was_not_given_is_written_as_the_checkpoints(tmp_path, config, dtype, named, written):
-    from test_cli import write_checkpoint
+    from command_line import write_checkpoint
 
     source = write_checkpoint(tmp_path / "source")
     file = source / "config.json"
