@@ -114,6 +114,7 @@ print("compared", *CASES)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["halfbyte first", "transformers first"])
 def test_config_model_quantized_saved_and_reloaded(order, tmp_path):
     pytest.importorskip("bitsandbytes")

@@ -218,6 +218,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize(("mode", "highest_first"), [("asan", False), ("asan", True), ("tsan", False)])
 def test_no_sanitizer_complains(name: str, mode: str, highest_first: bool) -> None:
@@ -227,6 +228,7 @@ def test_no_sanitizer_complains(name: str, mode: str, highest_first: bool) -> No
         check.against(results)
 
 
+@pytest.mark.slow
 def test_every_kernel_is_run() -> None:
     for name, cases in FAMILIES.items():
         source = program(name, "asan")
@@ -234,12 +236,14 @@ def test_every_kernel_is_run() -> None:
         assert run == set(source.threads), name
 
 
+@pytest.mark.slow
 def test_every_source_is_here() -> None:
     found = {path for path in build_emulator.KERNELS.rglob("*.cu") if not path.is_relative_to(build_emulator.HERE)}
     assert found == set(build_emulator.kernel_sources())
     assert {path.stem for path in found} == set(FAMILIES)
 
 
+@pytest.mark.slow
 def test_what_is_compared_is_not_empty() -> None:
     """The comparison itself: one wrong bit is a difference, NaN for NaN is none."""
     ones = np.ones(4, np.float32)

@@ -155,6 +155,7 @@ def test_fuse_survives_deepcopy_and_pickle() -> None:
     model.load_state_dict(torch.load(buffer))
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_fuse_compiles_without_a_break() -> None:
     torch._dynamo.reset()

@@ -49,6 +49,7 @@ def kill(process: subprocess.Popen[str], out: Path, shards: int, moment: float) 
     return process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_killed_runs_resume_to_the_same_bytes(llama, whole, tmp_path):
     before = identity(llama)
     killed = kept = 0
@@ -75,6 +76,7 @@ def test_killed_runs_resume_to_the_same_bytes(llama, whole, tmp_path):
     assert identity(llama) == before
 
 
+@pytest.mark.slow
 def test_killed_overwriting_leaves_the_old_output_whole_until_the_commit(llama, whole, tmp_path):
     old = tmp_path / "old"
     other = write_single(tmp_path / "other")
@@ -103,6 +105,7 @@ def test_killed_overwriting_leaves_the_old_output_whole_until_the_commit(llama, 
     assert hit, "no run was hit before its commit"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_runs_say_how_to_go_on(llama, whole, tmp_path, number):
     out = tmp_path / "out put"

@@ -140,6 +140,7 @@ def test_models_with_code_of_their_own_load_as_quantized(
     assert shapes[0] == shapes[1]
 
 
+@pytest.mark.slow
 def test_code_is_run_when_it_is_trusted_and_nothing_is_asked(tmp_path: Path) -> None:
     source = remote(
         tmp_path / "source", "famq", head="s.output = nn.Linear(64, 96, bias=False)", out="output", **LINEAR

@@ -63,6 +63,7 @@ def run(code, parts=PARTS):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_layers_and_weights_are_promoted_in_place():
     pytest.importorskip("bitsandbytes")
     run(
@@ -93,6 +94,7 @@ def test_layers_and_weights_are_promoted_in_place():
     )
 
 
+@pytest.mark.slow
 def test_copies_and_pickles_stay_joint_and_name_no_joint_class():
     pytest.importorskip("bitsandbytes")
     run(
@@ -117,6 +119,7 @@ def test_copies_and_pickles_stay_joint_and_name_no_joint_class():
     )
 
 
+@pytest.mark.slow
 def test_pickles_of_joint_layers_are_read_without_bitsandbytes(tmp_path):
     pytest.importorskip("bitsandbytes")
     path = str(tmp_path / "layer.pkl")
@@ -139,6 +142,7 @@ def test_pickles_of_joint_layers_are_read_without_bitsandbytes(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_bitsandbytes_is_not_imported_but_awaited():
     pytest.importorskip("bitsandbytes")
     run(
@@ -156,6 +160,7 @@ def test_bitsandbytes_is_not_imported_but_awaited():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantized", [True, False])
 def test_a_parameter_of_bitsandbytes_is_adopted(quantized):
     pytest.importorskip("bitsandbytes")
@@ -249,6 +254,7 @@ PEFT = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kwargs", ["{}", "{'use_dora': True}", "{'init_lora_weights': 'olora'}"])
 @pytest.mark.parametrize("way", ["joint", "offered"])
 def test_adapters_through_pefts_own_4bit_layers(way, kwargs):

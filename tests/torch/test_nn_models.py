@@ -28,6 +28,7 @@ def tiny_llama():
     return model
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_training_step_of_a_compiled_llama():
     """No graph break, sizes that change, and the gradients of the eager step."""

@@ -27,6 +27,7 @@ SHAPES = [(64, 64), (7, 65), (1, 1), (32, 129)]
 # ---- opcheck ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_opcheck_quantize(quant_type, dtype):
@@ -71,6 +72,7 @@ def test_opcheck_rows(dtype):
         opcheck(ops.dequantize_rows.default, (*ops.quantize_rows(tensor), dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_opcheck_linear(dtype, nested):

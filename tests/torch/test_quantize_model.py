@@ -420,6 +420,7 @@ print(json.dumps([peak() - before, sum(2 * a * b for a, b in sizes)]))
 """
 
 
+@pytest.mark.slow
 def test_quantize_model_peak_is_the_4_bit_model_and_one_weight(tmp_path: Path) -> None:
     import json
 

@@ -118,6 +118,7 @@ def test_torch_internals_are_found():
     assert len(names) >= 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", private_names())
 def test_torch_internals_missing(name: str, usual: str):
     done = fresh.run(
