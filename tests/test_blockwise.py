@@ -164,7 +164,6 @@ def tensors(draw: st.DrawFn) -> tuple[np.ndarray, str]:
     return reference.from_float32(values.astype(np.float32), dtype), dtype
 
 
-@settings(deadline=None)
 @given(tensors(), st.sampled_from(["nf4", "fp4"]), st.sampled_from(BLOCK_SIZES))
 def test_4bit_is_the_reference(tensor: tuple[np.ndarray, str], quant_type: str, blocksize: int) -> None:
     values, dtype = tensor
@@ -179,7 +178,7 @@ def test_4bit_is_the_reference(tensor: tuple[np.ndarray, str], quant_type: str, 
         assert same_bits(out, reference.dequantize_4bit(packed, absmax, values.size, quant_type, blocksize, out_dtype))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(hnp.arrays(np.float32, st.integers(0, 600), elements=st.floats(width=32)), st.sampled_from((64, 256)))
 def test_8bit_is_the_reference(values: np.ndarray, blocksize: int) -> None:
     map_ = reference.dynamic_map()
@@ -193,7 +192,7 @@ def test_8bit_is_the_reference(values: np.ndarray, blocksize: int) -> None:
     assert same_bits(out, reference.dequantize_8bit(codes, absmax, map_, blocksize))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(1, 1500) | st.just(66_000), st.integers(0, 2**32), st.sampled_from([0.0, 1e-3, 1.0]))
 def test_nested_is_the_reference(n: int, seed: int, spread: float) -> None:
     absmax = (1 + spread * np.random.default_rng(seed).random(n)).astype(np.float32)
@@ -277,7 +276,7 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
     child = context.Process(target=_sum_in_child, args=(queue, values))
     child.start()
     try:
-        assert queue.get(timeout=60) == expected
+        assert queue.get(timeout=600) == expected
     finally:
         child.join(10)
         child.kill()

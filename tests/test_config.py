@@ -149,7 +149,7 @@ def test_config_positional_arguments():
     assert_same_config(BitsAndBytesConfig(*values), Theirs(*values))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.fixed_dictionaries(
         {},
@@ -192,7 +192,7 @@ def assert_same_state(ours, theirs, case):
     assert ours.is_quantizable() == theirs.is_quantizable(), case
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.sampled_from([{}, NF4, {"load_in_8bit": True}]), st.lists(STEPS, min_size=1, max_size=3))
 def test_config_update_and_assignment(base, steps):
     ours, theirs = BitsAndBytesConfig(**base), Theirs(**base)
@@ -210,7 +210,7 @@ def test_config_update_and_assignment(base, steps):
         assert_same_state(ours, theirs, step)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.sampled_from([{}, NF4, {"load_in_8bit": True}, {"load_in_8bit": 1}]), STEPS, st.booleans())
 def test_from_dict(base, extra, return_unused):
     ours, our_error = attempt(BitsAndBytesConfig.from_dict, dict(base), return_unused, **extra)

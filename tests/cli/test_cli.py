@@ -28,7 +28,7 @@ def test_start_imports_nothing_heavy(arguments):
         f"try:\n    main({arguments!r})\nexcept SystemExit as e:\n    assert e.code == 0, e.code\n"
         "print(sorted({m.partition('.')[0] for m in sys.modules}), file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=600)
     assert done.returncode == 0, done.stderr
     loaded = set(eval(done.stderr.strip().splitlines()[-1]))
     heavy = {"torch", "transformers", "numpy", "safetensors", "huggingface_hub", "asyncio", "email", "rich", "tempfile"}
@@ -46,7 +46,7 @@ def test_start_of_offline_tool_imports_neither_torch_nor_numpy(source, tmp_path)
         "heavy = {'torch', 'transformers', 'numpy', 'huggingface_hub', 'rich', 'argcomplete'}\n"
         "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=600)
     assert (done.returncode, done.stderr) == (0, "[]\n")
     assert "up_proj" in done.stdout
 
@@ -155,7 +155,7 @@ def test_errors_of_missing_compiled_module(arguments):
         "import sys\nsys.modules['halfbyte._native'] = None\nfrom halfbyte.cli.main import main\n"
         f"sys.exit(main({arguments!r}))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=600)
     assert (done.returncode, done.stdout) == (EXIT_SYSTEM, "")
     assert done.stderr.startswith("halfbyte: error: halfbyte's compiled module cannot be loaded")
     assert done.stderr.count("\n") == 1
@@ -187,7 +187,7 @@ def test_stdout_reader_that_goes_away(source):
 def test_stdout_on_a_full_disk(source):
     command = [sys.executable, "-m", "halfbyte", "quantize", str(source), "--plan"]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment(), timeout=60)
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment(), timeout=600)
     assert done.returncode == EXIT_SYSTEM
     assert done.stderr.startswith("halfbyte: error: standard output: ")
     assert done.stderr.count("\n") == 1
@@ -273,7 +273,7 @@ def test_progress_is_a_bar_on_a_terminal(source, tmp_path):
             stdout=subprocess.PIPE,
             stderr=theirs,
             env=environment(TERM="xterm", COLUMNS="60", PYTHONIOENCODING="utf-8"),
-            timeout=60,
+            timeout=600,
         )
         os.close(theirs)
         shown = os.read(ours, 65536).decode()

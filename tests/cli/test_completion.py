@@ -20,7 +20,7 @@ def test_completion_scripts_parse(shell, capsys, tmp_path):
         pytest.skip(f"{shell} is not installed")
     script = tmp_path / "script"
     script.write_text(text)
-    done = subprocess.run([shell, "-n", str(script)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([shell, "-n", str(script)], capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -47,7 +47,7 @@ def test_completion_in_bash(line, expected, tmp_path):
     )
     path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
     done = subprocess.run(
-        ["bash", "--norc", "-c", code], capture_output=True, text=True, env=environment(PATH=path), timeout=60
+        ["bash", "--norc", "-c", code], capture_output=True, text=True, env=environment(PATH=path), timeout=600
     )
     assert done.stderr == ""
     assert expected <= {word.strip() for word in done.stdout.split("\n")}

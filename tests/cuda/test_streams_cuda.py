@@ -79,7 +79,7 @@ assert torch.equal(y, F.matmul_4bit(x, packed, state)), "product"
 
 def run_python(code: str, **environment: str) -> None:
     env = {**os.environ, **environment}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -44,7 +44,7 @@ def test_a_disk_that_fills_up(llama, whole, tmp_path):
         with paused(lambda: bool(complete_shards(out)), process), hungry, open(disk / "hog", "wb", buffering=0) as hog:
             while hog.write(bytes(4096)):
                 pass
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=600)
         refused(subprocess.CompletedProcess([], process.returncode, stdout, stderr), 4, "No space left", out)
         finished = complete_shards(out)
         assert finished

@@ -45,7 +45,7 @@ def kill(process: subprocess.Popen[str], out: Path, shards: int, moment: float) 
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(moment)
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     return process.returncode == -signal.SIGKILL
 
 
@@ -114,7 +114,7 @@ def test_stopped_runs_say_how_to_go_on(llama, whole, tmp_path, number):
         process = start("quantize", llama, out, "--threads", "1", "--max-shard-size", "700KB", "-q")
         with paused(lambda: len(complete_shards(out)) >= 2, process):
             process.send_signal(number)
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=600)
         if (out / STAGE).exists():
             break
         assert contents(out) == whole
@@ -147,7 +147,7 @@ def test_two_runs_at_once(llama, whole, tmp_path):
         assert first.poll() is None
         for more in ([], ["--resume"], ["--overwrite"]):
             refused(run(*arguments, *more), 2, out, "another halfbyte process")
-    assert first.communicate(timeout=60) == ("", "")
+    assert first.communicate(timeout=600) == ("", "")
     assert first.returncode == 0
     assert contents(out) == whole
 
@@ -155,7 +155,7 @@ def test_two_runs_at_once(llama, whole, tmp_path):
 def test_many_that_start_together_leave_one_output(single, tmp_path):
     out = tmp_path / "out"
     processes = [start("quantize", single, out, "-q") for _ in range(6)]
-    ends = [(p.communicate(timeout=60), p.returncode) for p in processes]
+    ends = [(p.communicate(timeout=600), p.returncode) for p in processes]
     assert [code for _, code in ends].count(0) == 1, ends
     for (_, stderr), code in ends:
         if code:
@@ -168,7 +168,7 @@ def change_while_reading(source: Path, out: Path, change: Callable[[], None]) ->
     process = start("quantize", source, out, "--threads", "1", "--max-shard-size", "700KB", "-q")
     with paused(lambda: bool(complete_shards(out)), process):
         change()
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=600)
     return subprocess.CompletedProcess([], process.returncode, stdout, stderr)
 
 

@@ -146,7 +146,7 @@ def test_code_is_run_when_it_is_trusted_and_nothing_is_asked(tmp_path: Path) -> 
         tmp_path / "source", "famq", head="s.output = nn.Linear(64, 96, bias=False)", out="output", **LINEAR
     )
     command = [sys.executable, "-m", "halfbyte", "quantize", source, tmp_path / "out", "--selection", "transformers"]
-    done = subprocess.run(command, capture_output=True, text=True, input="y\n", timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, input="y\n", timeout=600)
     assert (done.returncode, done.stdout) == (2, "")
     assert "--trust-remote-code" in done.stderr.splitlines()[-1]
     with pytest.raises(RemoteCodeError, match="auto_map"):

@@ -46,7 +46,7 @@ def environment(**more: str) -> dict[str, str]:
 def run(*arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, without a terminal."""
     command = [sys.executable, "-m", "halfbyte", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment(**more), timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, env=environment(**more), timeout=600)
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -90,7 +90,7 @@ def environment() -> dict[str, str]:
 
 
 def run(*arguments: object, **more: Any) -> subprocess.CompletedProcess[str]:
-    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 60, "env": environment()}
+    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 600, "env": environment()}
     return subprocess.run(command(*arguments), **{**options, **more})
 
 
@@ -150,7 +150,7 @@ def complete_shards(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def wait_for(what: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 600
     while not what() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
 

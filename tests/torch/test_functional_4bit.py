@@ -96,7 +96,7 @@ def tensors(draw):
     return base[:n].view(shape)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(tensors(), st.sampled_from(["nf4", "fp4"]), st.sampled_from(BLOCK_SIZES[:4]), st.booleans())
 def test_bits_are_the_references(tensor, quant_type, blocksize, nested):
     expected = ref.quantize_4bit(tensor, quant_type, blocksize, nested and tensor.numel() > 0)

@@ -81,7 +81,7 @@ def test_bad_input_is_refused(call, error, message):
         call()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_fuzzed_views_never_leave_their_memory(data):
     """Any view of the right or the wrong size: the reference's result, or a Python error."""

@@ -57,7 +57,7 @@ offer("bitsandbytes", nn=nn, functional=halfbyte.functional, __version__="0.50.2
 def run(code, parts=PARTS):
     """Run code in a process of its own: what is imported first matters, and classes are joined once."""
     done = subprocess.run(
-        [sys.executable, "-c", parts + textwrap.dedent(code)], capture_output=True, text=True, timeout=400
+        [sys.executable, "-c", parts + textwrap.dedent(code)], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

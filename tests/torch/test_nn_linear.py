@@ -60,7 +60,7 @@ def test_blocksize_is_checked():
             kind(48, 96, blocksize=63)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_any_shape_and_stride(data):
     n, k = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 70))
