@@ -305,7 +305,7 @@ def test_quantize_model_layers_that_cannot_be_converted_are_named_before_anythin
         ({"config": NF4, "rules": ["(=keep"]}, "regular expression"),
         ({"config": NF4, "rules": ["1=int4"]}, "int4"),
         ({"config": NF4, "rules": [r"\.bias$=nf4"]}, r"0.bias (not the weight"),
-        ({"config": NF4, "skip": ["("]}, "skip is"),
+        ({"config": NF4, "skip": ["("]}, "skip must be"),
         ({"config": NF4, "skip": "0"}, "list of module names"),
         ({"config": NF4, "skip": ["0", "2"]}, "0 stays (skip list (0))"),
         ({"config": NF4, "rules": [".=keep"]}, "no linear layer to quantize"),
