@@ -7,6 +7,7 @@ import inspect
 import itertools
 import json
 import logging
+import math
 import pickle
 import re
 
@@ -407,6 +408,8 @@ def test_coerce():
         (Theirs(**{**NF4, "bnb_4bit_quant_type": "NF4"}), ValueError, "bnb_4bit_quant_type.*'nf4', got 'NF4'"),
         (BitsAndBytesConfig(**NF4, bnb_4bit_quant_storage=torch.int64), ValueError, "storage.*'uint8'.*got 'int64'"),
         ({**NF4, "bnb_4bit_quant_storage": torch.int64}, ValueError, "storage.*'uint8'.*got 'int64'"),
+        ({"load_in_8bit": True, "llm_int8_threshold": -0.5}, ValueError, "llm_int8_threshold.*at least 0.0.*got -0.5"),
+        ({"load_in_8bit": True, "llm_int8_threshold": math.nan}, ValueError, "llm_int8_threshold.*got nan"),
         ({**NF4, "bnb_4bit_compute_dtype": "bf16"}, ValueError, "bnb_4bit_compute_dtype.*got 'bf16'"),
     ],
 )

@@ -55,8 +55,8 @@ def test_model_config_holds_ours():
 
 
 MODEL = """
-import filecmp, json, sys  # noqa: E402
-from pathlib import Path  # noqa: E402
+import filecmp, json, sys
+from pathlib import Path
 
 order, folder = sys.argv[1], Path(sys.argv[2])
 CASES = {
@@ -92,8 +92,9 @@ for name, case in CASES.items():
         model = load(folder / "plain", quantization_config=config)
         assert type(model.config.quantization_config) is type(config)
         model.save_pretrained(saved[side])
-    # bitsandbytes' CPU code has other fp4 thresholds than its CUDA code, whose bytes halfbyte makes everywhere.
-    for file in () if name == "fp4" else ("config.json", "model.safetensors"):
+    # bitsandbytes' CPU code has other fp4 thresholds than its CUDA code, whose bytes halfbyte makes everywhere, and
+    # rounds a few codes of int8 the other way.
+    for file in {"fp4": (), "int8": ("config.json",)}.get(name, ("config.json", "model.safetensors")):
         assert filecmp.cmp(saved["ours"] / file, saved["theirs"] / file, shallow=False), (name, file)
     written = json.loads((saved["ours"] / "config.json").read_text())["quantization_config"]
     assert ours[name].to_dict() == transformers.BitsAndBytesConfig(**case).to_dict()
@@ -108,7 +109,7 @@ for name, case in CASES.items():
     torch.testing.assert_close(again, logits, rtol=0.1, atol=0.05)
     served = load(saved["ours"], quantization_config=ours[name])
     layer = served.model.layers[0].mlp.up_proj
-    assert type(layer).__module__.startswith("bitsandbytes" if name == "int8" else "halfbyte"), type(layer)
+    assert type(layer).__module__.startswith("halfbyte"), type(layer)
     torch.testing.assert_close(served(tokens).logits, logits, rtol=0.1, atol=0.05)
 print("compared", *CASES)
 """
