@@ -3,9 +3,9 @@
     python benches/linear8_cpu.py [--rows 1 16 128 512] [--threads 2] [--seconds 2] [--only products]
 
 Products: `[rows, in] x [out, in]` for the two shapes of an 8-billion-parameter Llama that take most of its time, with
-bfloat16 inputs: with threshold 0, and with threshold 6 where 1 % of the input's columns have outliers. "forward" runs in
-inference mode, "backward" is the gradient to the input alone, after a forward pass that is not timed. The dense layers
-are bfloat16 and float32, the latter with float32 inputs.
+bfloat16 inputs: with threshold 0, and with threshold 6 where 1 % of the input's columns have outliers. "forward" runs
+in inference mode, "backward" is the gradient to the input alone, after a forward pass that is not timed. The dense
+layers are bfloat16 and float32, the latter with float32 inputs.
 
 Every contender rotates through several layers of each shape, at least 256 MiB together, so that no weight is in a cache
 when it is used. Calls of the contenders alternate, so that other load on the machine affects all of them. The best call
