@@ -1,8 +1,9 @@
-"""What several test files share: no test asks a model hub, and checkpoints are made once for the whole session."""
+"""What several test files share: no hub is asked, a busy machine fails no test, and checkpoints are made once."""
 
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,6 +15,13 @@ if TYPE_CHECKING:
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+if find_spec("hypothesis"):
+    from hypothesis import HealthCheck, settings
+
+    # Both ask how long an example takes, which another process decides.
+    settings.register_profile("halfbyte", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("halfbyte")
 
 
 @pytest.fixture(scope="session")

@@ -401,7 +401,7 @@ def test_arrays_need_numpy_and_safetensors_alone() -> None:
     paths = [str(Path(halfbyte.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(
-        [sys.executable, "-c", ALONE, str(BLOCKWISE)], capture_output=True, text=True, env=environment, timeout=120
+        [sys.executable, "-c", ALONE, str(BLOCKWISE)], capture_output=True, text=True, env=environment, timeout=600
     )
     assert done.stdout == "done\n", done.stderr
 
@@ -410,5 +410,5 @@ def test_import_of_arrays_loads_neither_torch_nor_transformers() -> None:
     code = "import sys, halfbyte.arrays\nprint(sorted({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
     paths = [str(Path(halfbyte.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=600)
     assert done.stdout == "[]\n", done.stderr

@@ -164,7 +164,6 @@ def tensors(draw: st.DrawFn) -> tuple[np.ndarray, str]:
     return reference.from_float32(values.astype(np.float32), dtype), dtype
 
 
-@settings(deadline=None)
 @given(tensors(), st.sampled_from(["nf4", "fp4"]), st.sampled_from(BLOCK_SIZES))
 def test_4bit_is_the_reference(tensor: tuple[np.ndarray, str], quant_type: str, blocksize: int) -> None:
     values, dtype = tensor
@@ -179,7 +178,7 @@ def test_4bit_is_the_reference(tensor: tuple[np.ndarray, str], quant_type: str, 
         assert same_bits(out, reference.dequantize_4bit(packed, absmax, values.size, quant_type, blocksize, out_dtype))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(hnp.arrays(np.float32, st.integers(0, 600), elements=st.floats(width=32)), st.sampled_from((64, 256)))
 def test_8bit_is_the_reference(values: np.ndarray, blocksize: int) -> None:
     map_ = reference.dynamic_map()
@@ -193,7 +192,7 @@ def test_8bit_is_the_reference(values: np.ndarray, blocksize: int) -> None:
     assert same_bits(out, reference.dequantize_8bit(codes, absmax, map_, blocksize))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(1, 1500) | st.just(66_000), st.integers(0, 2**32), st.sampled_from([0.0, 1e-3, 1.0]))
 def test_nested_is_the_reference(n: int, seed: int, spread: float) -> None:
     absmax = (1 + spread * np.random.default_rng(seed).random(n)).astype(np.float32)
@@ -244,7 +243,7 @@ def test_threads_do_not_change_a_byte() -> None:
 
 @pytest.mark.parametrize("threads", [0, 4097])
 def test_threads_in_reason(threads: int) -> None:
-    with pytest.raises(ValueError, match=rf"threads is {threads}: expected 1 to 4096"):
+    with pytest.raises(ValueError, match=rf"threads must be from 1 to 4096, got {threads}"):
         _native.set_threads(threads)
 
 
@@ -277,7 +276,7 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
     child = context.Process(target=_sum_in_child, args=(queue, values))
     child.start()
     try:
-        assert queue.get(timeout=60) == expected
+        assert queue.get(timeout=600) == expected
     finally:
         child.join(10)
         child.kill()
@@ -314,7 +313,7 @@ def test_simd_is_forced_by_the_environment() -> None:
 def test_simd_that_is_unknown_is_an_error() -> None:
     result = run_with_simd("sse9")
     assert result.returncode != 0
-    assert 'ValueError: HALFBYTE_SIMD is "sse9": expected one that this machine has: "scalar"' in result.stderr
+    assert 'ValueError: HALFBYTE_SIMD must be one that this machine has ("scalar"' in result.stderr
 
 
 GOOD = (np.ones(65, np.float32), np.empty(33, np.uint8), np.empty(2, np.float32))
@@ -330,23 +329,29 @@ def arguments(**changes: Any) -> list[Any]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"quant_type": "int4"}, r'quant_type is "int4": expected "nf4" or "fp4"'),
-        ({"blocksize": 48}, r"blocksize is 48: expected one of \[32, 64"),
-        ({"input": (64, 65, "float64")}, r'input is of dtype "float64": expected one of \["uint8", '),
-        ({"input": (64, 65, "uint8")}, r'input is of dtype "uint8": expected one of \["float16", '),
-        ({"packed": (64, 33, "float32")}, r'packed is of dtype "float32": expected one of \["uint8"\]'),
-        ({"input": (0, 65, "float32")}, r"input is at the null address: expected memory of 65 elements"),
-        ({"input": (66, 65, "float32")}, r"input is at address 0x42: expected an address that is a multiple of 4"),
+        ({"quant_type": "int4"}, r'quant_type must be "nf4" or "fp4", got "int4"'),
+        ({"blocksize": 48}, r"blocksize must be one of \[32, 64.*, got 48"),
+        ({"input": (64, 65, "float64")}, r"input must be of dtype uint8.*, got float64"),
+        ({"input": (64, 65, "uint8")}, r"input must be of dtype float16.*, got uint8"),
+        ({"packed": (64, 33, "float32")}, r"packed must be of dtype uint8.*, got float32"),
+        ({"input": (0, 65, "float32")}, r"input must be memory of 65 elements, got the null address"),
+        ({"input": (66, 65, "float32")}, r"input must be at an address that is a multiple of 4 \(float32\), got 0x42"),
         (
             {"input": (64, 2**62, "float32")},
-            r"input is 4611686018427387904 elements from 0x40 on: expected memory within",
+            r"input must be memory within the address space, got 4611686018427387904 elements from 0x40 on",
         ),
         (
             {"packed": (2**64 - 8, 33, "uint8")},
-            r"packed is 33 elements from 0xfffffffffffffff8 on: expected memory within",
+            r"packed must be memory within the address space, got 33 elements from 0xfffffffffffffff8 on",
         ),
-        ({"packed": (64, 33, "uint8"), "input": (64, 65, "float32")}, r"packed is in the memory of input: expected"),
-        ({"packed": (64, 33, "uint8"), "absmax": (96, 2, "float32")}, r"absmax is in the memory of packed: expected"),
+        (
+            {"packed": (64, 33, "uint8"), "input": (64, 65, "float32")},
+            r"packed must be memory of its own, got the memory of input",
+        ),
+        (
+            {"packed": (64, 33, "uint8"), "absmax": (96, 2, "float32")},
+            r"absmax must be memory of its own, got the memory of packed",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(changes: dict[str, Any], message: str) -> None:
@@ -356,14 +361,14 @@ def test_wrong_arguments_are_named(changes: dict[str, Any], message: str) -> Non
 
 def test_wrong_lengths_are_named() -> None:
     short = np.empty(32, np.uint8)
-    with pytest.raises(ValueError, match=r"packed is 32 elements long: expected 33 elements"):
+    with pytest.raises(ValueError, match=r"packed must be 33 elements long.*, got 32"):
         _native.quantize_4bit(*arguments(packed=raw(short)))
     one = np.empty(1, np.float32)
-    with pytest.raises(ValueError, match=r"absmax is 1 elements long: expected 2 elements"):
+    with pytest.raises(ValueError, match=r"absmax must be 2 elements long.*, got 1"):
         _native.quantize_4bit(*arguments(absmax=raw(one)))
-    with pytest.raises(ValueError, match=r"map is 1 elements long: expected 256 elements"):
+    with pytest.raises(ValueError, match=r"map must be 256 elements long.*, got 1"):
         quantize_8bit(np.ones(3, np.float32), one, 64)
-    with pytest.raises(ValueError, match=r"map is .* expected 256 finite values in ascending order"):
+    with pytest.raises(ValueError, match=r"map must be 256 finite values in ascending order, got "):
         quantize_8bit(np.ones(3, np.float32), reference.dynamic_map()[::-1].copy(), 64)
 
 

@@ -207,6 +207,7 @@ def test_pages_are_all_run() -> None:
     assert all("```" in (ROOT / page).read_text(encoding="utf-8") for page in PAGES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", sorted(PAGES))
 def test_pages_run_from_top_to_bottom(page: str, tmp_path: Path) -> None:
     for package in ("transformers", "peft", "trl"):

@@ -42,6 +42,7 @@ def tensors(folder: Path) -> set[str]:
         return set(file.keys())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["4bit", "16bit"])
 def test_qlora_example_learns_saves_and_merges(model: Path, tmp_path: Path, target: str) -> None:
     pytest.importorskip("peft")
@@ -72,6 +73,7 @@ def test_qlora_example_learns_saves_and_merges(model: Path, tmp_path: Path, targ
     assert continued.stdout.startswith("the cat ")
 
 
+@pytest.mark.slow
 def test_qlora_example_refuses_a_folder_without_text(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     pytest.importorskip("trl")
@@ -81,6 +83,7 @@ def test_qlora_example_refuses_a_folder_without_text(model: Path, tmp_path: Path
     assert not (tmp_path / "output").exists()
 
 
+@pytest.mark.slow
 def test_generate_example_says_the_same_when_compiled(model: Path, tmp_path: Path) -> None:
     compiled = tmp_path / "inductor"
     plain = run("generate.py", model, "the cat", "--tokens", 6, TORCHINDUCTOR_CACHE_DIR=str(compiled))

@@ -88,7 +88,7 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
     """Run code in a fresh interpreter that finds halfbyte where this one does."""
     paths = [str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=600)
 
 
 def test_config_works_where_the_others_are_absent():

@@ -129,3 +129,25 @@ def test_private_names_of_torch_are_in_one_module():
                 found.append(f"{name}:{node.lineno}: {dotted}")
     assert [entry for entry in found if not entry.startswith("ops._torch_internals:")] == []
     assert found, "the search finds those of ops._torch_internals"
+
+
+def test_tests_import_from_their_folder_or_from_support():
+    """Modules of another folder's tests are there only when that folder happens to be collected too."""
+    root = Path(__file__).parent
+    shared = {path.stem for path in [*root.glob("*.py"), *(root / "support").glob("*.py")]}
+    homes: dict[str, set[Path]] = {}
+    for path in root.rglob("*.py"):
+        homes.setdefault(path.stem, set()).add(path.parent)
+    found = []
+    for path in root.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names = [node.module]
+            else:
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            found += [
+                f"{path.relative_to(root)}:{node.lineno}: {name}"
+                for name in names
+                if name in homes and name not in shared and path.parent not in homes[name]
+            ]
+    assert found == []

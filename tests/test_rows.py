@@ -94,17 +94,17 @@ def test_any_number_of_threads() -> None:
 def test_wrong_arguments() -> None:
     matrix, codes, scales = np.ones((2, 3), np.float32), np.ones((2, 3), np.int8), np.ones(2, np.float32)
     call = _native.quantize_rows
-    with pytest.raises(ValueError, match=r"codes is 5 elements long: expected 6 elements \(rows x columns\)"):
+    with pytest.raises(ValueError, match=r"codes must be 6 elements long \(rows x columns\), got 5"):
         call(raw(matrix), raw(codes.reshape(-1)[:5]), raw(scales), 2, 3)
-    with pytest.raises(ValueError, match=r"input is 6 elements long: expected 9 elements"):
+    with pytest.raises(ValueError, match=r"input must be 9 elements long.*, got 6"):
         call(raw(matrix), raw(codes), raw(scales), 3, 3)
-    with pytest.raises(ValueError, match=r"scales is 2 elements long: expected 3 elements \(one scale per row\)"):
+    with pytest.raises(ValueError, match=r"scales must be 3 elements long \(one scale per row\), got 2"):
         call(raw(matrix), raw(codes), raw(scales), 3, 2)
-    with pytest.raises(ValueError, match='codes is of dtype "uint8": expected one of'):
+    with pytest.raises(ValueError, match=r"codes must be of dtype .*, got uint8"):
         call(raw(matrix), raw(codes, "uint8"), raw(scales), 2, 3)
-    with pytest.raises(ValueError, match='input is of dtype "int8": expected one of'):
+    with pytest.raises(ValueError, match=r"input must be of dtype .*, got int8"):
         call(raw(codes), raw(codes), raw(scales), 2, 3)
-    with pytest.raises(ValueError, match="scales is in the memory of input"):
+    with pytest.raises(ValueError, match="scales must be memory of its own, got the memory of input"):
         call(raw(matrix), raw(codes), (matrix.ctypes.data, 2, "float32"), 2, 3)
-    with pytest.raises(ValueError, match="out is in the memory of codes"):
+    with pytest.raises(ValueError, match="out must be memory of its own, got the memory of codes"):
         _native.dequantize_rows(raw(codes), raw(scales), (codes.ctypes.data // 4 * 4, 1, "float32"), 2, 3)

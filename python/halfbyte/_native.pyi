@@ -448,7 +448,8 @@ def cuda_matmul_4bit(
 
     "decode_..." are the fast kernels: float16 and bfloat16, k a multiple of 64, blocksize >= 64, x and packed aligned
     to 16 bytes, compute capability 8.0; launched for 16 or 32 rows of x each. "product_..." take everything, slowly.
-    `kernel` insists on "small_m_sm90", "small_m_sm80", "tile_sm90a" or "simt"; ValueError when that one does not take the arguments.
+    `kernel` insists on "small_m_sm90", "small_m_sm80", "tile_sm90a" or "simt"; ValueError when that one does not take
+    the arguments.
     """
 
 class CheckpointError(ValueError):
@@ -678,7 +679,7 @@ def int8_scaled_mm(
     out: _Buffer,
     threads: int,
 ) -> None:
-    """`int8_matmul` of the shape [m, n, k], scaled to what the codes stand for, plus bias; `a` and `b` are addresses."""
+    """`int8_matmul` of the shape [m, n, k], scaled to what codes stand for, plus bias; `a` and `b` are addresses."""
 
 def int8_path() -> str:
     """The instructions that products of 8-bit codes use: "scalar", "avx2", "avx512", "vnni" or "amx"."""

@@ -196,12 +196,12 @@ def dequantize_4bit(
     elif not isinstance(quant_state, QuantState):
         raise TypeError(f"quant_state must be a QuantState from quantize_4bit, got {type(quant_state).__name__}")
     check_tensor("A", A)
-    shape, *_ = quant_state.weight()
     dtype = quant_state.dtype
     if dtype is None:
         raise ValueError("quant_state.dtype must be the dtype to dequantize to, got None")
     check_float("quant_state.dtype", dtype)
     weight = _packed_weight(A, quant_state)
+    shape = weight.packing.shape
     if out is None:
         result: Tensor = dispatch.call("dequantize_4bit", weight, dtype)
     else:
@@ -213,7 +213,8 @@ def dequantize_4bit(
             result = direct.dequantize_4bit(dispatch.plain_weight(weight), dtype, out)
             _tell_autograd(out)
     # Codes that come transposed are those of a weight that is wanted transposed.
-    transposed = A.dim() == 2 and A.shape[0] == 1 and A.shape[1] > 1 and len(shape) == 2
+    sizes = A.shape
+    transposed = len(sizes) == 2 and sizes[0] == 1 and sizes[1] > 1 and len(shape) == 2
     return result.t() if transposed else result
 
 

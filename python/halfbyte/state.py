@@ -19,7 +19,7 @@ from halfbyte.geometry import NESTED_BLOCKSIZE, QUANT_TYPES
 from halfbyte.geometry import PACKED_KEYS as PACKED_KEYS
 from halfbyte.geometry import TENSOR_KEYS as TENSOR_KEYS
 from halfbyte.ops.checks import FLOAT_DTYPES, check_blocksize, check_quant_type
-from halfbyte.ops.packed import Memo, PackedWeight, Packing, Scalars
+from halfbyte.ops.packed import Memo, PackedWeight, Packing, Scalars, packed_pair
 
 _SCALAR_KEYS = (
     "quant_type",
@@ -31,6 +31,7 @@ _SCALAR_KEYS = (
     "nested_offset",
 )
 _CONVERTED = (torch.float16, torch.bfloat16, torch.float64)
+_is_compiling = torch.compiler.is_compiling
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 
 
@@ -152,7 +153,7 @@ class QuantState:
 
     def packed(self, codes: Tensor) -> PackedWeight:
         """The codes of a 4-bit weight and this state as one value, as the operations take them."""
-        if torch.compiler.is_compiling():
+        if _is_compiling():
             # Graphs are not to depend on what is remembered here.
             return PackedWeight(codes, Packing(*self.scales(), *self.weight()))
         known: Packing | None = self.__dict__.get("_packing")
@@ -163,7 +164,7 @@ class QuantState:
             else (known.absmax2 is not second.absmax or second.blocksize != NESTED_BLOCKSIZE)
         ):
             known = self.__dict__["_packing"] = Packing(*self.scales(), *self.weight(), Memo())
-        return PackedWeight(codes, known)
+        return packed_pair((codes, known))
 
     # ---- devices -----------------------------------------------------------------------------------------------------
 

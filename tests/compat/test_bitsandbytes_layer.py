@@ -49,6 +49,7 @@ def test_compat_imports_nothing_heavy() -> None:
     passes("import halfbyte.compat, sys; assert not {'torch', 'importlib.metadata', 'bitsandbytes'} & set(sys.modules)")
 
 
+@pytest.mark.slow
 def test_offer_where_absent() -> None:
     passes(
         HIDE + "import halfbyte.compat as c\nassert not c.served() and c.offer() and c.offer() and c.served()\n"
@@ -57,6 +58,7 @@ def test_offer_where_absent() -> None:
     )
 
 
+@pytest.mark.slow
 def test_offer_where_a_finder_forbids_the_name() -> None:
     # As programs do to find out what happens without bitsandbytes; transformers imports it for any 4-bit model.
     passes(
@@ -94,14 +96,17 @@ def test_install_refuses_once_the_real_one_is_loaded(tmp_path: Path) -> None:
     assert "must not be imported before halfbyte stands in for it, got bitsandbytes theirs" in done.stderr
 
 
+@pytest.mark.slow
 def test_install_by_import() -> None:
     passes("import halfbyte.compat.bitsandbytes as b, bitsandbytes\nassert b is bitsandbytes\n" + ASK)
 
 
+@pytest.mark.slow
 def test_install_reaches_a_subprocess() -> None:
     passes(INSTALL + f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {ASK!r}], check=True)")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
 def test_install_reaches_multiprocessing(method: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
@@ -219,6 +224,7 @@ def test_ops_equal_the_functions() -> None:
     )
 
 
+@pytest.mark.slow
 def test_run_script(tmp_path: Path) -> None:
     (tmp_path / "beside.py").write_text("")
     script = tmp_path / "script.py"

@@ -91,6 +91,7 @@ def listed(layer: bool) -> dict[str, dict[str, Any]]:
     return {name.removeprefix("."): names for name, names in found.items()}
 
 
+@pytest.mark.slow
 def test_names_of_every_module_are_served() -> None:
     real, ours = listed(False), listed(True)
     assert set(real) - set(ours) == {"backends"}  # kernels of bitsandbytes' own, device by device
@@ -116,6 +117,7 @@ def signatures(module: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return {n: real[n].get("parameters") for n in both}, {n: ours[n].get("parameters") for n in both}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module",
     ["optim", "optim.optimizer", "functional", "utils", "nn", "nn.parametrize", "autograd._functions", "cuda_specs"],

@@ -140,15 +140,23 @@ def test_c_function_says_what_is_wrong(lib: ct.CDLL) -> None:
 
     some = pointer(np.zeros(64, np.uint8))
     assert error("cdequantize_blockwise_fp32_nf4", None, None, some, some, 64, 8, None).startswith(
-        "A is at the null address: expected memory of 4 elements"
+        "A must be memory of 4 elements, got the null address"
     )
-    assert error("cdequantize_blockwise_fp32_nf4", None, some, some, some, 65, 8, None).startswith("blocksize is 65")
-    assert error("cdequantize_blockwise_fp32_nf4", None, some, some, some, 64, -1, None).startswith("n is -1")
-    assert "code is at the null address" in error("cdequantize_blockwise_fp32", None, some, some, None, 64, 0, None)
+    assert error("cdequantize_blockwise_fp32_nf4", None, some, some, some, 65, 8, None).endswith(", got 65")
+    assert error("cdequantize_blockwise_fp32_nf4", None, some, some, some, 64, -1, None).startswith(
+        "n must be 0 or more, got -1"
+    )
+    assert "code must be memory of 256 elements, got the null address" in error(
+        "cdequantize_blockwise_fp32", None, some, some, None, 64, 0, None
+    )
     a, out = np.zeros(256, np.float32), np.zeros(256, np.float32)
     product = (pointer(a), pointer(out[64:]), pointer(a[64:]), pointer(a[128:]), pointer(out))
-    assert "n is 2" in error("cgemm_4bit_inference_naive_fp32", 4, 2, 64, *product, 4, 32, 4, 64, None)
-    assert "stride is 31" in error("cgemm_4bit_inference_naive_fp32", 4, 1, 64, *product, 4, 31, 4, 64, None)
+    assert "n must be 1 (the product is of one vector), got 2" in error(
+        "cgemm_4bit_inference_naive_fp32", 4, 2, 64, *product, 4, 32, 4, 64, None
+    )
+    assert "stride must be at least 32 (the bytes of a row of 64 codes), got 31" in error(
+        "cgemm_4bit_inference_naive_fp32", 4, 1, 64, *product, 4, 31, 4, 64, None
+    )
 
 
 LAYER = """
@@ -175,7 +183,7 @@ call(None, get_ptr(packed), get_ptr(scales), get_ptr(out), 64, out.numel(), Stre
 try:
     call(None, get_ptr(packed), get_ptr(scales), get_ptr(out), 63, out.numel(), None)
 except RuntimeError as error:
-    assert str(error).startswith("cdequantize_blockwise_fp16_nf4: blocksize is 63: expected"), error
+    assert str(error).startswith("cdequantize_blockwise_fp16_nf4: blocksize must be one of"), error
 else:
     raise AssertionError("accepted")
 """

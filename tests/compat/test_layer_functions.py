@@ -210,6 +210,7 @@ assert len(seen) == 1 and "Re-quantize from the weight" in str(seen[0].message)
 """)
 
 
+@pytest.mark.slow
 def test_report() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "halfbyte", "run", "-m", "bitsandbytes"], capture_output=True, text=True, check=False

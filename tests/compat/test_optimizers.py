@@ -70,6 +70,7 @@ def run(code: str, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 def test_optimizers_equal_the_real_ones(tmp_path: Path) -> None:
     run(RUN, str(tmp_path / "real.pt"))
@@ -108,6 +109,7 @@ assert limited == 8
 """
 
 
+@pytest.mark.slow
 def test_lamb_scales_its_update_down() -> None:
     run(INSTALL + LAMB)
 
@@ -140,5 +142,6 @@ with warnings.catch_warnings(record=True):
 """
 
 
+@pytest.mark.slow
 def test_optimizers_say_what_they_do_not_take() -> None:
     run(INSTALL + BAD)

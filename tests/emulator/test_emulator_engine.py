@@ -81,6 +81,7 @@ def outcome(way: str, kernel: str, mistake: str) -> str:
     return "" if np.array_equal(out[: wanted.size], wanted) else "wrong values"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [*WAYS, "portable"])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_nothing_is_found_in_what_is_right(kernel: str, way: str) -> None:

@@ -6,12 +6,13 @@ import itertools
 from dataclasses import replace
 
 import build_emulator
-import launches
+import launches_gemm
 import native
 import numpy as np
 import pytest
 from harness import Case, built, library, run_both_ways
-from launches import Product, Scales, Tile
+from launches import Scales
+from launches_gemm import Product, Tile
 
 TOKENS = (64, 96, 128, 192, 256)
 # Rows of x, N, K, the block size, and the parts of K: tails of each, one unit of K and several, the last one short.
@@ -36,7 +37,7 @@ def test_products(dtype: str, tokens: int) -> None:
     for i, (m, n, k, blocksize, parts) in enumerate(SHAPES):
         nested, bias = (i + tokens // 64) % 2 == 1, i % 3 != 0
         product = Product.random(m, n, k, dtype, ("nf4", "fp4")[i % 2], blocksize, nested, bias)
-        check = launches.tile_sm90a(source, product, Tile(tokens, parts))
+        check = launches_gemm.tile_sm90a(source, product, Tile(tokens, parts))
         check.against(run_both_ways(source, check.case))
 
 
@@ -48,7 +49,7 @@ def test_an_identity_gives_the_dequantized_weight(dtype: str, quant_type: str, n
     source = library("gemm_4bit_tile_sm90a")
     for i, (n, k, blocksize, parts) in enumerate([(129, 288, 32, 1), (64, 256, 64, 1), (40, 544, 128, 2)]):
         product = Product.identity(n, k, dtype, quant_type, blocksize, nested)
-        check = launches.tile_sm90a(source, product, Tile(TOKENS[(i + nested) % 5], parts), exact=True)
+        check = launches_gemm.tile_sm90a(source, product, Tile(TOKENS[(i + nested) % 5], parts), exact=True)
         check.against(run_both_ways(source, check.case))
 
 
@@ -57,14 +58,14 @@ def test_block_sizes_that_rows_end_inside_of(blocksize: int) -> None:
     source = library("gemm_4bit_tile_sm90a")
     for nested in (False, True):
         product = Product.identity(5, 288, "bf16", "nf4", blocksize, nested)
-        check = launches.tile_sm90a(source, product, Tile(256), exact=True)
+        check = launches_gemm.tile_sm90a(source, product, Tile(256), exact=True)
         check.against(run_both_ways(source, check.case))
 
 
 def test_scales_of_any_alignment() -> None:
     source = library("gemm_4bit_tile_sm90a")
     product = Product.random(9, 20, 512, "bf16", "nf4", 64)
-    aligned, shifted = (launches.tile_sm90a(source, product, Tile(64, scale_shift=shift)) for shift in (0, 4))
+    aligned, shifted = (launches_gemm.tile_sm90a(source, product, Tile(64, scale_shift=shift)) for shift in (0, 4))
     for check in (aligned, shifted):
         check.against(run_both_ways(source, check.case))
 
@@ -74,7 +75,7 @@ def test_what_is_not_there_is_not_written(tokens: int) -> None:
     """Neither rows of y beyond M nor columns beyond N: a run for part of the blocks leaves the others alone."""
     source = library("gemm_4bit_tile_sm90a")
     product = Product.random(tokens + 1, 140, 64, "f16", "fp4", 64, bias=True)
-    check = launches.tile_sm90a(source, product, Tile(tokens))
+    check = launches_gemm.tile_sm90a(source, product, Tile(tokens))
     (launch,), ((y, _),) = check.case.launches, check.wanted
     index = next(k for k, buffer in enumerate(check.case.buffers) if buffer is y)
     first = replace(launch, window=(0, 1))
@@ -94,7 +95,7 @@ def test_copies_and_matrix_units_read_what_is_there(highest_first: bool) -> None
         itertools.product(("bf16", "f16"), TOKENS), itertools.cycle((1, 2, 3)), strict=False
     ):
         product = Product.random(tokens // 2 + 1, 130, 768, dtype, "nf4", 64, nested=parts == 2)
-        check = launches.tile_sm90a(source, product, Tile(tokens, parts))
+        check = launches_gemm.tile_sm90a(source, product, Tile(tokens, parts))
         check.against(source.run(check.case, highest_first))
 
 
@@ -105,7 +106,7 @@ def test_a_scale_that_is_not_finite_stays_in_its_row() -> None:
     absmax = product.scales.absmax.copy()
     absmax[4 * 2], absmax[4 * 5 + 1] = np.nan, np.inf
     product = replace(product, scales=Scales.plain(absmax))
-    check = launches.tile_sm90a(source, product, Tile(128))
+    check = launches_gemm.tile_sm90a(source, product, Tile(128))
     found = run_both_ways(source, check.case)
     y = found[next(k for k, buffer in enumerate(check.case.buffers) if buffer is check.wanted[0][0])]
     values = native.to_float32(y, "bf16")

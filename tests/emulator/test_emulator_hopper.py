@@ -110,6 +110,7 @@ def outcome(way: str, kernel: Kernel) -> str:
     return "" if np.array_equal(found, kernel.expected) else WRONG
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_nothing_is_found_in_what_is_right(kernel: str, way: str) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-import launches
+import launches_gemm
 import pytest
 from harness import library, run_both_ways
-from launches import Product
+from launches_gemm import Product
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
@@ -19,7 +19,7 @@ def test_simt(dtype: str, quant_type: str) -> None:
     shapes = [(1, 1, 1), (1, 9, 31), (3, 7, 65), (2, 5, 100), (5, 3, 129), (1, 16, 512)]
     for k, (shape, blocksize) in enumerate(zip(shapes, itertools.cycle((32, 64, 4096)), strict=False)):
         product = Product.random(*shape, dtype, quant_type, blocksize, nested=k % 2 == 1, bias=k % 3 == 1)
-        check = launches.simt(source, product, shift=k % 4)
+        check = launches_gemm.simt(source, product, shift=k % 4)
         check.against(run_both_ways(source, check.case))
 
 
@@ -31,7 +31,7 @@ def test_gemv(dtype: str) -> None:
         (1, 1, 1, 32, 0), (9, 64, 32, 64, 0), (3, 300, 152, 64, 0), (2, 700, 352, 4096, 0), (5, 64, 32, 32, 1),
         (17, 99, 50, 128, 2), (8, 1030, 516, 256, 4),
     ):  # fmt: skip
-        check = launches.gemv(source, rows, k, stride, dtype, blocksize, shift)
+        check = launches_gemm.gemv(source, rows, k, stride, dtype, blocksize, shift)
         check.against(run_both_ways(source, check.case))
 
 
@@ -58,7 +58,7 @@ def small_products(m: int, n: int, k: int, blocksize: int) -> Iterator[Product]:
 def test_small_m_sm80(m: int, n: int, k: int, blocksize: int, plan: tuple[int, int, int]) -> None:
     source = library("gemm_4bit_small_m_sm80")
     for product in small_products(m, n, k, blocksize):
-        check = launches.small_m_sm80(source, product, *plan)
+        check = launches_gemm.small_m_sm80(source, product, *plan)
         check.against(run_both_ways(source, check.case))
 
 
@@ -86,23 +86,23 @@ SM90 = [
 @pytest.mark.parametrize("m", [1, 3, 8, 9, 16, 17, 32])
 def test_small_m_sm90(m: int, n: int, k: int, blocksize: int, plan: tuple[int, int, int]) -> None:
     rows, slots, per_pass = plan
-    source = library(launches.Ring(m, k, slots).family)
+    source = library(launches_gemm.Ring(m, k, slots).family)
     for i, product in enumerate(small_products(m, n, k, blocksize)):
-        check = launches.small_m_sm90(source, product, rows, slots, per_pass, sharing=(4, 1, 2, 8)[i])
+        check = launches_gemm.small_m_sm90(source, product, rows, slots, per_pass, sharing=(4, 1, 2, 8)[i])
         check.against(run_both_ways(source, check.case))
 
 
 def test_small_m_sm90_with_as_many_steps_as_a_large_weight_has() -> None:
     source = library("gemm_4bit_small_m_sm90_long")
     product = Product.random(3, 20, 8256, "bf16", "nf4", 64)
-    check = launches.small_m_sm90(source, product, 1760, 8, 1, sharing=8)
+    check = launches_gemm.small_m_sm90(source, product, 1760, 8, 1, sharing=8)
     check.against(run_both_ways(source, check.case))
 
 
 @pytest.mark.parametrize("k", [576, 1024, 9216])
 def test_small_m_sm90_takes_scales_of_any_alignment(k: int) -> None:
     for m in (5, 20):
-        source = library(launches.Ring(m, k, 4).family)
+        source = library(launches_gemm.Ring(m, k, 4).family)
         product = Product.random(m, 20, k, "bf16", "nf4", 64)
-        check = launches.small_m_sm90(source, product, 20, 4, 2, scale_shift=4)
+        check = launches_gemm.small_m_sm90(source, product, 20, 4, 2, scale_shift=4)
         check.against(run_both_ways(source, check.case))

@@ -10,12 +10,14 @@ from collections.abc import Iterator
 
 import build_emulator
 import launches
+import launches_gemm
 import native
 import numpy as np
 import pytest
 import values
 from harness import program
-from launches import Check, Described, Product, Scales
+from launches import Check, Described, Scales
+from launches_gemm import Product
 from native import QUANT_TYPES, STORED
 
 
@@ -69,14 +71,14 @@ def of_gemm_4bit_simt(source: Described) -> Iterator[Check]:
     for k, dtype in enumerate(STORED):
         for nested in (False, True):
             product = Product.random(3, 7, 65, dtype, QUANT_TYPES[k % 2], 32, nested=nested, bias=nested)
-            yield launches.simt(source, product, shift=1)
+            yield launches_gemm.simt(source, product, shift=1)
 
 
 def of_gemv_4bit(source: Described) -> Iterator[Check]:
     """Every kernel, by words with a rest and by single codes."""
     for dtype in STORED:
-        yield launches.gemv(source, 9, 300, 152, dtype, 64)
-        yield launches.gemv(source, 3, 65, 33, dtype, 32, shift=1)
+        yield launches_gemm.gemv(source, 9, 300, 152, dtype, 64)
+        yield launches_gemm.gemv(source, 3, 65, 33, dtype, 32, shift=1)
 
 
 def of_gemm_4bit_small_m_sm80(source: Described) -> Iterator[Check]:
@@ -86,7 +88,7 @@ def of_gemm_4bit_small_m_sm80(source: Described) -> Iterator[Check]:
             for m in (3, 11):
                 for k, plan in ((320, (21, 4, 1)), (1088, (37, 1, 3))):
                     product = Product.random(m, 37, k, dtype, "nf4", 64, nested=nested, bias=nested)
-                    yield launches.small_m_sm80(source, product, *plan)
+                    yield launches_gemm.small_m_sm80(source, product, *plan)
 
 
 def of_gemm_4bit_small_m_sm90(source: Described) -> Iterator[Check]:
@@ -96,7 +98,7 @@ def of_gemm_4bit_small_m_sm90(source: Described) -> Iterator[Check]:
             for m in (3, 11):
                 for k, plan in ((320, (21, 4, 1)), (1088 if m == 11 else 2112, (37, 4, 2)), (1024, (37, 8, 1))):
                     product = Product.random(m, 37, k, dtype, "nf4", 64, nested=nested, bias=nested)
-                    yield launches.small_m_sm90(source, product, *plan)
+                    yield launches_gemm.small_m_sm90(source, product, *plan)
 
 
 def of_gemm_4bit_small_m_sm90_long(source: Described) -> Iterator[Check]:
@@ -106,7 +108,7 @@ def of_gemm_4bit_small_m_sm90_long(source: Described) -> Iterator[Check]:
             for m in (3, 11, 21):
                 for k, slots, sharing in ((2560, 2, 2), (1600, 1, 1), (6208, 4, 4)):
                     product = Product.random(m, 37, k, dtype, "nf4", 64, nested=nested, bias=nested)
-                    yield launches.small_m_sm90(source, product, 37, slots, 0, sharing=sharing)
+                    yield launches_gemm.small_m_sm90(source, product, 37, slots, 0, sharing=sharing)
 
 
 def of_gemm_4bit_tile_sm90a(source: Described) -> Iterator[Check]:
@@ -116,17 +118,17 @@ def of_gemm_4bit_tile_sm90a(source: Described) -> Iterator[Check]:
         for (m, n, k, blocksize), tokens in zip(shapes, (64, 96, 128, 192, 256), strict=True):
             nested = (dtype == "bf16") == (tokens > 64)
             product = Product.random(m, n, k, dtype, "nf4", blocksize, nested=nested, bias=nested)
-            yield launches.tile_sm90a(source, product, launches.Tile(tokens, parts=2 if k > 512 else 1))
+            yield launches_gemm.tile_sm90a(source, product, launches_gemm.Tile(tokens, parts=2 if k > 512 else 1))
 
 
 def of_floor(source: Described) -> Iterator[Check]:
     """Shares of different sizes, and none; the one sum that is written."""
     words = np.random.default_rng(8).integers(0, 1 << 32, (2600, 4), np.uint32)
     for count, out_count, grid in ((2600, 3000, 3), (5, 2, 3), (1, 700, 1)):
-        yield launches.floor(source, words[:count], out_count, grid)
-    yield launches.floor_read(source, words, 2, 7)
+        yield launches_gemm.floor(source, words[:count], out_count, grid)
+    yield launches_gemm.floor_read(source, words, 2, 7)
     magic = np.array([[0, 0, 0x9E3779B9, 0]], np.uint32)
-    yield launches.floor_read(source, magic, 1, 0x9E3779B9)
+    yield launches_gemm.floor_read(source, magic, 1, 0x9E3779B9)
 
 
 def of_dequantize_absmax(source: Described) -> Iterator[Check]:
@@ -218,6 +220,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize(("mode", "highest_first"), [("asan", False), ("asan", True), ("tsan", False)])
 def test_no_sanitizer_complains(name: str, mode: str, highest_first: bool) -> None:
@@ -227,6 +230,7 @@ def test_no_sanitizer_complains(name: str, mode: str, highest_first: bool) -> No
         check.against(results)
 
 
+@pytest.mark.slow
 def test_every_kernel_is_run() -> None:
     for name, cases in FAMILIES.items():
         source = program(name, "asan")
@@ -234,12 +238,14 @@ def test_every_kernel_is_run() -> None:
         assert run == set(source.threads), name
 
 
+@pytest.mark.slow
 def test_every_source_is_here() -> None:
     found = {path for path in build_emulator.KERNELS.rglob("*.cu") if not path.is_relative_to(build_emulator.HERE)}
     assert found == set(build_emulator.kernel_sources())
     assert {path.stem for path in found} == set(FAMILIES)
 
 
+@pytest.mark.slow
 def test_what_is_compared_is_not_empty() -> None:
     """The comparison itself: one wrong bit is a difference, NaN for NaN is none."""
     ones = np.ones(4, np.float32)

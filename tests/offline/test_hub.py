@@ -9,10 +9,10 @@ from typing import Any
 
 import halfbyte
 import pytest
+from command_line import write_checkpoint
 from halfbyte.cli import main as cli
 from halfbyte.cli.exit_codes import EXIT_INPUT, EXIT_OK, EXIT_SYSTEM, EXIT_USAGE
 from halfbyte.offline.hub import Hub, resolve_source, resolve_sources
-from test_cli import write_checkpoint
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 

@@ -140,12 +140,13 @@ def test_models_with_code_of_their_own_load_as_quantized(
     assert shapes[0] == shapes[1]
 
 
+@pytest.mark.slow
 def test_code_is_run_when_it_is_trusted_and_nothing_is_asked(tmp_path: Path) -> None:
     source = remote(
         tmp_path / "source", "famq", head="s.output = nn.Linear(64, 96, bias=False)", out="output", **LINEAR
     )
     command = [sys.executable, "-m", "halfbyte", "quantize", source, tmp_path / "out", "--selection", "transformers"]
-    done = subprocess.run(command, capture_output=True, text=True, input="y\n", timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, input="y\n", timeout=600)
     assert (done.returncode, done.stdout) == (2, "")
     assert "--trust-remote-code" in done.stderr.splitlines()[-1]
     with pytest.raises(RemoteCodeError, match="auto_map"):
@@ -282,7 +283,7 @@ def test_a_value_that_float16_cannot_hold_is_refused(tmp_path: Path, capsys: pyt
         assert main(["quantize", str(source), str(tmp_path / "out"), "-q", *options]) == 3
         said = capsys.readouterr().err
         assert "model.norm.weight" in said
-        assert "too large for float16" in said
+        assert "must be a number that float16 holds, got " in said
         assert not (tmp_path / "out").exists()
     assert main(["quantize", str(source), str(tmp_path / "out"), "-q", "--dtype", "bfloat16"]) == 0
 

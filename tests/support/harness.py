@@ -228,7 +228,7 @@ class Program:
             check=False,
             env={**os.environ, **OPTIONS},
             preexec_fn=_fixed_addresses,
-            timeout=300,
+            timeout=600,
         )
         text = done.stderr.decode(errors="replace")
         if done.returncode == 1 and "runtime error" not in text:

@@ -57,12 +57,13 @@ offer("bitsandbytes", nn=nn, functional=halfbyte.functional, __version__="0.50.2
 def run(code, parts=PARTS):
     """Run code in a process of its own: what is imported first matters, and classes are joined once."""
     done = subprocess.run(
-        [sys.executable, "-c", parts + textwrap.dedent(code)], capture_output=True, text=True, timeout=400
+        [sys.executable, "-c", parts + textwrap.dedent(code)], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
+@pytest.mark.slow
 def test_layers_and_weights_are_promoted_in_place():
     pytest.importorskip("bitsandbytes")
     run(
@@ -93,6 +94,7 @@ def test_layers_and_weights_are_promoted_in_place():
     )
 
 
+@pytest.mark.slow
 def test_layers_of_8_bits_are_promoted_and_merged():
     pytest.importorskip("bitsandbytes")
     pytest.importorskip("peft")
@@ -142,6 +144,7 @@ def test_layers_of_8_bits_are_promoted_and_merged():
     )
 
 
+@pytest.mark.slow
 def test_copies_and_pickles_stay_joint_and_name_no_joint_class():
     pytest.importorskip("bitsandbytes")
     run(
@@ -166,6 +169,7 @@ def test_copies_and_pickles_stay_joint_and_name_no_joint_class():
     )
 
 
+@pytest.mark.slow
 def test_pickles_of_joint_layers_are_read_without_bitsandbytes(tmp_path):
     pytest.importorskip("bitsandbytes")
     path = str(tmp_path / "layer.pkl")
@@ -188,6 +192,7 @@ def test_pickles_of_joint_layers_are_read_without_bitsandbytes(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_bitsandbytes_is_not_imported_but_awaited():
     pytest.importorskip("bitsandbytes")
     run(
@@ -205,6 +210,7 @@ def test_bitsandbytes_is_not_imported_but_awaited():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantized", [True, False])
 def test_a_parameter_of_bitsandbytes_is_adopted(quantized):
     pytest.importorskip("bitsandbytes")
@@ -298,6 +304,7 @@ PEFT = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kwargs", ["{}", "{'use_dora': True}", "{'init_lora_weights': 'olora'}"])
 @pytest.mark.parametrize("way", ["joint", "offered"])
 def test_adapters_through_pefts_own_4bit_layers(way, kwargs):

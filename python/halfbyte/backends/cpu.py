@@ -67,11 +67,6 @@ def _raw(tensor: Tensor) -> Raw:
     return tensor.data_ptr(), tensor.numel(), _NAMES[tensor.dtype]
 
 
-def _raw_bytes(packed: Tensor, n: int) -> Raw:
-    """The bytes of `n` packed values, whatever dtype they are viewed as; padding is left out."""
-    return packed.data_ptr(), packed_bytes(n), "uint8"
-
-
 _threads = 0
 
 
@@ -151,7 +146,9 @@ def dequantize_4bit(weight: PackedWeight, dtype: torch.dtype, out: Tensor | None
     absmax = _plain_absmax(absmax, absmax2, offset)
     _follow_threads()
     n = result.numel()
-    _native.dequantize_4bit(_raw_bytes(packed, n), _raw(absmax), _raw(result), quant_type, blocksize)
+    # Whatever dtype the codes are viewed as; padding is left out.
+    codes, scales = (packed.data_ptr(), packed_bytes(n), "uint8"), (absmax.data_ptr(), absmax.numel(), "float32")
+    _native.dequantize_4bit(codes, scales, (result.data_ptr(), n, _NAMES[dtype]), quant_type, blocksize)
     return result if out is None or out is result else out.copy_(result)
 
 

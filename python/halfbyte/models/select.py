@@ -217,8 +217,8 @@ def _check_rules(use: Mapping[str, _RuleUse], notes: list[str]) -> None:
         elif (used.refused or used.beside) and not used.quantized:
             reached = (used.refused or used.beside)[0]
             raise ValueError(
-                f"rule is '{rule}', which reaches {reached}: expected a pattern for weights of linear layers "
-                f"of {names(FLOAT_DTYPES)}, neither tied nor kept in float32"
+                f"rule must be a pattern for weights of linear layers of {names(FLOAT_DTYPES)}, neither tied nor kept "
+                f"in float32, got '{rule}', which reaches {reached}"
             )
         elif used.refused:
             notes.append(

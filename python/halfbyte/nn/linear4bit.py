@@ -96,11 +96,12 @@ class Linear4bit(Quantized, torch.nn.Linear):
         # Looked up where parameters usually are: as attributes they take `torch.nn.Module` a while to find.
         weight: Any
         bias: Tensor | None
+        parameters = self._parameters
         try:
-            weight, bias = self._parameters["weight"], self._parameters["bias"]
+            weight, bias = parameters["weight"], parameters["bias"]
         except KeyError:
             weight, bias = self.weight, self.bias
-        state = self._state(weight)
+        state = getattr(weight, "quant_state", None) or self._state(weight)
         dtype = x.dtype
         compute = autocast_dtype(x) or self.compute_dtype or dtype
         if self._casts_bias and bias is not None:

@@ -2,7 +2,8 @@
 
 They ask in nanoseconds what public names ask in microseconds, or cannot ask: whether something listens to, traces or
 transforms the call that is being made. A release of torch without one of these questions is answered "yes", so that
-every call goes through torch's dispatcher, which is right and slower.
+every call goes through torch's dispatcher, which is right and slower. Each name is written in full, as `torch.….name`
+or `getattr(torch.…, "name", …)`: tests/torch/test_torch_internals.py finds them, and runs the operations without each.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ try:
     """The state of `torch.jit.trace`, or None."""
     forward_ad: Any = torch.autograd.forward_ad
     """Its `_current_level` is that of forward-mode derivatives, and negative outside of them."""
-    _ = dispatch_modes(), function_modes(), transforms(), tracing(), forward_ad._current_level
+    _ = dispatch_modes(), function_modes(), transforms(), tracing(), torch.autograd.forward_ad._current_level
 except (AttributeError, TypeError):
 
     def dispatch_modes() -> int:
@@ -50,20 +51,25 @@ except (AttributeError, TypeError):
         _current_level = -1
 
 
+try:
+    _functionalize = torch._C._functorch.TransformType.Functionalize
+    _interpreters: Callable[[], Any] = torch._C._functorch.get_interpreter_stack
+except AttributeError:
+
+    def _interpreters() -> Any:
+        """None known: `functionalize` then refuses what other transforms take."""
+        return ()
+
+
 def functionalizing() -> bool:
     """Whether `torch.func.functionalize` is among the active transforms."""
-    if transforms() is None:
-        return False
-    functorch = torch._C._functorch
-    return any(level.key() == functorch.TransformType.Functionalize for level in functorch.get_interpreter_stack())
+    return transforms() is not None and any(level.key() == _functionalize for level in _interpreters())
 
 
 try:
-    from torch.utils import _python_dispatch
-
-    disable_modes: Callable[[], Any] = _python_dispatch._disable_current_modes
+    disable_modes: Callable[[], Any] = torch.utils._python_dispatch._disable_current_modes
     """A context without modes of torch."""
-except (ImportError, AttributeError):
+except AttributeError:
 
     def disable_modes() -> Any:
         """Nothing: modes stay active."""
@@ -73,13 +79,37 @@ except (ImportError, AttributeError):
 any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 """Whether `torch.autocast` may be active, on whatever device."""
 
-DisableTorchFunctionSubclass: Any = torch._C.DisableTorchFunctionSubclass
-"""A context in which tensor subclasses are treated as plain tensors."""
+try:
+    DisableTorchFunctionSubclass: Any = torch._C.DisableTorchFunctionSubclass
+    """A context in which tensor subclasses are treated as plain tensors."""
+except AttributeError:
+    # Function modes hear nothing in it either.
+    DisableTorchFunctionSubclass = torch._C.DisableTorchFunction
 
-make_subclass: Callable[[type, Tensor, bool], Any] = torch.Tensor._make_subclass
+
+def _public_subclass(cls: type, data: Tensor, requires_grad: bool) -> Any:
+    return data.detach().as_subclass(cls).requires_grad_(requires_grad)
+
+
+make_subclass: Callable[[type, Tensor, bool], Any] = getattr(torch.Tensor, "_make_subclass", _public_subclass)
 """A tensor of a subclass, which shares memory with another."""
 
-parse_to: Callable[..., Any] = torch._C._nn._parse_to
+
+def _public_parse(*args: Any, **kwargs: Any) -> tuple[torch.device | None, torch.dtype | None, bool, Any]:
+    if args and isinstance(args[0], Tensor):
+        first: tuple[str, ...] = ("other",)
+    elif args and isinstance(args[0], torch.dtype):
+        first = ("dtype",)
+    else:
+        first = ("device", "dtype")
+    given = dict(zip((*first, "non_blocking", "copy"), args, strict=False)) | kwargs
+    like = given.get("other")
+    device, dtype = (given.get("device"), given.get("dtype")) if like is None else (like.device, like.dtype)
+    device = None if device is None else torch.device(device)
+    return device, dtype, bool(given.get("non_blocking", False)), given.get("memory_format")
+
+
+parse_to: Callable[..., Any] = getattr(torch._C._nn, "_parse_to", _public_parse)
 """The arguments of `.to(...)`: device, dtype, non_blocking, memory format."""
 
 
@@ -95,11 +125,3 @@ def _public_stream(device: int) -> int:
 
 current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _public_stream)
 """The handle of torch's current stream on a CUDA device."""
-
-
-def _no_rule(name: str, rule: Any) -> None:
-    """Torch before 2.5 has no batching rules of operations: `torch.func.vmap` over one of those says so."""
-
-
-register_vmap: Callable[[str, Any], Any] = getattr(torch.library, "register_vmap", _no_rule)
-"""Give an operation its batching rule."""

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import register_vmap
 
-from halfbyte.ops._torch_internals import any_autocast, register_vmap, transforms
+from halfbyte.ops._torch_internals import any_autocast, transforms
 from halfbyte.ops.checks import DTypeError, check_out
 from halfbyte.ops.dispatch import kernels_of, needs_op, plain_weight
 from halfbyte.ops.packed import PackedWeight, Packing, packed_weight
@@ -22,6 +23,7 @@ from halfbyte.ops.registry import flatten, unflatten
 from halfbyte.state import QuantState
 
 _ops = torch.ops.halfbyte
+_is_compiling = torch.compiler.is_compiling
 
 
 # ---- derivatives -----------------------------------------------------------------------------------------------------
@@ -330,7 +332,7 @@ def linear_4bit(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | Non
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype of products with `tensor` under `torch.autocast`, or None outside of it."""
-    if not torch.compiler.is_compiling() and not any_autocast():
+    if not _is_compiling() and not any_autocast():
         return None
     device = tensor.device.type
     if device != "meta" and torch.is_autocast_enabled(device):

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import register_vmap
 
 from halfbyte.backends.int8_torch import product as matmul
-from halfbyte.ops._torch_internals import register_vmap, transforms
+from halfbyte.ops._torch_internals import transforms
 from halfbyte.ops.autograd import _batch_first, _bias_gradient, _register_constant, _register_vmap_each, _vmap_each
 from halfbyte.ops.dispatch import kernels, needs_op, plain
 

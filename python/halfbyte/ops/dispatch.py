@@ -23,7 +23,7 @@ from halfbyte.ops._torch_internals import (
     tracing,
     transforms,
 )
-from halfbyte.ops.packed import PackedWeight
+from halfbyte.ops.packed import PackedWeight, packed_pair
 from halfbyte.ops.registry import KERNELS, flatten
 
 _ops = torch.ops.halfbyte
@@ -112,7 +112,7 @@ def kernels_of(x: Tensor, factor: Tensor | None, weight: PackedWeight, *constant
 def plain_weight(weight: PackedWeight) -> PackedWeight:
     """The same weight, its codes being a plain tensor."""
     codes, packing = weight
-    return weight if type(codes) is Tensor else PackedWeight(plain(codes), packing)
+    return weight if type(codes) is Tensor else packed_pair((plain(codes), packing))
 
 
 def call(name: str, *args: Any) -> Any:

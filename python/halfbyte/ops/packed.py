@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
@@ -12,6 +14,8 @@ Scalars: TypeAlias = tuple[tuple[int, ...], int, str]
 
 class Memo:
     """What is known of a packing from one call to the next.
+
+    Nothing is remembered of strides: back ends make contiguous what native code reads, in each call.
 
     Attributes:
         plain: Whether the tensors of the packing are plain ones, none of a subclass with a say.
@@ -73,6 +77,10 @@ class PackedWeight(NamedTuple):
         """`shape, blocksize, quant_type`, as in the operations' schemas."""
         packing = self.packing
         return packing.shape, packing.blocksize, packing.quant_type
+
+
+packed_pair: Callable[[tuple[Tensor, Packing]], PackedWeight] = partial(tuple.__new__, PackedWeight)
+"""`PackedWeight` of its two parts, without a Python function in between: for calls that compute little else."""
 
 
 def packed_weight(

@@ -208,6 +208,6 @@ mod tests {
             assert_eq!(t.to_string().parse::<QuantType>().unwrap(), t);
         }
         let message = "int3".parse::<QuantType>().unwrap_err().to_string();
-        assert_eq!(message, "quant_type is \"int3\": expected \"nf4\" or \"fp4\"");
+        assert_eq!(message, "quant_type must be \"nf4\" or \"fp4\", got \"int3\"");
     }
 }

@@ -1,11 +1,13 @@
 //! Every way to fail.
 //!
-//! A message is one line, names what was looked at (argument, file, tensor), the value found, and what would
-//! have been right. [`Error::kind`] sorts them for callers: the command's exit code and the Python exception.
+//! A message is one line, names what was looked at (argument, file, tensor), what would have been right, and the value
+//! found: `argument must be …, got …`. [`Error::kind`] sorts them for callers: the command's exit code and the Python exception.
 
 use std::borrow::Cow;
 use std::io;
 use std::path::{Path, PathBuf};
+
+use crate::dtype::DType;
 
 /// The result of every fallible function of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -15,7 +17,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[non_exhaustive]
 pub enum Error {
     /// An argument has a value that is not legal.
-    #[error("{argument} is {}: expected {}", line(value), line(expected))]
+    #[error("{argument} must be {}, got {}", line(expected), line(value))]
     Argument {
         /// The argument's name as the caller writes it.
         argument: &'static str,
@@ -44,7 +46,7 @@ pub enum Error {
     },
     /// A weight to be quantized holds NaN or an infinity.
     #[error(
-        "{}: tensor {}: element {index} (row-major; shape {shape:?}) is {value}: expected finite weights; \
+        "{}: tensor {}: element {index} (row-major; shape {shape:?}) must be finite, got {value}; \
          keep this tensor with a rule, or allow it with --allow-nonfinite",
         place(path),
         quoted(tensor)
@@ -63,8 +65,8 @@ pub enum Error {
     },
     /// A finite value has no finite form in the dtype that it is to be written in.
     #[error(
-        "{}: tensor {}: element {index} (row-major; shape {shape:?}) is {value:e}, which is too large for {dtype}: expected a \
-         dtype that holds it (--dtype bfloat16 or float32)",
+        "{}: tensor {}: element {index} (row-major; shape {shape:?}) must be a number that {dtype} holds, got {value:e}; \
+         choose a larger dtype (--dtype bfloat16 or float32)",
         place(path),
         quoted(tensor)
     )]
@@ -216,6 +218,12 @@ impl Error {
     /// An illegal argument.
     pub fn argument(argument: &'static str, value: impl ToString, expected: impl Into<String>) -> Self {
         Self::Argument { argument, value: value.to_string(), expected: expected.into() }
+    }
+
+    /// A tensor whose dtype is called `found`, and is none of `legal`.
+    pub fn dtype(argument: &'static str, found: impl ToString, legal: &[DType]) -> Self {
+        let legal: Vec<_> = legal.iter().map(|dtype| dtype.as_str()).collect();
+        Self::argument(argument, found, format!("of dtype {}", legal.join(" or ")))
     }
 
     /// A file that breaks its format.

@@ -44,7 +44,7 @@ impl BlockSize {
 /// # Errors
 /// [`Error::Argument`] when it does not fit in `usize`.
 pub fn weight_count(n: usize, k: usize) -> Result<usize> {
-    element_count(&[n, k]).ok_or_else(|| Error::argument("n", format!("{n}, with k {k}"), "less than 2^64 weights"))
+    element_count(&[n, k]).ok_or_else(|| Error::argument("n x k", format!("{n} x {k}"), "less than 2^64"))
 }
 
 /// Bytes that hold `n` 4-bit codes.
@@ -60,14 +60,14 @@ pub fn packed_len(n: usize) -> usize {
 pub fn strided_lengths(n: usize, k: usize, stride: usize, blocksize: BlockSize) -> Result<(usize, usize)> {
     let row = packed_len(k);
     if stride < row {
-        return Err(Error::argument("stride", stride, format!("at least {row} bytes, for a row of {k} codes")));
+        return Err(Error::argument("stride", stride, format!("at least {row} (the bytes of a row of {k} codes)")));
     }
     let Some(before) = n.checked_sub(1) else {
         return Ok((0, 0));
     };
     let bytes = before.checked_mul(stride).and_then(|bytes| bytes.checked_add(row));
     let Some(bytes) = bytes.filter(|&bytes| bytes <= usize::MAX / 4) else {
-        return Err(Error::argument("n", n, format!("rows of {stride} bytes that fit in memory")));
+        return Err(Error::argument("n", n, format!("a number of rows of {stride} bytes that fits in memory")));
     };
     Ok((bytes, blocksize.absmax_len(before * stride * 2 + k)))
 }
@@ -82,5 +82,5 @@ pub(crate) fn check_length(argument: &'static str, found: usize, expected: usize
     if found == expected {
         return Ok(());
     }
-    Err(Error::argument(argument, format!("{found} elements long"), format!("{expected} elements ({why})")))
+    Err(Error::argument(argument, found, format!("{expected} elements long ({why})")))
 }

@@ -81,7 +81,7 @@ impl Simd {
 
     fn unavailable(value: String) -> Error {
         let legal: Vec<_> = Self::available().map(|simd| format!("{:?}", simd.as_str())).collect();
-        Error::argument(SIMD_VARIABLE, value, format!("one that this machine has: {}", legal.join(", ")))
+        Error::argument(SIMD_VARIABLE, value, format!("one that this machine has ({})", legal.join(", ")))
     }
 }
 

@@ -82,7 +82,7 @@ pub unsafe fn embedding(
     let size = |argument, rows: usize| {
         element_count(&[rows, columns])
             .filter(|&count| i64::try_from(count).is_ok())
-            .ok_or_else(|| Error::argument(argument, format!("{rows} x {columns}"), "less than 2^63 elements"))
+            .ok_or_else(|| Error::argument(argument, format!("{rows} x {columns}"), "of less than 2^63 elements"))
     };
     if columns > MOST_COLUMNS {
         return Err(Error::argument("columns", columns, format!("at most {MOST_COLUMNS}")));

@@ -18,7 +18,7 @@ const RESIDENT: u64 = 8;
 fn check(values: &Memory, codes: &Memory, scales: &Memory, rows: usize, columns: usize) -> Result<usize> {
     let n = element_count(&[rows, columns])
         .filter(|&n| i64::try_from(n).is_ok())
-        .ok_or_else(|| Error::argument("rows", format!("{rows} x {columns}"), "less than 2^63 elements"))?;
+        .ok_or_else(|| Error::argument("rows x columns", format!("{rows} x {columns}"), "less than 2^63"))?;
     values.of(&DType::FLOATS)?.long(n, "rows x columns")?;
     codes.of(&[DType::I8])?.long(n, "rows x columns")?;
     scales.of(&[DType::F32])?.long(rows, "one scale per row")?;

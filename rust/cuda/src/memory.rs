@@ -23,11 +23,11 @@ impl Memory {
     pub fn new(argument: &'static str, address: usize, count: usize, dtype: DType) -> Result<Self> {
         let size = dtype.size();
         if count > 0 && address == 0 {
-            return Err(Error::argument(argument, "at the null address", format!("memory of {count} elements")));
+            return Err(Error::argument(argument, "the null address", format!("memory of {count} elements")));
         }
         if count > 0 && !address.is_multiple_of(size) {
-            let expected = format!("an address that is a multiple of {size} ({})", dtype.as_str());
-            return Err(Error::argument(argument, format!("at address {address:#x}"), expected));
+            let expected = format!("at an address that is a multiple of {size} ({})", dtype.as_str());
+            return Err(Error::argument(argument, format!("{address:#x}"), expected));
         }
         let bytes = count.checked_mul(size).filter(|&bytes| isize::try_from(bytes).is_ok());
         if bytes.and_then(|bytes| address.checked_add(bytes)).is_none() {
@@ -60,9 +60,7 @@ impl Memory {
         if legal.contains(&self.dtype) {
             return Ok(self);
         }
-        let legal: Vec<_> = legal.iter().map(|d| d.as_str()).collect();
-        let found = format!("of dtype {:?}", self.dtype.as_str());
-        Err(Error::argument(self.argument, found, format!("one of {legal:?}")))
+        Err(Error::dtype(self.argument, self.dtype.as_str(), legal))
     }
 
     /// Checks the number of elements.
@@ -73,8 +71,7 @@ impl Memory {
         if self.count == expected {
             return Ok(self);
         }
-        let found = format!("{} elements long", self.count);
-        Err(Error::argument(self.argument, found, format!("{expected} elements ({why})")))
+        Err(Error::argument(self.argument, self.count, format!("{expected} elements long ({why})")))
     }
 
     /// `count` elements from `begin` on, which there are.

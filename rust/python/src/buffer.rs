@@ -60,8 +60,7 @@ impl Buffer {
     /// Without elements any address will do.
     pub fn new(argument: &'static str, (address, count, dtype): RawBuffer) -> Result<Self> {
         let Some(dtype) = TAKEN.into_iter().find(|d| d.as_str() == dtype) else {
-            let legal: Vec<_> = TAKEN.iter().map(|d| d.as_str()).collect();
-            return Err(Error::argument(argument, format!("of dtype {dtype:?}"), format!("one of {legal:?}")));
+            return Err(Error::dtype(argument, dtype, &TAKEN));
         };
         Self::of(argument, address, count, dtype)
     }
@@ -74,11 +73,11 @@ impl Buffer {
         let size = dtype.size();
         if count > 0 {
             if address == 0 {
-                return Err(Error::argument(argument, "at the null address", format!("memory of {count} elements")));
+                return Err(Error::argument(argument, "the null address", format!("memory of {count} elements")));
             }
             if !address.is_multiple_of(size) {
-                let expected = format!("an address that is a multiple of {size} ({})", dtype.as_str());
-                return Err(Error::argument(argument, format!("at address {address:#x}"), expected));
+                let expected = format!("at an address that is a multiple of {size} ({})", dtype.as_str());
+                return Err(Error::argument(argument, format!("{address:#x}"), expected));
             }
         }
         let bytes = count.checked_mul(size).filter(|&bytes| isize::try_from(bytes).is_ok());
@@ -101,8 +100,7 @@ impl Buffer {
 
     /// That the dtype is not one of `legal`.
     pub fn wrong_dtype(&self, legal: &[DType]) -> Error {
-        let legal: Vec<_> = legal.iter().map(|d| d.as_str()).collect();
-        Error::argument(self.argument, format!("of dtype {:?}", self.dtype.as_str()), format!("one of {legal:?}"))
+        Error::dtype(self.argument, self.dtype.as_str(), legal)
     }
 
     /// Asks for pages of 2 MiB under a large output. A tensor that was just allocated gets its pages when they are first
@@ -175,7 +173,7 @@ pub fn check_disjoint(inputs: &[&Buffer], outputs: &[&Buffer]) -> Result<()> {
         for other in inputs.iter().chain(&outputs[..i]) {
             let (a, b) = (output.range(), other.range());
             if a.start.max(b.start) < a.end.min(b.end) {
-                let found = format!("in the memory of {}", other.argument);
+                let found = format!("the memory of {}", other.argument);
                 return Err(Error::argument(output.argument, found, "memory of its own"));
             }
         }

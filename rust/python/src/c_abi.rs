@@ -353,7 +353,7 @@ macro_rules! product {
         ) -> c_int {
             status(|| {
                 if n != 1 {
-                    return Err(Error::argument("n", n, "1: the product is of one vector"));
+                    return Err(Error::argument("n", n, "1 (the product is of one vector)"));
                 }
                 let vector = Vector {
                     m: size("m", m)?,

@@ -83,7 +83,7 @@ impl Job {
     /// Waits for the end, at most so many seconds; true when it has ended.
     fn wait(&self, py: Python<'_>, seconds: f64) -> PyResult<bool> {
         let limit = Duration::try_from_secs_f64(seconds)
-            .map_err(|_| PyValueError::new_err(format!("seconds is {seconds}: expected a number from 0 up")))?;
+            .map_err(|_| PyValueError::new_err(format!("seconds must be a number from 0 up, got {seconds}")))?;
         let end = Arc::clone(&self.end);
         Ok(py.detach(move || {
             let until = Instant::now() + limit.min(Duration::from_secs(1 << 20));

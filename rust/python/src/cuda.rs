@@ -125,8 +125,7 @@ pub(super) fn open(py: Python<'_>, ordinal: usize) -> PyResult<&'static Device> 
 
 fn memory(argument: &'static str, (address, count, dtype): RawBuffer) -> Result<Memory> {
     let Some(dtype) = DType::ALL.into_iter().find(|d| d.as_str() == dtype) else {
-        let legal: Vec<_> = DType::ALL.iter().map(|d| d.as_str()).collect();
-        return Err(Error::argument(argument, format!("of dtype {dtype:?}"), format!("one of {legal:?}")));
+        return Err(Error::dtype(argument, dtype, &DType::ALL));
     };
     Memory::new(argument, address, count, dtype)
 }
@@ -140,8 +139,8 @@ fn scales(absmax: RawBuffer, absmax2: Option<RawBuffer>, offset: Option<RawBuffe
             absmax2: memory("absmax2", absmax2)?,
             offset: memory("offset", offset)?,
         }),
-        (None, Some(_)) => Err(Error::argument("absmax2", "None", "given, because offset is")),
-        (Some(_), None) => Err(Error::argument("offset", "None", "given, because absmax2 is")),
+        (None, Some(_)) => Err(Error::argument("absmax2", "None", "given together with offset")),
+        (Some(_), None) => Err(Error::argument("offset", "None", "given together with absmax2")),
     }
 }
 

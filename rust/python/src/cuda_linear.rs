@@ -84,7 +84,7 @@ impl CudaLinear {
             let (n, k, dtype) = (self.n, self.k, self.dtype);
             let memory = |argument, address, count: Option<usize>, dtype| {
                 let Some(count) = count else {
-                    return Err(Error::argument("m", m, "less than 2^63 elements"));
+                    return Err(Error::argument("m", m, "a number of rows of less than 2^63 elements"));
                 };
                 Memory::new(argument, address, count, dtype)
             };

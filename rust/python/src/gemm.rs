@@ -84,7 +84,7 @@ pub(super) fn matrix(
     dtype: DType,
 ) -> Result<Buffer> {
     let Some(count) = rows.checked_mul(columns) else {
-        return Err(Error::argument("m", rows, "less than 2^64 elements"));
+        return Err(Error::argument("m", rows, "a number of rows of less than 2^64 elements"));
     };
     Buffer::of(argument, address, count, dtype)
 }

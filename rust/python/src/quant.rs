@@ -159,7 +159,7 @@ fn dequantize_8bit(
 fn map_values(map: &Buffer) -> Result<[f32; 256]> {
     // SAFETY: the Python caller's to keep for the call; copied at once.
     let values: &[f32] = unsafe { map.slice()? };
-    values.try_into().map_err(|_| Error::argument("map", format!("{} elements long", map.count()), "256 elements"))
+    values.try_into().map_err(|_| Error::argument("map", map.count(), "256 elements long"))
 }
 
 /// Quantize float32 scales to 8 bits; gives the offset.

@@ -22,7 +22,7 @@ static POOL: Mutex<Option<Pool>> = Mutex::new(None);
 /// [`Error::Argument`] when `threads` is 0, beyond 4096, or more than the system gives.
 pub fn set_threads(threads: usize) -> Result<()> {
     if !(1..=MAX_THREADS).contains(&threads) {
-        return Err(Error::argument("threads", threads, format!("1 to {MAX_THREADS}")));
+        return Err(Error::argument("threads", threads, format!("from 1 to {MAX_THREADS}")));
     }
     let pool = build(threads)?;
     replace(&mut POOL.lock().unwrap_or_else(PoisonError::into_inner), pool);
@@ -51,7 +51,7 @@ fn build(threads: usize) -> Result<Arc<ThreadPool>> {
         .thread_name(|i| format!("halfbyte-{i}"))
         .build()
         .map(Arc::new)
-        .map_err(|error| Error::argument("threads", threads, format!("as many as the system gives ({error})")))
+        .map_err(|error| Error::argument("threads", threads, format!("no more than the system gives ({error})")))
 }
 
 fn replace(guard: &mut Option<Pool>, pool: Arc<ThreadPool>) {

@@ -207,13 +207,13 @@ mod tests {
     #[test]
     fn options_name_what_is_wrong_with_them() {
         for (field, bad, message) in [
-            ("blocksize", json!(63), "blocksize is 63: expected one of [32, 64"),
-            ("quant_type", json!("int4"), r#"quant_type is "int4": expected "nf4", "fp4" or "int8""#),
-            ("threshold", json!(-1.0), "threshold is -1: expected a finite number of at least 0"),
+            ("blocksize", json!(63), "blocksize must be one of [32, 64"),
+            ("quant_type", json!("int4"), r#"quant_type must be "nf4", "fp4" or "int8", got "int4""#),
+            ("threshold", json!(-1.0), "threshold must be a finite number of at least 0, got -1"),
             ("threshold", json!("six"), "invalid type"),
-            ("storage", json!("int4"), r#"storage is "int4": expected uint8"#),
-            ("dtype", json!("float64"), r#"dtype is "float64": expected float32"#),
-            ("rules", json!(["mlp"]), r#"rule is "mlp": expected REGEX=nf4"#),
+            ("storage", json!("int4"), r#"storage must be uint8"#),
+            ("dtype", json!("float64"), r#"dtype must be float32"#),
+            ("rules", json!(["mlp"]), r#"rule must be REGEX=nf4"#),
             ("selection", json!("me"), "unknown variant `me`"),
             ("colour", json!("red"), "unknown field `colour`"),
         ] {

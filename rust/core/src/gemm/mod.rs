@@ -252,8 +252,9 @@ fn zero(m: usize, out: &Out<'_>) {
 }
 
 fn area(argument: &'static str, rows: usize, cols: usize) -> Result<usize> {
-    rows.checked_mul(cols)
-        .ok_or_else(|| Error::argument(argument, format!("[{rows}, {cols}]"), "a number of values that fits in memory"))
+    rows.checked_mul(cols).ok_or_else(|| {
+        Error::argument(argument, format!("[{rows}, {cols}]"), "of a number of values that fits in memory")
+    })
 }
 
 #[cfg(test)]

@@ -101,7 +101,7 @@ impl Path {
             return Ok(self);
         }
         let legal: Vec<_> = Self::available().map(|path| format!("{:?}", path.as_str())).collect();
-        let expected = format!("one that this machine has: {}", legal.join(", "));
+        let expected = format!("one that this machine has ({})", legal.join(", "));
         Err(Error::argument("path", format!("{:?}", self.as_str()), expected))
     }
 

@@ -50,7 +50,7 @@ impl<'a> Weight<'a> {
         cols: usize,
     ) -> Result<Self> {
         let values = rows.checked_mul(cols).ok_or_else(|| {
-            Error::argument("shape", format!("[{rows}, {cols}]"), "a number of values that fits in memory")
+            Error::argument("shape", format!("[{rows}, {cols}]"), "of a number of values that fits in memory")
         })?;
         check_length("packed", packed.len(), packed_len(values), "two codes to a byte")?;
         let blocks = blocksize.absmax_len(values);

@@ -86,7 +86,7 @@ impl Device {
         let count = device_count()?;
         if ordinal >= count {
             let expected = match count {
-                0 => "no device is visible (CUDA_VISIBLE_DEVICES decides)".to_owned(),
+                0 => "a visible device, and none is (CUDA_VISIBLE_DEVICES decides)".to_owned(),
                 _ => format!("an ordinal below {count}, the number of visible devices"),
             };
             return Err(Error::argument("device", ordinal, expected));

@@ -90,7 +90,7 @@ impl Gemm4bit<'_> {
         let size = |argument, a: usize, b: usize| {
             a.checked_mul(b)
                 .filter(|&count| i64::try_from(count).is_ok())
-                .ok_or_else(|| Error::argument(argument, format!("{a} x {b}"), "less than 2^63 elements"))
+                .ok_or_else(|| Error::argument(argument, format!("{a} x {b}"), "of less than 2^63 elements"))
         };
         self.x.long(size("x", self.m, self.k)?, "m x k")?;
         self.y.of(&[dtype])?.long(size("y", self.m, self.n)?, "m x n")?;
@@ -206,7 +206,7 @@ pub unsafe fn gemm_4bit(device: &Device, stream: Stream, product: &Gemm4bit<'_>,
             // All launches are like the first, but the last may have fewer rows; what suits some rows suits fewer.
             let launch = if count == at_once.min(m) { Some(first) } else { product.small_m(device, sm90, count) };
             let Some(SmallM { kernel, config, blocks, shared }) = launch else {
-                return Err(Error::argument("m", m, format!("rows that {} takes", first.kernel.name)));
+                return Err(Error::argument("m", m, format!("a number of rows that {} takes", first.kernel.name)));
             };
             let (x, y) = product.rows(begin, count);
             let (x, y) = (x.address(), y.address());

@@ -289,23 +289,17 @@ fn wrong_calls_are_errors() {
         linear(Path::Scalar, Workers::serial(), 3, x, &weight, bias, threshold, out).map_err(|error| error.to_string())
     };
     assert_eq!(text(4, 0.0, 2, 6), Ok(()));
-    assert_eq!(text(4, -1.0, 2, 6).unwrap_err(), "threshold is -1: expected a number of at least 0 (0 turns it off)");
+    assert_eq!(text(4, -1.0, 2, 6).unwrap_err(), "threshold must be a number of at least 0 (0 turns it off), got -1");
     assert!(text(4, f32::NAN, 2, 6).is_err());
-    assert_eq!(
-        text(4, 0.0, 3, 6).unwrap_err(),
-        "bias is 3 elements long: expected 2 elements (one per row of the weight)"
-    );
-    assert_eq!(
-        text(4, 0.0, 2, 5).unwrap_err(),
-        "out is 5 elements long: expected 6 elements (rows of the weight's rows)"
-    );
+    assert_eq!(text(4, 0.0, 3, 6).unwrap_err(), "bias must be 2 elements long (one per row of the weight), got 3");
+    assert_eq!(text(4, 0.0, 2, 5).unwrap_err(), "out must be 6 elements long (rows of the weight's rows), got 5");
     assert_eq!(
         text(133_145, 0.0, 2, 6).unwrap_err(),
-        "k is 133145: expected at most 133144 columns, the sum of whose products fits 32 bits"
+        "k must be at most 133144 columns, the sum of whose products fits 32 bits, got 133145"
     );
     assert_eq!(
         Weight::new(&[0; 8], &[1.0], 2, 4).unwrap_err().to_string(),
-        "scales is 1 elements long: expected 2 elements (one scale per row)"
+        "scales must be 2 elements long (one scale per row), got 1"
     );
 }
 

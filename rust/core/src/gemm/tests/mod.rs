@@ -324,24 +324,18 @@ fn wrong_lengths_are_errors() {
         let (x, bias, out) = (Floats::F32(x), bias.map(Floats::F32), FloatsMut::F32(out));
         linear(Path::Scalar, serial, 2, x, &weight, bias, out, Compute::F32).unwrap_err().to_string()
     };
-    assert_eq!(
-        bad(&[0.0; 127], None, &mut out),
-        "x is 127 elements long: expected 128 elements (rows of the weight's columns)"
-    );
-    assert_eq!(
-        bad(&[0.0; 128], None, &mut out[..7]),
-        "out is 7 elements long: expected 8 elements (rows of the weight's rows)"
-    );
+    assert_eq!(bad(&[0.0; 127], None, &mut out), "x must be 128 elements long (rows of the weight's columns), got 127");
+    assert_eq!(bad(&[0.0; 128], None, &mut out[..7]), "out must be 8 elements long (rows of the weight's rows), got 7");
     assert_eq!(
         bad(&[0.0; 128], Some(&[0.0; 3]), &mut out),
-        "bias is 3 elements long: expected 4 elements (one per row of the weight)"
+        "bias must be 4 elements long (one per row of the weight), got 3"
     );
     let short = Weight::new(&packed.packed, Scales::Plain(&[1.0; 3]), QuantType::Nf4, packed.blocksize, 4, 64);
-    assert_eq!(short.unwrap_err().to_string(), "absmax is 3 elements long: expected 4 elements (one scale per block)");
+    assert_eq!(short.unwrap_err().to_string(), "absmax must be 4 elements long (one scale per block), got 3");
     assert!(Weight::new(&[], Scales::Plain(&[]), QuantType::Nf4, packed.blocksize, usize::MAX, 2).is_err());
     assert_eq!(
         "int8".parse::<Compute>().unwrap_err().to_string(),
-        "compute_dtype is \"int8\": expected one of [\"float32\", \"float16\", \"bfloat16\"]"
+        "compute_dtype must be one of [\"float32\", \"float16\", \"bfloat16\"], got \"int8\""
     );
 }
 

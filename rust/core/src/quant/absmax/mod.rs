@@ -157,7 +157,7 @@ mod tests {
         assert!(dequantize_absmax(&[0; 257], &[1.0], 0.0, &mut [0.0; 257]).is_err());
         assert!(dequantize_absmax(&[0; 257], &[1.0; 2], 0.0, &mut [0.0; 256]).is_err());
         let error = quantize_absmax_into(&[0.0; 257], &mut [0; 257], &mut [0.0; 1]).unwrap_err();
-        assert_eq!(error.to_string(), "absmax2 is 1 elements long: expected 2 elements (one scale per 256 codes)");
+        assert_eq!(error.to_string(), "absmax2 must be 2 elements long (one scale per 256 codes), got 1");
     }
 
     #[test]

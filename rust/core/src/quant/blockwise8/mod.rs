@@ -258,9 +258,9 @@ mod tests {
         let mut values = *dynamic_map();
         values.swap(3, 4);
         let message = ByteMap::new(&values).unwrap_err().to_string();
-        assert!(message.ends_with("expected 256 finite values in ascending order"), "{message}");
+        assert!(message.starts_with("map must be 256 finite values in ascending order, got "), "{message}");
         values[0] = f32::NAN;
-        assert!(ByteMap::new(&values).unwrap_err().to_string().starts_with("map is NaN at 0: "));
+        assert!(ByteMap::new(&values).unwrap_err().to_string().ends_with("in ascending order, got NaN at 0"));
     }
 
     #[test]

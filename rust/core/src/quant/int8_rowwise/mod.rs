@@ -120,8 +120,9 @@ fn check(
     rows: usize,
     columns: usize,
 ) -> Result<()> {
-    let n = element_count(&[rows, columns])
-        .ok_or_else(|| Error::argument("rows", format!("{rows} x {columns}"), "less elements than memory has bytes"))?;
+    let n = element_count(&[rows, columns]).ok_or_else(|| {
+        Error::argument("rows x columns", format!("{rows} x {columns}"), "a number of elements that fits in memory")
+    })?;
     check_length(argument, values, n, "rows x columns")?;
     check_length("codes", codes, n, "rows x columns")?;
     check_length("scales", scales, rows, "one scale per row")

@@ -104,9 +104,9 @@ fn rows_without_columns_and_wrong_lengths() {
     assert_eq!(quantized::<f32>(&[], 0, 3), (vec![], vec![]));
     dequantize_rows::<f32>(&[], &[1.0; 3], 3, 0, &mut []).unwrap();
     let error = quantize_rows(&[1.0f32; 6], 2, 3, &mut [0; 5], &mut [0.0; 2]).unwrap_err();
-    assert_eq!(error.to_string(), "codes is 5 elements long: expected 6 elements (rows x columns)");
+    assert_eq!(error.to_string(), "codes must be 6 elements long (rows x columns), got 5");
     let error = dequantize_rows(&[0; 6], &[0.0; 3], 2, 3, &mut [0.0f32; 6]).unwrap_err();
-    assert_eq!(error.to_string(), "scales is 3 elements long: expected 2 elements (one scale per row)");
+    assert_eq!(error.to_string(), "scales must be 2 elements long (one scale per row), got 3");
     assert!(quantize_rows::<f32>(&[], usize::MAX, 3, &mut [], &mut []).is_err());
 }
 

@@ -324,13 +324,13 @@ fn wrong_lengths_are_errors() {
         assert!(matches!(error, Error::Argument { argument: "packed" | "absmax", .. }), "{error}");
     }
     let error = quantize(&input, QuantType::Nf4, size, &mut [0; 32], &mut [0.0; 2]).unwrap_err();
-    assert_eq!(error.to_string(), "packed is 32 elements long: expected 33 elements (two codes to a byte)");
+    assert_eq!(error.to_string(), "packed must be 33 elements long (two codes to a byte), got 32");
 }
 
 #[test]
 fn a_path_that_is_missing_is_an_error() {
     for simd in Simd::ALL.into_iter().filter(|simd| !simd.is_available()) {
         let error = dequantize_serial_with(simd, &[], &[], QuantType::Nf4, BlockSize::DEFAULT, &mut [0.0f32; 0]);
-        assert!(error.unwrap_err().to_string().starts_with("HALFBYTE_SIMD is "));
+        assert!(error.unwrap_err().to_string().starts_with("HALFBYTE_SIMD must be "));
     }
 }

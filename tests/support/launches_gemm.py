@@ -1,0 +1,288 @@
+"""Launches of the products with packed weights, and what must come of them."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import native
+import numpy as np
+import reference
+from harness import Argument, Buffer, Case, Launch, int32, int64, pointers, tensor_map
+from launches import Check, Described, Scales, bits, ceil_div, filled, near, size_argument, type_argument
+
+
+@dataclass(frozen=True)
+class Product:
+    """x[M][K], a quantized W[N][K] and perhaps a bias, and the product in float64 with the error that is allowed."""
+
+    dtype: str
+    quant_type: str
+    blocksize: int
+    x: np.ndarray
+    packed: native.Bytes
+    scales: Scales
+    bias: np.ndarray | None
+    weights: np.ndarray  # [N][K] codes' values
+
+    @staticmethod
+    def identity(n: int, k: int, dtype: str, quant_type: str, blocksize: int, nested: bool = False) -> Product:
+        """Of which the result is the weight."""
+        product = Product.random(1, n, k, dtype, quant_type, blocksize, nested)
+        return replace(product, x=native.from_float32(np.eye(k, dtype=np.float32), dtype))
+
+    @staticmethod
+    def random(
+        m: int, n: int, k: int, dtype: str, quant_type: str, blocksize: int, nested: bool = False, bias: bool = False
+    ) -> Product:
+        """Of normal values."""
+        random = np.random.default_rng([m, n, k, blocksize])
+        x = native.from_float32(random.standard_normal((m, k), np.float32), dtype)
+        w = random.standard_normal(n * k, np.float32)
+        packed, absmax = native.quantize(w, "f32", quant_type, blocksize)
+        codes = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[: n * k]
+        added = native.from_float32(random.standard_normal(n, np.float32), dtype) if bias else None
+        return Product(
+            dtype,
+            quant_type,
+            blocksize,
+            x,
+            packed,
+            Scales.nested(absmax) if nested else Scales.plain(absmax),
+            added,
+            reference.CODEBOOKS[quant_type][codes].reshape(n, k),
+        )
+
+    def result(self, weights: np.ndarray, roundings: float) -> Callable[[np.ndarray], str]:
+        """Compares with the product by `weights`; a sum may have been rounded to float32 that often in turn."""
+        n, k = weights.shape
+        scaled = weights.astype(np.float64) * np.repeat(self.scales.absmax, self.blocksize)[: n * k].reshape(n, k)
+        return self.result_of(scaled, roundings)
+
+    def result_of(self, scaled: np.ndarray, roundings: float) -> Callable[[np.ndarray], str]:
+        """The same with weights that have their scales."""
+        scaled = scaled.astype(np.float64)
+        x = native.to_float32(self.x, self.dtype).astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            y = x @ scaled.T
+        size = np.abs(x) @ np.abs(scaled).T
+        if self.bias is not None:
+            added = native.to_float32(self.bias, self.dtype).astype(np.float64)
+            y, size = y + added, size + np.abs(added)
+        bound = roundings * 2.0**-24 * size
+        return near(y, bound + native.EPSILON[self.dtype] * (np.abs(y) + bound) + 1e-30, self.dtype)
+
+    def buffers(self, shift: int = 0, scale_shift: int = 0) -> tuple[Argument, Argument, Argument, Argument, Buffer]:
+        """The arguments that products share; the packed codes are `shift` bytes off, plain scales `scale_shift`."""
+        y = Buffer(filled(self.x.shape[0] * self.weights.shape[0], self.x.dtype).reshape(self.x.shape[0], -1))
+        bias = pointers(None if self.bias is None else Buffer(self.bias))
+        return (
+            pointers(Buffer(self.x)),
+            pointers(Buffer(self.packed, shift)),
+            self.scales.argument(scale_shift),
+            bias,
+            y,
+        )
+
+
+def simt(source: Described, product: Product, shift: int = 0) -> Check:
+    """By a warp for each element, in float32."""
+    (m, k), n = product.x.shape, product.weights.shape[0]
+    kernel = f"gemm_4bit_simt_{product.dtype}{product.scales.suffix}"
+    x, packed, scales, bias, y = product.buffers(shift)
+    arguments = [
+        x, packed, scales, bias, pointers(y), int64(m), int64(n), int64(k),
+        size_argument(product.blocksize), type_argument(product.quant_type),
+    ]  # fmt: skip
+    launch = Launch(kernel, ceil_div(m * n, source.constants["WARPS"]), source.threads[kernel], arguments)
+    # A product and a sum for each value of a lane, then five sums, the scale's and the bias.
+    wanted = product.result(product.weights, 2 * ceil_div(k, 32) + 8)
+    return Check(f"{kernel}, {m} x {n} x {k}", Case([launch]), [(y, wanted)])
+
+
+def gemv(source: Described, rows: int, k: int, stride: int, dtype: str, blocksize: int, shift: int = 0) -> Check:
+    """A vector and random codes of a random table; rows are `stride` bytes apart, the codes `shift` bytes off."""
+    random = np.random.default_rng([rows, k, stride, blocksize])
+    x = native.from_float32(random.standard_normal(k, np.float32), dtype)
+    table = random.standard_normal(16, np.float32)
+    packed = random.integers(0, 256, (rows - 1) * stride + ceil_div(k, 2), np.uint8)
+    absmax = random.uniform(0.5, 1.5, ceil_div((rows - 1) * stride * 2 + k, blocksize)).astype(np.float32)
+    kernel, y = f"gemv_4bit_{dtype}", Buffer(filled(rows, x.dtype))
+    inputs = [pointers(b) for b in (Buffer(x), Buffer(packed, shift), Buffer(absmax), Buffer(table), y)]
+    arguments = [*inputs, int64(rows), int64(k), int64(stride), size_argument(blocksize)]
+    launch = Launch(kernel, ceil_div(rows, source.constants["WARPS"]), source.threads[kernel], arguments)
+
+    codes = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)
+    at = np.arange(rows)[:, None] * 2 * stride + np.arange(k)
+    weights = table[codes[at]].astype(np.float64) * absmax[at // blocksize]
+    values = native.to_float32(x, dtype).astype(np.float64)
+    exact, size = weights @ values, np.abs(weights) @ np.abs(values)
+    # Of each lane: a product and a sum for each value, or eight and their scale; then five sums.
+    bound = (2 * ceil_div(k, 32) + 24) * 2.0**-24 * size
+    wanted = near(exact, bound + native.EPSILON[dtype] * (np.abs(exact) + bound) + 1e-30, dtype)
+    return Check(f"{kernel}, {rows} x {k}, {stride} bytes apart", Case([launch]), [(y, wanted)])
+
+
+def small_m_sm80(source: Described, product: Product, rows: int, slots: int, per_pass: int) -> Check:
+    """By matrix units: at most 16 rows of x. `rows`, `slots` and `per_pass` are the members of the kernel's plan."""
+    (m, _), constants = product.x.shape, source.constants
+    partial = per_pass * slots * m * constants["ROWS"] * 4
+    shared = constants["MAP_BYTES"] + partial + constants["LANE_TABLE_BYTES"]
+    return _small_m(source, "gemm_4bit_small_m_sm80", product, (rows, slots, per_pass), slots, shared)
+
+
+@dataclass(frozen=True)
+class Ring:
+    """What the kernels of gemm_4bit_small_m_sm90 for some columns make of K, with so many slots."""
+
+    columns: int
+    k: int
+    slots: int
+
+    @property
+    def slot(self) -> int:
+        """Blocks of a slot."""
+        return 4 if self.columns > 16 else 8
+
+    @property
+    def chunks(self) -> int:
+        """Of K."""
+        return ceil_div(self.k // 64, self.slots * self.slot)
+
+    @property
+    def long(self) -> bool:
+        """Whether it takes a kernel for several rounds."""
+        return self.columns > 16 or self.chunks > (1 if self.columns > 8 else 2)
+
+    @property
+    def family(self) -> str:
+        """The source that has the kernel."""
+        return f"gemm_4bit_small_m_sm90{'_long' if self.long else ''}"
+
+
+def small_m_sm90(
+    source: Described, product: Product, rows: int, slots: int, per_pass: int, scale_shift: int = 0, sharing: int = 1
+) -> Check:
+    """The same, packed codes by way of shared memory and up to 32 rows of x; `source` is that of `Ring.family`.
+
+    `per_pass`, in steps, is for one round, and `sharing`, of how many warps at least have a place for their sums
+    together, for several. Scales are `scale_shift` bytes off.
+    """
+    constants = source.constants
+    columns, k = product.x.shape
+    ring = Ring(columns, k, slots)
+    if ring.long:
+        per_pass = ceil_div(rows, constants["ROWS"] * (constants["WARPS"] // slots))
+    # The table begins at a multiple of its size; 1 KB of shared memory is the system's. 64 KB are on the way.
+    stage = constants["WARPS"] * constants["ROWS"] * ring.slot * constants["BLOCK_BYTES"]
+    shared = 2 * constants["LANE_TABLE_BYTES"] - 1024 + 2**16 + (stage if ring.long else 0)
+    # What is before the table, as the kernel says.
+    warps, fragments = constants["WARPS"], 1 if columns <= 8 else 2 if columns <= 16 else 4
+    sharing = min(sharing, slots) if ring.long else 1
+    while per_pass * (warps * 8 + warps * fragments * constants["SUMS"] * 4 // sharing) > 2**16 - 2048:
+        sharing *= 2
+    assert sharing <= (slots if ring.long else 1), "no room for the sums"
+    plan = (rows, int(math.log2(slots)), ring.chunks, per_pass, int(math.log2(sharing)), columns % 3)
+    return _small_m(source, ring.family, product, plan, slots * ring.chunks, shared, scale_shift)
+
+
+def _small_m(
+    source: Described,
+    family: str,
+    product: Product,
+    plan: tuple[int, ...],
+    parts: int,
+    shared: int,
+    scale_shift: int = 0,
+) -> Check:
+    (m, k), n = product.x.shape, product.weights.shape[0]
+    kernel = f"{family}_{product.dtype}_{8 if m <= 8 else 16 if m <= 16 else 32}{product.scales.suffix}"
+    x, packed, scales, bias, y = product.buffers(scale_shift=scale_shift)
+    arguments = [
+        x, packed, scales, bias, pointers(y), int32(m), int32(n), int32(k),
+        size_argument(product.blocksize), type_argument(product.quant_type),
+        Argument(struct.pack(f"<{len(plan)}i", *plan)),
+    ]  # fmt: skip
+    launch = Launch(kernel, ceil_div(n, plan[0]), source.threads[kernel], arguments, shared)
+    # Weights are rounded to x's type before they are scaled. The sums of a block are rounded once for each product of
+    # matrices, then the blocks' and the parts' are added.
+    table = native.to_float32(native.from_float32(product.weights, product.dtype), product.dtype)
+    wanted = product.result(table, 8 + 2 * k / 64 + parts)
+    name = f"{kernel}, {m} x {n} x {k}, {product.quant_type} in {product.blocksize}, plan {plan}"
+    return Check(name, Case([launch]), [(y, wanted)])
+
+
+def floor(source: Described, words: np.ndarray, out_count: int, grid: int) -> Check:
+    """Traffic alone: every thread reads its part of the 16-byte `words`, [count][4], and writes what they mix to."""
+    threads = source.constants["THREADS"]
+    out = Buffer(filled(out_count * 4, np.uint32).reshape(-1, 4))
+    wanted = np.zeros((out_count, 4), np.uint32)
+    for block in range(grid):
+        begin, end = (len(words) * b // grid for b in (block, block + 1))
+        rows = np.bitwise_xor.reduce(words[begin:end], axis=1)
+        rows = np.pad(rows, (0, -len(rows) % threads)).reshape(-1, threads)
+        mixed = np.bitwise_xor.reduce(rows, axis=0)
+        begin, end = (out_count * b // grid for b in (block, block + 1))
+        wanted[begin:end] = np.resize(mixed, end - begin)[:, None]
+    arguments = [pointers(Buffer(words)), int64(len(words)), pointers(out), int64(out_count)]
+    return Check("floor_traffic", Case([Launch("floor_traffic", grid, threads, arguments)]), [(out, bits(wanted))])
+
+
+def floor_read(source: Described, words: np.ndarray, grid: int, wanted: int) -> Check:
+    """Reading alone: nothing is written, but for one sum that the test can bring about."""
+    sink = Buffer(np.array([7], np.uint32))
+    arguments = [pointers(Buffer(words)), int64(len(words)), pointers(sink)]
+    launch = Launch("floor_read", grid, source.constants["THREADS"], arguments)
+    return Check("floor_read", Case([launch]), [(sink, bits(np.array([wanted], np.uint32)))])
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How gemm_4bit_tile_sm90a divides a product: rows of x in a tile, parts of K; `scale_shift` is in bytes."""
+
+    tokens: int
+    parts: int = 1
+    scale_shift: int = 0
+
+
+def tile_shared(tokens: int) -> int:
+    """The dynamic shared memory of a block, as rust/cuda/src/gemm/tile.rs has it."""
+    codes, x, scales = (3 if tokens > 128 else 6), (4 if tokens > 64 else 8), 2
+    return x * tokens * 128 + 65536 + codes * 8192 + scales * 4096 + 1024 + 2 * (codes + x + scales) * 8
+
+
+def tile_sm90a(source: Described, product: Product, plan: Tile, exact: bool = False) -> Check:
+    """By warpgroups. `exact`: x is an identity, and y has to be the dequantized weight."""
+    (m, k), n, constants = product.x.shape, product.weights.shape[0], source.constants
+    rows, step, unit = constants["ROWS"], constants["K_TILE"], constants["SCALES_K"]
+    kernel = f"gemm_4bit_tile_sm90a_{product.dtype}_{plan.tokens}"
+    units, tiles = ceil_div(k, unit), ceil_div(m, plan.tokens)
+    of_part = ceil_div(units, plan.parts)
+    assert of_part * (plan.parts - 1) < units, "a part of K with nothing"
+    y = Buffer(filled(m * n, product.x.dtype).reshape(m, n))
+    codebook = reference.CODEBOOKS[product.quant_type].astype(np.float32)
+    arguments = [
+        tensor_map(Buffer(product.x), 2, (k, m), (2 * k,), (step, plan.tokens), 128),
+        tensor_map(Buffer(product.packed), 1, (k // 2, n), (k // 2,), (constants["CODES_ROW_BYTES"], rows), 64),
+        product.scales.argument(plan.scale_shift), Argument(codebook.tobytes()),
+        pointers(None if product.bias is None else Buffer(product.bias)), pointers(y),
+        int32(m), int32(n), int32(k), size_argument(product.blocksize),
+        Argument(struct.pack("<3i", tiles, of_part, plan.parts)),
+    ]  # fmt: skip
+    blocks = tiles * ceil_div(n, rows) * plan.parts
+    launch = Launch(kernel, blocks, source.threads[kernel], arguments, tile_shared(plan.tokens), cluster=plan.parts)
+    name = f"{kernel}, {m} x {n} x {k}, {product.quant_type} in {product.blocksize}, {plan}"
+    if exact:
+        scales = product.scales.absmax
+        dense = native.dequantize(product.packed, scales, n * k, product.dtype, product.quant_type, product.blocksize)
+        # A sum of zeros is +0, if not all of them are -0.
+        dense[native.to_float32(dense, product.dtype) == 0] = 0
+        return Check(name, Case([launch]), [(y, bits(dense.reshape(n, k).T.copy(), product.dtype))])
+    # A weight is its value times its scale, rounded to x's type; a sum is rounded once for each product of matrices,
+    # and once for each part and the bias.
+    with np.errstate(invalid="ignore"):
+        scaled = product.weights * np.repeat(product.scales.absmax, product.blocksize)[: n * k].reshape(n, k)
+    rounded = native.to_float32(native.from_float32(scaled.astype(np.float32), product.dtype), product.dtype)
+    return Check(name, Case([launch]), [(y, product.result_of(rounded, 2 + k / 16 + plan.parts))])
