@@ -68,6 +68,12 @@ def _gemm(element: str, tokens: int) -> Module:
     return Module("gemm", "90a", ("90a",), instance, defines)
 
 
+def _int8_tile(tokens: int) -> Module:
+    """A module of int8_tile.cu, which has one kernel each."""
+    defines = (f"INT8_TILE_NAME=int8_tile_{tokens}", f"INT8_TILE_TOKENS={tokens}")
+    return Module("int8_tile", "90a", ("90a",), str(tokens), defines)
+
+
 _ALL = ("75", "80", "86", "89", "90", "100", "120")
 _BEFORE_HOPPER = ("75", "80", "86", "89")
 _SINCE_AMPERE = ("80", "86", "89", "90", "100", "120")
@@ -101,6 +107,7 @@ MODULES = (
     Module("decode_ring_long", "90", ("90", "100")),
     # Products of warpgroups.
     *(_gemm(element, tokens) for element in ("Bf16", "F16") for tokens in (64, 96, 128, 192, 256)),
+    *(_int8_tile(tokens) for tokens in (64, 128, 256)),
 )
 
 

@@ -432,7 +432,7 @@ __device__ inline void by_descriptor(const u16 *a, const u16 *b, float *out) {
     __syncthreads();
     float sums[OPERAND_COLUMNS / 2];
     products_begin();
-    emulator::multiply_issued({false, false, OPERAND_COLUMNS, sums, nullptr, describe<SPAN, A_TRANSPOSED>(a_tile, 64),
+    emulator::multiply_issued({emulator::Values::f16, false, OPERAND_COLUMNS, reinterpret_cast<u32 *>(sums), nullptr, describe<SPAN, A_TRANSPOSED>(a_tile, 64),
                            describe<SPAN, B_TRANSPOSED>(b_tile, OPERAND_COLUMNS), A_TRANSPOSED, B_TRANSPOSED},
                           emulator::Site::here());
     products_commit();

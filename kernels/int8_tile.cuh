@@ -1,0 +1,515 @@
+// y[M][N] = x[M][K] * W[N][K]^T for more than a few rows of x, both in int8, and what makes y of the sums: the product of LLM.int8()
+// for prompts and batches, on compute capability 9.0.
+//
+// A tile is 128 rows of W by TOKENS rows of x. The matrix units read both from shared memory, where the copy engine brings 128
+// columns of each a stage; one thread asks for them. Two warpgroups multiply, 64 rows of W each.
+//
+//                     x: TOKENS rows of 128 bytes a stage
+//                   +---------------------------------------------+
+//     warpgroup 0   |  64 rows of W, 128 bytes a stage            |   sums: TOKENS / 2 registers a thread, int32
+//     warpgroup 1   |  64 more                                    |
+//                   +---------------------------------------------+
+//
+// A block goes from tile to tile; while it writes one, copies for the next are on the way. The tokens' tiles of one range of
+// rows of W follow each other, so W comes from memory once.
+//
+// Roofline, clocks of a multiprocessor for a step of 128 columns:
+//     tokens                         64     96    128    192    256
+//     matrix units (4096 a clock)   256    384    512    768   1024
+//     shared memory, 128 B a clock: W and x coming in, W out once, x out twice (once for each warpgroup)
+//                                   448    544    640    832   1024
+// and from the second-level cache 24 to 48 KB a step, of which a multiprocessor gets some 26 bytes a clock when all ask: for 256
+// tokens that is more time than the matrix units take. So two blocks, a cluster, can share the rows of x: each brings one half to
+// both (`sharing`), and 32 KB a step are left.
+//
+// When a launch has few tiles, up to four blocks, a cluster, share one, a part of K each. Sums are whole numbers: their order
+// does not matter.
+//
+// Then, in registers: sums to float32, times the scale of the token; the columns of x that have no codes (outliers), if there
+// are any, in products of 16-bit values with float32 sums on top; times the scale of the row of W; the bias; rounded once. How
+// many such columns there are is read on the device. Their x is gathered for all tokens of the tile, 16 columns and more at a
+// time, to the shared memory through which y leaves; their W is gathered by each thread to the registers that its warp
+// multiplies. A float32 of x is the sum of three bfloat16, exactly.
+//
+// Shared memory, in this order: the ring of stages (W, then x, rows of 128 bytes with the swizzle of 128 bytes), y on its way to
+// whole lines of memory (for each warpgroup up to 128 tokens of 64 16-bit values) which has outliers of x before, the tokens'
+// scales for each warpgroup, barriers. The sums from the other blocks of a cluster take the place of the ring.
+#pragma once
+
+#include "int8_epilogue.cuh"
+#include "wgmma.cuh"
+
+constexpr int GROUP = 128;       // threads of a warpgroup
+constexpr int TEAM = 2 * GROUP;  // threads that multiply
+constexpr int TEAM_WARPS = TEAM / WARP;
+constexpr int THREADS = TEAM + GROUP;  // and a warpgroup, of which a thread has the copy engine work: registers go by warpgroups
+// Of a thread that multiplies, and of the others.
+constexpr int REGISTERS = 232, OTHER_REGISTERS = 40;
+static_assert(TEAM * REGISTERS + GROUP * OTHER_REGISTERS <= THREADS * (65536 / THREADS / 8 * 8),
+              "a block has the registers that it was launched with, and would wait for more for ever");
+constexpr int ROWS = TEAM / 2;        // of W in a tile: 64 for each warpgroup
+constexpr int GROUP_ROWS = ROWS / 2;
+constexpr int STEP = 128;       // columns of a stage: bytes that the swizzle spans
+constexpr int QUARTERS = 4;     // of a step: a product of the units takes 32 columns
+constexpr int MOST_PARTS = 4;   // of K
+constexpr int OUT_TOKENS = 128;  // that a warpgroup writes at once
+constexpr int OUT_PITCH = GROUP_ROWS * 2;
+constexpr int CHUNK = 16;  // outlier columns that a product takes
+constexpr u32 CHUNK_ROW = CHUNK * 2;
+constexpr float INVERSE_127 = 1.0f / 127.0f;
+
+// Of the tokens of a tile, how many a block of a cluster adds up, at most; and the bytes of their sums from all parts.
+__device__ constexpr int part_tokens(int tokens, int parts) { return (tokens / 16 + parts - 1) / parts * 16; }
+__device__ constexpr u32 received_bytes(int tokens, int parts) { return u32(parts * part_tokens(tokens, parts)) * (ROWS * 4); }
+
+// How much of everything is in shared memory. The launcher takes BYTES from here.
+template <int TOKENS>
+struct Shape {
+    // What leaves some 100 KB on the way while one stage is worked on.
+    static constexpr int STAGES = TOKENS > 128 ? 4 : TOKENS > 64 ? 6 : 8;
+    static constexpr int SUMS = TOKENS / 2;  // of a thread
+    // Whether blocks may share a tile: with more sums a thread has no registers for that, and launches have more tiles.
+    static constexpr bool DIVIDES = TOKENS <= 128;
+    static constexpr u32 W_BYTES = ROWS * STEP;
+    static constexpr u32 X_BYTES = TOKENS * STEP;
+    static constexpr u32 STAGE_BYTES = W_BYTES + X_BYTES;
+    static constexpr u32 OUT_BYTES = (TOKENS < OUT_TOKENS ? TOKENS : OUT_TOKENS) * OUT_PITCH;  // of a warpgroup
+    // In this order.
+    static constexpr u32 OUT_AT = STAGES * STAGE_BYTES;
+    static constexpr u32 SCALES_AT = OUT_AT + 2 * OUT_BYTES;
+    static constexpr u32 BARRIERS_AT = SCALES_AT + 2 * TOKENS * 4;
+    static constexpr u32 BYTES = BARRIERS_AT + 2 * STAGES * 8;
+    static_assert(BYTES <= 232448, "what a block may have");
+    static_assert(!DIVIDES || (received_bytes(TOKENS, 2) <= OUT_AT && received_bytes(TOKENS, 3) <= OUT_AT &&
+                               received_bytes(TOKENS, 4) <= OUT_AT),
+                  "sums of all parts take the place of the ring");
+    static_assert(3 * TOKENS * CHUNK_ROW <= 2 * OUT_BYTES, "outliers of a float32 x");
+};
+
+// A place in a ring, and whether the ring was passed an odd number of times.
+template <int COUNT>
+struct Turn {
+    u32 place = 0, round = 0;
+
+    __device__ void next() {
+        if (++place == u32(COUNT)) {
+            place = 0;
+            round ^= 1;
+        }
+    }
+};
+
+// How the work is divided.
+struct TilePlan {
+    int token_tiles;  // those of one range of rows of W follow each other
+    int tiles;        // for each block, or cluster of `parts` or `sharing` blocks
+    int workers;      // blocks or clusters: each takes every so-manieth tile; with parts, one
+    int steps;        // of K, of a part; the last part may have fewer
+    int parts;        // of K: blocks of a cluster that share a tile, 1 to MOST_PARTS
+    int sharing;      // blocks of a cluster, 1 or 2, with the same tokens and rows of W after each other; 1 with parts
+    int early;        // whether W may be read before the kernel before has ended
+};
+
+// Outliers of x: columns [first, first + CHUNK * chunks) of the list, for all tokens of a tile. Of each chunk, and of each of the
+// PIECES of a value, rows of 16 columns; columns behind the last are zero.
+template <typename X>
+constexpr int PIECES = 1;
+template <>
+constexpr int PIECES<float> = 3;
+
+template <typename X, int TOKENS>
+__device__ inline void gather_x(u8 *to, const Epilogue &e, int count, int first, int chunks, int token, int m, int k, int member) {
+#pragma unroll(TOKENS > 128 ? 1 : 2)
+    for (int i = member; i < chunks * (CHUNK / 4) * TOKENS; i += TEAM) {
+        const int at = i % TOKENS, four = i / TOKENS;
+        const X *const row = static_cast<const X *>(e.x) + i64(token + at < m ? token + at : m - 1) * k;
+        X value[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const int column = first + 4 * four + j;
+            value[j] = column < count ? row[e.columns[column]] : X{};
+        }
+        u8 *const place = to + (four / 4 * PIECES<X> * TOKENS + at) * int(CHUNK_ROW) + four % 4 * 8;
+        if constexpr (PIECES<X> == 1) {
+            *reinterpret_cast<Words2 *>(place) = {u32(value[0].bits) | u32(value[1].bits) << 16,
+                                                  u32(value[2].bits) | u32(value[3].bits) << 16};
+        } else {
+            // The upper eight bits of what is left, three times. What is not finite is all in the first.
+#pragma unroll
+            for (int p = 0; p < PIECES<X>; p++) {
+                u32 high[4];
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    const u32 bits = __float_as_uint(value[j]);
+                    const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
+                    high[j] = bits >> 16 | (!finite && (bits & 0x007fffffu) != 0 ? 0x40u : 0u);
+                    value[j] = finite ? __fsub_rn(value[j], __uint_as_float(bits & 0xffff0000u)) : 0.0f;
+                }
+                *reinterpret_cast<Words2 *>(place + p * TOKENS * int(CHUNK_ROW)) = {high[0] | high[1] << 16, high[2] | high[3] << 16};
+            }
+        }
+    }
+}
+
+// sums[8 tokens][4] of a thread += outliers of x times their columns of W, whose two rows begin at `w`.
+template <typename X, typename A, int EIGHTS>
+__device__ inline void add_outliers(float (&sums)[EIGHTS][4], u8 *shared, const Epilogue &e, const signed char *const (&w)[2], int count,
+                                    int token, int first_token, int tokens, int m, int k, int member) {
+    constexpr int TOKENS = 8 * EIGHTS;
+    constexpr int ROOM = int(2 * Shape<TOKENS>::OUT_BYTES) / (PIECES<X> * TOKENS * int(CHUNK_ROW));
+    const int lane = member % WARP, g = lane / 4, t = lane % 4;
+#pragma unroll 1
+    for (int first = 0; first < count; first += ROOM * CHUNK) {
+        const int left = (count - first + CHUNK - 1) / CHUNK, chunks = left < ROOM ? left : ROOM;
+        // Nobody writes y from here, or reads what was gathered before, any more.
+        meet<3, TEAM>();
+        gather_x<X, TOKENS>(shared, e, count, first, chunks, token, m, k, member);
+        meet<3, TEAM>();
+#pragma unroll 1
+        for (int c = 0; c < chunks; c++) {
+            // The units' columns 2t, 2t + 1, 2t + 8 and 2t + 9 are 4t to 4t + 3 of the chunk, of both operands.
+            u32 a[4];
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                float code[4];
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    const int column = first + c * CHUNK + 4 * t + j;
+                    code[j] = column < count ? float(w[r][e.columns[column]]) : 0.0f;
+                }
+                a[r] = pack2<A>(code[0], code[1]);
+                a[2 + r] = pack2<A>(code[2], code[3]);
+            }
+#pragma unroll 1
+            for (int p = 0; p < PIECES<X>; p++) {
+                const u8 *const from = shared + ((c * PIECES<X> + p) * TOKENS + first_token + g) * int(CHUNK_ROW) + t * 8;
+#pragma unroll
+                for (int j = 0; j < TOKENS / 8; j++) {
+                    if (8 * j < tokens) {
+                        const Words2 b = *reinterpret_cast<const Words2 *>(from + j * 8 * int(CHUNK_ROW));
+                        mma_m16n8k16(A{}, sums[j], a, b.word[0], b.word[1]);
+                    }
+                }
+            }
+        }
+    }
+    meet<3, TEAM>();
+}
+
+// Up to OUT_TOKENS tokens of y, from `first` on, to [token][row] in shared memory, where `to` is the lane's of the first sixteen.
+template <typename T, int EIGHTS>
+__device__ inline void put(u8 *to, const float (&values)[EIGHTS][4], int first, int tokens) {
+#pragma unroll
+    for (int j = 0; j < EIGHTS; j += 2) {
+        if (8 * j >= first && 8 * j < first + OUT_TOKENS && 8 * j < tokens) {
+            store_transposed(to + (8 * j - first) * OUT_PITCH, pack2<T>(values[j][0], values[j][1]),
+                             pack2<T>(values[j][2], values[j][3]), pack2<T>(values[j + 1][0], values[j + 1][1]),
+                             pack2<T>(values[j + 1][2], values[j + 1][3]));
+        }
+    }
+}
+
+template <int TOKENS>
+__device__ inline void int8_tile(const TensorMap *w_map, const TensorMap *x_map, const signed char *w, const Epilogue &e, int m, int n,
+                                 int k, const TilePlan &plan) {
+    using S = Shape<TOKENS>;
+    DYNAMIC_SHARED_1024(shared);
+    Barrier *const full = reinterpret_cast<Barrier *>(shared + S::BARRIERS_AT);
+    Barrier *const empty = full + S::STAGES;
+
+    const int thread = int(threadIdx.x), lane = thread % WARP;
+    const int warp = __shfl_sync(ALL_LANES, thread / WARP, 0);
+    const bool shares = plan.sharing > 1, divides = S::DIVIDES && plan.parts > 1;
+    const int rank = shares || divides ? int(cluster_rank()) : 0;
+    const int worker = int(blockIdx.x) / (shares ? plan.sharing : plan.parts);
+    // Of K, in steps.
+    const int all = (k + STEP - 1) / STEP;
+    const int begin = divides ? rank * plan.steps : 0;
+    const int steps = (begin + plan.steps < all ? begin + plan.steps : all) - begin;
+    const auto token_of = [&](int tile) { return tile % plan.token_tiles * TOKENS; };
+    const auto row_of = [&](int tile) {
+        const int range = tile / plan.token_tiles;
+        return (shares ? range * plan.sharing + rank : range) * ROWS;
+    };
+
+    if (thread == 0) {
+        for (int i = 0; i < S::STAGES; i++) {
+            barrier_init(&full[i], 1);
+            barrier_init(&empty[i], u32(TEAM_WARPS * plan.sharing));
+        }
+        barriers_made();
+    }
+    if (shares) {
+        // The other block arrives at barriers here, and copies to here.
+        cluster_meet();
+    } else {
+        __syncthreads();
+    }
+
+    if (warp >= TEAM_WARPS) {
+        give_registers<OTHER_REGISTERS>();
+        if (thread == TEAM) {
+            Turn<S::STAGES> turn;
+            // W of the first stages before what is before has ended, or at least to the second-level cache.
+            const int ahead = steps < S::STAGES ? steps : S::STAGES;
+            const auto bring_w = [&](u32 place, int step, int row) {
+                barrier_arrive_expecting(&full[place], S::STAGE_BYTES);
+                copy_box(shared + place * S::STAGE_BYTES, w_map, (begin + step) * STEP, row, &full[place]);
+            };
+            const bool early = plan.early != 0;
+            for (int step = 0; step < ahead; step++) {
+                if (early) {
+                    bring_w(u32(step), step, row_of(worker));
+                } else {
+                    fetch_box(w_map, (begin + step) * STEP, row_of(worker));
+                }
+            }
+            wait_for_previous();
+            for (int tile = worker; tile < plan.tiles; tile += plan.workers) {
+                const int token = token_of(tile), row = row_of(tile);
+                for (int step = 0; step < steps; step++) {
+                    if (!early || tile != worker || step >= ahead) {
+                        barrier_wait(&empty[turn.place], turn.round ^ 1);
+                        bring_w(turn.place, step, row);
+                    }
+                    u8 *const to = shared + turn.place * S::STAGE_BYTES + S::W_BYTES;
+                    if (shares) {
+                        const int half = rank * (TOKENS / 2);
+                        copy_box_to(3, to + half * STEP, x_map, (begin + step) * STEP, token + half, &full[turn.place]);
+                    } else {
+                        copy_box(to, x_map, (begin + step) * STEP, token, &full[turn.place]);
+                    }
+                    turn.next();
+                }
+            }
+        }
+        __syncwarp();
+        if (shares) {
+            cluster_meet();
+        }
+        if (divides) {
+            // As the others do, below.
+            cluster_meet();
+            cluster_meet();
+        }
+        return;
+    }
+
+    take_registers<REGISTERS>();
+    const int group = warp / (TEAM_WARPS / 2), member = thread % GROUP;
+    const auto meet_group = [&]() {
+        if (group == 0) {
+            meet<1, GROUP>();
+        } else {
+            meet<2, GROUP>();
+        }
+    };
+    // Rows g and g + 8 of the warp's sixteen, columns 8j + 2t and the next.
+    const int g = lane / 4, t = lane % 4;
+    const int my_row = group * GROUP_ROWS + warp % (TEAM_WARPS / 2) * 16 + g;
+    const u32 w_base = operand(shared + group * GROUP_ROWS * STEP), x_base = operand(shared + S::W_BYTES);
+    const u32 release_at = address_at(empty, shares ? u32(lane % 2) : u32(rank));
+    float *const scales = reinterpret_cast<float *>(shared + S::SCALES_AT) + group * TOKENS;
+    u8 *const out = shared + S::OUT_AT + u32(group) * S::OUT_BYTES;
+    const bool scaled = e.row_scales != nullptr;
+    int sums[S::SUMS];
+    Turn<S::STAGES> turn;
+
+    const auto step = [&](bool fresh) {
+        barrier_wait(&full[turn.place], turn.round);
+        const u32 stage = turn.place * (S::STAGE_BYTES >> 4);
+        products_begin();
+#pragma unroll
+        for (int q = 0; q < QUARTERS; q++) {
+            if (fresh && q == 0) {
+                multiply_fresh(sums, w_base + stage, x_base + stage);
+            } else {
+                multiply_add(sums, w_base + stage + u32(2 * q), x_base + stage + u32(2 * q));
+            }
+        }
+        products_commit();
+    };
+    const auto release = [&](u32 place) {
+        if (shares) {
+            if (lane < 2) {
+                barrier_arrive_at(release_at + place * 8);
+            }
+        } else if (lane == 0) {
+            barrier_arrive(&empty[place]);
+        }
+    };
+
+    wait_for_previous();
+    const int count = scaled && e.count != nullptr ? *e.count : 0;
+    for (int tile = worker; tile < plan.tiles; tile += plan.workers) {
+        const int token = token_of(tile), row = row_of(tile) + my_row;
+        // Rows and tokens that are not there get what the last one has: what comes of them is not written.
+        const int rows[2] = {row < n ? row : n - 1, row + 8 < n ? row + 8 : n - 1};
+        // Nobody reads the scales of the tile before any more.
+        meet_group();
+        if (scaled) {
+            for (int i = member; i < TOKENS; i += GROUP) {
+                scales[i] = __fmul_rn(e.row_scales[token + i < m ? token + i : m - 1], INVERSE_127);
+            }
+        }
+
+        step(true);
+        u32 before = turn.place;
+        turn.next();
+        for (int i = 1; i < steps; i++) {
+            step(false);
+            products_wait<1>();
+            release(before);
+            before = turn.place;
+            turn.next();
+        }
+        products_wait<0>();
+        release(before);
+        if (tile + plan.workers >= plan.tiles) {
+            let_next_start();
+        }
+
+        int tokens = TOKENS, first_token = 0;
+        if (S::DIVIDES && divides) {
+            // Each block of the cluster adds up a range of tokens: what the others have of them comes to its memory, in rows of
+            // what all threads have of eight tokens.
+            const int sixteens = part_tokens(TOKENS, plan.parts) / 16;
+            first_token = sixteens * 16 * rank;
+            tokens = TOKENS - first_token < sixteens * 16 ? TOKENS - first_token : sixteens * 16;
+            constexpr u32 ALL = TEAM * 16;
+            u8 *const mine = shared + thread * 16;
+            // Nobody's matrix units read the ring any more, and no copy to it is on the way.
+            cluster_meet();
+            int owner = 0, at = rank * sixteens;
+            u32 there = address_at(mine, 0);
+#pragma unroll
+            for (int j = 0; j < TOKENS / 16; j++) {
+                const int *const d = sums + 8 * j;
+                store_at(there + u32(2 * at) * ALL, d[0], d[1], d[2], d[3]);
+                store_at(there + u32(2 * at + 1) * ALL, d[4], d[5], d[6], d[7]);
+                at++;
+                if (at == (rank + 1) * sixteens && owner + 1 < plan.parts) {
+                    owner++;
+                    at = rank * sixteens;
+                    there = address_at(mine, u32(owner));
+                }
+            }
+            cluster_meet();
+#pragma unroll
+            for (int j = 0; j < part_tokens(TOKENS, 2) / 16; j++) {
+                if (16 * j < tokens) {
+                    int total[8] = {};
+                    for (int from = 0; from < plan.parts; from++) {
+                        const Words4 *const theirs = reinterpret_cast<const Words4 *>(mine + u32(from * sixteens + j) * (2 * ALL));
+#pragma unroll
+                        for (int i = 0; i < 8; i++) {
+                            total[i] += int(theirs[i / 4 * TEAM].word[i % 4]);
+                        }
+                    }
+#pragma unroll
+                    for (int i = 0; i < 8; i++) {
+                        sums[8 * j + i] = total[i];
+                    }
+                }
+            }
+        }
+        if (!scaled) {
+            // The sums themselves: 32 bytes of eight rows of W at a time.
+            int *const y = static_cast<int *>(e.y) + row;
+#pragma unroll
+            for (int i = 0; i < S::SUMS; i++) {
+                const int at = i / 4 * 8 + 2 * t + i % 2, to = token + first_token + at;
+                if (at < tokens && to < m && row + i / 2 % 2 * 8 < n) {
+                    y[i64(to) * n + i / 2 % 2 * 8] = sums[i];
+                }
+            }
+            continue;
+        }
+
+        meet_group();
+        float values[TOKENS / 8][4];
+#pragma unroll
+        for (int j = 0; j < TOKENS / 8; j++) {
+            if (8 * j < tokens) {
+                const Floats2 scale = *reinterpret_cast<const Floats2 *>(scales + first_token + 8 * j + 2 * t);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    values[j][i] = __fmul_rn(float(sums[4 * j + i]), scale.value[i % 2]);
+                }
+            }
+        }
+        if (count > 0) {
+            const signed char *const w_rows[2] = {w + i64(rows[0]) * k, w + i64(rows[1]) * k};
+            u8 *const gathered = shared + S::OUT_AT;
+            if (e.kind == 0) {
+                add_outliers<Bf16, Bf16>(values, gathered, e, w_rows, count, token, first_token, tokens, m, k, thread);
+            } else if (e.kind == 1) {
+                add_outliers<F16, F16>(values, gathered, e, w_rows, count, token, first_token, tokens, m, k, thread);
+            } else {
+                add_outliers<float, Bf16>(values, gathered, e, w_rows, count, token, first_token, tokens, m, k, thread);
+            }
+        }
+        float column_scale[2], bias[2];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            column_scale[r] = __fmul_rn(e.column_scales[rows[r]], INVERSE_127);
+            // Adding -0 changes nothing.
+            bias[r] = e.bias != nullptr ? load_as(e.bias, e.bias_kind, rows[r]) : -0.0f;
+        }
+#pragma unroll
+        for (int j = 0; j < TOKENS / 8; j++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                values[j][i] = __fadd_rn(__fmul_rn(values[j][i], column_scale[i / 2]), bias[i / 2]);
+            }
+        }
+        if (e.kind == 2) {
+            float *const y = static_cast<float *>(e.y) + row;
+#pragma unroll
+            for (int i = 0; i < S::SUMS; i++) {
+                const int at = i / 4 * 8 + 2 * t + i % 2, to = token + first_token + at;
+                if (at < tokens && to < m && row + i / 2 % 2 * 8 < n) {
+                    y[i64(to) * n + i / 2 % 2 * 8] = values[i / 4][i % 4];
+                }
+            }
+            continue;
+        }
+        // Sixteen tokens, [token][row]: the 16-byte piece c of a token at place c ^ token % 8.
+        const u32 out_token = u32(lane / 16 * 8 + lane % 8);
+        const u32 out_offset = out_token * OUT_PITCH + (u32(warp % (TEAM_WARPS / 2) * 2 + lane / 8 % 2) ^ (out_token & 7)) * 16;
+        const bool whole = n % 8 == 0 && is_aligned(e.y, 16);
+#pragma unroll
+        for (int round = 0; round < (TOKENS + OUT_TOKENS - 1) / OUT_TOKENS; round++) {
+            // Nobody reads the tokens before any more.
+            meet_group();
+            const int first = round * OUT_TOKENS;
+            if (e.kind == 0) {
+                put<Bf16>(out + out_offset, values, first, tokens);
+            } else {
+                put<F16>(out + out_offset, values, first, tokens);
+            }
+            meet_group();
+            const int here = tokens - first < OUT_TOKENS ? tokens - first : OUT_TOKENS;
+            constexpr int PIECES_OF_ROW = OUT_PITCH / 16;
+            const int column = row_of(tile) + group * GROUP_ROWS + member % PIECES_OF_ROW * 8;
+            for (int at = member / PIECES_OF_ROW; at < here; at += GROUP / PIECES_OF_ROW) {
+                const int to = token + first_token + first + at;
+                if (to < m && column < n) {
+                    const u8 *const from = out + at * OUT_PITCH + ((member % PIECES_OF_ROW) ^ (at & 7)) * 16;
+                    u16 *const target = static_cast<u16 *>(e.y) + (i64(to) * n + column);
+                    if (whole) {
+                        store_words(reinterpret_cast<Words4 *>(target), *reinterpret_cast<const Words4 *>(from));
+                    } else {
+                        for (int i = 0; i < 8 && column + i < n; i++) {
+                            target[i] = reinterpret_cast<const u16 *>(from)[i];
+                        }
+                    }
+                }
+            }
+        }
+    }
+    if (shares) {
+        // The other block may still copy to here.
+        cluster_meet();
+    }
+}
