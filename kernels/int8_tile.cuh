@@ -110,6 +110,25 @@ struct TilePlan {
     int early;        // whether W may be read before the kernel before has ended
 };
 
+// What a block does. Found by each role for itself: less has to be kept while a thread has few registers.
+struct Share {
+    int rank, worker;  // in the cluster, and which of them it is
+    int begin, steps;  // of K
+    int ranges;        // of rows, of the cluster
+
+    __device__ Share(const TilePlan &plan, bool shares, bool divides, int k) {
+        rank = shares || divides ? int(cluster_rank()) : 0;
+        worker = int(blockIdx.x) / (shares ? plan.sharing : plan.parts);
+        const int all = (k + STEP - 1) / STEP;
+        begin = divides ? rank * plan.steps : 0;
+        steps = (begin + plan.steps < all ? begin + plan.steps : all) - begin;
+        ranges = shares ? plan.sharing : 1;
+    }
+    __device__ int row(const TilePlan &plan, int tile) const {
+        return (tile / plan.token_tiles * ranges + (ranges > 1 ? rank : 0)) * ROWS;
+    }
+};
+
 // Outliers of x: columns [first, first + CHUNK * chunks) of the list, for all tokens of a tile. Of each chunk, and of each of the
 // PIECES of a value, rows of 16 columns; columns behind the last are zero.
 template <typename X>
@@ -220,18 +239,6 @@ __device__ inline void int8_tile(const TensorMap *w_map, const TensorMap *x_map,
     const int thread = int(threadIdx.x), lane = thread % WARP;
     const int warp = __shfl_sync(ALL_LANES, thread / WARP, 0);
     const bool shares = plan.sharing > 1, divides = S::DIVIDES && plan.parts > 1;
-    const int rank = shares || divides ? int(cluster_rank()) : 0;
-    const int worker = int(blockIdx.x) / (shares ? plan.sharing : plan.parts);
-    // Of K, in steps.
-    const int all = (k + STEP - 1) / STEP;
-    const int begin = divides ? rank * plan.steps : 0;
-    const int steps = (begin + plan.steps < all ? begin + plan.steps : all) - begin;
-    const auto token_of = [&](int tile) { return tile % plan.token_tiles * TOKENS; };
-    const auto row_of = [&](int tile) {
-        const int range = tile / plan.token_tiles;
-        return (shares ? range * plan.sharing + rank : range) * ROWS;
-    };
-
     if (thread == 0) {
         for (int i = 0; i < S::STAGES; i++) {
             barrier_init(&full[i], 1);
@@ -249,24 +256,26 @@ __device__ inline void int8_tile(const TensorMap *w_map, const TensorMap *x_map,
     if (warp >= TEAM_WARPS) {
         give_registers<OTHER_REGISTERS>();
         if (thread == TEAM) {
+            const Share mine(plan, shares, divides, k);
+            const int worker = mine.worker, steps = mine.steps;
             Turn<S::STAGES> turn;
             // W of the first stages before what is before has ended, or at least to the second-level cache.
             const int ahead = steps < S::STAGES ? steps : S::STAGES;
             const auto bring_w = [&](u32 place, int step, int row) {
                 barrier_arrive_expecting(&full[place], S::STAGE_BYTES);
-                copy_box(shared + place * S::STAGE_BYTES, w_map, (begin + step) * STEP, row, &full[place]);
+                copy_box(shared + place * S::STAGE_BYTES, w_map, (mine.begin + step) * STEP, row, &full[place]);
             };
             const bool early = plan.early != 0;
             for (int step = 0; step < ahead; step++) {
                 if (early) {
-                    bring_w(u32(step), step, row_of(worker));
+                    bring_w(u32(step), step, mine.row(plan, worker));
                 } else {
-                    fetch_box(w_map, (begin + step) * STEP, row_of(worker));
+                    fetch_box(w_map, (mine.begin + step) * STEP, mine.row(plan, worker));
                 }
             }
             wait_for_previous();
             for (int tile = worker; tile < plan.tiles; tile += plan.workers) {
-                const int token = token_of(tile), row = row_of(tile);
+                const int token = tile % plan.token_tiles * TOKENS, row = mine.row(plan, tile);
                 for (int step = 0; step < steps; step++) {
                     if (!early || tile != worker || step >= ahead) {
                         barrier_wait(&empty[turn.place], turn.round ^ 1);
@@ -274,10 +283,10 @@ __device__ inline void int8_tile(const TensorMap *w_map, const TensorMap *x_map,
                     }
                     u8 *const to = shared + turn.place * S::STAGE_BYTES + S::W_BYTES;
                     if (shares) {
-                        const int half = rank * (TOKENS / 2);
-                        copy_box_to(3, to + half * STEP, x_map, (begin + step) * STEP, token + half, &full[turn.place]);
+                        const int half = mine.rank * (TOKENS / 2);
+                        copy_box_to(3, to + half * STEP, x_map, (mine.begin + step) * STEP, token + half, &full[turn.place]);
                     } else {
-                        copy_box(to, x_map, (begin + step) * STEP, token, &full[turn.place]);
+                        copy_box(to, x_map, (mine.begin + step) * STEP, token, &full[turn.place]);
                     }
                     turn.next();
                 }
@@ -296,6 +305,8 @@ __device__ inline void int8_tile(const TensorMap *w_map, const TensorMap *x_map,
     }
 
     take_registers<REGISTERS>();
+    const Share mine(plan, shares, divides, k);
+    const int worker = mine.worker, steps = mine.steps, rank = mine.rank;
     const int group = warp / (TEAM_WARPS / 2), member = thread % GROUP;
     const auto meet_group = [&]() {
         if (group == 0) {
@@ -342,7 +353,7 @@ __device__ inline void int8_tile(const TensorMap *w_map, const TensorMap *x_map,
     wait_for_previous();
     const int count = scaled && e.count != nullptr ? *e.count : 0;
     for (int tile = worker; tile < plan.tiles; tile += plan.workers) {
-        const int token = token_of(tile), row = row_of(tile) + my_row;
+        const int token = tile % plan.token_tiles * TOKENS, row = mine.row(plan, tile) + my_row;
         // Rows and tokens that are not there get what the last one has: what comes of them is not written.
         const int rows[2] = {row < n ? row : n - 1, row + 8 < n ? row + 8 : n - 1};
         // Nobody reads the scales of the tile before any more.
@@ -377,11 +388,11 @@ __device__ inline void int8_tile(const TensorMap *w_map, const TensorMap *x_map,
             first_token = sixteens * 16 * rank;
             tokens = TOKENS - first_token < sixteens * 16 ? TOKENS - first_token : sixteens * 16;
             constexpr u32 ALL = TEAM * 16;
-            u8 *const mine = shared + thread * 16;
+            u8 *const own = shared + thread * 16;
             // Nobody's matrix units read the ring any more, and no copy to it is on the way.
             cluster_meet();
             int owner = 0, at = rank * sixteens;
-            u32 there = address_at(mine, 0);
+            u32 there = address_at(own, 0);
 #pragma unroll
             for (int j = 0; j < TOKENS / 16; j++) {
                 const int *const d = sums + 8 * j;
@@ -391,7 +402,7 @@ __device__ inline void int8_tile(const TensorMap *w_map, const TensorMap *x_map,
                 if (at == (rank + 1) * sixteens && owner + 1 < plan.parts) {
                     owner++;
                     at = rank * sixteens;
-                    there = address_at(mine, u32(owner));
+                    there = address_at(own, u32(owner));
                 }
             }
             cluster_meet();
@@ -400,7 +411,7 @@ __device__ inline void int8_tile(const TensorMap *w_map, const TensorMap *x_map,
                 if (16 * j < tokens) {
                     int total[8] = {};
                     for (int from = 0; from < plan.parts; from++) {
-                        const Words4 *const theirs = reinterpret_cast<const Words4 *>(mine + u32(from * sixteens + j) * (2 * ALL));
+                        const Words4 *const theirs = reinterpret_cast<const Words4 *>(own + u32(from * sixteens + j) * (2 * ALL));
 #pragma unroll
                         for (int i = 0; i < 8; i++) {
                             total[i] += int(theirs[i / 4 * TEAM].word[i % 4]);
@@ -491,7 +502,7 @@ __device__ inline void int8_tile(const TensorMap *w_map, const TensorMap *x_map,
             meet_group();
             const int here = tokens - first < OUT_TOKENS ? tokens - first : OUT_TOKENS;
             constexpr int PIECES_OF_ROW = OUT_PITCH / 16;
-            const int column = row_of(tile) + group * GROUP_ROWS + member % PIECES_OF_ROW * 8;
+            const int column = mine.row(plan, tile) + group * GROUP_ROWS + member % PIECES_OF_ROW * 8;
             for (int at = member / PIECES_OF_ROW; at < here; at += GROUP / PIECES_OF_ROW) {
                 const int to = token + first_token + first + at;
                 if (to < m && column < n) {
