@@ -42,9 +42,10 @@
 constexpr int GROUP = 128;       // threads of a warpgroup
 constexpr int TEAM = 2 * GROUP;  // threads that multiply
 constexpr int TEAM_WARPS = TEAM / WARP;
-constexpr int THREADS = TEAM + GROUP;  // and a warpgroup, of which a thread has the copy engine work: registers go by warpgroups
+constexpr int GATHERERS = GROUP - WARP;
+constexpr int THREADS = TEAM + GROUP;  // and a warp for the copy engine, and three that gather outliers
 // Of a thread that multiplies, and of the others.
-constexpr int REGISTERS = 232, OTHER_REGISTERS = 40;
+constexpr int REGISTERS = 224, OTHER_REGISTERS = 56;
 static_assert(TEAM * REGISTERS + GROUP * OTHER_REGISTERS <= THREADS * (65536 / THREADS / 8 * 8),
               "a block has the registers that it was launched with, and would wait for more for ever");
 constexpr int ROWS = TEAM / 2;        // of W in a tile: 64 for each warpgroup
@@ -56,11 +57,15 @@ constexpr int OUT_TOKENS = 128;  // that a warpgroup writes at once
 constexpr int OUT_PITCH = GROUP_ROWS * 2;
 constexpr int CHUNK = 16;  // outlier columns that a product takes
 constexpr u32 CHUNK_ROW = CHUNK * 2;
+constexpr int PIECES = 3;  // 16-bit values that are a float32
 constexpr float INVERSE_127 = 1.0f / 127.0f;
 
 // Of the tokens of a tile, how many a block of a cluster adds up, at most; and the bytes of their sums from all parts.
 __device__ constexpr int part_tokens(int tokens, int parts) { return (tokens / 16 + parts - 1) / parts * 16; }
 __device__ constexpr u32 received_bytes(int tokens, int parts) { return u32(parts * part_tokens(tokens, parts)) * (ROWS * 4); }
+
+// The bytes of a chunk of outliers: x in so many pieces, then codes of W.
+__device__ constexpr u32 chunk_bytes(int tokens, int pieces) { return u32(pieces * tokens) * CHUNK_ROW + ROWS * CHUNK; }
 
 // How much of everything is in shared memory. The launcher takes BYTES from here.
 template <int TOKENS>
@@ -78,12 +83,12 @@ struct Shape {
     static constexpr u32 OUT_AT = STAGES * STAGE_BYTES;
     static constexpr u32 SCALES_AT = OUT_AT + 2 * OUT_BYTES;
     static constexpr u32 BARRIERS_AT = SCALES_AT + 2 * TOKENS * 4;
-    static constexpr u32 BYTES = BARRIERS_AT + 2 * STAGES * 8;
+    static constexpr u32 BYTES = BARRIERS_AT + 2 * (STAGES + 1) * 8;
     static_assert(BYTES <= 232448, "what a block may have");
     static_assert(!DIVIDES || (received_bytes(TOKENS, 2) <= OUT_AT && received_bytes(TOKENS, 3) <= OUT_AT &&
                                received_bytes(TOKENS, 4) <= OUT_AT),
                   "sums of all parts take the place of the ring");
-    static_assert(3 * TOKENS * CHUNK_ROW <= 2 * OUT_BYTES, "outliers of a float32 x");
+    static_assert(chunk_bytes(TOKENS, PIECES) <= 2 * OUT_BYTES, "outliers take the place of y");
 };
 
 // A place in a ring, and whether the ring was passed an odd number of times.
@@ -129,90 +134,103 @@ struct Share {
     }
 };
 
-// Outliers of x: columns [first, first + CHUNK * chunks) of the list, for all tokens of a tile. Of each chunk, and of each of the
-// PIECES of a value, rows of 16 columns; columns behind the last are zero.
-template <typename X>
-constexpr int PIECES = 1;
-template <>
-constexpr int PIECES<float> = 3;
-
-template <typename X, int TOKENS>
-__device__ inline void gather_x(u8 *to, const Epilogue &e, int count, int first, int chunks, int token, int m, int k, int member) {
-#pragma unroll(TOKENS > 128 ? 1 : 2)
-    for (int i = member; i < chunks * (CHUNK / 4) * TOKENS; i += TEAM) {
-        const int at = i % TOKENS, four = i / TOKENS;
-        const X *const row = static_cast<const X *>(e.x) + i64(token + at < m ? token + at : m - 1) * k;
-        X value[4];
+// The 16-bit pieces of a value of x: itself, or the upper eight bits of what is left, three times.
+__device__ inline void split(u32 (&pieces)[1], u16 value) { pieces[0] = value; }
+__device__ inline void split(u32 (&pieces)[PIECES], float value) {
+    const u32 bits = __float_as_uint(value);
+    if ((bits & 0x7f800000u) == 0x7f800000u) {
+        // All in the first; a NaN stays one.
+        pieces[0] = bits >> 16 | ((bits & 0x007fffffu) != 0 ? 0x40u : 0u);
+        pieces[1] = pieces[2] = 0;
+        return;
+    }
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const int column = first + 4 * four + j;
-            value[j] = column < count ? row[e.columns[column]] : X{};
-        }
-        u8 *const place = to + (four / 4 * PIECES<X> * TOKENS + at) * int(CHUNK_ROW) + four % 4 * 8;
-        if constexpr (PIECES<X> == 1) {
-            *reinterpret_cast<Words2 *>(place) = {u32(value[0].bits) | u32(value[1].bits) << 16,
-                                                  u32(value[2].bits) | u32(value[3].bits) << 16};
-        } else {
-            // The upper eight bits of what is left, three times. What is not finite is all in the first.
-#pragma unroll
-            for (int p = 0; p < PIECES<X>; p++) {
-                u32 high[4];
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    const u32 bits = __float_as_uint(value[j]);
-                    const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
-                    high[j] = bits >> 16 | (!finite && (bits & 0x007fffffu) != 0 ? 0x40u : 0u);
-                    value[j] = finite ? __fsub_rn(value[j], __uint_as_float(bits & 0xffff0000u)) : 0.0f;
-                }
-                *reinterpret_cast<Words2 *>(place + p * TOKENS * int(CHUNK_ROW)) = {high[0] | high[1] << 16, high[2] | high[3] << 16};
-            }
-        }
+    for (int p = 0; p < PIECES; p++) {
+        const u32 high = __float_as_uint(value) & 0xffff0000u;
+        pieces[p] = high >> 16;
+        value = __fsub_rn(value, __uint_as_float(high));
     }
 }
 
-// sums[8 tokens][4] of a thread += outliers of x times their columns of W, whose two rows begin at `w`.
-template <typename X, typename A, int EIGHTS>
-__device__ inline void add_outliers(float (&sums)[EIGHTS][4], u8 *shared, const Epilogue &e, const signed char *const (&w)[2], int count,
-                                    int token, int first_token, int tokens, int m, int k, int member) {
+// Columns [first, first + CHUNK * chunks) of the list of outliers, those behind its last being zero: x of the tile's tokens and
+// codes of its rows of W. Of each chunk there are the pieces of x, [token][16], then W, [row][16].
+template <int TOKENS, int COUNT, typename X>
+__device__ inline void gather(u8 *to, const Epilogue &e, const X *x, const i8 *w, int count, int first, int chunks, int token,
+                              int row, int m, int n, int k, int member) {
+    constexpr u32 ALL = chunk_bytes(TOKENS, COUNT);
+    const auto column_of = [&](int i) { return i < count ? e.columns[i] : -1; };
+#pragma unroll 2
+    for (int i = member; i < chunks * (CHUNK / 4) * TOKENS; i += GATHERERS) {
+        const int at = i % TOKENS, four = i / TOKENS;
+        const X *const from = x + i64(token + at < m ? token + at : m - 1) * k;
+        X value[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const int column = column_of(first + 4 * four + j);
+            value[j] = column >= 0 ? from[column] : X{};
+        }
+        u32 pieces[4][COUNT];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            split(pieces[j], value[j]);
+        }
+        u8 *const place = to + u32(four / 4) * ALL + u32(at) * CHUNK_ROW + u32(four % 4 * 8);
+#pragma unroll
+        for (int p = 0; p < COUNT; p++) {
+            *reinterpret_cast<Words2 *>(place + u32(p * TOKENS) * CHUNK_ROW) = {pieces[0][p] | pieces[1][p] << 16,
+                                                                               pieces[2][p] | pieces[3][p] << 16};
+        }
+    }
+#pragma unroll 2
+    for (int i = member; i < chunks * (CHUNK / 4) * ROWS; i += GATHERERS) {
+        const int at = i % ROWS, four = i / ROWS;
+        const i8 *const from = w + i64(row + at < n ? row + at : n - 1) * k;
+        u32 word = 0;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const int column = column_of(first + 4 * four + j);
+            word |= (column >= 0 ? u32(from[column]) & 0xff : 0u) << (8 * j);
+        }
+        *reinterpret_cast<u32 *>(to + u32(four / 4) * ALL + u32(COUNT * TOKENS) * CHUNK_ROW + u32(at * CHUNK + four % 4 * 4)) = word;
+    }
+}
+
+// sums[eight tokens][4] of a thread += outliers of x, from token `first_token` of the tile on, times those of W, of chunks that were
+// gathered; `row` is the thread's first of the tile.
+template <typename T, int EIGHTS>
+__device__ inline void add_outliers(float (&sums)[EIGHTS][4], const u8 *from, int pieces, int chunks, int row, int first_token,
+                                    int tokens, int lane) {
     constexpr int TOKENS = 8 * EIGHTS;
-    constexpr int ROOM = int(2 * Shape<TOKENS>::OUT_BYTES) / (PIECES<X> * TOKENS * int(CHUNK_ROW));
-    const int lane = member % WARP, g = lane / 4, t = lane % 4;
+    const int g = lane / 4, t = lane % 4;
 #pragma unroll 1
-    for (int first = 0; first < count; first += ROOM * CHUNK) {
-        const int left = (count - first + CHUNK - 1) / CHUNK, chunks = left < ROOM ? left : ROOM;
-        // Nobody writes y from here, or reads what was gathered before, any more.
-        meet<3, TEAM>();
-        gather_x<X, TOKENS>(shared, e, count, first, chunks, token, m, k, member);
-        meet<3, TEAM>();
-#pragma unroll 1
-        for (int c = 0; c < chunks; c++) {
-            // The units' columns 2t, 2t + 1, 2t + 8 and 2t + 9 are 4t to 4t + 3 of the chunk, of both operands.
-            u32 a[4];
+    for (int c = 0; c < chunks; c++) {
+        const u8 *const w = from + u32(pieces * TOKENS) * CHUNK_ROW + u32(row * CHUNK + t * 4);
+        // The units' columns 2t, 2t + 1, 2t + 8 and 2t + 9 are 4t to 4t + 3 of the chunk, of both operands.
+        u32 a[4];
 #pragma unroll
-            for (int r = 0; r < 2; r++) {
-                float code[4];
+        for (int r = 0; r < 2; r++) {
+            const u32 word = *reinterpret_cast<const u32 *>(w + r * 8 * CHUNK);
+            float code[4];
 #pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    const int column = first + c * CHUNK + 4 * t + j;
-                    code[j] = column < count ? float(w[r][e.columns[column]]) : 0.0f;
-                }
-                a[r] = pack2<A>(code[0], code[1]);
-                a[2 + r] = pack2<A>(code[2], code[3]);
+            for (int j = 0; j < 4; j++) {
+                code[j] = float(int(word << (24 - 8 * j)) >> 24);
             }
+            a[r] = pack2<T>(code[0], code[1]);
+            a[2 + r] = pack2<T>(code[2], code[3]);
+        }
 #pragma unroll 1
-            for (int p = 0; p < PIECES<X>; p++) {
-                const u8 *const from = shared + ((c * PIECES<X> + p) * TOKENS + first_token + g) * int(CHUNK_ROW) + t * 8;
+        for (int p = 0; p < pieces; p++) {
+            const u8 *const x = from + u32(p * TOKENS + first_token + g) * CHUNK_ROW + u32(t * 8);
 #pragma unroll
-                for (int j = 0; j < TOKENS / 8; j++) {
-                    if (8 * j < tokens) {
-                        const Words2 b = *reinterpret_cast<const Words2 *>(from + j * 8 * int(CHUNK_ROW));
-                        mma_m16n8k16(A{}, sums[j], a, b.word[0], b.word[1]);
-                    }
+            for (int j = 0; j < EIGHTS; j++) {
+                if (8 * j < tokens) {
+                    const Words2 b = *reinterpret_cast<const Words2 *>(x + u32(8 * j) * CHUNK_ROW);
+                    mma_m16n8k16(T{}, sums[j], a, b.word[0], b.word[1]);
                 }
             }
         }
+        from += chunk_bytes(TOKENS, pieces);
     }
-    meet<3, TEAM>();
 }
 
 // Up to OUT_TOKENS tokens of y, from `first` on, to [token][row] in shared memory, where `to` is the lane's of the first sixteen.
@@ -229,12 +247,13 @@ __device__ inline void put(u8 *to, const float (&values)[EIGHTS][4], int first, 
 }
 
 template <int TOKENS>
-__device__ inline void int8_tile(const TensorMap *w_map, const TensorMap *x_map, const signed char *w, const Epilogue &e, int m, int n,
+__device__ inline void int8_tile(const TensorMap *w_map, const TensorMap *x_map, const i8 *w, const Epilogue &e, int m, int n,
                                  int k, const TilePlan &plan) {
     using S = Shape<TOKENS>;
     DYNAMIC_SHARED_1024(shared);
     Barrier *const full = reinterpret_cast<Barrier *>(shared + S::BARRIERS_AT);
     Barrier *const empty = full + S::STAGES;
+    Barrier *const gathered = empty + S::STAGES, *const taken = gathered + 1;
 
     const int thread = int(threadIdx.x), lane = thread % WARP;
     const int warp = __shfl_sync(ALL_LANES, thread / WARP, 0);
@@ -244,6 +263,8 @@ __device__ inline void int8_tile(const TensorMap *w_map, const TensorMap *x_map,
             barrier_init(&full[i], 1);
             barrier_init(&empty[i], u32(TEAM_WARPS * plan.sharing));
         }
+        barrier_init(gathered, GATHERERS / WARP);
+        barrier_init(taken, TEAM_WARPS);
         barriers_made();
     }
     if (shares) {
@@ -253,6 +274,7 @@ __device__ inline void int8_tile(const TensorMap *w_map, const TensorMap *x_map,
         __syncthreads();
     }
 
+    const bool may_have_outliers = e.row_scales != nullptr && e.count != nullptr;
     if (warp >= TEAM_WARPS) {
         give_registers<OTHER_REGISTERS>();
         if (thread == TEAM) {
@@ -292,13 +314,48 @@ __device__ inline void int8_tile(const TensorMap *w_map, const TensorMap *x_map,
                 }
             }
         }
-        __syncwarp();
-        if (shares) {
-            cluster_meet();
+        bool met = false;
+        // As the others do, below, between the first outliers and what more there are.
+        const auto meet_cluster = [&]() {
+            if (divides && !met) {
+                cluster_meet();
+                cluster_meet();
+            }
+            met = true;
+        };
+        if (warp > TEAM_WARPS && may_have_outliers) {
+            const Share mine(plan, shares, divides, k);
+            wait_for_previous();
+            const int count = *e.count, pieces = e.kind == 2 ? PIECES : 1, all = int(2 * S::OUT_BYTES / chunk_bytes(TOKENS, pieces)) * CHUNK;
+            u32 parity = 1;
+            for (int tile = mine.worker; tile < plan.tiles && count > 0; tile += plan.workers) {
+                const int token = tile % plan.token_tiles * TOKENS, row = mine.row(plan, tile);
+                for (int first = 0; first < count; first += all) {
+                    const int left = (count - first + CHUNK - 1) / CHUNK, chunks = left < all / CHUNK ? left : all / CHUNK;
+                    u8 *const to = shared + S::OUT_AT;
+                    if (first > 0) {
+                        meet_cluster();
+                    }
+                    barrier_wait(taken, parity);
+                    parity ^= 1;
+                    if (e.kind == 2) {
+                        gather<TOKENS, PIECES>(to, e, static_cast<const float *>(e.x), w, count, first, chunks, token, row, m, n, k,
+                                               thread - TEAM - WARP);
+                    } else {
+                        gather<TOKENS, 1>(to, e, static_cast<const u16 *>(e.x), w, count, first, chunks, token, row, m, n, k,
+                                          thread - TEAM - WARP);
+                    }
+                    __syncwarp();
+                    // Read anew: a register less to keep.
+                    if (read_lane() == 0) {
+                        barrier_arrive(gathered);
+                    }
+                }
+            }
         }
-        if (divides) {
-            // As the others do, below.
-            cluster_meet();
+        __syncwarp();
+        meet_cluster();
+        if (shares) {
             cluster_meet();
         }
         return;
@@ -350,8 +407,17 @@ __device__ inline void int8_tile(const TensorMap *w_map, const TensorMap *x_map,
         }
     };
 
+    // The memory in which outliers are gathered, and y is put together.
+    const auto took = [&]() {
+        __syncwarp();
+        if (lane == 0) {
+            barrier_arrive(taken);
+        }
+    };
+
     wait_for_previous();
-    const int count = scaled && e.count != nullptr ? *e.count : 0;
+    const int count = may_have_outliers ? *e.count : 0;
+    u32 gathered_parity = 0;
     for (int tile = worker; tile < plan.tiles; tile += plan.workers) {
         const int token = tile % plan.token_tiles * TOKENS, row = mine.row(plan, tile) + my_row;
         // Rows and tokens that are not there get what the last one has: what comes of them is not written.
@@ -449,16 +515,23 @@ __device__ inline void int8_tile(const TensorMap *w_map, const TensorMap *x_map,
                 }
             }
         }
-        if (count > 0) {
-            const signed char *const w_rows[2] = {w + i64(rows[0]) * k, w + i64(rows[1]) * k};
-            u8 *const gathered = shared + S::OUT_AT;
-            if (e.kind == 0) {
-                add_outliers<Bf16, Bf16>(values, gathered, e, w_rows, count, token, first_token, tokens, m, k, thread);
-            } else if (e.kind == 1) {
-                add_outliers<F16, F16>(values, gathered, e, w_rows, count, token, first_token, tokens, m, k, thread);
+        const int pieces = e.kind == 2 ? PIECES : 1, at_once = int(2 * S::OUT_BYTES / chunk_bytes(TOKENS, pieces)) * CHUNK;
+        for (int first = 0; first < count; first += at_once) {
+            const int left = (count - first + CHUNK - 1) / CHUNK, chunks = left < at_once / CHUNK ? left : at_once / CHUNK;
+            barrier_wait(gathered, gathered_parity);
+            gathered_parity ^= 1;
+            if (e.kind == 1) {
+                add_outliers<F16>(values, shared + S::OUT_AT, pieces, chunks, my_row, first_token, tokens, lane);
             } else {
-                add_outliers<float, Bf16>(values, gathered, e, w_rows, count, token, first_token, tokens, m, k, thread);
+                add_outliers<Bf16>(values, shared + S::OUT_AT, pieces, chunks, my_row, first_token, tokens, lane);
             }
+            if (first + at_once < count) {
+                took();
+            }
+        }
+        if (count > 0) {
+            // y takes the place of the last ones.
+            meet<3, TEAM>();
         }
         float column_scale[2], bias[2];
 #pragma unroll
@@ -482,6 +555,9 @@ __device__ inline void int8_tile(const TensorMap *w_map, const TensorMap *x_map,
                 if (at < tokens && to < m && row + i / 2 % 2 * 8 < n) {
                     y[i64(to) * n + i / 2 % 2 * 8] = values[i / 4][i % 4];
                 }
+            }
+            if (count > 0) {
+                took();
             }
             continue;
         }
@@ -517,6 +593,9 @@ __device__ inline void int8_tile(const TensorMap *w_map, const TensorMap *x_map,
                     }
                 }
             }
+        }
+        if (count > 0) {
+            took();
         }
     }
     if (shares) {
