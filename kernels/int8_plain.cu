@@ -50,7 +50,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         __syncthreads();
     }
     const int count = epilogue.count == nullptr ? 0 : *epilogue.count;
+#pragma unroll
     for (int r = 0; r < 2; r++) {
+#pragma unroll
         for (int c = 0; c < 2; c++) {
             const i64 of_x = first_row + row + r * APART, of_w = first_column + column + c * APART;
             if (of_x < m && of_w < n) {

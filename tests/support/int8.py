@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import native
@@ -53,8 +54,7 @@ class Codes:
 
     def padded(self) -> np.ndarray:
         """The codes as the kernels lay them out."""
-        rows, columns = self.codes.shape
-        return np.pad(self.codes, ((0, 0), (0, -columns % PITCH)))
+        return np.pad(self.codes, ((0, 0), (0, -self.codes.shape[1] % PITCH)))
 
 
 def activations(
@@ -99,7 +99,8 @@ def _float(value: float) -> Argument:
     return Argument(struct.pack("<f", value))
 
 
-def _begins(expected: np.ndarray):  # noqa: ANN202 - as `bits`
+def _begins(expected: np.ndarray) -> Callable[[np.ndarray], str]:
+    # What is behind means nothing.
     return lambda found: bits(expected)(found[: expected.size].copy())
 
 
