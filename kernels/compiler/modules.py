@@ -105,6 +105,11 @@ MODULES = (
     # Takes more shared memory than others have.
     Module("decode_ring", "90", ("90", "100")),
     Module("decode_ring_long", "90", ("90", "100")),
+    # 8-bit activations and products, which start early where that can be.
+    *(Module(f"int8_{name}", arch, machines) for name in ("activations", "product") for arch, machines in (
+        ("75", ("75",)), ("80", _BEFORE_HOPPER[1:]), ("90", _SINCE_HOPPER),
+    )),
+    Module("int8_plain", "75", _ALL),
     # Products of warpgroups.
     *(_gemm(element, tokens) for element in ("Bf16", "F16") for tokens in (64, 96, 128, 192, 256)),
     *(_int8_tile(tokens) for tokens in (64, 128, 256)),

@@ -51,6 +51,7 @@ enum class Meeting : int {
     ldmatrix,
     mma_bf16,
     mma_f16,
+    mma_s8,
     stmatrix,
     setmaxnreg,
     phase,

@@ -12,6 +12,7 @@ pub mod driver;
 mod embedding;
 mod gemm;
 mod gemv;
+pub mod int8;
 mod int8_rowwise;
 pub mod kernels;
 mod launch;

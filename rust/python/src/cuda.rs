@@ -123,7 +123,7 @@ pub(super) fn open(py: Python<'_>, ordinal: usize) -> PyResult<&'static Device> 
     }
 }
 
-fn memory(argument: &'static str, (address, count, dtype): RawBuffer) -> Result<Memory> {
+pub(super) fn memory(argument: &'static str, (address, count, dtype): RawBuffer) -> Result<Memory> {
     let Some(dtype) = DType::ALL.into_iter().find(|d| d.as_str() == dtype) else {
         let legal: Vec<_> = DType::ALL.iter().map(|d| d.as_str()).collect();
         return Err(Error::argument(argument, format!("of dtype {dtype:?}"), format!("one of {legal:?}")));
