@@ -7,7 +7,7 @@
 // e:    what makes y of the sums
 // Grid: `workers` blocks, or clusters of `parts` or `sharing` blocks; Shape::BYTES of dynamic shared memory.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    INT8_TILE_NAME(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const signed char *codes,
+    INT8_TILE_NAME(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const i8 *codes,
                    const __grid_constant__ Epilogue e, int m, int n, int k, const __grid_constant__ TilePlan plan) {
     int8_tile<INT8_TILE_TOKENS>(&w, &x, codes, e, m, n, k, plan);
 }

@@ -44,10 +44,6 @@ constexpr int TEAM = 2 * GROUP;  // threads that multiply
 constexpr int TEAM_WARPS = TEAM / WARP;
 constexpr int GATHERERS = GROUP - WARP;
 constexpr int THREADS = TEAM + GROUP;  // and a warp for the copy engine, and three that gather outliers
-// Of a thread that multiplies, and of the others.
-constexpr int REGISTERS = 224, OTHER_REGISTERS = 56;
-static_assert(TEAM * REGISTERS + GROUP * OTHER_REGISTERS <= THREADS * (65536 / THREADS / 8 * 8),
-              "a block has the registers that it was launched with, and would wait for more for ever");
 constexpr int ROWS = TEAM / 2;        // of W in a tile: 64 for each warpgroup
 constexpr int GROUP_ROWS = ROWS / 2;
 constexpr int STEP = 128;       // columns of a stage: bytes that the swizzle spans
@@ -79,6 +75,11 @@ struct Shape {
     static constexpr u32 X_BYTES = TOKENS * STEP;
     static constexpr u32 STAGE_BYTES = W_BYTES + X_BYTES;
     static constexpr u32 OUT_BYTES = (TOKENS < OUT_TOKENS ? TOKENS : OUT_TOKENS) * OUT_PITCH;  // of a warpgroup
+    // Of a thread that multiplies, and of the others: those that gather have more loads on the way with more.
+    static constexpr int REGISTERS = TOKENS > 128 ? 224 : 184, OTHER_REGISTERS = TOKENS > 128 ? 56 : 136;
+    static constexpr int LOADS = TOKENS > 128 ? 2 : 4;
+    static_assert(TEAM * REGISTERS + GROUP * OTHER_REGISTERS <= THREADS * (65536 / THREADS / 8 * 8),
+                  "a block has the registers that it was launched with, and would wait for more for ever");
     // In this order.
     static constexpr u32 OUT_AT = STAGES * STAGE_BYTES;
     static constexpr u32 SCALES_AT = OUT_AT + 2 * OUT_BYTES;
@@ -159,7 +160,7 @@ __device__ inline void gather(u8 *to, const Epilogue &e, const X *x, const i8 *w
                               int row, int m, int n, int k, int member) {
     constexpr u32 ALL = chunk_bytes(TOKENS, COUNT);
     const auto column_of = [&](int i) { return i < count ? e.columns[i] : -1; };
-#pragma unroll 2
+#pragma unroll(Shape<TOKENS>::LOADS)
     for (int i = member; i < chunks * (CHUNK / 4) * TOKENS; i += GATHERERS) {
         const int at = i % TOKENS, four = i / TOKENS;
         const X *const from = x + i64(token + at < m ? token + at : m - 1) * k;
@@ -181,7 +182,7 @@ __device__ inline void gather(u8 *to, const Epilogue &e, const X *x, const i8 *w
                                                                                pieces[2][p] | pieces[3][p] << 16};
         }
     }
-#pragma unroll 2
+#pragma unroll(Shape<TOKENS>::LOADS)
     for (int i = member; i < chunks * (CHUNK / 4) * ROWS; i += GATHERERS) {
         const int at = i % ROWS, four = i / ROWS;
         const i8 *const from = w + i64(row + at < n ? row + at : n - 1) * k;
@@ -274,9 +275,9 @@ __device__ inline void int8_tile(const TensorMap *w_map, const TensorMap *x_map,
         __syncthreads();
     }
 
-    const bool may_have_outliers = e.row_scales != nullptr && e.count != nullptr;
+    const bool may_have_outliers = e.count != nullptr;
     if (warp >= TEAM_WARPS) {
-        give_registers<OTHER_REGISTERS>();
+        give_registers<S::OTHER_REGISTERS>();
         if (thread == TEAM) {
             const Share mine(plan, shares, divides, k);
             const int worker = mine.worker, steps = mine.steps;
@@ -326,7 +327,7 @@ __device__ inline void int8_tile(const TensorMap *w_map, const TensorMap *x_map,
         if (warp > TEAM_WARPS && may_have_outliers) {
             const Share mine(plan, shares, divides, k);
             wait_for_previous();
-            const int count = *e.count, pieces = e.kind == 2 ? PIECES : 1, all = int(2 * S::OUT_BYTES / chunk_bytes(TOKENS, pieces)) * CHUNK;
+            const int count = *e.count, pieces = e.kind == KIND_F32 ? PIECES : 1, all = int(2 * S::OUT_BYTES / chunk_bytes(TOKENS, pieces)) * CHUNK;
             u32 parity = 1;
             for (int tile = mine.worker; tile < plan.tiles && count > 0; tile += plan.workers) {
                 const int token = tile % plan.token_tiles * TOKENS, row = mine.row(plan, tile);
@@ -338,7 +339,7 @@ __device__ inline void int8_tile(const TensorMap *w_map, const TensorMap *x_map,
                     }
                     barrier_wait(taken, parity);
                     parity ^= 1;
-                    if (e.kind == 2) {
+                    if (e.kind == KIND_F32) {
                         gather<TOKENS, PIECES>(to, e, static_cast<const float *>(e.x), w, count, first, chunks, token, row, m, n, k,
                                                thread - TEAM - WARP);
                     } else {
@@ -361,7 +362,7 @@ __device__ inline void int8_tile(const TensorMap *w_map, const TensorMap *x_map,
         return;
     }
 
-    take_registers<REGISTERS>();
+    take_registers<S::REGISTERS>();
     const Share mine(plan, shares, divides, k);
     const int worker = mine.worker, steps = mine.steps, rank = mine.rank;
     const int group = warp / (TEAM_WARPS / 2), member = thread % GROUP;
@@ -379,7 +380,7 @@ __device__ inline void int8_tile(const TensorMap *w_map, const TensorMap *x_map,
     const u32 release_at = address_at(empty, shares ? u32(lane % 2) : u32(rank));
     float *const scales = reinterpret_cast<float *>(shared + S::SCALES_AT) + group * TOKENS;
     u8 *const out = shared + S::OUT_AT + u32(group) * S::OUT_BYTES;
-    const bool scaled = e.row_scales != nullptr;
+    const bool scaled = e.kind != KIND_I32;
     int sums[S::SUMS];
     Turn<S::STAGES> turn;
 
@@ -515,12 +516,12 @@ __device__ inline void int8_tile(const TensorMap *w_map, const TensorMap *x_map,
                 }
             }
         }
-        const int pieces = e.kind == 2 ? PIECES : 1, at_once = int(2 * S::OUT_BYTES / chunk_bytes(TOKENS, pieces)) * CHUNK;
+        const int pieces = e.kind == KIND_F32 ? PIECES : 1, at_once = int(2 * S::OUT_BYTES / chunk_bytes(TOKENS, pieces)) * CHUNK;
         for (int first = 0; first < count; first += at_once) {
             const int left = (count - first + CHUNK - 1) / CHUNK, chunks = left < at_once / CHUNK ? left : at_once / CHUNK;
             barrier_wait(gathered, gathered_parity);
             gathered_parity ^= 1;
-            if (e.kind == 1) {
+            if (e.kind == KIND_F16) {
                 add_outliers<F16>(values, shared + S::OUT_AT, pieces, chunks, my_row, first_token, tokens, lane);
             } else {
                 add_outliers<Bf16>(values, shared + S::OUT_AT, pieces, chunks, my_row, first_token, tokens, lane);
@@ -547,7 +548,7 @@ __device__ inline void int8_tile(const TensorMap *w_map, const TensorMap *x_map,
                 values[j][i] = __fadd_rn(__fmul_rn(values[j][i], column_scale[i / 2]), bias[i / 2]);
             }
         }
-        if (e.kind == 2) {
+        if (e.kind == KIND_F32) {
             float *const y = static_cast<float *>(e.y) + row;
 #pragma unroll
             for (int i = 0; i < S::SUMS; i++) {
@@ -570,7 +571,7 @@ __device__ inline void int8_tile(const TensorMap *w_map, const TensorMap *x_map,
             // Nobody reads the tokens before any more.
             meet_group();
             const int first = round * OUT_TOKENS;
-            if (e.kind == 0) {
+            if (e.kind == KIND_BF16) {
                 put<Bf16>(out + out_offset, values, first, tokens);
             } else {
                 put<F16>(out + out_offset, values, first, tokens);

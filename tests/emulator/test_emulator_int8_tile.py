@@ -25,7 +25,7 @@ def source() -> Library:
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_sums_are_exact(tokens: int) -> None:
     for m, n, k in SHAPES:
-        check = tile(source(), Codes.random(m, n, k, "int32"), Tile(tokens, early=n % 2 == 0))
+        check = tile(source(), Codes.random(m, n, k, "i32"), Tile(tokens, early=n % 2 == 0))
         check.against(run_both_ways(source(), check.case))
 
 
@@ -54,7 +54,7 @@ def test_a_negative_zero_stays_one_without_a_bias() -> None:
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_a_block_goes_from_tile_to_tile(tokens: int, sharing: int, workers: int) -> None:
     """Fewer steps than stages, so that copies are tiles ahead, and more."""
-    for k, dtype, outliers in ((16, "f16", 0), (272, "int32", 0), (272, "bf16", 3), (1168, "bf16", 0)):
+    for k, dtype, outliers in ((16, "f16", 0), (272, "i32", 0), (272, "bf16", 3), (1168, "bf16", 0)):
         codes = Codes.random(2 * tokens + 3, 400, k, dtype, outliers)
         check = tile(source(), codes, Tile(tokens, sharing=sharing, workers=workers))
         check.against(run_both_ways(source(), check.case))
@@ -62,7 +62,7 @@ def test_a_block_goes_from_tile_to_tile(tokens: int, sharing: int, workers: int)
 
 @pytest.mark.parametrize("plan", CLUSTERS, ids=str)
 def test_blocks_of_a_cluster(plan: Tile) -> None:
-    for m, n, dtype, outliers in ((plan.tokens, 128, "int32", 0), (plan.tokens + 9, 300, "bf16", 0), (7, 130, "f32", 17)):
+    for m, n, dtype, outliers in ((plan.tokens, 128, "i32", 0), (plan.tokens + 9, 300, "bf16", 0), (7, 130, "f32", 17)):
         check = tile(source(), Codes.random(m, n, 1424, dtype, outliers), plan)
         check.against(run_both_ways(source(), check.case))
 
@@ -94,7 +94,7 @@ def test_outliers_of_float32_are_not_rounded(tokens: int) -> None:
     assert np.isposinf(y[4]).all() and np.isnan(y[5]).all()
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, "int32"])
+@pytest.mark.parametrize("dtype", [*DTYPES, "i32"])
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_what_is_not_there_is_not_written(tokens: int, dtype: str) -> None:
     """A run of the first block of two, whose tile is not whole, leaves the others' part of y alone."""
@@ -122,6 +122,6 @@ def test_copies_and_matrix_units_read_what_is_there(highest_first: bool) -> None
     """Each access to shared memory is known: none is made while a copy is on its way there or a product reads it."""
     watched = built(build_emulator.KERNELS / "int8_tile.cu", "stores")
     for i, plan in enumerate([*CLUSTERS, *map(Tile, TOKENS), Tile(64, workers=1)]):
-        codes = Codes.random(plan.tokens + 3, 300, 1168, (*DTYPES, "int32")[i % 4], outliers=(i % 3) * 9)
+        codes = Codes.random(plan.tokens + 3, 300, 1168, (*DTYPES, "i32")[i % 4], outliers=(i % 3) * 9)
         check = tile(watched, codes, plan)
         check.against(watched.run(check.case, highest_first))

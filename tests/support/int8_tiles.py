@@ -10,7 +10,7 @@ import numpy as np
 from harness import Argument, Buffer, Case, Launch, int32, pointers, tensor_map
 from launches import Check, Described, bits, near
 
-KINDS = {"bf16": 0, "f16": 1, "f32": 2, "int32": 3}
+KINDS = {"bf16": 0, "f16": 1, "f32": 2, "i32": 3}
 INVERSE_127 = np.float32(1) / np.float32(127)
 # The distance of neighbours in [1, 2), and a sum's error for each of its roundings.
 EPSILON = {"bf16": 2.0**-7, "f16": 2.0**-10, "f32": 2.0**-23}
@@ -41,7 +41,7 @@ class Codes:
         columns = np.sort(random.permutation(k)[:outliers]).astype(np.int32)
         a[:, columns] = 0
         x = random.standard_normal((m, k)).astype(np.float32) * 8
-        values = x if dtype in ("f32", "int32") else native.from_float32(x, dtype).reshape(m, k)
+        values = x if dtype in ("f32", "i32") else native.from_float32(x, dtype).reshape(m, k)
         biases = None if bias is None else native.from_float32(random.standard_normal(n).astype(np.float32), bias)
         scales = [random.uniform(0.5, 2, size).astype(np.float32) for size in (m, n)]
         return cls(a, w, *scales, biases, bias or "f32", dtype, values, columns)
@@ -53,7 +53,7 @@ class Codes:
 
     def wanted(self) -> np.ndarray:
         """What y has to be, bit for bit, when no column is an outlier: each step in float32, and rounded once."""
-        if self.dtype == "int32":
+        if self.dtype == "i32":
             return self.sums
         y = self.sums.astype(np.float32) * (self.row_scales * INVERSE_127)[:, None]
         y = y * (self.column_scales * INVERSE_127)
@@ -90,7 +90,7 @@ class Tile:
 def tile_shared(tokens: int) -> int:
     """The dynamic shared memory of a block, as rust/cuda/src/int8/tile.rs has it."""
     stages = 4 if tokens > 128 else 6 if tokens > 64 else 8
-    return stages * (16384 + 128 * tokens) + 2 * min(tokens, 128) * 128 + 8 * tokens + 16 * stages
+    return stages * (16384 + 128 * tokens) + 2 * min(tokens, 128) * 128 + 8 * tokens + 16 * (stages + 1)
 
 
 def tile(source: Described, codes: Codes, plan: Tile) -> Check:
@@ -104,7 +104,7 @@ def tile(source: Described, codes: Codes, plan: Tile) -> Check:
     token_tiles = -(-m // plan.tokens)
     tiles = token_tiles * -(-(-(-n // rows)) // plan.sharing)
     workers = tiles if plan.parts > 1 else min(plan.workers, tiles)
-    raw = codes.dtype == "int32"
+    raw = codes.dtype == "i32"
     wanted = codes.wanted()
     y = Buffer(np.frombuffer(b"\xa7" * wanted.nbytes, wanted.dtype).copy().reshape(m, n), plan.shift)
     listed = plan.listed and not raw
