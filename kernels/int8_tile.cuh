@@ -1,5 +1,5 @@
-// y[M][N] = x[M][K] * W[N][K]^T for more than a few rows of x, both in int8, and what makes y of the sums: the product of LLM.int8()
-// for prompts and batches, on compute capability 9.0.
+// y[M][N] = x[M][K] * W[N][K]^T for more than a few rows of x, both in int8, and what makes y of the sums: the product of
+// LLM.int8() for prompts and batches, on compute capability 9.0.
 //
 // A tile is 128 rows of W by TOKENS rows of x. The matrix units read both from shared memory, where the copy engine brings 128
 // columns of each a stage; one thread asks for them. Two warpgroups multiply, 64 rows of W each.
@@ -10,30 +10,34 @@
 //     warpgroup 1   |  64 more                                    |
 //                   +---------------------------------------------+
 //
+//     other warps: one thread has the copy engine bring W and x; three warps gather the columns of x that have no codes
+//
 // A block goes from tile to tile; while it writes one, copies for the next are on the way. The tokens' tiles of one range of
 // rows of W follow each other, so W comes from memory once.
 //
 // Roofline, clocks of a multiprocessor for a step of 128 columns:
-//     tokens                         64     96    128    192    256
-//     matrix units (4096 a clock)   256    384    512    768   1024
-//     shared memory, 128 B a clock: W and x coming in, W out once, x out twice (once for each warpgroup)
-//                                   448    544    640    832   1024
-// and from the second-level cache 24 to 48 KB a step, of which a multiprocessor gets some 26 bytes a clock when all ask: for 256
-// tokens that is more time than the matrix units take. So two blocks, a cluster, can share the rows of x: each brings one half to
-// both (`sharing`), and 32 KB a step are left.
+//     tokens                         64    128    256
+//     matrix units (4096 a clock)   256    512   1024
+//     shared memory, 128 B a clock  448    640   1024    W and x coming in, W out once, x out for each warpgroup
+// and from the second-level cache 24, 32 and 48 KB a step. For long launches that is what binds: two blocks, a cluster, then
+// share the rows of x, of which each brings a half to both (`sharing`), and 32 KB a step are left. Measured on an H200, this
+// kernel alone, for 64, 128, 256, 512, 1024, 2048 and 4096 rows of x: 14336 x 4096 18.2, 20.1, 26.4, 46.8, 91.5, 190 and 346 us
+// (389 without sharing; up to 1024 rows sharing gains nothing). A product of bfloat16 in cuBLAS, in the same run: 33.3, 33.4,
+// 44.4, 85.7, 153, 307 and 627 us. Up to 128 rows what binds is memory, W being 59 MB.
 //
 // When a launch has few tiles, up to four blocks, a cluster, share one, a part of K each. Sums are whole numbers: their order
 // does not matter.
 //
-// Then, in registers: sums to float32, times the scale of the token; the columns of x that have no codes (outliers), if there
-// are any, in products of 16-bit values with float32 sums on top; times the scale of the row of W; the bias; rounded once. How
-// many such columns there are is read on the device. Their x is gathered for all tokens of the tile, 16 columns and more at a
-// time, to the shared memory through which y leaves; their W is gathered by each thread to the registers that its warp
-// multiplies. A float32 of x is the sum of three bfloat16, exactly.
+// Then, in registers: sums to float32, times the scale of the token; the columns that are outliers, if there are any, in
+// products of 16-bit values with float32 sums on top; times the scale of the row of W; the bias; rounded once. How many such
+// columns there are is read on the device. While a tile's sums are made, three warps gather x and W of as many of them as there
+// is room for to where y will be put together, and what is more in turns with the products. A float32 of x is the sum of three
+// bfloat16, exactly. Gathered by those who multiply, behind their sums, 16 such columns cost 20000 clocks a tile: each was a
+// chain of loads.
 //
-// Shared memory, in this order: the ring of stages (W, then x, rows of 128 bytes with the swizzle of 128 bytes), y on its way to
-// whole lines of memory (for each warpgroup up to 128 tokens of 64 16-bit values) which has outliers of x before, the tokens'
-// scales for each warpgroup, barriers. The sums from the other blocks of a cluster take the place of the ring.
+// Shared memory, in this order: the ring of stages (W, then x, rows of 128 bytes with the swizzle of 128 bytes), y on its way
+// to whole lines of memory (for each warpgroup up to 128 tokens of 64 16-bit values) and before it outliers, the tokens' scales
+// for each warpgroup, barriers. The sums from the other blocks of a cluster take the place of the ring.
 #pragma once
 
 #include "int8_epilogue.cuh"
@@ -42,19 +46,19 @@
 constexpr int GROUP = 128;       // threads of a warpgroup
 constexpr int TEAM = 2 * GROUP;  // threads that multiply
 constexpr int TEAM_WARPS = TEAM / WARP;
-constexpr int GATHERERS = GROUP - WARP;
-constexpr int THREADS = TEAM + GROUP;  // and a warp for the copy engine, and three that gather outliers
-constexpr int ROWS = TEAM / 2;        // of W in a tile: 64 for each warpgroup
+constexpr int GATHERERS = GROUP - WARP;  // threads that gather outliers
+constexpr int THREADS = TEAM + GROUP;    // and a warp that has the copy engine work
+constexpr int ROWS = TEAM / 2;           // of W in a tile: 64 for each warpgroup
 constexpr int GROUP_ROWS = ROWS / 2;
-constexpr int STEP = 128;       // columns of a stage: bytes that the swizzle spans
-constexpr int QUARTERS = 4;     // of a step: a product of the units takes 32 columns
-constexpr int MOST_PARTS = 4;   // of K
+constexpr int STEP = 128;        // columns of a stage: bytes that the swizzle spans
+constexpr int QUARTERS = 4;      // of a step: a product of the units takes 32 columns
+constexpr int MOST_PARTS = 4;    // of K
 constexpr int OUT_TOKENS = 128;  // that a warpgroup writes at once
 constexpr int OUT_PITCH = GROUP_ROWS * 2;
 constexpr int CHUNK = 16;  // outlier columns that a product takes
 constexpr u32 CHUNK_ROW = CHUNK * 2;
 constexpr int PIECES = 3;  // 16-bit values that are a float32
-constexpr float INVERSE_127 = 1.0f / 127.0f;
+constexpr float INVERSE_127 = 1.0f / 127;
 
 // Of the tokens of a tile, how many a block of a cluster adds up, at most; and the bytes of their sums from all parts.
 __device__ constexpr int part_tokens(int tokens, int parts) { return (tokens / 16 + parts - 1) / parts * 16; }
@@ -91,6 +95,13 @@ struct Shape {
                   "sums of all parts take the place of the ring");
     static_assert(chunk_bytes(TOKENS, PIECES) <= 2 * OUT_BYTES, "outliers take the place of y");
 };
+
+// How many chunks of outliers are gathered at once, for a type of x.
+template <int TOKENS>
+__device__ inline int room_for(u32 kind) {
+    constexpr u32 ALL = 2 * Shape<TOKENS>::OUT_BYTES;
+    return int(kind == KIND_F32 ? ALL / chunk_bytes(TOKENS, PIECES) : ALL / chunk_bytes(TOKENS, 1));
+}
 
 // A place in a ring, and whether the ring was passed an odd number of times.
 template <int COUNT>
@@ -192,12 +203,13 @@ __device__ inline void gather(u8 *to, const Epilogue &e, const X *x, const i8 *w
             const int column = column_of(first + 4 * four + j);
             word |= (column >= 0 ? u32(from[column]) & 0xff : 0u) << (8 * j);
         }
-        *reinterpret_cast<u32 *>(to + u32(four / 4) * ALL + u32(COUNT * TOKENS) * CHUNK_ROW + u32(at * CHUNK + four % 4 * 4)) = word;
+        u8 *const place = to + u32(four / 4) * ALL + u32(COUNT * TOKENS) * CHUNK_ROW + u32(at * CHUNK + four % 4 * 4);
+        *reinterpret_cast<u32 *>(place) = word;
     }
 }
 
-// sums[eight tokens][4] of a thread += outliers of x, from token `first_token` of the tile on, times those of W, of chunks that were
-// gathered; `row` is the thread's first of the tile.
+// sums[eight tokens][4] of a thread += outliers of x, from token `first_token` of the tile on, times those of W, of chunks that
+// were gathered; `row` is the thread's first of the tile.
 template <typename T, int EIGHTS>
 __device__ inline void add_outliers(float (&sums)[EIGHTS][4], const u8 *from, int pieces, int chunks, int row, int first_token,
                                     int tokens, int lane) {
@@ -234,7 +246,7 @@ __device__ inline void add_outliers(float (&sums)[EIGHTS][4], const u8 *from, in
     }
 }
 
-// Up to OUT_TOKENS tokens of y, from `first` on, to [token][row] in shared memory, where `to` is the lane's of the first sixteen.
+// Up to OUT_TOKENS tokens of y, from `first` on, to [token][row] in shared memory; `to` is the lane's in the first sixteen.
 template <typename T, int EIGHTS>
 __device__ inline void put(u8 *to, const float (&values)[EIGHTS][4], int first, int tokens) {
 #pragma unroll
@@ -327,24 +339,25 @@ __device__ inline void int8_tile(const TensorMap *w_map, const TensorMap *x_map,
         if (warp > TEAM_WARPS && may_have_outliers) {
             const Share mine(plan, shares, divides, k);
             wait_for_previous();
-            const int count = *e.count, pieces = e.kind == KIND_F32 ? PIECES : 1, all = int(2 * S::OUT_BYTES / chunk_bytes(TOKENS, pieces)) * CHUNK;
+            const int count = *e.count, room = room_for<TOKENS>(e.kind);
             u32 parity = 1;
             for (int tile = mine.worker; tile < plan.tiles && count > 0; tile += plan.workers) {
                 const int token = tile % plan.token_tiles * TOKENS, row = mine.row(plan, tile);
-                for (int first = 0; first < count; first += all) {
-                    const int left = (count - first + CHUNK - 1) / CHUNK, chunks = left < all / CHUNK ? left : all / CHUNK;
+                for (int first = 0; first < count; first += room * CHUNK) {
+                    const int left = (count - first + CHUNK - 1) / CHUNK, chunks = left < room ? left : room;
                     u8 *const to = shared + S::OUT_AT;
                     if (first > 0) {
                         meet_cluster();
                     }
                     barrier_wait(taken, parity);
                     parity ^= 1;
+                    const int member = thread - TEAM - WARP;
                     if (e.kind == KIND_F32) {
-                        gather<TOKENS, PIECES>(to, e, static_cast<const float *>(e.x), w, count, first, chunks, token, row, m, n, k,
-                                               thread - TEAM - WARP);
+                        const float *const x = static_cast<const float *>(e.x);
+                        gather<TOKENS, PIECES>(to, e, x, w, count, first, chunks, token, row, m, n, k, member);
                     } else {
-                        gather<TOKENS, 1>(to, e, static_cast<const u16 *>(e.x), w, count, first, chunks, token, row, m, n, k,
-                                          thread - TEAM - WARP);
+                        const u16 *const x = static_cast<const u16 *>(e.x);
+                        gather<TOKENS, 1>(to, e, x, w, count, first, chunks, token, row, m, n, k, member);
                     }
                     __syncwarp();
                     // Read anew: a register less to keep.
@@ -478,7 +491,8 @@ __device__ inline void int8_tile(const TensorMap *w_map, const TensorMap *x_map,
                 if (16 * j < tokens) {
                     int total[8] = {};
                     for (int from = 0; from < plan.parts; from++) {
-                        const Words4 *const theirs = reinterpret_cast<const Words4 *>(own + u32(from * sixteens + j) * (2 * ALL));
+                        const u8 *const received = own + u32(from * sixteens + j) * (2 * ALL);
+                        const Words4 *const theirs = reinterpret_cast<const Words4 *>(received);
 #pragma unroll
                         for (int i = 0; i < 8; i++) {
                             total[i] += int(theirs[i / 4 * TEAM].word[i % 4]);
@@ -516,9 +530,9 @@ __device__ inline void int8_tile(const TensorMap *w_map, const TensorMap *x_map,
                 }
             }
         }
-        const int pieces = e.kind == KIND_F32 ? PIECES : 1, at_once = int(2 * S::OUT_BYTES / chunk_bytes(TOKENS, pieces)) * CHUNK;
-        for (int first = 0; first < count; first += at_once) {
-            const int left = (count - first + CHUNK - 1) / CHUNK, chunks = left < at_once / CHUNK ? left : at_once / CHUNK;
+        const int pieces = e.kind == KIND_F32 ? PIECES : 1, room = room_for<TOKENS>(e.kind);
+        for (int first = 0; first < count; first += room * CHUNK) {
+            const int left = (count - first + CHUNK - 1) / CHUNK, chunks = left < room ? left : room;
             barrier_wait(gathered, gathered_parity);
             gathered_parity ^= 1;
             if (e.kind == KIND_F16) {
@@ -526,7 +540,7 @@ __device__ inline void int8_tile(const TensorMap *w_map, const TensorMap *x_map,
             } else {
                 add_outliers<Bf16>(values, shared + S::OUT_AT, pieces, chunks, my_row, first_token, tokens, lane);
             }
-            if (first + at_once < count) {
+            if (first + room * CHUNK < count) {
                 took();
             }
         }

@@ -1,6 +1,6 @@
 // Warpgroup products: the matrix units reading one operand from registers and one from shared memory, or both from there, and
-// the copies of tiles that feed them. For compute capability 9.0 alone (compute_90a), so not in ptx.cuh; as there, each function
-// is one instruction that C++ has no words for, and kernels/emulator/wgmma.h has the same ones in C++.
+// the copies of tiles that feed them. For compute capability 9.0 alone (compute_90a), so not in ptx.cuh; as there, each
+// function is one instruction that C++ has no words for, and kernels/emulator/wgmma.h has the same ones in C++.
 #pragma once
 
 #include "common.cuh"
@@ -26,7 +26,7 @@ __device__ inline void copy_box(void *shared, const TensorMap *map, int column, 
                  : "memory");
 }
 
-// The same for several blocks of a cluster, of which bit r of `ranks` is rank r: the same place in the shared memory of each, and
+// The same for several blocks of a cluster, bit r of `ranks` being rank r: to the same place in the shared memory of each, with
 // the barrier at the same place.
 __device__ inline void copy_box_to(u32 ranks, void *shared, const TensorMap *map, int column, int row, Barrier *barrier) {
     asm volatile(
