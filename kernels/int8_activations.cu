@@ -3,10 +3,11 @@
 //
 // With a threshold, values from it on are outliers. They do not count for the scale of their row, and their columns have
 // codes 0 in all rows: the product adds those columns in floats. Two kernels: one finds scales, and for each group of rows
-// a mask of columns; one makes codes, and the list of columns. Each begins when the one before has ended, and lets
-// the next one start only then.
+// a mask of columns; one makes codes, and the list of columns. Each lets the next start at once, to wait for it there.
 #include "rows.cuh"
 
+// Groups that stay in registers without a threshold: rows of up to 16384 values are read once.
+constexpr int LONG_DEPTH = 2 * DEPTH;
 // Columns that a block of threads codes together.
 constexpr int PANEL = THREADS * GROUP;
 constexpr int PANEL_WORDS = PANEL / WARP;
@@ -67,26 +68,26 @@ __device__ inline void activations(const T *input, i8 *codes, float *scales, i64
     const i64 team = alone ? i64(blockIdx.x) * WARPS + warp : i64(blockIdx.x);
     const i64 within = alone ? thread % WARP : thread;
     const Walk walk = {within * GROUP, (alone ? WARP : THREADS) * GROUP, columns};
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
 
     u32 turn = 0;
     for (i64 row = team; row < rows; row += teams, turn ^= 1) {
         const T *const in = input + row * columns;
         i8 *const out = codes + row * pitch;
         const bool wide = is_aligned(in, 16);
-        Activations<T> x[DEPTH];
+        Activations<T> x[LONG_DEPTH];
 #pragma unroll
-        for (int d = 0; d < DEPTH; d++) {
+        for (int d = 0; d < LONG_DEPTH; d++) {
             const i64 i = walk.begin + d * walk.step;
             x[d].raw.load(in + i, walk.left(i), wide);
         }
         float max = 0.0f;
 #pragma unroll
-        for (int d = 0; d < DEPTH; d++) {
+        for (int d = 0; d < LONG_DEPTH; d++) {
             max = x[d].largest(max);
         }
-        for (i64 i = walk.begin + DEPTH * walk.step; i < columns; i += walk.step) {
+        for (i64 i = walk.begin + LONG_DEPTH * walk.step; i < columns; i += walk.step) {
             Activations<T> more;
             more.raw.load(in + i, walk.left(i), wide);
             max = more.largest(max);
@@ -97,13 +98,13 @@ __device__ inline void activations(const T *input, i8 *codes, float *scales, i64
         }
         const Division division(max);
 #pragma unroll
-        for (int d = 0; d < DEPTH; d++) {
+        for (int d = 0; d < LONG_DEPTH; d++) {
             const i64 i = walk.begin + d * walk.step;
             if (i < columns) {
                 store_codes(out + i, x[d], walk.left(i), division);
             }
         }
-        for (i64 i = walk.begin + DEPTH * walk.step; i < columns; i += walk.step) {
+        for (i64 i = walk.begin + LONG_DEPTH * walk.step; i < columns; i += walk.step) {
             Activations<T> more;
             more.raw.load(in + i, walk.left(i), wide);
             store_codes(out + i, more, walk.left(i), division);
@@ -128,23 +129,30 @@ __device__ inline void find_outliers(const T *input, float *scales, u32 *masks, 
         mask[i] = 0;
     }
     __syncthreads();
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
 
     u32 turn = 0;
     for (i64 row = blockIdx.x; row < rows; row += gridDim.x, turn ^= 1) {
         const T *const in = input + row * columns;
         const bool wide = is_aligned(in, 16);
         float max = 0.0f;
-#pragma unroll 4
-        for (i64 i = walk.begin; i < columns; i += walk.step) {
-            Activations<T> x;
-            x.exact = exact != 0;
-            x.raw.load(in + i, walk.left(i), wide);
-            u32 outliers = 0;
-            max = x.largest_below(threshold, max, outliers);
-            if (outliers != 0) {
-                atomicOr(&mask[i / WARP], outliers << (i % WARP));
+        for (i64 first = walk.begin; first < columns; first += DEPTH * walk.step) {
+            Activations<T> x[DEPTH];
+#pragma unroll
+            for (int d = 0; d < DEPTH; d++) {
+                const i64 i = first + d * walk.step;
+                x[d].exact = exact != 0;
+                x[d].raw.load(in + i, walk.left(i), wide);
+            }
+#pragma unroll
+            for (int d = 0; d < DEPTH; d++) {
+                const i64 i = first + d * walk.step;
+                u32 outliers = 0;
+                max = x[d].largest_below(threshold, max, outliers);
+                if (outliers != 0) {
+                    atomicOr(&mask[i / WARP], outliers << (i % WARP));
+                }
             }
         }
         max = largest_of_row(max, warp_max[turn], false);
@@ -220,8 +228,8 @@ __device__ inline void code_activations(const T *input, const float *scales, con
     SHARED_ARRAY(u32, mask, [PANEL_WORDS]);
     const u32 thread = threadIdx.x;
     const i64 words = (columns + WARP - 1) / WARP, panels = (columns + PANEL - 1) / PANEL;
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
     if (blockIdx.x == gridDim.x - 1) {
         list_outliers(masks, groups, words, columns, outliers);
         return;
@@ -272,7 +280,7 @@ __device__ inline void code_activations(const T *input, const float *scales, con
 // ceil(columns / PANEL) and a number of rows to be coded at a time, and one more. Dynamic shared memory: of the second, a
 // word for each 32 columns.
 #define INSTANCE(name, T)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS, 3)                                                           \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                           \
         int8_activations_##name(const T *input, i8 *codes, float *scales, i64 rows, i64 columns, i64 pitch) {          \
         activations<T>(input, codes, scales, rows, columns, pitch);                                                    \
     }                                                                                                                  \

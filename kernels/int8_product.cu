@@ -4,8 +4,8 @@
 // x:      [m][pitch] int8, aligned to 16 bytes as is each row; m at most as many as in the name
 // weight: [n][k] int8, the same; k is a multiple of 16 and more than 0
 // Grid: ceil(n / plan.rows) blocks of THREADS. Dynamic shared memory: for each tile of rows, of as many as the warps of a
-// block take in whole steps, 512 bytes for 8 columns; a word for each column that is kept, and 16 bytes for each and each
-// tile; the rings.
+// block take in whole steps, 512 bytes for 8 columns; for each column that is kept a word, one more for each column of y that
+// is in the name, and 16 bytes for each tile; the rings.
 #define PRODUCT(name, fragments)                                                                                       \
     extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                           \
         name(const u8 *x, i64 pitch, const u8 *weight, Epilogue epilogue, int m, int n, int k, ProductPlan plan) {     \

@@ -8,8 +8,8 @@
 //
 // Sums of a step are added to those of all warps in shared memory: of integers, so that the order does not matter.
 //
-// Columns with outliers have codes 0 in x. While a tile of W is there the warp puts their bytes aside, as many columns as
-// have room; in the end they are multiplied by x itself.
+// Columns with outliers have codes 0 in x. x itself of as many of them as have room is fetched in the beginning; while a tile
+// of W is there the warp puts their bytes aside; in the end both are multiplied.
 #pragma once
 
 #include "int8_epilogue.cuh"
@@ -39,7 +39,7 @@ struct ProductPlan {
     int chunks;         // of K: the last may have less, or nothing, for a slot
     int stages;         // of each warp's ring
     int kept;           // columns with outliers whose bytes have room, a multiple of 32
-    int starts_early;   // whether W can be read while the kernel before still runs
+    int ahead;          // rows that are fetched while the kernel before still runs
 };
 
 // Chunks of a round.
@@ -129,11 +129,11 @@ __device__ inline void wait_for_copies(int pending) {
 
 // Columns with outliers of this block.
 struct Aside {
-    int count;         // of all
-    int kept;          // of those whose bytes are put aside
-    const int *columns;  // these, in shared memory
-    u8 *bytes;         // [kept][places], in shared memory
-    int places;        // rows of the block, rounded up
+    int count;           // of all
+    int kept;            // of those that have room
+    const int *columns;  // these, in shared memory, as is what follows
+    u8 *bytes;           // [kept][places]
+    int places;          // rows of the block, rounded up
 
     // Of how many the column is below this one.
     __device__ int before(int column) const {
@@ -154,6 +154,16 @@ struct Aside {
     }
 };
 
+// Adds the products of a code of W and eight values of x.
+__device__ inline void add_outliers(float (&sums)[COLUMNS], u8 byte, const float *x) {
+    const float w = __int2float_rn(i8(byte));
+    const Floats4 *const values = reinterpret_cast<const Floats4 *>(x);
+#pragma unroll
+    for (int c = 0; c < COLUMNS; c++) {
+        sums[c] = __fmaf_rn(values[c / 4].value[c % 4], w, sums[c]);
+    }
+}
+
 template <int FRAGMENTS>
 __device__ inline void int8_product(const u8 *x, i64 pitch, const u8 *weight, const Epilogue &epilogue, int m, int n, int k,
                                     const ProductPlan &plan) {
@@ -161,27 +171,35 @@ __device__ inline void int8_product(const u8 *x, i64 pitch, const u8 *weight, co
     DYNAMIC_SHARED(shared);
     const Share share(n, k, plan);
     const int tiles = share.steps * share.groups;
-    // [tile][FRAGMENTS][4][WARP]; then the list and the bytes of columns with outliers, and the rings.
+    constexpr int TOKENS = FRAGMENTS * COLUMNS;
+    // [tile][FRAGMENTS][4][WARP]; of columns with outliers the list, x and the bytes; the rings.
     int *const all_sums = reinterpret_cast<int *>(shared);
     int *const kept_columns = all_sums + tiles * FRAGMENTS * SUMS;
-    u8 *const kept_bytes = reinterpret_cast<u8 *>(kept_columns + plan.kept);
+    float *const kept_x = reinterpret_cast<float *>(kept_columns + plan.kept);  // [kept][TOKENS]
+    u8 *const kept_bytes = reinterpret_cast<u8 *>(kept_x + plan.kept * TOKENS);
     u8 *const rings = kept_bytes + plan.kept * tiles * ROWS;
     Copier<FRAGMENTS> copier(share, weight, rings, plan.stages);
 
+    // All that can be done while the kernel before still runs. Nothing of W is read, whoever still writes it.
+    if (threadIdx.x == 0) {
+        const int rows = share.rows < plan.ahead ? share.rows : plan.ahead;
+        if (rows > 0) {
+            fetch_to_second_level(weight + i64(share.first_row) * k, u32(rows) * u32(k));
+        }
+    }
     for (int i = int(threadIdx.x); i < tiles * FRAGMENTS * SUMS; i += THREADS) {
         all_sums[i] = 0;
     }
-    int asked = 0;
-    if (plan.starts_early != 0) {
-        for (; asked < plan.stages; asked++) {
-            copier.copy(asked);
-        }
-    }
     wait_for_previous();
     let_next_start();
-    // What comes behind copies waits for them in the memory's queue: else one turn is before x, and no more.
-    if (asked == 0) {
-        copier.copy(asked++);
+    // What comes behind copies waits for them in the memory's queue: so one turn is before x, and no more.
+    copier.copy(0);
+    const int outlier_count = epilogue.count == nullptr ? 0 : *epilogue.count;
+    if (plan.kept > 0) {
+        // Of all that are kept, whether or not there are as many: nothing waits for their number.
+        for (int i = int(threadIdx.x); i < plan.kept; i += THREADS) {
+            kept_columns[i] = i < k ? epilogue.columns[i] : 0;
+        }
     }
     const int lane = read_lane(), g = lane / 4, t = lane % 4;
     u32 x_words[LENGTH][FRAGMENTS][SEGMENTS][4];
@@ -208,15 +226,17 @@ __device__ inline void int8_product(const u8 *x, i64 pitch, const u8 *weight, co
         }
     };
     load_round(0);
-    for (; asked < plan.stages; asked++) {
-        copier.copy(asked);
+    for (int stage = 1; stage < plan.stages; stage++) {
+        copier.copy(stage);
     }
-    Aside aside = {epilogue.count == nullptr ? 0 : *epilogue.count, 0, kept_columns, kept_bytes, tiles * ROWS};
+    Aside aside = {outlier_count, 0, kept_columns, kept_bytes, tiles * ROWS};
     aside.kept = aside.count < plan.kept ? aside.count : plan.kept;
-    for (int i = int(threadIdx.x); i < aside.kept; i += THREADS) {
-        kept_columns[i] = epilogue.columns[i];
-    }
     __syncthreads();
+#pragma unroll 4
+    for (int i = int(threadIdx.x); i < aside.kept * TOKENS; i += THREADS) {
+        const int token = i % TOKENS, column = kept_columns[i / TOKENS];
+        kept_x[i] = token < m ? load_as(epilogue.x, epilogue.kind, i64(token) * k + column) : 0.0f;
+    }
 
     int stage = 0;
     for (int chunk = 0; chunk < share.chunks; chunk += LENGTH) {
@@ -278,40 +298,37 @@ __device__ inline void int8_product(const u8 *x, i64 pitch, const u8 *weight, co
     copy_async_wait<0>();
     __syncthreads();
 
-    // y: a thread has a row of W and the eight columns of a fragment. x of the columns with outliers comes to where rings
-    // were, [column of the list][column of y]: all of them, or parts that have room.
-    constexpr int TOKENS = FRAGMENTS * COLUMNS;
-    float *const x_values = reinterpret_cast<float *>(rings);
+    // y: a thread has a row of W and the eight columns of a fragment. x of columns with outliers that had no room comes, part
+    // by part, to where rings were.
+    float *const other_x = reinterpret_cast<float *>(rings);  // [room][TOKENS]
     const int room = plan.stages * WARPS * STAGE_BYTES / (TOKENS * int(sizeof(float)));
     const int items = tiles * FRAGMENTS * ROWS;
     for (int first = 0; first < items; first += THREADS) {
         const int item = first + int(threadIdx.x);
         const int row = item / (ROWS * FRAGMENTS) * ROWS + item % ROWS, f = item / ROWS % FRAGMENTS;
         const bool there = item < items && row < share.rows;
-        const u8 *const weight_row = weight + i64(share.first_row + row) * k;
         float outlier_sums[COLUMNS] = {};
-        for (int part = 0; part < aside.count; part += room) {
-            const int count = aside.count - part < room ? aside.count - part : room;
-            if (first == 0 || aside.count > room) {
-                __syncthreads();
-                for (int i = int(threadIdx.x); i < count * TOKENS; i += THREADS) {
-                    const int token = i % TOKENS, column = epilogue.columns[part + i / TOKENS];
-                    x_values[i] = token < m ? load_as(epilogue.x, epilogue.kind, i64(token) * k + column) : 0.0f;
-                }
-                __syncthreads();
+        if (there) {
+            const u8 *const bytes = kept_bytes + row;
+#pragma unroll 8
+            for (int i = 0; i < aside.kept; i++) {
+                add_outliers(outlier_sums, bytes[i * aside.places], kept_x + (i * TOKENS + f * COLUMNS));
             }
+        }
+        for (int part = aside.kept; part < aside.count; part += room) {
+            const int count = aside.count - part < room ? aside.count - part : room;
+            __syncthreads();
+#pragma unroll 4
+            for (int i = int(threadIdx.x); i < count * TOKENS; i += THREADS) {
+                const int token = i % TOKENS, column = epilogue.columns[part + i / TOKENS];
+                other_x[i] = token < m ? load_as(epilogue.x, epilogue.kind, i64(token) * k + column) : 0.0f;
+            }
+            __syncthreads();
             if (there) {
+                const u8 *const weight_row = weight + i64(share.first_row + row) * k;
 #pragma unroll 4
                 for (int i = 0; i < count; i++) {
-                    const int which = part + i;
-                    const u8 byte = which < aside.kept ? kept_bytes[which * aside.places + row]
-                                                       : weight_row[epilogue.columns[which]];
-                    const float w = __int2float_rn(i8(byte));
-                    const Floats4 *const values = reinterpret_cast<const Floats4 *>(x_values + i * TOKENS + f * COLUMNS);
-#pragma unroll
-                    for (int c = 0; c < COLUMNS; c++) {
-                        outlier_sums[c] = __fmaf_rn(values[c / 4].value[c % 4], w, outlier_sums[c]);
-                    }
+                    add_outliers(outlier_sums, weight_row[epilogue.columns[part + i]], other_x + (i * TOKENS + f * COLUMNS));
                 }
             }
         }

@@ -229,6 +229,8 @@ __device__ inline void copy_async_wait() {}
 __device__ inline void fetch_to_second_level(const u8 *address, u32 bytes) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(address)), "r"(bytes));
 }
+#else
+__device__ inline void fetch_to_second_level(const u8 *, u32) {}
 #endif
 
 // ---- barriers in shared memory -------------------------------------------------------------------------------------
