@@ -1,4 +1,4 @@
-//! Products of 8-bit codes for few rows of x (kernels/int8_product.cuh): how they divide the work.
+//! Products of 8-bit codes for few rows of x (kernels/int8/int8_product.cuh): how they divide the work.
 
 use halfbyte::error::Result;
 

@@ -63,7 +63,7 @@ pub(super) struct Operands {
     pub k: usize,
 }
 
-/// What kernels take for what becomes of the sums: `Epilogue` of `kernels/int8_epilogue.cuh`.
+/// What kernels take for what becomes of the sums: `Epilogue` of `kernels/int8/int8_epilogue.cuh`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Epilogue {
