@@ -1,4 +1,4 @@
-// The functions of wgmma.cuh in C++. A tensor map is a emulator::TileMap.
+// The functions of common/wgmma.cuh in C++. A tensor map is a emulator::TileMap.
 #pragma once
 
 #include "copies.h"
@@ -98,7 +98,7 @@ constexpr Values VALUES = Values::f16;
 template <>
 inline constexpr Values VALUES<Bf16> = Values::bf16;
 
-// Where an operand begins: the high word as wgmma.cuh has it.
+// Where an operand begins: the high word as common/wgmma.cuh has it.
 inline u64 descriptor(u32 low) { return u64(0x40000040) << 32 | low; }
 
 // a is in registers, or for null in shared memory.

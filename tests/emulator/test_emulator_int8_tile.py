@@ -1,4 +1,4 @@
-"""The product of LLM.int8() by warpgroups (kernels/int8_tile.cuh) on the processor: bits, bounds, and any order of threads."""
+"""The product of LLM.int8() by warpgroups (kernels/int8/int8_tile_sm90a.cuh) on the processor: bits, bounds, and any order of threads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CLUSTERS = [Tile(64, sharing=2), Tile(64, parts=2), Tile(64, parts=3), Tile(128,
 
 
 def source() -> Library:
-    return library("int8_tile")
+    return library("int8_tile_sm90a")
 
 
 @pytest.mark.parametrize("tokens", TOKENS)

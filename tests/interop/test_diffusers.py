@@ -40,3 +40,27 @@ def test_diffusers_loads_saves_and_dequantizes(tmp_path: Path) -> None:
         expected = model(x, return_dict=False)[0]
         torch.testing.assert_close(again(x, return_dict=False)[0], expected)
         torch.testing.assert_close(again.dequantize()(x, return_dict=False)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["loaded", "quantized"])
+def test_diffusers_saves_the_compute_dtype_that_was_used(how: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = halfbyte.BitsAndBytesConfig(load_in_4bit=True)
+    dense = diffusers.Transformer2DModel(
+        num_attention_heads=2, attention_head_dim=32, in_channels=32, num_layers=1, norm_num_groups=8
+    ).to(torch.bfloat16)
+    if how == "loaded":
+        dense.save_pretrained(tmp_path / "dense")
+        load = diffusers.Transformer2DModel.from_pretrained
+        model = load(tmp_path / "dense", quantization_config=config, torch_dtype=torch.bfloat16)
+    else:
+        model = halfbyte.quantize_model(dense, config)
+    model.save_pretrained(tmp_path / "packed")
+    again = diffusers.Transformer2DModel.from_pretrained(
+        tmp_path / "packed", quantization_config=config, torch_dtype=torch.bfloat16
+    )
+    layers = [m for m in again.modules() if isinstance(m, Linear4bit)]
+    assert {layer.compute_dtype for layer in layers} == {torch.bfloat16}
+    x = torch.randn(1, 32, 4, 4, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(again(x, return_dict=False)[0], model(x, return_dict=False)[0])

@@ -193,13 +193,13 @@ class Product:
 
 @dataclass(frozen=True)
 class Plan:
-    """`ProductPlan`: rows of W for a block of threads, slots of K, stages, columns that are put aside."""
+    """`ProductPlan`: rows of W for a block of threads, slots of K, stages, columns with outliers that have room."""
 
     rows: int
     slots: int
     stages: int
     kept: int
-    early: bool = False
+    ahead: int = 0
 
 
 def product(source: Described, product: Product, plan: Plan) -> Check:
@@ -210,10 +210,11 @@ def product(source: Described, product: Product, plan: Plan) -> Check:
     most = next(most for most in (8, 16, 32, 64) if m <= most)
     kernel = f"int8_product_{most}"
     chunks = _ceil(k, plan.slots * constants["SLOT"])
-    numbers = (plan.rows, plan.slots.bit_length() - 1, chunks, plan.stages, plan.kept, plan.early)
+    numbers = (plan.rows, plan.slots.bit_length() - 1, chunks, plan.stages, plan.kept, plan.ahead)
     groups = constants["WARPS"] // plan.slots
     tiles = _ceil(plan.rows, constants["ROWS"] * groups) * groups
-    shared = tiles * (most // 8 * constants["SUMS"] * 4 + plan.kept * constants["ROWS"]) + plan.kept * 4
+    shared = tiles * (most // 8 * constants["SUMS"] * 4 + plan.kept * constants["ROWS"])
+    shared += plan.kept * 4 * (1 + most)
     shared += plan.stages * constants["WARPS"] * constants["STAGE_BYTES"]
     arguments, _, wanted = product.arguments()
     arguments += [int32(m), int32(n), int32(k), Argument(struct.pack("<6i", *numbers))]

@@ -1,4 +1,4 @@
-"""The product of LLM.int8() by warpgroups (kernels/int8_tile.cuh) as cases with their expected results."""
+"""The product of LLM.int8() by warpgroups (kernels/int8/int8_tile_sm90a.cuh) as cases with their expected results."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def tile(source: Described, codes: Codes, plan: Tile) -> Check:
         Argument(struct.pack("<7i", token_tiles, tiles, workers, of_part, plan.parts, plan.sharing, plan.early)),
     ]  # fmt: skip
     cluster = plan.parts * plan.sharing
-    kernel = f"int8_tile_{plan.tokens}"
+    kernel = f"int8_tile_sm90a_{plan.tokens}"
     launch = Launch(
         kernel, workers * cluster, source.threads[kernel], arguments, tile_shared(plan.tokens), cluster=cluster
     )

@@ -62,7 +62,8 @@ def _tell_transformers(model: Any, config: BitsAndBytesConfig | None) -> None:
             if is_transformers_model(module):
                 module.config.__dict__.pop("_is_quantized", None)
         return
-    from halfbyte.integrations.transformers.quantizer import Quantizer4bit, with_compute_dtype
+    from halfbyte.integrations.saved_config import with_compute_dtype
+    from halfbyte.integrations.transformers.quantizer import Quantizer4bit
 
     quantizer = Quantizer4bit(with_compute_dtype(config, model.dtype), pre_quantized=False)
     model.hf_quantizer = quantizer
@@ -80,7 +81,9 @@ def _tell_diffusers(model: Any, config: BitsAndBytesConfig | None) -> None:
         model._internal_dict = type(model.config)(internal)
         return
     from halfbyte.integrations.diffusers import Quantizer4bit
+    from halfbyte.integrations.saved_config import with_compute_dtype
 
+    config = with_compute_dtype(config, model.dtype)
     quantizer = Quantizer4bit(config, pre_quantized=False)
     model.hf_quantizer = quantizer
     model.is_quantized = True

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from halfbyte.config import BitsAndBytesConfig
 from halfbyte.integrations.recognition import serve_bitsandbytes
-from halfbyte.integrations.saved_config import keep_class_of_argument
+from halfbyte.integrations.saved_config import keep_class_of_argument, with_compute_dtype
 from halfbyte.integrations.served import is_ours
 from halfbyte.models.replace import SOURCE_CLASS, empty_linear4bit
 from halfbyte.nn import Params4bit
@@ -90,7 +90,6 @@ class Quantizer4bit(BnB4BitDiffusersQuantizer):
             new.requires_grad_(False)
             model.set_submodule(name, new)
         self.modules_to_not_convert = keep
-        model.register_to_config(quantization_config=self.quantization_config)
         model.is_loaded_in_4bit = True
 
     def check_if_quantized_param(
@@ -140,6 +139,8 @@ class Quantizer4bit(BnB4BitDiffusersQuantizer):
         return True
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self.quantization_config = with_compute_dtype(self.quantization_config, model.dtype)
+        model.register_to_config(quantization_config=self.quantization_config)
         serve_bitsandbytes(model)
         return super()._process_model_after_weight_loading(model, **kwargs)
 

@@ -1,7 +1,8 @@
-"""Merge the config of a 4-bit checkpoint with the one that was passed to the load."""
+"""The config of a 4-bit checkpoint: merged with the one that was passed to a load, and made for a save."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from typing import Any
@@ -47,6 +48,24 @@ def keep_class_of_argument(cls: Any) -> None:
         return saved
 
     cls.merge_quantization_configs = classmethod(merge)
+
+
+def with_compute_dtype(config: Any, dtype: Any) -> Any:
+    """The config to save with a model: a compute dtype that was not given is the model's.
+
+    Readers of the file cannot tell float32 from "not given", and would compute in float32.
+    """
+    import torch
+
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype.removeprefix("torch."), None)
+    if not issubclass(type(config), BitsAndBytesConfig) or config.compute_dtype() is not None:
+        return config
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return config
+    made = copy.deepcopy(config)
+    made.bnb_4bit_compute_dtype = dtype
+    return made
 
 
 def _check_saved(config: Any) -> BitsAndBytesConfig | None:

@@ -6,7 +6,6 @@ overrides everything that imports bitsandbytes. Hooks that only some releases kn
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from transformers.utils.import_utils import is_accelerate_available
 
 from halfbyte.config import BitsAndBytesConfig
 from halfbyte.integrations.recognition import serve_bitsandbytes
+from halfbyte.integrations.saved_config import with_compute_dtype
 from halfbyte.integrations.transformers import checkpoint, layers, operations
 from halfbyte.models.layers import experts_note, fused_experts
 from halfbyte.models.replace import SOURCE_CLASS
@@ -225,22 +225,6 @@ def _compute_dtype(config: BitsAndBytesConfig) -> torch.dtype | None:
     dtype = config.compute_dtype()
     assert dtype is None or isinstance(dtype, torch.dtype)
     return dtype
-
-
-def with_compute_dtype(config: Any, dtype: Any) -> Any:
-    """The config to save with a model: a compute dtype that was not given is the model's.
-
-    Readers of the file cannot tell float32 from "not given", and would compute in float32.
-    """
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype.removeprefix("torch."), None)
-    if not issubclass(type(config), BitsAndBytesConfig) or config.compute_dtype() is not None:
-        return config
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return config
-    made = copy.deepcopy(config)
-    made.bnb_4bit_compute_dtype = dtype
-    return made
 
 
 def _check_target(name: str, target: Any) -> None:

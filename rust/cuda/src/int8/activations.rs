@@ -1,4 +1,4 @@
-//! Activations to codes: kernels/int8_activations.cu.
+//! Activations to codes: kernels/int8/int8_activations.cu.
 
 use halfbyte::dtype::DType;
 use halfbyte::error::{Error, Result};

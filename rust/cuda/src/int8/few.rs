@@ -1,4 +1,4 @@
-//! Products of 8-bit codes for few rows of x (kernels/int8_product.cuh): how they divide the work.
+//! Products of 8-bit codes for few rows of x (kernels/int8/int8_product.cuh): how they divide the work.
 
 use halfbyte::error::Result;
 
@@ -20,8 +20,14 @@ const STAGE: usize = source::WARPS * source::STAGE_BYTES;
 const STAGES: usize = 4;
 /// The part of shared memory that sums may take: what is left is for stages.
 const SUMS_PART: usize = 3;
-/// Columns with outliers that have room: 1 % of 12800.
+/// Columns with outliers that have room, 1 % of 12800, and the part of shared memory for their x.
 const KEPT: usize = 128;
+const KEPT_PART: usize = 8;
+/// Those that a warp looks at together.
+const KEPT_UNIT: usize = 32;
+/// Bytes of W that a block of threads has fetched while the kernel before still runs, at most, and the part of its rows.
+const AHEAD: usize = 128 << 10;
+const AHEAD_PART: usize = 4;
 
 /// What `ProductPlan` is to the kernels.
 #[repr(C)]
@@ -32,7 +38,7 @@ struct Plan {
     chunks: i32,
     stages: i32,
     kept: i32,
-    starts_early: i32,
+    ahead: i32,
 }
 
 /// A launch for so many rows of x, and as many again.
@@ -56,7 +62,6 @@ fn divide(
     multiprocessors: usize,
     shared_per_block: usize,
     outliers: bool,
-    starts_early: bool,
 ) -> Option<(Plan, u64, u32)> {
     let fragments = fragments_of(m);
     // As few slots as leave no more chunks than the most do.
@@ -64,10 +69,13 @@ fn divide(
     while slots > 1 && k <= slots / 2 * source::SLOT {
         slots /= 2;
     }
-    let kept = if outliers { KEPT.min(k.next_multiple_of(32)) } else { 0 };
+    // Of each column that is kept: its number, and x.
+    let of_kept = size_of::<i32>() + fragments * source::COLUMNS * size_of::<f32>();
+    let most = KEPT.min(shared_per_block / KEPT_PART / of_kept / KEPT_UNIT * KEPT_UNIT);
+    let kept = if outliers { most.min(k.next_multiple_of(KEPT_UNIT)) } else { 0 };
     let unit = source::ROWS * (source::WARPS / slots);
     let of_tiles = |rows: usize| rows.div_ceil(unit) * unit / source::ROWS * (fragments * SUMS + kept * source::ROWS);
-    let fixed = kept * size_of::<i32>();
+    let fixed = kept * of_kept;
     // Several waves of blocks where sums would leave too little room for stages.
     let room = (shared_per_block / SUMS_PART).min(shared_per_block.checked_sub(STAGE + fixed)?);
     let mut rows = n.div_ceil(multiprocessors);
@@ -86,7 +94,7 @@ fn divide(
         chunks: i32::try_from(k.div_ceil(slots * source::SLOT)).ok()?,
         stages: stages as i32,
         kept: kept as i32,
-        starts_early: i32::from(starts_early),
+        ahead: ((rows * k / AHEAD_PART).min(AHEAD) / k) as i32,
     };
     let shared = of_tiles(rows) + fixed + stages * STAGE;
     Some((plan, n.div_ceil(rows) as u64, u32::try_from(shared).ok()?))
@@ -95,7 +103,7 @@ fn divide(
 impl Few {
     /// The launch of a product, or of its first rows, or `None` when the kernels do not take it on this device.
     pub(super) fn new(device: &Device, operands: &Operands, outliers: bool) -> Option<Self> {
-        let &Operands { a, pitch, b, m, n, k, weight_is_older } = operands;
+        let &Operands { a, pitch, b, m, n, k } = operands;
         let suits = m >= 1
             && n >= 1
             && k >= source::PIECE
@@ -116,7 +124,7 @@ impl Few {
             _ => &kernels::INT8_PRODUCT_64,
         };
         let (multiprocessors, shared) = (device.multiprocessors() as usize, device.shared_per_block() as usize);
-        let (plan, blocks, shared) = divide((at_once, n, k), multiprocessors, shared, outliers, weight_is_older)?;
+        let (plan, blocks, shared) = divide((at_once, n, k), multiprocessors, shared, outliers)?;
         Some(Self { kernel, plan, blocks, shared })
     }
 
@@ -145,8 +153,8 @@ impl Few {
             }
             let (pitch, n, k, plan) = (pitch as i64, n as i32, k as i32, self.plan);
             let parameters = parameters![a, pitch, b, epilogue, m, n, k, plan];
-            // SAFETY: the kernel's parameters in its order; alignment was checked. It waits before it touches what the
-            // kernel before writes, and before it reads the weight unless that is older; the rest is the caller's.
+            // SAFETY: the kernel's parameters in its order; alignment was checked, it waits before it touches memory, the
+            // rest is the caller's.
             unsafe { device.launch_early(stream, self.kernel, self.blocks, self.shared, parameters) }?;
         }
         Ok(())
@@ -163,29 +171,37 @@ mod tests {
         for (multiprocessors, memory) in [(40, 65_536), (108, 166_912), (82, 101_376), (132, 232_448)] {
             for m in [1, 8, 9, 16, 17, 33, 64] {
                 for n in [1, 7, 100, 4096, 14_336, 28_672, 128_256, 262_144] {
-                    for (k, outliers) in [(16, true), (64, false), (320, true), (4096, true), (28_672, true), (133_136, false)] {
-                        let (plan, blocks, shared) =
-                            divide((m, n, k), multiprocessors, memory, outliers, true).unwrap();
-                        let (rows, slots) = (plan.rows as usize, 1usize << plan.log2_slots);
-                        let words = format!("{m} {n} {k} {plan:?}");
-                        assert!(blocks as usize * rows >= n && (blocks as usize - 1) * rows < n, "{words}");
-                        assert!(plan.chunks as usize * slots * source::SLOT >= k, "{words}");
-                        assert!((plan.chunks as usize - 1) * slots * source::SLOT < k, "{words}");
-                        assert!(slots <= source::WARPS && (1..=source::MOST_STAGES as i32).contains(&plan.stages));
-                        assert!(shared as usize <= memory, "{words}: {shared}");
-                        assert_eq!(plan.kept > 0, outliers);
-                        // What is on the way of a row of tiles is never less than a tile of each warp.
-                        let tiles = rows.div_ceil(source::ROWS * (source::WARPS / slots)) * (source::WARPS / slots);
-                        let parts = tiles * (fragments_of(m) * SUMS + plan.kept as usize * source::ROWS);
-                        assert_eq!(shared as usize, parts + plan.kept as usize * 4 + plan.stages as usize * STAGE);
+                    for k in [16, 64, 320, 4096, 28_672, 133_136] {
+                        check((m, n, k), multiprocessors, memory, (m + n) % 2 == 0);
                     }
                 }
             }
         }
     }
 
+    fn check((m, n, k): (usize, usize, usize), multiprocessors: usize, memory: usize, outliers: bool) {
+        let (plan, blocks, shared) = divide((m, n, k), multiprocessors, memory, outliers).unwrap();
+        let (rows, slots) = (plan.rows as usize, 1usize << plan.log2_slots);
+        let words = format!("{m} {n} {k} {plan:?}");
+        assert!(blocks as usize * rows >= n && (blocks as usize - 1) * rows < n, "{words}");
+        assert!(plan.chunks as usize * slots * source::SLOT >= k, "{words}");
+        assert!((plan.chunks as usize - 1) * slots * source::SLOT < k, "{words}");
+        assert!(slots <= source::WARPS && (1..=source::MOST_STAGES).contains(&(plan.stages as usize)), "{words}");
+        assert!((0..=plan.rows).contains(&plan.ahead) && plan.ahead as usize * k <= AHEAD, "{words}");
+        let kept = plan.kept as usize;
+        assert!(kept.is_multiple_of(KEPT_UNIT) && (outliers || kept == 0), "{words}");
+        assert!(!outliers || kept > 0 || memory < 100_000, "{words}");
+        // As the kernel lays it out.
+        let groups = source::WARPS / slots;
+        let tiles = rows.div_ceil(groups * source::ROWS) * groups;
+        let of_tiles = tiles * (fragments_of(m) * SUMS + kept * source::ROWS);
+        let of_kept = kept * (4 + fragments_of(m) * source::COLUMNS * 4);
+        assert_eq!(shared as usize, of_tiles + of_kept + plan.stages as usize * STAGE, "{words}");
+        assert!(shared as usize <= memory, "{words}");
+    }
+
     #[test]
     fn a_device_of_too_little_memory_has_no_such_product() {
-        assert_eq!(divide((8, 4096, 4096), 40, STAGE, false, true), None);
+        assert_eq!(divide((8, 4096, 4096), 40, STAGE, false), None);
     }
 }

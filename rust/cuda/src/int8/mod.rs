@@ -61,12 +61,9 @@ pub(super) struct Operands {
     pub m: usize,
     pub n: usize,
     pub k: usize,
-    /// Whether the kernel before on the stream is one of `activations`, which let the next one start once all that
-    /// came before them has ended: then `b`, the scales of its rows and the bias can be read before `wait_for_previous`.
-    pub weight_is_older: bool,
 }
 
-/// What kernels take for what becomes of the sums: `Epilogue` of `kernels/int8_epilogue.cuh`.
+/// What kernels take for what becomes of the sums: `Epilogue` of `kernels/int8/int8_epilogue.cuh`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Epilogue {
@@ -228,8 +225,7 @@ pub unsafe fn linear(device: &Device, stream: Stream, linear: &Linear<'_>, choic
         epilogue.columns = base + parts.columns as u64;
         epilogue.x = x.address();
     }
-    let operands =
-        Operands { a: base, pitch: parts.pitch, b: codes.address(), m, n, k, weight_is_older: true };
+    let operands = Operands { a: base, pitch: parts.pitch, b: codes.address(), m, n, k };
     let product = Product::choose(device, &operands, &epilogue, choice)?;
     // SAFETY: lengths were checked, the rest is the caller's.
     unsafe {
@@ -286,7 +282,7 @@ pub unsafe fn scaled(device: &Device, stream: Stream, scaled: &Scaled<'_>, choic
         bias.of(&DType::FLOATS)?.long(n, "one per row of b")?;
         (epilogue.bias, epilogue.bias_kind) = (bias.address(), kind(bias.dtype()));
     }
-    let operands = Operands { a: a.address(), pitch: k, b: b.address(), m, n, k, weight_is_older: false };
+    let operands = Operands { a: a.address(), pitch: k, b: b.address(), m, n, k };
     // SAFETY: lengths were checked, the rest is the caller's.
     unsafe { Product::choose(device, &operands, &epilogue, choice)?.launch(device, stream, &operands, &epilogue) }
 }

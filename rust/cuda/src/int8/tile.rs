@@ -1,4 +1,4 @@
-//! Products of 8-bit codes for more than a few rows (kernels/int8_tile.cuh): which shapes they take, and how the work is
+//! Products of 8-bit codes for more than a few rows (kernels/int8/int8_tile_sm90a.cuh): which shapes they take, and how the work is
 //! divided.
 
 use halfbyte::error::Result;
@@ -6,13 +6,13 @@ use halfbyte::error::Result;
 use super::{Epilogue, Operands};
 use crate::capability::Capability;
 use crate::driver::{Device, Stream, TensorMap, TileType};
-use crate::kernels::{self, Kernel, int8_tile_64, int8_tile_128, int8_tile_256};
+use crate::kernels::{self, Kernel, int8_tile_sm90a_64, int8_tile_sm90a_128, int8_tile_sm90a_256};
 use crate::launch::parameters;
 
 // The same in every form.
-const ROWS: usize = int8_tile_64::ROWS;
-const STEP: usize = int8_tile_64::STEP;
-const MOST_PARTS: usize = int8_tile_64::MOST_PARTS;
+const ROWS: usize = int8_tile_sm90a_64::ROWS;
+const STEP: usize = int8_tile_sm90a_64::STEP;
+const MOST_PARTS: usize = int8_tile_sm90a_64::MOST_PARTS;
 /// Blocks that share rows of `x`, when any do.
 const SHARING: usize = 2;
 /// What `k` is a multiple of, and the addresses of the codes: so the copy engine wants it.
@@ -40,24 +40,24 @@ const FORMS: [Form; 3] = [
         step: 0.205,
         wave: 1.0,
         divides: true,
-        shared: int8_tile_64::SHAPE_64_BYTES,
-        kernel: &kernels::INT8_TILE_64,
+        shared: int8_tile_sm90a_64::SHAPE_64_BYTES,
+        kernel: &kernels::INT8_TILE_SM90A_64,
     },
     Form {
         tokens: 128,
         step: 0.30,
         wave: 2.2,
         divides: true,
-        shared: int8_tile_128::SHAPE_128_BYTES,
-        kernel: &kernels::INT8_TILE_128,
+        shared: int8_tile_sm90a_128::SHAPE_128_BYTES,
+        kernel: &kernels::INT8_TILE_SM90A_128,
     },
     Form {
         tokens: 256,
         step: 0.60,
         wave: 3.4,
         divides: false,
-        shared: int8_tile_256::SHAPE_256_BYTES,
-        kernel: &kernels::INT8_TILE_256,
+        shared: int8_tile_sm90a_256::SHAPE_256_BYTES,
+        kernel: &kernels::INT8_TILE_SM90A_256,
     },
 ];
 
@@ -158,7 +158,7 @@ fn divide((m, n, k): (usize, usize, usize), multiprocessors: usize) -> (Form, Pl
 
 /// Whether a device and a shape are for the kernel at all.
 fn takes(capability: Capability, shared_per_block: u32, (m, n, k): (usize, usize, usize)) -> bool {
-    kernels::INT8_TILE_64.suits(capability)
+    kernels::INT8_TILE_SM90A_64.suits(capability)
         && FORMS.iter().all(|form| form.shared <= shared_per_block as usize)
         && m >= 1
         && n >= 1
