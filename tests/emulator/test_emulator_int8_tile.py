@@ -120,7 +120,7 @@ def test_y_of_any_alignment() -> None:
 @pytest.mark.parametrize("highest_first", [False, True])
 def test_copies_and_matrix_units_read_what_is_there(highest_first: bool) -> None:
     """Each access to shared memory is known: none is made while a copy is on its way there or a product reads it."""
-    watched = built(build_emulator.KERNELS / "int8_tile.cu", "stores")
+    watched = built(build_emulator.source_of("int8_tile_sm90a"), "stores")
     for i, plan in enumerate([*CLUSTERS, *map(Tile, TOKENS), Tile(64, workers=1)]):
         codes = Codes.random(plan.tokens + 3, 300, 1168, (*DTYPES, "i32")[i % 4], outliers=(i % 3) * 9)
         check = tile(watched, codes, plan)

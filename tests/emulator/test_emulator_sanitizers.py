@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import build_emulator
 import int8
+import int8_tiles
 import launches
 import native
 import numpy as np
@@ -223,6 +224,18 @@ def of_int8_product(source: Described) -> Iterator[Check]:
             yield int8.product(source, product, plan)
 
 
+def of_int8_tile_sm90a(source: Described) -> Iterator[Check]:
+    plans = [
+        (int8_tiles.Tile(64, parts=3), "bf16", 17),
+        (int8_tiles.Tile(128, sharing=2, workers=1), "f16", 3),
+        (int8_tiles.Tile(256, early=False), "f32", 1),
+        (int8_tiles.Tile(64, sharing=2), "i32", 0),
+    ]
+    for plan, dtype, outliers in plans:
+        codes = int8_tiles.Codes.random(plan.tokens // 2 + 70, 260, 656, dtype, outliers, None if outliers else "bf16")
+        yield int8_tiles.tile(source, codes, plan)
+
+
 def of_int8_plain(source: Described) -> Iterator[Check]:
     """Rows and columns that are not there, nothing aligned."""
     for dtype, outliers in (("bf16", 0.1), ("f32", 0.0), ("i32", 0.0)):
@@ -234,6 +247,7 @@ FAMILIES = {
     "int8_activations": of_int8_activations,
     "int8_product": of_int8_product,
     "int8_plain": of_int8_plain,
+    "int8_tile_sm90a": of_int8_tile_sm90a,
     "dequantize_absmax": of_dequantize_absmax,
     "embedding_4bit": of_embedding_4bit,
     "dequantize_blockwise8": of_dequantize_blockwise8,
