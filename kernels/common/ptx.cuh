@@ -215,6 +215,12 @@ template <int GROUPS>
 __device__ inline void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 }
+#else
+// Without that unit the thread copies itself, and goes on then.
+__device__ inline void copy_async(Words4 *shared, const Words4 *global) { *shared = *global; }
+__device__ inline void copy_async_commit() {}
+template <int GROUPS>
+__device__ inline void copy_async_wait() {}
 #endif
 
 #if __CUDA_ARCH__ >= 900
@@ -223,6 +229,8 @@ __device__ inline void copy_async_wait() {
 __device__ inline void fetch_to_second_level(const u8 *address, u32 bytes) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(address)), "r"(bytes));
 }
+#else
+__device__ inline void fetch_to_second_level(const u8 *, u32) {}
 #endif
 
 // ---- barriers in shared memory -------------------------------------------------------------------------------------
@@ -293,5 +301,33 @@ __device__ inline void mma_m16n8k16(F16, float (&d)[4], const u32 (&a)[4], u32 b
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 #endif
+
+// d[16][8] += a[16][32] * b[32][8] of 8-bit integers, int32 sums that wrap around. A lane has, four to a word, the first in
+// the low byte:
+//   a[0]: row g,     k = 4t ... 4t+3       a[1]: row g + 8, k = 4t ... 4t+3
+//   a[2]: row g,     k = 4t+16 ... 4t+19   a[3]: row g + 8, k = 4t+16 ... 4t+19
+//   b0: k = 4t ... 4t+3, column g          b1: k = 4t+16 ... 4t+19, column g
+//   d: as above
+__device__ inline void mma_m16n8k32(int (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+    // Four of a quarter's size, whose lanes have the same elements.
+    for (int i = 0; i < 4; i++) {
+        int *const half = d + i % 2 * 2;
+        asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
+            : "+r"(half[0]), "+r"(half[1])
+            : "r"(a[i]), "r"(i < 2 ? b0 : b1));
+    }
+#endif
+}
+
+// sum + the products of the four 8-bit integers in each word, those of the same place.
+__device__ inline int dot_4(u32 a, u32 b, int sum) {
+    asm("dp4a.s32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(a), "r"(b));
+    return sum;
+}
 
 #endif

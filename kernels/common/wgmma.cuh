@@ -1,6 +1,6 @@
-// Warpgroup products: the matrix units reading one operand from registers and one from shared memory, and the copies of tiles
-// that feed them. For compute capability 9.0 alone (compute_90a), so not in ptx.cuh; as there, each function is one
-// instruction that C++ has no words for, and kernels/emulator/wgmma.h has the same ones in C++.
+// Warpgroup products: the matrix units reading one operand from registers and one from shared memory, or both from there, and
+// the copies of tiles that feed them. For compute capability 9.0 alone (compute_90a), so not in ptx.cuh; as there, each
+// function is one instruction that C++ has no words for, and kernels/emulator/wgmma.h has the same ones in C++.
 #pragma once
 
 #include "common/types.cuh"
@@ -24,6 +24,16 @@ __device__ inline void copy_box(void *shared, const TensorMap *map, int column, 
                      u32(__cvta_generic_to_shared(shared))),
                  "l"(u64(map)), "r"(column), "r"(row), "r"(u32(__cvta_generic_to_shared(barrier)))
                  : "memory");
+}
+
+// The same for several blocks of a cluster, bit r of `ranks` being rank r: to the same place in the shared memory of each, with
+// the barrier at the same place.
+__device__ inline void copy_box_to(u32 ranks, void *shared, const TensorMap *map, int column, int row, Barrier *barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], "
+        "[%4], %5;" ::"r"(u32(__cvta_generic_to_shared(shared))),
+        "l"(u64(map)), "r"(column), "r"(row), "r"(u32(__cvta_generic_to_shared(barrier))), "h"(u16(ranks))
+        : "memory");
 }
 
 // Has the second-level cache fetch such a box: a wish, without any effect on what is read or written.
@@ -78,6 +88,13 @@ __device__ inline u32 address_at(const void *shared, u32 rank) {
 }
 __device__ inline void store_at(u32 address, float a, float b, float c, float d) {
     asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+}
+__device__ inline void store_at(u32 address, int a, int b, int c, int d) {
+    asm volatile("st.shared::cluster.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+// At a barrier that may be another block's.
+__device__ inline void barrier_arrive_at(u32 address) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address) : "memory");
 }
 
 // ---- matrices of 8 by 8, transposed --------------------------------------------------------------------------------
@@ -186,6 +203,35 @@ PRODUCTS(Bf16, "bf16")
 PRODUCTS(F16, "f16")
 
 #undef PRODUCTS
+#undef PRODUCT
+
+// d[64][N] = a[64][32] * b[N][32]^T, or += that, of int8 with int32 sums: both operands in shared memory as b above, 128 values
+// (128 bytes) of a row together; the piece of 32 values i of its 128 begins 2i behind.
+// PRODUCT(N, sums of a thread, the numbers of where a and b begin, and of the high words)
+#define PRODUCT(n, sums, a, b, high)                                                                        \
+    __device__ inline void multiply_fresh(int (&d)[sums], u32 x, u32 y) {                                   \
+        asm volatile("{\n\t.reg .b64 a, b;\n\t.reg .pred add;\n\t"                                          \
+                     "mov.b64 a, {" a ", " high "};\n\tmov.b64 b, {" b ", " high "};\n\t"                   \
+                     "setp.ne.b32 add, 0, 0;\n\t"                                                           \
+                     "wgmma.mma_async.sync.aligned.m64n" #n "k32.s32.s8.s8 {" NUMBERS##sums "}, a, b, add;\n\t}" \
+                     : D##sums("=r", 0)                                                                     \
+                     : "r"(x), "r"(y), "n"(0x40000040));                                                    \
+    }                                                                                                       \
+    __device__ inline void multiply_add(int (&d)[sums], u32 x, u32 y) {                                     \
+        asm volatile("{\n\t.reg .b64 a, b;\n\t.reg .pred add;\n\t"                                          \
+                     "mov.b64 a, {" a ", " high "};\n\tmov.b64 b, {" b ", " high "};\n\t"                   \
+                     "setp.ne.b32 add, 1, 0;\n\t"                                                           \
+                     "wgmma.mma_async.sync.aligned.m64n" #n "k32.s32.s8.s8 {" NUMBERS##sums "}, a, b, add;\n\t}" \
+                     : D##sums("+r", 0)                                                                     \
+                     : "r"(x), "r"(y), "n"(0x40000040));                                                    \
+    }
+
+PRODUCT(64, 32, "%32", "%33", "%34")
+PRODUCT(96, 48, "%48", "%49", "%50")
+PRODUCT(128, 64, "%64", "%65", "%66")
+PRODUCT(192, 96, "%96", "%97", "%98")
+PRODUCT(256, 128, "%128", "%129", "%130")
+
 #undef PRODUCT
 
 #endif

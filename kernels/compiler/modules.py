@@ -69,6 +69,12 @@ def _tile(element: str, tokens: int) -> Module:
     return Module("gemm/tile_sm90a/gemm_4bit_tile_sm90a", "90a", ("90a",), instance, defines)
 
 
+def _int8_tile(tokens: int) -> Module:
+    """A module of int8_tile_sm90a.cu, which has one kernel each."""
+    defines = (f"INT8_TILE_NAME=int8_tile_sm90a_{tokens}", f"INT8_TILE_TOKENS={tokens}")
+    return Module("int8/int8_tile_sm90a", "90a", ("90a",), str(tokens), defines)
+
+
 _ALL = ("75", "80", "86", "89", "90", "100", "120")
 _BEFORE_HOPPER = ("75", "80", "86", "89")
 _SINCE_AMPERE = ("80", "86", "89", "90", "100", "120")
@@ -100,8 +106,16 @@ MODULES = (
     # Takes more shared memory than others have.
     Module("gemm/small_m_sm90/gemm_4bit_small_m_sm90", "90", ("90", "100")),
     Module("gemm/small_m_sm90/gemm_4bit_small_m_sm90_long", "90", ("90", "100")),
+    # 8-bit activations and products, which start early where that can be.
+    *(
+        Module(f"int8/{name}", arch, machines)
+        for name in ("int8_activations", "int8_product")
+        for arch, machines in (("75", ("75",)), ("80", _BEFORE_HOPPER[1:]), ("90", _SINCE_HOPPER))
+    ),
+    Module("int8/int8_plain", "75", _ALL),
     # Products of warpgroups.
     *(_tile(element, tokens) for element in ("Bf16", "F16") for tokens in (64, 96, 128, 192, 256)),
+    *(_int8_tile(tokens) for tokens in (64, 128, 256)),
 )
 
 

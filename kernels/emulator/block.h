@@ -32,7 +32,7 @@ struct Issued {
 
 // Registers d while the matrix units have them.
 struct Held {
-    float *d;
+    uint32_t *d;
     int columns;
     unsigned slot, pending;
 };

@@ -91,6 +91,32 @@ void multiply(bool bf16, Thread *const (&lanes)[LANES]) {
     }
 }
 
+// d[16][8] += a[16][32] * b[32][8] of 8-bit integers; sums wrap around.
+void multiply_integers(Thread *const (&lanes)[LANES]) {
+    int8_t a[16][32], b[32][8];
+    for (int lane = 0; lane < int(LANES); lane++) {
+        const int g = lane / 4, t = lane % 4;
+        const uint32_t *const word = lanes[lane]->slot.word;
+        for (int j = 0; j < 4; j++) {
+            for (int i = 0; i < 4; i++) {
+                a[g + i % 2 * 8][4 * t + i / 2 * 16 + j] = int8_t(word[4 + i] >> (8 * j));
+            }
+            for (int i = 0; i < 2; i++) {
+                b[4 * t + i * 16 + j][g] = int8_t(word[8 + i] >> (8 * j));
+            }
+        }
+    }
+    for (int lane = 0; lane < int(LANES); lane++) {
+        const int g = lane / 4, t = lane % 4;
+        for (int i = 0; i < 4; i++) {
+            uint32_t &d = lanes[lane]->slot.word[i];
+            for (int k = 0; k < 32; k++) {
+                d += uint32_t(int32_t(a[g + i / 2 * 8][k]) * int32_t(b[k][2 * t + i % 2]));
+            }
+        }
+    }
+}
+
 // Lane l has brought the 16 bytes of one row: row l % 8 of matrix l / 8. It takes two elements of each matrix: those at
 // 2 * (l % 4) of row l / 4, or, transposed, row 2 * (l % 4) and the next at column l / 4.
 void distribute(Thread *const (&lanes)[LANES], int matrices, bool transposed) {
@@ -138,7 +164,8 @@ const char *name_of(Meeting meeting) {
         "__syncthreads",     "__syncwarp",        "__shfl_sync",       "__shfl_up_sync",    "__shfl_down_sync",
         "__shfl_xor_sync",   "a vote",            "__match_any_sync",  "__reduce_add_sync", "__reduce_min_sync",
         "__reduce_max_sync", "__reduce_and_sync", "__reduce_or_sync",  "__reduce_xor_sync", "ldmatrix",
-        "mma",               "mma",               "stmatrix",          "setmaxnreg",        "a barrier in shared memory",
+        "mma",               "mma",               "mma",               "stmatrix",          "setmaxnreg",
+        "a barrier in shared memory",
         "a numbered barrier", "the cluster's barrier", "setmaxnreg, until there are registers", "wgmma.commit_group",
         "wgmma.wait_group",
     };
@@ -158,6 +185,7 @@ void compute(Meeting meeting, Thread *self, uint32_t mask) {
         case Meeting::syncwarp: return;
         case Meeting::mma_bf16:
         case Meeting::mma_f16: return multiply(meeting == Meeting::mma_bf16, lanes);
+        case Meeting::mma_s8: return multiply_integers(lanes);
         case Meeting::ldmatrix:
             for (const Thread *lane : lanes) {
                 if (lane->first != self->first || lane->second != self->second) {

@@ -51,6 +51,7 @@ enum class Meeting : int {
     ldmatrix,
     mma_bf16,
     mma_f16,
+    mma_s8,
     stmatrix,
     setmaxnreg,
     phase,
@@ -181,11 +182,13 @@ void wait_stores(unsigned pending, bool read_alone, Site site);
 // ---- products of warpgroups ----------------------------------------------------------------------------------------
 
 // One wgmma as a thread issues it: d[64][columns] of a[64][16] and b[16][columns].
+enum class Values { f16, bf16, s8 };
+
 struct Product {
-    bool bf16;
+    Values values;        // of a and b; whole numbers have int32 sums, the others float32
     bool add;             // to what d is
     int columns;
-    float *d;             // [columns / 2]
+    uint32_t *d;          // [columns / 2], the bits of sums
     const uint32_t *a;    // [4], or null: in shared memory
     uint64_t a_place, b_place;  // descriptors
     bool a_transposed, b_transposed;

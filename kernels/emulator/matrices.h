@@ -6,8 +6,9 @@
 
 namespace emulator {
 
-// d += a * b, with the fragments that common/ptx.cuh describes for m16n8k16.
-inline void multiply(Meeting meeting, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Site site) {
+// d += a * b, with the fragments that common/ptx.cuh describes for m16n8k16, or, of integers, for m16n8k32.
+template <typename Sum>
+inline void multiply(Meeting meeting, Sum (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Site site) {
     Slot slot = {};
     std::memcpy(slot.word, d, sizeof d);
     std::memcpy(slot.word + 4, a, sizeof a);

@@ -185,3 +185,14 @@ inline void mma_m16n8k16(Bf16, float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1,
 inline void mma_m16n8k16(F16, float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, emulator::Site site = emulator::Site::here()) {
     emulator::multiply(emulator::Meeting::mma_f16, d, a, b0, b1, site);
 }
+inline void mma_m16n8k32(int (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, emulator::Site site = emulator::Site::here()) {
+    emulator::multiply(emulator::Meeting::mma_s8, d, a, b0, b1, site);
+}
+
+inline int dot_4(u32 a, u32 b, int sum) {
+    u32 total = u32(sum);
+    for (int i = 0; i < 32; i += 8) {
+        total += u32(int(static_cast<signed char>(a >> i)) * int(static_cast<signed char>(b >> i)));
+    }
+    return int(total);
+}

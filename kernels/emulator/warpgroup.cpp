@@ -9,7 +9,8 @@
 namespace emulator {
 namespace {
 
-constexpr int ROWS = 64, DEPTH = 16, MOST_COLUMNS = 256;
+// A product takes 32 bytes of each row of its operands: 16 columns of 16-bit values, 32 of whole numbers.
+constexpr int ROWS = 64, DEPTH = 16, DEPTH_S8 = 32, MOST_COLUMNS = 256;
 constexpr unsigned SLOTS = 8;
 // What registers hold while the matrix units have them: a NaN that nothing else makes.
 constexpr uint32_t TAKEN = 0x7fd1ce00;
@@ -23,8 +24,8 @@ struct Committed {
 };
 
 struct Warpgroup {
-    std::unique_ptr<float[]> sums[SLOTS];  // [ROWS][MOST_COLUMNS]
-    std::vector<Committed> committed;      // and not ended
+    std::unique_ptr<uint32_t[]> sums[SLOTS];  // [ROWS][MOST_COLUMNS], bits
+    std::vector<Committed> committed;         // and not ended
     uint32_t groups = 0;
 };
 
@@ -140,7 +141,7 @@ void check_operand(uint64_t place, Site site) {
 
 // Element [k][row] of an operand.
 void load(unsigned rank, const Product &product, uint64_t place, bool transposed, int rows, double *to, int pitch) {
-    const double *const values = table(product.bf16);
+    const double *const values = table(product.values == Values::bf16);
     each_piece(place, transposed, rows, [&](int row, int k, uint32_t address) {
         uint16_t piece[8];
         const unsigned char *const from = shared_at(rank, address, CHUNK);
@@ -149,6 +150,16 @@ void load(unsigned rank, const Product &product, uint64_t place, bool transposed
         }
         for (int i = 0; i < 8; i++) {
             to[transposed ? k * pitch + row + i : (k + i) * pitch + row] = values[piece[i]];
+        }
+    });
+}
+
+// Element [k][row] of an operand of whole numbers.
+void load_s8(unsigned rank, uint64_t place, int rows, int32_t *to, int pitch) {
+    each_piece(place, false, rows, [&](int row, int k, uint32_t address) {
+        const unsigned char *const from = shared_at(rank, address, CHUNK);
+        for (int i = 0; i < int(CHUNK); i++) {
+            to[(k * 2 + i) * pitch + row] = int8_t(from[i]);
         }
     });
 }
@@ -176,6 +187,20 @@ void multiply(float *sums, const double *a, const double *b, int columns) {
     }
 }
 
+// The same of whole numbers: exact, but for what does not fit into 32 bits, which wraps around.
+void multiply_s8(uint32_t *sums, const int32_t *a, const int32_t *b, int columns) {
+    for (int row = 0; row < ROWS; row++) {
+        uint32_t *const to = sums + row * MOST_COLUMNS;
+        for (int k = 0; k < DEPTH_S8; k++) {
+            const int32_t value = a[k * ROWS + row];
+            const int32_t *const other = b + k * MOST_COLUMNS;
+            for (int column = 0; column < columns; column++) {
+                to[column] += uint32_t(value * other[column]);
+            }
+        }
+    }
+}
+
 // The row of the sums, and the first column, that register i of a thread has.
 int row_of(unsigned number, int i) { return int(number % GROUP / LANES * 16 + number % LANES / 4) + i / 2 % 2 * 8; }
 int column_of(unsigned number, int i) { return i / 4 * 8 + int(number % 4) * 2 + i % 2; }
@@ -185,11 +210,22 @@ void make(Warpgroup &group, Committed &one, size_t which) {
     Product &product = one.product;
     const unsigned rank = current().rank, first = first_thread();
     one.made = true;
+    uint32_t *const sums = group.sums[one.slot].get();
+    if (!product.add) {
+        std::memset(sums, 0, sizeof(uint32_t) * ROWS * MOST_COLUMNS);
+    }
+    if (product.values == Values::s8) {
+        static int32_t a_s8[DEPTH_S8 * ROWS], b_s8[DEPTH_S8 * MOST_COLUMNS];
+        load_s8(rank, product.b_place, product.columns, b_s8, MOST_COLUMNS);
+        load_s8(rank, product.a_place, ROWS, a_s8, ROWS);
+        multiply_s8(sums, a_s8, b_s8, product.columns);
+        return;
+    }
     load(rank, product, product.b_place, product.b_transposed, product.columns, b, MOST_COLUMNS);
     if (product.a == nullptr) {
         load(rank, product, product.a_place, product.a_transposed, ROWS, a, ROWS);
     } else {
-        const double *const values = table(product.bf16);
+        const double *const values = table(product.values == Values::bf16);
         for (unsigned number = first; number < first + GROUP; number++) {
             const Issued &issued = thread_of(number).products[which];
             for (int i = 0; i < 4; i++) {
@@ -200,11 +236,7 @@ void make(Warpgroup &group, Committed &one, size_t which) {
             }
         }
     }
-    float *const sums = group.sums[one.slot].get();
-    if (!product.add) {
-        std::memset(sums, 0, sizeof(float) * ROWS * MOST_COLUMNS);
-    }
-    multiply(sums, a, b, product.columns);
+    multiply(reinterpret_cast<float *>(sums), a, b, product.columns);
 }
 
 // Waits for the others of the warpgroup; true for the last.
@@ -237,7 +269,7 @@ void let_go() {
 }
 
 bool same(const Issued &a, const Issued &b) {
-    return a.product.bf16 == b.product.bf16 && a.product.add == b.product.add && a.product.columns == b.product.columns &&
+    return a.product.values == b.product.values && a.product.add == b.product.add && a.product.columns == b.product.columns &&
            (a.product.a == nullptr) == (b.product.a == nullptr) && a.product.a_place == b.product.a_place &&
            a.product.b_place == b.product.b_place && a.product.a_transposed == b.product.a_transposed &&
            a.product.b_transposed == b.product.b_transposed && a.slot == b.slot && a.group == b.group &&
@@ -256,6 +288,9 @@ void issue_product(const Product &product, Site site) {
     }
     if (product.columns % 8 != 0 || product.columns < 8 || product.columns > MOST_COLUMNS) {
         fail(site, "wgmma with %d columns: a multiple of 8 up to 256", product.columns);
+    }
+    if (product.values == Values::s8 && (product.a != nullptr || product.a_transposed || product.b_transposed)) {
+        fail(site, "wgmma of 8-bit values with an operand that is not in shared memory, by rows");
     }
     check_operand(product.b_place, site);
     Issued issued = {product, {}, 0, self.product_group, site};
@@ -297,7 +332,7 @@ void issue_product(const Product &product, Site site) {
         }
         Warpgroup &group = warpgroup_of(self);
         if (group.sums[slot] == nullptr) {
-            group.sums[slot] = std::make_unique<float[]>(ROWS * MOST_COLUMNS);
+            group.sums[slot] = std::make_unique<uint32_t[]>(ROWS * MOST_COLUMNS);
         }
         if (product.add) {
             for (int i = 0; i < product.columns / 2; i++) {

@@ -13,6 +13,12 @@ inline void copy_box(void *shared, const TensorMap *map, int column, int row, Ba
     emulator::announce_box(map, 2, at, shared, barrier, 0, site);
     emulator::begin_load();
 }
+inline void copy_box_to(u32 ranks, void *shared, const TensorMap *map, int column, int row, Barrier *barrier,
+                        emulator::Site site = emulator::Site::here()) {
+    const int at[2] = {column, row};
+    emulator::announce_box(map, 2, at, shared, barrier, ranks, site);
+    emulator::begin_load();
+}
 inline void fetch_box(const TensorMap *map, int, int, emulator::Site site = emulator::Site::here()) {
     emulator::check_box(map, 2, site);
 }
@@ -53,6 +59,14 @@ inline void store_at(u32 address, float a, float b, float c, float d, emulator::
     emulator::check_aligned(to, sizeof *to, site);
     *to = {a, b, c, d};
 }
+inline void store_at(u32 address, int a, int b, int c, int d, emulator::Site site = emulator::Site::here()) {
+    Words4 *const to = static_cast<Words4 *>(emulator::cluster_memory(address, sizeof(Words4), true, site));
+    emulator::check_aligned(to, sizeof *to, site);
+    *to = {u32(a), u32(b), u32(c), u32(d)};
+}
+inline void barrier_arrive_at(u32 address, emulator::Site site = emulator::Site::here()) {
+    emulator::arrive(emulator::cluster_memory(address, sizeof(Barrier), false, site), site);
+}
 
 // ---- matrices of 8 by 8, transposed --------------------------------------------------------------------------------
 
@@ -80,18 +94,35 @@ inline void multiply_issued(const Product &product, Site site) {
 }
 
 template <typename T>
-constexpr bool IS_BF16 = false;
+constexpr Values VALUES = Values::f16;
 template <>
-inline constexpr bool IS_BF16<Bf16> = true;
+inline constexpr Values VALUES<Bf16> = Values::bf16;
+
+// Where an operand begins: the high word as common/wgmma.cuh has it.
+inline u64 descriptor(u32 low) { return u64(0x40000040) << 32 | low; }
+
+// a is in registers, or for null in shared memory.
+template <typename D, int SUMS>
+inline void multiply(Values values, bool add, D (&d)[SUMS], const u32 *a, u64 a_place, u32 b, Site site) {
+    static_assert(sizeof(D) == sizeof(u32), "sums of 32 bits");
+    multiply_issued({values, add, 2 * SUMS, reinterpret_cast<u32 *>(d), a, a_place, descriptor(b), false, false}, site);
+}
 
 }  // namespace emulator
 
-// The high word of where b begins, as common/wgmma.cuh has it.
 template <typename T, int SUMS>
 inline void multiply_fresh(T, float (&d)[SUMS], const u32 *a, u32 y, emulator::Site site = emulator::Site::here()) {
-    emulator::multiply_issued({emulator::IS_BF16<T>, false, 2 * SUMS, d, a, 0, u64(0x40000040) << 32 | y, false, false}, site);
+    emulator::multiply(emulator::VALUES<T>, false, d, a, 0, y, site);
 }
 template <typename T, int SUMS>
 inline void multiply_add(T, float (&d)[SUMS], const u32 *a, u32 y, emulator::Site site = emulator::Site::here()) {
-    emulator::multiply_issued({emulator::IS_BF16<T>, true, 2 * SUMS, d, a, 0, u64(0x40000040) << 32 | y, false, false}, site);
+    emulator::multiply(emulator::VALUES<T>, true, d, a, 0, y, site);
+}
+template <int SUMS>
+inline void multiply_fresh(int (&d)[SUMS], u32 x, u32 y, emulator::Site site = emulator::Site::here()) {
+    emulator::multiply(emulator::Values::s8, false, d, nullptr, emulator::descriptor(x), y, site);
+}
+template <int SUMS>
+inline void multiply_add(int (&d)[SUMS], u32 x, u32 y, emulator::Site site = emulator::Site::here()) {
+    emulator::multiply(emulator::Values::s8, true, d, nullptr, emulator::descriptor(x), y, site);
 }

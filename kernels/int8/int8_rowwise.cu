@@ -17,56 +17,12 @@
 //
 // Determinism. The same bits everywhere: the largest magnitude does not depend on an order.
 #include "common/blocks.cuh"
-#include "common/vectors.cuh"
+#include "int8/rows.cuh"
 
-using i8 = signed char;
-
-// Of a block that has a long row: with GROUP and DEPTH, rows of up to 8192 values stay in registers.
-constexpr int THREADS = 256;
-constexpr int WARPS = THREADS / WARP;
-// Values that a thread reads, and whose codes it writes, at once.
-constexpr int GROUP = 8;
-// Groups that stay in registers: rows of up to 8192 values are read once.
-constexpr int DEPTH = 4;
-// The longest row for a warp: it has that many registers.
-constexpr int WARP_ROW = WARP * GROUP * DEPTH;
 // Reads in flight in each thread on the way back: 4 to 8 bytes each.
 constexpr int BACK_DEPTH = 4;
 // What a block of threads then writes, in bytes.
 constexpr int TILE_BYTES = THREADS * 16 * BACK_DEPTH;
-
-// How the values of a row become codes: round(x * factor / divisor).
-struct Division {
-    float factor, divisor;
-
-    // 127 and the scale. Both are divided by 256 where the product with 127 could be too large for a float32.
-    __device__ explicit Division(float scale) {
-        const bool large = scale >= 0x1p120f;
-        factor = large ? 127.0f / 256 : 127.0f;
-        divisor = large ? __fmul_rn(scale, 1.0f / 256) : scale;
-    }
-
-    // From -127 to 127. NaN, and what a row of zeros makes, has code 0.
-    __device__ int code(float x) const { return __float2int_rn(__fdiv_rn(__fmul_rn(x, factor), divisor)); }
-};
-
-// The `count` codes of `x`, at most a group, to `codes`.
-template <typename T>
-__device__ inline void store_codes(i8 *codes, const Eight<T> &x, u32 count, const Division &division) {
-    u64 word = 0;
-#pragma unroll
-    for (int k = 0; k < GROUP; k++) {
-        word |= u64(u32(division.code(x[k])) & 0xff) << (8 * k);
-    }
-    if (count == GROUP && is_aligned(codes, GROUP)) {
-        *reinterpret_cast<u64 *>(codes) = word;
-    } else {
-#pragma unroll 1
-        for (u32 k = 0; k < count; k++) {
-            codes[k] = i8(word >> (8 * k) & 0xff);
-        }
-    }
-}
 
 template <typename T>
 __device__ inline void quantize_int8_rowwise(const T *input, i8 *codes, float *scales, i64 rows, i64 columns) {
@@ -99,18 +55,7 @@ __device__ inline void quantize_int8_rowwise(const T *input, i8 *codes, float *s
             more.load(in + i, left(i), wide);
             max = more.largest(max);
         }
-        for (int by = 1; by < WARP; by *= 2) {
-            max = fmaxf(max, __shfl_xor_sync(ALL_LANES, max, by));
-        }
-        if (!alone) {
-            if (thread % WARP == 0) {
-                warp_max[turn][warp] = max;
-            }
-            __syncthreads();
-            for (int k = 0; k < WARPS; k++) {
-                max = fmaxf(max, warp_max[turn][k]);
-            }
-        }
+        max = largest_of_row(max, warp_max[turn], alone);
         if (begin == 0) {
             scales[row] = max;
         }

@@ -8,6 +8,7 @@ __all__ = [
     "CpuLinear",
     "CpuLinear8bit",
     "CudaLinear",
+    "CudaLinear8",
     "Job",
     "NoCudaDriverError",
     "Plan",
@@ -26,6 +27,8 @@ __all__ = [
     "cuda_driver_version",
     "cuda_embedding_4bit",
     "cuda_expand_absmax",
+    "cuda_int8_matmul",
+    "cuda_int8_workspace",
     "cuda_kernel_form",
     "cuda_kernel_ptx",
     "cuda_kernels",
@@ -35,6 +38,7 @@ __all__ = [
     "cuda_quantize_4bit_nested",
     "cuda_quantize_8bit",
     "cuda_quantize_rows",
+    "cuda_quantize_rows_outliers",
     "dequantize_4bit",
     "dequantize_8bit",
     "dequantize_rows",
@@ -402,6 +406,65 @@ def cuda_dequantize_8bit(
     reference: bool = False,
 ) -> None:
     """Launch the way back, to float16, bfloat16 or float32; any `blocksize` from 1 on, multiples of 8 being fast."""
+
+class CudaLinear8:
+    """Products `x · Wᵀ + bias` with 8-bit weights of one shape, `x` quantized on the way."""
+
+    def __new__(cls, device: int, n: int, k: int) -> CudaLinear8:
+        """For one device. Kernels are loaded when one is first launched."""
+
+    def workspace(self, m: int) -> int:
+        """Bytes of the workspace of `launch`, which begins at a multiple of 256."""
+
+    def launch(
+        self,
+        stream: int,
+        m: int,
+        dtype: str,
+        x: int,
+        codes: int,
+        scales: int,
+        bias: int,
+        bias_dtype: str,
+        threshold: float,
+        workspace: int,
+        y: int,
+        kernel: str = "best",
+    ) -> str:
+        """Make one product of `m` rows; gives the name of its kernel. All others are addresses; 0 is no bias."""
+
+def cuda_int8_workspace(device: int, rows: int, columns: int) -> int:
+    """Bytes of the workspace of `cuda_quantize_rows_outliers`, which begins at a multiple of 256."""
+
+def cuda_quantize_rows_outliers(
+    device: int,
+    stream: int,
+    input: _Buffer,
+    codes: _Buffer,
+    scales: _Buffer,
+    outliers: _Buffer,
+    workspace: _Buffer,
+    rows: int,
+    columns: int,
+    threshold: float,
+) -> None:
+    """Launch `quantize_rows_outliers`; `outliers` is uint8."""
+
+def cuda_int8_matmul(
+    device: int,
+    stream: int,
+    a: _Buffer,
+    b: _Buffer,
+    row_scales: _Buffer | None,
+    column_scales: _Buffer | None,
+    bias: _Buffer | None,
+    y: _Buffer,
+    m: int,
+    n: int,
+    k: int,
+    kernel: str = "best",
+) -> str:
+    """Launch the product of codes: int32 sums, or with scales what they stand for; gives the name of the kernel."""
 
 def cuda_quantize_rows(
     device: int,

@@ -66,6 +66,22 @@ def test_a_tile_of_the_matrix_units(dtype: str, mode: str, highest_first: bool) 
     assert np.allclose(found, exact, rtol=2.0**-23, atol=1e-12)
 
 
+@pytest.mark.parametrize(("mode", "highest_first"), WAYS)
+def test_a_tile_of_integers(mode: str, highest_first: bool) -> None:
+    """Every sum is exact, the lowest code too, and one that leaves int32 comes in again on the other side."""
+    random = np.random.default_rng(4)
+    a = random.integers(-128, 128, (16, 32)).astype(np.int8)
+    b = random.integers(-128, 128, (8, 32)).astype(np.int8)
+    a[0], b[0] = -128, -128
+    d = random.integers(-(1 << 31), 1 << 31, (16, 8)).astype(np.int32)
+    d[0, 0] = (1 << 31) - 1
+    arguments = [pointers(Buffer(a)), pointers(Buffer(b)), pointers(Buffer(d))]
+    found = built(SOURCE, mode).run(Case([Launch("multiply_s8", 1, 32, arguments)]), highest_first)[2]
+    exact = d.astype(np.int64) + a.astype(np.int64) @ b.T.astype(np.int64)
+    assert exact.max() > np.iinfo(np.int32).max
+    assert np.array_equal(found, exact.astype(np.int32))
+
+
 def test_launches_that_no_driver_would_take_are_refused() -> None:
     library = built(SOURCE, "library")
     x, out = Buffer(np.zeros(64, np.uint32)), Buffer(np.zeros(64 * 16, np.uint32))

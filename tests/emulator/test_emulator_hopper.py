@@ -56,6 +56,15 @@ def multiply(name: str) -> Kernel:
     return Kernel(Case([launch]), out, expected)
 
 
+def multiply_bytes(name: str) -> Kernel:
+    random = np.random.default_rng(3)
+    a, b = (Buffer(random.integers(-128, 128, (64, 128)).astype(np.int8)) for _ in range(2))
+    out = Buffer(np.zeros((64, 64), np.int32))
+    shared = 2 * 8192 + 128 * name.endswith("MISALIGNED")
+    launch = Launch(name, 1, THREADS, [pointers(a), pointers(b), pointers(out)], shared)
+    return Kernel(Case([launch]), out, a.data.astype(np.int32) @ b.data.astype(np.int32).T)
+
+
 def send(name: str) -> Kernel:
     x, out = Buffer(integers(4 * TILE)), Buffer(np.zeros(4 * TILE, np.uint16))
     return Kernel(Case([Launch(name, 1, THREADS, [pointers(x), tiles(out)], 1024)]), out, x.data)
@@ -87,7 +96,7 @@ def relay(name: str) -> Kernel:
 
 
 KERNELS: dict[str, Callable[[str], Kernel]] = {
-    kernel.__name__: kernel for kernel in (ring, multiply, send, roles, exchange, share, relay)
+    kernel.__name__: kernel for kernel in (ring, multiply, multiply_bytes, send, roles, exchange, share, relay)
 }
 WAYS = {
     "lowest": ("library", False),
@@ -157,6 +166,21 @@ MISTAKES = {
     ("multiply", "DIFFERENT_OPERANDS"): dict.fromkeys(ALWAYS, "one wgmma, and another one"),
     ("multiply", "NOBODY_WAITS"): dict.fromkeys(ALWAYS, "nobody waits for them"),
     ("multiply", "NO_SWIZZLE"): {"lowest": WRONG, "highest": WRONG},
+    ("multiply_bytes", "NO_PROXY_FENCE"): dict.fromkeys(("stores", "stores, highest"), UNFENCED),
+    ("multiply_bytes", "PROXY_FENCE_OF_ANOTHER"): dict.fromkeys(("stores", "stores, highest"), UNFENCED),
+    ("multiply_bytes", "NO_PRODUCTS_BEGIN"): dict.fromkeys(ALWAYS, "takes registers without a wgmma.fence"),
+    ("multiply_bytes", "SUMS_READ_BEFORE_WAIT"): {"lowest": WRONG, "highest": WRONG},
+    ("multiply_bytes", "SUMS_WRITTEN_BEFORE_WAIT"): dict.fromkeys(ALWAYS, "sums were changed before the wait"),
+    ("multiply_bytes", "A_CHANGED_BEFORE_WAIT"): {
+        "lowest": WRONG,
+        "tsan": RACE,
+        "stores": "still read from here on is written",
+    },
+    ("multiply_bytes", "OPERAND_PAST_END"): dict.fromkeys(ALWAYS, "which is not in the block's shared memory"),
+    ("multiply_bytes", "OPERAND_MISALIGNED"): dict.fromkeys(ALWAYS, "it begins inside of the pattern"),
+    ("multiply_bytes", "DIFFERENT_OPERANDS"): dict.fromkeys(ALWAYS, "one wgmma, and another one"),
+    ("multiply_bytes", "NOBODY_WAITS"): dict.fromkeys(ALWAYS, "nobody waits for them"),
+    ("multiply_bytes", "NO_SWIZZLE"): {"lowest": WRONG, "highest": WRONG},
     ("send", "NO_PROXY_FENCE"): dict.fromkeys(("stores", "stores, highest"), UNFENCED),
     ("send", "PROXY_FENCE_OF_ANOTHER"): dict.fromkeys(("stores", "stores, highest"), UNFENCED),
     ("send", "REUSED_BEFORE_READ"): {"lowest": WRONG, "stores": "still read from here on is written"},

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import build_emulator
+import int8
+import int8_tiles
 import launches
 import launches_gemm
 import native
@@ -201,7 +203,53 @@ def of_int8_rowwise(source: Described) -> Iterator[Check]:
         yield launches.dequantize_rows(source, codes, np.ones(6, np.float32), dtype, slow=True)
 
 
+def of_int8_activations(source: Described) -> Iterator[Check]:
+    """Every kernel: rows for a warp and for a block of threads, several panels, more groups of rows than one."""
+    for dtype in STORED:
+        for rows, columns, shift in ((19, 72, 0), (3, 1032, 0), (3, 8200 + 61, STORED[dtype].itemsize), (5, 1, 0)):
+            data = values.awkward(rows * columns, dtype).reshape(rows, columns)
+            yield int8.activations(source, data, dtype, 0, 2, shift)
+            for exact in (False, True):
+                yield int8.activations(source, data, dtype, 2.5, 2, shift, exact)
+
+
+def of_int8_product(source: Described) -> Iterator[Check]:
+    """Every kernel: one round and several, one stage and several, columns put aside and some more."""
+    for m, dtype in ((3, "bf16"), (11, "f16"), (21, "f32"), (50, "bf16"), (33, "i32")):
+        for n, k, plan in (
+            (37, 320, int8.Plan(21, 2, 2, 32)),
+            (37, 2320, int8.Plan(37, 4, 1, 32, ahead=5)),
+            (21, 1296, int8.Plan(21, 1, 3, 32)),
+        ):
+            outliers = 0.0 if dtype == "i32" else 0.05
+            product = int8.Product.random(m, n, k, dtype, outliers, None if dtype == "i32" else dtype)
+            yield int8.product(source, product, plan)
+
+
+def of_int8_tile_sm90a(source: Described) -> Iterator[Check]:
+    plans = [
+        (int8_tiles.Tile(64, parts=3), "bf16", 17),
+        (int8_tiles.Tile(128, sharing=2, workers=1), "f16", 3),
+        (int8_tiles.Tile(256, early=False), "f32", 1),
+        (int8_tiles.Tile(64, sharing=2), "i32", 0),
+    ]
+    for plan, dtype, outliers in plans:
+        codes = int8_tiles.Codes.random(plan.tokens // 2 + 70, 260, 656, dtype, outliers, None if outliers else "bf16")
+        yield int8_tiles.tile(source, codes, plan)
+
+
+def of_int8_plain(source: Described) -> Iterator[Check]:
+    """Rows and columns that are not there, nothing aligned."""
+    for dtype, outliers in (("bf16", 0.1), ("f32", 0.0), ("i32", 0.0)):
+        product = int8.Product.random(33, 35, 67, dtype, outliers, None if dtype == "i32" else "f16")
+        yield int8.plain(source, product, shift=1, pitch=69)
+
+
 FAMILIES = {
+    "int8_activations": of_int8_activations,
+    "int8_product": of_int8_product,
+    "int8_plain": of_int8_plain,
+    "int8_tile_sm90a": of_int8_tile_sm90a,
     "dequantize_absmax": of_dequantize_absmax,
     "embedding_4bit": of_embedding_4bit,
     "dequantize_blockwise8": of_dequantize_blockwise8,

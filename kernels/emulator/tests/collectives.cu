@@ -57,3 +57,17 @@ extern "C" __global__ void __launch_bounds__(WARP) multiply_bf16(const Bf16 *a, 
 extern "C" __global__ void __launch_bounds__(WARP) multiply_f16(const F16 *a, const F16 *b, float *d) {
     multiply_tile(a, b, d);
 }
+
+// d[16][8] += a[16][32] * b[8][32]^T of integers: a word of four for each lane and row.
+extern "C" __global__ void __launch_bounds__(WARP) multiply_s8(const u32 *a, const u32 *b, int *d) {
+    const int lane = int(threadIdx.x), g = lane / 4, t = lane % 4;
+    const u32 a_words[4] = {a[g * 8 + t], a[(g + 8) * 8 + t], a[g * 8 + 4 + t], a[(g + 8) * 8 + 4 + t]};
+    int sums[4];
+    for (int e = 0; e < 4; e++) {
+        sums[e] = d[(g + e / 2 * 8) * 8 + 2 * t + e % 2];
+    }
+    mma_m16n8k32(sums, a_words, b[g * 8 + t], b[g * 8 + 4 + t]);
+    for (int e = 0; e < 4; e++) {
+        d[(g + e / 2 * 8) * 8 + 2 * t + e % 2] = sums[e];
+    }
+}

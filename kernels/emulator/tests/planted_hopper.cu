@@ -180,6 +180,54 @@ __device__ inline void multiply(const u16 *a, const u16 *b, float *out) {
     }
 }
 
+// out[64][64] = a[64][128] * b[64][128]^T, of int8, int32 sums: both from shared memory.
+template <Mistake MISTAKE>
+__device__ inline void multiply_bytes(const u8 *a, const u8 *b, int *out) {
+    DYNAMIC_SHARED_1024(shared);
+    constexpr int SIZE = 64, DEPTH = 128;
+    u8 *const begin = shared + (MISTAKE == OPERAND_MISALIGNED ? 128 : 0);
+    const int thread = int(threadIdx.x), lane = thread % WARP;
+    if (thread < GROUP) {
+        for (int i = thread; i < SIZE * DEPTH; i += GROUP) {
+            const int row = i / DEPTH, swizzled = MISTAKE == NO_SWIZZLE ? i : i ^ row % 8 * 16;
+            begin[swizzled] = a[i];  // NO_PROXY_FENCE PROXY_FENCE_OF_ANOTHER
+            begin[SIZE * DEPTH + (i ^ row % 8 * 16)] = b[i];  // NO_PROXY_FENCE PROXY_FENCE_OF_ANOTHER
+        }
+        if (MISTAKE != NO_PROXY_FENCE && (MISTAKE != PROXY_FENCE_OF_ANOTHER || thread == 0)) {
+            emulator::proxy_fence();
+        }
+        meet<1, GROUP>();
+        u32 x = operand(begin);
+        const u32 y = operand(begin + SIZE * DEPTH) + (MISTAKE == OPERAND_PAST_END ? 64 : 0);
+        if (MISTAKE == DIFFERENT_OPERANDS && thread >= 64) {
+            x += 2;
+        }
+        int sums[SIZE / 2] = {};
+        if (MISTAKE != NO_PRODUCTS_BEGIN) {
+            products_begin();
+        }
+        multiply_fresh(sums, x, y);  // NO_PROXY_FENCE PROXY_FENCE_OF_ANOTHER NO_PRODUCTS_BEGIN OPERAND_PAST_END OPERAND_MISALIGNED DIFFERENT_OPERANDS NOBODY_WAITS A_CHANGED_BEFORE_WAIT
+        multiply_add(sums, x + 2, y + 2);  // SUMS_WRITTEN_BEFORE_WAIT
+        multiply_add(sums, x + 4, y + 4);
+        multiply_add(sums, x + 6, y + 6);  // SUMS_WRITTEN_BEFORE_WAIT
+        products_commit();
+        if (MISTAKE == A_CHANGED_BEFORE_WAIT) {
+            begin[thread] = 0;  // A_CHANGED_BEFORE_WAIT
+        }
+        if (MISTAKE == SUMS_WRITTEN_BEFORE_WAIT) {
+            sums[3] = 0;
+        }
+        if (MISTAKE != SUMS_READ_BEFORE_WAIT && MISTAKE != NOBODY_WAITS) {
+            products_wait<0>();  // A_CHANGED_BEFORE_WAIT
+        }
+        const int row = thread / WARP * 16 + lane / 4, column = lane % 4 * 2;
+        for (int i = 0; i < SIZE / 2; i++) {
+            out[(row + i / 2 % 2 * 8) * SIZE + i / 4 * 8 + column + i % 2] = sums[i];
+        }
+        products_wait<MISTAKE == NOBODY_WAITS ? 2 : 0>();
+    }
+}
+
 // out[round][i] = in[round][i], of a tile each: ordinary stores to shared memory, and copies from there.
 template <Mistake MISTAKE>
 __device__ inline void send(const u16 *in, const TensorMap *out) {
@@ -276,9 +324,7 @@ __device__ inline void share(const TensorMap *in, u16 *out) {
     }
     cluster_meet();
     if (thread == 0 && cluster_rank() == 0) {
-        const int at[2] = {0, 0};
-        emulator::announce_box(in, 2, at, shared, full, MISTAKE == NOT_FOR_ALL_BLOCKS ? 1 : 3, emulator::Site::here());
-        emulator::begin_load();
+        copy_box_to(MISTAKE == NOT_FOR_ALL_BLOCKS ? 1 : 3, shared, in, 0, 0, full);
     }
     barrier_wait(full, 0);  // NOT_FOR_ALL_BLOCKS
     for (int i = thread; i < TILE; i += THREADS) {
@@ -312,7 +358,7 @@ __device__ inline void relay(const u16 *in, u16 *out) {
         emulator::commit_stores();
         emulator::wait_stores(0, false, emulator::Site::here());
         const u32 there = address_at(other + (MISTAKE == NO_BARRIER_THERE), cluster_rank() ^ 1);
-        emulator::arrive(emulator::cluster_memory(there, sizeof(Barrier), false, emulator::Site::here()), emulator::Site::here());  // NO_BARRIER_THERE
+        barrier_arrive_at(there);  // NO_BARRIER_THERE
     }
     barrier_wait(other, 0);
     if (thread == 0) {
@@ -326,6 +372,8 @@ __device__ inline void relay(const u16 *in, u16 *out) {
     ENTRY(ring, MISTAKE, THREADS)(const __grid_constant__ TensorMap in, u16 *out) { ring<MISTAKE>(&in, out); }
 #define MULTIPLY(MISTAKE) \
     ENTRY(multiply, MISTAKE, THREADS)(const u16 *a, const u16 *b, float *out) { multiply<MISTAKE>(a, b, out); }
+#define MULTIPLY_BYTES(MISTAKE) \
+    ENTRY(multiply_bytes, MISTAKE, THREADS)(const u8 *a, const u8 *b, int *out) { multiply_bytes<MISTAKE>(a, b, out); }
 #define SEND(MISTAKE) \
     ENTRY(send, MISTAKE, THREADS)(const u16 *in, const __grid_constant__ TensorMap out) { send<MISTAKE>(in, &out); }
 #define ROLES(MISTAKE) \
@@ -363,6 +411,18 @@ MULTIPLY(HALF_A_WARPGROUP)
 MULTIPLY(DIFFERENT_OPERANDS)
 MULTIPLY(NOBODY_WAITS)
 MULTIPLY(NO_SWIZZLE)
+MULTIPLY_BYTES(NONE)
+MULTIPLY_BYTES(NO_PROXY_FENCE)
+MULTIPLY_BYTES(PROXY_FENCE_OF_ANOTHER)
+MULTIPLY_BYTES(NO_PRODUCTS_BEGIN)
+MULTIPLY_BYTES(SUMS_READ_BEFORE_WAIT)
+MULTIPLY_BYTES(SUMS_WRITTEN_BEFORE_WAIT)
+MULTIPLY_BYTES(A_CHANGED_BEFORE_WAIT)
+MULTIPLY_BYTES(OPERAND_PAST_END)
+MULTIPLY_BYTES(OPERAND_MISALIGNED)
+MULTIPLY_BYTES(DIFFERENT_OPERANDS)
+MULTIPLY_BYTES(NOBODY_WAITS)
+MULTIPLY_BYTES(NO_SWIZZLE)
 SEND(NONE)
 SEND(NO_PROXY_FENCE)
 SEND(PROXY_FENCE_OF_ANOTHER)
@@ -432,9 +492,10 @@ __device__ inline void by_descriptor(const u16 *a, const u16 *b, float *out) {
     __syncthreads();
     float sums[OPERAND_COLUMNS / 2];
     products_begin();
-    emulator::multiply_issued({false, false, OPERAND_COLUMNS, sums, nullptr, describe<SPAN, A_TRANSPOSED>(a_tile, 64),
-                           describe<SPAN, B_TRANSPOSED>(b_tile, OPERAND_COLUMNS), A_TRANSPOSED, B_TRANSPOSED},
-                          emulator::Site::here());
+    emulator::multiply_issued({emulator::Values::f16, false, OPERAND_COLUMNS, reinterpret_cast<u32 *>(sums), nullptr,
+                               describe<SPAN, A_TRANSPOSED>(a_tile, 64), describe<SPAN, B_TRANSPOSED>(b_tile, OPERAND_COLUMNS),
+                               A_TRANSPOSED, B_TRANSPOSED},
+                              emulator::Site::here());
     products_commit();
     products_wait<0>();
     const int row = thread / WARP * 16 + thread % WARP / 4, column = thread % 4 * 2;

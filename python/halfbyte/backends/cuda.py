@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from halfbyte import _native
-from halfbyte.backends import int8_torch
 from halfbyte.ops._torch_internals import current_stream
 from halfbyte.ops.checks import (
     NESTED_BLOCKSIZE,
@@ -435,23 +434,44 @@ def dequantize_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor
 # ---- LLM.int8() ------------------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=4096)
+def _kernel_8bit(device: int, n: int, k: int) -> tuple[Callable[..., str], Callable[[int], int]]:
+    """The launcher of products with 8-bit weights of this shape, and the bytes of its workspace."""
+    kernel = _native.CudaLinear8(device, n, k)
+    return kernel.launch, kernel.workspace
+
+
+def _aligned(codes: Tensor) -> Tensor:
+    """Contiguous codes where the fast kernels take them."""
+    codes = codes.contiguous()
+    return codes.clone() if codes.data_ptr() % _ALIGNMENT else codes
+
+
 def quantize_rows_outliers(input: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     """`quantize_rows` that leaves outliers out: codes, scales, and which columns have an outlier, bool [columns].
 
     A value of a magnitude of at least `threshold` does not count for the scale of its row, and its column has codes 0.
     """
     check_quantize_rows_outliers(input, threshold)
-    values = input.reshape(prod(input.shape[:-1]), input.shape[-1]).to(torch.float32)
-    found, columns = int8_torch.outliers(values, threshold)
-    codes, scales = quantize_rows(values.masked_fill(found, 0.0))
-    return codes.masked_fill_(columns, 0).view(input.shape), scales, columns
+    input = input.contiguous()
+    rows, columns = prod(input.shape[:-1]), input.shape[-1]
+    codes = input.new_empty(input.shape, dtype=torch.int8)
+    scales = input.new_empty(rows, dtype=torch.float32)
+    outliers = input.new_zeros(columns, dtype=torch.uint8)
+    if rows > 0:
+        device, stream = _here(input)
+        workspace = codes.new_empty(_native.cuda_int8_workspace(device, rows, columns), dtype=torch.uint8)
+        parts = (input, codes, scales, outliers, workspace)
+        _native.cuda_quantize_rows_outliers(device, stream, *map(_raw, parts), rows, columns, threshold)
+    return codes, scales, outliers.view(torch.bool)
 
 
 def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b.T` of codes int8 [..., k] and [n, k]: int32 [..., n], exact."""
     check_int8_matmul(a, b)
-    rows = prod(a.shape[:-1])
-    return int8_torch.matmul(a.reshape(rows, a.shape[-1]), b).view(*a.shape[:-1], b.shape[0])
+    out = a.new_empty((*a.shape[:-1], b.shape[0]), dtype=torch.int32)
+    _multiply_codes(a, b, None, None, None, out)
+    return out
 
 
 def int8_scaled_mm(
@@ -459,9 +479,21 @@ def int8_scaled_mm(
 ) -> Tensor:
     """`int8_matmul`, scaled to what the codes stand for, plus bias: `dtype`."""
     check_int8_scaled_mm(a, b, row_scales, column_scales, bias, dtype)
-    rows = prod(a.shape[:-1])
-    total = int8_torch.matmul(a.reshape(rows, a.shape[-1]), b)
-    return int8_torch.epilogue(total, row_scales, column_scales, bias, dtype).view(*a.shape[:-1], b.shape[0])
+    out = a.new_empty((*a.shape[:-1], b.shape[0]), dtype=dtype)
+    _multiply_codes(a, b, row_scales.contiguous(), column_scales.contiguous(), bias, out)
+    return out
+
+
+def _multiply_codes(
+    a: Tensor, b: Tensor, row_scales: Tensor | None, column_scales: Tensor | None, bias: Tensor | None, out: Tensor
+) -> None:
+    m, (n, k) = prod(a.shape[:-1]), b.shape
+    if m == 0 or n == 0:
+        return
+    a, b = _aligned(a), _aligned(b)
+    bias = None if bias is None else bias.contiguous()
+    optional = [None if tensor is None else _raw(tensor) for tensor in (row_scales, column_scales, bias)]
+    _native.cuda_int8_matmul(*_here(a), _raw(a), _raw(b), *optional, _raw(out), m, n, k)
 
 
 def linear_8bit(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
@@ -471,22 +503,51 @@ def linear_8bit(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, t
     not 0, are multiplied as they are.
     """
     check_linear_8bit(x, codes, scales, bias, threshold)
-    flat = x.reshape(prod(x.shape[:-1]), x.shape[-1])
-    values = int8_torch.rounded(flat)
-    if threshold > 0:
-        a, row_scales, columns = quantize_rows_outliers(values, threshold)
-        extra = int8_torch.outlier_product(flat, codes, columns)
+    n, k = codes.shape
+    if x.dim() == 2:
+        m = x.shape[0]
+        out = x.new_empty(m, n)
     else:
-        (a, row_scales), extra, columns = quantize_rows(values), None, None
-    total = int8_torch.matmul(a, codes)
-    out = int8_torch.epilogue(total, row_scales, scales, bias, x.dtype, extra, columns)
-    return out.view(*x.shape[:-1], codes.shape[0])
+        out = x.new_empty((*x.shape[:-1], n))
+        m = x.numel() // k if k else prod(x.shape[:-1])
+    if m == 0 or n == 0:
+        return out
+    x, codes, scales = x.contiguous(), _aligned(codes), scales.contiguous()
+    shift, kind = 0, "float32"
+    if bias is not None:
+        bias = bias.contiguous()
+        shift, kind = bias.data_ptr(), _NAMES[bias.dtype]
+    device = x.get_device()
+    launch, bytes_of = _kernel_8bit(device, n, k)
+    workspace = x.new_empty(bytes_of(m), dtype=torch.uint8)
+    launch(
+        current_stream(device),
+        m,
+        _NAMES[x.dtype],
+        x.data_ptr(),
+        codes.data_ptr(),
+        scales.data_ptr(),
+        shift,
+        kind,
+        threshold,
+        workspace.data_ptr(),
+        out.data_ptr(),
+    )
+    return out
 
 
 def linear_8bit_backward(grad: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """`grad @ W` with the rows `W` [out_features, in_features] in codes and scales; in the dtype of `grad`."""
     check_linear_8bit_backward(grad, codes, scales)
-    return int8_torch.product(grad, dequantize_rows(codes, scales, grad.dtype))
+    n, k = codes.shape
+    out = grad.new_empty((*grad.shape[:-1], k))
+    m = grad.numel() // n if n else prod(grad.shape[:-1])
+    if m == 0 or k == 0 or n == 0:
+        return out.zero_()
+    # With `out`, the matrix product stays in this dtype whatever autocast wants.
+    dense = dequantize_rows(codes, scales, grad.dtype)
+    torch.mm(grad.contiguous().view(m, n), dense, out=out.view(m, k))
+    return out
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------

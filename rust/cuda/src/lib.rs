@@ -10,6 +10,7 @@ mod dequantize_absmax;
 pub mod driver;
 mod embedding;
 mod gemm;
+pub mod int8;
 mod int8_rowwise;
 pub mod kernels;
 mod launch;

@@ -123,7 +123,7 @@ pub(super) fn open(py: Python<'_>, ordinal: usize) -> PyResult<&'static Device> 
     }
 }
 
-fn memory(argument: &'static str, (address, count, dtype): RawBuffer) -> Result<Memory> {
+pub(super) fn memory(argument: &'static str, (address, count, dtype): RawBuffer) -> Result<Memory> {
     let Some(dtype) = DType::ALL.into_iter().find(|d| d.as_str() == dtype) else {
         return Err(Error::dtype(argument, dtype, &DType::ALL));
     };

@@ -6,6 +6,8 @@ mod checkpoint;
 #[cfg(feature = "cuda")]
 mod cuda;
 #[cfg(feature = "cuda")]
+mod cuda_int8;
+#[cfg(feature = "cuda")]
 mod cuda_linear;
 mod error;
 mod gemm;
@@ -28,6 +30,8 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     cuda::register(m)?;
     #[cfg(feature = "cuda")]
     m.add_class::<cuda_linear::CudaLinear>()?;
+    #[cfg(feature = "cuda")]
+    cuda_int8::register(m)?;
     checkpoint::register(m)?;
     gemm::register(m)?;
     int8::register(m)?;

@@ -1,0 +1,300 @@
+// Activations to 8-bit codes, for products with an 8-bit weight. Each value is rounded to the 11 significant bits of a
+// float16 first, its exponent being float32's; then codes are those of int8/rows.cuh.
+//
+// With a threshold, values from it on are outliers. They do not count for the scale of their row, and their columns have
+// codes 0 in all rows: the product adds those columns in floats. Two kernels: one finds scales, and for each group of rows
+// a mask of columns; one makes codes, and the list of columns. Each lets the next start at once, to wait for it there.
+#include "int8/rows.cuh"
+
+// Groups that stay in registers without a threshold: rows of up to 16384 values are read once.
+constexpr int LONG_DEPTH = 2 * DEPTH;
+// Columns that a block of threads codes together.
+constexpr int PANEL = THREADS * GROUP;
+constexpr int PANEL_WORDS = PANEL / WARP;
+
+// The nearest value of 11 significant bits, ties to even. Exact for 16-bit floats.
+template <typename T>
+__device__ inline float round_to_11_bits(float x) {
+    if constexpr (sizeof(T) == 4) {
+        const u32 bits = __float_as_uint(x);
+        const u32 rounded = (bits + 0xfff + (bits >> 13 & 1)) & ~0x1fffu;
+        return (bits & 0x7f800000) == 0x7f800000 ? x : __uint_as_float(rounded);
+    } else {
+        return x;
+    }
+}
+
+// Eight values, rounded unless they are to be taken as they are.
+template <typename T>
+struct Activations {
+    Eight<T, true> raw;
+    bool exact = false;
+
+    __device__ float operator[](int k) const { return exact ? raw[k] : round_to_11_bits<T>(raw[k]); }
+    __device__ float largest(float max) const {
+#pragma unroll
+        for (int k = 0; k < GROUP; k++) {
+            max = fmaxf(max, fabsf((*this)[k]));
+        }
+        return max;
+    }
+    // The largest magnitude below the threshold, or `max`; bit k of `outliers`: whether value k is one.
+    __device__ float largest_below(float threshold, float max, u32 &outliers) const {
+#pragma unroll
+        for (int k = 0; k < GROUP; k++) {
+            const float size = fabsf((*this)[k]);
+            const bool outlier = size >= threshold;
+            outliers |= u32(outlier) << k;
+            max = fmaxf(max, outlier ? 0.0f : size);
+        }
+        return max;
+    }
+};
+
+// How a warp or a block of threads walks along a row.
+struct Walk {
+    i64 begin, step, columns;
+
+    __device__ u32 left(i64 i) const { return i >= columns ? 0 : columns - i < GROUP ? u32(columns - i) : u32(GROUP); }
+};
+
+// Without a threshold: as quantize_int8_rowwise.
+template <typename T>
+__device__ inline void activations(const T *input, i8 *codes, float *scales, i64 rows, i64 columns, i64 pitch) {
+    SHARED_ARRAY(float, warp_max, [2][WARPS]);
+    const u32 thread = threadIdx.x, warp = thread / WARP;
+    const bool alone = columns <= WARP_ROW;
+    const i64 teams = alone ? i64(gridDim.x) * WARPS : i64(gridDim.x);
+    const i64 team = alone ? i64(blockIdx.x) * WARPS + warp : i64(blockIdx.x);
+    const i64 within = alone ? thread % WARP : thread;
+    const Walk walk = {within * GROUP, (alone ? WARP : THREADS) * GROUP, columns};
+    let_next_start();
+    wait_for_previous();
+
+    u32 turn = 0;
+    for (i64 row = team; row < rows; row += teams, turn ^= 1) {
+        const T *const in = input + row * columns;
+        i8 *const out = codes + row * pitch;
+        const bool wide = is_aligned(in, 16);
+        Activations<T> x[LONG_DEPTH];
+#pragma unroll
+        for (int d = 0; d < LONG_DEPTH; d++) {
+            const i64 i = walk.begin + d * walk.step;
+            x[d].raw.load(in + i, walk.left(i), wide);
+        }
+        float max = 0.0f;
+#pragma unroll
+        for (int d = 0; d < LONG_DEPTH; d++) {
+            max = x[d].largest(max);
+        }
+        for (i64 i = walk.begin + LONG_DEPTH * walk.step; i < columns; i += walk.step) {
+            Activations<T> more;
+            more.raw.load(in + i, walk.left(i), wide);
+            max = more.largest(max);
+        }
+        max = largest_of_row(max, warp_max[turn], alone);
+        if (within == 0) {
+            scales[row] = max;
+        }
+        const Division division(max);
+#pragma unroll
+        for (int d = 0; d < LONG_DEPTH; d++) {
+            const i64 i = walk.begin + d * walk.step;
+            if (i < columns) {
+                store_codes(out + i, x[d], walk.left(i), division);
+            }
+        }
+        for (i64 i = walk.begin + LONG_DEPTH * walk.step; i < columns; i += walk.step) {
+            Activations<T> more;
+            more.raw.load(in + i, walk.left(i), wide);
+            store_codes(out + i, more, walk.left(i), division);
+        }
+        if (columns + within < pitch) {
+            out[columns + within] = 0;
+        }
+    }
+}
+
+// With one, the first kernel: each block of threads has the rows that are its number, and every `gridDim.x`-th from there.
+template <typename T>
+__device__ inline void find_outliers(const T *input, float *scales, u32 *masks, i64 rows, i64 columns, float threshold,
+                                     u32 exact) {
+    SHARED_ARRAY(float, warp_max, [2][WARPS]);
+    DYNAMIC_SHARED(shared);
+    u32 *const mask = reinterpret_cast<u32 *>(shared);
+    const u32 thread = threadIdx.x;
+    const i64 words = (columns + WARP - 1) / WARP;
+    const Walk walk = {thread * GROUP, THREADS * GROUP, columns};
+    for (i64 i = thread; i < words; i += THREADS) {
+        mask[i] = 0;
+    }
+    __syncthreads();
+    let_next_start();
+    wait_for_previous();
+
+    u32 turn = 0;
+    for (i64 row = blockIdx.x; row < rows; row += gridDim.x, turn ^= 1) {
+        const T *const in = input + row * columns;
+        const bool wide = is_aligned(in, 16);
+        float max = 0.0f;
+        for (i64 first = walk.begin; first < columns; first += DEPTH * walk.step) {
+            Activations<T> x[DEPTH];
+#pragma unroll
+            for (int d = 0; d < DEPTH; d++) {
+                const i64 i = first + d * walk.step;
+                x[d].exact = exact != 0;
+                x[d].raw.load(in + i, walk.left(i), wide);
+            }
+#pragma unroll
+            for (int d = 0; d < DEPTH; d++) {
+                const i64 i = first + d * walk.step;
+                u32 outliers = 0;
+                max = x[d].largest_below(threshold, max, outliers);
+                if (outliers != 0) {
+                    atomicOr(&mask[i / WARP], outliers << (i % WARP));
+                }
+            }
+        }
+        max = largest_of_row(max, warp_max[turn], false);
+        if (thread == 0) {
+            scales[row] = max;
+        }
+    }
+    __syncthreads();
+    for (i64 i = thread; i < words; i += THREADS) {
+        masks[i64(blockIdx.x) * words + i] = mask[i];
+    }
+}
+
+// Where the list of outlier columns goes.
+struct Outliers {
+    int *count;
+    int *columns;  // [columns], ascending
+    u8 *flags;     // [columns], 1 for these and 0 for others; or null
+};
+
+// The list, by one block of threads: a thread has some words of the mask, one behind the other.
+__device__ inline void list_outliers(const u32 *masks, i64 groups, i64 words, i64 columns, const Outliers &outliers) {
+    SHARED_ARRAY(int, warp_sums, [WARPS]);
+    const u32 thread = threadIdx.x, lane = thread % WARP;
+    const auto word_of = [&](i64 i) {
+        u32 word = 0;
+#pragma unroll 8
+        for (i64 group = 0; group < groups; group++) {
+            word |= masks[group * words + i];
+        }
+        return word;
+    };
+    int before = 0;
+    for (i64 first = 0; first < words; first += THREADS) {
+        const i64 i = first + thread;
+        const u32 word = i < words ? word_of(i) : 0;
+        // How many are in the words before this one.
+        const int own = __popc(word);
+        int sum = own;
+        for (u32 by = 1; by < WARP; by *= 2) {
+            const int other = __shfl_up_sync(ALL_LANES, sum, by);
+            sum += lane >= by ? other : 0;
+        }
+        if (lane == WARP - 1) {
+            warp_sums[thread / WARP] = sum;
+        }
+        __syncthreads();
+        int place = before + sum - own;
+        for (u32 warp = 0; warp < WARPS; warp++) {
+            place += warp < thread / WARP ? warp_sums[warp] : 0;
+            before += warp_sums[warp];
+        }
+        __syncthreads();
+        for (u32 left = word; left != 0; left &= left - 1) {
+            outliers.columns[place++] = int(i) * WARP + __ffs(int(left)) - 1;
+        }
+        if (outliers.flags != nullptr) {
+            for (i64 c = i * WARP; c < (i + 1) * WARP && c < columns; c++) {
+                outliers.flags[c] = u8(word >> (c - i * WARP) & 1);
+            }
+        }
+    }
+    if (thread == 0) {
+        *outliers.count = before;
+    }
+}
+
+// The second kernel. The last block of threads makes the list; the others have a panel of columns each, of rows some way
+// apart.
+template <typename T>
+__device__ inline void code_activations(const T *input, const float *scales, const u32 *masks, i64 groups, i8 *codes,
+                                        const Outliers &outliers, i64 rows, i64 columns, i64 pitch, u32 exact) {
+    SHARED_ARRAY(u32, mask, [PANEL_WORDS]);
+    const u32 thread = threadIdx.x;
+    const i64 words = (columns + WARP - 1) / WARP, panels = (columns + PANEL - 1) / PANEL;
+    let_next_start();
+    wait_for_previous();
+    if (blockIdx.x == gridDim.x - 1) {
+        list_outliers(masks, groups, words, columns, outliers);
+        return;
+    }
+    const i64 panel = blockIdx.x % panels, begin = panel * PANEL;
+    const i64 rows_apart = (gridDim.x - 1) / panels;
+    if (thread < PANEL_WORDS) {
+        mask[thread] = 0;
+    }
+    __syncthreads();
+    // Threads that follow each other have words that do.
+    const i64 word = begin / WARP + thread % PANEL_WORDS;
+    u32 bits = 0;
+    if (word < words) {
+#pragma unroll 8
+        for (i64 group = thread / PANEL_WORDS; group < groups; group += THREADS / PANEL_WORDS) {
+            bits |= masks[group * words + word];
+        }
+    }
+    if (bits != 0) {
+        atomicOr(&mask[thread % PANEL_WORDS], bits);
+    }
+    __syncthreads();
+    const u32 flags = mask[thread * GROUP / WARP] >> (thread * GROUP % WARP);
+    const Walk walk = {begin + thread * GROUP, PANEL, columns};
+    for (i64 row = blockIdx.x / panels; row < rows; row += rows_apart) {
+        const T *const in = input + row * columns;
+        i8 *const out = codes + row * pitch;
+        if (walk.begin < columns) {
+            Activations<T> x;
+            x.exact = exact != 0;
+            x.raw.load(in + walk.begin, walk.left(walk.begin), is_aligned(in, 16));
+            store_codes(out + walk.begin, x, walk.left(walk.begin), Division(scales[row]), flags);
+        }
+        if (panel == 0 && columns + thread < pitch) {
+            out[columns + thread] = 0;
+        }
+    }
+}
+
+// input:     [rows][columns] aligned to its elements
+// codes:     [rows][pitch] int8; of each row `columns`, then zeros, less than 16
+// scales:    [rows]
+// masks:     [groups][ceil(columns / 32)]
+// threshold: more than 0
+// exact:     whether values are taken as they are, not rounded
+// Grid, in blocks of THREADS: any number for the first two; `groups` is the second's. For the third the product of
+// ceil(columns / PANEL) and a number of rows to be coded at a time, and one more. Dynamic shared memory: of the second, a
+// word for each 32 columns.
+#define INSTANCE(name, T)                                                                                              \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                           \
+        int8_activations_##name(const T *input, i8 *codes, float *scales, i64 rows, i64 columns, i64 pitch) {          \
+        activations<T>(input, codes, scales, rows, columns, pitch);                                                    \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(THREADS, 3)                                                           \
+        int8_outliers_##name(const T *input, float *scales, u32 *masks, i64 rows, i64 columns, float threshold,        \
+                             u32 exact) {                                                                              \
+        find_outliers<T>(input, scales, masks, rows, columns, threshold, exact);                                       \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(THREADS, 3)                                                           \
+        int8_codes_##name(const T *input, const float *scales, const u32 *masks, i64 groups, i8 *codes,                \
+                          Outliers outliers, i64 rows, i64 columns, i64 pitch, u32 exact) {                            \
+        code_activations<T>(input, scales, masks, groups, codes, outliers, rows, columns, pitch, exact);               \
+    }
+
+INSTANCE(bf16, Bf16)
+INSTANCE(f16, F16)
+INSTANCE(f32, float)

@@ -1,0 +1,139 @@
+//! Activations to codes: kernels/int8/int8_activations.cu.
+
+use halfbyte::dtype::DType;
+use halfbyte::error::{Error, Result};
+
+use super::{Workspace, check_columns, place, size};
+use crate::driver::{Device, Stream};
+use crate::kernels::{self, int8_activations as source};
+use crate::launch::parameters;
+use crate::memory::Memory;
+
+/// Blocks of threads for each multiprocessor: as many as it takes at once; and groups of rows with a mask each, of which
+/// every block that makes codes reads all.
+const RESIDENT: u64 = 8;
+const GROUPS: usize = 2;
+
+/// Groups of rows whose columns with outliers are found by one block of threads each.
+pub(super) fn groups(device: &Device, rows: usize) -> usize {
+    rows.min(device.multiprocessors() as usize * GROUPS)
+}
+
+/// What is to become codes, and where to.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Activations {
+    pub x: u64,
+    pub dtype: DType,
+    pub codes: u64,
+    pub scales: u64,
+    pub rows: usize,
+    pub columns: usize,
+    pub pitch: usize,
+    /// Whether values are taken as they are, not rounded to 11 bits first.
+    pub exact: bool,
+}
+
+impl Activations {
+    /// All of it.
+    ///
+    /// # Safety
+    /// As [`super::linear`].
+    pub(super) unsafe fn code(&self, device: &Device, stream: Stream) -> Result<()> {
+        let kernel = match self.dtype {
+            DType::Bf16 => &kernels::INT8_ACTIVATIONS_BF16,
+            DType::F16 => &kernels::INT8_ACTIVATIONS_F16,
+            _ => &kernels::INT8_ACTIVATIONS_F32,
+        };
+        let at_once = if self.columns <= source::WARP_ROW { source::WARPS } else { 1 };
+        let blocks = (self.rows.div_ceil(at_once) as u64).min(u64::from(device.multiprocessors()) * RESIDENT);
+        let &Self { x, codes, scales, .. } = self;
+        let (rows, columns, pitch) = (self.rows as i64, self.columns as i64, self.pitch as i64);
+        // SAFETY: the kernel's parameters in its order; it waits before it touches memory, the rest is the caller's.
+        unsafe { device.launch_early(stream, kernel, blocks, 0, parameters![x, codes, scales, rows, columns, pitch]) }
+    }
+
+    /// All but columns with values from the threshold on, which get codes 0 and are listed in the workspace; and, unless its
+    /// address is 0, as flags.
+    ///
+    /// # Safety
+    /// As [`super::linear`].
+    pub(super) unsafe fn code_below(
+        &self,
+        device: &Device,
+        stream: Stream,
+        threshold: f32,
+        workspace: u64,
+        parts: &Workspace,
+        flags: u64,
+    ) -> Result<()> {
+        let (find, code) = match self.dtype {
+            DType::Bf16 => (&kernels::INT8_OUTLIERS_BF16, &kernels::INT8_CODES_BF16),
+            DType::F16 => (&kernels::INT8_OUTLIERS_F16, &kernels::INT8_CODES_F16),
+            _ => (&kernels::INT8_OUTLIERS_F32, &kernels::INT8_CODES_F32),
+        };
+        let &Self { x, codes, scales, .. } = self;
+        let masks = workspace + parts.masks as u64;
+        let (rows, columns, pitch) = (self.rows as i64, self.columns as i64, self.pitch as i64);
+        let exact = u32::from(self.exact);
+        let words = self.columns.div_ceil(32) * size_of::<u32>();
+        // Columns are few enough for this: `check_columns`.
+        let shared = words as u32;
+        // SAFETY: the kernels' parameters in their order; they wait before they touch memory, the rest is the caller's.
+        unsafe {
+            let parameters = parameters![x, scales, masks, rows, columns, threshold, exact];
+            device.launch_early(stream, find, parts.groups as u64, shared, parameters)?;
+            let panels = self.columns.div_ceil(source::PANEL).max(1) as u64;
+            let at_a_time = (u64::from(device.multiprocessors()) * RESIDENT / panels).clamp(1, self.rows.max(1) as u64);
+            let groups = parts.groups as i64;
+            let outliers = [workspace + parts.count as u64, workspace + parts.columns as u64, flags];
+            let parameters = parameters![x, scales, masks, groups, codes, outliers, rows, columns, pitch, exact];
+            device.launch_early(stream, code, panels * at_a_time + 1, 0, parameters)
+        }
+    }
+}
+
+/// Quantizes each row of `input`, `[rows][columns]`, by its largest magnitude below the threshold, all but the columns with
+/// values from it on: their codes are 0, and their flags in `outliers`, `[columns]` bytes, are 1.
+///
+/// # Errors
+/// [`Error::Argument`] for a dtype, a length or a threshold that does not fit; [`Error::Cuda`] when a launch fails.
+///
+/// # Safety
+/// The memory is of this device, stays valid until the kernels have ended on `stream`, and is not written by others; `codes`,
+/// `scales`, `outliers` and the workspace are neither read nor written by others, and share nothing with each other or with
+/// `input`. The stream is of this device.
+#[allow(clippy::too_many_arguments)] // what the kernels need, each with a type of its own
+pub unsafe fn quantize_rows_outliers(
+    device: &Device,
+    stream: Stream,
+    input: &Memory,
+    codes: &Memory,
+    scales: &Memory,
+    outliers: &Memory,
+    workspace: &Memory,
+    (rows, columns): (usize, usize),
+    threshold: f32,
+) -> Result<()> {
+    check_columns(columns)?;
+    let n = size("rows", rows, columns)?;
+    input.of(&DType::FLOATS)?.long(n, "rows x columns")?;
+    codes.of(&[DType::I8])?.long(n, "rows x columns")?;
+    scales.of(&[DType::F32])?.long(rows, "one scale per row")?;
+    outliers.of(&[DType::U8])?.long(columns, "one flag per column")?;
+    if threshold.is_nan() || threshold <= 0.0 {
+        return Err(Error::argument("threshold", threshold, "more than 0"));
+    }
+    let (base, parts) = place(device, workspace, rows, columns)?;
+    let activations = Activations {
+        x: input.address(),
+        dtype: input.dtype(),
+        codes: codes.address(),
+        scales: scales.address(),
+        rows,
+        columns,
+        pitch: columns,
+        exact: true,
+    };
+    // SAFETY: lengths were checked, the rest is the caller's.
+    unsafe { activations.code_below(device, stream, threshold, base, &parts, outliers.address()) }
+}
