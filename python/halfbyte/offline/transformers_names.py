@@ -28,7 +28,7 @@ def renamed(model: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple[str,
         rename_source_key,
     )
 
-    mapping = get_model_conversion_mapping(model)
+    mapping = without_merges(model, get_model_conversion_mapping(model))
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
@@ -41,3 +41,19 @@ def renamed(model: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple[str,
         if key not in parameters and name in parameters:
             key, pattern = rename_source_key(name, [], [], prefix, parameters)
         yield name, key if key in parameters else None, pattern, None if pattern is None else by_pattern[pattern]
+
+
+def without_merges(model: Any, mapping: Iterable[Any]) -> list[Any]:
+    """The part of transformers' tables that a model with experts of its own needs.
+
+    What makes one tensor of all experts is left out where the model has the experts' tensors, and not that one.
+    """
+    names = list(model.state_dict())
+    return [entry for entry in mapping if not hasattr(entry, "operations") or not _is_needless(entry, names)]
+
+
+def _is_needless(converter: Any, names: list[str]) -> bool:
+    targets = [target.replace("\\", "").strip("^$") for target in converter.target_patterns]
+    if any(target in name for target in targets for name in names):
+        return False
+    return any(converter.compiled_sources.search(name) for name in names)

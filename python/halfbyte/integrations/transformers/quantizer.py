@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,8 +20,10 @@ from transformers.utils.import_utils import is_accelerate_available
 from halfbyte.config import BitsAndBytesConfig
 from halfbyte.integrations.recognition import serve_bitsandbytes
 from halfbyte.integrations.saved_config import with_compute_dtype
-from halfbyte.integrations.transformers import checkpoint, layers, operations
+from halfbyte.integrations.transformers import checkpoint, experts, layers, operations
+from halfbyte.models.experts import put_back
 from halfbyte.models.layers import experts_note, fused_experts
+from halfbyte.offline.transformers_names import without_merges
 from halfbyte.models.replace import SOURCE_CLASS
 from halfbyte.nn import Params4bit
 from halfbyte.nn._quantized import Quantized
@@ -48,6 +50,7 @@ class Quantizer4bit(Bnb4BitHfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.config = coerced
         self._device_map: Mapping[str, Any] = {}
+        self._fused: dict[str, nn.Module] = {}
 
     # ---- before loading ----------------------------------------------------------------------------------------------
 
@@ -95,16 +98,27 @@ class Quantizer4bit(Bnb4BitHfQuantizer):
         """
         if isinstance(device_map, Mapping):
             self._device_map = dict(device_map)
+        self._model = model
         skip = self.config.llm_int8_skip_modules
         kept = list(getattr(model, "_keep_in_fp32_modules", None) or ())
         paths = None
         if self.pre_quantized:
             heads = self.get_modules_to_not_convert(model, skip, kept, add_default_skips=True)
-            paths = checkpoint.packed_in(model, checkpoint_files or (), heads)
+            self._fused = experts.take_apart(model, ())
+            try:
+                paths = checkpoint.packed_in(model, checkpoint_files or (), heads)
+            except BaseException:
+                put_back(model, self._fused)
+                raise
+            dense = {path: old for path, old in self._fused.items() if not _holds(path, paths or ())}
+            put_back(model, dense)
+            self._fused = {path: old for path, old in self._fused.items() if path not in dense}
         if paths is None:
             self.modules_to_not_convert = self.get_modules_to_not_convert(
                 model, skip, kept, add_default_skips=not self.pre_quantized
             )
+            if not self.pre_quantized:
+                self._fused = experts.take_apart(model, self.modules_to_not_convert)
             paths = layers.chosen(model, self.modules_to_not_convert)
         if not self.pre_quantized:
             checkpoint.check_dense(model, checkpoint_files or (), paths)
@@ -115,9 +129,9 @@ class Quantizer4bit(Bnb4BitHfQuantizer):
                     name,
                     type(model).__name__,
                 )
-            experts = fused_experts(model.named_modules())
-            if experts:
-                _logger.warning("%s: %s", type(model).__name__, experts_note(experts))
+            left = fused_experts(model.named_modules())
+            if left:
+                _logger.warning("%s: %s", type(model).__name__, experts_note(left))
         storage = self.config.bnb_4bit_quant_storage
         assert isinstance(storage, torch.dtype)
         count = layers.put_4bit(
@@ -157,6 +171,17 @@ class Quantizer4bit(Bnb4BitHfQuantizer):
         keywords = inspect.signature(WeightConverter.__init__).parameters
         how = {"force_cpu": True} if "force_cpu" in keywords else {}
         return [WeightConverter(operations.WEIGHT, operations.WEIGHT, operations=[operations.PassOn(self)], **how)]
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """Leave out what merges experts that were taken apart, and add what splits fused ones."""
+        if self._fused:
+            model = self._model if model is None else model
+            split = experts.converters(self, self._fused, model, weight_conversions)
+            weight_conversions = [*without_merges(model, weight_conversions), *split]
+        given = inspect.signature(super().update_weight_conversions).parameters
+        more = {"model": model} if "model" in given else {}
+        updated: list[Any] = super().update_weight_conversions(weight_conversions, **more)
+        return updated
 
     def place(self, name: str, module: nn.Module, weight: Params4bit) -> Params4bit:
         """Prepare a module whose weight goes to disk: a packed parameter without bytes keeps its state there.
@@ -218,6 +243,10 @@ class Quantizer4bit(Bnb4BitHfQuantizer):
             # Saving a model leaves a name in `config.dtype`.
             dtype = getattr(torch, dtype.removeprefix("torch."))
         return dequantize_model(model, dtype)
+
+
+def _holds(path: str, paths: Iterable[str]) -> bool:
+    return any(name.startswith(f"{path}.") for name in paths)
 
 
 def _compute_dtype(config: BitsAndBytesConfig) -> torch.dtype | None:
