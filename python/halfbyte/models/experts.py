@@ -7,7 +7,7 @@ converts these.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +21,21 @@ Names = tuple[str | None, str, str]
 GATED: Names = ("gate_proj", "up_proj", "down_proj")
 """How most checkpoints call the projections of an expert."""
 
-SOURCE = "source_experts"
-"""The attribute of `Experts4bit` with the module whose place it took, without its fused weights."""
+_SOURCE = "source_cls"
+"""The attribute of `Experts4bit` with the class of the module that it was made of."""
 
-_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm", "num_experts", "_apply_gate")
+_HOW = "fused_as"
+"""The attribute of `Experts4bit` that says how that module held its experts: a `Fused`."""
+
+_FLAGS = (
+    "has_gate",
+    "has_bias",
+    "is_transposed",
+    "is_concatenated",
+    "has_post_expert_norm",
+    "num_experts",
+    "_apply_gate",
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,23 @@ class Fused:
             return [{0: matrix[0::2], 1: matrix[1::2]} for matrix in matrices]
         half = matrices[0].shape[0] // 2
         return [{0: matrix[:half], 1: matrix[half:]} for matrix in matrices]
+
+    def join(self, name: str, experts: Sequence[Sequence[Tensor]]) -> Tensor:
+        """The way back: of each expert its matrices for `name`, gate before up projection; in memory of its own."""
+        made: Tensor | None = None
+        for index, matrices in enumerate(experts):
+            if len(matrices) == 1:
+                matrix = matrices[0]
+            elif self.interleaved:
+                matrix = torch.stack(tuple(matrices), dim=1).flatten(0, 1)
+            else:
+                matrix = torch.cat(tuple(matrices))
+            matrix = matrix.t() if self.transposed else matrix
+            if made is None:
+                made = matrix.new_empty((len(experts), *matrix.shape))
+            made[index] = matrix
+        assert made is not None
+        return made
 
 
 def fused(module: nn.Module) -> Fused | None:
@@ -113,11 +141,9 @@ def unfuse(module: nn.Module, names: Names | None = None) -> Experts4bit:
                 name = names[place]
                 assert name is not None
                 expert.add_module(name, _linear(matrix, weight.requires_grad))
-    # In the order of the projections, whatever the order of the parameters.
     new = Experts4bit(experts, names)
-    for name, value in vars(module).items():
-        if name not in vars(new) or name in ("training", "num_experts"):
-            new.__dict__[name] = value
+    own = {*vars(new)} - {"training", "num_experts"}
+    new.__dict__.update({name: value for name, value in vars(module).items() if name not in own})
     for name, value in module._modules.items():
         new.add_module(name, value)
     for name, parameter_or_none in module._parameters.items():
@@ -128,9 +154,41 @@ def unfuse(module: nn.Module, names: Names | None = None) -> Experts4bit:
     gate = getattr(type(module), "_apply_gate")  # noqa: B009
     new.gate = None if _is_default(gate) else gate
     new.interleaved = how.interleaved
-    new.__dict__[SOURCE] = type(module)
+    new.__dict__[_SOURCE] = type(module)
+    new.__dict__[_HOW] = how
     new.train(module.training)
     return new
+
+
+def fuse(module: Experts4bit) -> nn.Module | None:
+    """The module that `unfuse` was given, with weights made of those of the linear layers.
+
+    Returns:
+        None where the experts were not made by `unfuse`, or are not plain linear layers.
+    """
+    how: Fused | None = module.__dict__.get(_HOW)
+    cls: Any = module.__dict__.get(_SOURCE)
+    experts = [module._modules[str(index)] for index in range(module.num_experts)]
+    layers = [[expert._modules.get(name) for name in module.projections if name] for expert in experts]  # type: ignore[union-attr]
+    if how is None or cls is None or not all(type(layer) is nn.Linear for found in layers for layer in found):
+        return None
+    new = cls.__new__(cls)
+    nn.Module.__init__(new)
+    own = {*vars(Experts4bit((), GATED)), _SOURCE, _HOW} - {"training", "num_experts"}
+    new.__dict__.update({name: value for name, value in vars(module).items() if name not in own})
+    for name, picked in ((how.up, slice(0, -1)), (how.down, slice(-1, None))):
+        weights = [[layer.weight for layer in found[picked]] for found in layers]  # type: ignore[union-attr]
+        with torch.no_grad():
+            joined = how.join(name, weights)  # type: ignore[arg-type]
+        new.register_parameter(name, nn.Parameter(joined, requires_grad=weights[0][0].requires_grad))
+    for name, parameter in module._parameters.items():
+        new.register_parameter(name, parameter)
+    for name, child in module._modules.items():
+        if not name.isdigit():
+            new.add_module(name, child)
+    new._buffers.update(module._buffers)
+    new._non_persistent_buffers_set.update(module._non_persistent_buffers_set)
+    return new  # type: ignore[no-any-return]
 
 
 def _is_default(gate: Any) -> bool:

@@ -20,6 +20,7 @@ from halfbyte._native import CheckpointError
 from halfbyte._terminal import Bar, format_bytes, is_terminal
 from halfbyte.config import BitsAndBytesConfig
 from halfbyte.models.checkpoint_reader import Folder
+from halfbyte.models.experts import fuse
 from halfbyte.models.layers import join, paths
 from halfbyte.models.load import (
     assign,
@@ -36,6 +37,7 @@ from halfbyte.models.observers import notify
 from halfbyte.models.replace import replace, to_dense, to_linear4bit
 from halfbyte.models.select import Choice, Layer, choose, skip_list
 from halfbyte.nn import Embedding4bit, Linear4bit, Params4bit
+from halfbyte.nn.experts import Experts4bit
 from halfbyte.offline.hub import Hub
 from halfbyte.offline.options import QuantizeOptions, Rule
 
@@ -171,6 +173,10 @@ def dequantize_model(model: _Model, dtype: torch.dtype | None = None) -> _Model:
         module, names = found.pop()
         result = replace(result, names, to_dense(module, dtype))
         del module
+    for module, names in paths(result).items():
+        whole = fuse(module) if isinstance(module, Experts4bit) else None
+        if whole is not None:
+            result = replace(result, names, whole)
     notify(result, None)
     return result  # type: ignore[return-value]
 

@@ -8,71 +8,16 @@ latter are split.
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose, WeightConverter
-from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.core_model_loading import Transpose, WeightConverter
 
 from halfbyte.integrations.transformers.operations import Operation
-from halfbyte.models.experts import GATED, Fused, Names, fused, fused_paths, unfuse_all
-
-_PROJECTION = re.compile(r"\.\*\.(\w+)\.weight$")
-
-
-def take_apart(model: Any, keep: Iterable[str]) -> dict[str, nn.Module]:
-    """Take the fused experts of a model apart, but those that a name in `keep` covers; what was there, by path."""
-    if not hasattr(HfQuantizer, "update_weight_conversions"):
-        # Releases before 5.8: converters cannot be changed.
-        return {}
-    paths = [path for path in fused_paths(model.named_modules()) if should_convert_module(path, list(keep))]
-    if not paths:
-        return {}
-    mapping = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightConverter)]
-    chosen = {path: _names(path, model.get_submodule(path), mapping) for path in paths}
-    known = {path: names for path, names in chosen.items() if names is not None}
-    return unfuse_all(model, known)
-
-
-def _names(path: str, module: nn.Module, mapping: Iterable[WeightConverter]) -> Names | None:
-    """How a checkpoint calls the projections of these experts; None where it has them in a way that is not known."""
-    how = fused(module)
-    assert how is not None
-    up = _sources(f"{path}.{how.up}", mapping)
-    down = _sources(f"{path}.{how.down}", mapping)
-    if up is None or down is None:
-        return None
-    if not up and not down:
-        return GATED if how.gated else (None, *GATED[1:])
-    if len(up) != 1 + how.gated or len(down) != 1:
-        return None
-    return (up[0] if how.gated else None, up[-1], down[0])
-
-
-def _sources(name: str, mapping: Iterable[WeightConverter]) -> list[str] | None:
-    """What is merged to a parameter; nothing when it is read as it is, None when it comes about in another way."""
-    for converter in mapping:
-        if not any(name.endswith(_plain(target)) for target in converter.target_patterns):
-            continue
-        if all(isinstance(operation, Transpose) for operation in converter.operations):
-            return []
-        merges = [type(operation) for operation in converter.operations]
-        found = [_PROJECTION.search(source) for source in converter.source_patterns]
-        if len(converter.target_patterns) > 1 or merges not in ([MergeModulelist], [MergeModulelist, Concatenate]):
-            return None
-        if not all(found):
-            return None
-        return [match.group(1) for match in found if match is not None]
-    return []
-
-
-def _plain(pattern: str) -> str:
-    return pattern.replace("\\", "").removeprefix("^").removesuffix("$")
+from halfbyte.models.experts import Fused, Names, fused
+from halfbyte.models.transformers_experts import plain
 
 
 class Split(Operation):
@@ -130,7 +75,7 @@ def converters(
             suffix = path.rpartition(".")[2]
             transpose = any(
                 isinstance(entry, WeightConverter)
-                and any(f"{path}.{parameter}".endswith(_plain(target)) for target in entry.target_patterns)
+                and any(f"{path}.{parameter}".endswith(plain(target)) for target in entry.target_patterns)
                 and sum(isinstance(operation, Transpose) for operation in entry.operations) % 2
                 for entry in given
             )

@@ -15,18 +15,20 @@ import torch
 from torch import nn
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.import_utils import is_accelerate_available
 
 from halfbyte.config import BitsAndBytesConfig
 from halfbyte.integrations.recognition import serve_bitsandbytes
 from halfbyte.integrations.saved_config import with_compute_dtype
 from halfbyte.integrations.transformers import checkpoint, experts, layers, operations
-from halfbyte.models.experts import put_back
+from halfbyte.models.experts import fused_paths, put_back
 from halfbyte.models.layers import experts_note, fused_experts
-from halfbyte.offline.transformers_names import without_merges
 from halfbyte.models.replace import SOURCE_CLASS
+from halfbyte.models.transformers_experts import take_apart
 from halfbyte.nn import Params4bit
 from halfbyte.nn._quantized import Quantized
+from halfbyte.offline.transformers_names import without_merges
 
 _logger = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ class Quantizer4bit(Bnb4BitHfQuantizer):
         self.config = coerced
         self._device_map: Mapping[str, Any] = {}
         self._fused: dict[str, nn.Module] = {}
+        self._merges: list[Any] = []
 
     # ---- before loading ----------------------------------------------------------------------------------------------
 
@@ -104,7 +107,7 @@ class Quantizer4bit(Bnb4BitHfQuantizer):
         paths = None
         if self.pre_quantized:
             heads = self.get_modules_to_not_convert(model, skip, kept, add_default_skips=True)
-            self._fused = experts.take_apart(model, ())
+            self._fused = take_apart(model, ())
             try:
                 paths = checkpoint.packed_in(model, checkpoint_files or (), heads)
             except BaseException:
@@ -118,7 +121,7 @@ class Quantizer4bit(Bnb4BitHfQuantizer):
                 model, skip, kept, add_default_skips=not self.pre_quantized
             )
             if not self.pre_quantized:
-                self._fused = experts.take_apart(model, self.modules_to_not_convert)
+                self._fused = take_apart(model, self._kept_experts(model))
             paths = layers.chosen(model, self.modules_to_not_convert)
         if not self.pre_quantized:
             checkpoint.check_dense(model, checkpoint_files or (), paths)
@@ -177,11 +180,18 @@ class Quantizer4bit(Bnb4BitHfQuantizer):
         if self._fused:
             model = self._model if model is None else model
             split = experts.converters(self, self._fused, model, weight_conversions)
-            weight_conversions = [*without_merges(model, weight_conversions), *split]
+            needed = without_merges(model, weight_conversions)
+            self._merges = [entry for entry in weight_conversions if entry not in needed]
+            weight_conversions = [*needed, *split]
         given = inspect.signature(super().update_weight_conversions).parameters
         more = {"model": model} if "model" in given else {}
         updated: list[Any] = super().update_weight_conversions(weight_conversions, **more)
         return updated
+
+    def _kept_experts(self, model: Any) -> list[str]:
+        """Paths of fused experts that stay as they are."""
+        paths = fused_paths(model.named_modules())
+        return [path for path in paths if not should_convert_module(path, self.modules_to_not_convert)]
 
     def place(self, name: str, module: nn.Module, weight: Params4bit) -> Params4bit:
         """Prepare a module whose weight goes to disk: a packed parameter without bytes keeps its state there.
@@ -242,7 +252,11 @@ class Quantizer4bit(Bnb4BitHfQuantizer):
         if isinstance(dtype, str):
             # Saving a model leaves a name in `config.dtype`.
             dtype = getattr(torch, dtype.removeprefix("torch."))
-        return dequantize_model(model, dtype)
+        model = dequantize_model(model, dtype)
+        if self._merges:
+            # The experts are together again, and are saved apart.
+            model._weight_conversions = [*(getattr(model, "_weight_conversions", None) or ()), *self._merges]
+        return model
 
 
 def _holds(path: str, paths: Iterable[str]) -> bool:
