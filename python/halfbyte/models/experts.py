@@ -177,9 +177,9 @@ def fuse(module: Experts4bit) -> nn.Module | None:
     own = {*vars(Experts4bit((), GATED)), _SOURCE, _HOW} - {"training", "num_experts"}
     new.__dict__.update({name: value for name, value in vars(module).items() if name not in own})
     for name, picked in ((how.up, slice(0, -1)), (how.down, slice(-1, None))):
-        weights = [[layer.weight for layer in found[picked]] for found in layers]  # type: ignore[union-attr]
+        weights: Any = [[layer.weight for layer in found[picked]] for found in layers]  # type: ignore[union-attr]
         with torch.no_grad():
-            joined = how.join(name, weights)  # type: ignore[arg-type]
+            joined = how.join(name, weights)
         new.register_parameter(name, nn.Parameter(joined, requires_grad=weights[0][0].requires_grad))
     for name, parameter in module._parameters.items():
         new.register_parameter(name, parameter)

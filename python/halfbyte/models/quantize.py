@@ -173,8 +173,8 @@ def dequantize_model(model: _Model, dtype: torch.dtype | None = None) -> _Model:
         module, names = found.pop()
         result = replace(result, names, to_dense(module, dtype))
         del module
-    for module, names in paths(result).items():
-        whole = fuse(module) if isinstance(module, Experts4bit) else None
+    for experts, names in paths(result).items():
+        whole = fuse(experts) if isinstance(experts, Experts4bit) else None
         if whole is not None:
             result = replace(result, names, whole)
     notify(result, None)

@@ -77,19 +77,24 @@ class Experts4bit(nn.Module):
 
     def _expert(self, index: int, rows: Tensor) -> Tensor:
         """What one expert makes of its rows, `[rows, hidden]`."""
-        gate, up, down = self.projections
-        expert = self._modules[str(index)]
+        gate, _, down = self.projections
+        expert: Any = self._modules[str(index)]
         y = self._with_bias(f"{'gate_up' if gate else 'up'}_proj_bias", index, self._up(expert, rows))
         if gate is None:
-            y = self.act_fn(y)
+            y = self._activation(y)
         elif self.gate is not None:
             y = self.gate(self, y)
         else:
             left, right = y.chunk(2, dim=-1)
-            y = self.act_fn(left) * right
+            y = self._activation(left) * right
         y = self._with_bias("down_proj_bias", index, getattr(expert, down)(y))
         norm = self._modules.get("post_expert_norm")
-        return y if norm is None else norm(y)  # type: ignore[no-any-return]
+        return y if norm is None else norm(y)
+
+    def _activation(self, y: Tensor) -> Tensor:
+        activation: Any = self.act_fn
+        made: Tensor = activation(y)
+        return made
 
     def _up(self, expert: Any, rows: Tensor) -> Tensor:
         gate, up, _ = self.projections

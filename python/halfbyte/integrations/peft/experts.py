@@ -45,8 +45,9 @@ def enter(conversion: ModuleType) -> None:
         return _split(adapter_state_dict, dict(_experts(model)))
 
     config.__halfbyte__ = True  # type: ignore[attr-defined]
-    conversion.convert_peft_config_for_transformers = config
-    conversion.convert_peft_adapter_state_dict_for_transformers = tensors
+    vars(conversion).update(
+        convert_peft_config_for_transformers=config, convert_peft_adapter_state_dict_for_transformers=tensors
+    )
 
 
 def _experts(model: nn.Module) -> Iterator[tuple[str, Experts4bit]]:
