@@ -434,7 +434,7 @@ def cuda_matmul_4bit(
 
     "decode_..." are the fast kernels: float16 and bfloat16, k a multiple of 64, blocksize >= 64, x and packed aligned
     to 16 bytes, compute capability 8.0; launched for 16 or 32 rows of x each. "product_..." take everything, slowly.
-    `kernel` insists on "decode_ring", "decode" or "plain"; ValueError when that one does not take the arguments.
+    `kernel` insists on "small_m_sm90", "small_m_sm80", "tile_sm90a" or "simt"; ValueError when that one does not take the arguments.
     """
 
 class CheckpointError(ValueError):

@@ -73,6 +73,17 @@ class Fused:
         half = matrices[0].shape[0] // 2
         return [{0: matrix[:half], 1: matrix[half:]} for matrix in matrices]
 
+    def shape(self, name: str, experts: Experts4bit) -> tuple[int, int]:
+        """Of one expert's part of a fused parameter."""
+        first: Any = experts._modules["0"]
+        gate, up, down = experts.projections
+        layers = [
+            getattr(first, projection) for projection in ([down] if name == self.down else [gate, up]) if projection
+        ]
+        out_features = sum(layer.out_features for layer in layers)
+        in_features: int = layers[0].in_features
+        return (in_features, out_features) if self.transposed else (out_features, in_features)
+
     def join(self, name: str, experts: Sequence[Sequence[Tensor]]) -> Tensor:
         """The way back: of each expert its matrices for `name`, gate before up projection; in memory of its own."""
         made: Tensor | None = None
@@ -115,6 +126,12 @@ def fused(module: nn.Module) -> Fused | None:
     if "_hf_hook" in module.__dict__ or "forward" in module.__dict__ or nn.utils.parametrize.is_parametrized(module):
         return None
     return found
+
+
+def fused_as(experts: Experts4bit) -> Fused | None:
+    """How the module held its experts that these were made of; None where they were made in another way."""
+    how: Fused | None = experts.__dict__.get(_HOW)
+    return how
 
 
 def unfuse(module: nn.Module, names: Names | None = None) -> Experts4bit:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-from halfbyte.models.experts import GATED, Names, fused, fused_paths, unfuse_all
+from halfbyte.models.experts import GATED, Names, fused, fused_paths, put_back, unfuse_all
+from halfbyte.models.layers import is_transformers_model
+from halfbyte.nn.experts import Experts4bit
+from halfbyte.offline.transformers_names import is_needless
 
 _PROJECTION = re.compile(r"\.\*\.(\w+)\.weight$")
 
@@ -75,3 +79,59 @@ def _sources(name: str, converters: Iterable[Any]) -> list[str] | None:
 def plain(pattern: str) -> str:
     """The name that a target pattern of transformers' tables stands for."""
     return pattern.replace("\\", "").removeprefix("^").removesuffix("$")
+
+
+class Apart:
+    """Experts that were taken apart, and go together again on an error."""
+
+    def __init__(self, model: nn.Module, before: dict[str, nn.Module]) -> None:
+        self._model = model
+        self._before = before
+
+    def settle(self, names: Iterable[str]) -> None:
+        """Put the experts together again of which nothing is in `names`, paths of layers."""
+        parents = {path for name in names for path in (name.rpartition(".")[0].rpartition(".")[0],)}
+        whole = {path: module for path, module in self._before.items() if path not in parents}
+        put_back(self._model, whole)
+        self._before = {path: module for path, module in self._before.items() if path in parents}
+
+    def keep(self) -> None:
+        """From now on they stay apart."""
+        self._before = {}
+
+    def undo(self) -> None:
+        """Put them together again, unless they are to stay apart."""
+        put_back(self._model, self._before)
+        self._before = {}
+
+
+@contextmanager
+def apart(model: nn.Module, wanted: bool = True) -> Iterator[Apart]:
+    """Take the fused experts of a model of transformers apart; an error puts them together again.
+
+    Args:
+        model: Any module; those of other libraries are left as they are.
+        wanted: Whether to do anything.
+    """
+    before = take_apart(model, ()) if wanted and is_transformers_model(model) else {}
+    state = Apart(model, before)
+    try:
+        yield state
+    except BaseException:
+        state.undo()
+        raise
+
+
+def mapping_for(model: Any, mapping: Iterable[Any]) -> list[Any]:
+    """Transformers' tables for a model some of whose experts may have been taken apart.
+
+    What merges experts to a tensor that the model has not is left out, and what splits such tensors is added.
+    """
+    given = list(mapping)
+    if not any(isinstance(module, Experts4bit) for module in model.modules()):
+        return given
+    from halfbyte.models.transformers_split import split_converters
+
+    names = list(model.state_dict())
+    needed = [entry for entry in given if not hasattr(entry, "operations") or not is_needless(entry, names)]
+    return [*needed, *split_converters(model, given)]
