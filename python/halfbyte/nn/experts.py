@@ -68,12 +68,12 @@ class Experts4bit(nn.Module):
                 made.append(self._expert(index, rows[begin : begin + count]))
                 begin += count
         if begin < len(order):
-            made.append(rows[begin:] * 0)
+            made.append(torch.zeros_like(rows[begin:]))
         out = torch.cat(made) if made else rows
         out = out * top_k_weights.reshape(-1)[order].unsqueeze(-1)
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)
-        return out[back].view(*top_k_index.shape, -1).sum(dim=-2).to(hidden_states.dtype)
+        return out[back].view(*top_k_index.shape, out.shape[-1]).sum(dim=-2).to(hidden_states.dtype)
 
     def _expert(self, index: int, rows: Tensor) -> Tensor:
         """What one expert makes of its rows, `[rows, hidden]`."""
