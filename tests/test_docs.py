@@ -172,6 +172,10 @@ PAGES = {
         "sum(type(m).__name__ == 'Linear4bit' for m in again.modules()) == 2 * (4 + 8 * 3)"
         " and sum('.experts.' in name for name, _ in on_dense.named_parameters() if 'lora_A' in name) == 4"
     ),
+    "docs/llm-int8.md": (
+        "losses[-1] < losses[0] and merged.is_loaded_in_8bit and Path('Llama-3.2-1B-int8').is_dir() "
+        "and sum(isinstance(m, halfbyte.nn.Linear8bitLt) for m in mixed.modules()) == 7"
+    ),
     "docs/merging.md": "not getattr(merged, 'is_quantized', False)",
     "docs/offline.md": "report.converted_tensors == 7 and Path('mixed').is_dir()",
     "docs/qlora.md": (

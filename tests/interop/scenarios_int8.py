@@ -235,9 +235,7 @@ def int8_embeddings_stay_close_to_16_bits(folder: Path) -> None:
     want = embed(cls.from_pretrained(path, dtype=torch.bfloat16))
     found = {
         threshold: embed(
-            cls.from_pretrained(
-                path, dtype=torch.bfloat16, quantization_config=config8(llm_int8_threshold=threshold)
-            )
+            cls.from_pretrained(path, dtype=torch.bfloat16, quantization_config=config8(llm_int8_threshold=threshold))
         )
         for threshold in (6.0, 0.0)
     }

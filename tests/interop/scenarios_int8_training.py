@@ -9,7 +9,7 @@ import halfbyte
 import pytest
 import torch
 import transformers
-from scenarios import KIND, IDS, learns, logits, lora, same_tokens, scenario, source, train, trainer
+from scenarios import IDS, KIND, learns, logits, lora, same_tokens, scenario, source, train, trainer
 from scenarios_int8 import config8, layers8, loaded8, message, stock8
 from scenarios_models import said, tokenizer_beside
 from scenarios_peft import COST, NEWER_PEFT, sane

@@ -86,8 +86,9 @@ def _tell_diffusers(model: Any, config: BitsAndBytesConfig | None) -> None:
     from halfbyte.integrations.diffusers import Quantizer4bit, Quantizer8bit
     from halfbyte.integrations.saved_config import with_compute_dtype
 
-    cls: Any = Quantizer8bit if config.load_in_8bit else Quantizer4bit
     config = with_compute_dtype(config, model.dtype)
+    assert config is not None
+    cls: Any = Quantizer8bit if config.load_in_8bit else Quantizer4bit
     quantizer = cls(config, pre_quantized=False)
     model.hf_quantizer = quantizer
     model.is_quantized = True

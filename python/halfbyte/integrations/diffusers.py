@@ -45,6 +45,7 @@ class _Quantizer:
         self.recipe = Recipe.from_config(self.config)
         self.modules_to_not_convert = list(self.config.llm_int8_skip_modules or ())
         self._packed: dict[str, Packed] | None = None
+        self._held_back: dict[str, Tensor] = {}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Accept every device; what is offloaded stays packed."""
@@ -66,6 +67,20 @@ class _Quantizer:
             found = packed.find(loaded_keys)
             self._packed = {name.rpartition(".")[0]: one for name, one in found.items() if one.mark is not None}
         return loaded_keys
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Hold the tensors of a weight back until the shard comes that has the last of them."""
+        merged, self._held_back = {**self._held_back, **state_dict}, {}
+        for one in (self._packed or {}).values():
+            names = (one.weight, *one.parts.values())
+            if not all(name in merged for name in names):
+                self._held_back.update({name: merged.pop(name) for name in names if name in merged})
+        return merged
+
+    @property
+    def supports_parallel_loading(self) -> bool:
+        """Of a quantized checkpoint, shards are read one after the other."""
+        return not self.pre_quantized
 
     def _process_model_before_weight_loading(
         self, model: Any, device_map: Any, keep_in_fp32_modules: Sequence[str] = (), **kwargs: Any

@@ -14,7 +14,7 @@ _logger = logging.getLogger(__name__)
 
 
 def keep_class_of_argument(cls: Any) -> None:
-    """Check the config of a quantized checkpoint, and convert it to this package's class if the argument has that class.
+    """Check the config of a quantized checkpoint, and convert it to this package's class if the argument has that.
 
     The checkpoint's config takes precedence, as in transformers. A warning names the values that are ignored.
 

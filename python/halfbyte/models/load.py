@@ -57,8 +57,8 @@ def load_quantized(
 
     Args:
         model: On the meta device, which saves memory, or on any other. Linear layers, `Conv1D` and embeddings whose
-            weight is packed in the checkpoint become 4-bit or 8-bit layers, which the names of its tensors tell. Others
-            are filled as they are.
+            weight is packed in the checkpoint become 4-bit or 8-bit layers, as the names of its tensors say. Others are
+            filled as they are.
         folder: A folder with `model.safetensors` or `model.safetensors.index.json`, one `.safetensors` file, or (with
             huggingface_hub installed) the name of a model.
         device: The device of all parameters and buffers.
@@ -75,8 +75,8 @@ def load_quantized(
         or else in the dtype of their input; 8-bit layers have the threshold that it gives, or else 6.0.
 
     Raises:
-        CheckpointError: The checkpoint is broken, has no packed weight, or does not fit the model. The message names the
-            tensor, and the model is unchanged.
+        CheckpointError: The checkpoint is broken, has no packed weight, or does not fit the model. The message names
+            the tensor, and the model is unchanged.
         ValueError: A buffer is on the meta device, not in the checkpoint, and the model cannot compute it.
 
     For models of transformers, the installed transformers decides names, conversions, ties and computed buffers. Other
@@ -336,10 +336,12 @@ def _read_config(source: Folder) -> BitsAndBytesConfig | None:
     if skipped is not None and not (isinstance(skipped, list) and all(isinstance(name, str) for name in skipped)):
         raise CheckpointError(f"{where}: llm_int8_skip_modules must be a list of names or null, got {skipped!r}")
     arguments = inspect.signature(BitsAndBytesConfig).parameters
+    given = {key: value for key, value in found.items() if key in arguments}
+    if given.get("load_in_4bit") is True and given.get("load_in_8bit") is True:
+        # A checkpoint of both kinds, by rules. A config has one of them; which weight is what, the tensors say.
+        given["load_in_8bit"] = False
     try:
-        return BitsAndBytesConfig.coerce(
-            BitsAndBytesConfig.from_dict({key: value for key, value in found.items() if key in arguments})
-        )
+        return BitsAndBytesConfig.coerce(BitsAndBytesConfig.from_dict(given))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: {error}") from None
 

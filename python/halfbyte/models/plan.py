@@ -1,4 +1,4 @@
-"""How the tensors of a checkpoint get into a model: found out from names, shapes and dtypes, before anything is changed."""
+"""How the tensors of a checkpoint get into a model: decided by names, shapes and dtypes, before anything is changed."""
 
 from __future__ import annotations
 

@@ -117,9 +117,9 @@ def quantize_model(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     settings = _settings(config)
-    listed = module_names("llm_int8_skip_modules", settings.llm_int8_skip_modules or ())
+    of_config = module_names("llm_int8_skip_modules", settings.llm_int8_skip_modules or ())
     options = QuantizeOptions(
-        rules=rule_texts(rules or ()), skip=(*listed, *module_names("skip", skip or ())), blocksize=blocksize
+        rules=rule_texts(rules or ()), skip=(*of_config, *module_names("skip", skip or ())), blocksize=blocksize
     )
     recipe = Recipe.from_config(settings, options.blocksize)
     target = None if device is None else torch.device(device)

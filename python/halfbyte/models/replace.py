@@ -108,7 +108,7 @@ def to_dense(old: PackedLayer, dtype: torch.dtype | None) -> nn.Module:
     nn.Module.__init__(new)
     if not issubclass(cls, nn.Linear | nn.Embedding):
         # Conv1D: `[in, out]`, and other names for the two.
-        new.nx, new.nf = old.in_features, old.out_features  # type: ignore[assignment,union-attr]
+        new.nx, new.nf = old.in_features, old.out_features  # type: ignore[assignment]
         dense = dense.t().contiguous()
         leave = _own_attributes() | {"in_features", "out_features"}
     else:

@@ -34,7 +34,8 @@ def check_weight(weight: Tensor, name: str) -> Tensor:
     if weight.dim() != 2:
         raise ValueError(f"{name}: shape {list(weight.shape)} is not [out_features, in_features]")
     check_columns(name, weight.shape[1])
-    half = weight.detach().to(torch.float16)
+    weight = weight.detach()
+    half = weight.to(torch.float16)
     finite = half.isfinite()
     if not bool(finite.all()):
         row, column = (int(i) for i in (~finite).nonzero()[0])

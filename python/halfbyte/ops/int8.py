@@ -111,7 +111,7 @@ def int8_double_quant(
     given = {"row_stats": row_stats, "col_stats": col_stats, "out_col": out_col, "out_row": out_row}
     for name, memory in given.items():
         if memory is not None:
-            raise ValueError(f"{name} must be None, got a {type(memory).__name__}")
+            raise ValueError(f"{name} must be None, got a tensor")
     rows, row_scales, columns = int8_vectorwise_quant(A, threshold)
     turned = A.detach().reshape(prod(A.shape[:-1]), A.shape[-1]).t().to(torch.float32)
     if threshold > 0:
@@ -146,12 +146,7 @@ def int8_linear_matmul(A: Tensor, B: Tensor, out: Tensor | None = None, dtype: t
 
 
 def int8_mm_dequant(
-    A: Tensor,
-    row_stats: Tensor,
-    col_stats: Tensor,
-    out: Tensor | None = None,
-    bias: Tensor | None = None,
-    dtype: torch.dtype = torch.float16,
+    A: Tensor, row_stats: Tensor, col_stats: Tensor, out: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
     """Read what a product of codes stands for: `A * row_stats / 127 * col_stats / 127 + bias`, computed in float32.
 
@@ -161,15 +156,23 @@ def int8_mm_dequant(
         col_stats: The scales of its second, float32 `[n]`.
         out: Where to write the result.
         bias: float16, bfloat16 or float32 `[n]`.
-        dtype: Of the result: float16, bfloat16 or float32.
 
     Returns:
-        `dtype`, shaped as `A`.
+        float16, shaped as `A`.
 
     Raises:
         TypeError: A wrong type or dtype. The message names the argument and the legal ones.
         ValueError: Shapes or devices that do not fit each other.
     """
+    result = mm_dequant(A, row_stats, col_stats, bias, torch.float16)
+    if out is None:
+        return result
+    check_out(out, A.shape, out.dtype if isinstance(out, Tensor) else torch.float16, A.device)
+    return out.copy_(result)
+
+
+def mm_dequant(A: Tensor, row_stats: Tensor, col_stats: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`int8_mm_dequant` in any of the three float dtypes."""
     check_tensor("A", A)
     if A.dtype is not torch.int32:
         raise DTypeError(f"A: dtype {A.dtype} is not torch.int32")
@@ -181,11 +184,7 @@ def int8_mm_dequant(
     check_bias(bias, columns, "A", A.device)
     check_float("dtype", dtype)
     value = A.reshape(rows, columns).to(torch.float32) * (row_stats.view(-1, 1) * _UNIT)
-    result = _finish(value, col_stats, bias, dtype).view(A.shape)
-    if out is None:
-        return result
-    check_out(out, A.shape, out.dtype if isinstance(out, Tensor) else dtype, A.device)
-    return out.copy_(result)
+    return _finish(value, col_stats, bias, dtype).view(A.shape)
 
 
 def int8_scaled_mm(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from halfbyte import functional
+from halfbyte.ops.int8 import mm_dequant
 
 from ._define import check_dtype, check_out, define
 
@@ -95,7 +96,7 @@ def _fake_int8_mm_dequant(
 def _int8_mm_dequant(
     A: Tensor, row_stats: Tensor, col_stats: Tensor, dtype: torch.dtype | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    return functional.int8_mm_dequant(A, row_stats, col_stats, bias=bias, dtype=dtype or torch.float16)
+    return mm_dequant(A, row_stats, col_stats, bias, dtype or torch.float16)
 
 
 def _fake_int8_scaled_mm(

@@ -77,7 +77,7 @@ def check(
     ignore_mismatched_sizes: bool = False,
     **_: Any,
 ) -> None:
-    """That an adapter in a folder fits a model with packed layers. Of other models, and other adapters, nothing is said.
+    """That an adapter in a folder fits a model with packed layers. Of others nothing is said.
 
     Args:
         model: With adapters or without.

@@ -88,8 +88,8 @@ def _percent(value: float) -> str:
 def _own_parameters(model: nn.Module) -> Iterator[None]:
     """Make PEFT create this package's parameters while it merges, also where bitsandbytes is installed.
 
-    PEFT creates them as `bitsandbytes.nn.Params4bit` and `Int8Params`, which quantize with other code. The joint classes
-    put under those names are subclasses. Nothing changes if the model has layers of bitsandbytes too.
+    PEFT creates them as `bitsandbytes.nn.Params4bit` and `Int8Params`, which quantize with other code. The joint
+    classes put under those names are subclasses. Nothing changes if the model has layers of bitsandbytes too.
     """
     own = {cls.__name__: JOINT[cls] for cls in (Params4bit, Int8Params) if cls in JOINT}
     from halfbyte.integrations.bitsandbytes import find

@@ -102,9 +102,9 @@ def check_dense(model: Any, files: Sequence[str], paths: Sequence[str]) -> None:
             name = one.mark
             if name is not None and (one.bits == 4 or one.weight in checkpoint.files):
                 raise CheckpointError(
-                    f"{checkpoint.files[name]}: {name}: the weight is packed to {one.bits} bits already, but config.json "
-                    f"has no quantization_config with load_in_{one.bits}bit true; take config.json from where the "
-                    "checkpoint is from"
+                    f"{checkpoint.files[name]}: {name}: the weight is packed to {one.bits} bits already, but "
+                    f"config.json has no quantization_config with load_in_{one.bits}bit true; take config.json from "
+                    "where the checkpoint is from"
                 )
         for name in checkpoint.files:
             if checkpoint.dtype(name) not in ("F16", "BF16", "F32", "F64"):
@@ -185,7 +185,8 @@ def _packed_weights(checkpoint: _Checkpoint) -> dict[str, Packed]:
         if missing:
             file = names[min(one.parts.values())]
             raise CheckpointError(
-                f"{file}: {weight} is packed to {one.bits} bits, but the checkpoint lacks {', '.join(missing)}; {_AGAIN}"
+                f"{file}: {weight} is packed to {one.bits} bits, but the checkpoint lacks "
+                f"{', '.join(missing)}; {_AGAIN}"
             )
         for name in (weight, *sorted(one.parts.values())):
             if name in checkpoint.twice:
@@ -265,8 +266,8 @@ def _check_complete(
     if lost:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         raise CheckpointError(
-            f"{checkpoint.where}: the quantized checkpoint lacks {lost[0]}{more}, packed or not; {_AGAIN}, or load it with "
-            "the config.json that it was saved with. What is meant to start anew can be named in "
+            f"{checkpoint.where}: the quantized checkpoint lacks {lost[0]}{more}, packed or not; {_AGAIN}, or load it "
+            "with the config.json that it was saved with. What is meant to start anew can be named in "
             "llm_int8_skip_modules of the quantization_config in config.json"
         )
 

@@ -70,7 +70,7 @@ def put_packed(model: nn.Module, recipes: Mapping[str, Recipe], packed: bool) ->
         shape = new.weight.shape
         new.weight = recipe.parameter(torch.empty(shape, dtype=dtype, device="meta"))
         if old._parameters.get("bias") is not None:
-            new.bias = old._parameters["bias"]  # type: ignore[assignment,union-attr]
+            new.bias = old._parameters["bias"]  # type: ignore[assignment]
         new.__dict__[SOURCE_CLASS] = type(old)
         new.__dict__[SOURCE_DTYPE] = dense.dtype
         new.train(old.training)

@@ -115,7 +115,7 @@ class Deserialize(Operation):
             raise type(error)(f"{full_layer_name}: {error}") from error
         if not isinstance(module, PACKED_LAYERS):
             # Its class reads the weight with code of its own.
-            return {WEIGHT: packed.dense(made, module.weight.dtype)}  # type: ignore[arg-type]
+            return {WEIGHT: packed.dense(made, module.weight.dtype)}
         _check_shape(full_layer_name, module, shape_of(made))
         module._is_hf_initialized = True  # type: ignore[assignment]
         return {WEIGHT: self.hf_quantizer.place(full_layer_name, module, made)}

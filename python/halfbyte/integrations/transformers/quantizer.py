@@ -1,8 +1,9 @@
 """`Quantizer4bit` and `Quantizer8bit`: how transformers loads, saves and dequantizes models with this package's layers.
 
 They derive from transformers' quantizers for bitsandbytes, because code that asks with `isinstance` expects that, and
-override everything that imports bitsandbytes. Hooks that only some releases know are all here (5.0 to 5.24). A checkpoint
-may hold weights of both kinds: either class loads it, and the config decides only what is quantized on the fly.
+override everything that imports bitsandbytes. Hooks that only some releases know are all here (5.0 to 5.24). A
+checkpoint may hold weights of both kinds: either class loads it, and the config decides only what is quantized on the
+fly.
 """
 
 from __future__ import annotations
@@ -240,7 +241,7 @@ class _Quantizer:
                     # A plain parameter: one of class `Int8Params` goes by way of a GPU, which may not be there.
                     empty = torch.empty_like(weight.data, device="meta")
                     module._parameters[operations.WEIGHT] = nn.Parameter(empty, requires_grad=False)
-                    module.offloaded_scales = weight.SCB  # type: ignore[assignment]
+                    module.offloaded_scales = weight.SCB
         return weight
 
     # ---- after loading -----------------------------------------------------------------------------------------------
@@ -309,19 +310,19 @@ class _Quantizer:
         return model
 
 
-class Quantizer4bit(_Quantizer, Bnb4BitHfQuantizer):  # type: ignore[misc]
+class Quantizer4bit(_Quantizer, Bnb4BitHfQuantizer):
     """4-bit quantization by halfbyte."""
 
     bits = 4
 
 
-class Quantizer8bit(_Quantizer, Bnb8BitHfQuantizer):  # type: ignore[misc]
+class Quantizer8bit(_Quantizer, Bnb8BitHfQuantizer):
     """LLM.int8() by halfbyte."""
 
     bits = 8
 
     def _kept_by_device(self) -> list[str]:
-        """With `llm_int8_enable_fp32_cpu_offload`, what goes to the CPU or to disk stays as it is, as in transformers."""
+        """With `llm_int8_enable_fp32_cpu_offload`, what goes to the CPU or to disk stays as it is."""
         if not self.config.llm_int8_enable_fp32_cpu_offload:
             return []
         return [name for name, target in self._device_map.items() if name and str(target) in ("cpu", "disk")]

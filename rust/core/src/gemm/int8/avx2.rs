@@ -15,7 +15,7 @@ impl Kernel for Avx2 {
     const ROWS: usize = 6;
     const ROW_STEP: usize = 2;
     const TILE_ROWS: usize = 48;
-    const FEW_ROWS: usize = 8;
+    const FEW_ROWS: usize = 16;
     const OFFSET: bool = false;
     const PAIRS: [PairProduct; LANES] = [pair::<1>, pair::<2>, pair::<3>, pair::<4>];
 

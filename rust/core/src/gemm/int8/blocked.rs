@@ -81,7 +81,7 @@ pub fn forward<K: Kernel>(a: Codes<'_>, b: Codes<'_>, finish: &Finish<'_>, worke
                     }
                 }
                 finish.gather(b, rows.clone(), &mut scratch.scales[0]);
-                let mut square = [[0i32; MOST_COLS]; SQUARE];
+                let (mut square, mut outliers) = ([[0i32; MOST_COLS]; SQUARE], [0.0; MOST_COLS]);
                 for first in block.clone().step_by(SQUARE) {
                     for (c, sums) in sums.chunks_exact(lanes).take(rows.len()).enumerate() {
                         let sums = &sums[first - block.start..];
@@ -89,8 +89,9 @@ pub fn forward<K: Kernel>(a: Codes<'_>, b: Codes<'_>, finish: &Finish<'_>, worke
                     }
                     for (row, values) in (first..block.end).zip(&mut square) {
                         let values = &mut values[..rows.len()];
+                        let outliers = finish.outlier_sums(row, &scratch.scales[0], &mut outliers);
                         // SAFETY: this task alone has these rows of the weight, which are columns of the result.
-                        unsafe { finish.store(row, rows.start, values, offsets[row], &scratch.scales[0]) }
+                        unsafe { finish.store(row, rows.start, values, offsets[row], outliers) }
                     }
                 }
             });

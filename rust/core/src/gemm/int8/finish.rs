@@ -20,6 +20,28 @@ pub struct Outliers {
     pub values: Vec<f32>,
 }
 
+impl Outliers {
+    /// Those of a row.
+    pub fn row(&self, row: usize) -> &[f32] {
+        &self.values[row * self.columns.len()..][..self.columns.len()]
+    }
+
+    /// Those of all rows as `[group][outlier][SIDE rows]`.
+    pub fn lanes(&self) -> Vec<[f32; SIDE]> {
+        let count = self.columns.len();
+        let rows = self.values.len() / count;
+        let mut lanes = vec![[0.0; SIDE]; rows.div_ceil(SIDE) * count];
+        for row in 0..rows {
+            let group = &mut lanes[row / SIDE * count..][..count];
+            group.iter_mut().zip(self.row(row)).for_each(|(lanes, x)| lanes[row % SIDE] = *x);
+        }
+        lanes
+    }
+}
+
+/// Rows of activations whose outliers are multiplied side by side.
+pub const SIDE: usize = 8;
+
 /// Where sums go.
 pub enum To<'a> {
     /// As they are.
@@ -64,24 +86,63 @@ impl Finish<'_> {
         }
     }
 
-    /// Writes sums, at most [`MOST_COLS`], to columns from `col` on of a row; `gathered` is of these columns. `offset` is
-    /// what the sums are too large by.
+    /// Of a row of activations, the products of its outliers with what was gathered.
+    pub fn outlier_sums<'s>(&self, row: usize, gathered: &[f32], sums: &'s mut [f32; MOST_COLS]) -> Option<&'s [f32]> {
+        let To::Values { simd, outliers: Some(outliers), .. } = &self.to else {
+            return None;
+        };
+        let values = outliers.row(row);
+        match simd {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the path is available.
+            Simd::Avx2 => unsafe { gathered_sums_avx2(values, gathered, sums) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the path is available.
+            Simd::Avx512 => unsafe { gathered_sums_avx512(values, gathered, sums) },
+            _ => gathered_sums(values, gathered, sums),
+        }
+        Some(sums)
+    }
+
+    /// What the codes leave out, if anything.
+    pub fn outliers(&self) -> Option<&Outliers> {
+        match self.to {
+            To::Sums(_) => None,
+            To::Values { outliers, .. } => outliers,
+        }
+    }
+
+    /// The products of the outliers of some rows of activations, as [`Outliers::lanes`] gives them, with two rows of the
+    /// weight.
+    pub fn pair_sums(&self, columns: &[usize], lanes: &[[f32; SIDE]], codes: [&[i8]; 2]) -> [[f32; SIDE]; 2] {
+        match &self.to {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the path is available.
+            To::Values { simd: Simd::Avx2, .. } => unsafe { pair_sums_avx2(columns, lanes, codes) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the path is available.
+            To::Values { simd: Simd::Avx512, .. } => unsafe { pair_sums_avx512(columns, lanes, codes) },
+            _ => pair_sums(columns, lanes, codes),
+        }
+    }
+
+    /// Writes sums, at most [`MOST_COLS`], to columns from `col` on of a row. `offset` is what the sums are too large by;
+    /// `outliers` are the products that they leave out, if any.
     ///
     /// # Safety
     /// No other thread writes there.
-    pub unsafe fn store(&self, row: usize, col: usize, sums: &mut [i32], offset: i32, gathered: &[f32]) {
+    pub unsafe fn store(&self, row: usize, col: usize, sums: &mut [i32], offset: i32, outliers: Option<&[f32]>) {
         sums.iter_mut().for_each(|sum| *sum = sum.wrapping_sub(offset));
         match &self.to {
             // SAFETY: the caller's.
             To::Sums(out) => unsafe { out.store(row * self.cols + col, sums) },
-            To::Values { simd, row_scales, column_scales, bias, outliers, out } => {
+            To::Values { simd, row_scales, column_scales, bias, out, .. } => {
                 let cols = col..col + sums.len();
                 let columns = Columns {
                     scale: row_scales[row],
                     scales: &column_scales[cols.clone()],
                     bias: bias.map(|bias| &bias[cols]),
-                    outliers: outliers.map_or(&[], |o| &o.values[row * o.columns.len()..][..o.columns.len()]),
-                    gathered,
+                    outliers,
                 };
                 let mut values = [0.0; MOST_COLS];
                 let values = &mut values[..sums.len()];
@@ -106,10 +167,7 @@ struct Columns<'a> {
     scale: f32,
     scales: &'a [f32],
     bias: Option<&'a [f32]>,
-    /// The row's outliers.
-    outliers: &'a [f32],
-    /// `[outlier][MOST_COLS]`
-    gathered: &'a [f32],
+    outliers: Option<&'a [f32]>,
 }
 
 /// # Safety
@@ -130,29 +188,82 @@ unsafe fn values_avx512(sums: &[i32], columns: &Columns<'_>, values: &mut [f32])
 
 #[inline(always)]
 fn values_of(sums: &[i32], columns: &Columns<'_>, values: &mut [f32]) {
-    /// Columns whose sums stay in registers.
-    const WIDTH: usize = MOST_COLS / 2;
     let scale = columns.scale * (1.0 / 127.0);
     for (value, &sum) in values.iter_mut().zip(sums) {
         *value = sum as f32 * scale;
     }
-    if !columns.outliers.is_empty() {
-        for (part, values) in values.chunks_mut(WIDTH).enumerate() {
-            let mut sums = [0.0f32; WIDTH];
-            for (x, codes) in columns.outliers.iter().zip(columns.gathered.chunks_exact(MOST_COLS)) {
-                let codes: &[f32; WIDTH] = codes[part * WIDTH..][..WIDTH].try_into().expect("as many");
-                for (sum, code) in sums.iter_mut().zip(codes) {
-                    *sum += x * code;
-                }
-            }
-            values.iter_mut().zip(sums).for_each(|(value, sum)| *value += sum);
-        }
+    if let Some(outliers) = columns.outliers {
+        values.iter_mut().zip(outliers).for_each(|(value, sum)| *value += sum);
     }
     for (value, scale) in values.iter_mut().zip(columns.scales) {
         *value *= scale * (1.0 / 127.0);
     }
     if let Some(bias) = columns.bias {
         values.iter_mut().zip(bias).for_each(|(value, bias)| *value += bias);
+    }
+}
+
+/// # Safety
+/// AVX2.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+unsafe fn gathered_sums_avx2(values: &[f32], gathered: &[f32], sums: &mut [f32; MOST_COLS]) {
+    gathered_sums(values, gathered, sums);
+}
+
+/// # Safety
+/// AVX-512 F, BW and VL.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn gathered_sums_avx512(values: &[f32], gathered: &[f32], sums: &mut [f32; MOST_COLS]) {
+    gathered_sums(values, gathered, sums);
+}
+
+/// # Safety
+/// AVX2.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+unsafe fn pair_sums_avx2(columns: &[usize], lanes: &[[f32; SIDE]], codes: [&[i8]; 2]) -> [[f32; SIDE]; 2] {
+    pair_sums(columns, lanes, codes)
+}
+
+/// # Safety
+/// AVX-512 F, BW and VL.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn pair_sums_avx512(columns: &[usize], lanes: &[[f32; SIDE]], codes: [&[i8]; 2]) -> [[f32; SIDE]; 2] {
+    pair_sums(columns, lanes, codes)
+}
+
+/// As [`gathered_sums`].
+#[inline(always)]
+fn pair_sums(columns: &[usize], lanes: &[[f32; SIDE]], codes: [&[i8]; 2]) -> [[f32; SIDE]; 2] {
+    let mut sums = [[0.0f32; SIDE]; 2];
+    for (&column, x) in columns.iter().zip(lanes) {
+        for (codes, sums) in codes.iter().zip(&mut sums) {
+            let code = f32::from(codes[column]);
+            for i in 0..SIDE {
+                sums[i] += x[i] * code;
+            }
+        }
+    }
+    sums
+}
+
+/// Column after column, from zero.
+#[inline(always)]
+fn gathered_sums(values: &[f32], gathered: &[f32], sums: &mut [f32; MOST_COLS]) {
+    /// Columns whose sums stay in registers.
+    const WIDTH: usize = MOST_COLS / 2;
+    for (part, to) in sums.as_chunks_mut::<WIDTH>().0.iter_mut().enumerate() {
+        let mut sums = [0.0f32; WIDTH];
+        for (x, codes) in values.iter().zip(gathered.as_chunks::<MOST_COLS>().0) {
+            let codes = &codes[part * WIDTH..][..WIDTH];
+            for i in 0..WIDTH {
+                sums[i] += x * codes[i];
+            }
+        }
+        *to = sums;
     }
 }
 

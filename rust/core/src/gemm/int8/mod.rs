@@ -306,7 +306,7 @@ fn zero(m: usize, n: usize, finish: &Finish<'_>) {
         for col in (0..n).step_by(MOST_COLS) {
             let mut sums = [0; MOST_COLS];
             // SAFETY: there is one thread.
-            unsafe { finish.store(row, col, &mut sums[..MOST_COLS.min(n - col)], 0, &[]) }
+            unsafe { finish.store(row, col, &mut sums[..MOST_COLS.min(n - col)], 0, None) }
         }
     }
 }

@@ -41,8 +41,16 @@ impl Halves for Plain {
     }
 }
 
-/// The values as float32, of float16's precision for `SHORT`: 11 significant bits, of two equally near values the even one,
-/// in float32's range. Values of 16 bits have no more.
+/// The value, of float16's precision for `SHORT`: 11 significant bits, of two equally near values the even one, in float32's
+/// range.
+#[inline(always)]
+fn rounded<const SHORT: bool>(x: f32) -> f32 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x0fff + (bits >> 13 & 1)) & !0x1fff;
+    if !SHORT || bits & INFINITY == INFINITY { x } else { f32::from_bits(rounded) }
+}
+
+/// The values as float32, [`rounded`]; those of 16 bits have no more precision.
 #[inline(always)]
 unsafe fn widen<T: Element, H: Halves, const SHORT: bool>(from: &[T], to: &mut [f32]) {
     match T::DTYPE {
@@ -52,40 +60,98 @@ unsafe fn widen<T: Element, H: Halves, const SHORT: bool>(from: &[T], to: &mut [
             let from: &[bf16] = bytemuck::cast_slice(from);
             to.iter_mut().zip(from).for_each(|(to, from)| *to = f32_of(from.to_bits()));
         }
-        _ if SHORT => {
+        _ => {
             let from: &[f32] = bytemuck::cast_slice(from);
-            for (to, from) in to.iter_mut().zip(from) {
-                let bits = from.to_bits();
-                let rounded = bits.wrapping_add(0x0fff + (bits >> 13 & 1)) & !0x1fff;
-                *to = f32::from_bits(if bits & INFINITY == INFINITY { bits } else { rounded });
-            }
+            to.iter_mut().zip(from).for_each(|(to, from)| *to = rounded::<SHORT>(*from));
         }
-        _ => to.copy_from_slice(bytemuck::cast_slice(from)),
     }
 }
 
-/// The largest magnitude; NaN is passed over. The bits of magnitudes are in their order, which integers compare without
-/// the exceptions of floats.
+/// Magnitudes whose largest are found side by side: enough for every vector unit.
+const SIDE: usize = 64;
+
+/// The bits of floats of some size. Those of magnitudes are in their order, which integers compare without the exceptions
+/// of floats.
+trait Bits: Copy + Ord + Default {
+    /// Of the magnitude.
+    fn magnitude(self) -> Self;
+}
+
+impl Bits for u16 {
+    #[inline(always)]
+    fn magnitude(self) -> Self {
+        self & 0x7fff
+    }
+}
+
+impl Bits for u32 {
+    #[inline(always)]
+    fn magnitude(self) -> Self {
+        self & 0x7fff_ffff
+    }
+}
+
+/// The bits of the largest magnitude that is no more than `most`; zero without one.
+#[inline(always)]
+fn largest_bits<B: Bits>(values: &[B], most: B) -> B {
+    let mut side = [B::default(); SIDE];
+    let (whole, rest) = values.as_chunks::<SIDE>();
+    let counts = |bits: B| if bits.magnitude() > most { B::default() } else { bits.magnitude() };
+    for values in whole {
+        for i in 0..SIDE {
+            side[i] = side[i].max(counts(values[i]));
+        }
+    }
+    for i in 0..rest.len() {
+        side[i] = side[i].max(counts(rest[i]));
+    }
+    let mut largest = B::default();
+    for side in side {
+        largest = largest.max(side);
+    }
+    largest
+}
+
+/// Marks the values whose magnitude is from `least` to `most`, and gives the largest below.
+#[inline(always)]
+fn mark<B: Bits>(values: &[B], least: B, most: B, marks: &mut [u8]) -> B {
+    let mut side = [B::default(); SIDE];
+    let (whole, rest) = values.as_chunks::<SIDE>();
+    let (whole_marks, rest_marks) = marks.as_chunks_mut::<SIDE>();
+    for (values, marks) in whole.iter().zip(whole_marks) {
+        for i in 0..SIDE {
+            let bits = values[i].magnitude();
+            side[i] = side[i].max(if bits >= least { B::default() } else { bits });
+            marks[i] |= u8::from(bits >= least && bits <= most);
+        }
+    }
+    for i in 0..rest.len() {
+        let bits = rest[i].magnitude();
+        side[i] = side[i].max(if bits >= least { B::default() } else { bits });
+        rest_marks[i] |= u8::from(bits >= least && bits <= most);
+    }
+    let mut largest = B::default();
+    for side in side {
+        largest = largest.max(side);
+    }
+    largest
+}
+
+/// The largest magnitude; NaN is passed over.
 ///
 /// # Safety
 /// The machine has the path of `H`, as for all of these.
 #[inline(always)]
 pub unsafe fn largest<T: Element, H: Halves, const SHORT: bool>(row: &[T]) -> f32 {
-    let mut buffer = [0.0; CHUNK];
-    let mut largest = 0;
-    for chunk in row.chunks(CHUNK) {
-        let values = &mut buffer[..chunk.len()];
-        // SAFETY: the caller's.
-        unsafe { widen::<T, H, SHORT>(chunk, values) };
-        largest = values.iter().fold(largest, |largest, x| {
-            let bits = x.to_bits() & !(1 << 31);
-            largest.max(if bits > INFINITY { 0 } else { bits })
-        });
+    match T::DTYPE {
+        DType::F16 => f16::from_bits(largest_bits::<u16>(bytemuck::cast_slice(row), f16::INFINITY.to_bits())).to_f32(),
+        DType::Bf16 => f32_of(largest_bits::<u16>(bytemuck::cast_slice(row), bf16::INFINITY.to_bits())),
+        // Rounding keeps the order of magnitudes.
+        _ => rounded::<SHORT>(f32::from_bits(largest_bits::<u32>(bytemuck::cast_slice(row), INFINITY))),
     }
-    f32::from_bits(largest)
 }
 
-/// The largest magnitude below `threshold`; the columns of others, which are outliers, are marked with 1.
+/// The largest magnitude below `threshold`; the columns of others, which are outliers, are marked with 1. NaN is neither.
 ///
 /// # Safety
 /// As [`largest`].
@@ -95,20 +161,31 @@ pub unsafe fn largest_below<T: Element, H: Halves, const SHORT: bool>(
     threshold: f32,
     marks: &mut [u8],
 ) -> f32 {
-    let mut buffer = [0.0; CHUNK];
-    let mut largest = 0;
-    for (chunk, marks) in row.chunks(CHUNK).zip(marks.chunks_mut(CHUNK)) {
-        let values = &mut buffer[..chunk.len()];
-        // SAFETY: the caller's.
-        unsafe { widen::<T, H, SHORT>(chunk, values) };
-        for (x, mark) in values.iter().zip(marks) {
-            let bits = x.to_bits() & !(1 << 31);
-            let outlier = f32::from_bits(bits) >= threshold; // never NaN
-            *mark |= u8::from(outlier);
-            largest = largest.max(if outlier || bits > INFINITY { 0 } else { bits });
+    match T::DTYPE {
+        DType::F16 => {
+            let nearest = f16::from_f32(threshold);
+            let least = nearest.to_bits() + u16::from(nearest.to_f32() < threshold);
+            f16::from_bits(mark(bytemuck::cast_slice(row), least, f16::INFINITY.to_bits(), marks)).to_f32()
+        }
+        DType::Bf16 => {
+            let nearest = bf16_bits(threshold);
+            let least = nearest + u16::from(f32_of(nearest) < threshold);
+            f32_of(mark(bytemuck::cast_slice(row), least, bf16::INFINITY.to_bits(), marks))
+        }
+        _ => {
+            let mut buffer = [0u32; CHUNK];
+            let row: &[f32] = bytemuck::cast_slice(row);
+            let mut largest = 0;
+            for (chunk, marks) in row.chunks(CHUNK).zip(marks.chunks_mut(CHUNK)) {
+                let bits = &mut buffer[..chunk.len()];
+                for (bits, x) in bits.iter_mut().zip(chunk) {
+                    *bits = rounded::<SHORT>(*x).to_bits();
+                }
+                largest = largest.max(mark(bits, threshold.to_bits(), INFINITY, marks));
+            }
+            f32::from_bits(largest)
         }
     }
-    f32::from_bits(largest)
 }
 
 /// The codes of a row with this scale.
@@ -117,8 +194,15 @@ pub unsafe fn largest_below<T: Element, H: Halves, const SHORT: bool>(
 /// As [`largest`]; `codes` is as long as the row.
 #[inline(always)]
 pub unsafe fn encode<T: Element, H: Halves, const SHORT: bool>(row: &[T], scale: f32, codes: &mut [i8]) {
-    let mut buffer = [0.0; CHUNK];
     let (factor, divisor) = if scale >= LARGE { (127.0 / 256.0, scale / 256.0) } else { (127.0, scale) };
+    if T::DTYPE != DType::F16 {
+        for (code, x) in codes.iter_mut().zip(row) {
+            let x = if T::DTYPE == DType::Bf16 { x.to_f32() } else { rounded::<SHORT>(x.to_f32()) };
+            *code = round_to_code(x * factor / divisor);
+        }
+        return;
+    }
+    let mut buffer = [0.0; CHUNK];
     for (chunk, codes) in row.chunks(CHUNK).zip(codes.chunks_mut(CHUNK)) {
         let values = &mut buffer[..chunk.len()];
         // SAFETY: the caller's.

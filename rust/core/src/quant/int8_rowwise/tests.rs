@@ -122,23 +122,137 @@ fn every_16_bit_value_in_a_row_of_any_size() {
     }
 }
 
+/// Rows without outliers, as the words at [`quantize_rows_outliers`] say: codes, scales, marks.
+fn apart(values: &[f32], columns: usize, threshold: f32) -> (Vec<i8>, Vec<f32>, Vec<u8>) {
+    let mut marks = vec![0u8; columns];
+    values.iter().enumerate().filter(|(_, x)| x.abs() >= threshold).for_each(|(i, _)| marks[i % columns] = 1);
+    let (mut codes, mut scales) = (vec![], vec![]);
+    for row in values.chunks(columns) {
+        let counts = row.iter().filter(|x| x.abs() < threshold);
+        let scale = counts.fold(0.0f32, |scale, x| scale.max(x.abs()));
+        scales.push(scale);
+        let code = |(x, &mark): (&f32, &u8)| if mark == 1 { 0 } else { (x * 127.0 / scale).round_ties_even() as i8 };
+        codes.extend(row.iter().zip(&marks).map(code));
+    }
+    (codes, scales, marks)
+}
+
+/// As [`apart`], by a path.
+fn found_apart<T: Element>(simd: Simd, input: &[T], columns: usize, threshold: f32) -> (Vec<i8>, Vec<f32>, Vec<u8>) {
+    let rows = input.len() / columns;
+    let (mut codes, mut scales, mut marks) = (vec![99; input.len()], vec![9.0; rows], vec![9; columns]);
+    let (full, shape) = (Precision::Full, [rows, columns]);
+    quantize_rows_outliers(simd, input, full, threshold, shape, &mut codes, &mut scales, &mut marks).unwrap();
+    (codes, scales, marks)
+}
+
+#[test]
+fn outliers_are_kept_apart() {
+    let (nan, inf) = (f32::NAN, f32::INFINITY);
+    let input = [[1.0, -6.0, 3.0, nan], [5.9, 1.0, 0.0, -2.0], [nan, inf, -7.0, 6.5]];
+    for simd in Simd::available() {
+        let (codes, scales, marks) = found_apart(simd, input.as_flattened(), 4, 6.0);
+        assert_eq!(marks, [0, 1, 1, 1], "{simd}");
+        assert_eq!(scales, [3.0, 5.9, 0.0], "{simd}: a small value in a marked column counts");
+        assert_eq!(codes, [42, 0, 0, 0, 127, 0, 0, 0, 0, 0, 0, 0], "{simd}");
+        // An infinite threshold marks infinities alone.
+        let (_, scales, marks) = found_apart(simd, input.as_flattened(), 4, inf);
+        assert_eq!((marks, scales), (vec![0, 1, 0, 0], vec![6.0, 5.9, 7.0]), "{simd}");
+    }
+}
+
+#[test]
+fn outliers_of_nothing_and_wrong_calls() {
+    let call = |shape: [usize; 2], threshold: f32, lengths: [usize; 3]| {
+        let [n, rows, columns] = lengths;
+        let (input, mut codes) = (vec![1.0f32; n], vec![9; n]);
+        let (mut scales, mut marks) = (vec![9.0; rows], vec![9; columns]);
+        let full = Precision::Full;
+        quantize_rows_outliers(Simd::Scalar, &input, full, threshold, shape, &mut codes, &mut scales, &mut marks)
+            .map(|()| (scales, marks))
+            .map_err(|error| error.to_string())
+    };
+    assert_eq!(call([0, 3], 6.0, [0, 0, 3]), Ok((vec![], vec![0; 3])));
+    assert_eq!(call([3, 0], 6.0, [0, 3, 0]), Ok((vec![0.0; 3], vec![])));
+    for threshold in [0.0, -1.0, f32::NAN] {
+        let error = format!("threshold is {threshold}: expected a number greater than 0");
+        assert_eq!(call([2, 2], threshold, [4, 2, 2]), Err(error));
+    }
+    assert!(call([2, 2], 1.0, [3, 2, 2]).unwrap_err().starts_with("input is 3"));
+    assert!(call([2, 2], 1.0, [4, 1, 2]).unwrap_err().starts_with("scales is 1"));
+    assert!(call([2, 2], 1.0, [4, 2, 3]).unwrap_err().starts_with("outliers is 3"));
+    assert!(call([usize::MAX, 2], 1.0, [4, 2, 3]).unwrap_err().starts_with("rows is"));
+}
+
+#[test]
+fn half_precision_is_float16_in_the_range_of_float32() {
+    // Where float16 is normal, its rounding is meant; elsewhere the same number of bits counts.
+    let halves = (0..=u16::MAX).map(|b| f16::from_bits(b).to_f32()).filter(|x| x.is_normal() && x.abs() > 1e-4);
+    let values: Vec<f32> = halves.flat_map(|x| [x, x * 1.000_24, x * 1.000_488_3, x * 1.000_8]).collect();
+    let rounded: Vec<f32> =
+        values.iter().map(|&x| f16::from_f32(x).to_f32()).map(|x| if x.is_finite() { x } else { 0.0 }).collect();
+    let values: Vec<f32> = values.iter().zip(&rounded).map(|(&x, &r)| if r == 0.0 { 0.0 } else { x }).collect();
+    for simd in Simd::available() {
+        for scale in [1.0, 2f32.powi(100), 2f32.powi(-100)] {
+            let wide: Vec<f32> = values.iter().map(|x| x * scale).collect();
+            let short: Vec<f32> = rounded.iter().map(|x| x * scale).collect();
+            let (mut codes, mut expected) = (vec![9; wide.len()], vec![8; wide.len()]);
+            let largest = row::largest(simd, &wide, Precision::Half);
+            assert_eq!(largest, row::largest(simd, &short, Precision::Full), "{simd} {scale}");
+            row::encode(simd, &wide, Precision::Half, largest, None, &mut codes);
+            row::encode(simd, &short, Precision::Full, largest, None, &mut expected);
+            assert_eq!(codes, expected, "{simd} {scale}");
+        }
+        for x in [f32::INFINITY, f32::NAN] {
+            assert_eq!(row::largest(simd, &[x, 1.0], Precision::Half), if x.is_nan() { 1.0 } else { x });
+        }
+    }
+}
+
+/// Codes and scales by every path, of one type.
+fn check_paths<T: Element>(values: &[f32], columns: usize, threshold: f32) {
+    let input: Vec<T> = values.iter().map(|&x| T::from_f32(x)).collect();
+    let wide: Vec<f32> = input.iter().map(|x| x.to_f32()).collect();
+    let rows = input.len() / columns;
+    let expected: Vec<(Vec<i8>, f32)> = wide.chunks(columns).map(definition).collect();
+    let codes: Vec<i8> = expected.iter().flat_map(|(codes, _)| codes.clone()).collect();
+    let scales: Vec<f32> = expected.iter().map(|(_, scale)| *scale).collect();
+    let value = |i: usize| T::from_f32(f32::from(codes[i]) * scales[i / columns] * (1.0 / 127.0));
+    for simd in Simd::available() {
+        let (mut found, mut found_scales) = (vec![99; input.len()], vec![9.0; rows]);
+        quantize_rows_by(simd, &input, rows, columns, &mut found, &mut found_scales).unwrap();
+        assert_eq!((&found, &found_scales), (&codes, &scales), "{simd}");
+        let mut out = vec![T::default(); input.len()];
+        dequantize_rows_by(simd, &codes, &scales, rows, columns, &mut out).unwrap();
+        let same = |(i, &x): (usize, &T)| x == value(i) || x.to_f32().is_nan() && value(i).to_f32().is_nan();
+        assert!(out.iter().enumerate().all(same), "{simd}");
+        let mut rounded = vec![9.0; columns];
+        row::read_rounded::<T>(simd, &codes[..columns], scales[0], &mut rounded);
+        let same = |(a, b): (&f32, &T)| *a == b.to_f32() || a.is_nan() && b.to_f32().is_nan();
+        assert!(rounded.iter().zip(&out).all(same), "{simd}");
+        assert_eq!(found_apart(simd, &input, columns, threshold), apart(&wide, columns, threshold), "{simd}");
+    }
+}
+
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(100))]
+
     #[test]
-    fn rows_are_as_defined(
+    fn rows_are_as_defined_on_every_path(
         columns in 1usize..600,
         values in prop::collection::vec(
-            prop::num::f32::ANY.prop_filter("no overflow", |x| x.is_nan() || x.abs() < LARGE),
-            1..2000,
+            prop_oneof![
+                4 => -9f32..9.0,
+                1 => prop::num::f32::ANY.prop_filter("no overflow", |x| x.is_nan() || x.abs() < LARGE),
+            ],
+            600..2000,
         ),
+        threshold in prop::sample::select(vec![1e-30f32, 0.5, 6.0, 1e20, f32::INFINITY]),
     ) {
-        let rows = values.len() / columns;
-        let values = &values[..rows * columns];
-        let (codes, scales) = quantized(values, rows, columns);
-        for (r, row) in values.chunks(columns).enumerate() {
-            let (expected, scale) = definition(row);
-            prop_assert_eq!(&codes[r * columns..][..columns], expected);
-            prop_assert_eq!(scales[r], scale);
-        }
+        let values = &values[..values.len() / columns * columns];
+        check_paths::<f32>(values, columns, threshold);
+        check_paths::<f16>(values, columns, threshold);
+        check_paths::<bf16>(values, columns, threshold);
     }
 
     #[test]
