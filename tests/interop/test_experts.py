@@ -212,9 +212,7 @@ def test_experts_of_a_failed_call_are_as_before() -> None:
 def test_experts_in_8_bits(tmp_path: Path) -> None:
     dense = dense_model("qwen3_moe")
     dense.save_pretrained(tmp_path)
-    model = type(dense).from_pretrained(
-        tmp_path, quantization_config=halfbyte.BitsAndBytesConfig(load_in_8bit=True)
-    )
+    model = type(dense).from_pretrained(tmp_path, quantization_config=halfbyte.BitsAndBytesConfig(load_in_8bit=True))
     assert isinstance(model.model.layers[0].mlp.experts._modules["1"].up_proj, Linear8bitLt)
     difference = logits(model) - logits(dense)
     assert difference.norm() < 0.02 * logits(dense).norm()

@@ -377,7 +377,12 @@ def int8_scaled_mm(
 ) -> Tensor:
     """`int8_matmul`, scaled to what the codes stand for, plus bias: `dtype`."""
     check_int8_scaled_mm(a, b, row_scales, column_scales, bias, dtype)
-    a, b, row_scales, column_scales = a.contiguous(), b.contiguous(), row_scales.contiguous(), column_scales.contiguous()
+    a, b, row_scales, column_scales = (
+        a.contiguous(),
+        b.contiguous(),
+        row_scales.contiguous(),
+        column_scales.contiguous(),
+    )
     bias = None if bias is None else bias.contiguous()
     shape = prod(a.shape[:-1]), b.shape[0], b.shape[1]
     out = a.new_empty((*a.shape[:-1], shape[1]), dtype=dtype)
