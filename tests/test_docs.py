@@ -168,6 +168,10 @@ PAGES = {
     "docs/from-bitsandbytes.md": "model.is_loaded_in_4bit",
     "docs/getting-started.md": "y.shape == (3, 128) and tokens.shape[1] > 2",
     "docs/kernels.md": "dense.shape == (512, 256)",
+    "docs/mixture-of-experts.md": (
+        "sum(type(m).__name__ == 'Linear4bit' for m in again.modules()) == 2 * (4 + 8 * 3)"
+        " and sum('.experts.' in name for name, _ in on_dense.named_parameters() if 'lora_A' in name) == 4"
+    ),
     "docs/llm-int8.md": (
         "losses[-1] < losses[0] and merged.is_loaded_in_8bit and Path('Llama-3.2-1B-int8').is_dir() "
         "and not any(isinstance(m, halfbyte.nn.Linear8bitLt) for m in mixed.model.layers[1].modules())"

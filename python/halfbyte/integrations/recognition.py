@@ -43,6 +43,12 @@ def _await_peft() -> None:
 
         another_base.enter_transformers(peft)
 
+    def enter_conversion(conversion: ModuleType) -> None:
+        from halfbyte.integrations.peft import experts
+
+        experts.enter(conversion)
+
+    when_imported("peft.utils.transformers_weight_conversion", enter_conversion)
     when_imported("peft.tuners.tuners_utils", enter)
     when_imported("peft.peft_model", enter_models)
     when_imported("transformers.integrations.peft", enter_transformers)

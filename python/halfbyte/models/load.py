@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -28,6 +30,7 @@ from halfbyte.models.observers import notify
 from halfbyte.models.plan import EXTRA, Plan, make_plan, persistent, report, some
 from halfbyte.models.recipe import INT8, PACKED_LAYERS, PackedLayer, Recipe, bits_of, scales_of, shape_of
 from halfbyte.models.replace import SOURCE_DTYPE, dense_dtype, replace, to_dense, to_embedding, to_linear
+from halfbyte.models.transformers_experts import apart
 from halfbyte.models.transformers_weights import Entry
 from halfbyte.offline.hub import Hub
 from halfbyte.ops.checks import FLOAT_DTYPES
@@ -35,6 +38,9 @@ from halfbyte.ops.checks import FLOAT_DTYPES
 _logger = logging.getLogger(__name__)
 
 _Model = TypeVar("_Model", bound=nn.Module)
+
+# Something beside the packed weight of a single expert.
+_OF_AN_EXPERT = re.compile(r"experts\.\d+\.\w+\.(weight\.(absmax|nested_absmax)|SCB)$")
 
 
 def load_quantized(
@@ -97,8 +103,10 @@ def load_quantized(
     target = torch.device(device)
     if target.type == "meta":
         raise ValueError("device must be a device with storage, such as 'cpu' or 'cuda', got 'meta'")
-    with Folder(folder, Hub(revision, token, cache_dir)) as source:
+    with ExitStack() as stack:
+        source = stack.enter_context(Folder(folder, Hub(revision, token, cache_dir)))
         config = _read_config(source)
+        experts = stack.enter_context(apart(model, any(_OF_AN_EXPERT.search(name) for name in source.names)))
         plan = make_plan(model, source)
         if not plan.packed:
             if plan.found:
@@ -114,6 +122,7 @@ def load_quantized(
         layers = _layers(model, source, plan, target, recipe)
         check_ties(model, source, plan)
         compute_buffers(model, plan)
+        experts.keep()
         names = paths(model)
         result: nn.Module = model
         for old, new in layers:

@@ -20,6 +20,7 @@ from halfbyte._native import CheckpointError
 from halfbyte._terminal import Bar, format_bytes, is_terminal
 from halfbyte.config import BitsAndBytesConfig
 from halfbyte.models.checkpoint_reader import Folder
+from halfbyte.models.experts import fuse
 from halfbyte.models.layers import join, paths
 from halfbyte.models.load import (
     assign,
@@ -35,7 +36,9 @@ from halfbyte.models.plan import make_plan, report
 from halfbyte.models.recipe import INT8, PACKED_LAYERS, PackedLinear, Recipe, is_quantized, scales_of
 from halfbyte.models.replace import replace, to_dense, to_linear
 from halfbyte.models.select import Choice, Layer, choose, skip_list
+from halfbyte.models.transformers_experts import apart
 from halfbyte.nn import Params4bit
+from halfbyte.nn.experts import Experts4bit
 from halfbyte.nn.int8_params import check_weight
 from halfbyte.offline.hub import Hub
 from halfbyte.offline.options import QuantizeOptions, Rule, module_names, rule_texts
@@ -119,32 +122,36 @@ def quantize_model(
         rules=rule_texts(rules or ()), skip=(*of_config, *module_names("skip", skip or ())), blocksize=blocksize
     )
     recipe = Recipe.from_config(settings, options.blocksize)
-    choice = choose(
-        model,
-        recipe.quant_type,
-        rules=options.rules,
-        skip=options.skip,
-        subclasses=_classes(subclasses),
-        meta=checkpoint is not None,
-    )
-    if not choice.layers:
-        raise ValueError(_nothing(model, choice))
     target = None if device is None else torch.device(device)
     if target is not None and target.type == "meta":
         raise ValueError("device must be a device with storage, such as 'cpu' or 'cuda', got 'meta'")
-    listed = skip_list(model, choice)
-    for note in choice.notes:
-        _logger.warning("quantize_model: %s", note)
-
-    if checkpoint is None:
-        _check_int8(choice, recipe)
-    swap = _Swap(model, choice, recipe, target)
-    # From here on only `swap` knows the layers, and lets go of each as it is converted.
-    del choice
-    with _display(progress) as show:
-        result = (
-            swap.run(show) if checkpoint is None else swap.run_from(checkpoint, Hub(revision, token, cache_dir), show)
+    with apart(model) as experts:
+        choice = choose(
+            model,
+            recipe.quant_type,
+            rules=options.rules,
+            skip=options.skip,
+            subclasses=_classes(subclasses),
+            meta=checkpoint is not None,
         )
+        if not choice.layers:
+            raise ValueError(_nothing(model, choice))
+        listed = skip_list(model, choice)
+        for note in choice.notes:
+            _logger.warning("quantize_model: %s", note)
+
+        if checkpoint is None:
+            _check_int8(choice, recipe)
+        experts.settle(name for layer in choice.layers for name in layer.names)
+        swap = _Swap(model, choice, recipe, target)
+        # From here on only `swap` knows the layers, and lets go of each as it is converted.
+        del choice
+        with _display(progress) as show:
+            if checkpoint is None:
+                experts.keep()
+                result = swap.run(show)
+            else:
+                result = swap.run_from(checkpoint, Hub(revision, token, cache_dir), show, experts.keep)
     notify(result, _written(settings, listed))
     _logger.info("%s", swap.summary(result))
     return result  # type: ignore[return-value]
@@ -183,6 +190,10 @@ def dequantize_model(model: _Model, dtype: torch.dtype | None = None) -> _Model:
         module, names = found.pop()
         result = replace(result, names, to_dense(module, dtype))
         del module
+    for experts, names in paths(result).items():
+        whole = fuse(experts) if isinstance(experts, Experts4bit) else None
+        if whole is not None:
+            result = replace(result, names, whole)
     notify(result, None)
     return result  # type: ignore[return-value]
 
@@ -228,8 +239,8 @@ class _Swap:
                 self.model = self.model.to(self.device)
         return self.model
 
-    def run_from(self, checkpoint: str | PathLike[str], hub: Hub, show: _Show) -> nn.Module:
-        """Convert a model whose weights are in a checkpoint."""
+    def run_from(self, checkpoint: str | PathLike[str], hub: Hub, show: _Show, begin: Callable[[], None]) -> nn.Module:
+        """Convert a model whose weights are in a checkpoint; `begin` is called before anything is changed."""
         device = torch.device("cpu") if self.device is None else self.device
         with Folder(checkpoint, hub) as source:
             plan = make_plan(self.model, source)
@@ -241,6 +252,7 @@ class _Swap:
             report(self.model, source, plan, strict=True, unexpected=False)
             check_ties(self.model, source, plan)
             compute_buffers(self.model, plan)
+            begin()
             wanted = {join(name, "weight"): layer for layer in self.layers for name in layer.names}
             self.layers = []
             holders = tensor_holders(self.model)
@@ -254,7 +266,8 @@ class _Swap:
                             assign(holders, name, tensor.to(device))
                         else:
                             show(self.done, self.total, layer.name)
-                            wanted = {key: value for key, value in wanted.items() if value is not layer}
+                            for other in layer.names:
+                                wanted.pop(join(other, "weight"), None)
                             new = self._convert(layer, tensor, device)
                             for attribute in new._parameters:
                                 # What comes later goes into the new layer.

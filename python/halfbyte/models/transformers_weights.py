@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from halfbyte.models.transformers_experts import mapping_for
 from halfbyte.offline.transformers_names import renamed
 
 if TYPE_CHECKING:
@@ -45,10 +46,13 @@ def entries(model: PreTrainedModel, names: Iterable[str], facts: Facts) -> tuple
     Raises:
         ValueError: transformers cannot convert a group of tensors; the message names them.
     """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
     found: list[Entry] = []
     unexpected: list[str] = []
     groups: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
-    for name, target, pattern, converter in renamed(model, names):
+    mapping = mapping_for(model, get_model_conversion_mapping(model))
+    for name, target, pattern, converter in renamed(model, names, mapping):
         if target is None:
             unexpected.append(name)
         elif pattern is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from halfbyte.nn._quantized import fix_4bit_weight_quant_state_from_module
 from halfbyte.nn.embedding import Embedding4bit, Embedding8bit, EmbeddingFP4, EmbeddingNF4
+from halfbyte.nn.experts import Expert, Experts4bit
 from halfbyte.nn.int8_params import Int8Params
 from halfbyte.nn.linear4bit import Linear4bit, LinearFP4, LinearNF4
 from halfbyte.nn.linear8bit import Linear8bitLt
@@ -14,6 +15,8 @@ __all__ = [
     "Embedding8bit",
     "EmbeddingFP4",
     "EmbeddingNF4",
+    "Expert",
+    "Experts4bit",
     "Int8Params",
     "Linear4bit",
     "Linear8bitLt",

@@ -9,12 +9,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def renamed(model: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple[str, str | None, str | None, Any]]:
+def renamed(
+    model: PreTrainedModel, names: Iterable[str], mapping: Iterable[Any] | None = None
+) -> Iterator[tuple[str, str | None, str | None, Any]]:
     """What transformers calls each tensor of a checkpoint in the model, in the order in which it loads them.
 
     Args:
         model: The model, on any device.
         names: Of the checkpoint's tensors.
+        mapping: transformers' tables for the model, where they are not its own.
 
     Yields:
         The name; that in the model's state dict, None where the model has no such tensor; and, where the tensor is
@@ -28,7 +31,7 @@ def renamed(model: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple[str,
         rename_source_key,
     )
 
-    mapping = get_model_conversion_mapping(model)
+    mapping = get_model_conversion_mapping(model) if mapping is None else list(mapping)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
@@ -41,3 +44,11 @@ def renamed(model: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple[str,
         if key not in parameters and name in parameters:
             key, pattern = rename_source_key(name, [], [], prefix, parameters)
         yield name, key if key in parameters else None, pattern, None if pattern is None else by_pattern[pattern]
+
+
+def is_needless(converter: Any, names: list[str]) -> bool:
+    """Whether a converter makes a tensor that a model has not, of tensors that it has."""
+    targets = [target.replace("\\", "").strip("^$") for target in converter.target_patterns]
+    if any(target in name for target in targets for name in names):
+        return False
+    return any(converter.compiled_sources.search(name) for name in names)

@@ -18,6 +18,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from halfbyte._native import CheckpointError
 from halfbyte.integrations.transformers.layers import chosen
@@ -25,6 +26,7 @@ from halfbyte.models import packed, transformers_weights
 from halfbyte.models.load import layer_shape
 from halfbyte.models.packed import Packed
 from halfbyte.models.recipe import shape_of
+from halfbyte.models.transformers_experts import mapping_for
 from halfbyte.offline.transformers_names import renamed
 
 _AGAIN = "it is incomplete: save, or download, it again"
@@ -53,7 +55,9 @@ def packed_in(model: Any, files: Sequence[str], keep: Sequence[str], floats: boo
         beside = {name for one in found.values() for name in one.parts.values()}
         targets: dict[str, str] = {}
         merged: list[str] = []
-        for name, target, _, converter in renamed(model, [name for name in checkpoint.files if name not in beside]):
+        for name, target, _, converter in renamed(
+            model, [name for name in checkpoint.files if name not in beside], _mapping(model)
+        ):
             if target is None:
                 continue
             if name not in found:
@@ -106,12 +110,16 @@ def check_dense(model: Any, files: Sequence[str], paths: Sequence[str]) -> None:
             if checkpoint.dtype(name) not in ("F16", "BF16", "F32", "F64"):
                 odd.append(name)
         weights = {f"{path}.weight" for path in paths}
-        for name, target, _, _ in renamed(model, odd):
+        for name, target, _, _ in renamed(model, odd, _mapping(model)):
             if target in weights:
                 raise CheckpointError(
                     f"{checkpoint.files[name]}: {name} is {checkpoint.dtype(name)}, so it is quantized already, and "
                     "cannot be quantized again; start from the 16-bit checkpoint that it was made from"
                 )
+
+
+def _mapping(model: Any) -> list[Any]:
+    return mapping_for(model, get_model_conversion_mapping(model))
 
 
 class _Checkpoint:

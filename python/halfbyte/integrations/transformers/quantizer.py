@@ -18,16 +18,20 @@ from torch import nn
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.import_utils import is_accelerate_available
 
 from halfbyte.config import BitsAndBytesConfig
 from halfbyte.integrations.recognition import serve_bitsandbytes
 from halfbyte.integrations.saved_config import with_compute_dtype
 from halfbyte.integrations.transformers import checkpoint, layers, operations
+from halfbyte.models.experts import fused_paths, put_back
 from halfbyte.models.layers import experts_note, fused_experts
 from halfbyte.models.packed import Packed
 from halfbyte.models.recipe import INT8, PACKED_LAYERS, PackedParameter, Recipe, bits_of, is_quantized
 from halfbyte.models.replace import SOURCE_CLASS
+from halfbyte.models.transformers_experts import mapping_for, take_apart
+from halfbyte.models.transformers_split import Split
 from halfbyte.nn import Params4bit
 
 _logger = logging.getLogger(__name__)
@@ -61,6 +65,8 @@ class _Quantizer:
         self.recipe = Recipe.from_config(coerced)
         self.problems: list[str] = []
         self._device_map: Mapping[str, Any] = {}
+        self._fused: dict[str, nn.Module] = {}
+        self._merges: list[Any] = []
 
     # ---- before loading ----------------------------------------------------------------------------------------------
 
@@ -114,6 +120,7 @@ class _Quantizer:
         """
         if isinstance(device_map, Mapping):
             self._device_map = dict(device_map)
+        self._model = model
         skip = self.config.llm_int8_skip_modules
         kept = list(getattr(model, "_keep_in_fp32_modules", None) or ())
         if not self.pre_quantized:
@@ -123,6 +130,8 @@ class _Quantizer:
             self.modules_to_not_convert = self.get_modules_to_not_convert(
                 model, skip, kept, add_default_skips=not self.pre_quantized
             )
+            if not self.pre_quantized:
+                self._fused = take_apart(model, self._kept_experts(model))
             recipes = dict.fromkeys(layers.chosen(model, self.modules_to_not_convert), self.recipe)
         if not self.pre_quantized:
             checkpoint.check_dense(model, checkpoint_files or (), list(recipes))
@@ -133,9 +142,9 @@ class _Quantizer:
                     name,
                     type(model).__name__,
                 )
-            experts = fused_experts(model.named_modules())
-            if experts:
-                _logger.warning("%s: %s", type(model).__name__, experts_note(experts))
+            left = fused_experts(model.named_modules())
+            if left:
+                _logger.warning("%s: %s", type(model).__name__, experts_note(left))
         count = layers.put_packed(model, recipes, packed=self.pre_quantized)
         self.quantization_config = with_compute_dtype(self.quantization_config, model.dtype)
         if not count:
@@ -151,7 +160,16 @@ class _Quantizer:
         """How the layers are packed that are so in the checkpoint; None where its files do not tell."""
         heads = self.get_modules_to_not_convert(model, skip, kept, add_default_skips=True)
         floats = self.recipe.has_fp16_weights and self.recipe.quant_type == INT8
-        found = checkpoint.packed_in(model, files, heads, floats)
+        self._fused = take_apart(model, ())
+        try:
+            found = checkpoint.packed_in(model, files, heads, floats)
+        except BaseException:
+            put_back(model, self._fused)
+            raise
+        if not any(path.startswith(f"{experts}.") for experts in self._fused for path in found or ()):
+            # All are in 16 bits.
+            put_back(model, self._fused)
+            self._fused = {}
         if found is None:
             return None
         recipes = {path: self._recipe_of(one) for path, one in found.items()}
@@ -190,6 +208,23 @@ class _Quantizer:
         keywords = inspect.signature(WeightConverter.__init__).parameters
         how = {"force_cpu": True} if "force_cpu" in keywords else {}
         return [WeightConverter(operations.WEIGHT, operations.WEIGHT, operations=[operations.PassOn(self)], **how)]
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """Leave out what merges experts that were taken apart, and add what splits fused ones."""
+        if self._fused:
+            model = self._model if model is None else model
+            changed = mapping_for(model, weight_conversions)
+            self._merges = [entry for entry in weight_conversions if entry not in changed]
+            weight_conversions = changed
+        stock: Any = super().update_weight_conversions  # type: ignore[misc]
+        more = {"model": model} if "model" in inspect.signature(stock).parameters else {}
+        updated: list[Any] = stock(weight_conversions, **more)
+        return updated
+
+    def _kept_experts(self, model: Any) -> list[str]:
+        """Paths of fused experts that stay as they are."""
+        paths = fused_paths(model.named_modules())
+        return [path for path in paths if not should_convert_module(path, self.modules_to_not_convert)]
 
     def place(self, name: str, module: nn.Module, weight: PackedParameter) -> PackedParameter:
         """Prepare a module whose weight goes to disk: a packed parameter without bytes keeps its scales there.
@@ -241,7 +276,7 @@ class _Quantizer:
             model._weight_conversions = [
                 conversion
                 for conversion in conversions
-                if not any(isinstance(op, operations.Operation) for op in getattr(conversion, "operations", ()))
+                if not any(isinstance(op, operations.Operation | Split) for op in getattr(conversion, "operations", ()))
             ]
         serve_bitsandbytes(model)
         for bits in found:
@@ -268,7 +303,11 @@ class _Quantizer:
         if isinstance(dtype, str):
             # Saving a model leaves a name in `config.dtype`.
             dtype = getattr(torch, dtype.removeprefix("torch."))
-        return dequantize_model(model, dtype)
+        model = dequantize_model(model, dtype)
+        if self._merges:
+            # The experts are together again, and are saved apart.
+            model._weight_conversions = [*(getattr(model, "_weight_conversions", None) or ()), *self._merges]
+        return model
 
 
 class Quantizer4bit(_Quantizer, Bnb4BitHfQuantizer):
