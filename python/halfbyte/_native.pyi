@@ -448,7 +448,7 @@ def cuda_matmul_4bit(
 
     "decode_..." are the fast kernels: float16 and bfloat16, k a multiple of 64, blocksize >= 64, x and packed aligned
     to 16 bytes, compute capability 8.0; launched for 16 or 32 rows of x each. "product_..." take everything, slowly.
-    `kernel` insists on "decode_ring", "decode" or "plain"; ValueError when that one does not take the arguments.
+    `kernel` insists on "small_m_sm90", "small_m_sm80", "tile_sm90a" or "simt"; ValueError when that one does not take the arguments.
     """
 
 class CheckpointError(ValueError):
@@ -500,6 +500,14 @@ class TotalsData(TypedDict):
     bits_per_weight: float
 
 @type_check_only
+class TypeData(TypedDict):
+    type: str
+    tensors: int
+    weights: int
+    bytes_in: int
+    bytes_out: int
+
+@type_check_only
 class PlanData(TypedDict):
     operation: Literal["quantize", "dequantize"]
     source: str
@@ -512,6 +520,7 @@ class PlanData(TypedDict):
     left_out: list[LeftOutData]
     skip_modules: list[str] | None
     model_dtype: str | None
+    types: list[TypeData]
     totals: TotalsData
 
 @type_check_only
@@ -557,7 +566,7 @@ class InspectedFile(TypedDict):
 class InspectedWeight(TypedDict):
     name: str
     quant_type: str
-    blocksize: int
+    blocksize: int | None
     nested: bool
     dtype: str | None
     shape: list[int]
@@ -714,8 +723,11 @@ def run_plan(
 def is_staged(destination: str, file: str) -> bool:
     """Whether a run into `destination` that has not ended, or was interrupted, has completed an output file."""
 
-def verify(a: str, b: str, config_json: str | None, threads: int) -> Job[VerifyData]:
-    """Compare every quantized tensor of `b` with a fresh quantization of `a`, or with `a` when that is quantized."""
+def verify(a: str, b: str, config_a: str | None, config_b: str | None, threads: int) -> Job[VerifyData]:
+    """Compare every quantized tensor of `b` with a fresh quantization of `a`, or with `a` when that is quantized.
+
+    `config_a` and `config_b` are the texts of their config.json.
+    """
 
 def inspect(path: str) -> InspectData:
     """What a folder or a file holds."""

@@ -486,7 +486,7 @@ def linear_8bit(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, t
 def linear_8bit_backward(grad: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """`grad @ W` with the rows `W` [out_features, in_features] in codes and scales; in the dtype of `grad`."""
     check_linear_8bit_backward(grad, codes, scales)
-    return grad @ dequantize_rows(codes, scales, grad.dtype)
+    return int8_torch.product(grad, dequantize_rows(codes, scales, grad.dtype))
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
