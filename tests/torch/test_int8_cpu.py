@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import halfbyte.functional  # noqa: F401 - the operations are registered
 import pytest
 import torch
 from halfbyte import _native
