@@ -506,6 +506,22 @@ def int8_and_4bit_in_one_checkpoint(folder: Path) -> None:
     again = halfbyte.load_quantized(empty, path)
     assert (layers(again), layers8(again)) == (8, 6)
     assert torch.equal(logits(again), logits(model))
+    # As the offline tool writes it: both flags, which transformers' own class refuses.
+    flags = {"load_in_8bit": True, "_load_in_8bit": True}
+    both = configured(path, folder / "both", lambda values: values.update(flags))
+    ways: list[dict[str, Any]] = [{"quantization_config": config()}, {"quantization_config": config8()}]
+    if KIND != "present":
+        ways.append({})
+    for kwargs in ways:
+        found = AutoModelForCausalLM.from_pretrained(both, **kwargs)
+        assert (layers(found), layers8(found)) == (8, 6), kwargs
+        assert torch.equal(logits(found), logits(model))
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(LlamaConfig(**SIZES))
+    filled = halfbyte.load_quantized(empty, both)
+    filled.save_pretrained(folder / "again")
+    written = json.loads((folder / "again" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    assert (written["load_in_4bit"], written["load_in_8bit"]) == (True, True)
     for number, one in enumerate((model, again)):
         one.save_pretrained(folder / f"saved{number}")
         for name, tensor in load_file(folder / f"saved{number}" / "model.safetensors").items():
