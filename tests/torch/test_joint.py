@@ -128,6 +128,7 @@ def test_layers_of_8_bits_are_promoted_and_merged():
         compiled = torch.compile(m, backend="eager", fullgraph=True)
         assert torch.equal(compiled(x), y)
         # PEFT's own 8-bit layer, and its merge, which makes weights of bitsandbytes' class.
+        m.is_loaded_in_8bit = True
         tuned = get_peft_model(m, LoraConfig(target_modules=["1"], init_lora_weights=False))
         assert type(tuned.base_model.model[1]).__module__ == "peft.tuners.lora.bnb"
         z = tuned(x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class MatmulLtState:
     use_pool = False
 
     # Version and address of the float weight that the codes were made from.
-    _made_from = None
+    _made_from = cast("tuple[int, int] | None", None)
 
     def reset_grads(self) -> None:
         """Forget the weight: its codes and scales are taken, or made, anew."""

@@ -194,11 +194,11 @@ class OutlierAwareLinear(torch.nn.Linear):
         self.outlier_dim: Tensor | None = None
         self.is_quantized = False
 
-    def forward_with_outliers(self, x: Tensor, outlier_idx: Tensor) -> Tensor:
+    def forward_with_outliers(self, x: Tensor, outlier_idx: Tensor | None) -> Tensor:
         """The product, given the outlier columns; a derived class has it."""
         raise NotImplementedError(f"{type(self).__name__} must have a method forward_with_outliers(x, outlier_idx)")
 
-    def quantize_weight(self, w: Tensor, outlier_idx: Tensor) -> Tensor:
+    def quantize_weight(self, w: Tensor, outlier_idx: Tensor | None) -> Tensor:
         """What takes the place of the weight; a derived class has it."""
         raise NotImplementedError(f"{type(self).__name__} must have a method quantize_weight(w, outlier_idx)")
 
