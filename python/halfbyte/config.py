@@ -300,8 +300,8 @@ class BitsAndBytesConfig:
     def of_checkpoint(cls: type[_Config], values: dict[str, Any]) -> _Config:
         """Give the checked config of a checkpoint from its `config.json`, where both kinds of weights may be there.
 
-        In a checkpoint with 4-bit layers beside 8-bit ones `load_in_4bit` and `load_in_8bit` are both true. Only a config
-        made here can be so: an argument with both asks for what no layer can be.
+        In a checkpoint with 4-bit layers beside 8-bit ones `load_in_4bit` and `load_in_8bit` are both true. Only a
+        config made here can be so: an argument with both asks for what no layer can be.
 
         Args:
             values: `quantization_config`; keys that this class does not know are ignored.

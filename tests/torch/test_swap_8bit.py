@@ -152,6 +152,23 @@ def test_quantize_model_a_second_call_packs_the_rest_in_another_way() -> None:
     assert type(dense[0]) is type(dense[2]) is nn.Linear
 
 
+def test_quantize_model_rule_makes_one_layer_8_bits(tmp_path: Path) -> None:
+    model = tiny_models.build("LlamaForCausalLM", torch.float32)
+    halfbyte.quantize_model(model, NF4, rules=[r"\.mlp\.down_proj\.=int8"])
+    assert packed8(model) == ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
+    assert sum(isinstance(m, Linear4bit) for m in model.modules()) == 12
+    assert model.is_loaded_in_4bit
+    assert model.is_loaded_in_8bit
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    assert (written["load_in_4bit"], written["load_in_8bit"]) == (True, True)
+    blank = empty(transformers.LlamaForCausalLM, tiny_models.tiny_config("LlamaForCausalLM"))
+    again = halfbyte.load_quantized(blank, tmp_path).eval()
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
 # ---- load_quantized --------------------------------------------------------------------------------------------------
 
 

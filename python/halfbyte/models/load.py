@@ -337,11 +337,8 @@ def _read_config(source: Folder) -> BitsAndBytesConfig | None:
         raise CheckpointError(f"{where}: llm_int8_skip_modules must be a list of names or null, got {skipped!r}")
     arguments = inspect.signature(BitsAndBytesConfig).parameters
     given = {key: value for key, value in found.items() if key in arguments}
-    if given.get("load_in_4bit") is True and given.get("load_in_8bit") is True:
-        # A checkpoint of both kinds, by rules. A config has one of them; which weight is what, the tensors say.
-        given["load_in_8bit"] = False
     try:
-        return BitsAndBytesConfig.coerce(BitsAndBytesConfig.from_dict(given))
+        return BitsAndBytesConfig.of_checkpoint(given)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: {error}") from None
 

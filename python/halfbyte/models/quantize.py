@@ -33,7 +33,7 @@ from halfbyte.models.load import (
 )
 from halfbyte.models.observers import notify
 from halfbyte.models.plan import make_plan, report
-from halfbyte.models.recipe import INT8, PACKED_LAYERS, PackedLinear, Recipe, is_quantized, scales_of
+from halfbyte.models.recipe import INT8, PACKED_LAYERS, PackedLinear, Recipe, bits_of, is_quantized, scales_of
 from halfbyte.models.replace import replace, to_dense, to_linear
 from halfbyte.models.select import Choice, Layer, choose, skip_list
 from halfbyte.models.transformers_experts import apart
@@ -152,7 +152,7 @@ def quantize_model(
                 result = swap.run(show)
             else:
                 result = swap.run_from(checkpoint, Hub(revision, token, cache_dir), show, experts.keep)
-    notify(result, _written(settings, listed))
+    notify(result, _written(settings, listed, result))
     _logger.info("%s", swap.summary(result))
     return result  # type: ignore[return-value]
 
@@ -369,10 +369,13 @@ def _nothing(model: nn.Module, choice: Choice) -> str:
     return f"model: {type(model).__name__} has no linear layer to quantize" + (f": {text}" if text else "")
 
 
-def _written(config: BitsAndBytesConfig, listed: list[str] | None) -> BitsAndBytesConfig:
-    """The config that a loader of the saved model needs."""
+def _written(config: BitsAndBytesConfig, listed: list[str] | None, model: nn.Module) -> BitsAndBytesConfig:
+    """The config that a loader of the saved model needs: it says which kinds of layers are there."""
     made = copy.deepcopy(config)
     made.llm_int8_skip_modules = listed
+    bits = {bits_of(module) for module in model.modules()}
+    # Not by the properties, which refuse both.
+    made._load_in_4bit, made._load_in_8bit = 4 in bits, 8 in bits
     return made
 
 

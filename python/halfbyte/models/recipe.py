@@ -88,7 +88,7 @@ class Recipe:
         assert isinstance(storage, torch.dtype)
         assert compute_dtype is None or isinstance(compute_dtype, torch.dtype)
         return cls(
-            quant_type=INT8 if config.load_in_8bit else config.bnb_4bit_quant_type,
+            quant_type=config.bnb_4bit_quant_type if config.load_in_4bit else INT8,
             nested=config.bnb_4bit_use_double_quant,
             storage=storage,
             compute_dtype=compute_dtype,
