@@ -44,7 +44,7 @@ kernel_tools := $(if $(filter $(cache)/nvidia,$(NVIDIA)),$(cache)/nvidia/.made)
 export HALFBYTE_NVIDIA = $(shell test -d '$(NVIDIA)/nvidia' && echo '$(abspath $(NVIDIA))')
 
 rust_files := Cargo.toml Cargo.lock pyproject.toml $(shell find rust -name '*.rs' -o -name Cargo.toml 2>/dev/null)
-rust_files += $(wildcard kernels/*.cu kernels/*.cuh kernels/build_kernels.py kernels/compiler/*.py) kernels/kernels.lock.json requirements/kernels.txt
+rust_files += $(shell find kernels -path kernels/emulator -prune -o \( -name '*.cu' -o -name '*.cuh' -o -name '*.py' \) -print 2>/dev/null) kernels/kernels.lock.json requirements/kernels.txt
 
 .PHONY: help demo test test-matrix setup-demo setup-test develop rust-toolchain lint fmt typecheck stubtest cargo-test pytest bench bench-cuda kernels-lock kernels-check kernels-check-others emulator clean
 
@@ -151,7 +151,7 @@ kernels-check-others: setup-test $(kernel_tools) $(others) ## the same with the 
 	$(py) kernels/build_kernels.py check --nvidia $(NVIDIA) $(others:%=--ptxas %)
 
 # Also part of `pytest`; there, what this machine lacks a compiler or a sanitizer for is skipped, with the reason.
-emulator: setup-test develop ## run kernels/*.cu on the processor: the core's bits, sanitizers, planted mistakes
+emulator: setup-test develop ## run the kernels on the processor: the core's bits, sanitizers, planted mistakes
 	@command -v $(firstword $(CXX)) >/dev/null || { echo "error: no C++ compiler: $(CXX)" >&2; exit 1; }
 	$(py) -m pytest tests/emulator $(ARGS)
 
@@ -184,6 +184,7 @@ test-matrix: setup-test develop .matrix/oldest/.made .matrix/newest/.made ## sce
 bench: setup-test develop ## the benches, as tables; minutes, on a quiet machine (benches/RESULTS.md)
 	$(py) benches/blockwise_cpu.py $(ARGS)
 	$(py) benches/linear_cpu.py $(ARGS)
+	$(py) benches/linear8_cpu.py $(ARGS)
 	$(py) benches/offline.py $(ARGS)
 	$(py) benches/load.py
 	$(py) benches/qlora.py

@@ -108,7 +108,7 @@ def _median(work: Callable[[], object], repeats: int) -> float:
 
 
 class Floor:
-    """kernels/floor.cu: kernels that only move memory, launched through the driver's library."""
+    """kernels/bench/floor.cu: kernels that only move memory, launched through the driver's library."""
 
     def __init__(self) -> None:
         torch.cuda.init()

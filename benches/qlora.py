@@ -41,8 +41,8 @@ CONTENDERS = ("halfbyte", "halfbyte-fused", "bitsandbytes", "dense")
 
 # What the names of kernels say of their kind; the first that is found counts.
 KINDS = {
+    "4 bits": ("dequantize", "gemm_4bit_small_m"),
     "products": ("gemm", "nvjet", "xmma", "cutlass", "gemv", "splitKreduce"),
-    "4 bits": ("dequantize", "decode", "4bit", "expand"),
     "attention": ("flash", "fmha", "cudnn"),
     "optimizer": ("multi_tensor",),
     "copies and casts": ("copy", "Memcpy", "Memset", "FillFunctor"),

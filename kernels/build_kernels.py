@@ -1,4 +1,4 @@
-"""Compile kernels/*.cu to PTX and assemble it to cubins: neither a CUDA toolkit nor a GPU is needed.
+"""Compile the .cu files of kernels/ to PTX and assemble it to cubins: neither a CUDA toolkit nor a GPU is needed.
 
     python kernels/build_kernels.py build --out DIR     what rust/cuda/build.rs embeds into the extension module
     python kernels/build_kernels.py lock                write kernels.lock.json and resources.json anew

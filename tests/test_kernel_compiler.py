@@ -111,7 +111,7 @@ def test_lock_lists_every_module_and_its_kernels() -> None:
     assert set(lock["modules"]) == {module.name for module in MODULES}
     assert set(lock["constants"]) == {module.stem for module in MODULES}
     kernels = {name: about for module in lock["modules"].values() for name, about in module["kernels"].items()}
-    assert kernels["dequantize_bf16"]["for_tests"] is False
+    assert kernels["dequantize_blockwise4_bf16"]["for_tests"] is False
     assert all(about["for_tests"] == ("reference" in name or "floor" in name) for name, about in kernels.items())
 
 
@@ -119,14 +119,14 @@ def test_lock_differences_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     text = build_kernels.LOCK.read_text()
     assert build_kernels.compare_lock(text) == []
     lock = json.loads(text)
-    lock["modules"]["gemv_75"]["kernels"]["gemv_f16"]["ptx_sha256"] = "0"
-    del lock["constants"]["rows"]
+    lock["modules"]["gemv_4bit_75"]["kernels"]["gemv_4bit_f16"]["ptx_sha256"] = "0"
+    del lock["constants"]["int8_rowwise"]
     assert build_kernels.compare_lock(json.dumps(lock)) == [
-        "kernels.lock.json: constants: rows",
-        "kernels.lock.json: modules: gemv_75",
+        "kernels.lock.json: constants: int8_rowwise",
+        "kernels.lock.json: modules: gemv_4bit_75",
     ]
     monkeypatch.setattr(build_kernels, "LOCK", tmp_path / "kernels.lock.json")
-    assert "kernels.lock.json: modules: gemv_75" in build_kernels.compare_lock(text)
+    assert "kernels.lock.json: modules: gemv_4bit_75" in build_kernels.compare_lock(text)
 
 
 def test_resources_growth_and_spills_are_named() -> None:
@@ -141,10 +141,10 @@ def test_resources_growth_and_spills_are_named() -> None:
     assert build_kernels.compare_resources(found()) == []
     assert build_kernels.compare_resources(found(more_registers=-1)) == []
     grown = build_kernels.compare_resources(found(more_registers=1))
-    registers, _ = committed["gemv_75 sm_80"]["gemv_f16"]
-    assert f"gemv_75 sm_80: gemv_f16 takes {registers + 1} registers, {registers} are committed" in grown
+    registers, _ = committed["gemv_4bit_75 sm_80"]["gemv_4bit_f16"]
+    assert f"gemv_4bit_75 sm_80: gemv_4bit_f16 takes {registers + 1} registers, {registers} are committed" in grown
     spilled = build_kernels.compare_resources(found(spills=8))
-    assert "gemv_75 sm_80: gemv_f16 spills or has a stack: 8 bytes" in spilled
+    assert "gemv_4bit_75 sm_80: gemv_4bit_f16 spills or has a stack: 8 bytes" in spilled
     assert build_kernels.compare_resources({"new sm_80": {"new": build.Assembled(b"", 1, 0, 0)}})
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import ptx, tools
-from .modules import MODULES, Module, digest, sources_of
+from .modules import MODULES, Module, digest, place_of, sources_of
 
 _KEPT_SECONDS = 30 * 24 * 3600
 
@@ -147,7 +147,7 @@ def describe(compiled: list[Compiled]) -> dict[str, object]:
             "arch": module.arch,
             "cubins": list(module.cubins),
             "flags": list(module.flags),
-            "sources": [file.name for file in sources_of(module.path)],
+            "sources": [place_of(file) for file in sources_of(module.path)],
             "sources_sha256": digest(sources_of(module.path)),
             "kernels": {
                 kernel.name: {

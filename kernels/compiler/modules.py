@@ -20,8 +20,8 @@ SHIPPED = ("75", "80", "90", "90a", "100", "120")
 class Module:
     """One compilation: a source for a virtual architecture, and the machines whose resources are checked.
 
-    Of a source with one kernel, `instance` tells apart what `defines` make of it. An architecture with an "a" is for
-    that machine alone.
+    `source` is a path below kernels/ without its suffix; two sources never have the same file name. Of a source with
+    one kernel, `instance` tells apart what `defines` make of it. An architecture with an "a" is for that machine alone.
     """
 
     source: str
@@ -33,7 +33,7 @@ class Module:
     @property
     def stem(self) -> str:
         """What the constants and kernels of the source are filed under, on every architecture."""
-        return "_".join(filter(None, (self.source, self.instance)))
+        return "_".join(filter(None, (self.path.stem, self.instance)))
 
     @property
     def name(self) -> str:
@@ -58,14 +58,15 @@ class Module:
 
     def is_for_tests(self, kernel: str) -> bool:
         """Whether a kernel is for tests and benches alone: definitions, and floors to compare with."""
-        return self.source == "floor" or "reference" in kernel.split("_")
+        return self.path.parent.name == "bench" or "reference" in kernel.split("_")
 
 
-def _gemm(element: str, tokens: int) -> Module:
-    """A module of gemm.cu, which has one kernel each."""
+def _tile(element: str, tokens: int) -> Module:
+    """A module of gemm_4bit_tile_sm90a.cu, which has one kernel each."""
     instance = f"{element.lower()}_{tokens}"
-    defines = (f"GEMM_NAME=gemm_{instance}", f"GEMM_ELEMENT={element}", f"GEMM_TOKENS={tokens}")
-    return Module("gemm", "90a", ("90a",), instance, defines)
+    name = f"GEMM_NAME=gemm_4bit_tile_sm90a_{instance}"
+    defines = (name, f"GEMM_ELEMENT={element}", f"GEMM_TOKENS={tokens}")
+    return Module("gemm/tile_sm90a/gemm_4bit_tile_sm90a", "90a", ("90a",), instance, defines)
 
 
 _ALL = ("75", "80", "86", "89", "90", "100", "120")
@@ -75,50 +76,55 @@ _SINCE_HOPPER = ("90", "100", "120")
 
 MODULES = (
     # What benches compare with.
-    Module("floor", "75", _ALL),
+    Module("bench/floor", "75", _ALL),
     # Without packed conversions and bfloat16: cards of compute capability 7.5.
-    Module("dequantize", "75", ("75",)),
-    Module("dequantize", "80", _SINCE_AMPERE),
-    Module("quantize", "75", _BEFORE_HOPPER),
-    Module("nested", "75", _BEFORE_HOPPER),
+    Module("quant/dequantize_blockwise4", "75", ("75",)),
+    Module("quant/dequantize_blockwise4", "80", _SINCE_AMPERE),
+    Module("quant/quantize_blockwise4", "75", _BEFORE_HOPPER),
+    Module("quant/quantize_absmax", "75", _BEFORE_HOPPER),
     # One starts before the other has ended.
-    Module("quantize", "90", _SINCE_HOPPER),
-    Module("nested", "90", _SINCE_HOPPER),
-    Module("expand", "75", _ALL),
-    Module("embedding", "75", ("75",)),
-    Module("embedding", "80", _SINCE_AMPERE),
-    Module("dequantize_8bit", "75", ("75",)),
-    Module("dequantize_8bit", "80", _SINCE_AMPERE),
-    Module("quantize_8bit", "75", _ALL),
-    Module("rows", "75", ("75",)),
-    Module("rows", "80", _SINCE_AMPERE),
-    Module("product", "75", _ALL),
-    Module("gemv", "75", _ALL),
+    Module("quant/quantize_blockwise4", "90", _SINCE_HOPPER),
+    Module("quant/quantize_absmax", "90", _SINCE_HOPPER),
+    Module("quant/dequantize_absmax", "75", _ALL),
+    Module("quant/embedding_4bit", "75", ("75",)),
+    Module("quant/embedding_4bit", "80", _SINCE_AMPERE),
+    Module("quant/dequantize_blockwise8", "75", ("75",)),
+    Module("quant/dequantize_blockwise8", "80", _SINCE_AMPERE),
+    Module("quant/quantize_blockwise8", "75", _ALL),
+    Module("int8/int8_rowwise", "75", ("75",)),
+    Module("int8/int8_rowwise", "80", _SINCE_AMPERE),
+    Module("gemm/simt/gemm_4bit_simt", "75", _ALL),
+    Module("gemm/simt/gemv_4bit", "75", _ALL),
     # mma.m16n8k16 of bfloat16.
-    Module("decode", "80", _SINCE_AMPERE),
+    Module("gemm/small_m_sm80/gemm_4bit_small_m_sm80", "80", _SINCE_AMPERE),
     # Takes more shared memory than others have.
-    Module("decode_ring", "90", ("90", "100")),
-    Module("decode_ring_long", "90", ("90", "100")),
+    Module("gemm/small_m_sm90/gemm_4bit_small_m_sm90", "90", ("90", "100")),
+    Module("gemm/small_m_sm90/gemm_4bit_small_m_sm90_long", "90", ("90", "100")),
     # Products of warpgroups.
-    *(_gemm(element, tokens) for element in ("Bf16", "F16") for tokens in (64, 96, 128, 192, 256)),
+    *(_tile(element, tokens) for element in ("Bf16", "F16") for tokens in (64, 96, 128, 192, 256)),
 )
 
 
 def sources_of(path: Path) -> list[Path]:
-    """A source file and every file of kernels/ that it includes, directly or not."""
+    """A source file and every file of kernels/ that it includes, directly or not; those of the emulator left out."""
     found = [path]
     for file in found:
         for name in re.findall(r'^#include "([^"]+)"', file.read_text(encoding="utf-8"), re.MULTILINE):
             included = KERNELS / name
-            # What is in a folder is for the processor alone.
-            if "/" not in name and included not in found:
+            # What kernels are compiled to for the processor is no part of their PTX.
+            if not name.startswith("emulator/") and included not in found:
                 found.append(included)
     return sorted(found)
 
 
+def place_of(file: Path) -> str:
+    """Where a source is below kernels/; of a file elsewhere its name."""
+    return file.relative_to(KERNELS).as_posix() if file.is_relative_to(KERNELS) else file.name
+
+
 def digest(files: list[Path]) -> str:
-    """SHA-256 over names and contents."""
+    """SHA-256 over places and contents."""
     total = hashlib.sha256()
     for file in files:
-        total.update(f"{file.name}\0".encode() + file.read_bytes() + b"\0")
+        total.update(f"{place_of(file)}\0".encode() + file.read_bytes() + b"\0")
     return total.hexdigest()

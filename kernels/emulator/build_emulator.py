@@ -1,6 +1,6 @@
 """Compile a kernel source of this folder's parent, or of tests/, for the processor.
 
-    python kernels/emulator/build_emulator.py                   every kernels/*.cu, in every mode
+    python kernels/emulator/build_emulator.py                   every kernel source, in every mode
     python kernels/emulator/build_emulator.py SOURCE.cu MODE    one; prints where it is
 
 A mode is "library" (a shared library, for many launches), "asan" (a program with AddressSanitizer and
@@ -104,7 +104,7 @@ def digest(files: list[Path], *more: str) -> str:
 
 def instances(source: Path) -> list[tuple[str, ...]]:
     """What is defined for each of the times that a source is compiled to PTX, where that is more than once."""
-    return [module.defines for module in MODULES if module.source == source.stem and module.defines]
+    return [module.defines for module in MODULES if module.path == source and module.defines]
 
 
 def included(source: Path) -> str:
@@ -164,18 +164,28 @@ def place(output: Path, command: list[str]) -> None:
 
 def engine(mode: Mode, command: list[str]) -> list[Path]:
     """The objects of the engine."""
-    headers = sorted(HERE.glob("*.h"))
+    own_headers = sorted(HERE.glob("*.h"))
     objects = []
     for source in sorted(HERE.glob("*.cpp")):
         # The others do not know what kernels are compiled with.
         defines = mode.defines if source.stem in ("fibers", "stores") else ()
         words = [*command, "-O3", *COMMON, "-fvisibility=hidden", *defines]
-        name = digest([source, *headers], version(tuple(command)), *words)
+        name = digest([source, *own_headers], version(tuple(command)), *words)
         target = CACHE / f"{source.stem}-{name}.o"
         if not target.exists():
             place(target, [*words, "-c", str(source), "-o"])
         objects.append(target)
     return objects
+
+
+def source_of(name: str) -> Path:
+    """The kernel source with this file name."""
+    return next(path for path in kernel_sources() if path.stem == name)
+
+
+def headers() -> list[Path]:
+    """Every file that a kernel source may include."""
+    return [path for path in KERNELS.rglob("*.cuh") if not path.is_relative_to(HERE)]
 
 
 def build(source: Path, mode_name: str, command: list[str] | None = None) -> Path:
@@ -186,7 +196,7 @@ def build(source: Path, mode_name: str, command: list[str] | None = None) -> Pat
     command = command or compiler()
     mode = MODES[mode_name]
     words = [*command, *COMMON, *KERNEL_ONLY, *mode.flags, "-fvisibility=hidden", f"-I{KERNELS}"]
-    files = sorted({*KERNELS.glob("*.cuh"), *HERE.glob("*.h"), *HERE.glob("*.cpp"), Path(__file__), source})
+    files = sorted({*headers(), *HERE.glob("*.h"), *HERE.glob("*.cpp"), Path(__file__), source})
     name = digest(files, version(tuple(command)), *words, *mode.link, *mode.defines, *map(str, instances(source)))
     shared = "-shared" in mode.link
     target = CACHE / f"{source.stem}-{mode_name}-{name}{'.so' if shared else ''}"
@@ -206,7 +216,12 @@ def build(source: Path, mode_name: str, command: list[str] | None = None) -> Pat
 
 def sources() -> list[Path]:
     """The kernels' sources, and those that test the engine."""
-    return [*sorted(KERNELS.glob("*.cu")), *sorted((HERE / "tests").glob("*.cu"))]
+    return [*kernel_sources(), *sorted((HERE / "tests").glob("*.cu"))]
+
+
+def kernel_sources() -> list[Path]:
+    """The sources that are compiled to PTX."""
+    return sorted({module.path for module in MODULES})
 
 
 def build_all(pairs: list[tuple[Path, str]]) -> dict[tuple[Path, str], Path | BuildError]:

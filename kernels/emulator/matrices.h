@@ -6,7 +6,7 @@
 
 namespace emulator {
 
-// d += a * b, with the fragments that ptx.cuh describes for m16n8k16.
+// d += a * b, with the fragments that common/ptx.cuh describes for m16n8k16.
 inline void multiply(Meeting meeting, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Site site) {
     Slot slot = {};
     std::memcpy(slot.word, d, sizeof d);

@@ -1,4 +1,4 @@
-// The functions of ptx.cuh in C++.
+// The functions of common/ptx.cuh in C++.
 #pragma once
 
 #include "copies.h"

@@ -19,7 +19,7 @@
 #define __launch_bounds__(...)
 #endif
 
-// See common.cuh. `key` has one address for each place, and each instance of a template, as the array has.
+// See common/types.cuh. `key` has one address for each place, and each instance of a template, as the array has.
 #define SHARED_ARRAY(type, name, dimensions)                 \
     static char name##_key;                                  \
     auto &name = *static_cast<type(*) dimensions>(           \

@@ -1,4 +1,4 @@
-// The functions of wgmma.cuh in C++. A tensor map is a emulator::TileMap.
+// The functions of common/wgmma.cuh in C++. A tensor map is a emulator::TileMap.
 #pragma once
 
 #include "copies.h"
@@ -86,7 +86,7 @@ inline constexpr bool IS_BF16<Bf16> = true;
 
 }  // namespace emulator
 
-// The high word of where b begins, as wgmma.cuh has it.
+// The high word of where b begins, as common/wgmma.cuh has it.
 template <typename T, int SUMS>
 inline void multiply_fresh(T, float (&d)[SUMS], const u32 *a, u32 y, emulator::Site site = emulator::Site::here()) {
     emulator::multiply_issued({emulator::IS_BF16<T>, false, 2 * SUMS, d, a, 0, u64(0x40000040) << 32 | y, false, false}, site);

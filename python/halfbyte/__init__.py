@@ -26,11 +26,14 @@ if TYPE_CHECKING:
     from halfbyte.offline.quantize import quantize_checkpoint as quantize_checkpoint
     from halfbyte.offline.verify import verify_checkpoint as verify_checkpoint
     from halfbyte.ops.autograd import matmul_4bit as matmul_4bit
+    from halfbyte.ops.matmul_8bit import MatmulLtState as MatmulLtState
+    from halfbyte.ops.matmul_8bit import matmul as matmul
 
 # Public name -> the module that it is imported from: `halfbyte` for what is a module itself.
 _HOME = {
     "BitsAndBytesConfig": "halfbyte.config",
     "CheckpointError": "halfbyte._native",
+    "MatmulLtState": "halfbyte.ops.matmul_8bit",
     "__version__": "halfbyte._native",
     "arrays": "halfbyte",
     "dequantize_checkpoint": "halfbyte.offline.dequantize",
@@ -39,6 +42,7 @@ _HOME = {
     "functional": "halfbyte",
     "inspect_checkpoint": "halfbyte.offline.inspect",
     "load_quantized": "halfbyte.models.load",
+    "matmul": "halfbyte.ops.matmul_8bit",
     "matmul_4bit": "halfbyte.ops.autograd",
     "nn": "halfbyte",
     "plan_checkpoint": "halfbyte.offline.quantize",
@@ -47,11 +51,12 @@ _HOME = {
     "verify_checkpoint": "halfbyte.offline.verify",
 }
 
-_NEEDS_TORCH = {"functional", "matmul_4bit", "nn"}
+_NEEDS_TORCH = {"MatmulLtState", "functional", "matmul", "matmul_4bit", "nn"}
 
 __all__ = [
     "BitsAndBytesConfig",
     "CheckpointError",
+    "MatmulLtState",
     "__version__",
     "arrays",
     "dequantize_checkpoint",
@@ -60,6 +65,7 @@ __all__ = [
     "functional",
     "inspect_checkpoint",
     "load_quantized",
+    "matmul",
     "matmul_4bit",
     "nn",
     "plan_checkpoint",

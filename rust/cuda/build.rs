@@ -24,13 +24,15 @@ fn main() -> Result<()> {
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-env-changed=PYO3_PYTHON");
     println!("cargo:rerun-if-env-changed=HALFBYTE_NVIDIA");
-    for name in ["kernels.lock.json", "build_kernels.py", "compiler", "../requirements/kernels.txt"] {
+    for name in ["kernels.lock.json", "build_kernels.py", "../requirements/kernels.txt"] {
         println!("cargo:rerun-if-changed={}", root.join("kernels").join(name).display());
     }
+    // Of a folder cargo looks at all that is in it. The emulator compiles kernels for the processor: not here.
     for entry in fs::read_dir(root.join("kernels"))? {
-        let path = entry?.path();
-        if path.extension().is_some_and(|e| e == "cu" || e == "cuh") {
-            println!("cargo:rerun-if-changed={}", path.display());
+        let entry = entry?;
+        let name = entry.file_name();
+        if entry.file_type()?.is_dir() && name != "emulator" && name != "__pycache__" {
+            println!("cargo:rerun-if-changed={}", entry.path().display());
         }
     }
 

@@ -18,7 +18,7 @@ HALVES = [torch.bfloat16, torch.float16]
 
 def gemm(m: int, n: int, columns: int, dtype: torch.dtype, **how: object) -> None:
     """Compare with float64, and two runs with each other."""
-    assert check(m, n, columns, dtype, kernel="gemm", **how).startswith("gemm")  # type: ignore[arg-type]
+    assert check(m, n, columns, dtype, kernel="tile_sm90a", **how).startswith("gemm_4bit_tile_sm90a")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -31,7 +31,7 @@ def test_identity_gives_the_dequantized_weight(blocksize: int, quant_type: str, 
         for nested in (False, True):
             weight, _ = weight_of(n, columns, quant_type, blocksize, nested)
             y, kernel = k.product(
-                torch.eye(columns, dtype=dtype, device="cuda"), weight, n, quant_type, blocksize, kernel="gemm"
+                torch.eye(columns, dtype=dtype, device="cuda"), weight, n, quant_type, blocksize, kernel="tile_sm90a"
             )
             dense = k.dequantize(weight, n * columns, dtype, quant_type, blocksize).view(n, columns)
             # Zero times a negative value is a negative zero, which adding zeros makes positive.
@@ -64,7 +64,7 @@ def test_what_it_does_not_take() -> None:
     x = torch.randn(65 * 128 + 1, dtype=torch.bfloat16, device="cuda")
     for case in (x[1:].view(65, 128), x[:-1].view(65, 128).float()):
         with pytest.raises(ValueError, match="kernel is"):
-            k.product(case, weight, 64, "nf4", 64, kernel="gemm")
+            k.product(case, weight, 64, "nf4", 64, kernel="tile_sm90a")
 
 
 def test_a_weight_that_was_just_written() -> None:
@@ -77,6 +77,6 @@ def test_a_weight_that_was_just_written() -> None:
         for quantize in (k.quantize, k.quantize_nested):
             weight = quantize(values, "nf4", 64)
             y, kernel = k.product(x, weight, 4096, "nf4", 64)
-            assert kernel.startswith("gemm")
+            assert kernel.startswith("gemm_4bit_tile_sm90a")
             dense = k.dequantize(weight, values.numel(), torch.bfloat16, "nf4", 64).view(4096, 128)
             assert k.same_bits(y + 0.0, dense.T.contiguous() + 0.0), round_

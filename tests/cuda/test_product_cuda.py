@@ -12,6 +12,9 @@ from halfbyte import _native  # noqa: E402
 
 import kernels as k  # noqa: E402
 
+# What the names of kernels begin with.
+SIMT, SMALL_M, TILE = "gemm_4bit_simt", "gemm_4bit_small_m", "gemm_4bit_tile_sm90a"
+
 
 @functools.lru_cache(maxsize=32)
 def weight_of(n: int, columns: int, quant_type: str, blocksize: int, nested: bool) -> tuple[k.Quantized, torch.Tensor]:
@@ -54,23 +57,21 @@ def test_few_rows(m: int, dtype: torch.dtype) -> None:
         for nested in (False, True):
             best = check(m, n, columns, dtype, nested=nested, bias=m % 2 == 0)
             # More than 32 are not few where there are warpgroup products.
-            assert best.startswith("gemm" if m > 32 and torch.cuda.get_device_capability() == (9, 0) else "decode"), (
-                best
-            )
-            check(m, n, columns, dtype, nested=nested, kernel="decode")
+            assert best.startswith(TILE if m > 32 and torch.cuda.get_device_capability() == (9, 0) else SMALL_M), best
+            check(m, n, columns, dtype, nested=nested, kernel="small_m_sm80")
 
 
 @pytest.mark.parametrize("columns", [64, 128, 192, 576, 1536, 2048, 2560, 3072, 5120, 8192, 14336, 28672])
 def test_many_columns(columns: int) -> None:
     for m in (1, 5, 16, 27):
-        assert check(m, 300, columns, torch.bfloat16, nested=m == 5).startswith("decode")
-        check(m, 300, columns, torch.bfloat16, nested=m == 5, kernel="decode")
+        assert check(m, 300, columns, torch.bfloat16, nested=m == 5).startswith(SMALL_M)
+        check(m, 300, columns, torch.bfloat16, nested=m == 5, kernel="small_m_sm80")
 
 
 def test_many_rows_of_the_weight() -> None:
     for m in (1, 16, 32):
-        assert check(m, 128_256, 2048, torch.bfloat16).startswith("decode")
-        check(m, 128_256, 2048, torch.bfloat16, kernel="decode")
+        assert check(m, 128_256, 2048, torch.bfloat16).startswith(SMALL_M)
+        check(m, 128_256, 2048, torch.bfloat16, kernel="small_m_sm80")
 
 
 @pytest.mark.parametrize("quant_type", k.QUANT_TYPES)
@@ -79,25 +80,25 @@ def test_block_sizes(blocksize: int, quant_type: str) -> None:
     # Blocks larger than a row run across rows.
     for n, columns in ((100, 1024), (64, 576)):
         kernel = check(3, n, columns, torch.float16, blocksize=blocksize, quant_type=quant_type, nested=True)
-        assert kernel.startswith("product" if blocksize == 32 else "decode")
+        assert kernel.startswith(SIMT if blocksize == 32 else SMALL_M)
 
 
 @pytest.mark.parametrize("dtype", k.DTYPES)
 def test_ragged(dtype: torch.dtype) -> None:
     for m, n, columns in ((1, 1, 1), (3, 7, 33), (2, 5, 100), (20, 50, 129), (1, 300, 65)):
-        assert check(m, n, columns, dtype, bias=True).startswith("product")
-        check(m, n, columns, dtype, nested=True, kernel="plain")
+        assert check(m, n, columns, dtype, bias=True).startswith(SIMT)
+        check(m, n, columns, dtype, nested=True, kernel="simt")
 
 
 def test_float32_is_exact_to_rounding() -> None:
-    assert check(4, 256, 512, torch.float32).startswith("product")
+    assert check(4, 256, 512, torch.float32).startswith(SIMT)
 
 
 def test_codes_of_scales_that_are_no_whole_words() -> None:
     for n, ring in ((37, False), (36, True)):
         kernel = check(1, n, 192, torch.bfloat16, nested=True)
         assert kernel.startswith(
-            "decode_ring" if ring and torch.cuda.get_device_capability() >= (9, 0) else "decode_bf16"
+            f"{SMALL_M}_sm90" if ring and torch.cuda.get_device_capability() >= (9, 0) else f"{SMALL_M}_sm80"
         )
 
 
@@ -106,7 +107,8 @@ def test_unaligned_operands_take_the_plain_kernel() -> None:
     x = torch.randn(2 * 128 + 1, dtype=torch.bfloat16, device="cuda")[1:].view(2, 128)
     y, kernel = k.product(x, weight, 64, "nf4", 64)
     expected, fast = k.product(x.clone(), weight, 64, "nf4", 64)
-    assert (kernel.split("_")[0], fast.split("_")[0]) == ("product", "decode")
+    assert kernel.startswith(SIMT)
+    assert fast.startswith(SMALL_M)
     # One of them rounds the weights to bfloat16.
     torch.testing.assert_close(y, expected, rtol=2e-2, atol=1e-1)
 
@@ -115,7 +117,7 @@ def test_a_kernel_that_does_not_take_the_arguments() -> None:
     weight, _ = weight_of(64, 128, "nf4", 64, nested=False)
     x = torch.randn(17, 128, device="cuda")
     with pytest.raises(ValueError, match="kernel is"):
-        k.product(x, weight, 64, "nf4", 64, kernel="decode")
+        k.product(x, weight, 64, "nf4", 64, kernel="small_m_sm80")
 
 
 def test_no_rows_and_no_columns() -> None:

@@ -27,24 +27,24 @@ def check(name: str, found: launches.Check) -> None:
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_quantize(dtype: str, quant_type: str, blocksize: int) -> None:
-    source = library("quantize")
+    source = library("quantize_blockwise4")
     item = STORED[dtype].itemsize
     for k, n in enumerate(SIZES):
         data = values.normal(n, dtype, k) if k % 2 == 0 else values.awkward(n, dtype, k)
         # Aligned, then only to elements; packed codes to anything.
         for shifts in ((0, 0), (item * (1 + k % 7), k % 4)):
-            check("quantize", launches.quantize(source, data, dtype, quant_type, blocksize, shifts))
+            check("quantize_blockwise4", launches.quantize(source, data, dtype, quant_type, blocksize, shifts))
 
 
 @pytest.mark.parametrize("slow", [False, True], ids=["fast", "reference"])
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
 def test_quantize_every_16_bit_value(dtype: str, quant_type: str, slow: bool) -> None:
-    source = library("quantize")
+    source = library("quantize_blockwise4")
     for data, blocksize in itertools.product(
         (values.patterns(dtype), values.mixed(dtype), values.scaled_patterns(dtype)), BLOCK_SIZES
     ):
-        check("quantize", launches.quantize(source, data, dtype, quant_type, blocksize, slow=slow))
+        check("quantize_blockwise4", launches.quantize(source, data, dtype, quant_type, blocksize, slow=slow))
 
 
 @pytest.mark.parametrize("slow", [False, True], ids=["fast", "reference"])
@@ -52,7 +52,10 @@ def test_quantize_every_16_bit_value(dtype: str, quant_type: str, slow: bool) ->
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
 def test_quantize_where_codes_change(quant_type: str, blocksize: int, slow: bool) -> None:
     data = values.at_thresholds(quant_type, blocksize)
-    check("quantize", launches.quantize(library("quantize"), data, "f32", quant_type, blocksize, slow=slow))
+    check(
+        "quantize_blockwise4",
+        launches.quantize(library("quantize_blockwise4"), data, "f32", quant_type, blocksize, slow=slow),
+    )
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
@@ -60,7 +63,7 @@ def test_quantize_where_codes_change(quant_type: str, blocksize: int, slow: bool
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dequantize(dtype: str, quant_type: str, blocksize: int, nested: bool) -> None:
-    source = library("dequantize")
+    source = library("dequantize_blockwise4")
     item = STORED[dtype].itemsize
     for k, n in enumerate(SIZES):
         packed, absmax = values.codes(n, k), values.scales(-(-n // blocksize), k)
@@ -72,7 +75,7 @@ def test_dequantize(dtype: str, quant_type: str, blocksize: int, nested: bool) -
             found = launches.dequantize(
                 source, packed, scales, n, dtype, quant_type, blocksize, shifts, slow=k % 5 == 4
             )
-            check("dequantize", found)
+            check("dequantize_blockwise4", found)
 
 
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
@@ -86,43 +89,43 @@ def test_dequantize_rounds_every_code_at_every_scale(dtype: str, quant_type: str
     scales = launches.Scales.plain(absmax)
     for slow in (False, True):
         found = launches.dequantize(
-            library("dequantize"), packed, scales, absmax.size * 32, dtype, quant_type, 32, slow=slow
+            library("dequantize_blockwise4"), packed, scales, absmax.size * 32, dtype, quant_type, 32, slow=slow
         )
-        check("dequantize", found)
+        check("dequantize_blockwise4", found)
 
 
 @pytest.mark.parametrize("n", [1, 2, 31, 255, 256, 257, 2047, 2048, 2049, 70001])
 def test_nested_scales(n: int) -> None:
-    source = library("nested")
+    source = library("quantize_absmax")
     absmax = np.exp2(np.random.default_rng(n).normal(-5, 2, n)).astype(np.float32)
     for levels in (1, 2, 3):
-        check("nested", launches.compress(source, absmax, levels))
+        check("quantize_absmax", launches.compress(source, absmax, levels))
     # More than one group for a warp, and no alignment beyond that of elements.
-    check("nested", launches.compress(source, absmax, grid=2))
+    check("quantize_absmax", launches.compress(source, absmax, grid=2))
     for shifts in ((4, 0), (0, 1), (12, 3)):
-        check("nested", launches.compress(source, absmax, shifts=shifts))
-    check("nested", launches.compress_slowly(source, absmax))
+        check("quantize_absmax", launches.compress(source, absmax, shifts=shifts))
+    check("quantize_absmax", launches.compress_slowly(source, absmax))
 
 
 def test_nested_scales_of_nothing() -> None:
     """Their mean is 0."""
-    check("nested", launches.compress(library("nested"), np.zeros(0, np.float32), levels=0))
+    check("quantize_absmax", launches.compress(library("quantize_absmax"), np.zeros(0, np.float32), levels=0))
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e-40, 3e38])
 def test_nested_scales_that_are_all_the_same(value: float) -> None:
     """Nothing is left when their mean is taken off, or very little."""
     absmax = np.full(600, value, np.float32)
-    check("nested", launches.compress(library("nested"), absmax))
-    check("nested", launches.compress_slowly(library("nested"), absmax))
+    check("quantize_absmax", launches.compress(library("quantize_absmax"), absmax))
+    check("quantize_absmax", launches.compress_slowly(library("quantize_absmax"), absmax))
 
 
 def test_nested_scales_with_nan_and_infinity() -> None:
     absmax = np.linspace(0.5, 2, 700, dtype=np.float32)
     for special in (np.nan, np.inf, -np.inf):
         absmax[300] = special
-        check("nested", launches.compress(library("nested"), absmax))
-        check("nested", launches.compress_slowly(library("nested"), absmax))
+        check("quantize_absmax", launches.compress(library("quantize_absmax"), absmax))
+        check("quantize_absmax", launches.compress_slowly(library("quantize_absmax"), absmax))
 
 
 def test_nested_scales_between_codes() -> None:
@@ -137,8 +140,8 @@ def test_nested_scales_between_codes() -> None:
     rows = np.concatenate([rows, np.ones((len(rows), 1), np.float32)], axis=1)
     absmax = np.concatenate([rows, -rows], axis=1).reshape(-1)
     assert native.compress(absmax)[2] == 0
-    check("nested", launches.compress(library("nested"), absmax))
-    check("nested", launches.compress_slowly(library("nested"), absmax))
+    check("quantize_absmax", launches.compress(library("quantize_absmax"), absmax))
+    check("quantize_absmax", launches.compress_slowly(library("quantize_absmax"), absmax))
 
 
 class Sparse:
@@ -166,23 +169,23 @@ def test_more_values_than_32_bits_count() -> None:
     memory[0].array[-2 * tail :] = data.view(np.uint8)
     addresses = {id(m.buffer): m.array.ctypes.data for m in memory}
 
-    source = library("quantize")
-    per_block, threads = source.constants["TILE"], source.threads["quantize_bf16_nf4"]
+    source = library("quantize_blockwise4")
+    per_block, threads = source.constants["TILE"], source.threads["quantize_blockwise4_bf16_nf4"]
     blocks = -(-n // per_block)
     arguments = [pointers(x), pointers(p), pointers(a), pointers(s), int64(n), int32(6)]
     window = (blocks - 4, 4)
-    source.launch(Launch("quantize_bf16_nf4", blocks, threads, arguments, window=window), addresses)
+    source.launch(Launch("quantize_blockwise4_bf16_nf4", blocks, threads, arguments, window=window), addresses)
     assert native.same_bits(memory[1].array[-packed.size :], packed)
     assert native.same_bits(memory[2].array[-absmax.nbytes :].view(np.float32), absmax)
     assert native.same_bits(memory[4].array[-sums.nbytes :].view(np.float64), sums)
     assert not memory[1].array[: 1 << 20].any(), "the beginning is written to"
 
-    source = library("dequantize")
-    threads = source.threads["dequantize_bf16"]
+    source = library("dequantize_blockwise4")
+    threads = source.threads["dequantize_blockwise4_bf16"]
     blocks, last = -(-n // source.constants["TILE"]), -(-tail // source.constants["TILE"])
     arguments = [pointers(p), pointers(a, None, None, None), pointers(y), int64(n), int32(6), int32(0)]
     window = (blocks - last, last)
-    source.launch(Launch("dequantize_bf16", blocks, threads, arguments, window=window), addresses)
+    source.launch(Launch("dequantize_blockwise4_bf16", blocks, threads, arguments, window=window), addresses)
     wanted = native.dequantize(packed, absmax, tail, "bf16", "nf4", blocksize)
     assert native.same_bits(memory[3].array[-2 * tail :].view(np.uint16), wanted)
     assert not memory[3].array[: 1 << 20].any(), "the beginning is written to"

@@ -30,7 +30,7 @@ def check(name: str, found: launches.Check) -> None:
 def test_expand(n: int, slow: bool) -> None:
     absmax = np.exp2(np.random.default_rng(n).normal(-5, 2, n)).astype(np.float32)
     for shifts in ((0, 0), (1, 0), (0, 4), (4, 16)):
-        check("expand", launches.expand(library("expand"), absmax, shifts, slow))
+        check("dequantize_absmax", launches.expand(library("dequantize_absmax"), absmax, shifts, slow))
 
 
 # Rows and columns: rows of one value, rows that begin in the low nibble, in the middle of a block and of a word; rows
@@ -55,7 +55,7 @@ TABLES = [
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_embedding(dtype: str, nested: bool, slow: bool) -> None:
-    source = library("embedding")
+    source = library("embedding_4bit")
     item = STORED[dtype].itemsize
     kinds = itertools.cycle(itertools.product((np.int64, np.int32), QUANT_TYPES))
     for k, ((rows, columns), blocksize) in enumerate(zip(TABLES, itertools.cycle(BLOCK_SIZES), strict=False)):
@@ -64,7 +64,7 @@ def test_embedding(dtype: str, nested: bool, slow: bool) -> None:
         count = 1 + 9000 // columns if columns < 1000 else 5
         indices = np.random.default_rng(k).integers(0, max(rows, 1), count).astype(kind)
         for shifts in ((0, 0), (k % 4, item * (k % 8)), (4, 16)):
-            check("embedding", launches.embedding(source, table, indices, dtype, shifts, slow))
+            check("embedding_4bit", launches.embedding(source, table, indices, dtype, shifts, slow))
 
 
 @pytest.mark.parametrize("slow", [False, True], ids=["fast", "reference"])
@@ -76,8 +76,8 @@ def test_embedding_of_indices_that_are_no_rows(kind: type, columns: int, slow: b
     for dtype, nested in itertools.product(DTYPES, (False, True)):
         table = values.table(6, columns, "nf4", 32, nested)
         indices = np.array([0, -1, 5, 6, limits.max, 3, limits.min, 3, 1 << 20], kind)
-        found = launches.embedding(library("embedding"), table, indices, dtype, slow=slow)
-        check("embedding", found)
+        found = launches.embedding(library("embedding_4bit"), table, indices, dtype, slow=slow)
+        check("embedding_4bit", found)
 
 
 def test_embedding_of_no_indices() -> None:
@@ -89,7 +89,7 @@ def test_embedding_of_no_indices() -> None:
 @pytest.mark.parametrize("slow", [False, True], ids=["fast", "reference"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dequantize_8bit(dtype: str, slow: bool) -> None:
-    source = library("dequantize_8bit")
+    source = library("dequantize_blockwise8")
     item = STORED[dtype].itemsize
     for k, (blocksize, n) in enumerate(itertools.product((*BLOCK_SIZES, *ODD_SIZES), (1, 9, 4097, 33000))):
         if slow and n > 5000:
@@ -98,7 +98,8 @@ def test_dequantize_8bit(dtype: str, slow: bool) -> None:
         absmax, map_ = values.scales(-(-n // blocksize), k), list(MAPS.values())[k % len(MAPS)]
         for shifts in ((0, 0), (k % 8, item * (k % 8))):
             check(
-                "dequantize_8bit", launches.dequantize_8bit(source, codes, absmax, map_, dtype, blocksize, shifts, slow)
+                "dequantize_blockwise8",
+                launches.dequantize_8bit(source, codes, absmax, map_, dtype, blocksize, shifts, slow),
             )
 
 
@@ -109,22 +110,24 @@ def test_dequantize_8bit_rounds_every_code_at_every_scale(dtype: str) -> None:
     absmax = (exponents << np.uint32(23) | mantissas).view(np.float32)
     codes = np.tile(np.arange(256, dtype=np.uint8), absmax.size)
     check(
-        "dequantize_8bit",
-        launches.dequantize_8bit(library("dequantize_8bit"), codes, absmax, MAPS["dynamic"], dtype, 256),
+        "dequantize_blockwise8",
+        launches.dequantize_8bit(library("dequantize_blockwise8"), codes, absmax, MAPS["dynamic"], dtype, 256),
     )
 
 
 @pytest.mark.parametrize("blocksize", [*BLOCK_SIZES, *ODD_SIZES])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_quantize_8bit(dtype: str, blocksize: int) -> None:
-    source = library("quantize_8bit")
+    source = library("quantize_blockwise8")
     item = STORED[dtype].itemsize
     for k, n in enumerate((1, 9, 257, 4096, 4097, 12500)):
         data = values.normal(n, dtype, k) if k % 2 == 0 else values.awkward(n, dtype, k)
         map_ = list(MAPS.values())[(k + blocksize) % len(MAPS)]
         # Aligned, then only to elements; every block of threads has one tile or two.
         shifts = (0, 0) if k < 3 else (item * (k % 3), k % 2)
-        check("quantize_8bit", launches.quantize_8bit(source, data, dtype, map_, blocksize, shifts, grid=1 + k % 3))
+        check(
+            "quantize_blockwise8", launches.quantize_8bit(source, data, dtype, map_, blocksize, shifts, grid=1 + k % 3)
+        )
 
 
 @pytest.mark.parametrize("blocksize", [1, 32, 100, 4096])
@@ -133,7 +136,8 @@ def test_quantize_8bit_as_defined(dtype: str, blocksize: int) -> None:
     data = values.awkward(300, dtype)
     for map_ in MAPS.values():
         check(
-            "quantize_8bit", launches.quantize_8bit(library("quantize_8bit"), data, dtype, map_, blocksize, slow=True)
+            "quantize_blockwise8",
+            launches.quantize_8bit(library("quantize_blockwise8"), data, dtype, map_, blocksize, slow=True),
         )
 
 
@@ -142,16 +146,19 @@ def test_quantize_8bit_as_defined(dtype: str, blocksize: int) -> None:
 def test_quantize_8bit_where_codes_change(name: str, blocksize: int) -> None:
     """Ties, and the float32 next to them; edges of cells."""
     data = values.at_boundaries(MAPS[name], blocksize)
-    check("quantize_8bit", launches.quantize_8bit(library("quantize_8bit"), data, "f32", MAPS[name], blocksize))
+    check(
+        "quantize_blockwise8",
+        launches.quantize_8bit(library("quantize_blockwise8"), data, "f32", MAPS[name], blocksize),
+    )
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
 def test_quantize_8bit_every_16_bit_value(dtype: str) -> None:
-    source = library("quantize_8bit")
+    source = library("quantize_blockwise8")
     for data, blocksize in itertools.product(
         (values.patterns(dtype), values.mixed(dtype), values.scaled_patterns(dtype)), (64, 4096, 320)
     ):
-        check("quantize_8bit", launches.quantize_8bit(source, data, dtype, MAPS["dynamic"], blocksize))
+        check("quantize_blockwise8", launches.quantize_8bit(source, data, dtype, MAPS["dynamic"], blocksize))
 
 
 # Rows for a warp, for a block of threads, and longer than it has registers for; aligned and not.
@@ -173,17 +180,17 @@ ROWS = [
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows(dtype: str) -> None:
-    source = library("rows")
+    source = library("int8_rowwise")
     item = STORED[dtype].itemsize
     for k, (rows, columns) in enumerate(ROWS):
         for data in (values.normal(rows * columns, dtype, k), values.awkward(rows * columns, dtype, k)):
             matrix = data.reshape(rows, columns)
             for shifts in ((0, 0), (item * (1 + k % 7), 1 + k % 7)):
-                check("rows", launches.quantize_rows(source, matrix, dtype, shifts, grid=1 + k % 3))
-            check("rows", launches.quantize_rows(source, matrix, dtype, slow=True))
+                check("int8_rowwise", launches.quantize_rows(source, matrix, dtype, shifts, grid=1 + k % 3))
+            check("int8_rowwise", launches.quantize_rows(source, matrix, dtype, slow=True))
         codes = values.codes(2 * rows * columns, k).view(np.int8).reshape(rows, columns)
         for shifts, slow in (((0, 0), False), ((1 + k % 7, item), False), ((0, 0), True)):
-            check("rows", launches.dequantize_rows(source, codes, values.scales(rows, k), dtype, shifts, slow))
+            check("int8_rowwise", launches.dequantize_rows(source, codes, values.scales(rows, k), dtype, shifts, slow))
 
 
 @pytest.mark.parametrize("slow", [False, True], ids=["fast", "reference"])
@@ -201,7 +208,7 @@ def test_rows_where_codes_change(slow: bool) -> None:
         row = np.clip(row, -scale, scale)
         row[random.integers(500)] = scale
         rows.append(row)
-    check("rows", launches.quantize_rows(library("rows"), np.array(rows), "f32", slow=slow))
+    check("int8_rowwise", launches.quantize_rows(library("int8_rowwise"), np.array(rows), "f32", slow=slow))
 
 
 def test_bytes_of_more_values_than_32_bits_count() -> None:
@@ -222,10 +229,10 @@ def test_bytes_of_more_values_than_32_bits_count() -> None:
     memory[1].array[-absmax.nbytes :] = absmax.view(np.uint8)
     addresses = {id(s.buffer): s.array.ctypes.data for s in memory} | {id(m): map_.ctypes.data}
 
-    source = library("dequantize_8bit")
+    source = library("dequantize_blockwise8")
     blocks = -(-n // (source.constants["TILE_BYTES"] // 2))
     arguments = [*map(pointers, (c, a, m, y)), int64(n), int64(blocksize)]
-    kernel, window = "dequantize_8bit_bf16", (blocks - 3, 3)
+    kernel, window = "dequantize_blockwise8_bf16", (blocks - 3, 3)
     source.launch(Launch(kernel, blocks, source.threads[kernel], arguments, window=window), addresses)
     scales = np.repeat(absmax, blocksize)[first - before * blocksize :][:tail]
     wanted = native.from_float32(map_[codes] * scales, "bf16")

@@ -1,4 +1,4 @@
-"""The products of warpgroups (kernels/gemm.cuh) on the processor: bounds, bits, and any order of threads."""
+"""The products of warpgroups (gemm_4bit_tile_sm90a) on the processor: bounds, bits, and any order of threads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import native
 import numpy as np
 import pytest
 from harness import Case, built, library, run_both_ways
-from launches import Gemm, Product, Scales
+from launches import Product, Scales, Tile
 
 TOKENS = (64, 96, 128, 192, 256)
 # Rows of x, N, K, the block size, and the parts of K: tails of each, one unit of K and several, the last one short.
@@ -32,11 +32,11 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
 def test_products(dtype: str, tokens: int) -> None:
     """Within the bound of the kernel's arithmetic, and the same bits in both orders of threads, blocks and copies."""
-    source = library("gemm")
+    source = library("gemm_4bit_tile_sm90a")
     for i, (m, n, k, blocksize, parts) in enumerate(SHAPES):
         nested, bias = (i + tokens // 64) % 2 == 1, i % 3 != 0
         product = Product.random(m, n, k, dtype, ("nf4", "fp4")[i % 2], blocksize, nested, bias)
-        check = launches.gemm(source, product, Gemm(tokens, parts))
+        check = launches.tile_sm90a(source, product, Tile(tokens, parts))
         check.against(run_both_ways(source, check.case))
 
 
@@ -45,26 +45,26 @@ def test_products(dtype: str, tokens: int) -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
 def test_an_identity_gives_the_dequantized_weight(dtype: str, quant_type: str, nested: bool) -> None:
     """Bit for bit, but for the sign of zeros: unpacked as dequantizing does it, each value at its place."""
-    source = library("gemm")
+    source = library("gemm_4bit_tile_sm90a")
     for i, (n, k, blocksize, parts) in enumerate([(129, 288, 32, 1), (64, 256, 64, 1), (40, 544, 128, 2)]):
         product = Product.identity(n, k, dtype, quant_type, blocksize, nested)
-        check = launches.gemm(source, product, Gemm(TOKENS[(i + nested) % 5], parts), exact=True)
+        check = launches.tile_sm90a(source, product, Tile(TOKENS[(i + nested) % 5], parts), exact=True)
         check.against(run_both_ways(source, check.case))
 
 
 @pytest.mark.parametrize("blocksize", [32, 64, 128, 256, 512, 1024, 2048, 4096])
 def test_block_sizes_that_rows_end_inside_of(blocksize: int) -> None:
-    source = library("gemm")
+    source = library("gemm_4bit_tile_sm90a")
     for nested in (False, True):
         product = Product.identity(5, 288, "bf16", "nf4", blocksize, nested)
-        check = launches.gemm(source, product, Gemm(256), exact=True)
+        check = launches.tile_sm90a(source, product, Tile(256), exact=True)
         check.against(run_both_ways(source, check.case))
 
 
 def test_scales_of_any_alignment() -> None:
-    source = library("gemm")
+    source = library("gemm_4bit_tile_sm90a")
     product = Product.random(9, 20, 512, "bf16", "nf4", 64)
-    aligned, shifted = (launches.gemm(source, product, Gemm(64, scale_shift=shift)) for shift in (0, 4))
+    aligned, shifted = (launches.tile_sm90a(source, product, Tile(64, scale_shift=shift)) for shift in (0, 4))
     for check in (aligned, shifted):
         check.against(run_both_ways(source, check.case))
 
@@ -72,9 +72,9 @@ def test_scales_of_any_alignment() -> None:
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_what_is_not_there_is_not_written(tokens: int) -> None:
     """Neither rows of y beyond M nor columns beyond N: a run for part of the blocks leaves the others alone."""
-    source = library("gemm")
+    source = library("gemm_4bit_tile_sm90a")
     product = Product.random(tokens + 1, 140, 64, "f16", "fp4", 64, bias=True)
-    check = launches.gemm(source, product, Gemm(tokens))
+    check = launches.tile_sm90a(source, product, Tile(tokens))
     (launch,), ((y, _),) = check.case.launches, check.wanted
     index = next(k for k, buffer in enumerate(check.case.buffers) if buffer is y)
     first = replace(launch, window=(0, 1))
@@ -89,23 +89,23 @@ def test_what_is_not_there_is_not_written(tokens: int) -> None:
 @pytest.mark.parametrize("highest_first", [False, True])
 def test_copies_and_matrix_units_read_what_is_there(highest_first: bool) -> None:
     """Each access to shared memory is known: none is made while a copy is on its way there or a product reads it."""
-    source = built(build_emulator.KERNELS / "gemm.cu", "stores")
+    source = built(build_emulator.source_of("gemm_4bit_tile_sm90a"), "stores")
     for (dtype, tokens), parts in zip(
         itertools.product(("bf16", "f16"), TOKENS), itertools.cycle((1, 2, 3)), strict=False
     ):
         product = Product.random(tokens // 2 + 1, 130, 768, dtype, "nf4", 64, nested=parts == 2)
-        check = launches.gemm(source, product, Gemm(tokens, parts))
+        check = launches.tile_sm90a(source, product, Tile(tokens, parts))
         check.against(source.run(check.case, highest_first))
 
 
 def test_a_scale_that_is_not_finite_stays_in_its_row() -> None:
     """NaN and infinity reach the outputs of their row of W, and no other."""
-    source = library("gemm")
+    source = library("gemm_4bit_tile_sm90a")
     product = Product.random(3, 6, 256, "bf16", "nf4", 64)
     absmax = product.scales.absmax.copy()
     absmax[4 * 2], absmax[4 * 5 + 1] = np.nan, np.inf
     product = replace(product, scales=Scales.plain(absmax))
-    check = launches.gemm(source, product, Gemm(128))
+    check = launches.tile_sm90a(source, product, Tile(128))
     found = run_both_ways(source, check.case)
     y = found[next(k for k, buffer in enumerate(check.case.buffers) if buffer is check.wanted[0][0])]
     values = native.to_float32(y, "bf16")

@@ -13,20 +13,20 @@ from launches import Product
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_plain_product(dtype: str, quant_type: str) -> None:
+def test_simt(dtype: str, quant_type: str) -> None:
     """Any shape, alignment and block size; blocks run on across rows."""
-    source = library("product")
+    source = library("gemm_4bit_simt")
     shapes = [(1, 1, 1), (1, 9, 31), (3, 7, 65), (2, 5, 100), (5, 3, 129), (1, 16, 512)]
     for k, (shape, blocksize) in enumerate(zip(shapes, itertools.cycle((32, 64, 4096)), strict=False)):
         product = Product.random(*shape, dtype, quant_type, blocksize, nested=k % 2 == 1, bias=k % 3 == 1)
-        check = launches.plain_product(source, product, shift=k % 4)
+        check = launches.simt(source, product, shift=k % 4)
         check.against(run_both_ways(source, check.case))
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
 def test_gemv(dtype: str) -> None:
     """By words and by single codes: K that ends inside of a word, strides and alignments that have no words."""
-    source = library("gemv")
+    source = library("gemv_4bit")
     for rows, k, stride, blocksize, shift in (
         (1, 1, 1, 32, 0), (9, 64, 32, 64, 0), (3, 300, 152, 64, 0), (2, 700, 352, 4096, 0), (5, 64, 32, 32, 1),
         (17, 99, 50, 128, 2), (8, 1030, 516, 256, 4),
@@ -37,7 +37,7 @@ def test_gemv(dtype: str) -> None:
 
 # N, K, the block size and the plan: fewer rows than a tile, rows that end inside of one; K of one block, of parts that
 # differ in length, of several chunks; one pass and several, of as many tiles as they allow or fewer.
-DECODE = [
+SM80 = [
     (5, 64, 64, (5, 1, 1)),
     (16, 128, 64, (16, 2, 1)),
     (40, 192, 128, (24, 1, 2)),
@@ -47,26 +47,26 @@ DECODE = [
 ]
 
 
-def decode_products(m: int, n: int, k: int, blocksize: int) -> Iterator[Product]:
+def small_products(m: int, n: int, k: int, blocksize: int) -> Iterator[Product]:
     """Both types and codebooks, with and without what is optional."""
     for j, (dtype, quant_type) in enumerate(itertools.product(("bf16", "f16"), ("nf4", "fp4"))):
         yield Product.random(m, n, k, dtype, quant_type, blocksize, nested=(j + m) % 2 == 1, bias=(j + n) % 3 == 0)
 
 
-@pytest.mark.parametrize(("n", "k", "blocksize", "plan"), DECODE)
+@pytest.mark.parametrize(("n", "k", "blocksize", "plan"), SM80)
 @pytest.mark.parametrize("m", [1, 3, 8, 9, 16])
-def test_decode(m: int, n: int, k: int, blocksize: int, plan: tuple[int, int, int]) -> None:
-    source = library("decode")
-    for product in decode_products(m, n, k, blocksize):
-        check = launches.decode(source, product, *plan)
+def test_small_m_sm80(m: int, n: int, k: int, blocksize: int, plan: tuple[int, int, int]) -> None:
+    source = library("gemm_4bit_small_m_sm80")
+    for product in small_products(m, n, k, blocksize):
+        check = launches.small_m_sm80(source, product, *plan)
         check.against(run_both_ways(source, check.case))
 
 
 # Besides: four scales of a slot that lie together, a slot of which four or eight blocks are not there, slots that have
 # nothing; a last pass of fewer steps; one chunk, two, of which the second has slots with nothing, several rounds, and
 # of these the last of one chunk instead of two.
-RING = [
-    *DECODE,
+SM90 = [
+    *SM80,
     (20, 1024, 64, (20, 4, 2)),
     (70, 512, 64, (70, 2, 1)),
     (70, 768, 64, (70, 4, 1)),
@@ -82,27 +82,27 @@ RING = [
 ]
 
 
-@pytest.mark.parametrize(("n", "k", "blocksize", "plan"), RING)
+@pytest.mark.parametrize(("n", "k", "blocksize", "plan"), SM90)
 @pytest.mark.parametrize("m", [1, 3, 8, 9, 16, 17, 32])
-def test_decode_ring(m: int, n: int, k: int, blocksize: int, plan: tuple[int, int, int]) -> None:
+def test_small_m_sm90(m: int, n: int, k: int, blocksize: int, plan: tuple[int, int, int]) -> None:
     rows, slots, per_pass = plan
     source = library(launches.Ring(m, k, slots).family)
-    for i, product in enumerate(decode_products(m, n, k, blocksize)):
-        check = launches.decode_ring(source, product, rows, slots, per_pass, sharing=(4, 1, 2, 8)[i])
+    for i, product in enumerate(small_products(m, n, k, blocksize)):
+        check = launches.small_m_sm90(source, product, rows, slots, per_pass, sharing=(4, 1, 2, 8)[i])
         check.against(run_both_ways(source, check.case))
 
 
-def test_decode_ring_with_as_many_steps_as_a_large_weight_has() -> None:
-    source = library("decode_ring_long")
+def test_small_m_sm90_with_as_many_steps_as_a_large_weight_has() -> None:
+    source = library("gemm_4bit_small_m_sm90_long")
     product = Product.random(3, 20, 8256, "bf16", "nf4", 64)
-    check = launches.decode_ring(source, product, 1760, 8, 1, sharing=8)
+    check = launches.small_m_sm90(source, product, 1760, 8, 1, sharing=8)
     check.against(run_both_ways(source, check.case))
 
 
 @pytest.mark.parametrize("k", [576, 1024, 9216])
-def test_decode_ring_takes_scales_of_any_alignment(k: int) -> None:
+def test_small_m_sm90_takes_scales_of_any_alignment(k: int) -> None:
     for m in (5, 20):
         source = library(launches.Ring(m, k, 4).family)
         product = Product.random(m, 20, k, "bf16", "nf4", 64)
-        check = launches.decode_ring(source, product, 20, 4, 2, scale_shift=4)
+        check = launches.small_m_sm90(source, product, 20, 4, 2, scale_shift=4)
         check.against(run_both_ways(source, check.case))

@@ -19,7 +19,7 @@ from launches import Check, Described, Product, Scales
 from native import QUANT_TYPES, STORED
 
 
-def of_quantize(source: Described) -> Iterator[Check]:
+def of_quantize_blockwise4(source: Described) -> Iterator[Check]:
     """Every kernel; a ragged end, an odd number, nothing aligned; a block of values on many warps."""
     for dtype in STORED:
         item = STORED[dtype].itemsize
@@ -34,7 +34,7 @@ def of_quantize(source: Described) -> Iterator[Check]:
             yield launches.quantize(source, values.normal(999, dtype), dtype, quant_type, 64, (item, 1), slow=True)
 
 
-def of_dequantize(source: Described) -> Iterator[Check]:
+def of_dequantize_blockwise4(source: Described) -> Iterator[Check]:
     """Every kernel, with the same in mind."""
     for dtype in STORED:
         item = STORED[dtype].itemsize
@@ -51,7 +51,7 @@ def of_dequantize(source: Described) -> Iterator[Check]:
                     yield launches.dequantize(source, values.codes(n), scales, n, dtype, "nf4", blocksize, shifts, slow)
 
 
-def of_nested(source: Described) -> Iterator[Check]:
+def of_quantize_absmax(source: Described) -> Iterator[Check]:
     """A warp with nothing to do or several groups, one that is not full, more levels than needed, nothing aligned."""
     for n, levels, grid, shifts in (
         (1, 1, 1, (0, 0)),
@@ -64,59 +64,59 @@ def of_nested(source: Described) -> Iterator[Check]:
     yield launches.compress_slowly(source, np.abs(values.normal(600, "f32")))
 
 
-def of_product(source: Described) -> Iterator[Check]:
+def of_gemm_4bit_simt(source: Described) -> Iterator[Check]:
     """Every kernel."""
     for k, dtype in enumerate(STORED):
         for nested in (False, True):
             product = Product.random(3, 7, 65, dtype, QUANT_TYPES[k % 2], 32, nested=nested, bias=nested)
-            yield launches.plain_product(source, product, shift=1)
+            yield launches.simt(source, product, shift=1)
 
 
-def of_gemv(source: Described) -> Iterator[Check]:
+def of_gemv_4bit(source: Described) -> Iterator[Check]:
     """Every kernel, by words with a rest and by single codes."""
     for dtype in STORED:
         yield launches.gemv(source, 9, 300, 152, dtype, 64)
         yield launches.gemv(source, 3, 65, 33, dtype, 32, shift=1)
 
 
-def of_decode(source: Described) -> Iterator[Check]:
+def of_gemm_4bit_small_m_sm80(source: Described) -> Iterator[Check]:
     """Every kernel: parts of K for several warps, and enough of it for one warp to use each place twice."""
     for dtype in ("bf16", "f16"):
         for nested in (False, True):
             for m in (3, 11):
                 for k, plan in ((320, (21, 4, 1)), (1088, (37, 1, 3))):
                     product = Product.random(m, 37, k, dtype, "nf4", 64, nested=nested, bias=nested)
-                    yield launches.decode(source, product, *plan)
+                    yield launches.small_m_sm80(source, product, *plan)
 
 
-def of_decode_ring(source: Described) -> Iterator[Check]:
+def of_gemm_4bit_small_m_sm90(source: Described) -> Iterator[Check]:
     """The same by way of shared memory: scales one by one and by fours, one chunk and two, a short pass."""
     for dtype in ("bf16", "f16"):
         for nested in (False, True):
             for m in (3, 11):
                 for k, plan in ((320, (21, 4, 1)), (1088 if m == 11 else 2112, (37, 4, 2)), (1024, (37, 8, 1))):
                     product = Product.random(m, 37, k, dtype, "nf4", 64, nested=nested, bias=nested)
-                    yield launches.decode_ring(source, product, *plan)
+                    yield launches.small_m_sm90(source, product, *plan)
 
 
-def of_decode_ring_long(source: Described) -> Iterator[Check]:
+def of_gemm_4bit_small_m_sm90_long(source: Described) -> Iterator[Check]:
     """Two rounds and three, the last of one chunk of two; sums of each warp, or of two or four together."""
     for dtype in ("bf16", "f16"):
         for nested in (False, True):
             for m in (3, 11, 21):
                 for k, slots, sharing in ((2560, 2, 2), (1600, 1, 1), (6208, 4, 4)):
                     product = Product.random(m, 37, k, dtype, "nf4", 64, nested=nested, bias=nested)
-                    yield launches.decode_ring(source, product, 37, slots, 0, sharing=sharing)
+                    yield launches.small_m_sm90(source, product, 37, slots, 0, sharing=sharing)
 
 
-def of_gemm(source: Described) -> Iterator[Check]:
+def of_gemm_4bit_tile_sm90a(source: Described) -> Iterator[Check]:
     """Every kernel: scales one by one and by fours, K in parts, rows and columns that are not there."""
     shapes = [(33, 130, 288, 32), (70, 9, 256, 64), (3, 7, 256, 64), (20, 9, 544, 4096), (65, 40, 32, 128)]
     for dtype in ("bf16", "f16"):
         for (m, n, k, blocksize), tokens in zip(shapes, (64, 96, 128, 192, 256), strict=True):
             nested = (dtype == "bf16") == (tokens > 64)
             product = Product.random(m, n, k, dtype, "nf4", blocksize, nested=nested, bias=nested)
-            yield launches.gemm(source, product, launches.Gemm(tokens, parts=2 if k > 512 else 1))
+            yield launches.tile_sm90a(source, product, launches.Tile(tokens, parts=2 if k > 512 else 1))
 
 
 def of_floor(source: Described) -> Iterator[Check]:
@@ -129,14 +129,14 @@ def of_floor(source: Described) -> Iterator[Check]:
     yield launches.floor_read(source, magic, 1, 0x9E3779B9)
 
 
-def of_expand(source: Described) -> Iterator[Check]:
+def of_dequantize_absmax(source: Described) -> Iterator[Check]:
     """Both kernels; a ragged end, nothing aligned."""
     for n, shifts in ((4096 + 259, (0, 0)), (1030, (1, 4)), (1, (3, 0))):
         for slow in (False, True):
             yield launches.expand(source, np.abs(values.normal(n, "f32")), shifts, slow)
 
 
-def of_embedding(source: Described) -> Iterator[Check]:
+def of_embedding_4bit(source: Described) -> Iterator[Check]:
     """Every kernel; rows that share bytes and blocks, and indices that are no rows."""
     for dtype in STORED:
         item = STORED[dtype].itemsize
@@ -149,7 +149,7 @@ def of_embedding(source: Described) -> Iterator[Check]:
                     yield launches.embedding(source, table, indices, dtype, shifts, slow)
 
 
-def of_dequantize_8bit(source: Described) -> Iterator[Check]:
+def of_dequantize_blockwise8(source: Described) -> Iterator[Check]:
     """Every kernel; blocks that begin anywhere."""
     map_ = values.maps()["dynamic"]
     for dtype in STORED:
@@ -165,7 +165,7 @@ def of_dequantize_8bit(source: Described) -> Iterator[Check]:
                 yield launches.dequantize_8bit(source, codes, absmax, map_, dtype, blocksize, shifts, slow)
 
 
-def of_quantize_8bit(source: Described) -> Iterator[Check]:
+def of_quantize_blockwise8(source: Described) -> Iterator[Check]:
     """Every kernel: several tiles or blocks for one block of threads, blocks of a lane's values to all of them."""
     maps = values.maps()
     for dtype in STORED:
@@ -183,7 +183,7 @@ def of_quantize_8bit(source: Described) -> Iterator[Check]:
         yield launches.quantize_8bit(source, values.normal(99, dtype), dtype, maps["dynamic"], 10, slow=True)
 
 
-def of_rows(source: Described) -> Iterator[Check]:
+def of_int8_rowwise(source: Described) -> Iterator[Check]:
     """Every kernel: rows for a warp, for a block of threads, and longer ones than it has registers for."""
     for dtype in STORED:
         item = STORED[dtype].itemsize
@@ -200,21 +200,21 @@ def of_rows(source: Described) -> Iterator[Check]:
 
 
 FAMILIES = {
-    "expand": of_expand,
-    "embedding": of_embedding,
-    "dequantize_8bit": of_dequantize_8bit,
-    "quantize_8bit": of_quantize_8bit,
-    "rows": of_rows,
-    "quantize": of_quantize,
-    "dequantize": of_dequantize,
-    "nested": of_nested,
-    "product": of_product,
-    "gemv": of_gemv,
-    "decode": of_decode,
-    "decode_ring": of_decode_ring,
-    "decode_ring_long": of_decode_ring_long,
+    "dequantize_absmax": of_dequantize_absmax,
+    "embedding_4bit": of_embedding_4bit,
+    "dequantize_blockwise8": of_dequantize_blockwise8,
+    "quantize_blockwise8": of_quantize_blockwise8,
+    "int8_rowwise": of_int8_rowwise,
+    "quantize_blockwise4": of_quantize_blockwise4,
+    "dequantize_blockwise4": of_dequantize_blockwise4,
+    "quantize_absmax": of_quantize_absmax,
+    "gemm_4bit_simt": of_gemm_4bit_simt,
+    "gemv_4bit": of_gemv_4bit,
+    "gemm_4bit_small_m_sm80": of_gemm_4bit_small_m_sm80,
+    "gemm_4bit_small_m_sm90": of_gemm_4bit_small_m_sm90,
+    "gemm_4bit_small_m_sm90_long": of_gemm_4bit_small_m_sm90_long,
     "floor": of_floor,
-    "gemm": of_gemm,
+    "gemm_4bit_tile_sm90a": of_gemm_4bit_tile_sm90a,
 }
 
 
@@ -235,7 +235,9 @@ def test_every_kernel_is_run() -> None:
 
 
 def test_every_source_is_here() -> None:
-    assert {path.stem for path in build_emulator.KERNELS.glob("*.cu")} == set(FAMILIES)
+    found = {path for path in build_emulator.KERNELS.rglob("*.cu") if not path.is_relative_to(build_emulator.HERE)}
+    assert found == set(build_emulator.kernel_sources())
+    assert {path.stem for path in found} == set(FAMILIES)
 
 
 def test_what_is_compared_is_not_empty() -> None:

@@ -339,15 +339,15 @@ def built(source: Path, mode: str) -> Library | Program:
 
 
 def library(name: str) -> Library:
-    """kernels/NAME.cu, in this process."""
-    found = built(build_emulator.KERNELS / f"{name}.cu", "library")
+    """The kernel source of this name, in this process."""
+    found = built(build_emulator.source_of(name), "library")
     assert isinstance(found, Library)
     return found
 
 
 def program(name: str, mode: str) -> Program:
-    """kernels/NAME.cu, with a sanitizer."""
-    found = built(build_emulator.KERNELS / f"{name}.cu", mode)
+    """The kernel source of this name, with a sanitizer."""
+    found = built(build_emulator.source_of(name), mode)
     assert isinstance(found, Program)
     return found
 

@@ -94,7 +94,7 @@ def quantize(
     slow: bool = False,
 ) -> Check:
     """`shifts`: those of input and packed codes, in bytes. `slow`: the kernel that is the definition."""
-    kernel = f"quantize_{'reference_' if slow else ''}{dtype}_{quant_type}"
+    kernel = f"quantize_blockwise4_{'reference_' if slow else ''}{dtype}_{quant_type}"
     n, threads = values.size, source.threads[kernel]
     packed, absmax = native.quantize(values, dtype, quant_type, blocksize)
     per_block = threads * blocksize if slow else source.constants["TILE"]
@@ -177,7 +177,7 @@ def dequantize(
     slow: bool = False,
 ) -> Check:
     """`shifts`: those of packed codes and output, in bytes."""
-    kernel = f"dequantize_{'reference_' if slow else ''}{dtype}{scales.suffix}"
+    kernel = f"dequantize_blockwise4_{'reference_' if slow else ''}{dtype}{scales.suffix}"
     threads = source.threads[kernel]
     wanted = native.dequantize(packed, scales.absmax, n, dtype, quant_type, blocksize)
     out = Buffer(_filled(n, wanted.dtype), shifts[1])
@@ -203,16 +203,16 @@ def compress(
     launches, values, count = [], x, n
     for level in range(levels):
         sums = Buffer(_filled(_ceil(count, group), "f8"))
-        kernel = "nested_sums" if level == 0 else "nested_sums_of_sums"
+        kernel = "quantize_absmax_sums" if level == 0 else "quantize_absmax_sums_of_sums"
         arguments = [pointers(values), pointers(sums), int64(count)]
         launches.append(Launch(kernel, _ceil(count, group * warps), threads, arguments))
         values, count = sums, sums.data.size
     c, a, o = Buffer(_filled(n, np.uint8), shifts[1]), Buffer(_filled(absmax2.size, "f4")), Buffer(_filled(1, "f4"))
     arguments = [pointers(x), pointers(values), int64(count), pointers(c), pointers(a), pointers(o), int64(n)]
     blocks = max(1, min(_ceil(n, group * warps), grid or n))
-    launches.append(Launch("nested_compress", blocks, threads, arguments))
+    launches.append(Launch("quantize_absmax", blocks, threads, arguments))
     wanted = [(c, bits(codes)), (a, bits(absmax2)), (o, bits(np.array([offset], np.float32)))]
-    name = f"nested_compress, {n} scales, {levels} levels, {blocks} blocks, shifts {shifts}"
+    name = f"quantize_absmax, {n} scales, {levels} levels, {blocks} blocks, shifts {shifts}"
     return Check(name, Case(launches), wanted)
 
 
@@ -223,8 +223,8 @@ def compress_slowly(source: Described, absmax: native.Array) -> Check:
     o = Buffer(np.array([offset], np.float32))
     c, a = Buffer(_filled(n, np.uint8)), Buffer(_filled(absmax2.size, "f4"))
     arguments = [pointers(Buffer(absmax)), pointers(o), pointers(c), pointers(a), int64(n)]
-    launch = Launch("nested_compress_reference", _ceil(absmax2.size, threads), threads, arguments)
-    return Check(f"nested_compress_reference, {n} scales", Case([launch]), [(c, bits(codes)), (a, bits(absmax2))])
+    launch = Launch("quantize_absmax_reference", _ceil(absmax2.size, threads), threads, arguments)
+    return Check(f"quantize_absmax_reference, {n} scales", Case([launch]), [(c, bits(codes)), (a, bits(absmax2))])
 
 
 def expand(source: Described, absmax: native.Array, shifts: tuple[int, int] = (0, 0), slow: bool = False) -> Check:
@@ -232,7 +232,7 @@ def expand(source: Described, absmax: native.Array, shifts: tuple[int, int] = (0
     scales = Scales.nested(absmax)
     assert scales.codes is not None
     assert scales.absmax2 is not None
-    kernel, n = f"expand_absmax{'_reference' if slow else ''}", absmax.size
+    kernel, n = f"dequantize_absmax{'_reference' if slow else ''}", absmax.size
     threads = source.threads[kernel]
     out = Buffer(_filled(n, "f4"), shifts[1])
     offset = Buffer(np.array([scales.offset], np.float32))
@@ -275,7 +275,7 @@ def embedding(
     slow: bool = False,
 ) -> Check:
     """Rows of a table. `shifts`: those of packed codes and output, in bytes."""
-    kernel = f"embedding_{'reference_' if slow else ''}{dtype}{table.scales.suffix}"
+    kernel = f"embedding_4bit_{'reference_' if slow else ''}{dtype}{table.scales.suffix}"
     threads, (rows, columns) = source.threads[kernel], table.shape
     wanted = table.rows(indices, dtype)
     out = Buffer(_filled(wanted.size, wanted.dtype).reshape(wanted.shape), shifts[1])
@@ -302,7 +302,7 @@ def dequantize_8bit(
     slow: bool = False,
 ) -> Check:
     """`shifts`: those of codes and output, in bytes."""
-    kernel, n = f"dequantize_8bit_{'reference_' if slow else ''}{dtype}", codes.size
+    kernel, n = f"dequantize_blockwise8_{'reference_' if slow else ''}{dtype}", codes.size
     threads = source.threads[kernel]
     wanted = native.dequantize_blockwise(codes, absmax, map_, dtype, blocksize)
     out = Buffer(_filled(n, wanted.dtype), shifts[1])
@@ -328,7 +328,7 @@ def quantize_8bit(
 ) -> Check:
     """`shifts`: those of input and codes, in bytes. `grid`: blocks of threads that share the work."""
     any_size = blocksize not in native.BLOCK_SIZES
-    kernel = f"quantize_8bit_{'reference_' if slow else 'any_' if any_size else ''}{dtype}"
+    kernel = f"quantize_blockwise8_{'reference_' if slow else 'any_' if any_size else ''}{dtype}"
     n, threads = values.size, source.threads[kernel]
     codes, absmax = native.quantize_blockwise(values, dtype, map_, blocksize)
     x, c, a = (
@@ -352,7 +352,7 @@ def quantize_rows(
     grid: int = 2,
 ) -> Check:
     """The rows of a matrix. `shifts`: those of input and codes, in bytes. `grid`: as for `quantize_8bit`."""
-    kernel = f"quantize_rows_{'reference_' if slow else ''}{dtype}"
+    kernel = f"quantize_int8_rowwise_{'reference_' if slow else ''}{dtype}"
     (rows, columns), threads = values.shape, source.threads[kernel]
     codes, scales = native.quantize_rows(values, dtype)
     c, s = Buffer(_filled(codes.size, np.int8).reshape(codes.shape), shifts[1]), Buffer(_filled(rows, "f4"))
@@ -371,7 +371,7 @@ def dequantize_rows(
     slow: bool = False,
 ) -> Check:
     """The way back. `shifts`: those of codes and output, in bytes."""
-    kernel = f"dequantize_rows_{'reference_' if slow else ''}{dtype}"
+    kernel = f"dequantize_int8_rowwise_{'reference_' if slow else ''}{dtype}"
     wanted, threads = native.dequantize_rows(codes, scales, dtype), source.threads[kernel]
     out = Buffer(_filled(wanted.size, wanted.dtype).reshape(wanted.shape), shifts[1])
     arguments = [
@@ -456,10 +456,10 @@ class Product:
         )
 
 
-def plain_product(source: Described, product: Product, shift: int = 0) -> Check:
+def simt(source: Described, product: Product, shift: int = 0) -> Check:
     """By a warp for each element, in float32."""
     (m, k), n = product.x.shape, product.weights.shape[0]
-    kernel = f"product_{product.dtype}{product.scales.suffix}"
+    kernel = f"gemm_4bit_simt_{product.dtype}{product.scales.suffix}"
     x, packed, scales, bias, y = product.buffers(shift)
     arguments = [
         x, packed, scales, bias, pointers(y), int64(m), int64(n), int64(k),
@@ -478,7 +478,7 @@ def gemv(source: Described, rows: int, k: int, stride: int, dtype: str, blocksiz
     table = random.standard_normal(16, np.float32)
     packed = random.integers(0, 256, (rows - 1) * stride + _ceil(k, 2), np.uint8)
     absmax = random.uniform(0.5, 1.5, _ceil((rows - 1) * stride * 2 + k, blocksize)).astype(np.float32)
-    kernel, y = f"gemv_{dtype}", Buffer(_filled(rows, x.dtype))
+    kernel, y = f"gemv_4bit_{dtype}", Buffer(_filled(rows, x.dtype))
     inputs = [pointers(b) for b in (Buffer(x), Buffer(packed, shift), Buffer(absmax), Buffer(table), y)]
     arguments = [*inputs, int64(rows), int64(k), int64(stride), _shift(blocksize)]
     launch = Launch(kernel, _ceil(rows, source.constants["WARPS"]), source.threads[kernel], arguments)
@@ -494,17 +494,17 @@ def gemv(source: Described, rows: int, k: int, stride: int, dtype: str, blocksiz
     return Check(f"{kernel}, {rows} x {k}, {stride} bytes apart", Case([launch]), [(y, wanted)])
 
 
-def decode(source: Described, product: Product, rows: int, slots: int, per_pass: int) -> Check:
+def small_m_sm80(source: Described, product: Product, rows: int, slots: int, per_pass: int) -> Check:
     """By matrix units: at most 16 rows of x. `rows`, `slots` and `per_pass` are the members of the kernel's plan."""
     (m, _), constants = product.x.shape, source.constants
     partial = per_pass * slots * m * constants["ROWS"] * 4
     shared = constants["MAP_BYTES"] + partial + constants["LANE_TABLE_BYTES"]
-    return _decode(source, "decode", product, (rows, slots, per_pass), slots, shared)
+    return _small_m(source, "gemm_4bit_small_m_sm80", product, (rows, slots, per_pass), slots, shared)
 
 
 @dataclass(frozen=True)
 class Ring:
-    """What the kernels of decode_ring.cuh for some columns make of K, with so many slots."""
+    """What the kernels of gemm_4bit_small_m_sm90 for some columns make of K, with so many slots."""
 
     columns: int
     k: int
@@ -528,10 +528,10 @@ class Ring:
     @property
     def family(self) -> str:
         """The source that has the kernel."""
-        return "decode_ring_long" if self.long else "decode_ring"
+        return f"gemm_4bit_small_m_sm90{'_long' if self.long else ''}"
 
 
-def decode_ring(
+def small_m_sm90(
     source: Described, product: Product, rows: int, slots: int, per_pass: int, scale_shift: int = 0, sharing: int = 1
 ) -> Check:
     """The same, packed codes by way of shared memory and up to 32 rows of x; `source` is that of `Ring.family`.
@@ -543,21 +543,21 @@ def decode_ring(
     columns, k = product.x.shape
     ring = Ring(columns, k, slots)
     if ring.long:
-        per_pass = _ceil(rows, constants["ROWS"] * (constants["RING_WARPS"] // slots))
+        per_pass = _ceil(rows, constants["ROWS"] * (constants["WARPS"] // slots))
     # The table begins at a multiple of its size; 1 KB of shared memory is the system's. 64 KB are on the way.
-    stage = constants["RING_WARPS"] * constants["ROWS"] * ring.slot * constants["BLOCK_BYTES"]
+    stage = constants["WARPS"] * constants["ROWS"] * ring.slot * constants["BLOCK_BYTES"]
     shared = 2 * constants["LANE_TABLE_BYTES"] - 1024 + 2**16 + (stage if ring.long else 0)
     # What is before the table, as the kernel says.
-    warps, fragments = constants["RING_WARPS"], 1 if columns <= 8 else 2 if columns <= 16 else 4
+    warps, fragments = constants["WARPS"], 1 if columns <= 8 else 2 if columns <= 16 else 4
     sharing = min(sharing, slots) if ring.long else 1
     while per_pass * (warps * 8 + warps * fragments * constants["SUMS"] * 4 // sharing) > 2**16 - 2048:
         sharing *= 2
     assert sharing <= (slots if ring.long else 1), "no room for the sums"
     plan = (rows, int(math.log2(slots)), ring.chunks, per_pass, int(math.log2(sharing)), columns % 3)
-    return _decode(source, ring.family, product, plan, slots * ring.chunks, shared, scale_shift)
+    return _small_m(source, ring.family, product, plan, slots * ring.chunks, shared, scale_shift)
 
 
-def _decode(
+def _small_m(
     source: Described,
     family: str,
     product: Product,
@@ -607,25 +607,25 @@ def floor_read(source: Described, words: np.ndarray, grid: int, wanted: int) -> 
 
 
 @dataclass(frozen=True)
-class Gemm:
-    """How a launch of gemm.cuh divides a product: rows of x in a tile, and parts of K; `shift` are bytes of scales."""
+class Tile:
+    """How gemm_4bit_tile_sm90a divides a product: rows of x in a tile, parts of K; `scale_shift` is in bytes."""
 
     tokens: int
     parts: int = 1
     scale_shift: int = 0
 
 
-def gemm_shared(tokens: int) -> int:
-    """The dynamic shared memory of a block, as rust/cuda/src/gemm.rs has it."""
+def tile_shared(tokens: int) -> int:
+    """The dynamic shared memory of a block, as rust/cuda/src/gemm/tile.rs has it."""
     codes, x, scales = (3 if tokens > 128 else 6), (4 if tokens > 64 else 8), 2
     return x * tokens * 128 + 65536 + codes * 8192 + scales * 4096 + 1024 + 2 * (codes + x + scales) * 8
 
 
-def gemm(source: Described, product: Product, plan: Gemm, exact: bool = False) -> Check:
+def tile_sm90a(source: Described, product: Product, plan: Tile, exact: bool = False) -> Check:
     """By warpgroups. `exact`: x is an identity, and y has to be the dequantized weight."""
     (m, k), n, constants = product.x.shape, product.weights.shape[0], source.constants
-    rows, step, unit = constants["ROWS"], constants["STEP"], constants["UNIT"]
-    kernel = f"gemm_{product.dtype}_{plan.tokens}"
+    rows, step, unit = constants["ROWS"], constants["K_TILE"], constants["SCALES_K"]
+    kernel = f"gemm_4bit_tile_sm90a_{product.dtype}_{plan.tokens}"
     units, tiles = _ceil(k, unit), _ceil(m, plan.tokens)
     of_part = _ceil(units, plan.parts)
     assert of_part * (plan.parts - 1) < units, "a part of K with nothing"
@@ -633,14 +633,14 @@ def gemm(source: Described, product: Product, plan: Gemm, exact: bool = False) -
     codebook = reference.CODEBOOKS[product.quant_type].astype(np.float32)
     arguments = [
         tensor_map(Buffer(product.x), 2, (k, m), (2 * k,), (step, plan.tokens), 128),
-        tensor_map(Buffer(product.packed), 1, (k // 2, n), (k // 2,), (constants["STAGE_BYTES"], rows), 64),
+        tensor_map(Buffer(product.packed), 1, (k // 2, n), (k // 2,), (constants["CODES_ROW_BYTES"], rows), 64),
         product.scales.argument(plan.scale_shift), Argument(codebook.tobytes()),
         pointers(None if product.bias is None else Buffer(product.bias)), pointers(y),
         int32(m), int32(n), int32(k), _shift(product.blocksize),
         Argument(struct.pack("<3i", tiles, of_part, plan.parts)),
     ]  # fmt: skip
     blocks = tiles * _ceil(n, rows) * plan.parts
-    launch = Launch(kernel, blocks, source.threads[kernel], arguments, gemm_shared(plan.tokens), cluster=plan.parts)
+    launch = Launch(kernel, blocks, source.threads[kernel], arguments, tile_shared(plan.tokens), cluster=plan.parts)
     name = f"{kernel}, {m} x {n} x {k}, {product.quant_type} in {product.blocksize}, {plan}"
     if exact:
         scales = product.scales.absmax

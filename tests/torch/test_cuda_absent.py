@@ -55,9 +55,13 @@ def test_kernels_are_built_where_their_compilers_are() -> None:
     except tools.MissingToolsError as error:
         pytest.skip(str(error))
     kernels = _native.cuda_kernels()
-    assert {"quantize_bf16_nf4", "gemm_f16_256", "decode_ring_long_bf16_32_nested"} <= set(kernels)
+    assert {
+        "quantize_blockwise4_bf16_nf4",
+        "gemm_4bit_tile_sm90a_f16_256",
+        "gemm_4bit_small_m_sm90_long_bf16_32_nested",
+    } <= set(kernels)
     # All of them with the cargo feature test-kernels, else none.
-    for_tests = {"dequantize_reference_f32", "quantize_rows_reference_f16", "floor_read"}
+    for_tests = {"dequantize_blockwise4_reference_f32", "quantize_int8_rowwise_reference_f16", "floor_read"}
     assert for_tests & set(kernels) in (for_tests, set())
 
 
@@ -69,9 +73,9 @@ def test_ptx_of_a_kernel() -> None:
     with pytest.raises(ValueError, match='kernel is "none": expected the name of a kernel that this build has'):
         _native.cuda_kernel_ptx("none", (9, 0))
     if _native.cuda_kernels():
-        assert ".target sm_90a" in _native.cuda_kernel_ptx("gemm_f16_256", (9, 0)).decode()
+        assert ".target sm_90a" in _native.cuda_kernel_ptx("gemm_4bit_tile_sm90a_f16_256", (9, 0)).decode()
         with pytest.raises(ValueError, match=r"capability is \(10, 0\): expected one that the kernel is compiled for"):
-            _native.cuda_kernel_ptx("gemm_f16_256", (10, 0))
+            _native.cuda_kernel_ptx("gemm_4bit_tile_sm90a_f16_256", (10, 0))
 
 
 @pytest.mark.parametrize(("form", "words"), [("cubin", "as cubins"), ("ptx", "as PTX, which the driver compiles")])

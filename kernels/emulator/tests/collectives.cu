@@ -1,5 +1,5 @@
 // What lanes and threads do together, one kernel for each kind: the results are compared with those of numpy.
-#include "common.cuh"
+#include "common/types.cuh"
 
 constexpr int THREADS = 64;
 constexpr int RESULTS = 16;

@@ -1,6 +1,6 @@
 // Small kernels, each right, and again with a mistake planted: that the ways to run kernels here find it is tested. The
 // name of the mistake stands behind the lines that a report may name.
-#include "common.cuh"
+#include "common/types.cuh"
 
 constexpr int THREADS = 64;
 constexpr int ROUNDS = 3;

@@ -1,5 +1,5 @@
 // As planted.cu, for what compute capability 9.0 has: copies of tiles, products of warpgroups, their memory, roles, clusters.
-#include "wgmma.cuh"
+#include "common/wgmma.cuh"
 
 constexpr int THREADS = 160;
 constexpr int GROUP = 128;

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from halfbyte import _native
+from halfbyte.backends import int8_torch
 from halfbyte.ops._torch_internals import current_stream
 from halfbyte.ops.checks import (
     NESTED_BLOCKSIZE,
@@ -32,6 +33,13 @@ from halfbyte.ops.checks import (
     check_quantize_rows,
     check_weight,
     packed_bytes,
+)
+from halfbyte.ops.checks_8bit import (
+    check_int8_matmul,
+    check_int8_scaled_mm,
+    check_linear_8bit,
+    check_linear_8bit_backward,
+    check_quantize_rows_outliers,
 )
 from halfbyte.ops.packed import PackedWeight, packed_weight
 
@@ -422,6 +430,63 @@ def dequantize_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor
     out = codes.new_empty(codes.shape, dtype=dtype)
     _native.cuda_dequantize_rows(*_here(codes), _raw(codes), _raw(scales), _raw(out), scales.numel(), codes.shape[-1])
     return out
+
+
+# ---- LLM.int8() ------------------------------------------------------------------------------------------------------
+
+
+def quantize_rows_outliers(input: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`quantize_rows` that leaves outliers out: codes, scales, and which columns have an outlier, bool [columns].
+
+    A value of a magnitude of at least `threshold` does not count for the scale of its row, and its column has codes 0.
+    """
+    check_quantize_rows_outliers(input, threshold)
+    values = input.reshape(prod(input.shape[:-1]), input.shape[-1]).to(torch.float32)
+    found, columns = int8_torch.outliers(values, threshold)
+    codes, scales = quantize_rows(values.masked_fill(found, 0.0))
+    return codes.masked_fill_(columns, 0).view(input.shape), scales, columns
+
+
+def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b.T` of codes int8 [..., k] and [n, k]: int32 [..., n], exact."""
+    check_int8_matmul(a, b)
+    rows = prod(a.shape[:-1])
+    return int8_torch.matmul(a.reshape(rows, a.shape[-1]), b).view(*a.shape[:-1], b.shape[0])
+
+
+def int8_scaled_mm(
+    a: Tensor, b: Tensor, row_scales: Tensor, column_scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`int8_matmul`, scaled to what the codes stand for, plus bias: `dtype`."""
+    check_int8_scaled_mm(a, b, row_scales, column_scales, bias, dtype)
+    rows = prod(a.shape[:-1])
+    total = int8_torch.matmul(a.reshape(rows, a.shape[-1]), b)
+    return int8_torch.epilogue(total, row_scales, column_scales, bias, dtype).view(*a.shape[:-1], b.shape[0])
+
+
+def linear_8bit(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+    """`x @ W.T + bias` with the rows `W` [out_features, in_features] in codes and scales; in the dtype of `x`.
+
+    The rows of `x`, rounded to float16's precision, are quantized too; columns with an outlier, where `threshold` is
+    not 0, are multiplied as they are.
+    """
+    check_linear_8bit(x, codes, scales, bias, threshold)
+    flat = x.reshape(prod(x.shape[:-1]), x.shape[-1])
+    values = int8_torch.rounded(flat)
+    if threshold > 0:
+        a, row_scales, columns = quantize_rows_outliers(values, threshold)
+        extra = int8_torch.outlier_product(flat, codes, columns)
+    else:
+        (a, row_scales), extra, columns = quantize_rows(values), None, None
+    total = int8_torch.matmul(a, codes)
+    out = int8_torch.epilogue(total, row_scales, scales, bias, x.dtype, extra, columns)
+    return out.view(*x.shape[:-1], codes.shape[0])
+
+
+def linear_8bit_backward(grad: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """`grad @ W` with the rows `W` [out_features, in_features] in codes and scales; in the dtype of `grad`."""
+    check_linear_8bit_backward(grad, codes, scales)
+    return int8_torch.product(grad, dequantize_rows(codes, scales, grad.dtype))
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------

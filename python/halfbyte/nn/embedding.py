@@ -1,4 +1,4 @@
-"""`Embedding4bit`: an embedding whose table is packed to 4 bits."""
+"""`Embedding4bit` and `Embedding8bit`: embeddings whose tables have 4 or 8 bits a value."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 from halfbyte.nn._quantized import Quantized
+from halfbyte.nn._quantized_rows import QuantizedRows
+from halfbyte.nn.int8_params import Int8Params
 from halfbyte.ops import dispatch
+from halfbyte.ops.matmul_8bit import MatmulLtState
 
 
 class Embedding4bit(Quantized, torch.nn.Embedding):
@@ -89,3 +92,53 @@ class EmbeddingFP4(Embedding4bit):
     ) -> None:
         """Make a table; see `Embedding4bit`."""
         super().__init__(num_embeddings, embedding_dim, dtype, "fp4", quant_storage, device)
+
+
+class Embedding8bit(QuantizedRows, torch.nn.Embedding):
+    """`torch.nn.Embedding` with a table of 8 bits a value, quantized when the module is first moved to a device.
+
+    Args:
+        num_embeddings: Rows of the table.
+        embedding_dim: Values of a row; any number.
+        device: Where the float table is made that is to be quantized.
+        dtype: Of the output; by default torch's default dtype.
+
+    Only the rows asked for are read. There is no gradient. Unlike bitsandbytes' it can be saved and loaded, with the
+    keys that a linear layer has.
+
+    >>> import torch
+    >>> from halfbyte.nn import Embedding8bit
+    >>> table = Embedding8bit(1000, 64).to("cpu")
+    >>> table(torch.tensor([[3, 1], [4, 1]])).shape
+    torch.Size([2, 2, 64])
+    """
+
+    dtype: torch.dtype
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make a table of random values that are to be quantized; see the class."""
+        super().__init__(num_embeddings, embedding_dim, device=device, dtype=dtype)
+        self.dtype = self.weight.dtype
+        self.state = MatmulLtState()
+        self.state.has_fp16_weights = False
+        self.weight = Int8Params(self.weight.detach(), requires_grad=False)
+
+    def _weight_shape(self) -> tuple[int, int]:
+        return self.num_embeddings, self.embedding_dim
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Rows of the table: `[...]`, int64 or int32, to `[..., embedding_dim]`."""
+        weight = self.weight
+        if weight.dtype is not torch.int8:
+            raise self._not_quantized()
+        scales = self._scales(weight)
+        codes = torch.nn.functional.embedding(input, weight)
+        found = torch.nn.functional.embedding(input, scales.view(-1, 1))
+        rows: Tensor = dispatch.call("dequantize_rows", codes, found.view(-1), self.dtype)
+        return rows

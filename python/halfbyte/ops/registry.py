@@ -37,6 +37,14 @@ from halfbyte.ops.checks import (
     check_weight,
     packed_bytes,
 )
+from halfbyte.ops.checks_8bit import (
+    check_int8_matmul,
+    check_int8_scaled_mm,
+    check_linear_8bit,
+    check_linear_8bit_backward,
+    check_linear_8bit_trained,
+    check_quantize_rows_outliers,
+)
 from halfbyte.ops.packed import PackedWeight, packed_weight
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -54,13 +62,27 @@ SCHEMAS = {
     "dequantize_blockwise": "(Tensor codes, Tensor absmax, Tensor code, int blocksize, ScalarType dtype) -> Tensor",
     "quantize_rows": "(Tensor input) -> (Tensor, Tensor)",
     "dequantize_rows": "(Tensor codes, Tensor scales, ScalarType dtype) -> Tensor",
+    "quantize_rows_outliers": "(Tensor input, float threshold) -> (Tensor, Tensor, Tensor)",
+    "int8_matmul": "(Tensor a, Tensor b) -> Tensor",
+    "int8_scaled_mm": (
+        "(Tensor a, Tensor b, Tensor row_scales, Tensor column_scales, Tensor? bias, ScalarType dtype) -> Tensor"
+    ),
+    "linear_8bit": "(Tensor x, Tensor codes, Tensor scales, Tensor? bias, float threshold) -> Tensor",
+    "linear_8bit_backward": "(Tensor grad, Tensor codes, Tensor scales) -> Tensor",
     "linear_4bit": f"(Tensor x, {_WEIGHT}, Tensor? bias, SymInt[] shape, {_HOW}) -> Tensor",
     "linear_4bit_backward": f"(Tensor grad, {_WEIGHT}, SymInt[] shape, {_HOW}) -> Tensor",
     "embedding_4bit": f"(Tensor indices, {_WEIGHT}, SymInt[] shape, ScalarType dtype, {_HOW}) -> Tensor",
 }
 """Each operation's arguments and results."""
 
-for _name, _schema in SCHEMAS.items():
+COMPOSED = {
+    "linear_8bit_trained": (
+        "(Tensor x, Tensor weight, Tensor codes, Tensor scales, Tensor? bias, float threshold) -> Tensor"
+    ),
+}
+"""Operations that are made of others, and have derivatives of their own."""
+
+for _name, _schema in {**SCHEMAS, **COMPOSED}.items():
     torch.library.define(f"halfbyte::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
 
 
@@ -188,6 +210,56 @@ def _quantize_rows(input: Tensor) -> tuple[Tensor, Tensor]:
 def _dequantize_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     check_dequantize_rows(codes, scales, dtype)
     return codes.new_empty(codes.shape, dtype=dtype)
+
+
+@_fake("quantize_rows_outliers")
+def _quantize_rows_outliers(input: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    check_quantize_rows_outliers(input, threshold)
+    return *_quantize_rows(input), input.new_empty(input.shape[-1], dtype=torch.bool)
+
+
+@_fake("int8_matmul")
+def _int8_matmul(a: Tensor, b: Tensor) -> Tensor:
+    check_int8_matmul(a, b)
+    return a.new_empty((*a.shape[:-1], b.shape[0]), dtype=torch.int32)
+
+
+@_fake("int8_scaled_mm")
+def _int8_scaled_mm(
+    a: Tensor, b: Tensor, row_scales: Tensor, column_scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    check_int8_scaled_mm(a, b, row_scales, column_scales, bias, dtype)
+    return a.new_empty((*a.shape[:-1], b.shape[0]), dtype=dtype)
+
+
+@_fake("linear_8bit")
+def _linear_8bit(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+    check_linear_8bit(x, codes, scales, bias, threshold)
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+@_fake("linear_8bit_backward")
+def _linear_8bit_backward(grad: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    check_linear_8bit_backward(grad, codes, scales)
+    return grad.new_empty((*grad.shape[:-1], codes.shape[1]))
+
+
+@_fake("linear_8bit_trained")
+def _linear_8bit_trained(
+    x: Tensor, weight: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, threshold: float
+) -> Tensor:
+    check_linear_8bit_trained(x, weight, codes, scales, bias, threshold)
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+@torch.library.impl("halfbyte::linear_8bit_trained", "default")  # type: ignore[untyped-decorator, unused-ignore]
+def _linear_8bit_trained_now(
+    x: Tensor, weight: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, threshold: float
+) -> Tensor:
+    """`linear_8bit` with the codes of a float weight, which gets a gradient."""
+    check_linear_8bit_trained(x, weight, codes, scales, bias, threshold)
+    y: Tensor = torch.ops.halfbyte.linear_8bit(x, codes, scales, bias, threshold)
+    return y
 
 
 @_fake("linear_4bit")

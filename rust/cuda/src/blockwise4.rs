@@ -11,8 +11,8 @@ use super::launch::{Variant, parameters};
 use super::memory::{Memory, Scales, block_shift};
 use super::quantize_absmax::{QuantizedAbsmax, quantize_absmax_with_sums, write_sums};
 
-const DEQUANTIZE_TILE: u64 = kernels::dequantize::TILE as u64;
-const QUANTIZE_TILE: u64 = kernels::quantize::TILE as u64;
+const DEQUANTIZE_TILE: u64 = kernels::dequantize_blockwise4::TILE as u64;
+const QUANTIZE_TILE: u64 = kernels::quantize_blockwise4::TILE as u64;
 
 /// What `quant_type` is to a kernel.
 pub(super) fn quant_type_parameter(quant_type: QuantType) -> u32 {
@@ -24,18 +24,18 @@ pub(super) fn quant_type_parameter(quant_type: QuantType) -> u32 {
 
 fn dequantize_kernel(dtype: DType, nested: bool, variant: Variant) -> &'static Kernel {
     match (variant, dtype, nested) {
-        (Variant::Fast, DType::Bf16, false) => &kernels::DEQUANTIZE_BF16,
-        (Variant::Fast, DType::Bf16, true) => &kernels::DEQUANTIZE_BF16_NESTED,
-        (Variant::Fast, DType::F16, false) => &kernels::DEQUANTIZE_F16,
-        (Variant::Fast, DType::F16, true) => &kernels::DEQUANTIZE_F16_NESTED,
-        (Variant::Fast, _, false) => &kernels::DEQUANTIZE_F32,
-        (Variant::Fast, _, true) => &kernels::DEQUANTIZE_F32_NESTED,
-        (Variant::Reference, DType::Bf16, false) => &kernels::DEQUANTIZE_REFERENCE_BF16,
-        (Variant::Reference, DType::Bf16, true) => &kernels::DEQUANTIZE_REFERENCE_BF16_NESTED,
-        (Variant::Reference, DType::F16, false) => &kernels::DEQUANTIZE_REFERENCE_F16,
-        (Variant::Reference, DType::F16, true) => &kernels::DEQUANTIZE_REFERENCE_F16_NESTED,
-        (Variant::Reference, _, false) => &kernels::DEQUANTIZE_REFERENCE_F32,
-        (Variant::Reference, _, true) => &kernels::DEQUANTIZE_REFERENCE_F32_NESTED,
+        (Variant::Fast, DType::Bf16, false) => &kernels::DEQUANTIZE_BLOCKWISE4_BF16,
+        (Variant::Fast, DType::Bf16, true) => &kernels::DEQUANTIZE_BLOCKWISE4_BF16_NESTED,
+        (Variant::Fast, DType::F16, false) => &kernels::DEQUANTIZE_BLOCKWISE4_F16,
+        (Variant::Fast, DType::F16, true) => &kernels::DEQUANTIZE_BLOCKWISE4_F16_NESTED,
+        (Variant::Fast, _, false) => &kernels::DEQUANTIZE_BLOCKWISE4_F32,
+        (Variant::Fast, _, true) => &kernels::DEQUANTIZE_BLOCKWISE4_F32_NESTED,
+        (Variant::Reference, DType::Bf16, false) => &kernels::DEQUANTIZE_BLOCKWISE4_REFERENCE_BF16,
+        (Variant::Reference, DType::Bf16, true) => &kernels::DEQUANTIZE_BLOCKWISE4_REFERENCE_BF16_NESTED,
+        (Variant::Reference, DType::F16, false) => &kernels::DEQUANTIZE_BLOCKWISE4_REFERENCE_F16,
+        (Variant::Reference, DType::F16, true) => &kernels::DEQUANTIZE_BLOCKWISE4_REFERENCE_F16_NESTED,
+        (Variant::Reference, _, false) => &kernels::DEQUANTIZE_BLOCKWISE4_REFERENCE_F32,
+        (Variant::Reference, _, true) => &kernels::DEQUANTIZE_BLOCKWISE4_REFERENCE_F32_NESTED,
     }
 }
 
@@ -75,18 +75,18 @@ pub unsafe fn dequantize(
 
 fn quantize_kernel(dtype: DType, quant_type: QuantType, variant: Variant) -> &'static Kernel {
     match (variant, dtype, quant_type) {
-        (Variant::Fast, DType::Bf16, QuantType::Nf4) => &kernels::QUANTIZE_BF16_NF4,
-        (Variant::Fast, DType::Bf16, QuantType::Fp4) => &kernels::QUANTIZE_BF16_FP4,
-        (Variant::Fast, DType::F16, QuantType::Nf4) => &kernels::QUANTIZE_F16_NF4,
-        (Variant::Fast, DType::F16, QuantType::Fp4) => &kernels::QUANTIZE_F16_FP4,
-        (Variant::Fast, _, QuantType::Nf4) => &kernels::QUANTIZE_F32_NF4,
-        (Variant::Fast, _, QuantType::Fp4) => &kernels::QUANTIZE_F32_FP4,
-        (Variant::Reference, DType::Bf16, QuantType::Nf4) => &kernels::QUANTIZE_REFERENCE_BF16_NF4,
-        (Variant::Reference, DType::Bf16, QuantType::Fp4) => &kernels::QUANTIZE_REFERENCE_BF16_FP4,
-        (Variant::Reference, DType::F16, QuantType::Nf4) => &kernels::QUANTIZE_REFERENCE_F16_NF4,
-        (Variant::Reference, DType::F16, QuantType::Fp4) => &kernels::QUANTIZE_REFERENCE_F16_FP4,
-        (Variant::Reference, _, QuantType::Nf4) => &kernels::QUANTIZE_REFERENCE_F32_NF4,
-        (Variant::Reference, _, QuantType::Fp4) => &kernels::QUANTIZE_REFERENCE_F32_FP4,
+        (Variant::Fast, DType::Bf16, QuantType::Nf4) => &kernels::QUANTIZE_BLOCKWISE4_BF16_NF4,
+        (Variant::Fast, DType::Bf16, QuantType::Fp4) => &kernels::QUANTIZE_BLOCKWISE4_BF16_FP4,
+        (Variant::Fast, DType::F16, QuantType::Nf4) => &kernels::QUANTIZE_BLOCKWISE4_F16_NF4,
+        (Variant::Fast, DType::F16, QuantType::Fp4) => &kernels::QUANTIZE_BLOCKWISE4_F16_FP4,
+        (Variant::Fast, _, QuantType::Nf4) => &kernels::QUANTIZE_BLOCKWISE4_F32_NF4,
+        (Variant::Fast, _, QuantType::Fp4) => &kernels::QUANTIZE_BLOCKWISE4_F32_FP4,
+        (Variant::Reference, DType::Bf16, QuantType::Nf4) => &kernels::QUANTIZE_BLOCKWISE4_REFERENCE_BF16_NF4,
+        (Variant::Reference, DType::Bf16, QuantType::Fp4) => &kernels::QUANTIZE_BLOCKWISE4_REFERENCE_BF16_FP4,
+        (Variant::Reference, DType::F16, QuantType::Nf4) => &kernels::QUANTIZE_BLOCKWISE4_REFERENCE_F16_NF4,
+        (Variant::Reference, DType::F16, QuantType::Fp4) => &kernels::QUANTIZE_BLOCKWISE4_REFERENCE_F16_FP4,
+        (Variant::Reference, _, QuantType::Nf4) => &kernels::QUANTIZE_BLOCKWISE4_REFERENCE_F32_NF4,
+        (Variant::Reference, _, QuantType::Fp4) => &kernels::QUANTIZE_BLOCKWISE4_REFERENCE_F32_FP4,
     }
 }
 

@@ -12,12 +12,12 @@ use super::memory::{Memory, block_shift};
 
 const CODES: usize = 256;
 
-const DEQUANTIZE_TILE_BYTES: u64 = kernels::dequantize_8bit::TILE_BYTES as u64;
-const QUANTIZE_TILE: u64 = kernels::quantize_8bit::TILE as u64;
-const QUANTIZE_WARPS: u64 = kernels::quantize_8bit::WARPS as u64;
-const QUANTIZE_WARP_BLOCK: usize = kernels::quantize_8bit::WARP_BLOCK;
+const DEQUANTIZE_TILE_BYTES: u64 = kernels::dequantize_blockwise8::TILE_BYTES as u64;
+const QUANTIZE_TILE: u64 = kernels::quantize_blockwise8::TILE as u64;
+const QUANTIZE_WARPS: u64 = kernels::quantize_blockwise8::WARPS as u64;
+const QUANTIZE_WARP_BLOCK: usize = kernels::quantize_blockwise8::WARP_BLOCK;
 /// Blocks of threads for each multiprocessor: as many as it takes at once, because each makes a table first.
-const QUANTIZE_RESIDENT: u64 = kernels::quantize_8bit::RESIDENT as u64;
+const QUANTIZE_RESIDENT: u64 = kernels::quantize_blockwise8::RESIDENT as u64;
 
 /// The block size as kernels take it, and how many blocks `n` values are.
 fn blocks_of(n: usize, blocksize: usize) -> Result<(i64, usize)> {
@@ -53,12 +53,12 @@ pub unsafe fn dequantize_8bit(
     absmax.of(&[DType::F32])?.long(scales, "one scale per block")?;
     code.of(&[DType::F32])?.long(CODES, "one value per code")?;
     let kernel = match (variant, out.dtype()) {
-        (Variant::Fast, DType::Bf16) => &kernels::DEQUANTIZE_8BIT_BF16,
-        (Variant::Fast, DType::F16) => &kernels::DEQUANTIZE_8BIT_F16,
-        (Variant::Fast, _) => &kernels::DEQUANTIZE_8BIT_F32,
-        (Variant::Reference, DType::Bf16) => &kernels::DEQUANTIZE_8BIT_REFERENCE_BF16,
-        (Variant::Reference, DType::F16) => &kernels::DEQUANTIZE_8BIT_REFERENCE_F16,
-        (Variant::Reference, _) => &kernels::DEQUANTIZE_8BIT_REFERENCE_F32,
+        (Variant::Fast, DType::Bf16) => &kernels::DEQUANTIZE_BLOCKWISE8_BF16,
+        (Variant::Fast, DType::F16) => &kernels::DEQUANTIZE_BLOCKWISE8_F16,
+        (Variant::Fast, _) => &kernels::DEQUANTIZE_BLOCKWISE8_F32,
+        (Variant::Reference, DType::Bf16) => &kernels::DEQUANTIZE_BLOCKWISE8_REFERENCE_BF16,
+        (Variant::Reference, DType::F16) => &kernels::DEQUANTIZE_BLOCKWISE8_REFERENCE_F16,
+        (Variant::Reference, _) => &kernels::DEQUANTIZE_BLOCKWISE8_REFERENCE_F32,
     };
     let tile = match variant {
         Variant::Fast => DEQUANTIZE_TILE_BYTES / out.dtype().size() as u64,
@@ -101,15 +101,15 @@ pub unsafe fn quantize_8bit(
 
     let of_format = BlockSize::new(blocksize).ok();
     let kernel = match (variant, of_format, input.dtype()) {
-        (Variant::Fast, Some(_), DType::Bf16) => &kernels::QUANTIZE_8BIT_BF16,
-        (Variant::Fast, Some(_), DType::F16) => &kernels::QUANTIZE_8BIT_F16,
-        (Variant::Fast, Some(_), _) => &kernels::QUANTIZE_8BIT_F32,
-        (Variant::Fast, None, DType::Bf16) => &kernels::QUANTIZE_8BIT_ANY_BF16,
-        (Variant::Fast, None, DType::F16) => &kernels::QUANTIZE_8BIT_ANY_F16,
-        (Variant::Fast, None, _) => &kernels::QUANTIZE_8BIT_ANY_F32,
-        (Variant::Reference, _, DType::Bf16) => &kernels::QUANTIZE_8BIT_REFERENCE_BF16,
-        (Variant::Reference, _, DType::F16) => &kernels::QUANTIZE_8BIT_REFERENCE_F16,
-        (Variant::Reference, _, _) => &kernels::QUANTIZE_8BIT_REFERENCE_F32,
+        (Variant::Fast, Some(_), DType::Bf16) => &kernels::QUANTIZE_BLOCKWISE8_BF16,
+        (Variant::Fast, Some(_), DType::F16) => &kernels::QUANTIZE_BLOCKWISE8_F16,
+        (Variant::Fast, Some(_), _) => &kernels::QUANTIZE_BLOCKWISE8_F32,
+        (Variant::Fast, None, DType::Bf16) => &kernels::QUANTIZE_BLOCKWISE8_ANY_BF16,
+        (Variant::Fast, None, DType::F16) => &kernels::QUANTIZE_BLOCKWISE8_ANY_F16,
+        (Variant::Fast, None, _) => &kernels::QUANTIZE_BLOCKWISE8_ANY_F32,
+        (Variant::Reference, _, DType::Bf16) => &kernels::QUANTIZE_BLOCKWISE8_REFERENCE_BF16,
+        (Variant::Reference, _, DType::F16) => &kernels::QUANTIZE_BLOCKWISE8_REFERENCE_F16,
+        (Variant::Reference, _, _) => &kernels::QUANTIZE_BLOCKWISE8_REFERENCE_F32,
     };
     let resident = u64::from(device.multiprocessors()) * QUANTIZE_RESIDENT;
     let blocks = match (variant, of_format) {

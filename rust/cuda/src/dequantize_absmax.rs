@@ -9,7 +9,7 @@ use super::kernels;
 use super::launch::{Variant, parameters};
 use super::memory::Memory;
 
-const TILE: u64 = kernels::expand::TILE as u64;
+const TILE: u64 = kernels::dequantize_absmax::TILE as u64;
 
 /// Reads `out.count()` scales back: one product and one sum each.
 ///
@@ -33,9 +33,9 @@ pub unsafe fn dequantize_absmax(
     absmax2.of(&[DType::F32])?.long(n.div_ceil(NESTED_BLOCK_SIZE), "one scale per 256 codes")?;
     offset.of(&[DType::F32])?.long(1, "one offset")?;
     let (kernel, tile) = match variant {
-        Variant::Fast => (&kernels::EXPAND_ABSMAX, TILE),
+        Variant::Fast => (&kernels::DEQUANTIZE_ABSMAX, TILE),
         Variant::Reference => {
-            let kernel = &kernels::EXPAND_ABSMAX_REFERENCE;
+            let kernel = &kernels::DEQUANTIZE_ABSMAX_REFERENCE;
             (kernel, u64::from(kernel.threads))
         }
     };

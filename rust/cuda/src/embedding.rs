@@ -11,7 +11,7 @@ use super::kernels::{self, Kernel};
 use super::launch::{Variant, parameters};
 use super::memory::{Memory, Scales, block_shift};
 
-const TILE: u64 = kernels::embedding::TILE as u64;
+const TILE: u64 = kernels::embedding_4bit::TILE as u64;
 /// The most columns: the kernel has 32 bits for a place in a row and a tile behind it.
 const MOST_COLUMNS: usize = 1 << 30;
 
@@ -43,18 +43,18 @@ struct IndicesParameter {
 
 fn kernel(dtype: DType, nested: bool, variant: Variant) -> &'static Kernel {
     match (variant, dtype, nested) {
-        (Variant::Fast, DType::Bf16, false) => &kernels::EMBEDDING_BF16,
-        (Variant::Fast, DType::Bf16, true) => &kernels::EMBEDDING_BF16_NESTED,
-        (Variant::Fast, DType::F16, false) => &kernels::EMBEDDING_F16,
-        (Variant::Fast, DType::F16, true) => &kernels::EMBEDDING_F16_NESTED,
-        (Variant::Fast, _, false) => &kernels::EMBEDDING_F32,
-        (Variant::Fast, _, true) => &kernels::EMBEDDING_F32_NESTED,
-        (Variant::Reference, DType::Bf16, false) => &kernels::EMBEDDING_REFERENCE_BF16,
-        (Variant::Reference, DType::Bf16, true) => &kernels::EMBEDDING_REFERENCE_BF16_NESTED,
-        (Variant::Reference, DType::F16, false) => &kernels::EMBEDDING_REFERENCE_F16,
-        (Variant::Reference, DType::F16, true) => &kernels::EMBEDDING_REFERENCE_F16_NESTED,
-        (Variant::Reference, _, false) => &kernels::EMBEDDING_REFERENCE_F32,
-        (Variant::Reference, _, true) => &kernels::EMBEDDING_REFERENCE_F32_NESTED,
+        (Variant::Fast, DType::Bf16, false) => &kernels::EMBEDDING_4BIT_BF16,
+        (Variant::Fast, DType::Bf16, true) => &kernels::EMBEDDING_4BIT_BF16_NESTED,
+        (Variant::Fast, DType::F16, false) => &kernels::EMBEDDING_4BIT_F16,
+        (Variant::Fast, DType::F16, true) => &kernels::EMBEDDING_4BIT_F16_NESTED,
+        (Variant::Fast, _, false) => &kernels::EMBEDDING_4BIT_F32,
+        (Variant::Fast, _, true) => &kernels::EMBEDDING_4BIT_F32_NESTED,
+        (Variant::Reference, DType::Bf16, false) => &kernels::EMBEDDING_4BIT_REFERENCE_BF16,
+        (Variant::Reference, DType::Bf16, true) => &kernels::EMBEDDING_4BIT_REFERENCE_BF16_NESTED,
+        (Variant::Reference, DType::F16, false) => &kernels::EMBEDDING_4BIT_REFERENCE_F16,
+        (Variant::Reference, DType::F16, true) => &kernels::EMBEDDING_4BIT_REFERENCE_F16_NESTED,
+        (Variant::Reference, _, false) => &kernels::EMBEDDING_4BIT_REFERENCE_F32,
+        (Variant::Reference, _, true) => &kernels::EMBEDDING_4BIT_REFERENCE_F32_NESTED,
     }
 }
 

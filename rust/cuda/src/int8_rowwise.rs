@@ -9,9 +9,9 @@ use super::kernels;
 use super::launch::{Variant, parameters};
 use super::memory::Memory;
 
-const WARPS: u64 = kernels::rows::WARPS as u64;
-const WARP_ROW: usize = kernels::rows::WARP_ROW;
-const TILE_BYTES: u64 = kernels::rows::TILE_BYTES as u64;
+const WARPS: u64 = kernels::int8_rowwise::WARPS as u64;
+const WARP_ROW: usize = kernels::int8_rowwise::WARP_ROW;
+const TILE_BYTES: u64 = kernels::int8_rowwise::TILE_BYTES as u64;
 /// Blocks of threads for each multiprocessor: as many as it takes at once.
 const RESIDENT: u64 = 8;
 
@@ -47,12 +47,12 @@ pub unsafe fn quantize_rows(
 ) -> Result<()> {
     check(input, codes, scales, rows, columns)?;
     let kernel = match (variant, input.dtype()) {
-        (Variant::Fast, DType::Bf16) => &kernels::QUANTIZE_ROWS_BF16,
-        (Variant::Fast, DType::F16) => &kernels::QUANTIZE_ROWS_F16,
-        (Variant::Fast, _) => &kernels::QUANTIZE_ROWS_F32,
-        (Variant::Reference, DType::Bf16) => &kernels::QUANTIZE_ROWS_REFERENCE_BF16,
-        (Variant::Reference, DType::F16) => &kernels::QUANTIZE_ROWS_REFERENCE_F16,
-        (Variant::Reference, _) => &kernels::QUANTIZE_ROWS_REFERENCE_F32,
+        (Variant::Fast, DType::Bf16) => &kernels::QUANTIZE_INT8_ROWWISE_BF16,
+        (Variant::Fast, DType::F16) => &kernels::QUANTIZE_INT8_ROWWISE_F16,
+        (Variant::Fast, _) => &kernels::QUANTIZE_INT8_ROWWISE_F32,
+        (Variant::Reference, DType::Bf16) => &kernels::QUANTIZE_INT8_ROWWISE_REFERENCE_BF16,
+        (Variant::Reference, DType::F16) => &kernels::QUANTIZE_INT8_ROWWISE_REFERENCE_F16,
+        (Variant::Reference, _) => &kernels::QUANTIZE_INT8_ROWWISE_REFERENCE_F32,
     };
     let resident = u64::from(device.multiprocessors()) * RESIDENT;
     let blocks = match variant {
@@ -86,12 +86,12 @@ pub unsafe fn dequantize_rows(
 ) -> Result<()> {
     let n = check(out, codes, scales, rows, columns)? as u64;
     let kernel = match (variant, out.dtype()) {
-        (Variant::Fast, DType::Bf16) => &kernels::DEQUANTIZE_ROWS_BF16,
-        (Variant::Fast, DType::F16) => &kernels::DEQUANTIZE_ROWS_F16,
-        (Variant::Fast, _) => &kernels::DEQUANTIZE_ROWS_F32,
-        (Variant::Reference, DType::Bf16) => &kernels::DEQUANTIZE_ROWS_REFERENCE_BF16,
-        (Variant::Reference, DType::F16) => &kernels::DEQUANTIZE_ROWS_REFERENCE_F16,
-        (Variant::Reference, _) => &kernels::DEQUANTIZE_ROWS_REFERENCE_F32,
+        (Variant::Fast, DType::Bf16) => &kernels::DEQUANTIZE_INT8_ROWWISE_BF16,
+        (Variant::Fast, DType::F16) => &kernels::DEQUANTIZE_INT8_ROWWISE_F16,
+        (Variant::Fast, _) => &kernels::DEQUANTIZE_INT8_ROWWISE_F32,
+        (Variant::Reference, DType::Bf16) => &kernels::DEQUANTIZE_INT8_ROWWISE_REFERENCE_BF16,
+        (Variant::Reference, DType::F16) => &kernels::DEQUANTIZE_INT8_ROWWISE_REFERENCE_F16,
+        (Variant::Reference, _) => &kernels::DEQUANTIZE_INT8_ROWWISE_REFERENCE_F32,
     };
     let blocks = match variant {
         Variant::Fast => n.div_ceil(TILE_BYTES / out.dtype().size() as u64),

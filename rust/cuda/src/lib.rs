@@ -6,37 +6,31 @@
 mod blockwise4;
 mod blockwise8;
 mod capability;
-mod decode;
 mod dequantize_absmax;
 pub mod driver;
 mod embedding;
 mod gemm;
-mod gemv;
 mod int8_rowwise;
 pub mod kernels;
 mod launch;
 mod memory;
 mod modules;
 mod notice;
-mod product;
 mod quantize_absmax;
 
 pub use blockwise4::{dequantize, quantize, quantize_nested};
 pub use blockwise8::{dequantize_8bit, quantize_8bit};
 pub use capability::Capability;
-pub use decode::rows_at_once;
 pub use dequantize_absmax::dequantize_absmax;
 pub use driver::{Device, Stream};
 pub use embedding::{Table, embedding};
-pub use gemm::gemm_pays;
-pub use gemv::{Gemv, gemv};
+pub use gemm::{Choice, Gemm4bit, Gemv, gemm_4bit, gemv, rows_at_once, tile_pays};
 pub use int8_rowwise::{dequantize_rows, quantize_rows};
 pub use kernels::{Form, Kernel};
 pub use launch::Variant;
 pub use memory::{Memory, Scales};
 pub use modules::NO_KERNELS;
 pub use notice::listen;
-pub use product::{Choice, Product, product};
 pub use quantize_absmax::{QuantizedAbsmax, quantize_absmax, quantize_absmax_workspace};
 
 #[cfg(test)]

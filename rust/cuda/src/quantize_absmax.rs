@@ -5,14 +5,14 @@ use halfbyte::error::Result;
 use halfbyte::geometry::NESTED_BLOCK_SIZE;
 
 use super::driver::{Device, Stream};
-use super::kernels::{self, NESTED_COMPRESS as COMPRESS, NESTED_SUMS as SUMS, NESTED_SUMS_OF_SUMS as SUMS_OF_SUMS};
+use super::kernels::{self, QUANTIZE_ABSMAX, QUANTIZE_ABSMAX_SUMS, QUANTIZE_ABSMAX_SUMS_OF_SUMS};
 use super::launch::parameters;
 use super::memory::Memory;
 
 /// Groups of 256 in each block of threads: one for each warp.
-const GROUPS: usize = kernels::nested::WARPS;
+const GROUPS: usize = kernels::quantize_absmax::WARPS;
 /// Blocks of threads that the last kernel has for each multiprocessor.
-const BLOCKS: u64 = kernels::nested::BLOCKS as u64;
+const BLOCKS: u64 = kernels::quantize_absmax::BLOCKS as u64;
 /// The sums that one block adds up.
 const MOST_SUMS: usize = NESTED_BLOCK_SIZE * NESTED_BLOCK_SIZE;
 
@@ -81,7 +81,7 @@ pub(super) unsafe fn write_sums(device: &Device, stream: Stream, absmax: &Memory
     let (grid, n) = (blocks(absmax.count()), absmax.count() as i64);
     let (absmax, sums) = (absmax.address(), out.workspace.address());
     // SAFETY: the kernel's parameters in its order; the rest is the caller's.
-    unsafe { device.launch(stream, &SUMS, grid, 0, parameters![absmax, sums, n]) }
+    unsafe { device.launch(stream, &QUANTIZE_ABSMAX_SUMS, grid, 0, parameters![absmax, sums, n]) }
 }
 
 /// The rest.
@@ -101,7 +101,7 @@ pub(super) unsafe fn quantize_absmax_with_sums(
         let next = sums + count as u64 * 8;
         let grid = blocks(count as usize);
         // SAFETY: the kernel's parameters in its order; the workspace has room for all levels; the rest is the caller's.
-        unsafe { device.launch(stream, &SUMS_OF_SUMS, grid, 0, parameters![sums, next, count]) }?;
+        unsafe { device.launch(stream, &QUANTIZE_ABSMAX_SUMS_OF_SUMS, grid, 0, parameters![sums, next, count]) }?;
         sums = next;
         count = (count as usize).div_ceil(NESTED_BLOCK_SIZE) as i64;
     }
@@ -111,5 +111,5 @@ pub(super) unsafe fn quantize_absmax_with_sums(
     let (offset, n) = (out.offset.address(), n as i64);
     let parameters = parameters![absmax, sums, count, codes, absmax2, offset, n];
     // SAFETY: as above; the kernel waits for those before it.
-    unsafe { device.launch_early(stream, &COMPRESS, grid, 0, parameters) }
+    unsafe { device.launch_early(stream, &QUANTIZE_ABSMAX, grid, 0, parameters) }
 }

@@ -7,7 +7,7 @@ use super::capability::Capability;
 use super::kernels::{self, ALL, BUILT, Form, Image, Kernel};
 use super::modules::{Loaded, NO_KERNELS, Refusal, load, parse};
 
-const TABLES: &str = include_str!("../../../kernels/tables.cuh");
+const TABLES: &str = include_str!("../../../kernels/common/tables.cuh");
 const HOPPER: Capability = Capability(9, 0);
 
 /// The literals of the table with this name.
@@ -41,23 +41,23 @@ fn architecture(kernel: &'static Kernel, form: Form, device: Capability) -> Opti
 #[test]
 fn a_device_gets_the_newest_image_that_it_takes() {
     for (kernel, device, cubin, ptx) in [
-        (&kernels::DEQUANTIZE_BF16, Capability(7, 0), None, None),
-        (&kernels::DEQUANTIZE_BF16, Capability(7, 5), Some("sm_75"), Some("sm_75")),
-        (&kernels::DEQUANTIZE_BF16, Capability(8, 0), Some("sm_80"), Some("sm_80")),
-        (&kernels::DEQUANTIZE_BF16, Capability(8, 9), Some("sm_80"), Some("sm_80")),
-        (&kernels::DEQUANTIZE_BF16, HOPPER, Some("sm_90"), Some("sm_80")),
-        (&kernels::DEQUANTIZE_BF16, Capability(10, 3), Some("sm_100"), Some("sm_80")),
+        (&kernels::DEQUANTIZE_BLOCKWISE4_BF16, Capability(7, 0), None, None),
+        (&kernels::DEQUANTIZE_BLOCKWISE4_BF16, Capability(7, 5), Some("sm_75"), Some("sm_75")),
+        (&kernels::DEQUANTIZE_BLOCKWISE4_BF16, Capability(8, 0), Some("sm_80"), Some("sm_80")),
+        (&kernels::DEQUANTIZE_BLOCKWISE4_BF16, Capability(8, 9), Some("sm_80"), Some("sm_80")),
+        (&kernels::DEQUANTIZE_BLOCKWISE4_BF16, HOPPER, Some("sm_90"), Some("sm_80")),
+        (&kernels::DEQUANTIZE_BLOCKWISE4_BF16, Capability(10, 3), Some("sm_100"), Some("sm_80")),
         // A card of the future, and one between two for which there are cubins.
-        (&kernels::DEQUANTIZE_BF16, Capability(11, 0), None, Some("sm_80")),
-        (&kernels::DEQUANTIZE_BF16, Capability(12, 1), Some("sm_120"), Some("sm_80")),
-        (&kernels::QUANTIZE_BF16_NF4, Capability(8, 6), Some("sm_80"), Some("sm_75")),
-        (&kernels::QUANTIZE_BF16_NF4, Capability(12, 0), Some("sm_120"), Some("sm_90")),
-        (&kernels::DECODE_BF16_8, Capability(7, 5), None, None),
-        (&kernels::DECODE_RING_BF16_8, Capability(8, 9), None, None),
+        (&kernels::DEQUANTIZE_BLOCKWISE4_BF16, Capability(11, 0), None, Some("sm_80")),
+        (&kernels::DEQUANTIZE_BLOCKWISE4_BF16, Capability(12, 1), Some("sm_120"), Some("sm_80")),
+        (&kernels::QUANTIZE_BLOCKWISE4_BF16_NF4, Capability(8, 6), Some("sm_80"), Some("sm_75")),
+        (&kernels::QUANTIZE_BLOCKWISE4_BF16_NF4, Capability(12, 0), Some("sm_120"), Some("sm_90")),
+        (&kernels::GEMM_4BIT_SMALL_M_SM80_BF16_8, Capability(7, 5), None, None),
+        (&kernels::GEMM_4BIT_SMALL_M_SM90_BF16_8, Capability(8, 9), None, None),
         // Its code is for one capability alone.
-        (&kernels::GEMM_BF16_64, HOPPER, Some("sm_90a"), Some("sm_90a")),
-        (&kernels::GEMM_BF16_64, Capability(10, 0), None, None),
-        (&kernels::GEMM_BF16_64, Capability(8, 0), None, None),
+        (&kernels::GEMM_4BIT_TILE_SM90A_BF16_64, HOPPER, Some("sm_90a"), Some("sm_90a")),
+        (&kernels::GEMM_4BIT_TILE_SM90A_BF16_64, Capability(10, 0), None, None),
+        (&kernels::GEMM_4BIT_TILE_SM90A_BF16_64, Capability(8, 0), None, None),
     ] {
         let words = format!("{} on {device}", kernel.name);
         assert_eq!(architecture(kernel, Form::Cubin, device).as_deref(), cubin, "{words}");
@@ -92,12 +92,24 @@ fn every_kernel_that_is_shipped_has_code_for_every_gpu_that_it_is_for() {
 #[test]
 fn the_launchers_numbers_are_those_of_the_sources() {
     // One of each kind: of a namespace, of an instance of a template, and a product that the compiler made.
-    assert_eq!(kernels::dequantize::TILE, kernels::dequantize::THREADS * kernels::dequantize::GROUP * 4);
-    assert_eq!(kernels::decode::SIZES_2_THREADS, kernels::DECODE_BF16_16.threads as usize);
-    assert_eq!(kernels::gemm_bf16_64::SHAPE_64_THREADS, kernels::GEMM_F16_64.threads as usize);
-    assert!(kernels::GEMM_F16_64.dynamic_shared && !kernels::GEMV_F16.dynamic_shared);
+    assert_eq!(
+        kernels::dequantize_blockwise4::TILE,
+        kernels::dequantize_blockwise4::THREADS * kernels::dequantize_blockwise4::GROUP * 4
+    );
+    assert_eq!(
+        kernels::gemm_4bit_small_m_sm80::SHAPE_2_THREADS,
+        kernels::GEMM_4BIT_SMALL_M_SM80_BF16_16.threads as usize
+    );
+    assert_eq!(
+        kernels::gemm_4bit_tile_sm90a_bf16_64::SHAPE_64_THREADS,
+        kernels::GEMM_4BIT_TILE_SM90A_F16_64.threads as usize
+    );
+    assert!(kernels::GEMM_4BIT_TILE_SM90A_F16_64.dynamic_shared && !kernels::GEMV_4BIT_F16.dynamic_shared);
     // Both element types have the same shape.
-    assert_eq!(kernels::gemm_bf16_256::SHAPE_256_BYTES, kernels::gemm_f16_256::SHAPE_256_BYTES);
+    assert_eq!(
+        kernels::gemm_4bit_tile_sm90a_bf16_256::SHAPE_256_BYTES,
+        kernels::gemm_4bit_tile_sm90a_f16_256::SHAPE_256_BYTES
+    );
 }
 
 /// A driver that says this of cubins and PTX; what it was given, and what came of it.
@@ -126,7 +138,7 @@ fn the_cubin_comes_first_and_the_ptx_when_it_is_refused() {
     if !BUILT {
         return;
     }
-    let kernel = &kernels::GEMV_BF16;
+    let kernel = &kernels::GEMV_4BIT_BF16;
     let (given, loaded) = driver(kernel, HOPPER, None, &[]);
     let loaded = loaded.unwrap();
     assert_eq!((given, loaded.module, loaded.form), (vec![Form::Cubin], Form::Cubin, Form::Cubin));
@@ -156,7 +168,7 @@ fn the_environment_asks_for_one_form_alone() {
     if !BUILT {
         return;
     }
-    let kernel = &kernels::GEMV_BF16;
+    let kernel = &kernels::GEMV_4BIT_BF16;
     let (given, loaded) = driver(kernel, HOPPER, Some(Form::Ptx), &[]);
     assert_eq!((given, loaded.unwrap().form), (vec![Form::Ptx], Form::Ptx));
 
@@ -183,21 +195,21 @@ fn what_the_environment_may_ask_for() {
 
 #[test]
 fn a_kernel_that_there_is_no_code_for_says_why() {
-    let (given, loaded) = driver(&kernels::GEMM_BF16_64, Capability(10, 0), None, &[]);
+    let (given, loaded) = driver(&kernels::GEMM_4BIT_TILE_SM90A_BF16_64, Capability(10, 0), None, &[]);
     assert!(given.is_empty());
     let words = loaded.unwrap_err().to_string();
-    assert!(words.contains("kernel gemm_bf16_64 on device 0 (a card)"), "{words}");
+    assert!(words.contains("kernel gemm_4bit_tile_sm90a_bf16_64 on device 0 (a card)"), "{words}");
     assert!(words.contains("it is not for devices of compute capability 10.0"), "{words}");
 
     if !BUILT {
-        let (_, loaded) = driver(&kernels::GEMV_BF16, HOPPER, None, &[]);
+        let (_, loaded) = driver(&kernels::GEMV_4BIT_BF16, HOPPER, None, &[]);
         assert!(loaded.unwrap_err().to_string().contains(NO_KERNELS));
     } else if cfg!(feature = "test-kernels") {
         // It has PTX alone, whatever is asked for.
-        let (given, loaded) = driver(&kernels::DEQUANTIZE_REFERENCE_BF16, HOPPER, Some(Form::Cubin), &[]);
+        let (given, loaded) = driver(&kernels::DEQUANTIZE_BLOCKWISE4_REFERENCE_BF16, HOPPER, Some(Form::Cubin), &[]);
         assert_eq!((given, loaded.unwrap().form), (vec![Form::Ptx], Form::Ptx));
     } else {
-        let (given, loaded) = driver(&kernels::DEQUANTIZE_REFERENCE_BF16, HOPPER, None, &[]);
+        let (given, loaded) = driver(&kernels::DEQUANTIZE_BLOCKWISE4_REFERENCE_BF16, HOPPER, None, &[]);
         assert!(given.is_empty());
         let words = loaded.unwrap_err().to_string();
         assert!(words.contains("cargo feature test-kernels"), "{words}");

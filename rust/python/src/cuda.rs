@@ -5,7 +5,7 @@
 use halfbyte::dtype::DType;
 use halfbyte::error::{Error, Result};
 use halfbyte::geometry::BlockSize;
-use halfbyte_cuda::{self as cuda, Device, Memory, Product, QuantizedAbsmax, Scales, Stream, Table, Variant};
+use halfbyte_cuda::{self as cuda, Device, Gemm4bit, Memory, QuantizedAbsmax, Scales, Stream, Table, Variant};
 use halfbyte_cuda::{driver, kernels};
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -86,7 +86,7 @@ fn cuda_kernels() -> Vec<&'static str> {
 #[pyfunction]
 fn cuda_kernel_form(py: Python<'_>, device: usize) -> PyResult<&'static str> {
     // The smallest that every device takes.
-    py.detach(|| Device::get(device)?.load(&kernels::EXPAND_ABSMAX)).map(cuda::Form::as_str).map_err(to_py)
+    py.detach(|| Device::get(device)?.load(&kernels::DEQUANTIZE_ABSMAX)).map(cuda::Form::as_str).map_err(to_py)
 }
 
 /// The PTX of a kernel for a compute capability, without a zero at its end.
@@ -477,8 +477,18 @@ fn cuda_matmul_4bit(
     };
     let (x, packed, scales, bias, y, quant_type, blocksize, kernel) = check().map_err(to_py)?;
     let device = open(py, device)?;
-    let product =
-        Product { x: &x, packed: &packed, scales: &scales, bias: bias.as_ref(), y: &y, m, n, k, quant_type, blocksize };
+    let product = Gemm4bit {
+        x: &x,
+        packed: &packed,
+        scales: &scales,
+        bias: bias.as_ref(),
+        y: &y,
+        m,
+        n,
+        k,
+        quant_type,
+        blocksize,
+    };
     // SAFETY: the Python caller's to keep.
-    py.detach(|| unsafe { cuda::product(device, Stream(stream), &product, kernel) }).map_err(to_py)
+    py.detach(|| unsafe { cuda::gemm_4bit(device, Stream(stream), &product, kernel) }).map_err(to_py)
 }

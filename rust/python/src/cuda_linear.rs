@@ -4,7 +4,7 @@ use halfbyte::codebook::QuantType;
 use halfbyte::dtype::DType;
 use halfbyte::error::{Error, Result};
 use halfbyte::geometry::{BlockSize, NESTED_BLOCK_SIZE, packed_len, weight_count};
-use halfbyte_cuda::{self as cuda, Choice, Device, Memory, Product, Scales, Stream};
+use halfbyte_cuda::{self as cuda, Choice, Device, Gemm4bit, Memory, Scales, Stream};
 use pyo3::prelude::*;
 
 use super::cuda::open;
@@ -61,7 +61,7 @@ impl CudaLinear {
     /// Whether `launch` makes a product of `m` rows of `x` in less time than a dense copy of the weight and a product with
     /// that, rows beyond those of `rows_at_once` being meant; `x` and the codes begin at multiples of 16 bytes.
     fn pays(&self, m: usize) -> bool {
-        cuda::gemm_pays(self.device, self.dtype, (m, self.n, self.k))
+        cuda::tile_pays(self.device, self.dtype, (m, self.n, self.k))
     }
 
     /// Make one product on `stream`, with `m` rows of `x`. All others are addresses of memory of the device: of `x` and
@@ -102,7 +102,7 @@ impl CudaLinear {
             let y = memory("y", y, m.checked_mul(n), dtype)?;
             let packed = memory("packed", packed, Some(packed_len(self.values)), DType::U8)?;
             let bias = if bias == 0 { None } else { Some(memory("bias", bias, Some(n), dtype)?) };
-            let product = Product {
+            let product = Gemm4bit {
                 x: &x,
                 packed: &packed,
                 scales: &scales,
@@ -115,7 +115,7 @@ impl CudaLinear {
                 blocksize: self.blocksize,
             };
             // SAFETY: the Python caller's to keep.
-            unsafe { cuda::product(self.device, Stream(stream), &product, Choice::Best) }.map(|_| ())
+            unsafe { cuda::gemm_4bit(self.device, Stream(stream), &product, Choice::Best) }.map(|_| ())
         };
         py.detach(call).map_err(to_py)
     }

@@ -9,6 +9,7 @@ mod cuda;
 mod cuda_linear;
 mod error;
 mod gemm;
+mod int8;
 mod int8_rowwise;
 mod openmp;
 mod quant;
@@ -29,6 +30,7 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<cuda_linear::CudaLinear>()?;
     checkpoint::register(m)?;
     gemm::register(m)?;
+    int8::register(m)?;
     int8_rowwise::register(m)?;
     selection::register(m)
 }

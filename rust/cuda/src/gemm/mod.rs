@@ -1,0 +1,243 @@
+//! Products with a 4-bit weight that is not unpacked before.
+
+use halfbyte::codebook::QuantType;
+use halfbyte::dtype::DType;
+use halfbyte::error::{Error, Result};
+use halfbyte::geometry::{BlockSize, packed_len};
+
+use crate::blockwise4::quant_type_parameter;
+use crate::driver::{Device, Stream};
+use crate::launch::parameters;
+use crate::memory::{Memory, Scales, block_shift};
+
+mod gemv;
+mod simt;
+mod small_m;
+mod tile;
+
+pub use gemv::{Gemv, gemv};
+pub use small_m::rows_at_once;
+pub use tile::tile_pays;
+
+use small_m::{AnyConfig, BLOCK, SmallM, suits_sm90};
+use tile::{Tile, beats_few, codebook};
+
+/// `y[m][n] = x[m][k] · W[n][k]ᵀ + bias[n]`, row-major.
+#[derive(Debug, Clone, Copy)]
+pub struct Gemm4bit<'a> {
+    /// `[m][k]`, of the type in which the product is made.
+    pub x: &'a Memory,
+    /// The codes of `W`, uint8.
+    pub packed: &'a Memory,
+    /// The scales of `W`.
+    pub scales: &'a Scales,
+    /// `[n]`, of the type of `x`.
+    pub bias: Option<&'a Memory>,
+    /// `[m][n]`, of the type of `x`.
+    pub y: &'a Memory,
+    /// Rows of `x`.
+    pub m: usize,
+    /// Rows of `W`.
+    pub n: usize,
+    /// Columns of both.
+    pub k: usize,
+    /// The codebook of `W`.
+    pub quant_type: QuantType,
+    /// Values of `W` that share a scale.
+    pub blocksize: BlockSize,
+}
+
+/// The kernel that [`gemm_4bit`] used: its name begins with `gemm_4bit_small_m`, `gemm_4bit_tile` or `gemm_4bit_simt`.
+pub type KernelName = &'static str;
+
+impl Gemm4bit<'_> {
+    /// `count` rows of `x` from `begin` on, and of `y`.
+    fn rows(&self, begin: usize, count: usize) -> (Memory, Memory) {
+        (self.x.part(begin * self.k, count * self.k), self.y.part(begin * self.n, count * self.n))
+    }
+
+    /// A launch for `m` rows.
+    fn small_m(&self, device: &Device, sm90: bool, m: usize) -> Option<SmallM> {
+        let suits = self.blocksize.get() >= BLOCK
+            && self.x.is_aligned(16)
+            && self.packed.is_aligned(if sm90 { 16 } else { 8 })
+            && (!sm90 || self.suits_sm90());
+        if !suits {
+            return None;
+        }
+        SmallM::new(device, sm90, self.x.dtype(), self.scales.is_nested(), (m, self.n, self.k))
+    }
+
+    /// The launch of the kernel for more than a few rows, when it takes the arguments.
+    fn tile(&self, device: &Device) -> Option<Tile> {
+        if !Tile::reaches(self.x.address(), self.packed.address()) {
+            return None;
+        }
+        Tile::new(device, self.x.dtype(), (self.m, self.n, self.k))
+    }
+
+    fn suits_sm90(&self) -> bool {
+        let (aligned, codes) = match self.scales {
+            Scales::Plain(_) => (true, None),
+            Scales::Nested { codes, .. } => (codes.is_aligned(4), Some(codes.count())),
+        };
+        aligned && suits_sm90(self.n, self.k, codes)
+    }
+
+    fn check(&self) -> Result<usize> {
+        let floats = [DType::F16, DType::Bf16, DType::F32];
+        let dtype = self.x.of(&floats)?.dtype();
+        let size = |argument, a: usize, b: usize| {
+            a.checked_mul(b)
+                .filter(|&count| i64::try_from(count).is_ok())
+                .ok_or_else(|| Error::argument(argument, format!("{a} x {b}"), "less than 2^63 elements"))
+        };
+        self.x.long(size("x", self.m, self.k)?, "m x k")?;
+        self.y.of(&[dtype])?.long(size("y", self.m, self.n)?, "m x n")?;
+        let values = size("packed", self.n, self.k)?;
+        self.packed.of(&[DType::U8])?.long(packed_len(values), "two codes to a byte")?;
+        if let Some(bias) = self.bias {
+            bias.of(&[dtype])?.long(self.n, "one per row of the weight")?;
+        }
+        Ok(values)
+    }
+}
+
+/// Which kernel makes a product.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Choice {
+    /// The fastest that takes the arguments.
+    #[default]
+    Best,
+    /// For few rows, the weight by way of shared memory: compute capability 9.0 and 10.0.
+    SmallMSm90,
+    /// For few rows, the weight by way of registers: compute capability 8.0 and later.
+    SmallMSm80,
+    /// For more than a few rows: compute capability 9.0.
+    TileSm90a,
+    /// The plain one.
+    Simt,
+}
+
+impl Choice {
+    const NAMES: [(&'static str, Self); 5] = [
+        ("best", Self::Best),
+        ("small_m_sm90", Self::SmallMSm90),
+        ("small_m_sm80", Self::SmallMSm80),
+        ("tile_sm90a", Self::TileSm90a),
+        ("simt", Self::Simt),
+    ];
+
+    fn as_str(self) -> &'static str {
+        Self::NAMES.iter().find(|(_, choice)| *choice == self).map_or("best", |(name, _)| name)
+    }
+
+    /// The kernels for few rows to try, best first: whether it is the one for compute capability 9.0.
+    fn small_m(self) -> &'static [bool] {
+        match self {
+            Self::Best => &[true, false],
+            Self::SmallMSm90 => &[true],
+            Self::SmallMSm80 => &[false],
+            Self::TileSm90a | Self::Simt => &[],
+        }
+    }
+}
+
+impl std::str::FromStr for Choice {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        let legal = Self::NAMES.map(|(name, _)| name);
+        let found = Self::NAMES.into_iter().find(|(n, _)| *n == name);
+        found.map(|(_, c)| c).ok_or_else(|| Error::argument("kernel", format!("{name:?}"), format!("one of {legal:?}")))
+    }
+}
+
+/// Makes the product; gives the name of the kernel that it used (first).
+///
+/// The matrix units take float16 and bfloat16 on devices of compute capability 8.0 and later, when `k` is a multiple of 64,
+/// the block size at least 64, and `x` and `packed` aligned to 16 bytes; with [`rows_at_once`](super::rows_at_once) rows of
+/// `x` in a launch, of which there are as many as it takes. There each weight is its codebook value rounded to the type of
+/// `x`, and the scale is applied in float32 to the sums of a block. On devices of compute capability 9.0 more than 32 rows
+/// go to a kernel with warpgroup products, when `k` is a multiple of 32: there each weight is what
+/// dequantizing gives. Everything else goes to a plain kernel: correct, and slow for many rows.
+///
+/// The result is the same from run to run on one device; sums are float32.
+///
+/// # Errors
+/// [`Error::Argument`] for a dtype or a length that does not fit, and when the kernel chosen does not take the arguments;
+/// [`Error::Cuda`] when the launch fails.
+///
+/// # Safety
+/// The memory is of this device, stays valid until the kernel has ended on `stream`, and is not written by others; `y` is
+/// neither read nor written by others, and shares nothing with the inputs. The stream is of this device.
+pub unsafe fn gemm_4bit(device: &Device, stream: Stream, product: &Gemm4bit<'_>, choice: Choice) -> Result<KernelName> {
+    let values = product.check()?;
+    let scales = product.scales.parameter(values, product.blocksize)?;
+    let bias = product.bias.map_or(0, Memory::address);
+    let shift = block_shift(product.blocksize);
+    let quant_type = quant_type_parameter(product.quant_type);
+    let packed = product.packed.address();
+    let (m, n, k) = (product.m, product.n, product.k);
+    let tile = match choice {
+        Choice::TileSm90a => product.tile(device),
+        Choice::Best if beats_few(m) => product.tile(device),
+        Choice::Best | Choice::SmallMSm90 | Choice::SmallMSm80 | Choice::Simt => None,
+    };
+    if let Some(tile) = tile {
+        let (x, y) = (product.x.address(), product.y.address());
+        let (x, codes) = tile.maps(product.x.dtype(), (m, n, k), x, packed)?;
+        let (codebook, config) = (codebook(product.quant_type), tile.config);
+        let (m, n, k) = (m as i32, n as i32, k as i32);
+        let parameters = parameters![x, codes, scales, codebook, bias, y, m, n, k, shift, config];
+        let blocks = (tile.blocks, tile.cluster);
+        // SAFETY: the kernel's parameters in its order; lengths and alignment were checked, it waits before it touches what
+        // earlier ones write, the rest is the caller's.
+        unsafe { device.launch_early_in_clusters(stream, tile.kernel, blocks, tile.shared, parameters) }?;
+        return Ok(tile.kernel.name);
+    }
+    for &sm90 in choice.small_m() {
+        let at_once = SmallM::rows_at_once(sm90);
+        let Some(first) = product.small_m(device, sm90, m.min(at_once)) else {
+            continue;
+        };
+        for begin in (0..m).step_by(at_once) {
+            let count = at_once.min(m - begin);
+            // All launches are like the first, but the last may have fewer rows; what suits some rows suits fewer.
+            let launch = if count == at_once.min(m) { Some(first) } else { product.small_m(device, sm90, count) };
+            let Some(SmallM { kernel, config, blocks, shared }) = launch else {
+                return Err(Error::argument("m", m, format!("rows that {} takes", first.kernel.name)));
+            };
+            let (x, y) = product.rows(begin, count);
+            let (x, y) = (x.address(), y.address());
+            let (m, n, k) = (count as i32, n as i32, k as i32);
+            // SAFETY: the kernel's parameters in its order; lengths and alignment were checked, the one that starts early
+            // waits, the rest is the caller's.
+            unsafe {
+                match config {
+                    AnyConfig::Sm80(config) => {
+                        let parameters = parameters![x, packed, scales, bias, y, m, n, k, shift, quant_type, config];
+                        device.launch(stream, kernel, blocks, shared, parameters)
+                    }
+                    AnyConfig::Sm90(config) => {
+                        let parameters = parameters![x, packed, scales, bias, y, m, n, k, shift, quant_type, config];
+                        device.launch_early(stream, kernel, blocks, shared, parameters)
+                    }
+                }
+            }?;
+        }
+        return Ok(first.kernel.name);
+    }
+    if matches!(choice, Choice::SmallMSm80 | Choice::SmallMSm90 | Choice::TileSm90a) {
+        let expected = "\"best\", because this kernel does not take these arguments on this device";
+        return Err(Error::argument("kernel", format!("{:?}", choice.as_str()), expected));
+    }
+    let kernel = simt::kernel(product.x.dtype(), product.scales.is_nested());
+    let blocks = (m * n).div_ceil(simt::ELEMENTS) as u64;
+    let (x, y) = (product.x.address(), product.y.address());
+    let (m, n, k) = (m as i64, n as i64, k as i64);
+    let parameters = parameters![x, packed, scales, bias, y, m, n, k, shift, quant_type];
+    // SAFETY: as above.
+    unsafe { device.launch(stream, kernel, blocks, 0, parameters) }?;
+    Ok(kernel.name)
+}

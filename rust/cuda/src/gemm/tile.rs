@@ -1,0 +1,341 @@
+//! Products of more than a few rows with a 4-bit weight (kernels/gemm/tile_sm90a): which shapes they take, how the work is divided,
+//! and how long it takes beside a dense copy of the weight.
+
+use halfbyte::codebook::QuantType;
+use halfbyte::dtype::DType;
+use halfbyte::error::Result;
+
+use crate::capability::Capability;
+use crate::driver::{Device, TensorMap, TileType};
+use crate::kernels::{
+    self, Kernel, gemm_4bit_tile_sm90a_bf16_64 as bf16_64, gemm_4bit_tile_sm90a_bf16_96 as bf16_96,
+    gemm_4bit_tile_sm90a_bf16_128 as bf16_128, gemm_4bit_tile_sm90a_bf16_192 as bf16_192,
+    gemm_4bit_tile_sm90a_bf16_256 as bf16_256,
+};
+
+// The same in every form.
+const ROWS: usize = bf16_64::ROWS;
+const K_TILE: usize = bf16_64::K_TILE;
+const CODES_ROW_BYTES: usize = bf16_64::CODES_ROW_BYTES;
+const SCALES_K: usize = bf16_64::SCALES_K;
+const SCALES_K_TILES: usize = bf16_64::SCALES_K_TILES;
+const MAX_SPLIT_K: usize = bf16_64::MAX_SPLIT_K;
+/// What `k` is a multiple of, and the addresses of `x` and the codes: so the copy engine wants it.
+const COLUMNS: usize = 32;
+const ALIGNMENT: u64 = 16;
+/// The copy engine's limit for the bytes between two rows.
+const MOST_PITCH: usize = 1 << 40;
+
+/// The forms of the kernel.
+#[derive(Debug, Clone, Copy)]
+struct Form {
+    /// Rows of `x` in a tile.
+    tokens: usize,
+    /// Microseconds of a step: 64 columns of a tile, all multiprocessors being busy. Measured on an H200.
+    step: f64,
+    /// The dynamic shared memory of a block.
+    shared: usize,
+    bf16: &'static Kernel,
+    f16: &'static Kernel,
+}
+
+const FORMS: [Form; 5] = [
+    Form {
+        tokens: 64,
+        step: 0.31,
+        shared: bf16_64::SHAPE_64_BYTES,
+        bf16: &kernels::GEMM_4BIT_TILE_SM90A_BF16_64,
+        f16: &kernels::GEMM_4BIT_TILE_SM90A_F16_64,
+    },
+    Form {
+        tokens: 96,
+        step: 0.37,
+        shared: bf16_96::SHAPE_96_BYTES,
+        bf16: &kernels::GEMM_4BIT_TILE_SM90A_BF16_96,
+        f16: &kernels::GEMM_4BIT_TILE_SM90A_F16_96,
+    },
+    Form {
+        tokens: 128,
+        step: 0.43,
+        shared: bf16_128::SHAPE_128_BYTES,
+        bf16: &kernels::GEMM_4BIT_TILE_SM90A_BF16_128,
+        f16: &kernels::GEMM_4BIT_TILE_SM90A_F16_128,
+    },
+    Form {
+        tokens: 192,
+        step: 0.56,
+        shared: bf16_192::SHAPE_192_BYTES,
+        bf16: &kernels::GEMM_4BIT_TILE_SM90A_BF16_192,
+        f16: &kernels::GEMM_4BIT_TILE_SM90A_F16_192,
+    },
+    Form {
+        tokens: 256,
+        step: 0.67,
+        shared: bf16_256::SHAPE_256_BYTES,
+        bf16: &kernels::GEMM_4BIT_TILE_SM90A_BF16_256,
+        f16: &kernels::GEMM_4BIT_TILE_SM90A_F16_256,
+    },
+];
+
+/// What `LaunchConfig` is to the kernel.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Config {
+    token_tiles: i32,
+    scales_stages: i32,
+    split_k: i32,
+}
+
+/// A launch.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Tile {
+    pub kernel: &'static Kernel,
+    pub config: Config,
+    pub blocks: u64,
+    /// Blocks of a cluster.
+    pub cluster: u32,
+    pub shared: u32,
+    tokens: usize,
+    /// What it takes, in microseconds.
+    time: f64,
+}
+
+// Measured on an H200 (132 multiprocessors), where they decide: the kernel against a dense copy and cuBLAS, and against the
+// kernels for few rows.
+/// Microseconds of a launch, and of a wave of tiles besides its steps.
+const LAUNCH: f64 = 1.3;
+const WAVE: f64 = 5.5;
+/// Of adding up the parts of K.
+const ADDING: f64 = 1.0;
+/// What is more than so many microseconds takes longer by so much: then power limits the clock, more than cuBLAS's.
+const LONG: f64 = 60.0;
+const LONGER: f64 = 1.2;
+/// Of a dense copy for a million values, and the values that a microsecond brings from memory to the matrix units.
+const COPY: f64 = 0.63;
+const DENSE_VALUES: f64 = 2.15e6;
+/// Products that the matrix units of a multiprocessor make in a microsecond, in cuBLAS.
+const PRODUCTS: f64 = 400e6 / 132.0;
+/// Microseconds of both launches, besides.
+const DENSE_LAUNCHES: f64 = 4.0;
+/// The part of the dense copy's time that the kernel has to stay below: what is computed is a few percent off.
+const MARGIN: f64 = 0.96;
+/// Rows up to which the times were measured: for more the dense copy stays.
+const MEASURED_ROWS: usize = 1024;
+/// More rows than this go to the kernel rather than to those for few rows, which would be launched twice.
+const FEW_ROWS: usize = 32;
+
+/// Clusters of so many blocks that a device runs at a time: they do not lie across its groups of multiprocessors, of which
+/// some are smaller.
+fn resident(multiprocessors: usize, split_k: usize) -> usize {
+    let of_132 = match split_k {
+        1 => 132,
+        2 => 66,
+        3 => 40,
+        _ => 30,
+    };
+    (multiprocessors * of_132 / 132).max(1)
+}
+
+/// The fastest way to divide a product, and its time.
+fn divide((m, n, k): (usize, usize, usize), multiprocessors: usize) -> (Form, Config, u64, f64) {
+    let units = k.div_ceil(SCALES_K);
+    let mut best: Option<(Form, Config, u64, f64)> = None;
+    for form in FORMS {
+        let token_tiles = m.div_ceil(form.tokens);
+        let tiles = token_tiles * n.div_ceil(ROWS);
+        for split_k in 1..=MAX_SPLIT_K {
+            let of_split = units.div_ceil(split_k);
+            // The last part has something to do.
+            if of_split * (split_k - 1) >= units {
+                continue;
+            }
+            let waves = tiles.div_ceil(resident(multiprocessors, split_k));
+            let adding = if split_k > 1 { ADDING } else { 0.0 };
+            let steps = (of_split * SCALES_K_TILES) as f64;
+            let short = LAUNCH + waves as f64 * (WAVE + steps * form.step + adding);
+            let time = short.min(LONG) + LONGER * (short - LONG).max(0.0);
+            if best.is_none_or(|(.., least)| time < least) {
+                let config =
+                    Config { token_tiles: token_tiles as i32, scales_stages: of_split as i32, split_k: split_k as i32 };
+                best = Some((form, config, (tiles * split_k) as u64, time));
+            }
+        }
+    }
+    // One part is always possible, but for no columns at all, which nobody asks for.
+    best.unwrap_or((FORMS[0], Config { token_tiles: 1, scales_stages: 0, split_k: 1 }, 0, f64::INFINITY))
+}
+
+/// Microseconds of a dense copy of the weight and a product with that.
+fn dense_time((m, n, k): (usize, usize, usize), multiprocessors: usize) -> f64 {
+    let values = n as f64 * k as f64;
+    let products = values * m as f64 / (PRODUCTS * multiprocessors as f64);
+    DENSE_LAUNCHES + COPY * values / 1e6 + products.max(values / DENSE_VALUES)
+}
+
+/// Whether a shape and a type are for the kernel at all.
+fn takes(capability: Capability, shared_per_block: u32, dtype: DType, (m, n, k): (usize, usize, usize)) -> bool {
+    kernels::GEMM_4BIT_TILE_SM90A_BF16_64.suits(capability)
+        && FORMS.iter().all(|form| form.shared <= shared_per_block as usize)
+        && matches!(dtype, DType::Bf16 | DType::F16)
+        && m >= 1
+        && n >= 1
+        && k >= COLUMNS
+        && k.is_multiple_of(COLUMNS)
+        && [m, n, k].iter().all(|&size| i32::try_from(size).is_ok())
+        && k * 2 < MOST_PITCH
+        // Tiles and blocks are counted in 32 bits.
+        && i32::try_from(m.div_ceil(64) * n.div_ceil(ROWS) * MAX_SPLIT_K).is_ok()
+}
+
+impl Tile {
+    /// The launch for a product of this shape, or `None` when the kernel does not take it on this device.
+    pub(super) fn new(device: &Device, dtype: DType, shape: (usize, usize, usize)) -> Option<Self> {
+        if !takes(device.capability(), device.shared_per_block(), dtype, shape) {
+            return None;
+        }
+        let (form, config, blocks, time) = divide(shape, device.multiprocessors() as usize);
+        let kernel = if dtype == DType::F16 { form.f16 } else { form.bf16 };
+        Some(Self {
+            kernel,
+            config,
+            blocks,
+            cluster: config.split_k as u32,
+            shared: form.shared as u32,
+            tokens: form.tokens,
+            time,
+        })
+    }
+
+    /// Whether memory at these addresses is where the copy engine can read it.
+    pub(super) fn reaches(x: u64, codes: u64) -> bool {
+        x.is_multiple_of(ALIGNMENT) && codes.is_multiple_of(ALIGNMENT)
+    }
+
+    /// What the copy engine has to know: of `x [m][k]` and of the codes of `W [n][k]`.
+    pub(super) fn maps(
+        &self,
+        dtype: DType,
+        (m, n, k): (usize, usize, usize),
+        x: u64,
+        codes: u64,
+    ) -> Result<(TensorMap, TensorMap)> {
+        let kind = if dtype == DType::F16 { TileType::F16 } else { TileType::Bf16 };
+        let x = TensorMap::new(kind, x, (m, k), (self.tokens, K_TILE))?;
+        let codes = TensorMap::new(TileType::U8, codes, (n, k / 2), (ROWS, CODES_ROW_BYTES))?;
+        Ok((x, codes))
+    }
+}
+
+/// Whether so many rows of `x` are better made by the kernel than by those for few rows.
+pub(super) fn beats_few(m: usize) -> bool {
+    m > FEW_ROWS
+}
+
+/// Whether the kernel takes a product of `m` rows of `x` with a weight `[n][k]` in less time than a dense copy and a product
+/// with that. `x` and the codes have to begin at multiples of 16 bytes.
+pub fn tile_pays(device: &Device, dtype: DType, (m, n, k): (usize, usize, usize)) -> bool {
+    let shape = (m, n, k);
+    m <= MEASURED_ROWS
+        && beats_few(m)
+        && Tile::new(device, dtype, shape)
+            .is_some_and(|tile| tile.time < MARGIN * dense_time(shape, device.multiprocessors() as usize))
+}
+
+/// The codebook as the kernel takes it.
+pub(super) fn codebook(quant_type: QuantType) -> [f32; 16] {
+    *quant_type.values()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOPPER: Capability = Capability(9, 0);
+
+    #[test]
+    fn every_column_and_every_row_is_in_a_tile() {
+        for m in [1, 33, 64, 65, 128, 129, 200, 256, 1000, 4096] {
+            for n in [1, 8, 128, 129, 4096, 14336, 128_256] {
+                for k in [32, 64, 256, 288, 1024, 4096, 14336] {
+                    let (form, config, blocks, time) = divide((m, n, k), 132);
+                    let (tiles, units, split_k) =
+                        (config.token_tiles as usize, config.scales_stages as usize, config.split_k as usize);
+                    assert!(tiles * form.tokens >= m && (tiles - 1) * form.tokens < m, "{m} {n} {k}");
+                    assert_eq!(blocks as usize, tiles * n.div_ceil(ROWS) * split_k);
+                    assert!((1..=MAX_SPLIT_K).contains(&split_k));
+                    assert!(units * split_k * SCALES_K >= k && units * (split_k - 1) * SCALES_K < k, "{m} {n} {k}");
+                    assert!(time > 0.0 && time.is_finite());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn few_tiles_share_the_multiprocessors() {
+        let split_k = |m, n, k| divide((m, n, k), 132).1.split_k;
+        assert_eq!(split_k(64, 4096, 4096), 3);
+        assert_eq!(split_k(256, 14336, 4096), 1);
+        // Thirty-two clusters of four would run one after another.
+        assert_eq!(split_k(128, 4096, 14336), 3);
+    }
+
+    #[test]
+    fn shapes_and_devices_that_are_not_for_it() {
+        let most = 232_448;
+        assert!(takes(HOPPER, most, DType::Bf16, (33, 1, 32)) && takes(HOPPER, most, DType::F16, (4096, 4096, 4096)));
+        assert!(!takes(HOPPER, most, DType::F32, (64, 64, 64)));
+        assert!(!takes(HOPPER, most, DType::Bf16, (64, 64, 48)) && !takes(HOPPER, most, DType::Bf16, (64, 64, 0)));
+        assert!(!takes(HOPPER, most, DType::Bf16, (0, 64, 64)) && !takes(HOPPER, most, DType::Bf16, (64, 0, 64)));
+        assert!(!takes(HOPPER, 101_376, DType::Bf16, (64, 64, 64)));
+        // Its code is for one capability alone.
+        for other in [Capability(8, 9), Capability(10, 0), Capability(12, 0)] {
+            assert!(!takes(other, most, DType::Bf16, (64, 64, 64)));
+        }
+    }
+
+    #[test]
+    fn times_agree_with_what_was_measured() {
+        // Microseconds on an H200 with bfloat16 and blocks of 64: this kernel, and a dense copy with cuBLAS, 0 for not asked.
+        for (m, n, k, ours, dense) in [
+            (64, 4096, 4096, 13.9, 0.0),
+            (96, 4096, 4096, 15.8, 0.0),
+            (128, 4096, 4096, 17.0, 0.0),
+            (192, 4096, 4096, 19.3, 0.0),
+            (256, 4096, 4096, 21.9, 26.5),
+            (512, 4096, 4096, 30.6, 35.9),
+            (1024, 4096, 4096, 50.5, 56.3),
+            (64, 14336, 4096, 26.4, 0.0),
+            (96, 14336, 4096, 30.5, 0.0),
+            (128, 14336, 4096, 34.0, 0.0),
+            (192, 14336, 4096, 42.5, 0.0),
+            (256, 14336, 4096, 49.3, 82.4),
+            // In between launches that keep the card cool, 99, and hot, 113.
+            (512, 14336, 4096, 106.0, 124.9),
+            (1024, 14336, 4096, 212.0, 190.5),
+            (64, 4096, 14336, 31.6, 0.0),
+            (96, 4096, 14336, 36.0, 0.0),
+            (128, 4096, 14336, 41.3, 0.0),
+            (256, 4096, 14336, 58.0, 88.6),
+            (512, 4096, 14336, 88.2, 0.0),
+            (1024, 4096, 14336, 180.0, 183.8),
+            (128, 28672, 8192, 134.2, 0.0),
+            (256, 28672, 8192, 239.3, 335.4),
+        ] {
+            let (.., time) = divide((m, n, k), 132);
+            assert!((time / ours - 1.0_f64).abs() < 0.16, "{m} {n} {k}: {time}");
+            if dense > 0.0 {
+                let other = dense_time((m, n, k), 132);
+                assert!((other / dense - 1.0_f64).abs() < 0.12, "{m} {n} {k}: {other}");
+                // Whichever was faster is the one that is taken.
+                assert_eq!(time < MARGIN * other, ours < dense, "{m} {n} {k}");
+            }
+        }
+    }
+
+    #[test]
+    fn shared_memory_is_what_a_block_may_have() {
+        let bytes = FORMS.map(|form| form.shared);
+        assert!(bytes.iter().all(|&bytes| bytes <= 232_448), "{bytes:?}");
+        assert_eq!(bytes[2], 4 * 16384 + 65536 + 6 * 8192 + 2 * 4096 + 1024 + 192);
+    }
+}
