@@ -196,6 +196,23 @@ def test_four_and_eight_bits_are_mixed_by_rules(workshop, tmp_path):
     }
 
 
+def test_mixed_checkpoints_are_loaded_by_what_is_beside_each_weight(workshop, tmp_path):
+    source = workshop.source("llama", "float32")
+    halfbyte.quantize_checkpoint(source, tmp_path / "out", rules=["mlp=int8"], fsync=False)
+    halfbyte.dequantize_checkpoint(tmp_path / "out", tmp_path / "dense", fsync=False)
+    with torch.device("meta"):
+        empty = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(source))
+    model = halfbyte.load_quantized(empty, tmp_path / "out")
+    layer = model.model.layers[1]
+    assert isinstance(layer.mlp.up_proj, halfbyte.nn.Linear8bitLt)
+    assert isinstance(layer.self_attn.q_proj, halfbyte.nn.Linear4bit)
+    assert layer.mlp.up_proj.state.threshold == 6.0
+    dense = load(tmp_path / "dense", "llama")
+    found, expected = outputs(model, training=False), outputs(dense, training=False)
+    # Inputs of 8-bit layers are rounded to 8 bits as well.
+    assert (found - expected).square().mean().sqrt() <= 0.1 * expected.std()
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
