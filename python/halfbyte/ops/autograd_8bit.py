@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import register_vmap
 
 from halfbyte.backends.int8_torch import product as matmul
-from halfbyte.ops._torch_internals import transforms
+from halfbyte.ops._torch_internals import any_autocast, transforms
 from halfbyte.ops.autograd import _batch_first, _bias_gradient, _register_constant, _register_vmap_each, _vmap_each
 from halfbyte.ops.dispatch import kernels, needs_op, plain
 
@@ -79,8 +79,13 @@ def _input_gradient_now(grad: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
 
 def _plain_product(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ W.T`, without quantizing `x`: the derivative of `input_gradient`, and of `product` in the direction `x`."""
-    y = matmul(x, _ops.dequantize_rows(codes, scales, x.dtype).t())
-    return y if bias is None else y + bias.to(y.dtype)
+    weight = _ops.dequantize_rows(codes, scales, x.dtype)
+    if bias is None:
+        return matmul(x, weight.t())
+    if any_autocast():
+        return matmul(x, weight.t()) + bias.to(x.dtype)
+    # One operation, which compilers do not take apart and round otherwise.
+    return torch.nn.functional.linear(x, weight, bias.to(x.dtype))
 
 
 # ---- derivatives -----------------------------------------------------------------------------------------------------
