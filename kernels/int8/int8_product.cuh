@@ -195,7 +195,7 @@ __device__ inline void int8_product(const u8 *x, i64 pitch, const u8 *weight, co
     // What comes behind copies waits for them in the memory's queue: so one turn is before x, and no more.
     copier.copy(0);
     const int outlier_count = epilogue.count == nullptr ? 0 : *epilogue.count;
-    if (plan.kept > 0) {
+    if (epilogue.count != nullptr) {
         // Of all that are kept, whether or not there are as many: nothing waits for their number.
         for (int i = int(threadIdx.x); i < plan.kept; i += THREADS) {
             kept_columns[i] = i < k ? epilogue.columns[i] : 0;

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from halfbyte import _native
+from halfbyte.backends import cpu as _cpu
 
 Raw = tuple[int, int, str]
 
@@ -196,6 +197,115 @@ class StandIn:
         """As the kernel."""
         self.calls.append("dequantize rows")
         _native.dequantize_rows(codes, scales, out, rows, columns)
+
+    def cuda_int8_workspace(self, device: int, rows: int, columns: int) -> int:
+        """No less than there are codes."""
+        return (rows * -(-columns // 16) * 16 + 511) // 256 * 256
+
+    def cuda_quantize_rows_outliers(
+        self,
+        device: int,
+        stream: int,
+        input: Raw,
+        codes: Raw,
+        scales: Raw,
+        outliers: Raw,
+        workspace: Raw,
+        rows: int,
+        columns: int,
+        threshold: float,
+    ) -> None:
+        """As the kernels."""
+        self.calls.append("outliers")
+        assert workspace[1:] == (self.cuda_int8_workspace(device, rows, columns), "uint8")
+        x = tensor(input)
+        assert x is not None
+        for raw, found in zip(
+            (codes, scales, outliers), _cpu.quantize_rows_outliers(x.view(rows, columns), threshold), strict=True
+        ):
+            to = tensor(raw)
+            assert to is not None
+            to.copy_(found.reshape(-1))
+
+    def cuda_int8_matmul(
+        self,
+        device: int,
+        stream: int,
+        a: Raw,
+        b: Raw,
+        row_scales: Raw | None,
+        column_scales: Raw | None,
+        bias: Raw | None,
+        y: Raw,
+        m: int,
+        n: int,
+        k: int,
+    ) -> str:
+        """As the kernels."""
+        self.calls.append("int8 product")
+        assert a[0] % 16 == 0
+        assert b[0] % 16 == 0
+        of_a, of_b, out = tensor(a), tensor(b), tensor(y)
+        assert of_a is not None
+        assert of_b is not None
+        assert out is not None
+        of_a, of_b = of_a.view(m, k), of_b.view(n, k)
+        rows, columns = tensor(row_scales), tensor(column_scales)
+        if rows is None or columns is None:
+            assert bias is None
+            out.copy_(_cpu.int8_matmul(of_a, of_b).view(-1))
+        else:
+            out.copy_(_cpu.int8_scaled_mm(of_a, of_b, rows, columns, tensor(bias), out.dtype).view(-1))
+        return "int8_stand_in"
+
+    def CudaLinear8(self, device: int, n: int, k: int) -> Linear8:
+        """As the core's class."""
+        return Linear8(self, n, k)
+
+
+@dataclass
+class Linear8:
+    """Products with 8-bit weights as the processor makes them."""
+
+    native: StandIn
+    n: int
+    k: int
+
+    def workspace(self, m: int) -> int:
+        """As the function of this name says."""
+        return self.native.cuda_int8_workspace(0, m, self.k)
+
+    def launch(
+        self,
+        stream: int,
+        m: int,
+        dtype: str,
+        x: int,
+        codes: int,
+        scales: int,
+        bias: int,
+        bias_dtype: str,
+        threshold: float,
+        workspace: int,
+        y: int,
+    ) -> str:
+        """One product."""
+        self.native.calls.append("linear 8")
+        self.native.rows.append(m)
+        n, k = self.n, self.k
+        assert codes % 16 == 0
+        # All of it can be written.
+        ctypes.memset(workspace, 0xEE, self.workspace(m))
+        rows, weight = tensor((x, m * k, dtype)), tensor((codes, n * k, "int8"))
+        of_weight, shift = tensor((scales, n, "float32")), tensor((bias, n, bias_dtype) if bias else None)
+        out = tensor((y, m * n, dtype))
+        assert rows is not None
+        assert weight is not None
+        assert of_weight is not None
+        assert out is not None
+        found = _cpu.linear_8bit(rows.view(m, k), weight.view(n, k), of_weight, shift, threshold)
+        out.copy_(found.view(-1))
+        return "int8_stand_in"
 
 
 @dataclass

@@ -26,8 +26,10 @@ def native(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     monkeypatch.setattr(_cuda, "_native", stand_in)
     monkeypatch.setattr(_cuda, "current_stream", lambda device: 0)
     _cuda._kernel.cache_clear()
+    _cuda._kernel_8bit.cache_clear()
     yield stand_in
     _cuda._kernel.cache_clear()
+    _cuda._kernel_8bit.cache_clear()
 
 
 def weight(n, k, dtype=torch.float32, *, nested=False, quant_type="nf4", blocksize=64, storage=torch.uint8):
@@ -198,3 +200,40 @@ def test_arguments_are_checked(native):
     with pytest.raises(ValueError, match="absmax: is on meta"):
         _cuda.dequantize_4bit(packed_weight(tensors[0], tensors[1].to("meta"), None, None, *how), torch.float32)
     assert native.calls == []
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_int8(native, dtype):
+    """Leading dimensions, strides and alignments, nothing at all; a bias of another type."""
+    memory = torch.zeros(5 * 48 + 1, dtype=torch.int8)
+    codes = memory[1:].view(5, 48).copy_(torch.randint(-127, 128, (5, 48)))
+    scales = torch.rand(5) + 0.1
+    x = torch.randn(2, 3, 96)[..., ::2].to(dtype)
+    x[0, 1, 5] = 30
+    for bias, threshold in ((None, 0.0), (torch.randn(5), 6.0), (torch.randn(5, dtype=torch.float16), 0.0)):
+        ours = _cuda.linear_8bit(x, codes, scales, bias, threshold)
+        assert torch.equal(ours, _cpu.linear_8bit(x, codes, scales, bias, threshold))
+    assert native.rows == [6] * 3
+    for theirs, ours in zip(_cpu.quantize_rows_outliers(x, 6.0), _cuda.quantize_rows_outliers(x, 6.0), strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours.dtype is theirs.dtype
+    a, row_scales = _cpu.quantize_rows(x)
+    assert torch.equal(_cuda.int8_matmul(a, codes), _cpu.int8_matmul(a, codes))
+    arguments = a, codes, row_scales, scales, torch.randn(5), dtype
+    assert torch.equal(_cuda.int8_scaled_mm(*arguments), _cpu.int8_scaled_mm(*arguments))
+    native.calls.clear()
+    assert _cuda.linear_8bit(x[:0], codes, scales, None, 6.0).shape == (0, 3, 5)
+    assert _cuda.linear_8bit(x, codes[:0], scales[:0], None, 0.0).shape == (2, 3, 0)
+    assert _cuda.int8_matmul(a, codes[:0]).shape == (2, 3, 0)
+    assert not _cuda.quantize_rows_outliers(x[:0], 6.0)[2].any()
+    assert native.calls == []
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_int8_backward(native, dtype):
+    codes, scales = torch.randint(-127, 128, (7, 20), dtype=torch.int8), torch.rand(7)
+    grad = torch.randn(2, 3, 7).to(dtype)
+    dense = _cpu.dequantize_rows(codes, scales, dtype)
+    assert torch.equal(_cuda.linear_8bit_backward(grad, codes, scales), grad @ dense)
+    assert native.calls == ["dequantize rows"]
+    assert not _cuda.linear_8bit_backward(grad[..., :0], codes[:0], scales[:0]).any()
