@@ -87,6 +87,10 @@ class Tile:
     shift: int = 0
 
 
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 def tile_shared(tokens: int) -> int:
     """The dynamic shared memory of a block, as rust/cuda/src/int8/tile.rs has it."""
     stages = 4 if tokens > 128 else 6 if tokens > 64 else 8
@@ -98,11 +102,11 @@ def tile(source: Described, codes: Codes, plan: Tile) -> Check:
     (m, k), n, constants = codes.a.shape, codes.w.shape[0], source.constants
     rows, step = constants["ROWS"], constants["STEP"]
     assert k % 16 == 0, "rows have to be multiples of 16 bytes"
-    steps = -(-k // step)
-    of_part = -(-steps // plan.parts)
+    steps = _ceil(k, step)
+    of_part = _ceil(steps, plan.parts)
     assert of_part * (plan.parts - 1) < steps, "a part of K with nothing"
-    token_tiles = -(-m // plan.tokens)
-    tiles = token_tiles * -(-(-(-n // rows)) // plan.sharing)
+    token_tiles = _ceil(m, plan.tokens)
+    tiles = token_tiles * _ceil(_ceil(n, rows), plan.sharing)
     workers = tiles if plan.parts > 1 else min(plan.workers, tiles)
     raw = codes.dtype == "i32"
     wanted = codes.wanted()

@@ -197,16 +197,13 @@ __device__ inline void multiply_bytes(const u8 *a, const u8 *b, int *out) {
             emulator::proxy_fence();
         }
         meet<1, GROUP>();
-        u32 x = operand(begin);
+        const u32 x = operand(begin), other = MISTAKE == DIFFERENT_OPERANDS && thread >= 64 ? x + 2 : x;
         const u32 y = operand(begin + SIZE * DEPTH) + (MISTAKE == OPERAND_PAST_END ? 64 : 0);
-        if (MISTAKE == DIFFERENT_OPERANDS && thread >= 64) {
-            x += 2;
-        }
         int sums[SIZE / 2] = {};
         if (MISTAKE != NO_PRODUCTS_BEGIN) {
             products_begin();
         }
-        multiply_fresh(sums, x, y);  // NO_PROXY_FENCE PROXY_FENCE_OF_ANOTHER NO_PRODUCTS_BEGIN OPERAND_PAST_END OPERAND_MISALIGNED DIFFERENT_OPERANDS NOBODY_WAITS A_CHANGED_BEFORE_WAIT
+        multiply_fresh(sums, other, y);  // NO_PROXY_FENCE PROXY_FENCE_OF_ANOTHER NO_PRODUCTS_BEGIN OPERAND_PAST_END OPERAND_MISALIGNED DIFFERENT_OPERANDS NOBODY_WAITS A_CHANGED_BEFORE_WAIT
         multiply_add(sums, x + 2, y + 2);  // SUMS_WRITTEN_BEFORE_WAIT
         multiply_add(sums, x + 4, y + 4);
         multiply_add(sums, x + 6, y + 6);  // SUMS_WRITTEN_BEFORE_WAIT

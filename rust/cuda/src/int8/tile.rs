@@ -86,6 +86,8 @@ struct Plan {
     steps: i32,
     parts: i32,
     sharing: i32,
+    /// Whether `W` may be read before the kernel before has ended: not here, as activations let this one start when what came
+    /// before them, which may have written `W`, still runs.
     early: i32,
 }
 
@@ -174,14 +176,13 @@ fn takes(capability: Capability, shared_per_block: u32, (m, n, k): (usize, usize
 impl Tile {
     /// The launch of a product, or `None` when the kernels do not take it on this device.
     pub(super) fn new(device: &Device, operands: &Operands, epilogue: &Epilogue) -> Option<Self> {
-        let &Operands { a, pitch, b, m, n, k, weight_is_older } = operands;
+        let &Operands { a, pitch, b, m, n, k } = operands;
         debug_assert!(epilogue.row_scales != 0 || epilogue.count == 0, "sums alone have no outliers");
         let there = pitch == k && a.is_multiple_of(ALIGNMENT) && b.is_multiple_of(ALIGNMENT);
         if !there || !takes(device.capability(), device.shared_per_block(), (m, n, k)) {
             return None;
         }
         let (form, plan, _) = divide((m, n, k), device.multiprocessors() as usize);
-        let plan = Plan { early: i32::from(weight_is_older), ..plan };
         Some(Self { kernel: form.kernel, plan, tokens: form.tokens, shared: form.shared as u32 })
     }
 
