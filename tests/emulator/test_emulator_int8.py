@@ -71,7 +71,8 @@ def test_activations_are_rounded_as_float16_has_them() -> None:
 
 
 # N, K and the plan: fewer rows than a tile, rows that end inside of one; K of one piece, of parts that differ in
-# length, of slots that have nothing, of one round and several, the last of them of fewer chunks; stages for one turn to many.
+# length, of slots that have nothing, of one round and several, the last of them of fewer chunks; stages for one turn to
+# many.
 PRODUCTS = [
     (5, 16, Plan(5, 1, 1, 32)),
     (16, 64, Plan(16, 1, 2, 0)),

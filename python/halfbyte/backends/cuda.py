@@ -88,6 +88,10 @@ def _raw(tensor: Tensor) -> Raw:
     return tensor.data_ptr(), tensor.numel(), _NAMES[tensor.dtype]
 
 
+def _raw_or_none(tensor: Tensor | None) -> tuple[int, int, str] | None:
+    return None if tensor is None else _raw(tensor)
+
+
 def _raw_bytes(packed: Tensor, n: int) -> Raw:
     """The bytes of `n` packed values, whatever dtype they are viewed as; padding is left out."""
     return packed.data_ptr(), packed_bytes(n), "uint8"
@@ -461,8 +465,18 @@ def quantize_rows_outliers(input: Tensor, threshold: float) -> tuple[Tensor, Ten
     if rows > 0:
         device, stream = _here(input)
         workspace = codes.new_empty(_native.cuda_int8_workspace(device, rows, columns), dtype=torch.uint8)
-        parts = (input, codes, scales, outliers, workspace)
-        _native.cuda_quantize_rows_outliers(device, stream, *map(_raw, parts), rows, columns, threshold)
+        _native.cuda_quantize_rows_outliers(
+            device,
+            stream,
+            _raw(input),
+            _raw(codes),
+            _raw(scales),
+            _raw(outliers),
+            _raw(workspace),
+            rows,
+            columns,
+            threshold,
+        )
     return codes, scales, outliers.view(torch.bool)
 
 
@@ -492,8 +506,10 @@ def _multiply_codes(
         return
     a, b = _aligned(a), _aligned(b)
     bias = None if bias is None else bias.contiguous()
-    optional = [None if tensor is None else _raw(tensor) for tensor in (row_scales, column_scales, bias)]
-    _native.cuda_int8_matmul(*_here(a), _raw(a), _raw(b), *optional, _raw(out), m, n, k)
+    _native.cuda_int8_matmul(
+        *_here(a), _raw(a), _raw(b), _raw_or_none(row_scales), _raw_or_none(column_scales), _raw_or_none(bias),
+        _raw(out), m, n, k,
+    )  # fmt: skip
 
 
 def linear_8bit(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
