@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 from halfbyte import _native  # noqa: E402
 from halfbyte.backends import cpu as _cpu  # noqa: E402
 from halfbyte.backends import cuda as _cuda  # noqa: E402
+from halfbyte.ops import registry as _registry  # noqa: E402, F401  (defines `torch.ops.halfbyte`)
 
 import kernels as k  # noqa: E402
 

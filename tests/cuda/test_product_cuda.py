@@ -116,7 +116,7 @@ def test_unaligned_operands_take_the_plain_kernel() -> None:
 def test_a_kernel_that_does_not_take_the_arguments() -> None:
     weight, _ = weight_of(64, 128, "nf4", 64, nested=False)
     x = torch.randn(17, 128, device="cuda")
-    with pytest.raises(ValueError, match="kernel is"):
+    with pytest.raises(ValueError, match="kernel must be"):
         k.product(x, weight, 64, "nf4", 64, kernel="small_m_sm80")
 
 

@@ -82,9 +82,17 @@ impl Device {
         // SAFETY: modules are never unloaded.
         let function = unsafe { result::module::get_function(module, name) }.map_err(failed("cuModuleGetFunction"))?;
         if kernel.dynamic_shared {
-            let most = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            use sys::CUfunction_attribute_enum as Attribute;
+            let (fixed, most) = (
+                Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES,
+                Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+            );
+            // What the kernel declares itself is a part of what a block may have.
             // SAFETY: the function exists.
-            unsafe { result::function::set_function_attribute(function, most, self.shared_per_block as i32) }
+            let fixed = unsafe { result::function::get_function_attribute(function, fixed) }
+                .map_err(failed("cuFuncGetAttribute"))?;
+            // SAFETY: likewise.
+            unsafe { result::function::set_function_attribute(function, most, self.shared_per_block as i32 - fixed) }
                 .map_err(failed("cuFuncSetAttribute"))?;
         }
         Ok(function)
