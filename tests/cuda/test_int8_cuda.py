@@ -156,11 +156,12 @@ def test_what_has_no_elements() -> None:
 
 
 @pytest.mark.parametrize("threshold", [0.0, 6.0])
-def test_linear_8bit_in_a_graph(threshold: float, no_waiting: None) -> None:
+def test_linear_8bit_in_a_graph(threshold: float, request: pytest.FixtureRequest) -> None:
     """Nothing waits; the outliers are those of the replayed values."""
     codes, scales = (t.cuda() for t in weight(512, 1024))
     x = activations(4, 1024, torch.float16, 0.05).cuda()
     other = activations(5, 1024, torch.float16, 0.3)[:4].cuda()
+    request.getfixturevalue("no_waiting")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

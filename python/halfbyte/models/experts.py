@@ -27,15 +27,7 @@ _SOURCE = "source_cls"
 _HOW = "fused_as"
 """The attribute of `Experts4bit` that says how that module held its experts: a `Fused`."""
 
-_FLAGS = (
-    "has_gate",
-    "has_bias",
-    "is_transposed",
-    "is_concatenated",
-    "has_post_expert_norm",
-    "num_experts",
-    "_apply_gate",
-)
+_FLAGS = ("has_gate", "has_bias", "is_transposed", "num_experts", "_apply_gate")
 
 
 @dataclass(frozen=True)
@@ -107,12 +99,16 @@ def fused(module: nn.Module) -> Fused | None:
     if isinstance(module, Experts4bit) or not all(hasattr(module, flag) for flag in _FLAGS):
         return None
     own: Any = module
+    # Releases of transformers that do not say so have gates first, but in classes with a gate of their own.
+    concatenated = getattr(own, "is_concatenated", _is_default(type(module)._apply_gate) or None)
+    if concatenated is None:
+        return None
     found = Fused(
         "gate_up_proj" if own.has_gate else "up_proj",
         "down_proj",
         bool(own.has_gate),
         bool(own.is_transposed),
-        not own.is_concatenated,
+        not concatenated,
     )
     for name in (found.up, found.down):
         weight = module._parameters.get(name)
@@ -168,7 +164,7 @@ def unfuse(module: nn.Module, names: Names | None = None) -> Experts4bit:
             new.register_parameter(name, parameter_or_none)
     new._buffers.update(module._buffers)
     new._non_persistent_buffers_set.update(module._non_persistent_buffers_set)
-    gate = getattr(type(module), "_apply_gate")  # noqa: B009
+    gate: Any = type(module)._apply_gate
     new.gate = None if _is_default(gate) else gate
     new.interleaved = how.interleaved
     new.__dict__[_SOURCE] = type(module)
