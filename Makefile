@@ -184,6 +184,7 @@ test-matrix: setup-test develop .matrix/oldest/.made .matrix/newest/.made ## sce
 bench: setup-test develop ## the benches, as tables; minutes, on a quiet machine (benches/RESULTS.md)
 	$(py) benches/blockwise_cpu.py $(ARGS)
 	$(py) benches/linear_cpu.py $(ARGS)
+	$(py) benches/linear8_cpu.py $(ARGS)
 	$(py) benches/offline.py $(ARGS)
 	$(py) benches/load.py
 	$(py) benches/qlora.py

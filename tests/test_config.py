@@ -7,6 +7,7 @@ import inspect
 import itertools
 import json
 import logging
+import math
 import os
 import pickle
 import re
@@ -415,6 +416,8 @@ def test_coerce():
         (Theirs(**{**NF4, "bnb_4bit_quant_type": "NF4"}), ValueError, "bnb_4bit_quant_type.*'nf4', got 'NF4'"),
         (BitsAndBytesConfig(**NF4, bnb_4bit_quant_storage=torch.int64), ValueError, "storage.*'uint8'.*got 'int64'"),
         ({**NF4, "bnb_4bit_quant_storage": torch.int64}, ValueError, "storage.*'uint8'.*got 'int64'"),
+        ({"load_in_8bit": True, "llm_int8_threshold": -0.5}, ValueError, "llm_int8_threshold.*at least 0.0.*got -0.5"),
+        ({"load_in_8bit": True, "llm_int8_threshold": math.nan}, ValueError, "llm_int8_threshold.*got nan"),
         ({**NF4, "bnb_4bit_compute_dtype": "bf16"}, ValueError, "bnb_4bit_compute_dtype.*got 'bf16'"),
     ],
 )
@@ -517,8 +520,9 @@ for name, case in CASES.items():
         model = load(folder / "plain", quantization_config=config)
         assert type(model.config.quantization_config) is type(config)
         model.save_pretrained(saved[side])
-    # bitsandbytes' CPU code has other fp4 thresholds than its CUDA code, whose bytes halfbyte makes everywhere.
-    for file in () if name == "fp4" else ("config.json", "model.safetensors"):
+    # bitsandbytes' CPU code has other fp4 thresholds than its CUDA code, whose bytes halfbyte makes everywhere, and
+    # rounds a few codes of int8 the other way.
+    for file in {"fp4": (), "int8": ("config.json",)}.get(name, ("config.json", "model.safetensors")):
         assert filecmp.cmp(saved["ours"] / file, saved["theirs"] / file, shallow=False), (name, file)
     written = json.loads((saved["ours"] / "config.json").read_text())["quantization_config"]
     assert ours[name].to_dict() == transformers.BitsAndBytesConfig(**case).to_dict()
@@ -533,7 +537,7 @@ for name, case in CASES.items():
     torch.testing.assert_close(again, logits, rtol=0.1, atol=0.05)
     served = load(saved["ours"], quantization_config=ours[name])
     layer = served.model.layers[0].mlp.up_proj
-    assert type(layer).__module__.startswith("bitsandbytes" if name == "int8" else "halfbyte"), type(layer)
+    assert type(layer).__module__.startswith("halfbyte"), type(layer)
     torch.testing.assert_close(served(tokens).logits, logits, rtol=0.1, atol=0.05)
 print("compared", *CASES)
 """

@@ -168,6 +168,10 @@ PAGES = {
     "docs/from-bitsandbytes.md": "model.is_loaded_in_4bit",
     "docs/getting-started.md": "y.shape == (3, 128) and tokens.shape[1] > 2",
     "docs/kernels.md": "dense.shape == (512, 256)",
+    "docs/llm-int8.md": (
+        "losses[-1] < losses[0] and merged.is_loaded_in_8bit and Path('Llama-3.2-1B-int8').is_dir() "
+        "and sum(isinstance(m, halfbyte.nn.Linear8bitLt) for m in mixed.modules()) == 7"
+    ),
     "docs/merging.md": "not getattr(merged, 'is_quantized', False)",
     "docs/offline.md": "report.converted_tensors == 7 and Path('mixed').is_dir()",
     "docs/qlora.md": (

@@ -1,6 +1,6 @@
 // The order in which scales are added for their mean: float64 sums by a binary tree inside groups of 256 (x[i] += x[i + 128],
-// then 64, ... 1; the last group filled up with zeros), the group sums by the same tree until one is left. As rust/core/src/quant/absmax/mod.rs
-// defines it.
+// then 64, ... 1; the last group filled up with zeros), the group sums by the same tree until one is left. As
+// rust/core/src/quant/absmax/mod.rs defines it.
 #pragma once
 
 #include "common/types.cuh"

@@ -1,18 +1,25 @@
-// y[M][N] = x[M][K] * W[N][K]^T + bias[N] for few rows of x, W in 4 bits: the products of token-by-token generation.
+// What gemm_4bit_small_m_sm80 and _sm90 share: y[M][N] = x[M][K] * W[N][K]^T + bias[N] for few rows of x, W in 4 bits, the
+// products of token-by-token generation. They are bound by reading W once.
 //
-// Bound by reading W once. What the layout of the format gives for free:
+// What the layout of the format gives for free:
 //   - A block of 64 values of a row of W is 32 consecutive bytes. Each lane of a quad takes 8 of them, 16 values; K of x is
-//     permuted the same way. Then one packed byte is one register of the A operand of mma.m16n8k16, so that W is decoded
+//     permuted the same way. Then one packed byte is one register of the A operand of mma.m16n8k16, so that W is dequantized
 //     by one look-up for two weights. W is the operand of 16 rows and x that of 8 columns: M <= 8 costs what M = 1 does.
 //   - The look-up table has an entry for each byte, the two unscaled values in T. Lane l has a copy in bank l of shared
 //     memory, 256 bytes apart: PRMT puts the byte and the lane together to an address, and no two lanes conflict.
 //   - The scale is applied in float32 to the sums of a block, once for 64 products.
-// A block of threads has some consecutive rows of W, all of K. Groups of warps take tiles of 16 rows in turn, and the slots of
-// a group, one for each of its warps, a part of K each: a warp keeps its part of x in registers while it walks over the tiles.
-// The partial sums of the slots meet in shared memory, and are added in an order that is fixed: the result does not change
-// from run to run.
 //
-// Two kernels differ in how W arrives: that of gemm_4bit_small_m_sm80.cu by way of registers, that of gemm_4bit_small_m_sm90.cu by way of shared memory.
+//   fragment, m16n8k16                             x^T [K][8 columns]: column g, k = 16 t ... of each block
+//                                                +------------------+
+//     W [16 rows][K]: lane 4g + t has rows g     | accumulators     |   lane 4g + t: rows g and g + 8,
+//     and g + 8, bytes 8t ... 8t + 7 of a block  | [16 rows][8]     |   columns 2t and 2t + 1
+//                                                +------------------+
+//
+// A block of threads has some consecutive rows of W, all of K. Groups of warps take tiles of 16 rows in turn; the warps of a
+// group have a k-slice each, whose part of x they keep in registers while they walk over the tiles (split-K inside of a block).
+//
+// Determinism. The sums of the k-slices meet in shared memory and are added in an order that is fixed: the same bits from run
+// to run on one device, which decides how many rows a block has. Each weight is its codebook value rounded to T.
 #pragma once
 
 #include "common/scales.cuh"
@@ -47,11 +54,11 @@ __device__ inline void fill_map(float *map) {
     }
 }
 
-// This lane's part of x for a chunk: of column g of each fragment the values 16t ... 16t + 15 of each block, zeros of blocks
+// This lane's part of x for a k-tile: of column g of each fragment the values 16t ... 16t + 15 of each block, zeros of blocks
 // that are not there. Columns that are not there get what the last one has, so that all lanes load alike; what comes of them
 // is not written.
-template <int FRAGMENTS, int CHUNK, typename T>
-__device__ inline void load_x(u32 (&words)[CHUNK][FRAGMENTS][8], const T *x, int m, int k, int begin, int blocks, int g,
+template <int FRAGMENTS, int K_TILE, typename T>
+__device__ inline void load_x(u32 (&words)[K_TILE][FRAGMENTS][8], const T *x, int m, int k, int begin, int blocks, int g,
                               int t) {
 #pragma unroll
     for (int f = 0; f < FRAGMENTS; f++) {
@@ -68,14 +75,14 @@ __device__ inline void load_x(u32 (&words)[CHUNK][FRAGMENTS][8], const T *x, int
             }
         };
         // No load waits for another one, nor for a condition.
-        if (blocks >= CHUNK) {
+        if (blocks >= K_TILE) {
 #pragma unroll
-            for (int j = 0; j < CHUNK; j++) {
+            for (int j = 0; j < K_TILE; j++) {
                 load(j, true);
             }
         } else {
 #pragma unroll
-            for (int j = 0; j < CHUNK; j++) {
+            for (int j = 0; j < K_TILE; j++) {
                 load(j, j < blocks);
             }
         }

@@ -1,9 +1,18 @@
-// Activations to 8-bit codes, for products with an 8-bit weight. Each value is rounded to the 11 significant bits of a
-// float16 first, its exponent being float32's; then codes are those of int8/rows.cuh.
+// int8_activations, int8_outliers, int8_codes: activations to int8 codes, for products with an 8-bit weight. Each value is
+// rounded to the 11 significant bits of a float16 first, its exponent being float32's; then codes are those of int8/rows.cuh.
 //
-// With a threshold, values from it on are outliers. They do not count for the scale of their row, and their columns have
-// codes 0 in all rows: the product adds those columns in floats. Two kernels: one finds scales, and for each group of rows
-// a mask of columns; one makes codes, and the list of columns. Each lets the next start at once, to wait for it there.
+// Problem. Matrices of any shape and alignment; float32, float16, bfloat16. With a threshold, values from it on are outliers:
+//   they do not count for the scale of their row, and their columns have codes 0 in all rows, as the product adds those
+//   columns in floats.
+//
+// Roofline. Memory, and for few rows the latency of a launch: each lets the next start at once, to wait for it there.
+//
+// Tile. Without a threshold as int8_rowwise. With one, two kernels: the first finds scales, and for each group of rows a mask
+//   of columns; the second has panels of 2048 columns, of which it joins the masks, and one block that lists the columns.
+//
+// Shared memory. The largest magnitude of each warp, twice; the mask of a group of rows, or of a panel.
+//
+// Determinism. The same bits everywhere; nothing has to be zero before.
 #include "int8/rows.cuh"
 
 // Groups that stay in registers without a threshold: rows of up to 16384 values are read once.

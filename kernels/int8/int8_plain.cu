@@ -1,4 +1,10 @@
-// y[M][N] = x[M][K] * W[N][K]^T in 8-bit codes, and then what Epilogue makes of the int32 sums: of any shape, wherever it lies.
+// int8_plain: y[M][N] = x[M][K] * W[N][K]^T in int8 codes, and then what Epilogue makes of the int32 sums.
+//
+// Problem. Any shape, wherever it lies: what no other kernel takes.
+//
+// Tile. 32 rows of W and of x for a block of 256 threads, 64 columns at a time by way of shared memory; a thread has four sums.
+//
+// Determinism. The same bits from run to run; without outliers those of every other kernel and of the processor.
 #include "int8/int8_epilogue.cuh"
 
 constexpr int THREADS = 256;

@@ -1,15 +1,23 @@
-// y[M][N] = x[M][K] * W[N][K]^T for few rows of x, both in 8-bit codes, and then what Epilogue makes of the int32 sums.
+// y[M][N] = x[M][K] * W[N][K]^T for few rows of x, both in int8 codes, and then what Epilogue makes of the int32 sums.
 //
-// Bound by reading W once. A block of threads has some consecutive rows of W. K is cut into chunks, and a chunk into slots
-// beside each other, one for each warp of a group; groups take tiles of 16 rows in turn. A round is of as many chunks as
-// registers have room for x of a warp's slots: in a round a warp walks over all rows of the block, a step at a time, W coming
-// by way of a ring in shared memory that each warp has for itself. W is the operand of 16 rows and x that of 8 columns, and
-// K is permuted alike in both: a lane has 16 bytes that lie together, which are its part of two products.
+// Problem. M up to 64, K a multiple of 16, rows of 16-byte alignment, any N; every compute capability from 7.5 on.
 //
-// Sums of a step are added to those of all warps in shared memory: of integers, so that the order does not matter.
+// Roofline. Memory: W is read once. Each multiprocessor reads all of x too, which counts from some 32 rows on.
 //
-// Columns with outliers have codes 0 in x. x itself of as many of them as have room is fetched in the beginning; while a tile
-// of W is there the warp puts their bytes aside; in the end both are multiplied.
+// Tile. A block of threads has some consecutive rows of W. K is cut into chunks, and a chunk into slots of 256 bytes beside
+//   each other, one for each warp of a group; groups take tiles of 16 rows in turn. A round is of as many chunks as registers
+//   have room for x of a warp's slots: in a round a warp walks over all rows of the block, a step at a time. W is the operand
+//   of 16 rows and x that of 8 columns of mma.m16n8k32, and K is permuted alike in both: lane (g, t) has 16 bytes that lie
+//   together, its part of two products.
+//
+// Shared memory. int32 sums of all rows of the block, to which the warps add theirs: of integers, so that the order does not
+//   matter. W comes by way of a ring that each warp has for itself. Columns with outliers have codes 0 in x: x itself of as
+//   many of them as have room is fetched in the beginning; while a tile of W is there the warp puts their bytes aside; in the
+//   end both are multiplied, in the order of the columns.
+//
+// Budget. __launch_bounds__(256, 1), 128 to 238 registers, half of them x from 16 columns on.
+//
+// Determinism. The same bits from run to run; without outliers those of every other kernel and of the processor.
 #pragma once
 
 #include "int8/int8_epilogue.cuh"
@@ -328,19 +336,22 @@ __device__ inline void int8_product(const u8 *x, i64 pitch, const u8 *weight, co
                 const u8 *const weight_row = weight + i64(share.first_row + row) * k;
 #pragma unroll 4
                 for (int i = 0; i < count; i++) {
-                    add_outliers(outlier_sums, weight_row[epilogue.columns[part + i]], other_x + (i * TOKENS + f * COLUMNS));
+                    const float *const x_of_column = other_x + (i * TOKENS + f * COLUMNS);
+                    add_outliers(outlier_sums, weight_row[epilogue.columns[part + i]], x_of_column);
                 }
             }
         }
         if (there) {
             const int column = share.first_row + row, r = item % ROWS;
             const float scale = epilogue.column_scale(column), shift = epilogue.shift(column);
-            const int *const from = all_sums + (item / (ROWS * FRAGMENTS) * FRAGMENTS + f) * SUMS + r / 8 * 2 * WARP + r % 8 * 4;
+            const int place = r / 8 * 2 * WARP + r % 8 * 4;
+            const int *const from = all_sums + (item / (ROWS * FRAGMENTS) * FRAGMENTS + f) * SUMS + place;
 #pragma unroll
             for (int c = 0; c < COLUMNS; c++) {
                 const int token = f * COLUMNS + c, sum = from[c % 2 * WARP + c / 2];
                 if (token < m) {
-                    const float v = epilogue.value(sum, epilogue.row_scale(token), aside.count > 0, outlier_sums[c], scale, shift);
+                    const float v =
+                        epilogue.value(sum, epilogue.row_scale(token), aside.count > 0, outlier_sums[c], scale, shift);
                     epilogue.store(i64(token) * n + column, sum, v);
                 }
             }

@@ -1,9 +1,21 @@
-// Rows to 8-bit codes, each by its largest magnitude, and back: the statistics of LLM.int8(), as rust/core/src/quant/int8_rowwise/mod.rs defines
-// them.
+// int8_rowwise: rows to int8 codes, each by its largest magnitude, and back: the statistics of LLM.int8(), as
+// rust/core/src/quant/int8_rowwise/mod.rs defines them.
 //
-// Memory-bound: 2 or 4 bytes in and one out for each value, and the other way round. A row is quantized by a warp when it
-// is short, else by a block of threads. Its values stay in registers between the search for the largest and the division;
-// what does not fit there is read again, from the second-level cache as a rule.
+// Problem. Matrices of any shape and alignment; float32, float16, bfloat16.
+//
+// Roofline. Memory: 2 or 4 bytes in and one out for each value, and the other way round. Not in benches/RESULTS.md.
+//
+// Tile. To quantize: a row for each warp when it has up to 1024 values, else for each block of 256 threads.
+//     thread t: values 8t ... 8t + 7 of each stride; up to four strides stay in registers between the search for the largest
+//     magnitude and the division, so that rows of up to 8192 values are read once. The rest of a longer row is read again,
+//     from the second-level cache as a rule.
+//   Back: 16 KB of output for a block of 256 threads; a thread writes 16 bytes at a time, four times.
+//
+// Shared memory. The largest magnitude of each warp, twice, used in turn: one barrier for each row is enough.
+//
+// Budget. To quantize __launch_bounds__(256, 3), 64 to 79 registers: 32 values of a row in flight for each thread. Back 31.
+//
+// Determinism. The same bits everywhere: the largest magnitude does not depend on an order.
 #include "common/blocks.cuh"
 #include "int8/rows.cuh"
 
@@ -156,22 +168,22 @@ __device__ inline void dequantize_int8_rowwise_reference(const i8 *codes, const 
 // columns: 1 and more on the way back
 // Grid, in blocks of THREADS: any number to quantize, whose work is shared among those there are; ceil(n * sizeof(T) /
 // TILE_BYTES) on the way back; ceil(rows / THREADS) and ceil(n / THREADS) for the references.
-#define INSTANCE(name, T)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS, 3)                                                           \
-        quantize_int8_rowwise_##name(const T *input, i8 *codes, float *scales, i64 rows, i64 columns) {                        \
-        quantize_int8_rowwise<T>(input, codes, scales, rows, columns);                                                         \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-        quantize_int8_rowwise_reference_##name(const T *input, i8 *codes, float *scales, i64 rows, i64 columns) {              \
-        quantize_int8_rowwise_reference<T>(input, codes, scales, rows, columns);                                               \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-        dequantize_int8_rowwise_##name(const i8 *codes, const float *scales, T *out, i64 n, i64 columns) {                     \
-        dequantize_int8_rowwise<T>(codes, scales, out, n, columns);                                                            \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-        dequantize_int8_rowwise_reference_##name(const i8 *codes, const float *scales, T *out, i64 n, i64 columns) {           \
-        dequantize_int8_rowwise_reference<T>(codes, scales, out, n, columns);                                                  \
+#define INSTANCE(name, T)                                                                                            \
+    extern "C" __global__ void __launch_bounds__(THREADS, 3)                                                         \
+        quantize_int8_rowwise_##name(const T *input, i8 *codes, float *scales, i64 rows, i64 columns) {              \
+        quantize_int8_rowwise<T>(input, codes, scales, rows, columns);                                               \
+    }                                                                                                                \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                            \
+        quantize_int8_rowwise_reference_##name(const T *input, i8 *codes, float *scales, i64 rows, i64 columns) {    \
+        quantize_int8_rowwise_reference<T>(input, codes, scales, rows, columns);                                     \
+    }                                                                                                                \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                            \
+        dequantize_int8_rowwise_##name(const i8 *codes, const float *scales, T *out, i64 n, i64 columns) {           \
+        dequantize_int8_rowwise<T>(codes, scales, out, n, columns);                                                  \
+    }                                                                                                                \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                            \
+        dequantize_int8_rowwise_reference_##name(const i8 *codes, const float *scales, T *out, i64 n, i64 columns) { \
+        dequantize_int8_rowwise_reference<T>(codes, scales, out, n, columns);                                        \
     }
 
 INSTANCE(bf16, Bf16)

@@ -1,8 +1,19 @@
-// Nested scales to float32: out[i] = DYNAMIC_MAP[codes[i]] * absmax2[i / 256] + offset, a product rounded and then a sum
-// rounded, as rust/core/src/quant/absmax/mod.rs defines it.
+// dequantize_absmax: nested scales to float32, out[i] = DYNAMIC_MAP[codes[i]] * absmax2[i / 256] + offset, a product rounded
+// and then a sum rounded, as rust/core/src/quant/absmax/mod.rs defines it.
 //
-// Memory-bound: one byte in and four out for each scale. A thread reads four codes and writes 16 bytes; the map lies in
-// shared memory.
+// Problem. Any number of scales, any alignment.
+//
+// Roofline. Memory: one byte in and four out for each scale. Not in benches/RESULTS.md: products and dequantize_blockwise4 read
+//   nested scales themselves, and this kernel is for callers that want them as float32.
+//
+// Tile. 4096 scales for a block of 256 threads, in four strides of 1024: a thread reads a word of four codes and writes 16
+//   bytes. A tile begins with a group of 256 codes.
+//
+// Shared memory. The dynamic map, 1 KB: lanes look up different codes, which constant memory would serve one by one.
+//
+// Budget. Four words of codes in flight for each thread, 4 KB for a block; 32 registers.
+//
+// Determinism. The same bits everywhere.
 #include "common/vectors.cuh"
 #include "common/scales.cuh"
 

@@ -1,9 +1,19 @@
-// 8-bit codes back to values: value[i] = round_to_T(map[code[i]] * absmax[i / blocksize]), the product in float32, with
-// any map of 256 values and blocks of any size.
+// dequantize_blockwise8: value[i] = round_to_T(map[code[i]] * absmax[i / blocksize]), the product in float32, with any map of
+// 256 values and blocks of any size, as rust/core/src/quant/blockwise8/mod.rs defines it.
 //
-// Memory-bound: one byte in and 2 or 4 bytes out for each value. A thread writes 16 bytes at a time, and has DEPTH reads
-// in flight before it needs the first. The map is in shared memory eight times, with the copies of a value in eight
-// banks: where lanes take their values by chance, each bank serves two lanes or so in turn instead of three or four.
+// Problem. Any number of values, any alignment, any block size from 1 on; float32, float16, bfloat16.
+//
+// Roofline. Memory: one byte in and 2 or 4 bytes out for each value. Not in benches/RESULTS.md.
+//
+// Tile. 32 KB of output for a block of 256 threads: a thread writes 16 bytes at a time, eight times.
+//
+// Shared memory. The map eight times, the copies of a value in eight banks: where lanes take their values by chance, a bank
+//   serves two lanes or so in turn instead of three or four. 8 KB, written once for 32 KB of output.
+//
+// Budget. Eight reads of 4 or 8 bytes in flight for each thread, 8 to 16 KB for a block. __launch_bounds__(256, 4) leaves 64
+//   registers; 40 to 48 are taken.
+//
+// Determinism. The same bits everywhere.
 #include "common/blocks.cuh"
 #include "common/vectors.cuh"
 
@@ -16,7 +26,8 @@ constexpr int TILE_BYTES = THREADS * 16 * DEPTH;
 constexpr int COPIES = 8;
 
 template <typename T>
-__device__ inline void dequantize_blockwise8(const u8 *codes, const float *absmax, const float *map, T *out, i64 n, i64 blocksize) {
+__device__ inline void dequantize_blockwise8(const u8 *codes, const float *absmax, const float *map, T *out, i64 n,
+                                             i64 blocksize) {
     constexpr int GROUP = PER_STORE<T>;
     constexpr int STRIDE = THREADS * GROUP;
     constexpr int TILE = STRIDE * DEPTH;
@@ -101,14 +112,14 @@ __device__ inline void dequantize_blockwise8_reference(const u8 *codes, const fl
 // out:       [n] aligned to its elements
 // blocksize: 1 and more
 // Grid: ceil(n * sizeof(T) / TILE_BYTES) blocks of THREADS; the reference ceil(n / THREADS).
-#define INSTANCE(name, T)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS, 4) dequantize_blockwise8_##name(                                   \
-        const u8 *codes, const float *absmax, const float *map, T *out, i64 n, i64 blocksize) {                        \
-        dequantize_blockwise8<T>(codes, absmax, map, out, n, blocksize);                                                     \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS) dequantize_blockwise8_reference_##name(                            \
-        const u8 *codes, const float *absmax, const float *map, T *out, i64 n, i64 blocksize) {                        \
-        dequantize_blockwise8_reference<T>(codes, absmax, map, out, n, blocksize);                                           \
+#define INSTANCE(name, T)                                                                         \
+    extern "C" __global__ void __launch_bounds__(THREADS, 4) dequantize_blockwise8_##name(        \
+        const u8 *codes, const float *absmax, const float *map, T *out, i64 n, i64 blocksize) {   \
+        dequantize_blockwise8<T>(codes, absmax, map, out, n, blocksize);                          \
+    }                                                                                             \
+    extern "C" __global__ void __launch_bounds__(THREADS) dequantize_blockwise8_reference_##name( \
+        const u8 *codes, const float *absmax, const float *map, T *out, i64 n, i64 blocksize) {   \
+        dequantize_blockwise8_reference<T>(codes, absmax, map, out, n, blocksize);                \
     }
 
 INSTANCE(bf16, Bf16)

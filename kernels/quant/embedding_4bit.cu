@@ -1,10 +1,20 @@
-// Rows of a packed table: out[i][c] = round_to_T(VALUES[code] * scale) of row indices[i], as dequantize_blockwise4.cu reads
-// them. A row that the table does not have is NaN.
+// embedding_4bit: rows of a packed table, out[i][c] = round_to_T(VALUES[code] * scale) of row indices[i]: the bits of
+// dequantize_blockwise4. A row that the table does not have is NaN, for a kernel cannot ask and must not fail.
 //
-// Memory-bound: half a byte in and 2 or 4 bytes out for each value. Threads share the output among them as they do in
-// dequantize_blockwise4.cu, eight values to a thread at a time: short rows and long ones keep all of them busy. The row that
-// a value belongs to costs one division by 32 bits; all indices of a thread are on the way before the first is used, and
-// then all codes and scales.
+// Problem. int32 or int64 indices of any value; up to 2^30 columns, any alignment; blocks of scales run on from row to row.
+//
+// Roofline. Memory: half a byte of codes in and 2 or 4 bytes out for each value, and 4 or 8 bytes of index for each row. Not in
+//   benches/RESULTS.md.
+//
+// Tile. 8192 values of the output for a block of 256 threads, as in dequantize_blockwise4, eight to a thread at a time: short
+//   rows and long ones keep all threads busy. The row of a value costs one division by 32 bits.
+//
+// Shared memory. The 16 values, and the map of nested scales (1 KB).
+//
+// Budget. All indices of a thread are on the way before the first is used, then all its codes and scales: four of each.
+//   __launch_bounds__(256, 4) leaves 64 registers; 32 to 40 are taken.
+//
+// Determinism. The same bits everywhere.
 #include "common/vectors.cuh"
 #include "common/scales.cuh"
 
@@ -153,16 +163,16 @@ __device__ inline void embedding_reference(const Indices &indices, const u8 *pac
 // block_shift: log2 of the block size, 5 to 12
 // quant_type:  NF4 or FP4
 // Grid: ceil(n / TILE) blocks of THREADS; the reference ceil(n / THREADS).
-#define INSTANCE(name, T, nested)                                                                                      \
-    extern "C" __global__ void __launch_bounds__(THREADS, 4)                                                           \
-        embedding_4bit_##name(Indices indices, const u8 *packed, Scales scales, T *out, i64 n, u32 columns,                 \
-                         int block_shift, u32 quant_type) {                                                            \
-        embedding<T, nested>(indices, packed, scales, out, n, columns, block_shift, quant_type);                       \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-        embedding_4bit_reference_##name(Indices indices, const u8 *packed, Scales scales, T *out, i64 n, u32 columns,       \
-                                   int block_shift, u32 quant_type) {                                                  \
-        embedding_reference<T, nested>(indices, packed, scales, out, n, columns, block_shift, quant_type);             \
+#define INSTANCE(name, T, nested)                                                                                     \
+    extern "C" __global__ void __launch_bounds__(THREADS, 4)                                                          \
+        embedding_4bit_##name(Indices indices, const u8 *packed, Scales scales, T *out, i64 n, u32 columns,           \
+                         int block_shift, u32 quant_type) {                                                           \
+        embedding<T, nested>(indices, packed, scales, out, n, columns, block_shift, quant_type);                      \
+    }                                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                             \
+        embedding_4bit_reference_##name(Indices indices, const u8 *packed, Scales scales, T *out, i64 n, u32 columns, \
+                                   int block_shift, u32 quant_type) {                                                 \
+        embedding_reference<T, nested>(indices, packed, scales, out, n, columns, block_shift, quant_type);            \
     }
 
 INSTANCE(bf16, Bf16, false)

@@ -1,10 +1,22 @@
-// Values to 8-bit codes and one float32 scale per block, with any ascending map of 256 values, as
+// quantize_blockwise8: values to 8-bit codes and one float32 scale per block, with any ascending map of 256 values, as
 // rust/core/src/quant/blockwise8/mod.rs defines them.
 //
-// A code is the number of boundaries between values of the map that the scaled value exceeds. Halving 255 of them takes
-// eight look-ups that wait for one another; here a value's exponent and six bits of its fraction name a cell, a table
-// has the boundaries below the cell, and only those inside it are left to compare with: one for the dynamic map and for
-// evenly spaced ones. The table is made by each block of threads for itself, which then goes through many tiles.
+// Problem. Any number of values, any alignment. Block sizes of the format (32 to 4096) have the fast kernel, any other from 1
+//   on the one named `any`; float32, float16, bfloat16.
+//
+// Roofline. Memory: 2 or 4 bytes in and one out for each value. Not in benches/RESULTS.md.
+//
+// Tile. 4096 values for a block of 512 threads, eight to a thread; the next tile is on its way while one is worked on.
+//   A code is the number of boundaries between values of the map that the scaled value exceeds. Halving 255 of them takes
+//   eight look-ups that wait for one another; here a value's exponent and six bits of its fraction name a cell, a table has
+//   the boundaries below the cell, and only those inside it are left to compare with: one for the dynamic map and for evenly
+//   spaced ones. Each block of threads makes the table for itself, and then goes through many tiles.
+//
+// Shared memory. Boundaries (2 KB) and the boundaries below each cell (2.8 KB); the largest magnitude of each warp.
+//
+// Budget. Three blocks of 512 threads on a multiprocessor, 40 registers each; 24 KB of 16-bit values in flight.
+//
+// Determinism. The same bits everywhere. In blocks of the format NaN does not count for the scale; in others it is the scale.
 #include "common/vectors.cuh"
 
 constexpr int THREADS = 512;
@@ -203,7 +215,8 @@ __device__ inline bool passes_nan_over(i64 blocksize) {
 
 // Blocks of any other size: a warp for each, or all threads when they are large.
 template <typename T>
-__device__ inline void quantize_blockwise8_any(const T *input, const float *map, u8 *codes, float *absmax, i64 n, i64 blocksize) {
+__device__ inline void quantize_blockwise8_any(const T *input, const float *map, u8 *codes, float *absmax, i64 n,
+                                               i64 blocksize) {
     SHARED_ARRAY(Search, search, );
     SHARED_ARRAY(u32, warp_max, [2][WARPS]);
     make_search(search, map);
@@ -286,18 +299,18 @@ __device__ inline void quantize_blockwise8_reference(const T *input, const float
 // blocksize:   1 and more; for `any` none of those that the first kernel takes
 // Grid, in blocks of THREADS: any number for the first two, which share the work among those there are; ceil(blocks /
 // THREADS) for the reference.
-#define INSTANCE(name, T)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) quantize_blockwise8_##name(                              \
-        const T *input, const float *map, u8 *codes, float *absmax, i64 n, int block_shift) {                          \
-        quantize_blockwise8<T>(input, map, codes, absmax, n, block_shift);                                                   \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) quantize_blockwise8_any_##name(                          \
-        const T *input, const float *map, u8 *codes, float *absmax, i64 n, i64 blocksize) {                            \
-        quantize_blockwise8_any<T>(input, map, codes, absmax, n, blocksize);                                                 \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS) quantize_blockwise8_reference_##name(                              \
-        const T *input, const float *map, u8 *codes, float *absmax, i64 n, i64 blocksize) {                            \
-        quantize_blockwise8_reference<T>(input, map, codes, absmax, n, blocksize);                                           \
+#define INSTANCE(name, T)                                                                           \
+    extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) quantize_blockwise8_##name(     \
+        const T *input, const float *map, u8 *codes, float *absmax, i64 n, int block_shift) {       \
+        quantize_blockwise8<T>(input, map, codes, absmax, n, block_shift);                          \
+    }                                                                                               \
+    extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) quantize_blockwise8_any_##name( \
+        const T *input, const float *map, u8 *codes, float *absmax, i64 n, i64 blocksize) {         \
+        quantize_blockwise8_any<T>(input, map, codes, absmax, n, blocksize);                        \
+    }                                                                                               \
+    extern "C" __global__ void __launch_bounds__(THREADS) quantize_blockwise8_reference_##name(     \
+        const T *input, const float *map, u8 *codes, float *absmax, i64 n, i64 blocksize) {         \
+        quantize_blockwise8_reference<T>(input, map, codes, absmax, n, blocksize);                  \
     }
 
 INSTANCE(bf16, Bf16)

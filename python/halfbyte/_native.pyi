@@ -6,6 +6,7 @@ from typing import Any, Generic, Literal, TypeAlias, TypedDict, TypeVar, final, 
 __all__ = [
     "CheckpointError",
     "CpuLinear",
+    "CpuLinear8bit",
     "CudaLinear",
     "CudaLinear8",
     "Job",
@@ -45,6 +46,9 @@ __all__ = [
     "expand_absmax",
     "get_threads",
     "inspect",
+    "int8_matmul",
+    "int8_path",
+    "int8_scaled_mm",
     "is_conv1d",
     "is_staged",
     "match_components",
@@ -57,6 +61,7 @@ __all__ = [
     "quantize_4bit",
     "quantize_8bit",
     "quantize_rows",
+    "quantize_rows_outliers",
     "run_plan",
     "select",
     "set_threads",
@@ -97,6 +102,15 @@ def quantize_rows(input: _Buffer, codes: _Buffer, scales: _Buffer, rows: int, co
     `input` is float16, bfloat16 or float32. The scale is the largest magnitude of a row, where NaN does not count; the
     code is `x * 127 / scale`, a float32 product and quotient, rounded to the nearest, ties to even; 0 of NaN and in a
     row of zeros. The GIL is released; results do not depend on the number of threads.
+    """
+
+def quantize_rows_outliers(
+    input: _Buffer, codes: _Buffer, scales: _Buffer, outliers: _Buffer, rows: int, columns: int, threshold: float
+) -> None:
+    """`quantize_rows` without outliers, the values whose magnitude is at least `threshold`, a number above 0.
+
+    They do not count for the scale of their row. A column with one, in any row, has codes 0 in all rows, and 1 in
+    `outliers` uint8 [columns], others 0. NaN is none.
     """
 
 def dequantize_rows(codes: _Buffer, scales: _Buffer, out: _Buffer, rows: int, columns: int) -> None:
@@ -549,6 +563,14 @@ class TotalsData(TypedDict):
     bits_per_weight: float
 
 @type_check_only
+class TypeData(TypedDict):
+    type: str
+    tensors: int
+    weights: int
+    bytes_in: int
+    bytes_out: int
+
+@type_check_only
 class PlanData(TypedDict):
     operation: Literal["quantize", "dequantize"]
     source: str
@@ -561,6 +583,7 @@ class PlanData(TypedDict):
     left_out: list[LeftOutData]
     skip_modules: list[str] | None
     model_dtype: str | None
+    types: list[TypeData]
     totals: TotalsData
 
 @type_check_only
@@ -606,7 +629,7 @@ class InspectedFile(TypedDict):
 class InspectedWeight(TypedDict):
     name: str
     quant_type: str
-    blocksize: int
+    blocksize: int | None
     nested: bool
     dtype: str | None
     shape: list[int]
@@ -682,6 +705,48 @@ class Plan:
         """All that decided about it, as the core has read it."""
 
 @final
+class CpuLinear8bit:
+    """Products with 8-bit weights of one shape: what does not change is checked once."""
+
+    def __new__(cls, dtype: str, n: int, k: int, bias: str | None = None) -> CpuLinear8bit:
+        """Check the arguments once for all calls.
+
+        `dtype` is the dtype of the input and the output: "float16", "bfloat16" or "float32". `bias` is the dtype of the
+        bias, or None without one.
+        """
+
+    def forward(
+        self, m: int, x: int, codes: int, scales: int, bias: int, threshold: float, out: int, threads: int
+    ) -> None:
+        """`out [m, n] = x [m, k] @ weight [n, k].T + bias [n]`, with the rows of `x` quantized too.
+
+        All arguments but `m`, `threshold` and `threads` are addresses, `bias` 0 without one. Values of at least
+        `threshold`, where that is not 0, and their columns are multiplied as they are. ValueError for more than 133,144
+        columns. The same bits on every machine and with every number of threads.
+        """
+
+    def backward(self, m: int, grad: int, codes: int, scales: int, out: int, threads: int) -> None:
+        """`out [m, k] = grad [m, n] @ weight [n, k]`, with the weight's values rounded to `dtype`."""
+
+def int8_matmul(m: int, n: int, k: int, a: int, b: int, out: int, threads: int) -> None:
+    """`out [m, n] = a [m, k] @ b [n, k].T`, int8 to int32, exactly; the last four are addresses and the threads."""
+
+def int8_scaled_mm(
+    shape: tuple[int, int, int],
+    a: int,
+    b: int,
+    row_scales: _Buffer,
+    column_scales: _Buffer,
+    bias: _Buffer | None,
+    out: _Buffer,
+    threads: int,
+) -> None:
+    """`int8_matmul` of the shape [m, n, k], scaled to what the codes stand for, plus bias; `a` and `b` are addresses."""
+
+def int8_path() -> str:
+    """The instructions that products of 8-bit codes use: "scalar", "avx2", "avx512", "vnni" or "amx"."""
+
+@final
 class Job(Generic[_Report]):
     """Work on threads of its own."""
 
@@ -721,8 +786,11 @@ def run_plan(
 def is_staged(destination: str, file: str) -> bool:
     """Whether a run into `destination` that has not ended, or was interrupted, has completed an output file."""
 
-def verify(a: str, b: str, config_json: str | None, threads: int) -> Job[VerifyData]:
-    """Compare every quantized tensor of `b` with a fresh quantization of `a`, or with `a` when that is quantized."""
+def verify(a: str, b: str, config_a: str | None, config_b: str | None, threads: int) -> Job[VerifyData]:
+    """Compare every quantized tensor of `b` with a fresh quantization of `a`, or with `a` when that is quantized.
+
+    `config_a` and `config_b` are the texts of their config.json.
+    """
 
 def inspect(path: str) -> InspectData:
     """What a folder or a file holds."""

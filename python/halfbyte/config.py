@@ -257,6 +257,11 @@ class BitsAndBytesConfig:
                     f"llm_int8_skip_modules must be a list of strings, got {made.llm_int8_skip_modules!r} "
                     f"({type(module).__name__} in it)"
                 )
+        if made.load_in_8bit and not made.llm_int8_threshold >= 0:  # NaN too
+            raise ValueError(
+                "llm_int8_threshold must be a number of at least 0.0 (0.0 turns it off), "
+                f"got {made.llm_int8_threshold!r}"
+            )
         if made.load_in_4bit:
             for name, value, values in (
                 ("bnb_4bit_quant_type", made.bnb_4bit_quant_type, QUANT_TYPES),

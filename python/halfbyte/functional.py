@@ -35,12 +35,19 @@ from halfbyte.ops.checks import (
     NESTED_BLOCKSIZE,
     check_blocksize_8bit,
     check_code,
-    check_dequantize_rows,
     check_float,
     check_out,
-    check_quantize_rows,
     check_storage,
     check_tensor,
+)
+from halfbyte.ops.int8 import (
+    int8_double_quant,
+    int8_linear_matmul,
+    int8_mixed_scaled_mm,
+    int8_mm_dequant,
+    int8_scaled_mm,
+    int8_vectorwise_dequant,
+    int8_vectorwise_quant,
 )
 from halfbyte.ops.packed import PackedWeight, packed_weight
 from halfbyte.state import QuantState
@@ -57,6 +64,11 @@ __all__ = [
     "dequantize_nf4",
     "gemv_4bit",
     "get_4bit_type",
+    "int8_double_quant",
+    "int8_linear_matmul",
+    "int8_mixed_scaled_mm",
+    "int8_mm_dequant",
+    "int8_scaled_mm",
     "int8_vectorwise_dequant",
     "int8_vectorwise_quant",
     "matmul_4bit",
@@ -356,66 +368,6 @@ def dequantize_blockwise(
         return out.copy_(dispatch.call("dequantize_blockwise", *arguments))
     result = direct.dequantize_blockwise(*arguments, out)
     _tell_autograd(out)
-    return result
-
-
-# ---- rows of LLM.int8() ----------------------------------------------------------------------------------------------
-
-
-def int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Quantize each row of a matrix to 8 bits, by its largest magnitude (LLM.int8(), arXiv 2208.07339).
-
-    Args:
-        A: float16, bfloat16 or float32 `[..., columns]`.
-        threshold: When positive, columns with a value of at least this magnitude are outliers: their codes are 0, and
-            those values do not count for their rows' scales.
-
-    Returns:
-        The codes, int8, shaped as `A`: `round(127 * value / scale)`; the scales, float32 `[rows]`; and the outlier
-        columns, int64, ascending, or None without a threshold. To know them, the host waits for the device.
-
-    Raises:
-        TypeError: A wrong type or dtype. The message names the argument and the legal ones.
-        ValueError: A negative `threshold`, or an `A` without dimensions.
-
-    >>> codes, scales, _ = int8_vectorwise_quant(torch.tensor([[1.0, -4.0, 2.0]]))
-    >>> codes, scales
-    (tensor([[  32, -127,   64]], dtype=torch.int8), tensor([4.]))
-    """
-    check_quantize_rows(A, "A")
-    if not isinstance(threshold, (int, float)):
-        raise TypeError(f"threshold must be a number, got {threshold!r}")
-    if not threshold >= 0:
-        raise ValueError(f"threshold must be at least 0 (0 turns it off), got {threshold}")
-    A = A.detach() if A.requires_grad else A
-    columns = None
-    if threshold > 0:
-        outliers = A.abs() >= threshold
-        rows = tuple(range(A.dim() - 1))
-        columns = (outliers.any(rows) if rows else outliers).nonzero().view(-1)
-        A = A.masked_fill(outliers, 0)
-    codes, scales = dispatch.call("quantize_rows", A)
-    return codes if columns is None else codes.index_fill_(-1, columns, 0), scales, columns
-
-
-def int8_vectorwise_dequant(A: Tensor, stats: Tensor) -> Tensor:
-    """Read back what `int8_vectorwise_quant` gave: `A * stats / 127`.
-
-    Args:
-        A: The codes, int8 `[..., columns]`.
-        stats: The scales, float32 `[rows]`; other floats are converted.
-
-    Returns:
-        float32, shaped as `A`.
-
-    Raises:
-        TypeError: A wrong type or dtype. The message names the argument and the legal ones.
-        ValueError: Scales that do not fit the codes.
-    """
-    check_tensor("stats", stats)
-    stats = stats.to(torch.float32).resolve_neg()
-    check_dequantize_rows(A, stats, torch.float32, ("A", "stats"))
-    result: Tensor = dispatch.call("dequantize_rows", A, stats, torch.float32)
     return result
 
 

@@ -217,6 +217,10 @@ def plan() -> CheckpointPlan:
                 "left_out": [{"file": "pytorch_model.bin", "reason": "weights in another file"}],
                 "skip_modules": None,
                 "model_dtype": "bfloat16",
+                "types": [
+                    {"type": to, "tensors": n, "weights": n * 2**24, "bytes_in": n * 2**25, "bytes_out": n * 8_700_000}
+                    for to, n in (("nf4", 15), ("int8", 1), ("keep", 1))
+                ],
                 "totals": {
                     "weights": 17 * 2**24,
                     "quantized_weights": 2**28,
@@ -241,6 +245,8 @@ def test_plan_table_tells_everything(plan):
         "as transformers does",
         "16 of 17 tensors",
         "4.85 bits per weight",
+        "nf4         15 tensors, 252 M weights, ",
+        "int8        1 tensor, 16.8 M weights, ",
         "pytorch_model.bin: weights in another file",
         "a long remark",
         "1 other file copied",

@@ -39,7 +39,9 @@ want = (A.long() @ B.long().t())
 assert torch.equal(F.int8_linear_matmul(A, B).long(), want) and F.int8_linear_matmul(A, B).dtype is torch.int32
 out = torch.zeros(3, 4, 5, dtype=torch.int32)
 assert F.int8_linear_matmul(A, B, out=out) is out and torch.equal(out.long(), want)
-assert "A must be torch.int8" in refused(RuntimeError, lambda: F.int8_linear_matmul(A.float(), B))
+wrong = "A: dtype torch.float32 is not torch.int8"
+assert wrong in refused(TypeError, lambda: F.int8_linear_matmul(A.float(), B))
+assert wrong in refused(ValueError, lambda: ops.int8_linear_matmul(A.float(), B))
 x, w = torch.randn(6, 64).half(), torch.randn(10, 64).half()
 a, sa, _ = F.int8_vectorwise_quant(x); b, sb, _ = F.int8_vectorwise_quant(w)
 dense = (a.double() * sa[:, None] / 127) @ (b.double() * sb[:, None] / 127).t()
@@ -78,6 +80,66 @@ assert torch.equal(out.long(), torch.einsum("bsi,bso->io", A.long(), D.long()))
 assert list(F.check_matmul(A, B, None, False, False)) == [2, 4, 5]
 assert "A and B must fit each other" in refused(ValueError, lambda: F.igemm(A, D))
 assert refused(TypeError, lambda: F.igemm(A.float(), B)) == "A must be torch.int8, got torch.float32"
+""")
+
+
+def test_int8_layers() -> None:
+    passes("""
+import warnings
+from bitsandbytes.autograd._functions import MatMul8bitFp, MatMul8bitLt
+warnings.simplefilter("error")
+dense = torch.nn.Linear(64, 48)
+layer = bnb.nn.Linear8bitLt(64, 48, has_fp16_weights=False, threshold=6.0)
+layer.load_state_dict(dense.state_dict())
+fresh = bnb.nn.Linear8bitLt(64, 48, has_fp16_weights=False)
+# As in bitsandbytes, codes are for a layer that was moved to its device.
+assert "Loading a quantized checkpoint into non-quantized Linear8bitLt is not supported" in refused(
+    RuntimeError, lambda: fresh.load_state_dict(layer.state_dict()))
+fresh.to("cpu").load_state_dict(layer.state_dict(), strict=True)
+fresh.state.threshold = 6.0
+x = torch.randn(5, 64).half().requires_grad_()
+x.data[1, 3] = 9
+weight = F.int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB).half()
+# It quantizes inputs on a CPU in evaluation alone, and casts the bias.
+y = layer(x)
+assert layer.bias.dtype is torch.float16
+torch.testing.assert_close(y, torch.nn.functional.linear(x, weight, layer.bias), rtol=1e-3, atol=1e-3)
+y.sum().backward()
+torch.testing.assert_close(x.grad, torch.ones(5, 48).half() @ weight)
+z = layer.eval()(x)
+assert not torch.equal(y, z) and torch.equal(z, fresh.eval()(x))
+torch.testing.assert_close(z, y, rtol=0.02, atol=0.1)
+state = bnb.MatmulLtState(CB=layer.weight.CB, SCB=layer.weight.SCB)
+state.has_fp16_weights, state.threshold = False, 6.0
+assert torch.equal(bnb.matmul(x, layer.weight, bias=layer.bias, state=state), y)
+assert torch.equal(MatMul8bitFp.apply(x, layer.weight, None, layer.bias, state), y)
+assert torch.equal(MatMul8bitLt.apply(x, layer.weight, None, layer.bias, state), z)
+state.is_training = False
+assert torch.equal(bnb.matmul(x, layer.weight, bias=layer.bias, state=state), z)
+state.reset_grads()
+assert state.CB is None and bnb.autograd._functions.MatmulLtState is bnb.MatmulLtState
+# A weight that is trained.
+leaf = torch.randn(48, 64, requires_grad=True)
+for product in (bnb.matmul, MatMul8bitLt.apply):
+    leaf.grad = None
+    product(x.detach().float(), leaf).sum().backward()
+    torch.testing.assert_close(leaf.grad, x.detach().float().sum(0).expand(48, 64))
+compiled = torch.compile(layer.train(), backend="aot_eager", fullgraph=True)
+assert torch.equal(compiled(x), y)
+table = bnb.nn.Embedding8bit(10, 64).to("cpu")
+assert table(torch.tensor([1, 2])).shape == (2, 64)
+
+
+class Mine(bnb.nn.OutlierAwareLinear):
+    def quantize_weight(self, w, outlier_idx):
+        return w.round()
+
+
+mine = Mine(4, 4)
+mine(torch.randn(2, 4))
+assert mine.is_quantized and torch.equal(mine.weight, mine.weight.round())
+assert "quantize_weight(w, outlier_idx)" in refused(
+    NotImplementedError, lambda: bnb.nn.OutlierAwareLinear(4, 4)(torch.randn(2, 4)))
 """)
 
 

@@ -10,36 +10,58 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 import halfbyte  # noqa: E402
-from halfbyte.nn import Linear4bit  # noqa: E402
+from halfbyte.nn import Linear4bit, Linear8bitLt  # noqa: E402
+
+CONFIGS = {
+    4: halfbyte.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
+    8: halfbyte.BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=6.0),
+}
 
 
-def packed(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: m.weight.data for name, m in model.named_modules() if isinstance(m, Linear4bit)}
+def packed(model: torch.nn.Module, bits: int) -> dict[str, torch.Tensor]:
+    cls = {4: Linear4bit, 8: Linear8bitLt}[bits]
+    return {name: m.weight.data for name, m in model.named_modules() if isinstance(m, cls)}
 
 
-def test_diffusers_loads_saves_and_dequantizes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", CONFIGS)
+@pytest.mark.parametrize("size", ["10GB", "20KB"])
+def test_diffusers_loads_saves_and_dequantizes(tmp_path: Path, bits: int, size: str) -> None:
     torch.manual_seed(0)
     dense = diffusers.Transformer2DModel(
         num_attention_heads=2, attention_head_dim=32, in_channels=32, num_layers=1, norm_num_groups=8
     )
     dense.save_pretrained(tmp_path / "dense")
-    config = halfbyte.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    config = CONFIGS[bits]
     # Without a dtype, diffusers loads quantized models in float16.
     how = {"quantization_config": config, "torch_dtype": torch.float32}
     model = diffusers.Transformer2DModel.from_pretrained(tmp_path / "dense", **how)
-    found = packed(model)
+    found = packed(model, bits)
+    assert getattr(model, f"is_loaded_in_{bits}bit")
     linear = {name for name, m in dense.named_modules() if type(m) is torch.nn.Linear}
     assert linear
     assert found.keys() == linear
-    model.save_pretrained(tmp_path / "packed")
+    model.save_pretrained(tmp_path / "packed", max_shard_size=size)
     again = diffusers.Transformer2DModel.from_pretrained(tmp_path / "packed", **how)
-    assert packed(again).keys() == linear
-    assert all(torch.equal(value, found[name]) for name, value in packed(again).items())
+    assert packed(again, bits).keys() == linear
+    assert all(torch.equal(value, found[name]) for name, value in packed(again, bits).items())
     x = torch.randn(1, 32, 4, 4)
     with torch.no_grad():
         expected = model(x, return_dict=False)[0]
         torch.testing.assert_close(again(x, return_dict=False)[0], expected)
-        torch.testing.assert_close(again.dequantize()(x, return_dict=False)[0], expected, rtol=1e-4, atol=1e-4)
+        # 8-bit layers quantize their inputs too.
+        close = {4: {"rtol": 1e-4, "atol": 1e-4}, 8: {"rtol": 0.0, "atol": 0.02}}[bits]
+        torch.testing.assert_close(again.dequantize()(x, return_dict=False)[0], expected, **close)
+
+
+def test_diffusers_8bit_names_weights_that_are_not_finite(tmp_path: Path) -> None:
+    dense = diffusers.Transformer2DModel(
+        num_attention_heads=2, attention_head_dim=32, in_channels=32, num_layers=1, norm_num_groups=8
+    )
+    with torch.no_grad():
+        dense.transformer_blocks[0].attn1.to_q.weight[2, 3] = float("inf")
+    dense.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"transformer_blocks\.0\.attn1\.to_q\.weight: .*contains inf at \[2, 3\]"):
+        diffusers.Transformer2DModel.from_pretrained(tmp_path, quantization_config=CONFIGS[8])
 
 
 @pytest.mark.parametrize("how", ["loaded", "quantized"])

@@ -252,19 +252,23 @@ def test_weights_that_are_quantized_already_are_refused_by_name(
     assert not (tmp_path / "out").exists()
 
 
-def test_eight_bits_are_not_said_to_be_undone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_eight_bits_are_undone_where_their_parts_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = llama()
     quantization = {"load_in_8bit": True, "quant_method": "bitsandbytes"}
     config = {**json.loads(model.config.to_json_string()), "quantization_config": quantization}
     tensors = dict(model.state_dict())
-    int8(tensors, "model.layers.1.mlp.up_proj.weight")
+    scales = int8(tensors, "model.layers.1.mlp.up_proj.weight")
     source = save(tmp_path / "source", tensors, config)
-    assert main(["quantize", str(source), str(tmp_path / "out"), "-q"]) == 3
-    said = capsys.readouterr().err
-    assert "8 bits" in said
-    assert "undo it with" not in said
-    assert main(["dequantize", str(source), str(tmp_path / "out"), "-q"]) == 3
-    assert "LLM.int8()" in capsys.readouterr().err
+    out = tmp_path / "out"
+    assert main(["quantize", str(source), str(out), "-q"]) == 3
+    assert "undo it with: halfbyte dequantize" in capsys.readouterr().err
+    assert main(["dequantize", str(source), str(out), "-q"]) == 0
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    del tensors[scales]
+    source = save(tmp_path / "broken", tensors, config)
+    assert main(["dequantize", str(source), str(tmp_path / "none"), "-q"]) == 3
+    assert scales in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_value_that_float16_cannot_hold_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,6 +43,8 @@ class Case:
         return "-".join([*parts, "sharded"] if self.sharded else parts)
 
     def config(self) -> transformers.BitsAndBytesConfig:
+        if self.quant_type == "int8":
+            return transformers.BitsAndBytesConfig(load_in_8bit=True)
         return transformers.BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=self.quant_type,

@@ -543,12 +543,12 @@ def small_m_sm90(
     columns, k = product.x.shape
     ring = Ring(columns, k, slots)
     if ring.long:
-        per_pass = _ceil(rows, constants["ROWS"] * (constants["RING_WARPS"] // slots))
+        per_pass = _ceil(rows, constants["ROWS"] * (constants["WARPS"] // slots))
     # The table begins at a multiple of its size; 1 KB of shared memory is the system's. 64 KB are on the way.
-    stage = constants["RING_WARPS"] * constants["ROWS"] * ring.slot * constants["BLOCK_BYTES"]
+    stage = constants["WARPS"] * constants["ROWS"] * ring.slot * constants["BLOCK_BYTES"]
     shared = 2 * constants["LANE_TABLE_BYTES"] - 1024 + 2**16 + (stage if ring.long else 0)
     # What is before the table, as the kernel says.
-    warps, fragments = constants["RING_WARPS"], 1 if columns <= 8 else 2 if columns <= 16 else 4
+    warps, fragments = constants["WARPS"], 1 if columns <= 8 else 2 if columns <= 16 else 4
     sharing = min(sharing, slots) if ring.long else 1
     while per_pass * (warps * 8 + warps * fragments * constants["SUMS"] * 4 // sharing) > 2**16 - 2048:
         sharing *= 2
@@ -624,7 +624,7 @@ def tile_shared(tokens: int) -> int:
 def tile_sm90a(source: Described, product: Product, plan: Tile, exact: bool = False) -> Check:
     """By warpgroups. `exact`: x is an identity, and y has to be the dequantized weight."""
     (m, k), n, constants = product.x.shape, product.weights.shape[0], source.constants
-    rows, step, unit = constants["ROWS"], constants["STEP"], constants["UNIT"]
+    rows, step, unit = constants["ROWS"], constants["K_TILE"], constants["SCALES_K"]
     kernel = f"gemm_4bit_tile_sm90a_{product.dtype}_{plan.tokens}"
     units, tiles = _ceil(k, unit), _ceil(m, plan.tokens)
     of_part = _ceil(units, plan.parts)
@@ -633,7 +633,7 @@ def tile_sm90a(source: Described, product: Product, plan: Tile, exact: bool = Fa
     codebook = reference.CODEBOOKS[product.quant_type].astype(np.float32)
     arguments = [
         tensor_map(Buffer(product.x), 2, (k, m), (2 * k,), (step, plan.tokens), 128),
-        tensor_map(Buffer(product.packed), 1, (k // 2, n), (k // 2,), (constants["STAGE_BYTES"], rows), 64),
+        tensor_map(Buffer(product.packed), 1, (k // 2, n), (k // 2,), (constants["CODES_ROW_BYTES"], rows), 64),
         product.scales.argument(plan.scale_shift), Argument(codebook.tobytes()),
         pointers(None if product.bias is None else Buffer(product.bias)), pointers(y),
         int32(m), int32(n), int32(k), _shift(product.blocksize),

@@ -93,6 +93,54 @@ def test_layers_and_weights_are_promoted_in_place():
     )
 
 
+def test_layers_of_8_bits_are_promoted_and_merged():
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("peft")
+    run(
+        """
+        from halfbyte.nn import Embedding8bit, Int8Params, Linear8bitLt
+        from peft import LoraConfig, get_peft_model
+
+
+        def model():
+            torch.manual_seed(0)
+            return torch.nn.Sequential(
+                Embedding8bit(32, 64), Linear8bitLt(64, 96, has_fp16_weights=False, threshold=6.0)
+            ).to("cpu")
+
+
+        m, x = model(), torch.tensor([[1, 2, 3]])
+        y, weights, keys = m(x), [layer.weight for layer in m], list(m.state_dict())
+        joint.promote(m)
+        import bitsandbytes as bnb
+        assert isinstance(m[0], bnb.nn.Embedding8bit) and isinstance(m[1], bnb.nn.Linear8bitLt)
+        for layer, weight in zip(m, weights):
+            assert layer.weight is weight and isinstance(weight, bnb.nn.Int8Params) and isinstance(weight, Int8Params)
+            order = [cls.__module__.partition(".")[0] for cls in type(layer).__mro__]
+            assert order.index("bitsandbytes") > max(i for i, name in enumerate(order) if name in ("torch", "halfbyte"))
+        assert torch.equal(m(x), y) and list(m.state_dict()) == keys
+        assert joint.linear8bit_class() is type(m[1]) and joint.int8params_class() is type(weights[1])
+        data = pickle.dumps(m)
+        assert b"integrations" not in data and b"bitsandbytes.nn" not in data
+        for again in (copy.deepcopy(m), pickle.loads(data)):
+            assert torch.equal(again(x), y) and type(again[1]) is type(m[1])
+            assert isinstance(again[1].weight, bnb.nn.Int8Params)
+        compiled = torch.compile(m, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(x), y)
+        # PEFT's own 8-bit layer, and its merge, which makes weights of bitsandbytes' class.
+        tuned = get_peft_model(m, LoraConfig(target_modules=["1"], init_lora_weights=False))
+        assert type(tuned.base_model.model[1]).__module__ == "peft.tuners.lora.bnb"
+        z = tuned(x)
+        z.sum().backward()
+        assert all(p.grad is not None for p in tuned.parameters() if p.requires_grad)
+        merged = tuned.merge_and_unload()
+        assert type(merged[1]) is type(m[1]) and isinstance(merged[1].weight, Int8Params)
+        assert merged[1].weight is not weights[1]
+        torch.testing.assert_close(merged(x), z, rtol=0.05, atol=0.05 * z.abs().max().item())
+        """
+    )
+
+
 def test_copies_and_pickles_stay_joint_and_name_no_joint_class():
     pytest.importorskip("bitsandbytes")
     run(

@@ -506,8 +506,8 @@ def test_quantize_model_layers_that_cannot_be_converted_are_named_before_anythin
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"config": {"load_in_8bit": True}}, "got load_in_8bit=True"),
-        ({"config": {}}, "must have load_in_4bit=True, got False"),
+        ({"config": {}}, "must have load_in_4bit=True or load_in_8bit=True, got False for both"),
+        ({"config": {"load_in_8bit": True, "llm_int8_threshold": -1.0}}, "llm_int8_threshold must be a number"),
         ({"config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf3"}}, "nf3"),
         ({"config": {"load_in_4bit": True, "quant": 1}}, "quant"),
         ({"config": NF4, "rules": ["0"]}, "REGEX=nf4"),
@@ -552,7 +552,7 @@ def test_quantize_model_second_call_goes_on_or_is_an_error() -> None:
     halfbyte.quantize_model(model, NF4, rules=["2=fp4"])
     assert model[0] is first
     assert packed(model) == {"0": "nf4", "2": "fp4"}
-    with pytest.raises(ValueError, match="2 layers are 4-bit already"):
+    with pytest.raises(ValueError, match="2 layers are packed already"):
         halfbyte.quantize_model(model, NF4)
 
 

@@ -1,16 +1,24 @@
-// y[M][N] = x[M][K] * W[N][K]^T + bias[N], W in 4 bits, of any shape, alignment, block size and type.
+// gemm_4bit_simt: y[M][N] = x[M][K] * W[N][K]^T + bias[N], W in 4 bits, of any shape, alignment, block size and type.
 //
-// A warp for each element of y, float32 throughout: every weight is VALUES[code] * scale with one rounding, and not
-// rounded to T. The definition that faster kernels are measured against, the way for what they do not take, and the way
-// for float32.
+// Problem. The definition that faster kernels are measured against, the way for what they do not take, and the way for float32.
+//   Every weight is VALUES[code] * scale with one rounding to float32, and not rounded to T.
+//
+// Roofline. None is aimed at: W is read M times, from the caches as a rule, and a lane takes a code at a time.
+//
+// Tile. A warp for each element of y, eight to a block of threads: lane l has values l, l + 32, ... of K. Neighbouring warps
+//   share a row of W.
+//
+// Shared memory. The 16 values.
+//
+// Determinism. Each lane adds along K in order, then the lanes by a tree: the same bits from run to run.
 #include "common/scales.cuh"
 
 constexpr int WARPS = 8;
 constexpr int THREADS = WARPS * WARP;
 
 template <typename T, bool NESTED>
-__device__ inline void gemm_4bit_simt(const T *x, const u8 *packed, const Scales &scales, const T *bias, T *y, i64 m, i64 n, i64 k,
-                               int block_shift, u32 quant_type) {
+__device__ inline void gemm_4bit_simt(const T *x, const u8 *packed, const Scales &scales, const T *bias, T *y, i64 m, i64 n,
+                                      i64 k, int block_shift, u32 quant_type) {
     SHARED_ARRAY(float, values, [16]);
     const int thread = int(threadIdx.x);
     if (thread < 16) {
@@ -49,11 +57,11 @@ __device__ inline void gemm_4bit_simt(const T *x, const u8 *packed, const Scales
 // block_shift: log2 of the block size, 5 to 12
 // quant_type:  NF4 or FP4
 // Grid: ceil(m * n / WARPS) blocks of THREADS.
-#define INSTANCE(name, T, nested)                                                                                   \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                           \
-        gemm_4bit_simt_##name(const T *x, const u8 *packed, Scales scales, const T *bias, T *y, i64 m, i64 n, i64 k,       \
-                       int block_shift, u32 quant_type) {                                                           \
-        gemm_4bit_simt<T, nested>(x, packed, scales, bias, y, m, n, k, block_shift, quant_type);                           \
+#define INSTANCE(name, T, nested)                                                                                    \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                            \
+        gemm_4bit_simt_##name(const T *x, const u8 *packed, Scales scales, const T *bias, T *y, i64 m, i64 n, i64 k, \
+                       int block_shift, u32 quant_type) {                                                            \
+        gemm_4bit_simt<T, nested>(x, packed, scales, bias, y, m, n, k, block_shift, quant_type);                     \
     }
 
 INSTANCE(bf16, Bf16, false)

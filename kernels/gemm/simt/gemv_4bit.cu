@@ -1,7 +1,16 @@
-// y[N] = W[N][K] * x[K], W in 4 bits whose codes stand for values of the caller's: bitsandbytes' C function
+// gemv_4bit: y[N] = W[N][K] * x[K], W in 4 bits whose codes stand for values of the caller's: bitsandbytes' C function
 // cgemm_4bit_inference_naive_*, which is given a table and no name of one.
 //
-// A warp for each row, float32 throughout. Rows begin `stride` bytes apart, and blocks of scales run on across them.
+// Problem. One vector; rows begin `stride` bytes apart, and blocks of scales run on across them. Float32 throughout.
+//
+// Roofline. Memory: half a byte for each weight. Not in benches/RESULTS.md.
+//
+// Tile. A warp for each row, eight to a block of threads: a lane takes words of eight codes where alignment allows it, else
+//   single codes.
+//
+// Shared memory. The 16 values of the table.
+//
+// Determinism. Each lane adds along K in order, then the lanes by a tree: the same bits from run to run.
 #include "common/types.cuh"
 
 constexpr int WARPS = 8;
@@ -61,11 +70,11 @@ __device__ inline void gemv_4bit(const T *x, const u8 *packed, const float *absm
 // stride:      bytes from a row to the next
 // block_shift: log2 of the block size, 5 to 12
 // Grid: ceil(rows / WARPS) blocks of THREADS.
-#define INSTANCE(name, T)                                                                                          \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                          \
-        gemv_4bit_##name(const T *x, const u8 *packed, const float *absmax, const float *table, T *y, i64 rows, i64 k,  \
-                    i64 stride, int block_shift) {                                                                 \
-        gemv_4bit<T>(x, packed, absmax, table, y, rows, k, stride, block_shift);                                        \
+#define INSTANCE(name, T)                                                                                              \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
+        gemv_4bit_##name(const T *x, const u8 *packed, const float *absmax, const float *table, T *y, i64 rows, i64 k, \
+                    i64 stride, int block_shift) {                                                                     \
+        gemv_4bit<T>(x, packed, absmax, table, y, rows, k, stride, block_shift);                                       \
     }
 
 INSTANCE(bf16, Bf16)

@@ -1,126 +1,145 @@
-// The products of small_m.cuh, W by way of registers: each warp loads the bytes of its next tile as it uses those of this
-// one. Needs 77 KB of shared memory and less, which every card of compute capability 8.0 and later has.
+// gemm_4bit_small_m_sm80: the products of small_m.cuh with W by way of registers: each warp loads the bytes of its next tile
+// while it uses those of this one.
+//
+// Problem. Up to 16 rows of x, float16 or bfloat16; K a multiple of 64, blocks of 64 to 4096, plain or nested scales; x aligned
+//   to 16 bytes and codes to 8. Compute capability 8.0 and later (mma.m16n8k16 of bfloat16).
+//
+// Roofline. Memory: N * K / 2 bytes of codes and the scales, once; x by every multiprocessor. benches/RESULTS.md has no times
+//   of this kernel, only of gemm_4bit_small_m_sm90 on a card that has both.
+//
+// Tile. 16 rows of W by 8 or 16 rows of x (1 or 2 fragments) for a group of warps, a k-slice for each of its warps, of which it
+//   loads a k-tile at a time: 4 or 8 blocks of each row. Work items of a warp come in passes, in each of these the k-tiles of
+//   its k-slice, in each the tiles of its group.
+//
+// Shared memory. Up to 77 KB, which every card of compute capability 8.0 and later has:
+//     table      256 entries x 32 lanes x 4 bytes in rows of 256 bytes, half used                              64 KB
+//     map        of nested scales                                                                               1 KB
+//     partial    [tiles of a pass][k-slices][m][16] float32 sums
+//
+// Budget. One block on a multiprocessor: 16 warps of 128 registers for 8 columns, of which 113 to 119 are taken, 8 warps of 255
+//   for 16, of which 234 to 240 are. Twice the columns are twice the registers for x and so half the warps, each of which has
+//   twice the bytes on the way: 64 or 128 bytes of codes a lane, 32 KB for all warps.
 #include "gemm/small_m.cuh"
 
 // By the number of 8-column fragments of x, 1 or 2: twice the columns are twice the registers for x and so half the warps,
 // each of which has twice the bytes on the way.
 template <int FRAGMENTS>
-struct Sizes {
+struct Shape {
     static constexpr int WARPS = 16 / FRAGMENTS;
     static constexpr int THREADS = WARPS * WARP;
-    static constexpr int CHUNK = 4 * FRAGMENTS;
+    static constexpr int K_TILE = 4 * FRAGMENTS;
 };
 
 // How the launcher divides the work.
 struct LaunchConfig {
     int rows;      // of W, for each block of threads
-    int slots;     // parts of K: a power of two, at most the number of warps
+    int k_slices;     // parts of K: a power of two, at most the number of warps
     int per_pass;  // tiles whose partial sums fit in shared memory
 };
 
-// A chunk of a tile.
-struct Place {
+// A k-tile of a tile.
+struct WorkItem {
     int tile, pass_begin, pass_end;
-    int chunk;
+    int k_tile;
 };
 
-// What one warp has to do: a part of K, up to CHUNK blocks of it at a time. Its places come in passes, in each of these the
-// chunks of its slot, in each the tiles of its group.
-template <bool NESTED, int WARPS, int CHUNK>
-struct Work {
+// What one warp has to do: a k-slice, up to K_TILE blocks of it at a time. Its work items come in passes, in each of these
+// the k-tiles of its k-slice, in each the tiles of its group.
+template <bool NESTED, int WARPS, int K_TILE>
+struct Partition {
     const Scales &scales;
     int scale_shift;  // log2 of the blocks here that share a scale
     int row_blocks;
     int first_row, rows;  // of this block of threads
-    int slots, slot, group, groups;
-    int first_block, chunks, chunk_size, larger_chunks;
+    int k_slices, k_slice, group, groups;
+    int first_block, k_tiles, k_tile_size, larger_k_tiles;
     int tiles, per_pass;
     int g, t;
 
-    __device__ Work(const Scales &scales, int n, int k, int block_shift, const LaunchConfig &config)
+    __device__ Partition(const Scales &scales, int n, int k, int block_shift, const LaunchConfig &config)
         : scales(scales),
           scale_shift(block_shift - BLOCK_SHIFT),
           row_blocks(k / BLOCK),
-          slots(config.slots),
+          k_slices(config.k_slices),
           per_pass(config.per_pass) {
         const int lane = int(threadIdx.x % WARP), warp = int(threadIdx.x / WARP);
         first_row = int(blockIdx.x) * config.rows;
         rows = n - first_row < config.rows ? n - first_row : config.rows;
         tiles = (rows + ROWS - 1) / ROWS;
-        // `slots` is a power of two.
-        const int log2_slots = 31 - __clz(slots);
-        slot = warp & (slots - 1);
-        group = warp >> log2_slots;
-        groups = WARPS >> log2_slots;
-        first_block = int(i64(row_blocks) * slot >> log2_slots);
-        // Chunks of a slot are as equal as can be: the first ones may have a block more.
-        const int slot_blocks = int(i64(row_blocks) * (slot + 1) >> log2_slots) - first_block;
-        chunks = (slot_blocks + CHUNK - 1) / CHUNK;
-        chunk_size = slot_blocks / chunks;
-        larger_chunks = slot_blocks - chunk_size * chunks;
+        // `k_slices` is a power of two.
+        const int log2_k_slices = 31 - __clz(k_slices);
+        k_slice = warp & (k_slices - 1);
+        group = warp >> log2_k_slices;
+        groups = WARPS >> log2_k_slices;
+        first_block = int(i64(row_blocks) * k_slice >> log2_k_slices);
+        // K-tiles of a k-slice are as equal as can be: the first ones may have a block more.
+        const int k_slice_blocks = int(i64(row_blocks) * (k_slice + 1) >> log2_k_slices) - first_block;
+        k_tiles = (k_slice_blocks + K_TILE - 1) / K_TILE;
+        k_tile_size = k_slice_blocks / k_tiles;
+        larger_k_tiles = k_slice_blocks - k_tile_size * k_tiles;
         g = lane / 4;
         t = lane % 4;
     }
 
-    __device__ int chunk_begin(int chunk) const {
-        return first_block + chunk * chunk_size + (chunk < larger_chunks ? chunk : larger_chunks);
+    __device__ int k_tile_begin(int k_tile) const {
+        return first_block + k_tile * k_tile_size + (k_tile < larger_k_tiles ? k_tile : larger_k_tiles);
     }
-    __device__ int chunk_blocks(int chunk) const { return chunk_size + (chunk < larger_chunks); }
+    __device__ int k_tile_blocks(int k_tile) const { return k_tile_size + (k_tile < larger_k_tiles); }
     __device__ int end_of_pass(int begin) const { return tiles - begin < per_pass ? tiles : begin + per_pass; }
 
-    __device__ Place first() const {
-        Place place = {group, 0, end_of_pass(0), 0};
-        skip_empty(place);
-        return place;
+    __device__ WorkItem first() const {
+        WorkItem item = {group, 0, end_of_pass(0), 0};
+        skip_empty(item);
+        return item;
     }
-    // To the next place; false when it is in another chunk, or the last was the last.
-    __device__ bool advance(Place &place) const {
-        if (!exists(place)) {
+    // To the next work item; false when it is in another k-tile, or the last was the last.
+    __device__ bool advance(WorkItem &item) const {
+        if (!exists(item)) {
             return true;
         }
-        place.tile += groups;
-        if (place.tile < place.pass_end) {
+        item.tile += groups;
+        if (item.tile < item.pass_end) {
             return true;
         }
-        if (++place.chunk == chunks) {
-            place.chunk = 0;
-            place.pass_begin = place.pass_end;
-            place.pass_end = end_of_pass(place.pass_begin);
+        if (++item.k_tile == k_tiles) {
+            item.k_tile = 0;
+            item.pass_begin = item.pass_end;
+            item.pass_end = end_of_pass(item.pass_begin);
         }
-        place.tile = place.pass_begin + group;
-        skip_empty(place);
+        item.tile = item.pass_begin + group;
+        skip_empty(item);
         return false;
     }
     // The last pass may have no tile for this group.
-    __device__ void skip_empty(Place &place) const {
-        if (place.tile >= place.pass_end) {
-            place.tile = tiles;
+    __device__ void skip_empty(WorkItem &item) const {
+        if (item.tile >= item.pass_end) {
+            item.tile = tiles;
         }
     }
-    __device__ bool exists(const Place &place) const { return place.tile < tiles; }
-    // The first block of a row of a place's tile.
-    __device__ i64 block_of(const Place &place, int row) const {
-        return i64(first_row + place.tile * ROWS + row) * row_blocks + chunk_begin(place.chunk);
+    __device__ bool exists(const WorkItem &item) const { return item.tile < tiles; }
+    // The first block of a row of a work item's tile.
+    __device__ i64 block_of(const WorkItem &item, int row) const {
+        return i64(first_row + item.tile * ROWS + row) * row_blocks + k_tile_begin(item.k_tile);
     }
 };
 
-// The scales of a warp's places, one place after the other. Of a chunk's blocks a lane has t, t + 4, ..., for row g and row
+// The scales of a warp's work items, one after the other. Of a k-tile's blocks a lane has t, t + 4, ..., for row g and row
 // g + 8: the lanes of a quad share theirs later.
-template <bool NESTED, int WARPS, int CHUNK>
+template <bool NESTED, int WARPS, int K_TILE>
 struct QuadScales {
-    RawScale<NESTED> low[CHUNK / 4], high[CHUNK / 4];
+    RawScale<NESTED> low[K_TILE / 4], high[K_TILE / 4];
 
-    __device__ void load(const Work<NESTED, WARPS, CHUNK> &work, const Place &place, i64 low_block, int blocks) {
-        const int row = place.tile * ROWS + work.g;
-        const i64 high_block = low_block + i64(ROWS / 2) * work.row_blocks;
+    __device__ void load(const Partition<NESTED, WARPS, K_TILE> &partition, const WorkItem &item, i64 low_block, int blocks) {
+        const int row = item.tile * ROWS + partition.g;
+        const i64 high_block = low_block + i64(ROWS / 2) * partition.row_blocks;
 #pragma unroll
-        for (int q = 0; q < CHUNK / 4; q++) {
-            const int block = q * 4 + work.t;
-            if (block < blocks && row < work.rows) {
-                low[q] = ScaleReader<NESTED>(work.scales, (low_block + block) >> work.scale_shift)[0];
+        for (int q = 0; q < K_TILE / 4; q++) {
+            const int block = q * 4 + partition.t;
+            if (block < blocks && row < partition.rows) {
+                low[q] = ScaleReader<NESTED>(partition.scales, (low_block + block) >> partition.scale_shift)[0];
             }
-            if (block < blocks && row + ROWS / 2 < work.rows) {
-                high[q] = ScaleReader<NESTED>(work.scales, (high_block + block) >> work.scale_shift)[0];
+            if (block < blocks && row + ROWS / 2 < partition.rows) {
+                high[q] = ScaleReader<NESTED>(partition.scales, (high_block + block) >> partition.scale_shift)[0];
             }
         }
     }
@@ -138,10 +157,10 @@ __device__ inline u32 look_up(PlainTable table, u32 word) {
     return at_byte(table.table, permute_bytes(word, table.lane_offset, 0x5504 | BYTE << 4));
 }
 
-// A lane's bytes of a chunk, in row g and row g + 8.
-template <int CHUNK>
+// A lane's bytes of a k-tile, in row g and row g + 8.
+template <int K_TILE>
 struct Bytes {
-    Words2 low[CHUNK], high[CHUNK];
+    Words2 low[K_TILE], high[K_TILE];
 
     __device__ void load(int j, const u8 *low_packed, const u8 *high_packed) {
         low[j] = load_stream(reinterpret_cast<const Words2 *>(low_packed + j * BLOCK_BYTES));
@@ -156,7 +175,7 @@ __device__ inline int partial_offset(int column, int row, int m) {
     return place * ROWS + (row ^ (place / 2 % 2 * (ROWS / 2)));
 }
 
-// The sums of a tile's chunk to, or on top of, this warp's partial sums.
+// The sums of a tile's k-tile to, or on top of, this warp's partial sums.
 template <int FRAGMENTS>
 __device__ inline void add_partial(float *own, const float (&sums)[FRAGMENTS][4], int m, bool is_first, int g, int t) {
 #pragma unroll
@@ -172,22 +191,23 @@ __device__ inline void add_partial(float *own, const float (&sums)[FRAGMENTS][4]
     }
 }
 
-// After a barrier: y from the partial sums [tile][slot][m][16] of the tiles from `begin` to `end`. A warp takes 32 rows of
+// After a barrier: y from the partial sums [tile][k-slice][m][16] of the tiles from `begin` to `end`. A warp takes 32 rows of
 // one column at a time.
 template <typename T, int WARPS, typename W>
-__device__ inline void write_pass(const W &work, int begin, int end, const float *partial, const T *bias, T *y, int m, int n) {
+__device__ inline void write_pass(const W &partition, int begin, int end, const float *partial, const T *bias, T *y, int m,
+                                  int n) {
     const int lane = int(threadIdx.x % WARP), warp = int(threadIdx.x / WARP);
-    const int rows = (work.rows < end * ROWS ? work.rows : end * ROWS) - begin * ROWS;
-    const int first_row = work.first_row + begin * ROWS;
+    const int rows = (partition.rows < end * ROWS ? partition.rows : end * ROWS) - begin * ROWS;
+    const int first_row = partition.first_row + begin * ROWS;
     const int size = m * ROWS;
 #pragma unroll 1
     for (int piece = warp; piece < (rows + WARP - 1) / WARP * m; piece += WARPS) {
         const int column = piece % m, row = piece / m * WARP + lane;
         if (row < rows) {
-            const float *from = partial + row / ROWS * work.slots * size + partial_offset(column, row % ROWS, m);
+            const float *from = partial + row / ROWS * partition.k_slices * size + partial_offset(column, row % ROWS, m);
             float sum = bias != nullptr ? to_f32(bias[first_row + row]) : 0.0f;
 #pragma unroll 8
-            for (int s = 0; s < work.slots; s++) {
+            for (int s = 0; s < partition.k_slices; s++) {
                 sum += from[s * size];
             }
             y[i64(column) * n + first_row + row] = from_f32<T>(sum);
@@ -196,74 +216,74 @@ __device__ inline void write_pass(const W &work, int begin, int end, const float
 }
 
 template <typename T, bool NESTED, int FRAGMENTS>
-__device__ inline void gemm_4bit_small_m_sm80(const T *x, const u8 *packed, const Scales &scales, const T *bias, T *y, int m, int n, int k,
-                              int block_shift, u32 quant_type, const LaunchConfig &config) {
-    constexpr int WARPS = Sizes<FRAGMENTS>::WARPS, THREADS = Sizes<FRAGMENTS>::THREADS, CHUNK = Sizes<FRAGMENTS>::CHUNK;
+__device__ inline void gemm_4bit_small_m_sm80(const T *x, const u8 *packed, const Scales &scales, const T *bias, T *y, int m,
+                                              int n, int k, int block_shift, u32 quant_type, const LaunchConfig &config) {
+    constexpr int WARPS = Shape<FRAGMENTS>::WARPS, THREADS = Shape<FRAGMENTS>::THREADS, K_TILE = Shape<FRAGMENTS>::K_TILE;
     DYNAMIC_SHARED(shared);
     u32 *const table = reinterpret_cast<u32 *>(shared);                                       // [256][64], half used
     float *const map = reinterpret_cast<float *>(shared + LANE_TABLE_BYTES);                  // [256]
-    float *const partial = reinterpret_cast<float *>(shared + LANE_TABLE_BYTES + MAP_BYTES);  // [tile][slot][m][16]
+    float *const partial = reinterpret_cast<float *>(shared + LANE_TABLE_BYTES + MAP_BYTES);  // [tile][k-slice][m][16]
 
-    const Work<NESTED, WARPS, CHUNK> work(scales, n, k, block_shift, config);
-    const int lane = int(threadIdx.x) % WARP, g = work.g, t = work.t, quad_lane = lane & ~3;
+    const Partition<NESTED, WARPS, K_TILE> partition(scales, n, k, block_shift, config);
+    const int lane = int(threadIdx.x) % WARP, g = partition.g, t = partition.t, quad_lane = lane & ~3;
     const u8 *const lane_packed = packed + t * 8;
 
     // Loads first: the table is made while they are on the way. Rows behind the last are read as the last, and what comes
     // of them is not written.
-    Place ahead = work.first();
-    int blocks_ahead = work.exists(ahead) ? work.chunk_blocks(ahead.chunk) : 0;
+    WorkItem ahead = partition.first();
+    int blocks_ahead = partition.exists(ahead) ? partition.k_tile_blocks(ahead.k_tile) : 0;
     const u8 *low_packed = packed, *high_packed = packed;
     const auto aim = [&]() {
-        const int last = work.rows - 1 - ahead.tile * ROWS;
-        low_packed = lane_packed + work.block_of(ahead, g < last ? g : last) * BLOCK_BYTES;
-        high_packed = lane_packed + work.block_of(ahead, g + 8 < last ? g + 8 : last) * BLOCK_BYTES;
+        const int last = partition.rows - 1 - ahead.tile * ROWS;
+        low_packed = lane_packed + partition.block_of(ahead, g < last ? g : last) * BLOCK_BYTES;
+        high_packed = lane_packed + partition.block_of(ahead, g + 8 < last ? g + 8 : last) * BLOCK_BYTES;
     };
-    QuadScales<NESTED, WARPS, CHUNK> quad = {};
-    Bytes<CHUNK> bytes = {};
+    QuadScales<NESTED, WARPS, K_TILE> quad = {};
+    Bytes<K_TILE> bytes = {};
     if (blocks_ahead > 0) {
         aim();
-        quad.load(work, ahead, work.block_of(ahead, g), blocks_ahead);
+        quad.load(partition, ahead, partition.block_of(ahead, g), blocks_ahead);
 #pragma unroll
-        for (int j = 0; j < CHUNK; j++) {
+        for (int j = 0; j < K_TILE; j++) {
             if (j < blocks_ahead) {
                 bytes.load(j, low_packed, high_packed);
             }
         }
     }
     const float offset = NESTED ? *scales.offset : 0.0f;
-    u32 x_words[CHUNK][FRAGMENTS][8];
-    load_x<FRAGMENTS, CHUNK>(x_words, x, m, k, work.chunk_begin(0), work.chunk_blocks(0), g, t);
+    u32 x_words[K_TILE][FRAGMENTS][8];
+    load_x<FRAGMENTS, K_TILE>(x_words, x, m, k, partition.k_tile_begin(0), partition.k_tile_blocks(0), g, t);
     fill_table<T, THREADS>(table, quant_type);
     fill_map<NESTED, THREADS>(map);
     __syncthreads();
 
     const PlainTable entries = {table, u32(lane) * 4};
-    int chunk_of_x = 0;
-    for (int begin = 0, end; begin < work.tiles; begin = end) {
-        end = work.end_of_pass(begin);
-        for (int chunk = 0; chunk < work.chunks; chunk++) {
-            const int blocks = work.chunk_blocks(chunk);
-            if (chunk != chunk_of_x) {
-                chunk_of_x = chunk;
-                load_x<FRAGMENTS, CHUNK>(x_words, x, m, k, work.chunk_begin(chunk), blocks, g, t);
+    int k_tile_of_x = 0;
+    for (int begin = 0, end; begin < partition.tiles; begin = end) {
+        end = partition.end_of_pass(begin);
+        for (int k_tile = 0; k_tile < partition.k_tiles; k_tile++) {
+            const int blocks = partition.k_tile_blocks(k_tile);
+            if (k_tile != k_tile_of_x) {
+                k_tile_of_x = k_tile;
+                load_x<FRAGMENTS, K_TILE>(x_words, x, m, k, partition.k_tile_begin(k_tile), blocks, g, t);
             }
-            for (int tile = begin + work.group; tile < end; tile += work.groups) {
-                float low_scale[CHUNK / 4], high_scale[CHUNK / 4];
+            for (int tile = begin + partition.group; tile < end; tile += partition.groups) {
+                float low_scale[K_TILE / 4], high_scale[K_TILE / 4];
 #pragma unroll
-                for (int q = 0; q < CHUNK / 4; q++) {
+                for (int q = 0; q < K_TILE / 4; q++) {
                     low_scale[q] = quad.low[q].value(map, offset);
                     high_scale[q] = quad.high[q].value(map, offset);
                 }
-                work.advance(ahead);
-                blocks_ahead = work.exists(ahead) ? work.chunk_blocks(ahead.chunk) : 0;
+                partition.advance(ahead);
+                blocks_ahead = partition.exists(ahead) ? partition.k_tile_blocks(ahead.k_tile) : 0;
                 if (blocks_ahead > 0) {
                     aim();
-                    quad.load(work, ahead, work.block_of(ahead, g), blocks_ahead);
+                    quad.load(partition, ahead, partition.block_of(ahead, g), blocks_ahead);
                 }
 
                 float sums[FRAGMENTS][4] = {};
 #pragma unroll
-                for (int j = 0; j < CHUNK; j++) {
+                for (int j = 0; j < K_TILE; j++) {
                     if (j < blocks) {
                         add_block<T>(sums, entries, bytes.low[j], bytes.high[j], x_words[j],
                                      __shfl_sync(ALL_LANES, low_scale[j / 4], quad_lane + j % 4),
@@ -273,12 +293,12 @@ __device__ inline void gemm_4bit_small_m_sm80(const T *x, const u8 *packed, cons
                         bytes.load(j, low_packed, high_packed);
                     }
                 }
-                float *const own = partial + ((tile - begin) * work.slots + work.slot) * m * ROWS;
-                add_partial(own, sums, m, chunk == 0, g, t);
+                float *const own = partial + ((tile - begin) * partition.k_slices + partition.k_slice) * m * ROWS;
+                add_partial(own, sums, m, k_tile == 0, g, t);
             }
         }
         __syncthreads();
-        write_pass<T, WARPS>(work, begin, end, partial, bias, y, m, n);
+        write_pass<T, WARPS>(partition, begin, end, partial, bias, y, m, n);
         __syncthreads();
     }
 }
@@ -290,13 +310,13 @@ __device__ inline void gemm_4bit_small_m_sm80(const T *x, const u8 *packed, cons
 // y:           [m][n]
 // block_shift: log2 of the block size, 6 to 12
 // quant_type:  NF4 or FP4
-// Grid: ceil(n / config.rows) blocks of Sizes<fragments>::THREADS. Dynamic shared memory, with P = config.per_pass * config.slots *
-// m * 64 bytes: LANE_TABLE_BYTES + MAP_BYTES + P.
-#define INSTANCE(name, T, nested, fragments)                                                                          \
-    extern "C" __global__ void __launch_bounds__(Sizes<fragments>::THREADS, 1)                                        \
-        gemm_4bit_small_m_sm80_##name(const T *x, const u8 *packed, Scales scales, const T *bias, T *y, int m, int n, int k,         \
-                  int block_shift, u32 quant_type, LaunchConfig config) {                                                 \
-        gemm_4bit_small_m_sm80<T, nested, fragments>(x, packed, scales, bias, y, m, n, k, block_shift, quant_type, config);             \
+// Grid: ceil(n / config.rows) blocks of Shape<fragments>::THREADS. Dynamic shared memory, with P = config.per_pass *
+// config.k_slices * m * 64 bytes: LANE_TABLE_BYTES + MAP_BYTES + P.
+#define INSTANCE(name, T, nested, fragments)                                                                                 \
+    extern "C" __global__ void __launch_bounds__(Shape<fragments>::THREADS, 1)                                               \
+        gemm_4bit_small_m_sm80_##name(const T *x, const u8 *packed, Scales scales, const T *bias, T *y, int m, int n, int k, \
+                                      int block_shift, u32 quant_type, LaunchConfig config) {                                \
+        gemm_4bit_small_m_sm80<T, nested, fragments>(x, packed, scales, bias, y, m, n, k, block_shift, quant_type, config);  \
     }
 
 INSTANCE(bf16_8, Bf16, false, 1)

@@ -105,10 +105,8 @@ def load_tensor(path: str | os.PathLike[str], name: str, dtype: DTypeLike | None
         return dequantize_4bit(_packed(entries, name), dtype)
     scales = _int8_scales(entries, name)
     if scales is not None:
-        layout = entries.get(_beside(name, "weight_format"))
-        if layout is not None and any(layout.read()):
-            raise CheckpointError(f"{layout.file}: {layout.name!r} must be 0 (rows), got {_stored(layout).item()}")
-        return dequantize_rowwise(_stored(entry), _stored(scales), np.float32 if dtype is None else dtype)
+        _check_rows(entries, entry, scales)
+        return dequantize_rowwise(_stored(entry), _stored(scales).reshape(-1), np.float32 if dtype is None else dtype)
     array = _stored(entry)
     array = widen(array) if entry.dtype == "BF16" else array
     return array if dtype is None else cast(array, dtype)
@@ -150,7 +148,26 @@ def _int8_scales(entries: Mapping[str, Entry], name: str) -> Entry | None:
     """The scales of an LLM.int8() weight."""
     if entries[name].dtype != "I8" or name.rpartition(".")[2] != "weight":
         return None
-    return entries.get(_beside(name, "SCB"))
+    scales = entries.get(_beside(name, "SCB"))
+    if scales is None and _beside(name, "weight_format") in entries:
+        raise CheckpointError(f"{entries[name].file}: {name!r} is an int8 weight without its {_beside(name, 'SCB')}")
+    return scales
+
+
+def _check_rows(entries: Mapping[str, Entry], codes: Entry, scales: Entry) -> None:
+    """Check that the parts of an LLM.int8() weight fit each other."""
+    if len(codes.shape) != 2:
+        raise CheckpointError(f"{codes.file}: {codes.name!r} must have two dimensions, got {list(codes.shape)}")
+    if scales.dtype != "F32" or prod(scales.shape) != codes.shape[0]:
+        raise CheckpointError(
+            f"{scales.file}: {scales.name!r} must be F32 [{codes.shape[0]}], a scale for each row of {codes.name!r}, "
+            f"got {scales.dtype} {list(scales.shape)}"
+        )
+    layout = entries.get(_beside(codes.name, "weight_format"))
+    if layout is not None and layout.dtype != "U8":
+        raise CheckpointError(f"{layout.file}: {layout.name!r} must be U8, got {layout.dtype}")
+    if layout is not None and layout.read() != b"\0":
+        raise CheckpointError(f"{layout.file}: {layout.name!r} must be 0 (rows), got {_stored(layout).tolist()}")
 
 
 def _state_keys(entries: Mapping[str, Entry], name: str) -> list[str]:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from halfbyte import _native
-from halfbyte.backends import int8_torch
 from halfbyte.ops._torch_internals import disable_modes
 from halfbyte.ops.checks import (
     BLOCK_SIZES,
@@ -352,17 +351,25 @@ def quantize_rows_outliers(input: Tensor, threshold: float) -> tuple[Tensor, Ten
     A value of a magnitude of at least `threshold` does not count for the scale of its row, and its column has codes 0.
     """
     check_quantize_rows_outliers(input, threshold)
-    values = input.reshape(prod(input.shape[:-1]), input.shape[-1]).to(torch.float32)
-    found, columns = int8_torch.outliers(values, threshold)
-    codes, scales = quantize_rows(values.masked_fill(found, 0.0))
-    return codes.masked_fill_(columns, 0).view(input.shape), scales, columns
+    input = input.contiguous()
+    rows, columns = prod(input.shape[:-1]), input.shape[-1]
+    codes = input.new_empty(input.shape, dtype=torch.int8)
+    scales = input.new_empty(rows, dtype=torch.float32)
+    outliers = input.new_empty(columns, dtype=torch.bool)
+    _follow_threads()
+    marks = outliers.data_ptr(), columns, "uint8"
+    _native.quantize_rows_outliers(_raw(input), _raw(codes), _raw(scales), marks, rows, columns, threshold)
+    return codes, scales, outliers
 
 
 def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b.T` of codes int8 [..., k] and [n, k]: int32 [..., n], exact."""
     check_int8_matmul(a, b)
-    rows = prod(a.shape[:-1])
-    return int8_torch.matmul(a.reshape(rows, a.shape[-1]), b).view(*a.shape[:-1], b.shape[0])
+    a, b = a.contiguous(), b.contiguous()
+    rows, (n, k) = prod(a.shape[:-1]), b.shape
+    out = a.new_empty((*a.shape[:-1], n), dtype=torch.int32)
+    _native.int8_matmul(rows, n, k, a.data_ptr(), b.data_ptr(), out.data_ptr(), _follow_threads())
+    return out
 
 
 def int8_scaled_mm(
@@ -370,9 +377,30 @@ def int8_scaled_mm(
 ) -> Tensor:
     """`int8_matmul`, scaled to what the codes stand for, plus bias: `dtype`."""
     check_int8_scaled_mm(a, b, row_scales, column_scales, bias, dtype)
-    rows = prod(a.shape[:-1])
-    total = int8_torch.matmul(a.reshape(rows, a.shape[-1]), b)
-    return int8_torch.epilogue(total, row_scales, column_scales, bias, dtype).view(*a.shape[:-1], b.shape[0])
+    a, b, row_scales, column_scales = a.contiguous(), b.contiguous(), row_scales.contiguous(), column_scales.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    shape = prod(a.shape[:-1]), b.shape[0], b.shape[1]
+    out = a.new_empty((*a.shape[:-1], shape[1]), dtype=dtype)
+    _native.int8_scaled_mm(
+        shape,
+        a.data_ptr(),
+        b.data_ptr(),
+        _raw(row_scales),
+        _raw(column_scales),
+        None if bias is None else _raw(bias),
+        _raw(out),
+        _follow_threads(),
+    )
+    return out
+
+
+@functools.lru_cache(maxsize=4096)
+def _kernel_8bit(
+    dtype: torch.dtype, n: int, k: int, bias: torch.dtype | None
+) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Products with 8-bit weights of this shape: forward and backward."""
+    kernel = _native.CpuLinear8bit(_NAMES[dtype], n, k, None if bias is None else _NAMES[bias])
+    return kernel.forward, kernel.backward
 
 
 def linear_8bit(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
@@ -382,19 +410,47 @@ def linear_8bit(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, t
     not 0, are multiplied as they are.
     """
     check_linear_8bit(x, codes, scales, bias, threshold)
-    flat = x.reshape(prod(x.shape[:-1]), x.shape[-1])
-    values = int8_torch.rounded(flat)
-    if threshold > 0:
-        a, row_scales, columns = quantize_rows_outliers(values, threshold)
-        extra = int8_torch.outlier_product(flat, codes, columns)
+    n, k = codes.shape
+    forward, _ = _kernel_8bit(x.dtype, n, k, None if bias is None else bias.dtype)
+    x, codes, scales = x.contiguous(), codes.contiguous(), scales.contiguous()
+    sizes = x.shape
+    if len(sizes) == 2:
+        m = sizes[0]
+        # Numbers are parsed faster than a tuple of them.
+        out = x.new_empty(m, n)
     else:
-        (a, row_scales), extra, columns = quantize_rows(values), None, None
-    total = int8_torch.matmul(a, codes)
-    out = int8_torch.epilogue(total, row_scales, scales, bias, x.dtype, extra, columns)
-    return out.view(*x.shape[:-1], codes.shape[0])
+        m = prod(sizes[:-1])
+        out = x.new_empty((*sizes[:-1], n))
+    shift = 0
+    if bias is not None:
+        bias = bias.contiguous()
+        shift = bias.data_ptr()
+    forward(
+        m,
+        x.data_ptr(),
+        codes.data_ptr(),
+        scales.data_ptr(),
+        shift,
+        threshold,
+        out.data_ptr(),
+        _follow_threads(),
+    )
+    return out
 
 
 def linear_8bit_backward(grad: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """`grad @ W` with the rows `W` [out_features, in_features] in codes and scales; in the dtype of `grad`."""
     check_linear_8bit_backward(grad, codes, scales)
-    return grad @ dequantize_rows(codes, scales, grad.dtype)
+    n, k = codes.shape
+    grad, codes, scales = grad.contiguous(), codes.contiguous(), scales.contiguous()
+    out = grad.new_empty((*grad.shape[:-1], k))
+    _, backward = _kernel_8bit(grad.dtype, n, k, None)
+    backward(
+        prod(grad.shape[:-1]),
+        grad.data_ptr(),
+        codes.data_ptr(),
+        scales.data_ptr(),
+        out.data_ptr(),
+        _follow_threads(),
+    )
+    return out

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from halfbyte.ops._torch_internals import any_autocast
+
 # Of so many products of codes, each at most 128 * 128, a float32 sum is exact in whatever order.
 _EXACT = 1024
 
@@ -29,6 +31,14 @@ def outliers(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     return found, found.any(0)
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` in their own dtype, whatever `torch.autocast` says."""
+    if not any_autocast():
+        return a @ b
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
+
+
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b.T` of int8 matrices, int32."""
     b = b.detach()  # A parameter that holds codes does not cast them.
@@ -45,7 +55,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     total = a.new_zeros((m, n), dtype=torch.int32)
     for start in range(0, k, _EXACT):
         part = slice(start, start + _EXACT)
-        total += (a[:, part].float() @ b[:, part].float().t()).to(torch.int32)
+        total += product(a[:, part].float(), b[:, part].float().t()).to(torch.int32)
     return total
 
 
@@ -70,4 +80,4 @@ def epilogue(
 
 def outlier_product(x: Tensor, codes: Tensor, columns: Tensor) -> Tensor:
     """The part of a product that the columns have whose codes are 0, without the weight's scales; float32."""
-    return torch.where(columns, x.to(torch.float32), 0.0) @ codes.detach().to(torch.float32).t()
+    return product(torch.where(columns, x.to(torch.float32), 0.0), codes.detach().to(torch.float32).t())

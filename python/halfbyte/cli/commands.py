@@ -27,12 +27,13 @@ def quantize(args: argparse.Namespace) -> int:
     from halfbyte.offline.quantize import prepare_quantize, run_quantize
 
     _check_destination(args)
-    prepared = prepare_quantize(args.source, _options(QuantizeOptions, args), _hub(args))
-    return _convert(args, prepared, run_quantize)
+    options = _options(QuantizeOptions, args)
+    _check_format(args, options)
+    return _convert(args, prepare_quantize(args.source, options, _hub(args)), run_quantize)
 
 
 def dequantize(args: argparse.Namespace) -> int:
-    """Dequantize a 4-bit checkpoint, or show the plan."""
+    """Dequantize a checkpoint, or show the plan."""
     from halfbyte.offline.dequantize import prepare_dequantize, run_dequantize
     from halfbyte.offline.options import DequantizeOptions
 
@@ -85,6 +86,25 @@ def _convert(args: argparse.Namespace, prepared: Any, run: Any) -> int:
 def _check_destination(args: argparse.Namespace) -> None:
     if args.destination is None and not args.plan:
         raise ValueError("DST must be a folder to write to, got none; --plan shows what would be done without one")
+
+
+# What applies to weights of one kind: the types, how messages call them, and the options.
+_OF_A_KIND: tuple[tuple[set[str], str, tuple[str, ...]], ...] = (
+    ({"nf4", "fp4"}, "a type of 4 bits", ("double_quant", "blocksize", "storage", "compute_dtype")),
+    ({"int8"}, "the type int8", ("threshold",)),
+)
+
+
+def _check_format(args: argparse.Namespace, options: QuantizeOptions) -> None:
+    """Refuse options of a kind of weights that neither --type nor a rule asks for: they would do nothing."""
+    types = {options.quant_type, *(rule.rpartition("=")[2].strip() for rule in options.rules)}
+    for kinds, called, names in _OF_A_KIND:
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not types & kinds:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} must only be given with {called} (in --type or a --rule), got {value}"
+                )
 
 
 def inspect(args: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -12,7 +13,7 @@ from halfbyte.cli import commands
 from halfbyte.cli.completion import SHELLS
 from halfbyte.cli.exit_codes import EXIT_CODES, EXIT_OK, EXIT_USAGE, PROG, describe
 from halfbyte.cli.output import complain, print_text
-from halfbyte.offline.choices import BLOCK_SIZES, FLOAT_DTYPES, QUANT_TYPES, SELECTIONS, STORAGE_DTYPES
+from halfbyte.offline.choices import BLOCK_SIZES, FLOAT_DTYPES, SELECTIONS, STORAGE_DTYPES, WEIGHT_TYPES
 
 
 class _Parser(argparse.ArgumentParser):
@@ -57,11 +58,21 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _threshold(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a finite number of at least 0")
+    return value
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command."""
     parser = _Parser(
         prog=PROG,
-        description="Quantize model checkpoints to 4 bits on disk, in the format of bitsandbytes: without a GPU,\n"
+        description="Quantize model checkpoints to 4 or 8 bits on disk, in the format of bitsandbytes: without a GPU,\n"
         "without torch, in little memory. Stock transformers, PEFT and vLLM load the result.",
         epilog="examples:\n"
         "  halfbyte quantize Llama-3.2-1B Llama-3.2-1B-nf4\n"
@@ -123,17 +134,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 _QUANTIZE_TEXT = (
-    "quantize a 16- or 32-bit checkpoint to 4 bits",
-    "Quantize the linear layers of a safetensors checkpoint to NF4 or FP4: the ones that transformers would quantize.\n"
+    "quantize a 16- or 32-bit checkpoint to 4 or 8 bits",
+    "Quantize the linear layers of a safetensors checkpoint to NF4, FP4 or int8 (LLM.int8()): the ones that\n"
+    "transformers would quantize.\n"
     "Files appear when they are complete. --resume continues an interrupted run. The source is never changed.",
     "  halfbyte quantize Llama-3.2-1B Llama-3.2-1B-nf4\n"
     "  halfbyte quantize Llama-3.2-1B --plan\n"
     "  halfbyte quantize meta-llama/Llama-3.2-1B out --type fp4 --no-double-quant\n"
+    "  halfbyte quantize Llama-3.2-1B Llama-3.2-1B-int8 --type int8\n"
     "  halfbyte quantize model out --rule 'layers\\.(0|31)\\.=keep' --rule 'mlp=fp4' --max-shard-size 2GB",
 )
 _DEQUANTIZE_TEXT = (
-    "write the values of a 4-bit checkpoint as a 16- or 32-bit one",
-    "Dequantize a 4-bit checkpoint, so that any tool can read it. What 4 bits lost does not come back.",
+    "write the values of a quantized checkpoint as a 16- or 32-bit one",
+    "Dequantize a 4- or 8-bit checkpoint, so that any tool can read it. What quantization lost does not come back.",
     "  halfbyte dequantize Llama-3.2-1B-nf4 Llama-3.2-1B-back --dtype bfloat16",
 )
 _INSPECT_TEXT = (
@@ -168,29 +181,37 @@ def _add_quantize(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("source", metavar="SRC", help="a folder of safetensors, or a name on the hub (org/name)")
     sub.add_argument("destination", metavar="DST", nargs="?", help="folder to write (not needed with --plan)")
     form = sub.add_argument_group("format")
-    form.add_argument("--type", dest="quant_type", choices=QUANT_TYPES, help="codebook (default: nf4)")
+    form.add_argument(
+        "--type", dest="quant_type", choices=WEIGHT_TYPES, help="what weights become: 4 bits, or 8 (default: nf4)"
+    )
     form.add_argument(
         "--double-quant",
         action=argparse.BooleanOptionalAction,
-        help="quantize the scales too, which saves 0.37 bits per weight (default: yes)",
+        help="4 bits: quantize the scales too, which saves 0.37 bits per weight (default: yes)",
     )
     form.add_argument(
         "--blocksize",
         type=int,
         choices=BLOCK_SIZES,
         metavar="N",
-        help=f"weights per scale: {', '.join(map(str, BLOCK_SIZES))} (default: 64, as transformers quantizes; the "
-        "others load too, but on a CPU bitsandbytes only multiplies correctly when N divides every layer's width)",
+        help=f"4 bits: weights per scale: {', '.join(map(str, BLOCK_SIZES))} (default: 64, as transformers quantizes; "
+        "the others load too, but on a CPU bitsandbytes only multiplies correctly when N divides every layer's width)",
     )
     form.add_argument(
         "--storage",
         choices=STORAGE_DTYPES,
-        help="dtype label of the packed bytes (default: uint8; for FSDP, use the compute dtype)",
+        help="4 bits: dtype label of the packed bytes (default: uint8; for FSDP, use the compute dtype)",
     )
     form.add_argument(
         "--compute-dtype",
         choices=FLOAT_DTYPES,
-        help="dtype that loaders compute in, written to config.json (default: the model's)",
+        help="4 bits: dtype that loaders compute in, written to config.json (default: the model's)",
+    )
+    form.add_argument(
+        "--threshold",
+        type=_threshold,
+        metavar="X",
+        help="8 bits: loaders multiply inputs of at least X in 16 bits, written to config.json (default: 6.0; 0: none)",
     )
     form.add_argument(
         "--dtype",
@@ -203,7 +224,7 @@ def _add_quantize(sub: argparse.ArgumentParser) -> None:
         "--rule",
         dest="rules",
         action="append",
-        metavar="REGEX=nf4|fp4|keep",
+        metavar="REGEX=nf4|fp4|int8|keep",
         help="decide for tensors whose name matches REGEX anywhere; repeatable, the first match wins",
     )
     which.add_argument(
@@ -230,9 +251,13 @@ def _add_quantize(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_dequantize(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("source", metavar="SRC", help="a folder with 4-bit weights, or a name on the hub (org/name)")
+    sub.add_argument("source", metavar="SRC", help="a folder with quantized weights, or a name on the hub (org/name)")
     sub.add_argument("destination", metavar="DST", nargs="?", help="folder to write (not needed with --plan)")
-    sub.add_argument("--dtype", choices=FLOAT_DTYPES, help="dtype to write (default: what each weight was before)")
+    sub.add_argument(
+        "--dtype",
+        choices=FLOAT_DTYPES,
+        help="dtype to write (default: what each weight was before; of 8-bit ones, that in config.json)",
+    )
     sub.add_argument("--plan", action="store_true", help="show what would be done and write nothing")
     _add_output(sub)
     sub.set_defaults(run=commands.dequantize)

@@ -1,4 +1,4 @@
-"""Mark a model as 4-bit for transformers, diffusers, PEFT and Trainer, as `from_pretrained` does."""
+"""Mark a model as quantized for transformers, diffusers, PEFT and Trainer, as `from_pretrained` does."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import nn
 
 from halfbyte.config import BitsAndBytesConfig
 from halfbyte.models.layers import is_transformers_model
+
+_FLAGS = ("is_loaded_in_4bit", "is_loaded_in_8bit")
 
 
 def attach(model: nn.Module, config: BitsAndBytesConfig | None) -> None:
@@ -54,7 +56,7 @@ def _seen_from(path: str, config: BitsAndBytesConfig) -> BitsAndBytesConfig:
 
 def _tell_transformers(model: Any, config: BitsAndBytesConfig | None) -> None:
     if config is None:
-        for name in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit"):
+        for name in ("hf_quantizer", "quantization_method", *_FLAGS):
             model.__dict__.pop(name, None)
         model.is_quantized = False
         model.config.__dict__.pop("quantization_config", None)
@@ -63,9 +65,10 @@ def _tell_transformers(model: Any, config: BitsAndBytesConfig | None) -> None:
                 module.config.__dict__.pop("_is_quantized", None)
         return
     from halfbyte.integrations.saved_config import with_compute_dtype
-    from halfbyte.integrations.transformers.quantizer import Quantizer4bit
+    from halfbyte.integrations.transformers.quantizer import Quantizer4bit, Quantizer8bit
 
-    quantizer = Quantizer4bit(with_compute_dtype(config, model.dtype), pre_quantized=False)
+    cls: Any = Quantizer8bit if config.load_in_8bit else Quantizer4bit
+    quantizer = cls(with_compute_dtype(config, model.dtype), pre_quantized=False)
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = config.quant_method
@@ -74,17 +77,19 @@ def _tell_transformers(model: Any, config: BitsAndBytesConfig | None) -> None:
 
 def _tell_diffusers(model: Any, config: BitsAndBytesConfig | None) -> None:
     if config is None:
-        for name in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit"):
+        for name in ("hf_quantizer", "quantization_method", "is_quantized", *_FLAGS):
             model.__dict__.pop(name, None)
         internal = dict(model.config)
         internal.pop("quantization_config", None)
         model._internal_dict = type(model.config)(internal)
         return
-    from halfbyte.integrations.diffusers import Quantizer4bit
+    from halfbyte.integrations.diffusers import Quantizer4bit, Quantizer8bit
     from halfbyte.integrations.saved_config import with_compute_dtype
 
     config = with_compute_dtype(config, model.dtype)
-    quantizer = Quantizer4bit(config, pre_quantized=False)
+    assert config is not None
+    cls: Any = Quantizer8bit if config.load_in_8bit else Quantizer4bit
+    quantizer = cls(config, pre_quantized=False)
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = config.quant_method

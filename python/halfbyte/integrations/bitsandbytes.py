@@ -1,4 +1,4 @@
-"""Where a real bitsandbytes is installed: 4-bit layers of this package that its `isinstance` accepts.
+"""Where a real bitsandbytes is installed: layers of this package that its `isinstance` accepts.
 
 Libraries such as PEFT ask `isinstance(layer, bitsandbytes.nn.Linear4bit)`. `promote` makes the layers and weights of a
 model answer yes, without a copy and without a patch of anybody's code: their class becomes one of the same name whose
@@ -27,11 +27,24 @@ from torch import nn
 
 from halfbyte import nn as own_nn
 from halfbyte.nn._joint import JOINT, STANDS_FOR
+from halfbyte.nn._quantized import Quantized
+from halfbyte.nn._quantized_rows import QuantizedRows
 from halfbyte.ops.dispatch import PLAIN_TYPES
 
 _logger = logging.getLogger(__name__)
 
-_NAMES = ("Linear4bit", "LinearNF4", "LinearFP4", "Embedding4bit", "EmbeddingNF4", "EmbeddingFP4", "Params4bit")
+_NAMES = (
+    "Linear4bit",
+    "LinearNF4",
+    "LinearFP4",
+    "Linear8bitLt",
+    "Embedding4bit",
+    "EmbeddingNF4",
+    "EmbeddingFP4",
+    "Embedding8bit",
+    "Params4bit",
+    "Int8Params",
+)
 _THEIRS = "_theirs"
 
 
@@ -101,7 +114,7 @@ def _joint(own: type, module: ModuleType) -> type:
     # The most special first, as in any order of resolution.
     matching.sort(key=lambda name: -len(getattr(own_nn, name).__mro__))
     others = tuple(getattr(module.nn, name) for name in matching)
-    parameter = issubclass(own, own_nn.Params4bit)
+    parameter = issubclass(own, nn.Parameter)
     namespace: dict[str, Any] = {
         _THEIRS: others,
         STANDS_FOR: own,
@@ -129,8 +142,22 @@ def params4bit_class() -> type[own_nn.Params4bit]:
     return cast("type[own_nn.Params4bit]", JOINT[own_nn.Params4bit] if join() else own_nn.Params4bit)
 
 
+def linear8bit_class() -> type[own_nn.Linear8bitLt]:
+    """The class for 8-bit layers, likewise."""
+    return cast("type[own_nn.Linear8bitLt]", _joint_of(own_nn.Linear8bitLt))
+
+
+def int8params_class() -> type[own_nn.Int8Params]:
+    """The class for 8-bit weights, likewise."""
+    return cast("type[own_nn.Int8Params]", _joint_of(own_nn.Int8Params))
+
+
+def _joint_of(own: type) -> type:
+    return JOINT.get(own, own) if join() else own
+
+
 def promote(model: nn.Module) -> None:
-    """Make all 4-bit layers and weights of a model answer `isinstance` of bitsandbytes' classes, where it is real.
+    """Make all quantized layers and weights of a model answer `isinstance` of bitsandbytes' classes, where it is real.
 
     In place: modules and parameters stay the objects that they are, and their numbers where they are. Classes derived
     from this package's are promoted too. Where bitsandbytes is installed but not imported, it happens when that is;
@@ -148,10 +175,10 @@ def _promote(model: nn.Module) -> None:
     module = find(load=False)
     assert module is not None
     for layer in model.modules():
-        if isinstance(layer, (own_nn.Linear4bit, own_nn.Embedding4bit)):
+        if isinstance(layer, (Quantized, QuantizedRows)):
             _become(layer, module)
         for parameter in layer._parameters.values():
-            if isinstance(parameter, own_nn.Params4bit):
+            if isinstance(parameter, (own_nn.Params4bit, own_nn.Int8Params)):
                 _become(parameter, module)
 
 
@@ -215,5 +242,4 @@ def __getattr__(name: str) -> type:
     """The joint classes by their names, made when first asked for; this package's own where there are none."""
     if name not in _NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    own: type = getattr(own_nn, name)
-    return JOINT.get(own, own) if join() else own
+    return _joint_of(getattr(own_nn, name))

@@ -1,4 +1,4 @@
-"""Make 4-bit layers recognizable to libraries that look for bitsandbytes' names and classes."""
+"""Make packed layers recognizable to libraries that look for bitsandbytes' names and classes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from halfbyte.integrations.served import has_bitsandbytes
 
 
 def serve_bitsandbytes(model: nn.Module) -> None:
-    """Make the 4-bit layers of a model pass the checks that libraries use to find bitsandbytes' layers."""
+    """Make the packed layers of a model pass the checks that libraries use to find bitsandbytes' layers."""
     if has_bitsandbytes():
         from halfbyte.integrations.bitsandbytes import promote
 

@@ -24,7 +24,7 @@ _waiting = False
 
 
 def enable(on: bool = True) -> None:
-    """Load every 4-bit model of transformers with this package, also where bitsandbytes is installed.
+    """Load every 4-bit and 8-bit model of transformers with this package, also where bitsandbytes is installed.
 
     Without this call, a load uses this package if its `quantization_config` has this package's class, or if
     bitsandbytes is not installed. In the latter case `import bitsandbytes` also gives this package from now on, for
@@ -79,25 +79,20 @@ def _enter(auto: ModuleType) -> None:
     if stock4 is None or stock8 is None or getattr(stock4, "__halfbyte__", False):
         return
 
-    def make_4bit(quantization_config: Any, **kwargs: Any) -> Any:
-        if not is_ours(quantization_config):
-            return stock4(quantization_config, **kwargs)
-        check_version()
-        from halfbyte.integrations.transformers.quantizer import Quantizer4bit
+    def maker(stock: Any, name: str) -> Any:
+        def make(quantization_config: Any, **kwargs: Any) -> Any:
+            if not is_ours(quantization_config):
+                return stock(quantization_config, **kwargs)
+            check_version()
+            from halfbyte.integrations.transformers import quantizer
 
-        return Quantizer4bit(quantization_config, **kwargs)
+            return getattr(quantizer, name)(quantization_config, **kwargs)
 
-    def make_8bit(quantization_config: Any, **kwargs: Any) -> Any:
-        if not has_bitsandbytes():
-            raise ImportError(
-                "load_in_8bit=True: LLM.int8() is not in halfbyte yet, and bitsandbytes is not installed; use "
-                "load_in_4bit=True, or pip install bitsandbytes"
-            )
-        return stock8(quantization_config, **kwargs)
+        make.__halfbyte__ = True  # type: ignore[attr-defined]
+        return make
 
-    make_4bit.__halfbyte__ = make_8bit.__halfbyte__ = True  # type: ignore[attr-defined]
-    table["bitsandbytes_4bit"], table["bitsandbytes_8bit"] = make_4bit, make_8bit
-
+    table["bitsandbytes_4bit"] = maker(stock4, "Quantizer4bit")
+    table["bitsandbytes_8bit"] = maker(stock8, "Quantizer8bit")
     keep_class_of_argument(auto.AutoHfQuantizer)
 
 

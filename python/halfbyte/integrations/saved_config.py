@@ -1,4 +1,4 @@
-"""The config of a 4-bit checkpoint: merged with the one that was passed to a load, and made for a save."""
+"""The config of a quantized checkpoint: merged with the one that was passed to a load, and made for a save."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _logger = logging.getLogger(__name__)
 
 
 def keep_class_of_argument(cls: Any) -> None:
-    """Check the config of a 4-bit checkpoint, and convert it to this package's class if the argument has that class.
+    """Check the config of a quantized checkpoint, and convert it to this package's class if the argument has that.
 
     The checkpoint's config takes precedence, as in transformers. A warning names the values that are ignored.
 
@@ -36,7 +36,7 @@ def keep_class_of_argument(cls: Any) -> None:
             if method != "bitsandbytes":
                 raise ValueError(
                     f"quantization_config: the checkpoint is quantized already, its config.json says quant_method "
-                    f"{method!r}, and cannot be quantized to 4 bits again; load it without quantization_config, by the "
+                    f"{method!r}, and cannot be quantized again; load it without quantization_config, by the "
                     "library of that method, or start from the 16-bit checkpoint that it was made from"
                 )
         saved = _check_saved(values)
@@ -59,7 +59,7 @@ def with_compute_dtype(config: Any, dtype: Any) -> Any:
 
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."), None)
-    if not issubclass(type(config), BitsAndBytesConfig) or config.compute_dtype() is not None:
+    if not issubclass(type(config), BitsAndBytesConfig) or config.compute_dtype() is not None or config.load_in_8bit:
         return config
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return config

@@ -4,7 +4,7 @@
 |---|---|---|
 | `quantization_config=` of this package's class | this package | this package |
 | after `halfbyte.enable()` | this package | this package |
-| transformers' own class, or a 4-bit checkpoint without an argument | this package | bitsandbytes |
+| transformers' own class, or a quantized checkpoint without an argument | this package | bitsandbytes |
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from halfbyte._terminal import format_bytes
-from halfbyte.nn._quantized import Quantized
+from halfbyte.models.recipe import PACKED_LAYERS
 
 _EXPERTS = ("experts", "local_experts")
 
@@ -45,7 +45,7 @@ def is_lazy(tensor: Tensor) -> bool:
 def is_linear(module: nn.Module, subclasses: bool | tuple[type[nn.Module], ...]) -> bool:
     """Is this a layer that is converted, where `subclasses` are taken too?"""
     cls = type(module)
-    if isinstance(module, Quantized):
+    if isinstance(module, PACKED_LAYERS):
         return False
     if cls is nn.Linear or is_conv1d(cls):
         return True
@@ -148,7 +148,7 @@ def left_out(
     for module in modules:
         cls = type(module)
         inert = nn.modules.linear.NonDynamicallyQuantizableLinear
-        if isinstance(module, nn.Linear) and module not in linear and not isinstance(module, Quantized | inert):
+        if isinstance(module, nn.Linear) and module not in linear and not isinstance(module, (*PACKED_LAYERS, inert)):
             others[cls.__name__] = others.get(cls.__name__, 0) + 1
     if others:
         listed = ", ".join(f"{count} {name}" for name, count in sorted(others.items()))

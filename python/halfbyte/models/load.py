@@ -1,4 +1,4 @@
-"""`load_quantized`: fill a model from a 4-bit checkpoint, without a 16-bit copy in between.
+"""`load_quantized`: fill a model from a checkpoint of packed weights, without a 16-bit copy in between.
 
 Everything is checked against the file headers before the model is changed. On the CPU, tensors are memory-mapped, so
 loading reads almost nothing.
@@ -6,10 +6,11 @@ loading reads almost nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -19,38 +20,21 @@ from torch import Tensor, nn
 from halfbyte._native import CheckpointError
 from halfbyte._terminal import format_bytes
 from halfbyte.config import BitsAndBytesConfig
+from halfbyte.models import packed
 from halfbyte.models import transformers_weights as weights
 from halfbyte.models.checkpoint_reader import Folder
 from halfbyte.models.layers import is_conv1d, is_transformers_model, join, paths
 from halfbyte.models.observers import notify
-from halfbyte.models.replace import replace, to_dense, to_embedding4bit, to_linear4bit
+from halfbyte.models.plan import EXTRA, Plan, make_plan, persistent, report, some
+from halfbyte.models.recipe import INT8, PACKED_LAYERS, PackedLayer, Recipe, bits_of, scales_of, shape_of
+from halfbyte.models.replace import SOURCE_DTYPE, dense_dtype, replace, to_dense, to_embedding, to_linear
 from halfbyte.models.transformers_weights import Entry
-from halfbyte.nn import Embedding4bit, Linear4bit, Params4bit
-from halfbyte.nn._quantized import Quantized
-from halfbyte.offline import config_json
 from halfbyte.offline.hub import Hub
-from halfbyte.state import PACKED_KEYS, TENSOR_KEYS
+from halfbyte.ops.checks import FLOAT_DTYPES
 
 _logger = logging.getLogger(__name__)
 
 _Model = TypeVar("_Model", bound=nn.Module)
-_EXTRA = "_extra_state"
-_SUFFIXES = tuple(f".{key}" for key in (*TENSOR_KEYS, *PACKED_KEYS))
-
-
-@dataclass
-class Plan:
-    """How the tensors of a checkpoint get into a model."""
-
-    entries: list[Entry] = field(default_factory=list)
-    packed: dict[str, str] = field(default_factory=dict)
-    """Weights that are 4-bit in the checkpoint: name in the model, and in the checkpoint."""
-    states: dict[str, list[str]] = field(default_factory=dict)
-    """Of each packed weight, by its name in the checkpoint: the tensors beside it."""
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    buffers: dict[str, Tensor] = field(default_factory=dict)
-    """Those on the meta device that no checkpoint holds."""
 
 
 def load_quantized(
@@ -63,11 +47,12 @@ def load_quantized(
     token: str | bool | None = None,
     cache_dir: str | PathLike[str] | None = None,
 ) -> _Model:
-    """Fill a model from a 4-bit checkpoint that this package, or transformers with bitsandbytes, has saved.
+    """Fill a model from a 4-bit or 8-bit checkpoint that this package, or transformers with bitsandbytes, has saved.
 
     Args:
         model: On the meta device, which saves memory, or on any other. Linear layers, `Conv1D` and embeddings whose
-            weight is packed in the checkpoint become 4-bit layers. Others are filled as they are.
+            weight is packed in the checkpoint become 4-bit or 8-bit layers, as the names of its tensors say. Others are
+            filled as they are.
         folder: A folder with `model.safetensors` or `model.safetensors.index.json`, one `.safetensors` file, or (with
             huggingface_hub installed) the name of a model.
         device: The device of all parameters and buffers.
@@ -81,11 +66,11 @@ def load_quantized(
     Returns:
         `model`, changed in place; a new object only if the model itself is a linear layer. The training flag is
         unchanged. Parameters have the dtypes of the file. 4-bit layers compute in the dtype that `config.json` gives,
-        or else in the dtype of their input.
+        or else in the dtype of their input; 8-bit layers have the threshold that it gives, or else 6.0.
 
     Raises:
-        CheckpointError: The checkpoint is broken, is not 4-bit, or does not fit the model. The message names the
-            tensor, and the model is unchanged.
+        CheckpointError: The checkpoint is broken, has no packed weight, or does not fit the model. The message names
+            the tensor, and the model is unchanged.
         ValueError: A buffer is on the meta device, not in the checkpoint, and the model cannot compute it.
 
     For models of transformers, the installed transformers decides names, conversions, ties and computed buffers. Other
@@ -116,17 +101,17 @@ def load_quantized(
         config = _read_config(source)
         plan = make_plan(model, source)
         if not plan.packed:
-            if plan.states:
-                # There are 4-bit weights, under names that the model has not.
+            if plan.found:
+                # There are packed weights, under names that the model has not.
                 report(model, source, plan, strict=True)
             raise CheckpointError(
-                f"{source.path}: holds no 4-bit weight; to quantize it: "
+                f"{source.path}: holds no 4-bit weight and none of 8 bits; to quantize it: "
                 "quantize_model(model, config, checkpoint=folder)"
             )
         report(model, source, plan, strict)
-        compute_dtype = _compute_dtype(source, config)
+        recipe = _recipe(source, config)
         # In mapped memory all of this costs nothing: the model is touched when everything is there and fits.
-        layers = _layers(model, source, plan, target, compute_dtype)
+        layers = _layers(model, source, plan, target, recipe)
         check_ties(model, source, plan)
         compute_buffers(model, plan)
         names = paths(model)
@@ -145,201 +130,67 @@ def load_quantized(
 
 
 # ---- the plan --------------------------------------------------------------------------------------------------------
-
-
-def make_plan(model: nn.Module, source: Folder) -> Plan:
-    """Compare a checkpoint with a model, by names, shapes and dtypes alone.
-
-    Raises:
-        CheckpointError: Shapes disagree, a state has no weight, or the checkpoint is quantized in another way.
-    """
-    _refuse_other_formats(source)
-    plan = Plan()
-    bases = [name.removesuffix(f".{key}") for key in PACKED_KEYS for name in source.names if name.endswith(f".{key}")]
-    for base in dict.fromkeys(bases):
-        plan.states[base] = [f"{base}{suffix}" for suffix in _SUFFIXES if f"{base}{suffix}" in source]
-        if base not in source:
-            raise CheckpointError(f"{source.path}: {base} is missing, but {plan.states[base][0]} is there")
-    for name in source.names:
-        base, _, key = name.rpartition(".")
-        if key in TENSOR_KEYS and base in source and base not in plan.states:
-            raise CheckpointError(
-                f"{source.path}: {name} is there, but neither {base}.{PACKED_KEYS[0]} nor {PACKED_KEYS[1]}"
-            )
-    beside = {name for state in plan.states.values() for name in state}
-    names = [name for name in source.names if name not in beside]
-
-    tensors = _persistent(model)
-    if is_transformers_model(model):
-        plan.entries, plan.unexpected = weights.entries(model, names, source.facts)  # type: ignore[arg-type]
-        extra = weights.expected_extra(model, plan.unexpected)  # type: ignore[arg-type]
-        plan.unexpected = [name for name in plan.unexpected if name not in extra]
-    else:
-        plan.entries = [Entry([name], {name: source.facts(name)}) for name in names if name in tensors]
-        plan.unexpected = [name for name in names if name not in tensors]
-    _take_packed(model, source, plan)
-    given = {name for entry in plan.entries for name in entry.targets} | set(plan.packed)
-    plan.missing = _missing(model, tensors, given)
-    plan.buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.is_meta and name not in tensors}
-    _check_shapes(source, plan, tensors)
-    return plan
-
-
-def _refuse_other_formats(source: Folder) -> None:
-    method = config_json.existing_quantization(source.config) if source.config else None
-    if method not in (None, "bitsandbytes"):
-        raise CheckpointError(f"{source.path}: is quantized with {method}, expected bitsandbytes' 4-bit format")
-    eight = next((name for name in source.names if name.endswith(".SCB")), None)
-    if eight is not None:
-        raise CheckpointError(f"{source.path}: {eight}: is quantized to 8 bits (LLM.int8()), expected 4 bits")
-
-
-def _persistent(model: nn.Module) -> dict[str, Tensor]:
-    """Everything that the model's state dict holds, but for the states of weights that are packed already."""
-    packed = {f"{path}.weight{suffix}".lstrip(".")
-              for module, module_paths in paths(model).items() if isinstance(module, Quantized)
-              for path in module_paths for suffix in _SUFFIXES}  # fmt: skip
-    state = model.state_dict(keep_vars=True)
-    return {name: value for name, value in state.items() if isinstance(value, Tensor) and name not in packed}
-
-
-def _take_packed(model: nn.Module, source: Folder, plan: Plan) -> None:
-    """Take the packed weights out of the entries."""
-    for entry in plan.entries:
-        bases = [name for name in entry.sources if name in plan.states]
-        if not bases:
-            continue
-        if entry.convert is not None:
-            raise CheckpointError(
-                f"{source.path}: {bases[0]} is 4-bit, but {type(model).__name__} wants it split or merged into "
-                f"{', '.join(entry.targets)}, which needs 16 bits: keep it when quantizing, as by "
-                f"--rule '{bases[0].split('.')[-2]}=keep'"
-            )
-        (target,) = entry.targets
-        plan.packed[target] = bases[0]
-    plan.entries = [entry for entry in plan.entries if not (set(entry.targets) & set(plan.packed))]
-
-
-def _missing(model: nn.Module, tensors: Mapping[str, Tensor], given: set[str]) -> list[str]:
-    """Names of the model that nothing of the checkpoint fills, directly or through a tie."""
-    together: dict[str, set[str]] = {name: {name} for name in tensors}
-
-    def tie(a: str, b: str) -> None:
-        if a in together and b in together and together[a] is not together[b]:
-            together[a] |= together[b]
-            for name in together[b]:
-                together[name] = together[a]
-
-    first: dict[int, str] = {}
-    for name, tensor in tensors.items():
-        tie(first.setdefault(id(tensor), name), name)
-    if is_transformers_model(model):
-        for a, b in weights.tied_names(model):  # type: ignore[arg-type]
-            tie(a, b)
-    missing = [name for name in tensors if not (together[name] & given)]
-    if is_transformers_model(model):
-        absent = weights.expected_absent(model, missing)  # type: ignore[arg-type]
-        # What is on the meta device must come from somewhere, whatever the architecture says.
-        missing = [name for name in missing if name not in absent or tensors[name].is_meta]
-    return missing
-
-
-def _is_extra(name: str) -> bool:
-    """Is it the state of a module's own making (`get_extra_state`), of whatever shape?"""
-    return name.rpartition(".")[2] == _EXTRA
-
-
-def _check_shapes(source: Folder, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
-    """Tensors that are filled as they are must have the model's shapes."""
-    wrong = [
-        f"{name} is {list(shape)}, the model has {list(tensors[name].shape)}"
-        for entry in plan.entries
-        for name, (shape, _) in entry.targets.items()
-        if name in tensors and not _is_extra(name) and shape != tuple(tensors[name].shape)
-    ]
-    if wrong:
-        raise CheckpointError(f"{source.path}: {_some(wrong)}")
-
-
-def report(model: nn.Module, source: Folder, plan: Plan, strict: bool, unexpected: bool = True) -> None:
-    """Raise for, or else log, names that only one side has; without `unexpected`, the checkpoint's are only logged.
-
-    Raises:
-        CheckpointError: There are such names, and `strict`.
-    """
-    what = []
-    if plan.missing:
-        what.append(f"the checkpoint lacks {_some(plan.missing)}")
-    if plan.unexpected:
-        what.append(f"{type(model).__name__} has no place for {_some(plan.unexpected)}")
-    if strict and (plan.missing or (unexpected and plan.unexpected)):
-        raise CheckpointError(f"{source.path}: {'; '.join(what)}")
-    for line in what:
-        _logger.warning("%s: %s", source.path, line)
-
-
-def _some(items: Sequence[str], most: int = 10) -> str:
-    """The first few of many, and how many there are."""
-    rest = len(items) - most
-    return ", ".join(items[:most]) + (f" and {rest} more" if rest > 0 else "")
-
-
 # ---- carrying it out -------------------------------------------------------------------------------------------------
 
 
 def _layers(
-    model: nn.Module, source: Folder, plan: Plan, device: torch.device, compute_dtype: torch.dtype | None
+    model: nn.Module, source: Folder, plan: Plan, device: torch.device, recipe: Recipe
 ) -> list[tuple[nn.Module, nn.Module]]:
-    """The 4-bit layers that the checkpoint holds, each beside the layer that it replaces."""
+    """The packed layers that the checkpoint holds, each beside the layer that it replaces."""
     found: dict[nn.Module, nn.Module] = {}
     dense: list[str] = []
-    for target, base in plan.packed.items():
+    dtype = _float_dtype(plan)
+    for target, one in plan.packed.items():
         path, _, attribute = target.rpartition(".")
         old = model.get_submodule(path)
-        where = f"{source.file(base)}: {base}"
+        where, bits = f"{source.file(one.weight)}: {one.weight}", f"{one.bits}-bit"
         if attribute != "weight" or not (isinstance(old, nn.Linear | nn.Embedding) or is_conv1d(type(old))):
             raise CheckpointError(
-                f"{where}: is 4-bit, but {target} of the model belongs to a {type(old).__name__}, "
+                f"{where}: is {bits}, but {target} of the model belongs to a {type(old).__name__}, "
                 "expected nn.Linear, Conv1D or nn.Embedding"
             )
         if isinstance(old, nn.Embedding) and (old.max_norm is not None or old.sparse):
-            raise CheckpointError(f"{where}: is 4-bit, but {path} has max_norm or sparse, which 4-bit tables have not")
-        stats = float_parts({name.removeprefix(f"{base}."): source.view(name) for name in plan.states[base]})
+            raise CheckpointError(
+                f"{where}: is {bits}, but {path} has max_norm or sparse, which {bits} tables have not"
+            )
+        parts = {key: source.view(name) for key, name in one.parts.items()}
         try:
-            weight = Params4bit.from_prequantized(source.view(base), stats, device=device)
+            weight = packed.parameter(one.bits, source.view(one.weight), parts, device)
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{where}: {error}") from None
-        state = weight.quant_state
-        assert state is not None
-        assert state.shape is not None
-        shape, expected = tuple(state.shape), layer_shape(old)
+        shape, expected = shape_of(weight), layer_shape(old)
         if shape != expected:
             raise CheckpointError(f"{where}: holds {list(shape)}, {path} of the model has {list(expected)}")
         if old in found:
-            raise CheckpointError(f"{where}: {path} of the model has another 4-bit weight under another name")
+            raise CheckpointError(f"{where}: {path} of the model has another packed weight under another name")
+        new: PackedLayer
+        if isinstance(old, nn.Embedding):
+            state = getattr(weight, "quant_state", None)
+            new = to_embedding(old, weight, (state.dtype if state is not None else dtype) or torch.float32, recipe)
+        else:
+            new = to_linear(old, weight, recipe)
+        if one.bits == 8 and dtype is not None:
+            # The model's own weights may be of another dtype than the file's.
+            new.__dict__[SOURCE_DTYPE] = dtype
+        found[old] = new
         if _has_own_code(type(old)):
             dense.append(path)
-        if isinstance(old, nn.Embedding):
-            found[old] = to_embedding4bit(old, weight, state.dtype or torch.float32)
-        else:
-            found[old] = to_linear4bit(old, weight, shape[1], shape[0], compute_dtype)
-        if _has_own_code(type(old)):
-            found[old] = to_dense(found[old], state.dtype)  # type: ignore[arg-type]
+            found[old] = to_dense(new, dense_dtype(new))
     if dense:
         _logger.warning("%s: %s: the module's class has code of its own that reads the weight, so it is unpacked",
-                        source.path, _some(dense))  # fmt: skip
+                        source.path, some(dense))  # fmt: skip
     return list(found.items())
 
 
-def float_parts(stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parts beside a packed weight with scales in float32: some tools cast all that is not packed to 16 bits."""
-    half = (torch.float16, torch.bfloat16)
-    return {key: value.float() if value.dtype in half else value for key, value in stats.items()}
+def _float_dtype(plan: Plan) -> torch.dtype | None:
+    """The dtype of what is not packed in a checkpoint: the first that is one of a model's."""
+    dtypes = (dtype for entry in plan.entries for _, dtype in entry.targets.values())
+    return next((dtype for dtype in dtypes if dtype in FLOAT_DTYPES), None)
 
 
 def _has_own_code(cls: type[nn.Module]) -> bool:
-    """Would a 4-bit layer in its place lose code of the class, or be read by code that expects a plain weight?"""
-    if issubclass(cls, Linear4bit | Embedding4bit) or is_conv1d(cls):
+    """Would a packed layer in its place lose code of the class, or be read by code that expects a plain weight?"""
+    if issubclass(cls, PACKED_LAYERS) or is_conv1d(cls):
         return False
     base: type[nn.Module] = nn.Embedding if issubclass(cls, nn.Embedding) else nn.Linear
     # `nn.MultiheadAttention` reads the weight of this class, and never calls it.
@@ -349,8 +200,10 @@ def _has_own_code(cls: type[nn.Module]) -> bool:
 
 def layer_shape(old: nn.Module) -> tuple[int, ...]:
     """`[out, in]` of a linear layer, `[rows, columns]` of an embedding."""
-    if isinstance(old, Linear4bit | Embedding4bit):
-        return old._weight_shape()
+    if isinstance(old, PACKED_LAYERS):
+        if isinstance(old, nn.Embedding):
+            return old.num_embeddings, old.embedding_dim
+        return old.out_features, old.in_features
     weight = old._parameters["weight"]
     assert weight is not None
     return tuple(weight.shape[::-1] if is_conv1d(type(old)) else weight.shape)
@@ -375,7 +228,7 @@ def check_ties(model: nn.Module, source: Folder, plan: Plan) -> None:
     Raises:
         CheckpointError: It is not; the message names both.
     """
-    tensors = _persistent(model)
+    tensors = persistent(model)
     first: dict[int, str] = {}
     by_target = {name: entry for entry in plan.entries if entry.convert is None for name in entry.targets}
     for name, entry in by_target.items():
@@ -406,7 +259,7 @@ def compute_buffers(model: nn.Module, plan: Plan) -> None:
             left = {name: buffer for name, buffer in left.items() if name.removeprefix(join(path, "")) not in inside}
     if left:
         raise ValueError(
-            f"model: its buffers {_some(list(left))} are on the meta device and in no checkpoint; build the model with "
+            f"model: its buffers {some(list(left))} are on the meta device and in no checkpoint; build the model with "
             "accelerate.init_empty_weights(), which leaves only parameters on the meta device"
         )
 
@@ -416,7 +269,7 @@ def tensor_holders(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
     by_object: dict[int, list[tuple[nn.Module, str]]] = {}
     by_name: dict[str, list[tuple[nn.Module, str]]] = {}
     for module, module_paths in paths(model).items():
-        by_name.update({join(path, _EXTRA): [(module, _EXTRA)] for path in module_paths})
+        by_name.update({join(path, EXTRA): [(module, EXTRA)] for path in module_paths})
         for held in (module._parameters, module._buffers):
             for attribute, tensor in held.items():
                 if tensor is None:
@@ -431,7 +284,7 @@ def assign(holders: Mapping[str, list[tuple[nn.Module, str]]], name: str, value:
     """Put a tensor in a parameter's or buffer's place, wherever the model holds it."""
     places = holders[name]
     module, attribute = places[0]
-    if attribute == _EXTRA:
+    if attribute == EXTRA:
         module.set_extra_state(value)
         return
     if attribute in module._buffers:
@@ -474,34 +327,36 @@ def _read_config(source: Folder) -> BitsAndBytesConfig | None:
     if skipped is not None and not (isinstance(skipped, list) and all(isinstance(name, str) for name in skipped)):
         raise CheckpointError(f"{where}: llm_int8_skip_modules must be a list of names or null, got {skipped!r}")
     arguments = inspect.signature(BitsAndBytesConfig).parameters
+    given = {key: value for key, value in found.items() if key in arguments}
+    if given.get("load_in_4bit") is True and given.get("load_in_8bit") is True:
+        # A checkpoint of both kinds, by rules. A config has one of them; which weight is what, the tensors say.
+        given["load_in_8bit"] = False
     try:
-        return BitsAndBytesConfig.coerce(
-            BitsAndBytesConfig.from_dict({key: value for key, value in found.items() if key in arguments})
-        )
+        return BitsAndBytesConfig.coerce(BitsAndBytesConfig.from_dict(given))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: {error}") from None
 
 
-def _compute_dtype(source: Folder, config: BitsAndBytesConfig | None) -> torch.dtype | None:
-    """What `config.json` says, if it says anything."""
-    if config is None or (source.config or {})["quantization_config"].get("bnb_4bit_compute_dtype") is None:
-        return None
-    dtype = config.bnb_4bit_compute_dtype
-    return dtype if isinstance(dtype, torch.dtype) else None
+def _recipe(source: Folder, config: BitsAndBytesConfig | None) -> Recipe:
+    """What layers compute in: what `config.json` says, if it says anything."""
+    if config is None:
+        return Recipe(INT8)
+    recipe = Recipe.from_config(config)
+    said = (source.config or {})["quantization_config"].get("bnb_4bit_compute_dtype")
+    return recipe if said is not None else dataclasses.replace(recipe, compute_dtype=None)
 
 
 def _summary(model: nn.Module, source: Folder) -> None:
-    packed = sum(isinstance(module, Quantized) for module in model.modules())
-    _logger.info("loaded %d 4-bit layers from %s: %s", packed, source.path, format_bytes(model_bytes(model)))
+    counts = Counter(bits_of(module) for module in model.modules())
+    layers = " and ".join(f"{counts[bits]} {bits}-bit" for bits in (4, 8) if counts[bits])
+    _logger.info("loaded %s layers from %s: %s", layers, source.path, format_bytes(model_bytes(model)))
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters, buffers and quantization states, what is shared counted once."""
+    """Bytes of a model's parameters, buffers and scales, what is shared counted once."""
     seen: dict[int, int] = {}
     for module in model.modules():
-        held = [*module._parameters.values(), *module._buffers.values()]
-        if isinstance(module, Quantized) and module.quant_state is not None:
-            held += module.quant_state.tensors()
+        held = [*module._parameters.values(), *module._buffers.values(), *scales_of(module)]
         for tensor in held:
             if tensor is not None and not isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
                 seen[id(tensor)] = tensor.numel() * tensor.element_size()

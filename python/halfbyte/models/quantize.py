@@ -1,4 +1,4 @@
-"""`quantize_model` and `dequantize_model`: convert the linear layers of a model to 4 bits, and back.
+"""`quantize_model` and `dequantize_model`: convert the linear layers of a model to 4 or 8 bits, and back.
 
 Layers are converted one after the other, in place, so at most one dense weight exists beside the packed ones.
 """
@@ -26,18 +26,19 @@ from halfbyte.models.load import (
     check_ties,
     compute_buffers,
     finish,
-    make_plan,
     model_bytes,
-    report,
     tensor_holders,
     values,
 )
 from halfbyte.models.observers import notify
-from halfbyte.models.replace import replace, to_dense, to_linear4bit
+from halfbyte.models.plan import make_plan, report
+from halfbyte.models.recipe import INT8, PACKED_LAYERS, PackedLinear, Recipe, is_quantized, scales_of
+from halfbyte.models.replace import replace, to_dense, to_linear
 from halfbyte.models.select import Choice, Layer, choose, skip_list
-from halfbyte.nn import Embedding4bit, Linear4bit, Params4bit
+from halfbyte.nn import Params4bit
+from halfbyte.nn.int8_params import check_weight
 from halfbyte.offline.hub import Hub
-from halfbyte.offline.options import QuantizeOptions, Rule
+from halfbyte.offline.options import QuantizeOptions, Rule, module_names, rule_texts
 
 _logger = logging.getLogger(__name__)
 
@@ -60,13 +61,14 @@ def quantize_model(
     token: str | bool | None = None,
     cache_dir: str | PathLike[str] | None = None,
 ) -> _Model:
-    """Replace the linear layers of a model by `Linear4bit`, one after the other, in place.
+    """Replace the linear layers of a model by `Linear4bit` or `Linear8bitLt`, one after the other, in place.
 
     Args:
         model: Any module. All `nn.Linear` and transformers' `Conv1D` modules in it are converted.
         config: A `BitsAndBytesConfig` of this package or of transformers, or a dict of its arguments, with
-            `load_in_4bit=True`. None means NF4 with double quantization, computed in the dtype of the input.
-        rules: Exceptions, as in the offline tool: `"REGEX=nf4|fp4|keep"`, or pairs of both sides. The first rule whose
+            `load_in_4bit=True` or `load_in_8bit=True` (LLM.int8()). None means NF4 with double quantization, computed
+            in the dtype of the input.
+        rules: Exceptions, as in the offline tool: `"REGEX=nf4|fp4|int8|keep"`, or pairs of both sides. The first whose
             pattern is found in the name of a weight or of its layer decides, before the defaults.
         skip: Names of modules to keep in addition to the defaults, matched as transformers matches
             `llm_int8_skip_modules`. Names in `config` are added in the same way.
@@ -86,19 +88,22 @@ def quantize_model(
 
     Raises:
         ValueError: There is nothing to convert; a layer cannot be converted (its weight is computed, offloaded or on
-            the meta device, or its `forward` was replaced); or `config`, a rule or a skip name is wrong. The message
-            names the layer or argument, and the model is unchanged.
+            the meta device, or its `forward` was replaced; for 8 bits, its weight has a NaN, an infinity or a value
+            beyond float16); or `config`, a rule or a skip name is wrong. The message names the layer or argument, and
+            the model is unchanged.
         CheckpointError: The checkpoint lacks a tensor or does not fit the model. The model is unchanged.
         TypeError: An argument has a wrong type.
 
     By default the same layers are kept as in transformers and the offline tool: output embeddings, tied weights,
     modules that the architecture keeps in float32, the last parameter of a transformers model, and weights of other
     dtypes. A layer with several parents is converted once and stays shared. Biases, hooks, attributes, the training
-    flag and `requires_grad` of all other parameters are unchanged. A packed weight has no gradient.
+    flag and `requires_grad` of all other parameters are unchanged. A packed weight has no gradient. With
+    `llm_int8_has_fp16_weight=True`, layers keep their float weights, which can be trained, and quantize them in each
+    forward.
 
-    Layers that are 4-bit already are skipped, so a second call converts what the first one kept. An error in the middle
-    (out of memory, an interrupt) leaves a working model with some layers in 4 bits. The number is logged, and the same
-    call continues.
+    Layers that are packed already are skipped, so a second call converts what the first one kept. An error in the
+    middle (out of memory, an interrupt) leaves a working model with some layers packed. The number is logged, and the
+    same call continues.
 
     >>> import torch, halfbyte
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.GELU(), torch.nn.Linear(128, 64))
@@ -108,11 +113,15 @@ def quantize_model(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    settings, compute_dtype = _settings(config)
-    options = QuantizeOptions.from_config(settings, rules=rules or (), skip=skip or (), blocksize=blocksize)
+    settings = _settings(config)
+    of_config = module_names("llm_int8_skip_modules", settings.llm_int8_skip_modules or ())
+    options = QuantizeOptions(
+        rules=rule_texts(rules or ()), skip=(*of_config, *module_names("skip", skip or ())), blocksize=blocksize
+    )
+    recipe = Recipe.from_config(settings, options.blocksize)
     choice = choose(
         model,
-        options.quant_type,
+        recipe.quant_type,
         rules=options.rules,
         skip=options.skip,
         subclasses=_classes(subclasses),
@@ -127,7 +136,9 @@ def quantize_model(
     for note in choice.notes:
         _logger.warning("quantize_model: %s", note)
 
-    swap = _Swap(model, choice, settings, options.blocksize, compute_dtype, target)
+    if checkpoint is None:
+        _check_int8(choice, recipe)
+    swap = _Swap(model, choice, recipe, target)
     # From here on only `swap` knows the layers, and lets go of each as it is converted.
     del choice
     with _display(progress) as show:
@@ -140,30 +151,31 @@ def quantize_model(
 
 
 def dequantize_model(model: _Model, dtype: torch.dtype | None = None) -> _Model:
-    """Replace 4-bit layers by the dense layers that they came from, one after the other, in place.
+    """Replace packed layers by the dense layers that they came from, one after the other, in place.
 
     Args:
-        model: Any module with layers of `quantize_model` or `load_quantized`, or other `Linear4bit` and
-            `Embedding4bit` of this package.
-        dtype: float16, bfloat16 or float32 of the dense weights; by default the dtype that each was quantized from. A
-            bias of another dtype is converted to it.
+        model: Any module with layers of `quantize_model` or `load_quantized`, or other `Linear4bit`, `Linear8bitLt`,
+            `Embedding4bit` and `Embedding8bit` of this package.
+        dtype: float16, bfloat16 or float32 of the dense weights; by default the dtype that each was quantized from. An
+            8-bit weight does not say which that was: there it is the dtype of the bias, or of the model. A bias of
+            another dtype is converted to it.
 
     Returns:
         `model`; another object only where the model itself is such a layer. `Conv1D` and subclasses of `nn.Linear` come
         back as what they were, hooks and attributes included, and `requires_grad` as it was.
 
     Raises:
-        ValueError: There is no 4-bit layer, or one of them is not quantized yet.
+        ValueError: There is no packed layer, or one of them is not quantized yet.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if dtype not in (None, torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"dtype must be one of torch.float16, torch.bfloat16, torch.float32, None, got {dtype!r}")
-    found = [(m, names) for m, names in paths(model).items() if isinstance(m, Linear4bit | Embedding4bit)]
+    found = [(m, names) for m, names in paths(model).items() if isinstance(m, PACKED_LAYERS)]
     if not found:
-        raise ValueError(f"model must have a 4-bit layer, got {type(model).__name__} without any")
+        raise ValueError(f"model must have a 4-bit layer or an 8-bit one, got {type(model).__name__} without any")
     for module, names in found:
-        if module.quant_state is None or module.weight.is_meta:
+        if not is_quantized(module) or module.weight.is_meta:
             raise ValueError(f"model must be quantized, got {names[0] or 'a layer'} with a dense weight")
     result: nn.Module = model
     found.reverse()
@@ -182,16 +194,12 @@ class _Swap:
         self,
         model: nn.Module,
         choice: Choice,
-        config: BitsAndBytesConfig,
-        blocksize: int,
-        compute_dtype: torch.dtype | None,
+        recipe: Recipe,
         device: torch.device | None,
     ) -> None:
         self.model = model
         self.layers = choice.layers
-        self.config = config
-        self.blocksize = blocksize
-        self.compute_dtype = compute_dtype
+        self.recipe = recipe
         self.device = device
         self.total = len(choice.layers)
         self.linear = self.total + len(choice.kept)
@@ -226,8 +234,9 @@ class _Swap:
         with Folder(checkpoint, hub) as source:
             plan = make_plan(self.model, source)
             if plan.packed:
+                one = next(iter(plan.packed.values()))
                 raise CheckpointError(
-                    f"{source.path}: {next(iter(plan.packed.values()))} is 4-bit already: load_quantized(model, folder)"
+                    f"{source.path}: {one.weight} is {one.bits}-bit already: load_quantized(model, folder)"
                 )
             report(self.model, source, plan, strict=True, unexpected=False)
             check_ties(self.model, source, plan)
@@ -259,33 +268,29 @@ class _Swap:
         self.before = self.bytes_of_dense + model_bytes(self.model) - self.bytes_held
         return self.model
 
-    def _convert(self, layer: Layer, dense: Tensor, device: torch.device) -> Linear4bit:
+    def _convert(self, layer: Layer, dense: Tensor, device: torch.device) -> PackedLinear:
         """Quantize one weight and put the new layer in place."""
         if dense.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             raise CheckpointError(f"{layer.name}: its weight is {dense.dtype}, expected float16, bfloat16 or float32")
         self.bytes_of_dense += dense.numel() * dense.element_size()
         if layer.transpose:
             dense = dense.t()
-        out_features, in_features = dense.shape
-        storage = self.config.bnb_4bit_quant_storage
-        assert isinstance(storage, torch.dtype)
-        weight = Params4bit(
-            dense.to(device),
-            requires_grad=False,
-            blocksize=self.blocksize,
-            compress_statistics=self.config.bnb_4bit_use_double_quant,
-            quant_type=layer.quant_type,
-            quant_storage=storage,
-        ).to(device)
-        state = weight.quant_state
-        assert state is not None
-        new = to_linear4bit(layer.module, weight, in_features, out_features, self.compute_dtype)
+        recipe = self.recipe.with_type(layer.quant_type)
+        old = layer.module._parameters["weight"]
+        trained = old is not None and old.requires_grad
+        try:
+            weight = recipe.parameter(dense.to(device), requires_grad=trained).to(device)
+        except ValueError as error:
+            raise ValueError(f"{layer.name}: {error}") from error
+        new = to_linear(layer.module, weight, recipe)
         self.model = replace(self.model, layer.names, new)
         self.done += 1
         self.weights += dense.numel()
-        scales = [state.absmax] if state.state2 is None else [state.absmax, state.state2.absmax]
-        self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in (weight, *scales))
-        self.bytes_held += sum(t.numel() * t.element_size() for t in (weight, *state.tensors()))
+        # The map of a 4-bit weight is the same for all, and does not count.
+        state = weight.quant_state if isinstance(weight, Params4bit) else None
+        needed = scales_of(new) if state is None else [state.absmax, *([state.state2.absmax] if state.state2 else [])]
+        self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in (weight, *needed))
+        self.bytes_held += sum(t.numel() * t.element_size() for t in (weight, *scales_of(new)))
         return new
 
     @contextlib.contextmanager
@@ -295,8 +300,8 @@ class _Swap:
             yield
         except BaseException as error:
             message = (
-                f"quantize_model stopped after {self.done} of {self.total} layers: these are 4-bit, the others as they "
-                "were"
+                f"quantize_model stopped after {self.done} of {self.total} layers: these are packed, the others as "
+                "they were"
             )
             _logger.error("%s", message)
             if hasattr(error, "add_note"):
@@ -312,19 +317,22 @@ class _Swap:
         )
 
 
-def _settings(config: object) -> tuple[BitsAndBytesConfig, torch.dtype | None]:
-    """The checked config and the compute dtype; None means the dtype of the input."""
+def _settings(config: object) -> BitsAndBytesConfig:
+    """The checked config."""
     if config is None:
-        made = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-        return made, None
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     made = BitsAndBytesConfig.coerce(config)
-    if made.load_in_8bit:
-        raise ValueError("config must have load_in_4bit=True, got load_in_8bit=True")
-    if not made.load_in_4bit:
-        raise ValueError("config must have load_in_4bit=True, got False")
-    dtype = made.compute_dtype()
-    assert dtype is None or isinstance(dtype, torch.dtype)
-    return made, dtype
+    if not made.is_quantizable():
+        raise ValueError("config must have load_in_4bit=True or load_in_8bit=True, got False for both")
+    return made
+
+
+def _check_int8(choice: Choice, recipe: Recipe) -> None:
+    """That LLM.int8() can take the weights it is to have; before anything is changed."""
+    for layer in choice.layers:
+        weight = layer.module._parameters["weight"]
+        if layer.quant_type == INT8 and not recipe.has_fp16_weights and weight is not None and not weight.is_meta:
+            check_weight(weight, join(layer.names[0], "weight"))
 
 
 def _classes(subclasses: bool | Iterable[type[nn.Linear]]) -> bool | tuple[type[nn.Module], ...]:
@@ -342,7 +350,7 @@ def _nothing(model: nn.Module, choice: Choice) -> str:
     """Why there is nothing to do."""
     reasons = [f"{name or 'it'} stays ({reason})" for name, reason in choice.kept.items()]
     if choice.quantized:
-        reasons.insert(0, f"{choice.quantized} layers are 4-bit already")
+        reasons.insert(0, f"{choice.quantized} layers are packed already")
     reasons += choice.notes
     text = "; ".join(reasons[:5]) + ("; …" if len(reasons) > 5 else "")
     return f"model: {type(model).__name__} has no linear layer to quantize" + (f": {text}" if text else "")

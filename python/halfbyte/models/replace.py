@@ -6,6 +6,7 @@ bias stays the same parameter object. A module that several parents hold is repl
 
 from __future__ import annotations
 
+import functools
 import sys
 import weakref
 from collections.abc import Iterable
@@ -14,10 +15,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from halfbyte.nn import Embedding4bit, Linear4bit, Params4bit
+from halfbyte.models.recipe import (
+    PACKED_LAYERS,
+    PackedEmbedding,
+    PackedLayer,
+    PackedLinear,
+    PackedParameter,
+    Recipe,
+    shape_of,
+)
+from halfbyte.nn import Embedding4bit, Int8Params, Linear4bit
+from halfbyte.ops.checks import FLOAT_DTYPES
 
 SOURCE_CLASS = "source_cls"
 """The attribute that holds the class of the module that was replaced; transformers sets the same."""
+
+SOURCE_DTYPE = "source_dtype"
+"""The attribute of an 8-bit layer that holds the dtype that its weight had; 4-bit weights know it themselves."""
 
 _SOURCE_REQUIRES_GRAD = "source_requires_grad"
 # accelerate rebinds these on the module that it hooks.
@@ -25,86 +39,71 @@ _BOUND = ("forward", "_old_forward", "_hf_hook")
 _SPECIAL = ("_parameters", "_buffers", "_modules", *_BOUND)
 
 
+@functools.cache
 def _own_attributes() -> frozenset[str]:
-    """What a 4-bit layer has and a plain one has not."""
+    """What a packed layer has and a plain one has not."""
+    packed: set[str] = set()
     with torch.device("meta"):
-        packed = {*vars(Linear4bit(1, 1)), *vars(Embedding4bit(1, 1))}
+        for cls in PACKED_LAYERS:
+            packed |= vars(cls(1, 1)).keys()
         plain = {*vars(nn.Linear(1, 1)), *vars(nn.Embedding(1, 1))}
-    return frozenset(packed - plain | {SOURCE_CLASS, _SOURCE_REQUIRES_GRAD})
+    return frozenset(packed - plain | {SOURCE_CLASS, SOURCE_DTYPE, _SOURCE_REQUIRES_GRAD})
 
 
-def empty_linear4bit(
-    old: nn.Module,
-    in_features: int,
-    out_features: int,
-    *,
-    compute_dtype: torch.dtype | None,
-    nested: bool,
-    quant_type: str,
-    storage: torch.dtype,
-) -> Linear4bit:
-    """A `Linear4bit` on the meta device, with a bias if `old`, a linear layer, has one."""
-    with torch.device("meta"):
-        return Linear4bit(
-            in_features,
-            out_features,
-            bias=old._parameters.get("bias") is not None,
-            compute_dtype=compute_dtype,
-            compress_statistics=nested,
-            quant_type=quant_type,
-            quant_storage=storage,
-        )
+def to_linear(old: nn.Module, weight: PackedParameter, recipe: Recipe) -> PackedLinear:
+    """A linear layer with this weight, which is packed, and all else of `old`, also one.
 
-
-def to_linear4bit(
-    old: nn.Module, weight: Params4bit, in_features: int, out_features: int, compute_dtype: torch.dtype | None
-) -> Linear4bit:
-    """A `Linear4bit` with this weight, which is packed, and all else of `old`, a linear layer."""
-    new = empty_linear4bit(
-        old,
-        in_features,
-        out_features,
-        compute_dtype=compute_dtype,
-        nested=weight.compress_statistics,
-        quant_type=weight.quant_type,
-        storage=weight.quant_storage,
-    )
+    Args:
+        old: `nn.Linear`, a subclass, `Conv1D`, or a packed layer.
+        weight: `[out, in]`.
+        recipe: What the layer computes in. How the weight is packed, it says itself.
+    """
+    out_features, in_features = shape_of(weight)
+    new = recipe.of(weight).empty_linear(in_features, out_features, old._parameters.get("bias") is not None)
     _become_packed(old, new, weight)
     return new
 
 
-def to_embedding4bit(old: nn.Embedding, weight: Params4bit, dtype: torch.dtype) -> Embedding4bit:
-    """An `Embedding4bit` with this weight, which is packed, and all else of `old`."""
-    with torch.device("meta"):
-        new = Embedding4bit(
-            old.num_embeddings,
-            old.embedding_dim,
-            dtype=dtype,
-            quant_type=weight.quant_type,
-            quant_storage=weight.quant_storage,
-        )
-    # The meta device has no say in these.
-    new.padding_idx = old.padding_idx
+def to_embedding(old: nn.Embedding, weight: PackedParameter, dtype: torch.dtype, recipe: Recipe) -> PackedEmbedding:
+    """An embedding with this weight, which is packed, and all else of `old`."""
+    new = recipe.of(weight).empty_embedding(old, dtype)
     _become_packed(old, new, weight)
     return new
 
 
-def _become_packed(old: nn.Module, new: Linear4bit | Embedding4bit, weight: Params4bit) -> None:
+def _become_packed(old: nn.Module, new: PackedLayer, weight: PackedParameter) -> None:
     before = old._parameters.get("weight")
     new.weight = weight
-    weight.module = new
-    new.quant_state = weight.quant_state
     _take_over(old, new, leave=frozenset(vars(new)))
-    if not isinstance(old, Linear4bit | Embedding4bit):
+    if not isinstance(old, PACKED_LAYERS):
         new.__dict__[SOURCE_CLASS] = type(old)
         new.__dict__[_SOURCE_REQUIRES_GRAD] = before is None or before.requires_grad
+        if before is not None and isinstance(weight, Int8Params):
+            new.__dict__[SOURCE_DTYPE] = before.dtype
 
 
-def to_dense(old: Linear4bit | Embedding4bit, dtype: torch.dtype | None) -> nn.Module:
-    """The dense layer that `old` came from: `nn.Linear`, `Conv1D`, a subclass, or `nn.Embedding`."""
+def dense_dtype(layer: PackedLayer) -> torch.dtype:
+    """The dtype that a packed weight was made from, as far as it is known."""
+    if isinstance(layer, Linear4bit | Embedding4bit):
+        state = layer.quant_state
+        return (state.dtype if state is not None else None) or torch.float32
+    bias = layer._parameters.get("bias")
+    if bias is not None and bias.dtype in FLOAT_DTYPES:
+        return bias.dtype
+    known = layer.__dict__.get(SOURCE_DTYPE)
+    return known if known in FLOAT_DTYPES else torch.float32
+
+
+def to_dense(old: PackedLayer, dtype: torch.dtype | None) -> nn.Module:
+    """The dense layer that `old` came from: `nn.Linear`, `Conv1D`, a subclass, or `nn.Embedding`.
+
+    Args:
+        old: A layer whose weight is quantized.
+        dtype: Of the weight; None for `dense_dtype`.
+    """
     default = nn.Embedding if isinstance(old, nn.Embedding) else nn.Linear
     cls: type[nn.Module] = old.__dict__.get(SOURCE_CLASS, default)
-    dense = old.dequantize(dtype)
+    dense = old.dequantize(dense_dtype(old) if dtype is None else dtype)
     new = cls.__new__(cls)
     nn.Module.__init__(new)
     if not issubclass(cls, nn.Linear | nn.Embedding):

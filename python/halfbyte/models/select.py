@@ -1,4 +1,4 @@
-"""Which layers of a torch model become 4-bit, and why the others do not.
+"""Which layers of a torch model are packed, to 4 bits or to 8, and why the others are not.
 
 The choice is transformers' and the offline tool's: plain `nn.Linear` and `Conv1D`, without output embeddings, tied
 weights, modules that the architecture keeps in float32, and the module that holds a transformers model's last
@@ -26,7 +26,7 @@ from halfbyte.models.layers import (
     paths,
     refuse_adapters,
 )
-from halfbyte.nn._quantized import Quantized
+from halfbyte.models.recipe import PACKED_LAYERS
 from halfbyte.ops.checks import FLOAT_DTYPES, names
 
 
@@ -56,7 +56,7 @@ class Choice:
     kept: dict[str, str] = field(default_factory=dict)
     """Linear layers that stay as they are: first path, and why."""
     quantized: int = 0
-    """Layers that are 4-bit already."""
+    """Layers that are packed already."""
     as_default: bool = True
     """Whether a loader that is told nothing would choose the same."""
     notes: list[str] = field(default_factory=list)
@@ -85,7 +85,7 @@ def choose(
     Args:
         model: Any module.
         quant_type: Of layers that no rule names.
-        rules: `"REGEX=nf4|fp4|keep"`; the first that is found in the name of a weight or of its module decides.
+        rules: `"REGEX=nf4|fp4|int8|keep"`; the first that is found in the name of a weight or of its module decides.
         skip: Names of modules to keep besides the defaults, matched as transformers matches `llm_int8_skip_modules`.
         subclasses: True to take also subclasses of `nn.Linear` that do not override `forward`; or the classes to take.
         meta: Weights on the meta device are acceptable: they will come from a checkpoint.
@@ -103,7 +103,7 @@ def choose(
     tensors = [
         (join(path, name), module)
         for module, module_paths in modules.items()
-        if not isinstance(module, Quantized)
+        if not isinstance(module, PACKED_LAYERS)
         for path in module_paths
         for name in module._parameters
         if module._parameters[name] is not None
@@ -152,7 +152,8 @@ def choose(
             choice.kept[module_paths[0]] = why[module]
         elif len(types) > 1:
             raise ValueError(
-                f"rules: {' and '.join(map(repr, module_paths))} are one layer, and rules ask for it as nf4 and as fp4"
+                f"rules: {' and '.join(map(repr, module_paths))} are one layer, and rules ask for it as "
+                f"{' and as '.join(sorted(str(one) for one in types))}"
             )
         else:
             (chosen,) = types
@@ -168,7 +169,7 @@ def choose(
         reason = obstacle(layer.module, meta)
         if reason is not None:
             raise ValueError(f"{layer.name}: {reason}; or keep the layer as it is: skip=[{layer.names[0]!r}]")
-    choice.quantized = sum(isinstance(module, Quantized) for module in modules)
+    choice.quantized = sum(isinstance(module, PACKED_LAYERS) for module in modules)
     choice.notes += left_out(modules, linear, subclasses)
     return choice
 

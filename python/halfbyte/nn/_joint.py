@@ -28,11 +28,10 @@ def new_module(cls: type[torch.nn.Module]) -> torch.nn.Module:
     return module
 
 
-def is_foreign(param: object) -> bool:
-    """Whether this is a `Params4bit` of bitsandbytes, and none of this package."""
+def is_foreign(param: object, name: str = "Params4bit") -> bool:
+    """Whether this is a parameter of the class `name` of bitsandbytes, and none of this package."""
     return any(
-        cls.__name__ == "Params4bit" and cls.__module__.partition(".")[0] == "bitsandbytes"
-        for cls in type(param).__mro__
+        cls.__name__ == name and cls.__module__.partition(".")[0] == "bitsandbytes" for cls in type(param).__mro__
     )
 
 

@@ -6,18 +6,21 @@ wrappers do that shard or flatten parameters. They follow the weight that is ass
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from halfbyte.functional import int8_vectorwise_dequant
-from halfbyte.nn._joint import JOINT, STANDS_FOR, new_module, portable
+from halfbyte.nn._joint import JOINT, STANDS_FOR, is_foreign, new_module, portable
 from halfbyte.nn._quantized import _as_bytes
+from halfbyte.nn._requantized import watching
 from halfbyte.nn.int8_params import Int8Params, quantize_weight
 from halfbyte.ops._torch_internals import can_hold
-from halfbyte.ops.checks import FLOAT_DTYPES, DTypeError, names
+from halfbyte.ops.checks import FLOAT_DTYPES, DTypeError, check_tensor, names
 from halfbyte.ops.checks_8bit import check_statistics
 from halfbyte.ops.matmul_8bit import MatmulLtState
 
@@ -35,6 +38,10 @@ class QuantizedRows(torch.nn.Module):
     # one that stands in for it.
     _loads_codes_early: bool = True
 
+    # The scales of a weight that is offloaded: accelerate's hooks bring its codes for each forward, in a parameter of
+    # their own making, and forget those of the state behind it.
+    offloaded_scales: Tensor | None = None
+
     def _weight_shape(self) -> tuple[int, int]:
         """Of the weight."""
         raise NotImplementedError
@@ -43,8 +50,14 @@ class QuantizedRows(torch.nn.Module):
 
     def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
         """Assigning `weight` ends here: the state follows."""
+        if name == "weight" and not isinstance(param, Int8Params) and is_foreign(param, "Int8Params"):
+            # PEFT makes one when it merges an adapter.
+            param = Int8Params.adopt(param)
         if isinstance(param, Int8Params) and type(param) in JOINT and STANDS_FOR in type(self).__dict__:
             param.__class__ = JOINT[type(param)]
+        watch = watching()
+        if watch is not None and name == "weight" and isinstance(param, Int8Params):
+            watch.assigned(self, self._parameters.get(name), param)
         super().register_parameter(name, param)
         if name == "weight" and isinstance(param, Int8Params):
             self._follow(param)
@@ -59,6 +72,8 @@ class QuantizedRows(torch.nn.Module):
         scales: Tensor | None = getattr(weight, "SCB", None)
         if scales is None:
             scales = self.state.SCB
+            if scales is None and self.offloaded_scales is not None:
+                return self.offloaded_scales if weight.is_meta else self.offloaded_scales.to(weight.device)
             if scales is None:
                 raise RuntimeError(
                     f"{type(self).__name__}: the weight is torch.int8, but its scales are missing: weight.SCB and "
@@ -90,7 +105,20 @@ class QuantizedRows(torch.nn.Module):
         named = portable(type(self))
         if named is type(self):
             return super().__reduce_ex__(protocol)
-        return new_module, (named,), self.__dict__
+        return new_module, (named,), self.__getstate__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the codes in the state, which the weight has too."""
+        state = copy.copy(self.state)
+        if self._parameters.get("weight") is not None and self.weight.dtype is torch.int8:
+            state.CB = None
+        return {**self.__dict__, "state": state}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what `__getstate__` gave."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.state.CB is None:
+            self._follow(self._parameters.get("weight"))
 
     # ---- moving ------------------------------------------------------------------------------------------------------
 
@@ -140,6 +168,10 @@ class QuantizedRows(torch.nn.Module):
         weight = self._parameters.get("weight")
         if weight is None or weight.dtype is not torch.int8:
             return
+        known = (getattr(weight, "SCB", None), self.state.SCB, self.offloaded_scales)
+        if weight.is_meta and all(scales is None for scales in known):
+            # An empty layer, whose codes are to be loaded.
+            return
         scales = self._scales(weight)
         destination[f"{prefix}SCB"] = scales if keep_vars else scales.detach()
         destination[f"{prefix}weight_format"] = torch.tensor(_ROW_FORMAT, dtype=torch.uint8)
@@ -155,73 +187,77 @@ class QuantizedRows(torch.nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Take a float weight, which is quantized, or codes with their scales."""
-        name, scales_name, format_name = (f"{prefix}{key}" for key in ("weight", "SCB", "weight_format"))
-        own = {name, scales_name, format_name}
-        # The bias, and whatever a subclass has, are torch's business.
-        rest = {key: value for key, value in state_dict.items() if key not in own}
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        if name not in state_dict:
-            if scales_name in state_dict:
-                error_msgs.append(f"{name}: missing, but its scales are there: {scales_name}")
-            return
-        if name in missing_keys:
-            missing_keys.remove(name)
+        name, scales_name = f"{prefix}weight", f"{prefix}SCB"
+        own = {key: state_dict[key] for key in (name, scales_name, f"{prefix}weight_format") if key in state_dict}
         assign = bool(local_metadata.get("assign_to_params_buffers", False))
         try:
-            self._load_weight(
-                name, state_dict[name], state_dict.get(scales_name), state_dict.get(format_name), scales_name, assign
-            )
-        except (ValueError, TypeError) as error:
+            hold = self._checked(prefix, own, assign)
+        except (ValueError, TypeError, RuntimeError) as error:
+            # Nothing of the module changes then.
             error_msgs.append(str(error))
+            return
+        # The bias, and whatever a subclass has, are torch's business.
+        said = len(error_msgs)
+        rest = {key: value for key, value in state_dict.items() if key not in own}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if hold is not None:
+            if name in missing_keys:
+                missing_keys.remove(name)
+            if len(error_msgs) == said:
+                hold()
 
-    def _load_weight(self, name: str, value: Any, scales: Any, layout: Any, scales_name: str, assign: bool) -> None:
-        """Check one entry of a state dict, and hold it."""
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: {type(value).__name__} is not a torch.Tensor")
+    def _checked(self, prefix: str, own: Mapping[str, Any], assign: bool) -> Callable[[], None] | None:
+        """Check the entries of a state dict, and return what holds them: None where there are none."""
+        name, scales_name, format_name = (f"{prefix}{key}" for key in ("weight", "SCB", "weight_format"))
+        if name not in own:
+            if own:
+                raise ValueError(f"{name}: missing, but given are {', '.join(own)}")
+            return None
+        value, scales = own[name], own.get(scales_name)
+        check_tensor(name, value)
         weight, shape = self.weight, self._weight_shape()
         value = value.detach()
         if tuple(value.shape) != shape:
             raise ValueError(f"{name}: shape {list(value.shape)} is not the layer's {list(shape)}")
-        if value.dtype is not torch.int8 and value.dtype not in FLOAT_DTYPES:
-            raise DTypeError(f"{name}: dtype {value.dtype} is not torch.int8, or one of {names(FLOAT_DTYPES)}")
         target = value.device if assign else weight.device
         if target.type == "meta" and not value.is_meta:
             raise ValueError(
                 f"{name}: the module is on the meta device, and cannot hold {value.dtype} {list(value.shape)}; "
                 "call load_state_dict(..., assign=True)"
             )
+        quantized = isinstance(weight, Int8Params) or weight.dtype is torch.int8
         trained = bool(self.state.has_fp16_weights)
-        if value.dtype is not torch.int8:
-            if scales is not None:
+        if value.dtype in FLOAT_DTYPES:
+            if scales is not None and quantized:
                 raise ValueError(f"{scales_name}: given, but {name} is {value.dtype}; scales belong to torch.int8")
-            if trained or (weight.dtype is not torch.int8 and not isinstance(weight, Int8Params)):
-                self._take_float(value, target, assign)
-                return
+            if trained or not quantized:
+                if scales is None:
+                    return partial(self._take_float, value, target, assign)
+                raise self._too_early(name)
             if value.is_meta:
                 raise ValueError(f"{name}: is a float tensor on the meta device, of which there is nothing to quantize")
-            self._take(*quantize_weight(value.to(target), name), target, assign)
-            return
+            return partial(self._take, *quantize_weight(value.to(target), name), target, assign)
         if trained:
             raise ValueError(
-                f"{name}: dtype torch.int8 is quantized already, but has_fp16_weights is True; legal are "
+                f"{name}: dtype {value.dtype}, but has_fp16_weights is True, which keeps a weight of "
                 f"{names(FLOAT_DTYPES)}"
             )
-        if layout is not None:
-            number = int(layout) if isinstance(layout, (int, Tensor)) else layout
-            if number not in (_ROW_FORMAT, "row"):
-                raise ValueError(f"{prefix_of(name)}weight_format: {number!r} is not {_ROW_FORMAT} (codes row by row)")
+        if value.dtype is not torch.int8:
+            raise DTypeError(f"{name}: dtype {value.dtype} is not torch.int8, or one of {names(FLOAT_DTYPES)}")
+        _check_format(format_name, own.get(format_name, _ROW_FORMAT))
         if scales is None:
             raise ValueError(f"{scales_name}: missing, but {name} is torch.int8; expected float32 [{shape[0]}]")
-        if isinstance(scales, Tensor):
-            check_statistics(scales_name, scales, shape[0], name, scales.device)
-        else:
-            raise TypeError(f"{scales_name}: {type(scales).__name__} is not a torch.Tensor")
-        if weight.dtype is not torch.int8 and not (self._loads_codes_early and isinstance(weight, Int8Params)):
-            raise RuntimeError(
-                f"Loading a quantized checkpoint into non-quantized {type(self).__name__} is not supported: {name}; "
-                "call module.to(device) first"
-            )
-        self._take(value, scales.detach().view(-1), target, assign)
+        check_tensor(scales_name, scales)
+        check_statistics(scales_name, scales, shape[0], name, scales.device)
+        if not quantized or (weight.dtype is not torch.int8 and not self._loads_codes_early):
+            raise self._too_early(name)
+        return partial(self._take, value, scales.detach().view(-1), target, assign)
+
+    def _too_early(self, name: str) -> RuntimeError:
+        return RuntimeError(
+            f"Loading a quantized checkpoint into non-quantized {type(self).__name__} is not supported: {name}; "
+            "call module.to(device) first"
+        )
 
     def _take_float(self, value: Tensor, device: torch.device, assign: bool) -> None:
         """Hold a float weight as it is."""
@@ -259,6 +295,8 @@ class QuantizedRows(torch.nn.Module):
         self._follow(weight)
 
 
-def prefix_of(name: str) -> str:
-    """What stands before `weight` in a name."""
-    return name.removesuffix("weight")
+def _check_format(name: str, found: Any) -> None:
+    """How codes are laid out: row by row."""
+    value = found.item() if isinstance(found, Tensor) and found.numel() == 1 and not found.is_meta else found
+    if value not in (_ROW_FORMAT, "row") and not (isinstance(found, Tensor) and found.is_meta):
+        raise ValueError(f"{name}: {value!r} is not {_ROW_FORMAT}, codes row by row")

@@ -1,8 +1,8 @@
 """Watching weights that are quantized a second time, as when an adapter is merged into them.
 
-Whoever wants to know what that costs calls `watch`. `Params4bit` tells it of every float tensor that takes the place of
-a packed one, and the layer when the new weight is assigned: then the old bytes, the numbers that were to be kept, and
-the new bytes are all at hand.
+Whoever wants to know what that costs calls `watch`. `Params4bit` and `Int8Params` tell it of every float tensor that
+takes the place of a packed one, and the layer when the new weight is assigned: then the old bytes, the numbers that
+were to be kept, and the new bytes are all at hand.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfbyte.functional import dequantize_4bit
+from halfbyte.functional import dequantize_4bit, int8_vectorwise_dequant
 
 
 @dataclass
@@ -27,6 +27,18 @@ class Requantized:
     """Norm of what rounding took or added, relative to that of the numbers that were to be kept."""
     change: float
     """Norm by which those numbers differ from the old weight, relative to their own."""
+
+
+def values(module: Any, weight: Any) -> Tensor | None:
+    """What a packed weight stands for, float32; None where it is not packed."""
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        return dequantize_4bit(weight.data, state).float()
+    if weight.dtype is not torch.int8:
+        return None
+    scales = getattr(weight, "SCB", None)
+    scales = getattr(getattr(module, "state", None), "SCB", None) if scales is None else scales
+    return None if scales is None else int8_vectorwise_dequant(weight.data, scales)
 
 
 class Watch:
@@ -47,12 +59,14 @@ class Watch:
             return
         wanted = self._wanted[1].to(new.device, torch.float32)
         self._wanted = None
-        state, before = new.quant_state, getattr(old, "quant_state", None)
-        if state is None or before is None or old is None or new.is_meta:
+        if old is None or new.is_meta:
+            return
+        now, before = values(module, new), values(module, old)
+        if now is None or before is None:
             return
         size = float(wanted.norm())
-        error = float((dequantize_4bit(new.data, state).float() - wanted).norm())
-        change = float((dequantize_4bit(old.data, before).float() - wanted).norm())
+        error = float((now - wanted).norm())
+        change = float((before.to(new.device) - wanted).norm())
         if size > 0:
             self.found.append(Requantized(module, error / size, change / size))
 

@@ -138,7 +138,7 @@ class Embedding8bit(QuantizedRows, torch.nn.Embedding):
         if weight.dtype is not torch.int8:
             raise self._not_quantized()
         scales = self._scales(weight)
-        codes = torch.nn.functional.embedding(input, dispatch.plain(weight))
+        codes = torch.nn.functional.embedding(input, weight)
         found = torch.nn.functional.embedding(input, scales.view(-1, 1))
         rows: Tensor = dispatch.call("dequantize_rows", codes, found.view(-1), self.dtype)
         return rows

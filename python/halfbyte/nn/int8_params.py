@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.nn._joint import JOINT, portable
+from halfbyte.nn._requantized import watching
 from halfbyte.ops._torch_internals import make_subclass, parse_to
 from halfbyte.ops.checks import FLOAT_DTYPES, DTypeError, names
 from halfbyte.ops.checks_8bit import check_columns, check_statistics
@@ -23,12 +24,18 @@ def quantize_weight(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tenso
         DTypeError: A weight of another dtype than float16, bfloat16 and float32.
         ValueError: One that is no matrix, is too wide, or contains NaN, Inf or what float16 cannot hold.
     """
+    return quantize_float(check_weight(weight, name))
+
+
+def check_weight(weight: Tensor, name: str) -> Tensor:
+    """The weight in float16, which `quantize_weight` can quantize; raises what that does."""
     if weight.dtype not in FLOAT_DTYPES:
         raise DTypeError(f"{name}: dtype {weight.dtype} is not one of {names(FLOAT_DTYPES)}")
     if weight.dim() != 2:
         raise ValueError(f"{name}: shape {list(weight.shape)} is not [out_features, in_features]")
     check_columns(name, weight.shape[1])
-    half = weight.detach().to(torch.float16)
+    weight = weight.detach()
+    half = weight.to(torch.float16)
     finite = half.isfinite()
     if not bool(finite.all()):
         row, column = (int(i) for i in (~finite).nonzero()[0])
@@ -36,7 +43,7 @@ def quantize_weight(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tenso
             f"{name}: contains {float(weight[row, column])} at [{row}, {column}]; legal are finite values of a "
             "magnitude of at most 65504, float16's largest"
         )
-    return quantize_float(half)
+    return half
 
 
 class Int8Params(torch.nn.Parameter):
@@ -60,8 +67,9 @@ class Int8Params(torch.nn.Parameter):
     (torch.Size([32, 64]), torch.int8, torch.Size([32]))
     """
 
-    has_fp16_weights: bool
-    SCB: Tensor | None
+    # Where an attribute was taken away, as transformers does.
+    has_fp16_weights: bool = False
+    SCB: Tensor | None = None
 
     def __new__(
         cls,
@@ -92,6 +100,11 @@ class Int8Params(torch.nn.Parameter):
         self.SCB = SCB if quantized else None
         return self
 
+    @classmethod
+    def adopt(cls, param: Any) -> Int8Params:
+        """Make a parameter of this class from one of bitsandbytes, whose bytes it shares."""
+        return cls(param.data, param.requires_grad, param.has_fp16_weights, SCB=param.SCB)
+
     @property
     def CB(self) -> Tensor | None:
         """The codes, None before there are any."""
@@ -111,8 +124,11 @@ class Int8Params(torch.nn.Parameter):
 
     def _quantize(self, device: torch.device) -> Int8Params:
         """Quantize the float tensor held, on `device`, in place."""
-        codes, scales = quantize_weight(self.data.to(device))
-        self._hold(codes, scales)
+        data = self.data.to(device)
+        self._hold(*quantize_weight(data))
+        watch = watching()
+        if watch is not None:
+            watch.quantized(self, data)
         return self
 
     def _hold(self, codes: Tensor, scales: Tensor) -> None:
@@ -203,7 +219,8 @@ class Int8Params(torch.nn.Parameter):
         if id(self) in memo:
             known: Int8Params = memo[id(self)]
             return known
-        new = _rebuild(type(self), self.data.clone(memory_format=torch.preserve_format), self.requires_grad)
+        # Whatever else shares the memory shares the copy, as the codes in a layer's state do.
+        new = _rebuild(type(self), copy.deepcopy(self.data, memo), self.requires_grad)
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return new

@@ -104,7 +104,7 @@ class Linear4bit(Quantized, torch.nn.Linear):
         dtype = x.dtype
         compute = autocast_dtype(x) or self.compute_dtype or dtype
         if self._casts_bias and bias is not None:
-            _cast_bias(bias, self.compute_dtype or dtype)
+            cast_bias(bias, self.compute_dtype or dtype)
         if dtype is compute and dtype is not torch.float64:
             return linear_4bit(x, weight, state, bias)
         return self._converting(x, weight, state, bias, compute)
@@ -135,7 +135,7 @@ class Linear4bit(Quantized, torch.nn.Linear):
         )
 
 
-def _cast_bias(bias: Tensor, dtype: torch.dtype) -> None:
+def cast_bias(bias: Tensor, dtype: torch.dtype) -> None:
     """Give the bias, in place, the dtype of the product. Not within a compiler, which would have to guard it."""
     if bias.dtype is not dtype and dtype in FLOAT_DTYPES and not torch.compiler.is_compiling():
         bias.data = bias.data.to(dtype)

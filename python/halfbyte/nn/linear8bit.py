@@ -9,10 +9,11 @@ from torch import Tensor
 
 from halfbyte.nn._quantized_rows import QuantizedRows
 from halfbyte.nn.int8_params import Int8Params
-from halfbyte.ops.autograd_8bit import product, trained_product
+from halfbyte.nn.linear4bit import cast_bias
+from halfbyte.ops.autograd_8bit import dense_product, product, trained_product
 from halfbyte.ops.checks import FLOAT_DTYPES, DTypeError, names
 from halfbyte.ops.checks_8bit import check_threshold
-from halfbyte.ops.matmul_8bit import MatmulLtState, quantize_float
+from halfbyte.ops.matmul_8bit import MatmulLtState, codes_of
 
 
 class Linear8bitLt(QuantizedRows, torch.nn.Linear):
@@ -45,6 +46,11 @@ class Linear8bitLt(QuantizedRows, torch.nn.Linear):
     (torch.Size([2, 3, 48]), torch.float32, torch.int8)
     >>> torch.testing.assert_close(y, dense(x), atol=0.1, rtol=0.0)
     """
+
+    # See `Linear4bit`.
+    _casts_bias: bool = False
+    # Whether inputs on a CPU are not quantized while training, as bitsandbytes does: likewise.
+    _trains_dense_on_cpu: bool = False
 
     def __init__(
         self,
@@ -86,9 +92,13 @@ class Linear8bitLt(QuantizedRows, torch.nn.Linear):
             weight, bias = self.weight, self.bias
         state = self.state
         state.is_training = self.training
+        if self._casts_bias and bias is not None:
+            cast_bias(bias, x.dtype)
         if x.dtype not in FLOAT_DTYPES:
             return self._converting(x)
         if weight.dtype is torch.int8:
+            if self._trains_dense_on_cpu and self.training and x.is_cpu:
+                return dense_product(x, weight, self._scales(weight), bias)
             return product(x, weight, self._scales(weight), bias, state.threshold)
         return self._with_float_weight(x, weight, bias)
 
@@ -99,11 +109,7 @@ class Linear8bitLt(QuantizedRows, torch.nn.Linear):
             return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         if not state.has_fp16_weights:
             raise self._not_quantized()
-        codes, scales = state.CB, state.SCB
-        if codes is None or scales is None or self.training:
-            codes, scales = quantize_float(weight)
-            if not torch.compiler.is_compiling():
-                state.CB, state.SCB = codes, scales
+        codes, scales = codes_of(weight, state)
         if weight.requires_grad:
             return trained_product(x, weight, codes, scales, bias, state.threshold)
         return product(x, codes, scales, bias, state.threshold)

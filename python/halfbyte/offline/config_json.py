@@ -100,12 +100,6 @@ def existing_quantization(config: dict[str, Any]) -> str | None:
     return None
 
 
-def is_eight_bit(config: dict[str, Any]) -> bool:
-    """Is the checkpoint, as its config says, one of LLM.int8()?"""
-    found = config.get("quantization_config")
-    return isinstance(found, dict) and bool(found.get("load_in_8bit"))
-
-
 def with_quantization(config: dict[str, Any], quantization: dict[str, Any], dtype: str | None = None) -> str:
     """The text of the output's ``config.json``: the source's keys and order, ``quantization_config``, and ``dtype``.
 

@@ -1,4 +1,4 @@
-"""Turn a 4-bit checkpoint on disk back into a 16- or 32-bit one."""
+"""Turn a quantized checkpoint on disk back into a 16- or 32-bit one."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def dequantize_checkpoint(
     token: str | bool | None = None,
     cache_dir: StrPath | None = None,
 ) -> DequantizeReport:
-    """Dequantize a 4-bit checkpoint, of halfbyte or of bitsandbytes, shard by shard.
+    """Dequantize a 4- or 8-bit checkpoint, of halfbyte or of bitsandbytes, shard by shard.
 
     Args:
-        src: As for `quantize_checkpoint`, with 4-bit weights.
+        src: As for `quantize_checkpoint`, with 4- or 8-bit weights.
         dst: As for `quantize_checkpoint`.
         dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"`` (or torch's dtype); None for the dtype that each weight
-            had before.
+            had before; for 8-bit weights, which do not record it, that is the one in ``config.json``, else float16.
         max_shard_size: As for `quantize_checkpoint`, like all that follow.
         overwrite: As there.
         resume: As there.
@@ -59,7 +59,7 @@ def dequantize_checkpoint(
 
     Raises:
         ValueError: As `quantize_checkpoint`.
-        CheckpointError: As `quantize_checkpoint`; or the source has no 4-bit weight.
+        CheckpointError: As `quantize_checkpoint`; or the source has no quantized weight.
         OSError: As `quantize_checkpoint`.
         Interrupted: As `quantize_checkpoint`.
     """

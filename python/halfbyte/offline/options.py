@@ -6,13 +6,14 @@ it has the same fields, by the same names, in ``rust/core/src/checkpoint/options
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from halfbyte._terminal import parse_size
-from halfbyte.offline.choices import BLOCK_SIZES, FLOAT_DTYPES, QUANT_TYPES, SELECTIONS, STORAGE_DTYPES
+from halfbyte.offline.choices import BLOCK_SIZES, FLOAT_DTYPES, SELECTIONS, STORAGE_DTYPES, WEIGHT_TYPES
 
 if TYPE_CHECKING:
     from halfbyte.config import BitsAndBytesConfig
@@ -24,6 +25,7 @@ Progress: TypeAlias = "Callable[[int, int, str], None] | bool | None"
 Selection: TypeAlias = Literal["rules", "transformers"]
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
+DEFAULT_THRESHOLD = 6.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +36,15 @@ class QuantizeOptions:
     None, dtypes may be torch's. Every attribute then has the type that is declared here.
 
     Attributes:
-        quant_type: The codebook of weights that no rule names, ``"nf4"`` or ``"fp4"``.
-        double_quant: Quantize the absmax too.
-        blocksize: Weights per absmax.
-        storage: The dtype that packed codes are stored as.
-        compute_dtype: The dtype that loaders multiply in; None for the model's.
+        quant_type: What weights that no rule names become: ``"nf4"``, ``"fp4"`` or ``"int8"``.
+        double_quant: Of 4-bit weights, quantize the absmax too.
+        blocksize: Of 4-bit weights, how many share an absmax.
+        storage: Of 4-bit weights, the dtype that packed codes are stored as.
+        compute_dtype: Of 4-bit weights, the dtype that loaders multiply in; None for the model's.
+        threshold: Of 8-bit weights, the size from which on inputs are multiplied in 16 bits; 0 for none.
         dtype: The dtype to cast weights to first; None for the one that ``config.json`` names.
         max_shard_size: Most bytes of an output file.
-        rules: ``"REGEX=nf4|fp4|keep"``; the first that matches a tensor decides.
+        rules: ``"REGEX=nf4|fp4|int8|keep"``; the first that matches a tensor decides.
         skip: Names of modules to keep besides the defaults.
         selection: Who decides which weights are linear layers.
         trust_remote_code: With ``selection="transformers"``, run the code that comes with the checkpoint.
@@ -56,6 +59,7 @@ class QuantizeOptions:
     blocksize: int = 64
     storage: str = "uint8"
     compute_dtype: str | None = None
+    threshold: float = DEFAULT_THRESHOLD
     dtype: str | None = None
     max_shard_size: int = DEFAULT_SHARD_SIZE
     rules: tuple[str, ...] = ()
@@ -66,7 +70,7 @@ class QuantizeOptions:
 
     def __post_init__(self) -> None:
         """Convert and check every field."""
-        _one_of("quant_type", self.quant_type, QUANT_TYPES)
+        _one_of("quant_type", self.quant_type, WEIGHT_TYPES)
         if isinstance(self.blocksize, bool):
             raise ValueError(f"blocksize must be an int, got {self.blocksize!r}")
         _one_of("blocksize", self.blocksize, BLOCK_SIZES)
@@ -79,6 +83,7 @@ class QuantizeOptions:
         self._set(
             double_quant=bool(self.double_quant),
             compute_dtype=None if self.compute_dtype is None else _bare(self.compute_dtype),
+            threshold=_threshold(self.threshold),
             dtype=dtype_name(self.dtype),
             max_shard_size=shard_size(self.max_shard_size),
             rules=rule_texts(self.rules),
@@ -106,7 +111,8 @@ class QuantizeOptions:
         plain = made.to_dict()
         given: Any = made.compute_dtype()
         return cls(
-            quant_type=plain["bnb_4bit_quant_type"],
+            quant_type="int8" if made.load_in_8bit else plain["bnb_4bit_quant_type"],
+            threshold=made.llm_int8_threshold,
             double_quant=plain["bnb_4bit_use_double_quant"],
             storage=plain["bnb_4bit_quant_storage"],
             compute_dtype=given,
@@ -169,17 +175,19 @@ def coerce_config(config: Config) -> BitsAndBytesConfig:
     """The config that a caller's argument stands for: None for NF4 with double quantization.
 
     Raises:
-        ValueError: It is not one of 4-bit weights.
+        ValueError: It quantizes nothing, or keeps float weights beside 8-bit ones.
     """
     from halfbyte.config import BitsAndBytesConfig
 
     if config is None:
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     coerced = BitsAndBytesConfig.coerce(config)
-    if not coerced.load_in_4bit:
+    if not coerced.is_quantizable():
+        raise ValueError("config must have load_in_4bit=True or load_in_8bit=True, got neither")
+    if coerced.load_in_8bit and coerced.llm_int8_has_fp16_weight:
         raise ValueError(
-            f"config must have load_in_4bit=True (only 4-bit weights are made), got load_in_4bit=False, "
-            f"load_in_8bit={coerced.load_in_8bit}"
+            "llm_int8_has_fp16_weight must be False in the config of a quantized checkpoint, which holds int8 weights, "
+            "got True"
         )
     return coerced
 
@@ -227,9 +235,7 @@ def rule_texts(rules: Iterable[Rule]) -> tuple[str, ...]:
         elif isinstance(rule, str):
             texts.append(rule)
         else:
-            raise ValueError(
-                f"rules must hold 'REGEX=nf4', 'REGEX=fp4', 'REGEX=keep', or pairs of both sides, got {rule!r}"
-            )
+            raise ValueError(f"rules must hold 'REGEX=nf4|fp4|int8|keep', or pairs of both sides, got {rule!r}")
     return tuple(texts)
 
 
@@ -242,6 +248,13 @@ def module_names(argument: str, values: Iterable[str]) -> tuple[str, ...]:
         if not isinstance(value, str):
             raise ValueError(f"{argument} must hold module names, got {value!r}")
     return found
+
+
+def _threshold(value: object) -> float:
+    """A threshold of outliers, as `config.json` can hold it."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"threshold must be a finite number of at least 0, got {value!r}")
+    return float(value)
 
 
 def _bare(dtype: object) -> str:

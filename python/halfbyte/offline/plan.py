@@ -11,7 +11,7 @@ from halfbyte import _native
 from halfbyte._terminal import format_bytes, format_count, plural, printable, table, wrap
 
 if TYPE_CHECKING:
-    from halfbyte._native import PlanData, TotalsData
+    from halfbyte._native import PlanData, TotalsData, TypeData
 
 T = TypeVar("T")
 
@@ -24,9 +24,9 @@ class TensorPlan:
         name: As in the source.
         shape: As in the source.
         source: Dtype in the source (``"BF16"``), or quantization type when the source is quantized.
-        target: ``"nf4"``, ``"fp4"``, a dtype, or ``"keep"`` for a tensor that is copied.
+        target: ``"nf4"``, ``"fp4"``, ``"int8"``, a dtype, or ``"keep"`` for a tensor that is copied.
         bytes_in: Bytes of the tensor in the source.
-        bytes_out: Bytes of the tensor in the output, with its absmax and state.
+        bytes_out: Bytes of the tensor in the output, with its scales and state.
         reason: Why.
         shard: Output file.
     """
@@ -104,13 +104,18 @@ class CheckpointPlan:
 
     @property
     def model_dtype(self) -> str | None:
-        """The dtype of the quantized model: that asked for, else ``config.json``'s, else that of most 4-bit weights."""
+        """The dtype of the quantized model: that asked for, else ``config.json``'s, else that of most weights."""
         return self.data["model_dtype"]
 
     @property
     def shards(self) -> tuple[tuple[str, int], ...]:
         """Name and bytes of every output file of weights."""
         return tuple((s["file"], s["bytes"]) for s in self.data["shards"])
+
+    @property
+    def types(self) -> list[TypeData]:
+        """Sums over the tensors that become the same: type, tensors, weights, bytes_in, bytes_out."""
+        return self.data["types"]
 
     @property
     def totals(self) -> TotalsData:
@@ -178,6 +183,7 @@ class CheckpointPlan:
         weights = f"{format_count(t['quantized_weights'])} of {format_count(t['weights'])} weights"
         lines = [
             (f"{self.data['operation']}d", f"{count}, {weights}"),
+            *((line["type"], type_text(line)) for line in several_types(self.types)),
             (
                 "bytes",
                 f"{format_bytes(t['bytes_in'])} → {format_bytes(t['bytes_out'])} "
@@ -200,6 +206,21 @@ def shape_text(shape: Sequence[int]) -> str:
 def ratio(after: float, before: float) -> str:
     """``31 %``: one size as a share of another."""
     return f"{100 * after / before:.0f} %" if before > 0 else "nothing"
+
+
+def several_types(types: Sequence[TypeData]) -> list[TypeData]:
+    """The sums of each type that weights are converted to, where there is more than one."""
+    converted = [line for line in types if line["type"] != "keep"]
+    return converted if len(converted) > 1 else []
+
+
+def type_text(line: TypeData) -> str:
+    """``12 tensors, 3.1 M weights, 6.3 MB → 3.2 MB (50 %)``."""
+    return (
+        f"{plural(line['tensors'], 'tensor')}, {format_count(line['weights'])} weights, "
+        f"{format_bytes(line['bytes_in'])} → {format_bytes(line['bytes_out'])} "
+        f"({ratio(line['bytes_out'], line['bytes_in'])})"
+    )
 
 
 def group_tensors(tensors: Iterable[TensorPlan]) -> list[Group]:

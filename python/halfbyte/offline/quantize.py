@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from halfbyte import _native
 from halfbyte._native import CheckpointError
 from halfbyte.offline import config_json
+from halfbyte.offline.choices import QUANT_TYPES
 from halfbyte.offline.hub import Hub, resolve_source
 from halfbyte.offline.options import (
     Config,
@@ -92,18 +93,20 @@ def quantize_checkpoint(
     token: str | bool | None = None,
     cache_dir: StrPath | None = None,
 ) -> QuantizeReport:
-    """Quantize a checkpoint of float32, float16 or bfloat16 weights to NF4 or FP4, shard by shard.
+    """Quantize a checkpoint of float32, float16 or bfloat16 weights to NF4, FP4 or int8, shard by shard.
 
     Args:
         src: A folder with ``config.json`` and ``model.safetensors`` or an index and shards; or a name on the hub. It is
             only read.
         dst: The folder to write: created, or empty, unless ``overwrite`` or ``resume`` is set.
-        config: A ``BitsAndBytesConfig`` of halfbyte or transformers, or its dict, with ``load_in_4bit``. None stands
-            for NF4 with double quantization. ``llm_int8_skip_modules`` adds to what is kept anyway. Where it gives no
+        config: A ``BitsAndBytesConfig`` of halfbyte or transformers, or its dict, with ``load_in_4bit`` or
+            ``load_in_8bit`` (LLM.int8(): weights are rounded to float16, then to int8 by rows). None stands for NF4
+            with double quantization. ``llm_int8_skip_modules`` adds to what is kept anyway. Where it gives no
             compute dtype, the output's ``config.json`` says the model's: ``dtype``, else what the checkpoint has
             (transformers' own class says float32 where nothing was given).
-        rules: ``"REGEX=nf4"``, ``"REGEX=fp4"``, ``"REGEX=keep"`` or pairs of both sides: the first whose expression is
-            found in a tensor's name decides. Rules come before everything else.
+        rules: ``"REGEX=nf4"``, ``"REGEX=fp4"``, ``"REGEX=int8"``, ``"REGEX=keep"`` or pairs of both sides: the first
+            whose expression is found in a tensor's name decides. Rules come before everything else. A checkpoint that
+            mixes 4 and 8 bits is read by `load_quantized` alone: transformers refuses it.
         skip: Names of modules to keep, in addition to those that transformers keeps.
         selection: ``"rules"``: which weights are linear layers is decided from config, names and shapes.
             ``"transformers"``: the installed transformers is asked (it and torch are imported).
@@ -132,7 +135,8 @@ def quantize_checkpoint(
     Raises:
         ValueError: An argument is wrong, or ``dst`` is in use.
         CheckpointError: The checkpoint is broken, an adapter, quantized already (by ``config.json`` or by its tensors),
-            holds a non-finite weight, or a value that ``dtype`` cannot hold. A ValueError too.
+            holds a non-finite weight, or a value that ``dtype`` (or, of an int8 weight, float16) cannot hold. A
+            ValueError too.
         OSError: The file system refused: permissions, space.
         Interrupted: Ctrl-C. A KeyboardInterrupt too.
     """
@@ -176,18 +180,30 @@ def prepare_quantize(src: StrPath, options: QuantizeOptions, hub: Hub, config: C
     return Prepared(plan, model_config, quantization_config(options, plan, config), options.dtype)
 
 
-def quantization_config(options: QuantizeOptions, plan: CheckpointPlan | None, config: Config) -> dict[str, Any]:
-    """``quantization_config`` of the output's ``config.json``, as transformers writes it."""
+def quantization_config(options: QuantizeOptions, plan: CheckpointPlan, config: Config) -> dict[str, Any]:
+    """``quantization_config`` of the output's ``config.json``, as transformers writes it.
+
+    It has one of ``load_in_4bit`` and ``load_in_8bit``. Where weights of both kinds are there it has both, because both
+    are true: transformers, which can load one kind, then refuses the checkpoint instead of misreading it.
+    """
+    types = [line["type"] for line in plan.types]
+    four_bit = [name for name in types if name in QUANT_TYPES]
+    eight_bit = "int8" in types
+    base = coerce_config({"load_in_8bit": True} if config is None and not four_bit else config)
     # Through JSON, so that enumerations become the plain strings that config.json holds.
-    written: dict[str, Any] = json.loads(json.dumps(coerce_config(config).to_dict()))
-    written["bnb_4bit_quant_type"] = options.quant_type
-    written["bnb_4bit_use_double_quant"] = options.double_quant
-    written["bnb_4bit_quant_storage"] = options.storage
-    if plan is not None:
-        written["llm_int8_skip_modules"] = plan.skip_modules
-    compute_dtype = options.compute_dtype or (plan.model_dtype if plan is not None else None)
-    if compute_dtype is not None:
-        written["bnb_4bit_compute_dtype"] = compute_dtype
+    written: dict[str, Any] = json.loads(json.dumps(base.to_dict()))
+    for key, value in (("load_in_4bit", bool(four_bit)), ("load_in_8bit", eight_bit)):
+        written[key] = written[f"_{key}"] = value
+    written["llm_int8_skip_modules"] = plan.skip_modules
+    if eight_bit:
+        written["llm_int8_threshold"] = options.threshold
+    if four_bit:
+        written["bnb_4bit_quant_type"] = options.quant_type if options.quant_type in QUANT_TYPES else four_bit[0]
+        written["bnb_4bit_use_double_quant"] = options.double_quant
+        written["bnb_4bit_quant_storage"] = options.storage
+        compute_dtype = options.compute_dtype or plan.model_dtype
+        if compute_dtype is not None:
+            written["bnb_4bit_compute_dtype"] = compute_dtype
     return written
 
 
@@ -195,11 +211,7 @@ def _refuse_quantized(file: Path, config: dict[str, Any]) -> None:
     method = config_json.existing_quantization(config)
     if method is None:
         return
-    if config_json.is_eight_bit(config):
-        method = f"{method}, 8 bits"
-        undo = "; start from the original model: halfbyte dequantize undoes 4 bits alone"
-    else:
-        undo = "; undo it with: halfbyte dequantize" if method == "bitsandbytes" else ""
+    undo = "; undo it with: halfbyte dequantize" if method == "bitsandbytes" else ""
     raise CheckpointError(
         f"{file}: the checkpoint is quantized already ({method}): expected one of float32, float16 or bfloat16{undo}"
     )

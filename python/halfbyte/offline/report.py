@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from halfbyte._terminal import format_bytes, format_count, format_seconds, plural, printable, table
-from halfbyte.offline.plan import collapse, ratio, shape_text
+from halfbyte.offline.plan import collapse, ratio, several_types, shape_text, type_text
 
 if TYPE_CHECKING:
-    from halfbyte._native import VerifyData
+    from halfbyte._native import TypeData, VerifyData
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class ConvertReport(_Report):
         seconds: Wall time of the conversion.
         notes: Remarks of the plan.
         left_out: Files of the source that were not copied, each with the reason.
+        types: Sums over the tensors that became the same: each a dict with type (``"nf4"``, ``"fp4"``, ``"int8"``, a
+            dtype, ``"keep"``), tensors, weights, bytes_in and bytes_out.
     """
 
     source: str
@@ -59,6 +62,7 @@ class ConvertReport(_Report):
     seconds: float
     notes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    types: tuple[TypeData, ...] = ()
 
     verb = "converted"
 
@@ -82,6 +86,7 @@ class ConvertReport(_Report):
             (
                 f"{self.verb} {self.converted_tensors:,} of {plural(self.tensors, 'tensor')}, "
                 f"{format_count(self.converted_weights)} of {format_count(self.weights)} weights",
+                *(f"{line['type']}: {type_text(line)}" for line in several_types(self.types)),
                 f"{format_bytes(self.bytes_in)} → {format_bytes(self.bytes_out)} "
                 f"({ratio(self.bytes_out, self.bytes_in)}), {self.bits_per_weight:.2f} bits per weight",
                 f"{format_seconds(self.seconds)}{speed}",
@@ -114,13 +119,14 @@ class TensorComparison(_Report):
     """One tensor of `verify_checkpoint`.
 
     Attributes:
-        name: The tensor, or the 4-bit weight with its state.
-        status: ``"identical"``: the same bytes (of a 4-bit weight beside an original: those of a fresh quantization),
-            or the same values in another dtype. ``"equal-codes"``: the same codes, absmax that differ in rounding.
-            ``"differs"``. ``"shape"``: not comparable. ``"missing"``: only in the first checkpoint. ``"extra"``: only
-            in the second.
-        kind: ``"nf4"``, ``"fp4"``, or a dtype.
-        shape: Of the tensor, of the weight itself when it is 4-bit.
+        name: The tensor, or the quantized weight with all of its parts.
+        status: ``"identical"``: the same bytes (of a quantized weight beside an original: those of a fresh
+            quantization), or the same values in another dtype. ``"equal-codes"``: the same codes, absmax that differ in
+            rounding. ``"rounded"``: of an 8-bit weight, the same scales, and codes next to each other where a value
+            lies in the middle of both, some of which bitsandbytes rounds otherwise. ``"differs"``. ``"shape"``: not
+            comparable. ``"missing"``: only in the first checkpoint. ``"extra"``: only in the second.
+        kind: ``"nf4"``, ``"fp4"``, ``"int8"``, or a dtype.
+        shape: Of the tensor, of the weight itself when it is quantized.
         rmse: Root mean square error of the values that a loader sees, beside those of the first checkpoint; None where
             there is nothing to compare, or where one of them is NaN or infinite.
         max_error: The largest error of these values; None like `rmse`.
@@ -140,7 +146,7 @@ class TensorComparison(_Report):
     @property
     def same(self) -> bool:
         """True when a loader sees what it should see."""
-        return self.status in ("identical", "equal-codes")
+        return self.status in ("identical", "equal-codes", "rounded")
 
 
 @dataclass(frozen=True)
@@ -221,12 +227,14 @@ class VerifyReport(_Report):
             lines.append("")
         told = ", ".join(f"{n:,} {status}" for status, n in self.counts.items())
         lines.append(f"{plural(len(self.tensors), 'tensor')}: {told or 'nothing to compare'}")
-        measured = [t for t in self.tensors if t.kind in ("nf4", "fp4") and t.rmse is not None]
-        if measured:
+        for bits, kinds in ((4, ("nf4", "fp4")), (8, ("int8",))):
+            measured = [t for t in self.tensors if t.kind in kinds and t.rmse is not None]
+            if not measured:
+                continue
             worst = max(measured, key=lambda t: t.rmse or 0.0)
             lines.append(
-                f"{plural(len(measured), '4-bit weight')}: rmse up to {_number(worst.rmse)} ({printable(worst.name)}), "
-                f"error up to {_number(max(t.max_error or 0.0 for t in measured))}"
+                f"{plural(len(measured), f'{bits}-bit weight')}: rmse up to {_number(worst.rmse)} "
+                f"({printable(worst.name)}), error up to {_number(max(t.max_error or 0.0 for t in measured))}"
             )
         return "\n".join(lines)
 
@@ -240,10 +248,10 @@ class InspectReport:
     """What a checkpoint holds: ``print(report)`` shows it as tables.
 
     Attributes:
-        data: All of it: ``path``; ``files`` (file, bytes, tensors, metadata); ``weights``, the 4-bit ones (name,
-            quant_type, blocksize, nested, dtype, shape, storage, bytes, bits_per_weight, file); ``tensors``, the others
-            (name, dtype, shape, bytes, file); ``groups`` (kind, tensors, weights, bytes); ``totals``; ``notes``;
-            ``quantization_config`` of ``config.json``.
+        data: All of it: ``path``; ``files`` (file, bytes, tensors, metadata); ``weights``, the quantized ones (name,
+            quant_type, blocksize, nested, dtype, shape, storage, bytes, bits_per_weight, file; blocksize and dtype are
+            None for int8); ``tensors``, the others (name, dtype, shape, bytes, file); ``groups`` (kind, tensors,
+            weights, bytes); ``totals``; ``notes``; ``quantization_config`` of ``config.json``.
     """
 
     data: dict[str, Any]
@@ -299,7 +307,7 @@ class InspectReport:
         )
         totals = data["totals"]
         lines = [
-            f"{plural(totals['quantized_tensors'], '4-bit weight')}, {format_count(totals['weights'])} values, "
+            f"{_counted(data['weights'])}, {format_count(totals['weights'])} values, "
             f"{format_bytes(total)}, {totals['bits_per_weight']:.2f} bits per value",
             f"quantization_config in config.json: {printable(method)}",
             *(f"note: {printable(note)}" for note in data.get("notes") or ()),
@@ -307,10 +315,20 @@ class InspectReport:
         return "\n\n".join([*parts, "\n".join(lines)])
 
 
+def _counted(weights: Sequence[dict[str, Any]]) -> str:
+    """``112 4-bit weights and 4 8-bit weights``."""
+    eight_bit = sum(t["quant_type"] == "int8" for t in weights)
+    counts = [(len(weights) - eight_bit, "4-bit weight"), (eight_bit, "8-bit weight")]
+    found = [plural(n, noun) for n, noun in counts if n]
+    return " and ".join(found or [plural(0, "quantized weight")])
+
+
 def _kind(t: dict[str, Any]) -> tuple[str, tuple[int, ...]]:
     """How a tensor of an inspection is stored, in words, and its shape."""
     if "quant_type" not in t:
         return t["dtype"], tuple(t["shape"])
+    if t["blocksize"] is None:
+        return f"{t['quant_type']}, a scale per row", tuple(t["shape"])
     nested = ", double" if t["nested"] else ""
     storage = "" if t["storage"] == "uint8" else f", stored as {t['storage']}"
     return f"{t['quant_type']}, blocks of {t['blocksize']}{nested}{storage}, was {t['dtype']}", tuple(t["shape"])

@@ -94,6 +94,7 @@ def run(prepared: Prepared, dst: StrPath, options: RunOptions, progress: Progres
         "converted_tensors": totals["quantized_tensors"],
         "weights": totals["weights"],
         "converted_weights": totals["quantized_weights"],
+        "types": tuple(plan.types),
         "bytes_in": totals["bytes_in"],
         "bytes_out": totals["bytes_out"],
         "bits_per_weight": totals["bits_per_weight"],

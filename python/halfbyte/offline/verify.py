@@ -26,8 +26,8 @@ def verify_checkpoint(
     """Compare every tensor of ``b`` with ``a``.
 
     Args:
-        a: The original: each weight that ``b`` holds in 4 bits is quantized afresh, in the same way, and the bytes are
-            compared. Or a quantized checkpoint: bytes are compared with bytes.
+        a: The original: each weight that ``b`` holds in 4 or 8 bits is quantized afresh, in the same way, and the bytes
+            are compared. Or a quantized checkpoint: bytes are compared with bytes.
         b: The checkpoint to be checked.
         threads: As for `quantize_checkpoint`.
         progress: As for `quantize_checkpoint`.
@@ -42,8 +42,11 @@ def verify_checkpoint(
     started = time.monotonic()
     used = thread_count(threads)
     first, second = resolve_sources((a, b), Hub(revision, token, cache_dir))
-    config = config_json.read_config(first if first.is_dir() else first.parent)
-    job = _native.verify(str(first), str(second), config_json.native_text(config), used)
+    configs = [
+        config_json.native_text(config_json.read_config(path if path.is_dir() else path.parent))
+        for path in (first, second)
+    ]
+    job = _native.verify(str(first), str(second), configs[0], configs[1], used)
     with display_progress(progress, "verifying", unit=format_weights) as show:
         data = wait(job, show)
     return VerifyReport.of(data, time.monotonic() - started)

@@ -7,11 +7,13 @@ pass has a gradient, the plain product of the other two.
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from halfbyte.backends.int8_torch import product as matmul
 from halfbyte.ops._torch_internals import register_vmap, transforms
 from halfbyte.ops.autograd import _batch_first, _bias_gradient, _register_constant, _register_vmap_each, _vmap_each
 from halfbyte.ops.dispatch import kernels, needs_op, plain
@@ -74,9 +76,10 @@ def _input_gradient_now(grad: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     return y
 
 
-def _plain_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+def _plain_product(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ W.T`, without quantizing `x`: the derivative of `input_gradient`, and of `product` in the direction `x`."""
-    return torch.nn.functional.linear(x, _ops.dequantize_rows(codes, scales, x.dtype))
+    y = matmul(x, _ops.dequantize_rows(codes, scales, x.dtype).t())
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 # ---- derivatives -----------------------------------------------------------------------------------------------------
@@ -198,6 +201,28 @@ class _FuncInputGradient(torch.autograd.Function):
         return _vmap_gradient(input_gradient, info, in_dims, *args)
 
 
+class _DenseLinear8bit(torch.autograd.Function):
+    """`dense_product` in eager mode and in compilers. Nothing dense is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, codes: Tensor, scales: Tensor) -> Tensor:
+        _remember(ctx, x, codes, scales, bias)
+        return _plain_product(x, codes, scales, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x = input_gradient(grad, *ctx.saved_tensors) if ctx.needs_input_grad[0] else None
+        return grad_x, _bias_gradient(ctx, grad) if ctx.needs_input_grad[1] else None, None, None
+
+
+def dense_product(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """`x @ W.T + bias` without quantizing `x`, as bitsandbytes trains on a CPU; differentiable."""
+    if transforms() is not None:
+        return _plain_product(x, codes, scales, bias)
+    y: Tensor = _DenseLinear8bit.apply(x, bias, codes, scales)
+    return y
+
+
 for _name in ("quantize_rows_outliers", "int8_matmul", "int8_scaled_mm"):
     _register_constant(_name)
 
@@ -224,12 +249,18 @@ def _setup_trained(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, codes, scales)
 
 
+def _setup_trained_both(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _setup_trained(ctx, inputs, output)
+    ctx.save_for_forward(inputs[0], *inputs[2:4])
+
+
 def _trained_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, codes, scales = ctx.saved_tensors
     grad_x = input_gradient(grad, codes, scales) if ctx.needs_input_grad[0] else None
     grad_weight = None
     if ctx.needs_input_grad[1]:
-        grad_weight = (grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])).to(ctx.weight_dtype)
+        rows = prod(grad.shape[:-1])
+        grad_weight = matmul(grad.reshape(rows, grad.shape[-1]).t(), x.reshape(rows, x.shape[-1])).to(ctx.weight_dtype)
     grad_bias = _bias_gradient(ctx, grad) if ctx.needs_input_grad[4] else None
     return grad_x, grad_weight, None, None, grad_bias, None
 
@@ -246,8 +277,18 @@ class _Linear8bitTrained(torch.autograd.Function):
     ) -> Tensor:
         return _product_now(x, codes, scales, bias, threshold)
 
-    setup_context = staticmethod(_setup_trained)
+    setup_context = staticmethod(_setup_trained_both)
     backward = staticmethod(_trained_backward)
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor | None, weight: Tensor | None, *others: Any) -> Tensor | None:
+        factor, codes, scales = ctx.saved_tensors
+        parts = [] if x is None else [_plain_product(x, codes, scales)]
+        if weight is not None:
+            parts.append(matmul(factor, weight.to(factor.dtype).t()))
+        if others[2] is not None:
+            parts.append(others[2].to(factor.dtype).expand(*factor.shape[:-1], codes.shape[0]))
+        return sum(parts[1:], parts[0]) if parts else None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:

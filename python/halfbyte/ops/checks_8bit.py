@@ -47,39 +47,50 @@ def check_columns(argument: str, columns: int) -> None:
         raise ValueError(f"{argument}: {columns} columns are more than {MOST_COLUMNS}, whose sum fits 32 bits")
 
 
-def check_statistics(argument: str, scales: object, count: int, of: str, device: torch.device) -> None:
-    """Scales, float32, one for each of `count` rows of the argument `of`."""
+def check_statistics(
+    argument: str, scales: object, count: int, of: str, device: torch.device, what: str = "rows"
+) -> None:
+    """Scales, float32, one for each of `count` rows, or columns, of the argument `of`."""
     check_tensor(argument, scales)
     assert isinstance(scales, Tensor)
     same_device(argument, scales, of, device)
     if scales.dtype is not torch.float32:
         raise DTypeError(f"{argument}: dtype {scales.dtype} is not torch.float32")
     if scales.numel() != count:
-        raise ValueError(f"{argument}: {scales.numel()} scales do not fit; {of} has {count} rows")
+        raise ValueError(f"{argument}: {scales.numel()} scales do not fit; {of} has {count} {what}")
 
 
-def check_int8_matmul(a: Tensor, b: Tensor) -> None:
-    """The arguments of `int8_matmul`."""
-    check_codes("a", a)
-    check_codes("b", b, 2)
-    same_device("b", b, "a", a.device)
+def check_int8_matmul(a: Tensor, b: Tensor, arguments: tuple[str, str] = ("a", "b")) -> None:
+    """The arguments of `int8_matmul`, by the names that the caller has for them."""
+    first, second = arguments
+    check_codes(first, a)
+    check_codes(second, b, 2)
+    same_device(second, b, first, a.device)
     if a.shape[-1] != b.shape[1]:
-        raise ValueError(f"b: shape {list(b.shape)} does not end with the columns of a, {a.shape[-1]}")
-    check_columns("a", a.shape[-1])
+        raise ValueError(f"{second}: shape {list(b.shape)} does not end with the columns of {first}, {a.shape[-1]}")
+    check_columns(first, a.shape[-1])
 
 
 def check_int8_scaled_mm(
-    a: Tensor, b: Tensor, row_scales: Tensor, column_scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+    a: Tensor,
+    b: Tensor,
+    row_scales: Tensor,
+    column_scales: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    arguments: tuple[str, str, str, str] = ("a", "b", "row_scales", "column_scales"),
 ) -> None:
-    """The arguments of `int8_scaled_mm`."""
-    check_int8_matmul(a, b)
-    check_statistics("row_scales", row_scales, prod(a.shape[:-1]), "a", a.device)
-    check_statistics("column_scales", column_scales, b.shape[0], "b", a.device)
-    _check_bias(bias, b.shape[0], "a", a.device)
+    """The arguments of `int8_scaled_mm`, by the names that the caller has for them."""
+    first, second, third, fourth = arguments
+    check_int8_matmul(a, b, (first, second))
+    check_statistics(third, row_scales, prod(a.shape[:-1]), first, a.device)
+    check_statistics(fourth, column_scales, b.shape[0], second, a.device)
+    check_bias(bias, b.shape[0], first, a.device)
     check_float("dtype", dtype)
 
 
-def _check_bias(bias: Tensor | None, count: int, other: str, device: torch.device) -> None:
+def check_bias(bias: Tensor | None, count: int, other: str, device: torch.device) -> None:
+    """One value for each of `count` columns of a result that is on the device of the argument `other`."""
     if bias is None:
         return
     check_tensor("bias", bias)
@@ -124,7 +135,7 @@ def check_linear_8bit(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | N
     _check_weight(codes, scales, "x", x.device)
     _check_factor("x", x, codes, 1)
     check_columns("codes", codes.shape[1])
-    _check_bias(bias, codes.shape[0], "x", x.device)
+    check_bias(bias, codes.shape[0], "x", x.device)
     check_threshold(threshold)
 
 

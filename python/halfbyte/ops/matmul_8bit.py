@@ -47,17 +47,19 @@ class MatmulLtState:
     has_fp16_weights = True
     use_pool = False
 
+    # Version and address of the float weight that the codes were made from.
+    _made_from = None
+
     def reset_grads(self) -> None:
         """Forget the weight: its codes and scales are taken, or made, anew."""
-        self.CB = self.SB = self.SCB = self.SBt = self.CBt = None
+        self.CB = self.SB = self.SCB = self.SBt = self.CBt = self._made_from = None
 
     def __eq__(self, other: object) -> bool:
         """Whether both say the same; tensors by their values."""
         if not isinstance(other, MatmulLtState):
             return NotImplemented
-        mine = {**{field.name: getattr(self, field.name) for field in fields(self)}, **self.__dict__}
-        theirs = {**{field.name: getattr(other, field.name) for field in fields(other)}, **other.__dict__}
-        return mine.keys() == theirs.keys() and all(_same(mine[name], theirs[name]) for name in mine)
+        names = {*(field.name for field in fields(self)), *self.__dict__, *other.__dict__} - {"_made_from"}
+        return all(_same(getattr(self, name, None), getattr(other, name, None)) for name in names)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -70,7 +72,30 @@ def _same(a: Any, b: Any) -> bool:
 
 def quantize_float(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and scales of a float weight, which is rounded to float16 first."""
-    codes, scales = dispatch.call("quantize_rows", dispatch.plain(weight).detach().to(torch.float16))
+    codes, scales = dispatch.call("quantize_rows", weight.detach().to(torch.float16))
+    return codes, scales
+
+
+def codes_of(weight: Tensor, state: MatmulLtState) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a float weight: those in `state`, if they are still right, or new ones, which are put there.
+
+    While a weight is trained they are made for each call, and afterwards when it has changed.
+    """
+    compiling = torch.compiler.is_compiling()
+    # Compilers follow no versions of tensors.
+    now = None if compiling or weight.is_inference() else (weight._version, weight.data_ptr())
+    codes, scales = state.CB, state.SCB
+    if codes is not None and scales is not None:
+        if not state.has_fp16_weights:
+            return codes, scales
+        made_from = getattr(state, "_made_from", None)
+        if not compiling and not state.is_training and (made_from is None or made_from == now):
+            return codes, scales
+    codes, scales = quantize_float(weight)
+    if not compiling:
+        state.reset_grads()
+        state.CB, state.SCB = codes, scales
+        state._made_from = now
     return codes, scales
 
 
@@ -119,18 +144,16 @@ def matmul(
     state.threshold = threshold
     codes, scales = state.CB, state.SCB
     if B.dtype is torch.int8:
-        codes = dispatch.plain(B)
+        codes = B.detach() if codes is None else codes
         scales = getattr(B, "SCB", None) if scales is None else scales
         if scales is None:
             raise ValueError("state.SCB: None, but B is int8: its scales are missing, float32 [out_features]")
-        check_statistics("state.SCB", scales, B.shape[0], "B", B.device)
+        check_statistics("state.SCB", scales, codes.shape[0], "B", B.device)
         result = product(A, codes, scales, bias, threshold)
     elif B.dtype not in FLOAT_DTYPES:
         raise DTypeError(f"B: dtype {B.dtype} is not torch.int8, or one of {names(FLOAT_DTYPES)}")
     else:
-        if codes is None or scales is None or (state.has_fp16_weights and state.is_training):
-            state.reset_grads()
-            state.CB, state.SCB = codes, scales = quantize_float(B)
+        codes, scales = codes_of(B, state)
         if B.requires_grad:
             result = trained_product(A, B, codes, scales, bias, threshold)
         else:

@@ -62,6 +62,21 @@ impl std::fmt::Display for DType {
     }
 }
 
+/// The bits of the nearest bfloat16, ties to even; NaN stays NaN. Without a branch, so that loops of it are fast.
+#[inline]
+pub(crate) fn bf16_bits(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+    let quiet = bits | 0x0040_0000;
+    ((if value.is_nan() { quiet } else { rounded }) >> 16) as u16
+}
+
+/// The value of bfloat16 bits.
+#[inline]
+pub(crate) fn f32_of(bits: u16) -> f32 {
+    f32::from_bits(u32::from(bits) << 16)
+}
+
 mod sealed {
     pub trait Sealed {}
     impl Sealed for f32 {}

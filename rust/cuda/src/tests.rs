@@ -97,7 +97,7 @@ fn the_launchers_numbers_are_those_of_the_sources() {
         kernels::dequantize_blockwise4::THREADS * kernels::dequantize_blockwise4::GROUP * 4
     );
     assert_eq!(
-        kernels::gemm_4bit_small_m_sm80::SIZES_2_THREADS,
+        kernels::gemm_4bit_small_m_sm80::SHAPE_2_THREADS,
         kernels::GEMM_4BIT_SMALL_M_SM80_BF16_16.threads as usize
     );
     assert_eq!(

@@ -27,6 +27,10 @@ impl Plain for i8 {
     const DTYPE: DType = DType::I8;
 }
 
+impl Plain for i32 {
+    const DTYPE: DType = DType::I32;
+}
+
 impl Plain for f16 {
     const DTYPE: DType = DType::F16;
 }

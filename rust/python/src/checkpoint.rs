@@ -184,13 +184,13 @@ pub fn is_staged(destination: PathBuf, file: &str) -> bool {
     execute::is_staged(&destination, file)
 }
 
-/// Starts to compare two checkpoints; `config_json` is the config.json of `a`.
+/// Starts to compare two checkpoints; `config_a` and `config_b` are the texts of their config.json.
 #[pyfunction]
-pub fn verify(a: PathBuf, b: PathBuf, config_json: Option<&str>, threads: usize) -> PyResult<Job> {
-    let config = parse_config(config_json)?;
+pub fn verify(a: PathBuf, b: PathBuf, config_a: Option<&str>, config_b: Option<&str>, threads: usize) -> PyResult<Job> {
+    let (config_a, config_b) = (parse_config(config_a)?, parse_config(config_b)?);
     Job::start(move |progress| {
         let (a, b) = (Checkpoint::open(&a)?, Checkpoint::open(&b)?);
-        verifying::verify(&a, &b, config.as_ref(), threads.max(1), progress).map(Report::Verify)
+        verifying::verify(&a, &b, config_a.as_ref(), config_b.as_ref(), threads.max(1), progress).map(Report::Verify)
     })
 }
 

@@ -73,14 +73,28 @@ impl CpuLinear {
         };
         work(&Weight::new(packed, scales, self.quant_type, self.blocksize, self.n, self.k)?)
     }
+}
 
-    /// `[rows][columns]` of the type of the factor and of the result.
-    fn matrix(&self, argument: &'static str, address: usize, rows: usize, columns: usize) -> Result<Buffer> {
-        let Some(count) = rows.checked_mul(columns) else {
-            return Err(Error::argument("m", rows, "less than 2^64 elements"));
-        };
-        Buffer::of(argument, address, count, self.dtype)
-    }
+/// `[rows][columns]` of a factor or a result.
+pub(super) fn matrix(
+    argument: &'static str,
+    address: usize,
+    rows: usize,
+    columns: usize,
+    dtype: DType,
+) -> Result<Buffer> {
+    let Some(count) = rows.checked_mul(columns) else {
+        return Err(Error::argument("m", rows, "less than 2^64 elements"));
+    };
+    Buffer::of(argument, address, count, dtype)
+}
+
+/// The dtype of this name, a float.
+pub(super) fn float(argument: &'static str, name: &str) -> Result<DType> {
+    DType::FLOATS.into_iter().find(|d| d.as_str() == name).ok_or_else(|| {
+        let legal = DType::FLOATS.map(DType::as_str);
+        Error::argument(argument, format!("{name:?}"), format!("one of {legal:?}"))
+    })
 }
 
 #[pymethods]
@@ -98,12 +112,6 @@ impl CpuLinear {
         nested: bool,
         bias: Option<&str>,
     ) -> PyResult<Self> {
-        let float = |argument, name: &str| {
-            DType::FLOATS.into_iter().find(|d| d.as_str() == name).ok_or_else(|| {
-                let legal = DType::FLOATS.map(DType::as_str);
-                Error::argument(argument, format!("{name:?}"), format!("one of {legal:?}"))
-            })
-        };
         let check = || {
             Ok(Self {
                 dtype: float("dtype", dtype)?,
@@ -136,8 +144,8 @@ impl CpuLinear {
         threads: usize,
     ) -> PyResult<()> {
         run(py, [m, self.n, self.k], threads, |workers| {
-            let x = self.matrix("x", x, m, self.k)?;
-            let out = self.matrix("out", out, m, self.n)?;
+            let x = matrix("x", x, m, self.k, self.dtype)?;
+            let out = matrix("out", out, m, self.n, self.dtype)?;
             let bias = self.bias.map(|dtype| Buffer::of("bias", bias, self.n, dtype)).transpose()?;
             let inputs = [&x, bias.as_ref().unwrap_or(&x)];
             self.with(Addresses { packed, absmax, absmax2, offset }, &inputs, &out, |weight| {
@@ -164,8 +172,8 @@ impl CpuLinear {
         threads: usize,
     ) -> PyResult<()> {
         run(py, [m, self.n, self.k], threads, |workers| {
-            let grad = self.matrix("grad", grad, m, self.n)?;
-            let out = self.matrix("out", out, m, self.k)?;
+            let grad = matrix("grad", grad, m, self.n, self.dtype)?;
+            let out = matrix("out", out, m, self.k, self.dtype)?;
             self.with(Addresses { packed, absmax, absmax2, offset }, &[&grad], &out, |weight| {
                 // SAFETY: `out` is apart from all others, and all are the Python caller's to keep for the call.
                 let (grad, out) = unsafe { (floats(&grad)?, floats_mut(&out)?) };
@@ -177,7 +185,7 @@ impl CpuLinear {
 
 /// # Safety
 /// As [`Buffer::slice`].
-unsafe fn floats<'a>(buffer: &Buffer) -> Result<Floats<'a>> {
+pub(super) unsafe fn floats<'a>(buffer: &Buffer) -> Result<Floats<'a>> {
     // SAFETY: the caller's.
     unsafe {
         Ok(match buffer.dtype() {
@@ -191,7 +199,7 @@ unsafe fn floats<'a>(buffer: &Buffer) -> Result<Floats<'a>> {
 
 /// # Safety
 /// As [`Buffer::slice_mut`].
-unsafe fn floats_mut<'a>(buffer: &Buffer) -> Result<FloatsMut<'a>> {
+pub(super) unsafe fn floats_mut<'a>(buffer: &Buffer) -> Result<FloatsMut<'a>> {
     // SAFETY: the caller's.
     unsafe {
         Ok(match buffer.dtype() {
@@ -204,7 +212,7 @@ unsafe fn floats_mut<'a>(buffer: &Buffer) -> Result<FloatsMut<'a>> {
 }
 
 /// Runs `work` with its threads; small work on this one, and without letting go of the GIL.
-fn run(
+pub(super) fn run(
     py: Python<'_>,
     multiplications: [usize; 3],
     threads: usize,

@@ -11,6 +11,7 @@ mod cuda_int8;
 mod cuda_linear;
 mod error;
 mod gemm;
+mod int8;
 mod int8_rowwise;
 mod openmp;
 mod quant;
@@ -33,6 +34,7 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     cuda_int8::register(m)?;
     checkpoint::register(m)?;
     gemm::register(m)?;
+    int8::register(m)?;
     int8_rowwise::register(m)?;
     selection::register(m)
 }

@@ -1,7 +1,4 @@
-"""The operations of LLM.int8(): rows to 8 bits and back, and integer products.
-
-The products are plain: exact integer arithmetic by torch, without kernels of halfbyte's own.
-"""
+"""The operations of LLM.int8(): rows to 8 bits and back, and integer products, by `halfbyte.functional`."""
 
 from __future__ import annotations
 
@@ -10,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halfbyte import functional
+from halfbyte.ops.int8 import mm_dequant
+
 from ._define import check_dtype, check_out, define
-
-# 1 / 127²: what the product of two rows of codes is multiplied with, beside their scales.
-_UNIT = 1.0 / (127.0 * 127.0)
-
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
@@ -33,9 +29,7 @@ def _fake_int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> Any:
     _fake_int8_vectorwise_quant,
 )
 def _int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
-    from halfbyte.functional import int8_vectorwise_quant
-
-    return int8_vectorwise_quant(A, threshold)
+    return functional.int8_vectorwise_quant(A, threshold)
 
 
 def _fake_int8_vectorwise_dequant(A: Tensor, stats: Tensor) -> Tensor:
@@ -45,9 +39,7 @@ def _fake_int8_vectorwise_dequant(A: Tensor, stats: Tensor) -> Tensor:
 
 @define("int8_vectorwise_dequant", "(Tensor A, Tensor stats) -> Tensor", _fake_int8_vectorwise_dequant)
 def _int8_vectorwise_dequant(A: Tensor, stats: Tensor) -> Tensor:
-    from halfbyte.functional import int8_vectorwise_dequant
-
-    return int8_vectorwise_dequant(A, stats)
+    return functional.int8_vectorwise_dequant(A, stats)
 
 
 def _fake_int8_double_quant(A: Tensor, threshold: float = 0.0) -> Any:
@@ -61,29 +53,10 @@ def _fake_int8_double_quant(A: Tensor, threshold: float = 0.0) -> Any:
     _fake_int8_double_quant,
 )
 def _int8_double_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    rows, row_scales, columns = _int8_vectorwise_quant(A, threshold)
-    values = A.reshape(-1, A.shape[-1]).float()
-    if threshold > 0.0:
-        values = values.masked_fill(values.abs() >= threshold, 0.0)
-    scales = values.abs().amax(0)
-    codes = (values * (127.0 / scales)).nan_to_num_(0.0).round_().to(torch.int8)
-    return rows, codes.view(A.shape), row_scales, scales, columns
+    return functional.int8_double_quant(A, threshold=threshold)
 
 
 # ---- products --------------------------------------------------------------------------------------------------------
-
-
-def _product(A: Tensor, B: Tensor) -> Tensor:
-    """`A @ B.T` of int8 matrices, int32."""
-    m, k, n = A.shape[0], A.shape[1], B.shape[0]
-    if 0 in (m, k, n):
-        return A.new_zeros((m, n), dtype=torch.int32)
-    if A.is_cuda:
-        # cuBLAS takes more than 16 rows, and multiples of 8: zeros add nothing.
-        rows = max(24, -(-m // 8) * 8)
-        A = torch.nn.functional.pad(A, (0, -k % 8, 0, rows - m))
-        B = torch.nn.functional.pad(B, (0, -k % 8, 0, -n % 8))
-    return torch._int_mm(A.contiguous(), B.t())[:m, :n].contiguous()
 
 
 def _fake_int8_linear_matmul(A: Tensor, B: Tensor) -> Tensor:
@@ -95,9 +68,7 @@ def _fake_int8_linear_matmul(A: Tensor, B: Tensor) -> Tensor:
 
 @define("int8_linear_matmul", "(Tensor A, Tensor B) -> Tensor", _fake_int8_linear_matmul)
 def _int8_linear_matmul(A: Tensor, B: Tensor) -> Tensor:
-    check_dtype("A", A, torch.int8)
-    check_dtype("B", B, torch.int8)
-    return _product(A.reshape(-1, A.shape[-1]), B).view(*A.shape[:-1], B.shape[0])
+    return functional.int8_linear_matmul(A, B)
 
 
 def _fake_int8_linear_matmul_out(A: Tensor, B: Tensor, out: Tensor) -> None:
@@ -107,8 +78,7 @@ def _fake_int8_linear_matmul_out(A: Tensor, B: Tensor, out: Tensor) -> None:
 
 @define("int8_linear_matmul.out", "(Tensor A, Tensor B, Tensor! out) -> ()", _fake_int8_linear_matmul_out)
 def _int8_linear_matmul_out(A: Tensor, B: Tensor, out: Tensor) -> None:
-    check_out(out, (*A.shape[:-1], B.shape[0]), torch.int32, A.device)
-    out.copy_(_int8_linear_matmul(A, B))
+    functional.int8_linear_matmul(A, B, out)
 
 
 def _fake_int8_mm_dequant(
@@ -126,13 +96,7 @@ def _fake_int8_mm_dequant(
 def _int8_mm_dequant(
     A: Tensor, row_stats: Tensor, col_stats: Tensor, dtype: torch.dtype | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    check_dtype("A", A, torch.int32)
-    check_dtype("row_stats", row_stats, torch.float32)
-    check_dtype("col_stats", col_stats, torch.float32)
-    out = A.reshape(-1, A.shape[-1]) * (row_stats.reshape(-1, 1) * col_stats.reshape(1, -1) * _UNIT)
-    if bias is not None:
-        out += bias
-    return out.to(dtype or torch.float16).view(A.shape)
+    return mm_dequant(A, row_stats, col_stats, bias, dtype or torch.float16)
 
 
 def _fake_int8_scaled_mm(
@@ -159,7 +123,7 @@ def _int8_scaled_mm(
     bias: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    return _int8_mm_dequant(_int8_linear_matmul(A, B), row_stats, col_stats, dtype or torch.float16, bias)
+    return functional.int8_scaled_mm(A, B, row_stats, col_stats, bias, dtype or torch.float16)
 
 
 def _fake_int8_mixed_scaled_mm(
@@ -190,10 +154,4 @@ def _int8_mixed_scaled_mm(
     outlier_cols: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    out = _int8_scaled_mm(CA, CB, SCA, SCB, bias, A.dtype)
-    if outlier_cols is None or not outlier_cols.numel():
-        return out, A.new_empty(0)
-    # The outlier columns were left out of the codes of A: they are multiplied in A's own precision.
-    outliers = A[:, outlier_cols].contiguous()
-    weight = _int8_vectorwise_dequant(CB[:, outlier_cols].contiguous(), SCB).to(A.dtype)
-    return out.addmm(outliers, weight.t()), outliers
+    return functional.int8_mixed_scaled_mm(A, CA, CB, SCA, SCB, outlier_cols, bias)

@@ -20,6 +20,11 @@ from halfbyte.functional import (
     dequantize_fp4,
     dequantize_nf4,
     get_4bit_type,
+    int8_double_quant,
+    int8_linear_matmul,
+    int8_mixed_scaled_mm,
+    int8_mm_dequant,
+    int8_scaled_mm,
     int8_vectorwise_dequant,
     int8_vectorwise_quant,
     quantize_4bit,
@@ -61,7 +66,9 @@ __all__ = [
     "igemm",
     "int8_double_quant",
     "int8_linear_matmul",
+    "int8_mixed_scaled_mm",
     "int8_mm_dequant",
+    "int8_scaled_mm",
     "int8_vectorwise_dequant",
     "int8_vectorwise_quant",
     "is_on_gpu",
@@ -222,48 +229,6 @@ def fill(A: Tensor, value: float, device: torch.device | None = None, prefetch: 
 
 def _mul(A: Tensor, B: Tensor, device: torch.device | None = None) -> None:
     elementwise_func("_mul", A, B, 0)
-
-
-def int8_linear_matmul(A: Tensor, B: Tensor, out: Tensor | None = None, dtype: torch.dtype = torch.int32) -> Tensor:
-    """`A @ B.T` of int8 `[..., k]` and `[n, k]`, exactly: int32 `[..., n]`."""
-    if out is not None:
-        torch.ops.bitsandbytes.int8_linear_matmul.out(A, B, out)
-        return out
-    result: Tensor = torch.ops.bitsandbytes.int8_linear_matmul.default(A, B)
-    return result
-
-
-def int8_mm_dequant(
-    A: Tensor, row_stats: Tensor, col_stats: Tensor, out: Tensor | None = None, bias: Tensor | None = None
-) -> Tensor:
-    """What the product of two rows of codes stands for, float16: `A * row_stats * col_stats / 127² + bias`."""
-    result: Tensor = torch.ops.bitsandbytes.int8_mm_dequant.default(
-        A, row_stats, col_stats, dtype=torch.float16, bias=bias
-    )
-    return result if out is None else out.copy_(result)
-
-
-def int8_double_quant(
-    A: Tensor,
-    col_stats: Tensor | None = None,
-    row_stats: Tensor | None = None,
-    out_col: Tensor | None = None,
-    out_row: Tensor | None = None,
-    threshold: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Quantize rows, and columns too: codes of both, scales of both, and the columns that were left out of the rows.
-
-    Raises:
-        ValueError: Memory was given for a result: that is not supported.
-    """
-    for name, given in (
-        ("row_stats", row_stats), ("col_stats", col_stats), ("out_col", out_col), ("out_row", out_row),
-    ):  # fmt: skip
-        if given is not None:
-            raise ValueError(f"{name} must be None, got a tensor")
-    result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
-    result = torch.ops.bitsandbytes.int8_double_quant.default(A, threshold=threshold)
-    return result
 
 
 def optimizer_update_32bit(

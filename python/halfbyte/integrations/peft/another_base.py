@@ -16,8 +16,8 @@ from typing import Any
 from torch import nn
 
 from halfbyte._native import CheckpointError
-from halfbyte.nn import Linear4bit
-from halfbyte.nn._quantized import Quantized
+from halfbyte.models.recipe import PACKED_LAYERS
+from halfbyte.nn import Linear4bit, Linear8bitLt
 
 # Of these methods a part of each weight has a side of the layer: the parameter, which of its dimensions, and that side.
 _SIDES = {
@@ -77,7 +77,7 @@ def check(
     ignore_mismatched_sizes: bool = False,
     **_: Any,
 ) -> None:
-    """That an adapter in a folder fits a model with 4-bit layers. Of other models, and other adapters, nothing is said.
+    """That an adapter in a folder fits a model with packed layers. Of others nothing is said.
 
     Args:
         model: With adapters or without.
@@ -92,7 +92,7 @@ def check(
     if key_mapping or ignore_mismatched_sizes or not isinstance(model, nn.Module) or not isinstance(folder, str | Path):
         return
     place = Path(folder, subfolder or "")
-    if not (place / _FILE).is_file() or not any(isinstance(module, Quantized) for module in model.modules()):
+    if not (place / _FILE).is_file() or not any(isinstance(module, PACKED_LAYERS) for module in model.modules()):
         return
     try:
         config = json.loads((place / _CONFIG).read_text(encoding="utf-8"))
@@ -135,7 +135,7 @@ def _problem(base: Any, config: dict[str, Any], shapes: dict[str, list[int]]) ->
             return f"{key} belongs to {beyond}, which the model has not"
         path, _, kind = key_path.removesuffix(".weight").rpartition(".")
         layer = modules.get(path)
-        if isinstance(layer, Linear4bit) and kind in sides:
+        if isinstance(layer, Linear4bit | Linear8bitLt) and kind in sides:
             dimension, side = sides[kind]
             size = layer.in_features if side == "in" else layer.out_features
             if len(shape) > dimension and shape[dimension] != size:
@@ -144,13 +144,13 @@ def _problem(base: Any, config: dict[str, Any], shapes: dict[str, list[int]]) ->
 
 
 def _beyond(modules: dict[str, nn.Module], path: str) -> str | None:
-    """The block of 4-bit layers that this path leads to, where the model has such blocks, but fewer."""
+    """The block of packed layers that this path leads to, where the model has such blocks, but fewer."""
     parts = path.split(".")
     for i, part in enumerate(parts):
         if part.isdecimal():
             blocks = modules.get(".".join(parts[:i]))
             if isinstance(blocks, nn.ModuleList) and int(part) >= len(blocks):
-                packed = any(isinstance(module, Quantized) for module in blocks.modules())
+                packed = any(isinstance(module, PACKED_LAYERS) for module in blocks.modules())
                 return ".".join(parts[: i + 1]) if packed else None
     return None
 

@@ -1,4 +1,4 @@
-"""PEFT: report the error of merging an adapter into 4-bit weights.
+"""PEFT: report the error of merging an adapter into packed weights.
 
 A merge adds the adapter to the dequantized weight and quantizes the sum, which rounds small changes away. PEFT's
 methods that merge a whole model are wrapped, so that the report comes once per call and not once per layer.
@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import nn
 
-from halfbyte.nn import Params4bit
+from halfbyte.models.recipe import PACKED_LAYERS
+from halfbyte.nn import Int8Params, Params4bit
 from halfbyte.nn._joint import JOINT
-from halfbyte.nn._quantized import Quantized
 from halfbyte.nn._requantized import Requantized, watch
 
 _logger = logging.getLogger(__name__)
@@ -56,8 +56,8 @@ def _measured(stock: Callable[..., Any], level: int) -> Callable[..., Any]:
 
 
 def _layers(model: nn.Module) -> dict[nn.Module, str]:
-    """The 4-bit layers of a model, by the names that they have without adapters."""
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, Quantized)]
+    """The packed layers of a model, by the names that they have without adapters."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, PACKED_LAYERS)]
     return {module: name.replace(".base_layer", "") for name, module in layers}
 
 
@@ -88,21 +88,24 @@ def _percent(value: float) -> str:
 def _own_parameters(model: nn.Module) -> Iterator[None]:
     """Make PEFT create this package's parameters while it merges, also where bitsandbytes is installed.
 
-    PEFT creates them as `bitsandbytes.nn.Params4bit`, which quantizes with other code on the CPU. The joint class put
-    under that name is a subclass. Nothing changes if the model has layers of bitsandbytes too.
+    PEFT creates them as `bitsandbytes.nn.Params4bit` and `Int8Params`, which quantize with other code. The joint
+    classes put under those names are subclasses. Nothing changes if the model has layers of bitsandbytes too.
     """
-    own = JOINT.get(Params4bit)
+    own = {cls.__name__: JOINT[cls] for cls in (Params4bit, Int8Params) if cls in JOINT}
     from halfbyte.integrations.bitsandbytes import find
 
-    module = find(load=False) if own is not None else None
-    if module is None or any(
-        isinstance(layer, module.nn.Linear4bit) and not isinstance(layer, Quantized) for layer in model.modules()
-    ):
+    module = find(load=False) if own else None
+    theirs = () if module is None else (module.nn.Linear4bit, module.nn.Linear8bitLt)
+    if any(isinstance(layer, theirs) and not isinstance(layer, PACKED_LAYERS) for layer in model.modules()):
+        module = None
+    if module is None:
         yield
         return
-    theirs = module.nn.Params4bit
-    module.nn.Params4bit = own
+    before = {name: getattr(module.nn, name) for name in own}
+    for name, cls in own.items():
+        setattr(module.nn, name, cls)
     try:
         yield
     finally:
-        module.nn.Params4bit = theirs
+        for name, cls in before.items():
+            setattr(module.nn, name, cls)

@@ -1,4 +1,4 @@
-"""The files of a 4-bit checkpoint, compared with the model that they are for before it is changed.
+"""The files of a checkpoint of packed weights, compared with the model that they are for before it is changed.
 
 transformers reads tensors one by one and says of what went wrong at the end, in a report; a linear layer that it does
 not find starts at random. Here the headers and the small parts beside the weights tell before anything happens.
@@ -21,22 +21,23 @@ from torch import nn
 
 from halfbyte._native import CheckpointError
 from halfbyte.integrations.transformers.layers import chosen
-from halfbyte.models import transformers_weights
-from halfbyte.models.load import float_parts, layer_shape
-from halfbyte.nn import Params4bit
+from halfbyte.models import packed, transformers_weights
+from halfbyte.models.load import layer_shape
+from halfbyte.models.packed import Packed
+from halfbyte.models.recipe import shape_of
 from halfbyte.offline.transformers_names import renamed
-from halfbyte.state import PACKED_KEYS, TENSOR_KEYS
 
 _AGAIN = "it is incomplete: save, or download, it again"
 
 
-def packed_in(model: Any, files: Sequence[str], keep: Sequence[str]) -> list[str] | None:
-    """Paths of the layers whose weight is packed in a checkpoint; None when its files do not tell.
+def packed_in(model: Any, files: Sequence[str], keep: Sequence[str], floats: bool = False) -> dict[str, Packed] | None:
+    """The packed weights of a checkpoint by the paths of their layers; None when its files do not tell.
 
     Args:
         model: The transformers model that the checkpoint is for.
         files: The checkpoint's files.
         keep: Names of the modules that the checkpoint has in 16 bits, and those that any may have so.
+        floats: Its config says that weights are kept as floats (`llm_int8_has_fp16_weight`): none may be of 8 bits.
 
     Raises:
         CheckpointError: A file is missing or broken; a packed weight lacks a part, has one that does not fit, another
@@ -47,14 +48,15 @@ def packed_in(model: Any, files: Sequence[str], keep: Sequence[str]) -> list[str
         return None
     with ExitStack() as stack:
         checkpoint = _Checkpoint([os.fspath(file) for file in files], stack)
-        packed = _packed_weights(checkpoint)
-        beside = {f"{weight}.{key}" for weight, keys in packed.items() for key in keys}
+        found = _packed_weights(checkpoint)
+        _check_floats(checkpoint, found, floats)
+        beside = {name for one in found.values() for name in one.parts.values()}
         targets: dict[str, str] = {}
         merged: list[str] = []
         for name, target, _, converter in renamed(model, [name for name in checkpoint.files if name not in beside]):
             if target is None:
                 continue
-            if name not in packed:
+            if name not in found:
                 targets[target] = name
                 if converter is not None:
                     merged.append(name)
@@ -62,16 +64,17 @@ def packed_in(model: Any, files: Sequence[str], keep: Sequence[str]) -> list[str
                 targets[target] = name
             else:
                 raise CheckpointError(
-                    f"{checkpoint.files[name]}: {name} is packed to 4 bits, but transformers "
+                    f"{checkpoint.files[name]}: {name} is packed to {found[name].bits} bits, but transformers "
                     f"{transformers.__version__} holds it as part of {target}, one tensor for all experts, which "
                     "cannot be made of packed ones; make a 16-bit checkpoint of it by `halfbyte dequantize`, or load "
                     "the one that it was made from"
                 )
         _check_complete(model, checkpoint, targets, merged, keep)
-        found = [target for target, name in targets.items() if name in packed]
-        for target in found:
-            _check_weight(model, checkpoint, target, targets[target], packed[targets[target]])
-    return [target.rpartition(".")[0] for target in found]
+        _check_codes(model, checkpoint, targets, found)
+        here = {target: found[name] for target, name in targets.items() if name in found}
+        for target, one in here.items():
+            _check_weight(model, checkpoint, target, one)
+    return {target.rpartition(".")[0]: one for target, one in here.items()}
 
 
 def check_dense(model: Any, files: Sequence[str], paths: Sequence[str]) -> None:
@@ -91,12 +94,15 @@ def check_dense(model: Any, files: Sequence[str], paths: Sequence[str]) -> None:
     with ExitStack() as stack:
         checkpoint = _Checkpoint([os.fspath(file) for file in files], stack)
         odd = []
-        for name, file in checkpoint.files.items():
-            if name.endswith(tuple(f".{key}" for key in PACKED_KEYS)):
+        for one in _candidates(checkpoint).values():
+            name = one.mark
+            if name is not None and (one.bits == 4 or one.weight in checkpoint.files):
                 raise CheckpointError(
-                    f"{file}: {name}: the weight is packed to 4 bits already, but config.json has no "
-                    "quantization_config with load_in_4bit true; take config.json from where the checkpoint is from"
+                    f"{checkpoint.files[name]}: {name}: the weight is packed to {one.bits} bits already, but "
+                    f"config.json has no quantization_config with load_in_{one.bits}bit true; take config.json from "
+                    "where the checkpoint is from"
                 )
+        for name in checkpoint.files:
             if checkpoint.dtype(name) not in ("F16", "BF16", "F32", "F64"):
                 odd.append(name)
         weights = {f"{path}.weight" for path in paths}
@@ -104,7 +110,7 @@ def check_dense(model: Any, files: Sequence[str], paths: Sequence[str]) -> None:
             if target in weights:
                 raise CheckpointError(
                     f"{checkpoint.files[name]}: {name} is {checkpoint.dtype(name)}, so it is quantized already, and "
-                    "cannot be quantized to 4 bits; start from the 16-bit checkpoint that it was made from"
+                    "cannot be quantized again; start from the 16-bit checkpoint that it was made from"
                 )
 
 
@@ -152,53 +158,72 @@ class _Checkpoint:
         return tuple(tensor.shape), tensor.dtype
 
 
-def _packed_weights(checkpoint: _Checkpoint) -> dict[str, set[str]]:
-    """The packed weights of a checkpoint, with the keys of what is saved beside them; each is complete."""
+def _candidates(checkpoint: _Checkpoint) -> dict[str, Packed]:
+    """What may be packed weights, by their names."""
+    try:
+        return packed.find(checkpoint.files)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.where}: {error}") from None
+
+
+def _packed_weights(checkpoint: _Checkpoint) -> dict[str, Packed]:
+    """The packed weights of a checkpoint by their names; each is complete."""
     names = checkpoint.files
-    parts: dict[str, set[str]] = {}
-    for name in names:
-        for key in (*PACKED_KEYS, *TENSOR_KEYS):
-            if name.endswith(f".{key}"):
-                parts.setdefault(name[: -len(key) - 1], set()).add(key)
-                break
-    for weight, keys in parts.items():
-        file = names[f"{weight}.{min(keys)}"]
+    candidates = _candidates(checkpoint)
+    for weight, one in candidates.items():
         if not weight.endswith("weight"):
             continue
-        wanted = {"absmax", "quant_map"}
-        if any(key.startswith("nested_") for key in keys):
-            wanted |= {"nested_absmax", "nested_quant_map"}
-        missing = [f"{weight}.{key}" for key in TENSOR_KEYS if key in wanted - keys]
-        if not keys.intersection(PACKED_KEYS):
-            missing.append(f"{weight}.{PACKED_KEYS[0]} (or {PACKED_KEYS[1].rpartition('.')[2]})")
-        if weight not in names:
-            missing.insert(0, weight)
+        missing = one.lacking(names)
         if missing:
+            file = names[min(one.parts.values())]
             raise CheckpointError(
-                f"{file}: {weight} is packed to 4 bits, but the checkpoint lacks {', '.join(missing)}; {_AGAIN}"
+                f"{file}: {weight} is packed to {one.bits} bits, but the checkpoint lacks "
+                f"{', '.join(missing)}; {_AGAIN}"
             )
-        for name in (weight, *(f"{weight}.{key}" for key in sorted(keys))):
+        for name in (weight, *sorted(one.parts.values())):
             if name in checkpoint.twice:
                 raise CheckpointError(
                     f"{names[name]}: {name} is in {checkpoint.twice[name]} too, and nothing says which is meant; "
                     "save, or download, the checkpoint again"
                 )
-    return {weight: keys for weight, keys in parts.items() if keys.intersection(PACKED_KEYS)}
+    return {weight: one for weight, one in candidates.items() if one.mark is not None}
 
 
-def _check_weight(model: nn.Module, checkpoint: _Checkpoint, target: str, name: str, keys: set[str]) -> None:
+def _check_floats(checkpoint: _Checkpoint, found: Mapping[str, Packed], floats: bool) -> None:
+    """A config that keeps float weights does not come with weights of 8 bits."""
+    name = next((name for name, one in found.items() if one.bits == 8), None)
+    if floats and name is not None:
+        raise CheckpointError(
+            f"{checkpoint.files[name]}: {name} is quantized to 8 bits, but quantization_config in config.json has "
+            "llm_int8_has_fp16_weight true, which keeps weights as floats; make it false there"
+        )
+
+
+def _check_codes(
+    model: nn.Module, checkpoint: _Checkpoint, targets: Mapping[str, str], found: Mapping[str, Packed]
+) -> None:
+    """No weight of a linear layer holds 8-bit codes without the scales that belong to them."""
+    layers = {f"{path}.weight" for path in chosen(model, ())}
+    for target, name in targets.items():
+        if target in layers and name not in found and checkpoint.dtype(name) == "I8":
+            raise CheckpointError(
+                f"{checkpoint.files[name]}: {name} is packed to 8 bits, but the checkpoint lacks "
+                f"{packed.beside(name, packed.SCB)}; {_AGAIN}"
+            )
+
+
+def _check_weight(model: nn.Module, checkpoint: _Checkpoint, target: str, one: Packed) -> None:
     """A packed weight and its parts fit together, and the model."""
-    stats = float_parts({key: checkpoint.view(f"{name}.{key}") for key in keys})
-    where = f"{checkpoint.files[name]}: {name}"
+    where = f"{checkpoint.files[one.weight]}: {one.weight}"
+    parts = {key: checkpoint.view(name) for key, name in one.parts.items()}
     try:
-        state = Params4bit.from_prequantized(checkpoint.view(name), stats).quant_state
+        weight = packed.parameter(one.bits, checkpoint.view(one.weight), parts)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: {error}; save, or download, the checkpoint again") from None
-    assert state is not None
     path, _, attribute = target.rpartition(".")
     holder = model.get_submodule(path)
     expected = layer_shape(holder) if attribute == "weight" else tuple(getattr(holder, attribute).shape)
-    shape = tuple(state.shape or ())
+    shape = shape_of(weight)
     if shape != expected:
         raise CheckpointError(
             f"{where}: the checkpoint holds a weight {list(shape)}, the model has {list(expected)}; load it with the "
@@ -233,8 +258,8 @@ def _check_complete(
     if lost:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         raise CheckpointError(
-            f"{checkpoint.where}: the 4-bit checkpoint lacks {lost[0]}{more}, packed or not; {_AGAIN}, or load it with "
-            "the config.json that it was saved with. What is meant to start anew can be named in "
+            f"{checkpoint.where}: the quantized checkpoint lacks {lost[0]}{more}, packed or not; {_AGAIN}, or load it "
+            "with the config.json that it was saved with. What is meant to start anew can be named in "
             "llm_int8_skip_modules of the quantization_config in config.json"
         )
 

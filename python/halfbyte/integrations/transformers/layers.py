@@ -1,17 +1,16 @@
-"""Choose the layers of an empty model that become 4-bit, and replace them."""
+"""Choose the layers of an empty model that are packed, and replace them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from halfbyte.models.layers import is_conv1d
-from halfbyte.models.replace import SOURCE_CLASS, empty_linear4bit
-from halfbyte.nn import Embedding4bit, Linear4bit, Params4bit
+from halfbyte.models.recipe import PackedLayer, Recipe
+from halfbyte.models.replace import SOURCE_CLASS, SOURCE_DTYPE
 
 
 def is_conv1d_layer(module: nn.Module) -> bool:
@@ -20,7 +19,7 @@ def is_conv1d_layer(module: nn.Module) -> bool:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether this 4-bit layer took the place of a `Conv1D`."""
+    """Whether this packed layer took the place of a `Conv1D`."""
     source = module.__dict__.get(SOURCE_CLASS)
     return isinstance(source, type) and any(is_conv1d(cls) for cls in source.__mro__)
 
@@ -43,64 +42,37 @@ def without_effect(model: nn.Module, names: Iterable[str]) -> list[str]:
     return [name for name in names if all(should_convert_module(path, [name]) for path in paths)]
 
 
-def put_4bit(
-    model: nn.Module,
-    paths: Iterable[str],
-    *,
-    quant_type: str,
-    nested: bool,
-    storage: torch.dtype,
-    compute_dtype: torch.dtype | None,
-    packed: bool,
-) -> int:
-    """Put a 4-bit layer, without numbers, in the place of each layer named; returns how many.
+def put_packed(model: nn.Module, recipes: Mapping[str, Recipe], packed: bool) -> int:
+    """Put a packed layer, without numbers, in the place of each layer named; returns how many.
 
     Args:
         model: On the meta device.
-        paths: Of linear layers and, when `packed`, embeddings. Layers of other classes are left as they are.
-        quant_type: "nf4" or "fp4".
-        nested: Quantize the scales too.
-        storage: Of packed bytes.
-        compute_dtype: Of products; None for the input's.
+        recipes: How, by the paths of linear layers and, when `packed`, embeddings. Layers of other classes are left as
+            they are.
         packed: Weights will come packed, and the parameter says so by its dtype.
     """
     count = 0
-    for path in dict.fromkeys(paths):
+    for path, recipe in recipes.items():
         old = model.get_submodule(path)
-        new: Linear4bit | Embedding4bit
-        with torch.device("meta"):
-            if is_linear(old):
-                shape: Any = old._parameters["weight"].shape  # type: ignore[union-attr]
-                in_features, out_features = shape if is_conv1d_layer(old) else (shape[1], shape[0])
-                new = empty_linear4bit(
-                    old,
-                    in_features,
-                    out_features,
-                    compute_dtype=compute_dtype,
-                    nested=nested,
-                    quant_type=quant_type,
-                    storage=storage,
-                )
-            elif packed and type(old) is nn.Embedding:
-                new = Embedding4bit(
-                    old.num_embeddings,
-                    old.embedding_dim,
-                    dtype=old.weight.dtype,
-                    quant_type=quant_type,
-                    quant_storage=storage,
-                )
-                new.padding_idx = old.padding_idx
-            else:
-                continue
-            dense = old._parameters["weight"]
+        dense = old._parameters.get("weight")
+        new: PackedLayer
+        if is_linear(old):
             assert dense is not None
-            weight = new.weight
-            assert isinstance(weight, Params4bit)
-            # A loader casts what it reads to the dtype found here.
-            new.weight = weight._like(torch.empty(weight.shape, dtype=storage if packed else dense.dtype), None)
+            in_features, out_features = dense.shape if is_conv1d_layer(old) else dense.shape[::-1]
+            new = recipe.empty_linear(in_features, out_features, old._parameters.get("bias") is not None)
+        elif packed and type(old) is nn.Embedding:
+            assert dense is not None
+            new = recipe.empty_embedding(old, dense.dtype)
+        else:
+            continue
+        # A loader casts what it reads to the dtype found here.
+        dtype = (recipe.codes_dtype if packed else None) or dense.dtype
+        shape = new.weight.shape
+        new.weight = recipe.parameter(torch.empty(shape, dtype=dtype, device="meta"))
         if old._parameters.get("bias") is not None:
             new.bias = old._parameters["bias"]  # type: ignore[assignment]
         new.__dict__[SOURCE_CLASS] = type(old)
+        new.__dict__[SOURCE_DTYPE] = dense.dtype
         new.train(old.training)
         new.requires_grad_(False)
         model.set_submodule(path, new)

@@ -12,30 +12,38 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 
-from halfbyte.config import BitsAndBytesConfig
-from halfbyte.functional import dequantize_4bit
 from halfbyte.integrations.transformers.layers import is_transposed
-from halfbyte.models.load import float_parts
+from halfbyte.models import packed
+from halfbyte.models.load import layer_shape
+from halfbyte.models.recipe import PACKED_LAYERS, PackedLayer, PackedParameter, Recipe, bits_of, shape_of
 from halfbyte.nn import Params4bit
-from halfbyte.nn._quantized import Quantized
-from halfbyte.state import PACKED_KEYS, TENSOR_KEYS, QuantState
+from halfbyte.state import PACKED_KEYS, TENSOR_KEYS
 
 WEIGHT = "weight"
 # The weight itself comes last: older releases take the first pattern that matches.
-SERIALIZED = [f"{WEIGHT}.{key}" for key in (*reversed(TENSOR_KEYS), *PACKED_KEYS)] + [WEIGHT]
-"""Names of one packed weight and of what is saved beside it."""
+SERIALIZED = [
+    *(f"{WEIGHT}.{key}" for key in (*reversed(TENSOR_KEYS), *PACKED_KEYS)),
+    *reversed(packed.KEYS_8BIT),
+    WEIGHT,
+]
+"""Names of one packed weight and of what is saved beside it, of 4 bits or of 8."""
 
 
 class Quantizer(Protocol):
     """What the operations ask of the quantizer that made them."""
 
-    config: BitsAndBytesConfig
+    recipe: Recipe
+    problems: list[str]
 
     def param_needs_quantization(self, model: Any, param_name: str) -> bool:
-        """Whether this is the dense weight of a 4-bit layer."""
+        """Whether this is the dense weight of a packed layer."""
 
-    def place(self, name: str, module: nn.Module, weight: Params4bit) -> Params4bit:
+    def place(self, name: str, module: nn.Module, weight: PackedParameter) -> PackedParameter:
         """Prepare the module for its weight."""
+
+
+class NotFiniteError(ValueError):
+    """A weight has values that cannot be quantized to 8 bits."""
 
 
 class Operation(ConversionOps):
@@ -65,7 +73,7 @@ class Quantize(Operation):
     def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], model: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """Quantize the weights of 4-bit layers among `input_dict`, by their names in the model."""
+        """Quantize the weights of packed layers among `input_dict`, by their names in the model."""
         made: dict[str, Any] = {}
         for name, value in input_dict.items():
             tensor: Tensor = value[0] if isinstance(value, list) else value
@@ -73,12 +81,18 @@ class Quantize(Operation):
                 made[name] = tensor
                 continue
             module = model.get_submodule(name.rpartition(".")[0])
-            made[name] = self.hf_quantizer.place(name, module, quantize(module, tensor, name, self.hf_quantizer.config))
+            try:
+                weight = quantize(module, tensor, name, self.hf_quantizer.recipe)
+            except NotFiniteError as error:
+                # transformers would say no more than that something went wrong. The load is stopped at its end.
+                self.hf_quantizer.problems.append(str(error))
+                weight = self.hf_quantizer.recipe.parameter(torch.zeros(layer_shape(module)))
+            made[name] = self.hf_quantizer.place(name, module, weight)
         return made
 
 
 class Deserialize(Operation):
-    """A packed weight and its scales, as they are saved, to the parameter of a 4-bit layer."""
+    """A packed weight and its scales, as they are saved, to the parameter of a packed layer."""
 
     @torch.no_grad()
     def convert(  # type: ignore[override]
@@ -88,61 +102,65 @@ class Deserialize(Operation):
         parts = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
         module = model.get_submodule(full_layer_name.rpartition(".")[0])
         if set(parts) == {WEIGHT}:
-            return {WEIGHT: parts[WEIGHT]}
+            return {WEIGHT: self._alone(full_layer_name, module, parts[WEIGHT])}
         weight = parts.pop(WEIGHT, None)
         if weight is None:
             raise ValueError(
                 f"{full_layer_name}: missing, but {', '.join(sorted(parts))} are in the checkpoint: it is incomplete"
             )
-        stats = float_parts({key.removeprefix(f"{WEIGHT}."): value for key, value in parts.items()})
+        bits = 8 if packed.SCB in parts else 4
         try:
-            if not isinstance(module, Quantized):
-                # Its class reads the weight with code of its own.
-                return {WEIGHT: dequantize_4bit(weight, QuantState.from_dict(stats))}
-            packed = Params4bit.from_prequantized(weight, stats, module=module)
+            made = packed.parameter(bits, weight, {key.removeprefix(f"{WEIGHT}."): v for key, v in parts.items()})
         except (TypeError, ValueError) as error:
             raise type(error)(f"{full_layer_name}: {error}") from error
-        state, expected = packed.quant_state, module._weight_shape()
-        assert state is not None
-        if tuple(state.shape or ()) != expected:
-            raise ValueError(
-                f"{full_layer_name}: the checkpoint holds a weight {list(state.shape or ())}, "
-                f"the model has {list(expected)}"
-            )
+        if not isinstance(module, PACKED_LAYERS):
+            # Its class reads the weight with code of its own.
+            return {WEIGHT: packed.dense(made, module.weight.dtype)}
+        _check_shape(full_layer_name, module, shape_of(made))
         module._is_hf_initialized = True  # type: ignore[assignment]
-        return {WEIGHT: self.hf_quantizer.place(full_layer_name, module, packed)}
+        return {WEIGHT: self.hf_quantizer.place(full_layer_name, module, made)}
+
+    def _alone(self, name: str, module: nn.Module, tensor: Tensor) -> Tensor:
+        """A weight without parts: dense, of a layer that keeps its float weight or of one that is none of ours."""
+        if self.hf_quantizer.recipe.has_fp16_weights and bits_of(module) == 8:
+            return quantize(module, tensor, name, self.hf_quantizer.recipe)
+        return tensor
 
 
-def quantize(module: nn.Module, tensor: Tensor, name: str, config: BitsAndBytesConfig) -> Params4bit:
-    """Quantize the dense weight of a 4-bit layer on the device that it is on.
+def quantize(module: nn.Module, tensor: Tensor, name: str, recipe: Recipe) -> PackedParameter:
+    """Quantize the dense weight of a packed layer on the device that it is on.
 
     Args:
         module: The layer.
         tensor: float16, bfloat16 or float32, `[out, in]`, or `[in, out]` where the layer stands for a `Conv1D`.
         name: For errors.
-        config: How.
+        recipe: How.
 
     Raises:
+        NotFiniteError: For 8 bits: a value is not finite in float16.
         ValueError: Shapes disagree, or the dtype is none of the three.
     """
-    assert isinstance(module, Quantized)
+    assert isinstance(module, PACKED_LAYERS)
     if is_transposed(module):
         tensor = tensor.t()
-    if tuple(tensor.shape) != module._weight_shape():
-        raise ValueError(
-            f"{name}: the checkpoint holds a weight {list(tensor.shape)}, the model has {list(module._weight_shape())}"
-        )
+    _check_shape(name, module, tuple(tensor.shape))
     if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(
             f"{name}: dtype must be one of torch.float16, torch.bfloat16, torch.float32, got {tensor.dtype}"
         )
-    made = Params4bit(
-        tensor.detach(),
-        requires_grad=False,
-        compress_statistics=config.bnb_4bit_use_double_quant,
-        quant_type=config.bnb_4bit_quant_type,
-        quant_storage=module.quant_storage,
-        module=module,
-    ).to(tensor.device)
+    made = recipe.parameter(tensor.detach())
+    if isinstance(made, Params4bit):
+        # Told of its state, the layer needs no other sign that it is quantized.
+        made.module = module
+    try:
+        made = made.to(tensor.device)
+    except ValueError as error:
+        raise NotFiniteError(f"{name}: {str(error).removeprefix('weight: ')}") from error
     module._is_hf_initialized = True  # type: ignore[assignment]
     return made
+
+
+def _check_shape(name: str, module: PackedLayer, shape: tuple[int, ...]) -> None:
+    expected = layer_shape(module)
+    if shape != expected:
+        raise ValueError(f"{name}: the checkpoint holds a weight {list(shape)}, the model has {list(expected)}")

@@ -1,20 +1,23 @@
-"""`Quantizer4bit`: how transformers loads, saves and dequantizes a model whose layers are this package's.
+"""`Quantizer4bit` and `Quantizer8bit`: how transformers loads, saves and dequantizes models with this package's layers.
 
-It derives from transformers' quantizer for bitsandbytes, because code that asks with `isinstance` expects that, and
-overrides everything that imports bitsandbytes. Hooks that only some releases know are all here (5.0 to 5.24).
+They derive from transformers' quantizers for bitsandbytes, because code that asks with `isinstance` expects that, and
+override everything that imports bitsandbytes. Hooks that only some releases know are all here (5.0 to 5.24). A
+checkpoint may hold weights of both kinds: either class loads it, and the config decides only what is quantized on the
+fly.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.utils.import_utils import is_accelerate_available
 
 from halfbyte.config import BitsAndBytesConfig
@@ -22,9 +25,10 @@ from halfbyte.integrations.recognition import serve_bitsandbytes
 from halfbyte.integrations.saved_config import with_compute_dtype
 from halfbyte.integrations.transformers import checkpoint, layers, operations
 from halfbyte.models.layers import experts_note, fused_experts
+from halfbyte.models.packed import Packed
+from halfbyte.models.recipe import INT8, PACKED_LAYERS, PackedParameter, Recipe, bits_of, is_quantized
 from halfbyte.models.replace import SOURCE_CLASS
 from halfbyte.nn import Params4bit
-from halfbyte.nn._quantized import Quantized
 
 _logger = logging.getLogger(__name__)
 
@@ -32,21 +36,30 @@ _STATE_BYTES = {True: 0.016, False: 1 / 16}
 """Bytes of scales per weight: nested, plain. Blocks of 64 values."""
 
 
-class Quantizer4bit(Bnb4BitHfQuantizer):
-    """4-bit quantization by halfbyte, under transformers' interface for quantizers."""
+class _Quantizer:
+    """What both classes do, under transformers' interface for quantizers; comes before transformers' own class."""
+
+    bits: ClassVar[int]
+    pre_quantized: bool
+    quantization_config: Any
+    get_modules_to_not_convert: Any
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         """Check the config; `pre_quantized` says whether it is the checkpoint's own.
 
         Raises:
-            ValueError: A quantization or storage type that does not exist; the message lists those that do.
+            ValueError: A quantization or storage type that does not exist, or a threshold below 0; the message lists
+                what there is.
             TypeError: A field of the config has a wrong type.
         """
         coerced = BitsAndBytesConfig.coerce(quantization_config)
-        if not coerced.load_in_4bit:
-            raise ValueError("quantization_config: load_in_4bit must be True, got False")
-        super().__init__(quantization_config, **kwargs)
+        flag = f"load_in_{self.bits}bit"
+        if not getattr(coerced, flag):
+            raise ValueError(f"quantization_config: {flag} must be True, got False")
+        super().__init__(quantization_config, **kwargs)  # type: ignore[call-arg]
         self.config = coerced
+        self.recipe = Recipe.from_config(coerced)
+        self.problems: list[str] = []
         self._device_map: Mapping[str, Any] = {}
 
     # ---- before loading ----------------------------------------------------------------------------------------------
@@ -59,7 +72,7 @@ class Quantizer4bit(Bnb4BitHfQuantizer):
             ValueError: The map names a target that is no device.
         """
         if not is_accelerate_available():
-            raise ImportError("loading 4-bit weights needs accelerate: pip install -U 'accelerate>=1.3'")
+            raise ImportError("loading quantized weights needs accelerate: pip install -U 'accelerate>=1.3'")
         if isinstance(device_map, Mapping):
             for name, target in device_map.items():
                 _check_target(name, target)
@@ -72,42 +85,47 @@ class Quantizer4bit(Bnb4BitHfQuantizer):
     @property
     def quantized_element_size(self) -> float:
         """Bytes per weight, scales included."""
-        return 0.5 + _STATE_BYTES[self.config.bnb_4bit_use_double_quant]
+        return self._bytes_per_weight(self.bits)
+
+    def _bytes_per_weight(self, bits: int) -> float:
+        if bits == 4:
+            return 0.5 + _STATE_BYTES[self.recipe.nested]
+        # One scale per row is too little to count.
+        return 2.0 if self.recipe.has_fp16_weights else 1.0
 
     def param_element_size(self, model: Any, param_name: str, param: Any) -> float:
         """Bytes per element of a parameter, for device maps and warm-up."""
         if self.param_needs_quantization(model, param_name):
-            return self.quantized_element_size
+            return self._bytes_per_weight(bits_of(model.get_submodule(param_name.rpartition(".")[0])))
         return float(param.element_size())
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """Whether this is the weight of a 4-bit layer."""
+        """Whether this is the weight of a packed layer."""
         path, _, leaf = param_name.rpartition(".")
-        return leaf == operations.WEIGHT and isinstance(model.get_submodule(path), Quantized)
+        return leaf == operations.WEIGHT and isinstance(model.get_submodule(path), PACKED_LAYERS)
 
     def _process_model_before_weight_loading(
         self, model: Any, device_map: Any = None, checkpoint_files: Any = None, **kwargs: Any
     ) -> None:
-        """Put 4-bit layers into the model, which is on the meta device.
+        """Put packed layers into the model, which is on the meta device.
 
-        On the fly, `llm_int8_skip_modules` is added to what transformers keeps by default. Of a 4-bit checkpoint the
-        files tell which weights are packed; where they cannot, the list is taken as it is.
+        On the fly, `llm_int8_skip_modules` is added to what transformers keeps by default. Of a quantized checkpoint
+        the files tell which weights are packed, and how; where they cannot, the list is taken as it is.
         """
         if isinstance(device_map, Mapping):
             self._device_map = dict(device_map)
         skip = self.config.llm_int8_skip_modules
         kept = list(getattr(model, "_keep_in_fp32_modules", None) or ())
-        paths = None
-        if self.pre_quantized:
-            heads = self.get_modules_to_not_convert(model, skip, kept, add_default_skips=True)
-            paths = checkpoint.packed_in(model, checkpoint_files or (), heads)
-        if paths is None:
+        if not self.pre_quantized:
+            kept += self._kept_by_device()
+        recipes = self._packed_in(model, checkpoint_files or (), skip, kept) if self.pre_quantized else None
+        if recipes is None:
             self.modules_to_not_convert = self.get_modules_to_not_convert(
                 model, skip, kept, add_default_skips=not self.pre_quantized
             )
-            paths = layers.chosen(model, self.modules_to_not_convert)
+            recipes = dict.fromkeys(layers.chosen(model, self.modules_to_not_convert), self.recipe)
         if not self.pre_quantized:
-            checkpoint.check_dense(model, checkpoint_files or (), paths)
+            checkpoint.check_dense(model, checkpoint_files or (), list(recipes))
             for name in layers.without_effect(model, skip or ()):
                 _logger.warning(
                     "llm_int8_skip_modules: %r names no module of %s, so it keeps nothing; module names are matched "
@@ -118,20 +136,35 @@ class Quantizer4bit(Bnb4BitHfQuantizer):
             experts = fused_experts(model.named_modules())
             if experts:
                 _logger.warning("%s: %s", type(model).__name__, experts_note(experts))
-        storage = self.config.bnb_4bit_quant_storage
-        assert isinstance(storage, torch.dtype)
-        count = layers.put_4bit(
-            model,
-            paths,
-            quant_type=self.config.bnb_4bit_quant_type,
-            nested=self.config.bnb_4bit_use_double_quant,
-            storage=storage,
-            compute_dtype=_compute_dtype(self.config),
-            packed=self.pre_quantized,
-        )
+        count = layers.put_packed(model, recipes, packed=self.pre_quantized)
         self.quantization_config = with_compute_dtype(self.quantization_config, model.dtype)
         if not count:
             _logger.warning("%s has no linear layer to quantize: its weights stay as they are", type(model).__name__)
+
+    def _kept_by_device(self) -> list[str]:
+        """Modules that are not quantized on the fly because of where they go."""
+        return []
+
+    def _packed_in(
+        self, model: Any, files: Sequence[str], skip: list[str] | None, kept: list[str]
+    ) -> dict[str, Recipe] | None:
+        """How the layers are packed that are so in the checkpoint; None where its files do not tell."""
+        heads = self.get_modules_to_not_convert(model, skip, kept, add_default_skips=True)
+        floats = self.recipe.has_fp16_weights and self.recipe.quant_type == INT8
+        found = checkpoint.packed_in(model, files, heads, floats)
+        if found is None:
+            return None
+        recipes = {path: self._recipe_of(one) for path, one in found.items()}
+        if floats:
+            keep = self.get_modules_to_not_convert(model, skip, kept)
+            recipes.update(dict.fromkeys(layers.chosen(model, keep), self.recipe))
+        return recipes
+
+    def _recipe_of(self, one: Packed) -> Recipe:
+        """How a layer of the checkpoint is made. What its codes mean, its parts say when they arrive."""
+        if one.bits == 8:
+            return self.recipe.with_type(INT8)
+        return self.recipe if self.bits == 4 else self.recipe.with_type(self.config.bnb_4bit_quant_type)
 
     # ---- the way of a tensor -----------------------------------------------------------------------------------------
 
@@ -158,30 +191,47 @@ class Quantizer4bit(Bnb4BitHfQuantizer):
         how = {"force_cpu": True} if "force_cpu" in keywords else {}
         return [WeightConverter(operations.WEIGHT, operations.WEIGHT, operations=[operations.PassOn(self)], **how)]
 
-    def place(self, name: str, module: nn.Module, weight: Params4bit) -> Params4bit:
-        """Prepare a module whose weight goes to disk: a packed parameter without bytes keeps its state there.
+    def place(self, name: str, module: nn.Module, weight: PackedParameter) -> PackedParameter:
+        """Prepare a module whose weight goes to disk: a packed parameter without bytes keeps its scales there.
 
         accelerate brings the bytes back for each forward, with the dtype and the attributes of the parameter that it
         finds; without this it would quantize them again.
         """
         if self._device_map and _target(self._device_map, name) == "disk":
             with torch.no_grad():
-                module._parameters[operations.WEIGHT] = weight.to("meta")
-                module.quant_state = weight.quant_state  # type: ignore[assignment]
+                if isinstance(weight, Params4bit):
+                    module._parameters[operations.WEIGHT] = weight.to("meta")
+                    module.quant_state = weight.quant_state  # type: ignore[assignment]
+                elif weight.SCB is not None:
+                    # A plain parameter: one of class `Int8Params` goes by way of a GPU, which may not be there.
+                    empty = torch.empty_like(weight.data, device="meta")
+                    module._parameters[operations.WEIGHT] = nn.Parameter(empty, requires_grad=False)
+                    module.offloaded_scales = weight.SCB
         return weight
 
     # ---- after loading -----------------------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        """Quantize weights that the checkpoint lacked, and mark the model as 4-bit for PEFT and Trainer."""
+        """Quantize weights that the checkpoint lacked, and mark the model as quantized for PEFT and Trainer.
+
+        Raises:
+            ValueError: A weight has values that cannot be quantized; the message names it.
+        """
+        if self.problems:
+            more = f" (and {len(self.problems) - 1} more weights)" if len(self.problems) > 1 else ""
+            raise ValueError(f"{self.problems[0]}{more}")
+        found = {self.bits}
         for name, module in model.named_modules():
-            weight = module._parameters.get(operations.WEIGHT) if isinstance(module, Quantized) else None
-            if weight is None or weight.is_meta or module.quant_state is not None:
+            if not isinstance(module, PACKED_LAYERS):
+                continue
+            found.add(bits_of(module))
+            weight = module._parameters.get(operations.WEIGHT)
+            if weight is None or weight.is_meta or is_quantized(module):
                 continue
             # Initialized as `[out, in]`, whatever class the layer stands for.
             source = module.__dict__.pop(SOURCE_CLASS, None)
             try:
-                module.weight = operations.quantize(module, weight.data, f"{name}.weight", self.config)
+                module.weight = operations.quantize(module, weight.data, f"{name}.weight", self.recipe)
             finally:
                 if source is not None:
                     module.__dict__[SOURCE_CLASS] = source
@@ -194,7 +244,8 @@ class Quantizer4bit(Bnb4BitHfQuantizer):
                 if not any(isinstance(op, operations.Operation) for op in getattr(conversion, "operations", ()))
             ]
         serve_bitsandbytes(model)
-        model.is_loaded_in_4bit = True
+        for bits in found:
+            setattr(model, f"is_loaded_in_{bits}bit", True)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -220,11 +271,22 @@ class Quantizer4bit(Bnb4BitHfQuantizer):
         return dequantize_model(model, dtype)
 
 
-def _compute_dtype(config: BitsAndBytesConfig) -> torch.dtype | None:
-    """The dtype of products; None, for the input's, where the config was not given one."""
-    dtype = config.compute_dtype()
-    assert dtype is None or isinstance(dtype, torch.dtype)
-    return dtype
+class Quantizer4bit(_Quantizer, Bnb4BitHfQuantizer):
+    """4-bit quantization by halfbyte."""
+
+    bits = 4
+
+
+class Quantizer8bit(_Quantizer, Bnb8BitHfQuantizer):
+    """LLM.int8() by halfbyte."""
+
+    bits = 8
+
+    def _kept_by_device(self) -> list[str]:
+        """With `llm_int8_enable_fp32_cpu_offload`, what goes to the CPU or to disk stays as it is."""
+        if not self.config.llm_int8_enable_fp32_cpu_offload:
+            return []
+        return [name for name, target in self._device_map.items() if name and str(target) in ("cpu", "disk")]
 
 
 def _check_target(name: str, target: Any) -> None:

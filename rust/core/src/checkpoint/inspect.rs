@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::dtype::torch_name;
 use super::reader::{Checkpoint, TensorRef};
-use super::weights::find_weights;
+use super::weights::{Quantized, find_quantized};
 use crate::error::Result;
 
 /// What a checkpoint holds.
@@ -16,7 +16,7 @@ pub struct InspectReport<'a> {
     pub path: String,
     /// Files of weights.
     pub files: Vec<FileLine<'a>>,
-    /// Each 4-bit weight.
+    /// Each quantized weight.
     pub weights: Vec<WeightLine>,
     /// Every other tensor.
     pub tensors: Vec<TensorLine<'a>>,
@@ -41,22 +41,22 @@ pub struct FileLine<'a> {
     pub metadata: &'a BTreeMap<String, String>,
 }
 
-/// One 4-bit weight with its state.
+/// One quantized weight with all of its parts.
 #[derive(Debug, Clone, Serialize)]
 pub struct WeightLine {
     /// The weight's name.
     pub name: String,
-    /// Its codebook.
+    /// What it is quantized to: `nf4`, `fp4` or `int8`.
     pub quant_type: &'static str,
-    /// Values per scale.
-    pub blocksize: usize,
+    /// Values per scale; none where a scale belongs to a row.
+    pub blocksize: Option<usize>,
     /// Whether the scales are quantized too.
     pub nested: bool,
-    /// The dtype of the weight before it was quantized.
+    /// The dtype of the weight before it was quantized; none where nothing says it.
     pub dtype: Option<&'static str>,
     /// The weight's shape.
     pub shape: Vec<usize>,
-    /// The dtype that packed codes are stored as.
+    /// The dtype that codes are stored as.
     pub storage: Option<&'static str>,
     /// Bytes of all its parts.
     pub bytes: u64,
@@ -101,7 +101,7 @@ pub struct InspectTotals {
     pub weights: u64,
     /// How many bytes.
     pub bytes: u64,
-    /// How many 4-bit weights.
+    /// How many quantized weights.
     pub quantized_tensors: usize,
     /// Bits for each value.
     pub bits_per_weight: f64,
@@ -113,8 +113,8 @@ fn bits(bytes: u64, values: u64) -> f64 {
 
 /// Describes a checkpoint.
 pub fn inspect(checkpoint: &Checkpoint) -> Result<InspectReport<'_>> {
-    let weights = find_weights(checkpoint)?;
-    let parts: HashSet<TensorRef> = weights.iter().flat_map(|w| w.parts.iter().copied()).collect();
+    let weights = find_quantized(checkpoint)?;
+    let parts: HashSet<TensorRef> = weights.iter().flat_map(|w| w.parts().iter().copied()).collect();
     let mut rows = Vec::new();
     let mut groups: BTreeMap<String, (u64, u64, u64)> = BTreeMap::new();
     let (mut values, mut bytes) = (0u64, 0u64);
@@ -125,23 +125,27 @@ pub fn inspect(checkpoint: &Checkpoint) -> Result<InspectReport<'_>> {
         bytes += len;
     };
     for weight in &weights {
-        let len: u64 = weight.parts.iter().map(|&p| checkpoint.tensor(p).len).sum();
-        let state = &weight.state;
-        let kind = state.quant_type.as_str();
-        let nested = weight.nested.is_some();
-        let elements = state.elements() as u64;
+        let len: u64 = weight.parts().iter().map(|&p| checkpoint.tensor(p).len).sum();
+        let kind = weight.weight_type().as_str();
+        let (nested, blocksize, dtype) = match weight {
+            Quantized::FourBit(weight) => {
+                (weight.nested.is_some(), Some(weight.state.blocksize.get()), torch_name(weight.state.dtype))
+            }
+            Quantized::Int8(_) => (false, None, None),
+        };
+        let elements = weight.elements() as u64;
         count(format!("{kind}{}", if nested { " double-quantized" } else { "" }), elements, len);
         rows.push(WeightLine {
-            name: weight.name.clone(),
+            name: weight.name().to_owned(),
             quant_type: kind,
-            blocksize: state.blocksize.get(),
+            blocksize,
             nested,
-            dtype: torch_name(state.dtype),
-            shape: state.shape.clone(),
-            storage: torch_name(checkpoint.tensor(weight.packed).dtype),
+            dtype,
+            shape: weight.shape().to_vec(),
+            storage: torch_name(checkpoint.tensor(weight.codes()).dtype),
             bytes: len,
             bits_per_weight: bits(len, elements),
-            file: file_name(checkpoint, weight.packed),
+            file: file_name(checkpoint, weight.codes()),
         });
     }
     let mut tensors = Vec::new();

@@ -15,10 +15,12 @@ pub mod options;
 pub mod plan;
 pub mod quantized;
 pub mod reader;
+pub mod rows;
 pub mod selection;
 pub mod stage;
 pub mod state;
 pub mod verify;
+pub mod weight_type;
 pub mod weights;
 pub mod workers;
 

@@ -10,28 +10,34 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::dtype::{storage_dtype, torch_name, weight_dtype};
 use super::selection::rules::Rule;
-use crate::codebook::QuantType;
+use super::weight_type::WeightType;
 use crate::error::Error;
 use crate::geometry::BlockSize;
 
 /// Largest output file when none is asked for: that of the hub's own tools.
 pub const DEFAULT_SHARD_SIZE: u64 = 5_000_000_000;
 
+/// transformers' `llm_int8_threshold` when none is asked for.
+pub const DEFAULT_THRESHOLD: f64 = 6.0;
+
 /// How to quantize a checkpoint.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct QuantizeOptions {
-    /// The codebook of weights that no rule names.
-    pub quant_type: QuantType,
-    /// Whether the scales are quantized too.
+    /// What weights that no rule names become.
+    pub quant_type: WeightType,
+    /// Whether the scales of 4-bit weights are quantized too.
     pub double_quant: bool,
-    /// Values per scale.
+    /// Values per scale of 4-bit weights.
     pub blocksize: BlockSize,
-    /// The dtype that packed codes are stored as.
+    /// The dtype that packed 4-bit codes are stored as.
     #[serde(serialize_with = "dtype_name", deserialize_with = "storage_by_name")]
     pub storage: Dtype,
     /// The dtype that loaders multiply in, as torch calls it; none for that of the model. Only config.json has it.
     pub compute_dtype: Option<String>,
+    /// Inputs of 8-bit layers of at least this size are multiplied in 16 bits; 0 for none. Only config.json has it.
+    #[serde(deserialize_with = "threshold")]
+    pub threshold: f64,
     /// The dtype that weights are cast to before they are quantized or kept; none for that of config.json.
     #[serde(serialize_with = "float_name", deserialize_with = "float_by_name")]
     pub dtype: Option<Dtype>,
@@ -53,11 +59,12 @@ impl Default for QuantizeOptions {
     /// NF4 in blocks of 64 with double quantization, and no exceptions.
     fn default() -> Self {
         Self {
-            quant_type: QuantType::Nf4,
+            quant_type: WeightType::default(),
             double_quant: true,
             blocksize: BlockSize::DEFAULT,
             storage: Dtype::U8,
             compute_dtype: None,
+            threshold: DEFAULT_THRESHOLD,
             dtype: None,
             max_shard_size: DEFAULT_SHARD_SIZE,
             rules: Vec::new(),
@@ -124,7 +131,7 @@ macro_rules! by_name {
     )*};
 }
 
-by_name!(QuantType, Rule);
+by_name!(WeightType, Rule);
 
 impl Serialize for BlockSize {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
@@ -136,6 +143,14 @@ impl<'de> Deserialize<'de> for BlockSize {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         Self::new(usize::deserialize(deserializer)?).map_err(D::Error::custom)
     }
+}
+
+fn threshold<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    let threshold = f64::deserialize(deserializer)?;
+    if threshold.is_finite() && threshold >= 0.0 {
+        return Ok(threshold);
+    }
+    Err(D::Error::custom(Error::argument("threshold", threshold, "a finite number of at least 0")))
 }
 
 fn dtype_name<S: Serializer>(dtype: &Dtype, serializer: S) -> Result<S::Ok, S::Error> {
@@ -160,15 +175,17 @@ mod tests {
     use serde_json::{json, to_value};
 
     use super::*;
+    use crate::codebook::QuantType;
 
     #[test]
     fn options_survive_a_crossing() {
         let options = QuantizeOptions {
-            quant_type: QuantType::Fp4,
+            quant_type: WeightType::FourBit(QuantType::Fp4),
             double_quant: false,
             blocksize: BlockSize::new(128).unwrap(),
             storage: Dtype::BF16,
             compute_dtype: Some("float32".to_owned()),
+            threshold: 0.5,
             dtype: Some(Dtype::F16),
             max_shard_size: 1,
             rules: vec!["a=b=keep".parse().unwrap()],
@@ -180,7 +197,8 @@ mod tests {
         let value = to_value(&options).unwrap();
         assert_eq!(value["rules"], json!(["a=b=keep"]));
         assert_eq!((&value["storage"], &value["blocksize"]), (&json!("bfloat16"), &json!(128)));
-        for options in [options, QuantizeOptions::default()] {
+        let int8 = QuantizeOptions { quant_type: WeightType::Int8, ..QuantizeOptions::default() };
+        for options in [options, int8, QuantizeOptions::default()] {
             let back: QuantizeOptions = serde_json::from_value(to_value(&options).unwrap()).unwrap();
             assert_eq!(back, options);
         }
@@ -190,7 +208,9 @@ mod tests {
     fn options_name_what_is_wrong_with_them() {
         for (field, bad, message) in [
             ("blocksize", json!(63), "blocksize is 63: expected one of [32, 64"),
-            ("quant_type", json!("int4"), r#"quant_type is "int4": expected "nf4" or "fp4""#),
+            ("quant_type", json!("int4"), r#"quant_type is "int4": expected "nf4", "fp4" or "int8""#),
+            ("threshold", json!(-1.0), "threshold is -1: expected a finite number of at least 0"),
+            ("threshold", json!("six"), "invalid type"),
             ("storage", json!("int4"), r#"storage is "int4": expected uint8"#),
             ("dtype", json!("float64"), r#"dtype is "float64": expected float32"#),
             ("rules", json!(["mlp"]), r#"rule is "mlp": expected REGEX=nf4"#),

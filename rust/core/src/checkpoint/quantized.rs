@@ -13,14 +13,15 @@ use super::state;
 use crate::error::{Error, Result};
 
 const BITSANDBYTES: &str = "bitsandbytes, 4-bit";
+const INT8: &str = "LLM.int8(), 8-bit";
 
 /// Ends of the names of what stands beside a quantized weight and nowhere else, and whose they are.
 const COMPANIONS: &[(&str, &str)] = &[
     (state::ABSMAX, BITSANDBYTES),
     (state::QUANT_MAP, BITSANDBYTES),
     (state::NESTED_ABSMAX, BITSANDBYTES),
-    (".SCB", "LLM.int8(), 8-bit"),
-    (".weight_format", "LLM.int8(), 8-bit"),
+    (".SCB", INT8),
+    (".weight_format", INT8),
     ("_scale_inv", "FP8 with scales of blocks"),
     ("weight_scale", "FP8, int8 or FP4 with scales"),
     ("weight_scale_2", "FP4 with scales"),
@@ -56,7 +57,7 @@ pub fn refuse(source: &Checkpoint, config: Option<&Value>) -> Result<()> {
         return Err(Error::file(
             source.folder.join(CONFIG_FILE),
             format!(
-                "has a quantization_config (method {method:?}): expected a checkpoint that is not quantized yet; `halfbyte dequantize` undoes a 4-bit one"
+                "has a quantization_config (method {method:?}): expected a checkpoint that is not quantized yet; `halfbyte dequantize` undoes one of bitsandbytes"
             ),
         ));
     }
@@ -64,10 +65,12 @@ pub fn refuse(source: &Checkpoint, config: Option<&Value>) -> Result<()> {
     for &at in &source.order {
         let tensor = source.tensor(at);
         let problem = if let Some(method) = companion(source, &tensor.name, tensor.dtype) {
-            if method == BITSANDBYTES {
-                "belongs to a weight that is 4-bit already: expected a checkpoint that is not quantized yet; \
-                 `halfbyte dequantize` undoes it"
-                    .to_owned()
+            if method == BITSANDBYTES || method == INT8 {
+                let bits = if method == INT8 { "8-bit" } else { "4-bit" };
+                format!(
+                    "belongs to a weight that is {bits} already: expected a checkpoint that is not quantized yet; \
+                     `halfbyte dequantize` undoes it"
+                )
             } else {
                 format!(
                     "belongs to a weight that is quantized already ({method}): expected a checkpoint that is not; \
@@ -88,20 +91,15 @@ pub fn refuse(source: &Checkpoint, config: Option<&Value>) -> Result<()> {
     Ok(())
 }
 
-/// What a source without 4-bit weights is instead, to be added to a message; nothing where it is not quantized at all.
-pub fn otherwise(source: &Checkpoint, config: Option<&Value>) -> String {
-    let eight_bit = config.and_then(|c| c.get("quantization_config")?.get("load_in_8bit")?.as_bool()) == Some(true);
+/// What a source without weights of bitsandbytes is instead, to be added to a message; nothing where it is not quantized
+/// at all.
+pub fn otherwise(source: &Checkpoint) -> String {
     let found = source.order.iter().map(|&at| source.tensor(at)).find_map(|t| {
         companion(source, &t.name, t.dtype).map(|method| format!("; {:?} belongs to a weight of {method}", t.name))
     });
-    match found {
-        Some(found) => format!("{found}, which dequantize does not undo: start from the original model"),
-        None if eight_bit => {
-            "; config.json says 8 bits (LLM.int8()), which dequantize does not undo: start from the original model"
-                .into()
-        }
-        None => String::new(),
-    }
+    found.map_or_else(String::new, |found| {
+        format!("{found}, which dequantize does not undo: start from the original model")
+    })
 }
 
 /// The method whose weight a tensor stands beside.

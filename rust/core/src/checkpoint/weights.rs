@@ -1,13 +1,16 @@
-//! The 4-bit weights of a checkpoint of any origin: found by their JSON, with all that belongs to them.
+//! The quantized weights of a checkpoint of any origin: 4-bit ones found by their JSON, 8-bit ones by their scales, with
+//! all that belongs to them.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use safetensors::Dtype;
 
 use super::cast::floats;
 use super::dtype::{item_size, torch_name};
 use super::reader::{Checkpoint, TensorRef};
+use super::rows::{RowsSource, find_rows};
 use super::state::{self, State, packed_shape};
+use super::weight_type::WeightType;
 use crate::error::{Error, Result};
 use crate::geometry::{BlockSize, NESTED_BLOCK_SIZE, packed_len};
 use crate::quant::blockwise8::dequantize_8bit_serial;
@@ -29,6 +32,82 @@ pub struct WeightSource {
     pub nested: Option<(TensorRef, TensorRef)>,
     /// All tensors that belong to it.
     pub parts: Vec<TensorRef>,
+}
+
+/// A quantized weight of a source.
+#[derive(Debug, Clone)]
+pub enum Quantized {
+    /// In 4 bits.
+    FourBit(WeightSource),
+    /// In 8 bits.
+    Int8(RowsSource),
+}
+
+impl Quantized {
+    /// Its name.
+    pub fn name(&self) -> &str {
+        match self {
+            Self::FourBit(weight) => &weight.name,
+            Self::Int8(weight) => &weight.name,
+        }
+    }
+
+    /// Its shape, as a loader sees it.
+    pub fn shape(&self) -> &[usize] {
+        match self {
+            Self::FourBit(weight) => &weight.state.shape,
+            Self::Int8(weight) => &weight.shape,
+        }
+    }
+
+    /// The number of its values.
+    pub fn elements(&self) -> usize {
+        match self {
+            Self::FourBit(weight) => weight.state.elements(),
+            Self::Int8(weight) => weight.elements(),
+        }
+    }
+
+    /// What it is quantized to.
+    pub fn weight_type(&self) -> WeightType {
+        match self {
+            Self::FourBit(weight) => WeightType::FourBit(weight.state.quant_type),
+            Self::Int8(_) => WeightType::Int8,
+        }
+    }
+
+    /// Its codes.
+    pub fn codes(&self) -> TensorRef {
+        match self {
+            Self::FourBit(weight) => weight.packed,
+            Self::Int8(weight) => weight.codes,
+        }
+    }
+
+    /// All tensors that belong to it.
+    pub fn parts(&self) -> &[TensorRef] {
+        match self {
+            Self::FourBit(weight) => &weight.parts,
+            Self::Int8(weight) => &weight.parts,
+        }
+    }
+}
+
+/// The quantized weights of a checkpoint, each checked.
+pub fn find_quantized(source: &Checkpoint) -> Result<Vec<Quantized>> {
+    let four_bit = find_weights(source)?;
+    let rows = find_rows(source)?;
+    let owned: HashSet<TensorRef> = four_bit.iter().flat_map(|weight| weight.parts.iter().copied()).collect();
+    for part in rows.iter().flat_map(|weight| &weight.parts) {
+        if owned.contains(part) {
+            return Err(Error::tensor(
+                &source.file(*part).path,
+                &source.tensor(*part).name,
+                "belongs to a 4-bit weight and to an 8-bit one: expected one of them",
+            ));
+        }
+    }
+    Ok(four_bit.into_iter().map(Quantized::FourBit).chain(rows.into_iter().map(Quantized::Int8)).collect())
 }
 
 /// The 4-bit weights of a checkpoint, each checked: its parts are there and have the shapes that its JSON asks for.

@@ -7,6 +7,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use super::compute::Compute;
+use crate::dtype::{bf16_bits, f32_of};
 
 /// Floats to read.
 #[derive(Debug, Clone, Copy)]
@@ -79,21 +80,6 @@ impl Floats<'_> {
             Self::Bf16(v) => v[index].to_f32(),
         }
     }
-}
-
-/// The bits of the nearest bfloat16, ties to even; NaN stays NaN. Without a branch, so that loops of it are fast.
-#[inline]
-pub(super) fn bf16_bits(value: f32) -> u16 {
-    let bits = value.to_bits();
-    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
-    let quiet = bits | 0x0040_0000;
-    ((if value.is_nan() { quiet } else { rounded }) >> 16) as u16
-}
-
-/// The value of bfloat16 bits.
-#[inline]
-pub(super) fn f32_of(bits: u16) -> f32 {
-    f32::from_bits(u32::from(bits) << 16)
 }
 
 /// Floats to write.

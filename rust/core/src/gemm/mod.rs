@@ -30,6 +30,7 @@ mod compute;
 #[cfg_attr(not(all(target_arch = "x86_64", target_os = "linux")), allow(dead_code, reason = "no tiles here"))]
 mod direct;
 mod floats;
+pub mod int8;
 mod matrix;
 mod out;
 mod path;

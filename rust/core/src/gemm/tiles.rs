@@ -36,3 +36,12 @@ pub trait Tiles {
     /// Nothing else.
     unsafe fn multiply<const SUMS: usize, const A: usize, const B: usize>();
 }
+
+/// Registers that multiply bytes too.
+pub trait ByteTiles: Tiles {
+    /// `SUMS[row][lane] += A[row][word] · B[word][lane]`, words being four signed bytes and sums int32.
+    ///
+    /// # Safety
+    /// As [`Tiles::zero`].
+    unsafe fn multiply_bytes<const SUMS: usize, const A: usize, const B: usize>();
+}

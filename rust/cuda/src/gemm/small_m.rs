@@ -11,13 +11,13 @@ const ROWS: usize = sm80::ROWS;
 const COLUMNS: usize = sm80::COLUMNS;
 /// Fragments of 8 columns of the largest kernel for compute capability 8.0; that for 9.0 has more.
 const SM80_FRAGMENTS: usize = 2;
-const SM80_WARPS: usize = sm80::SIZES_1_WARPS;
-const SM80_CHUNK: usize = sm80::SIZES_1_CHUNK;
+const SM80_WARPS: usize = sm80::SHAPE_1_WARPS;
+const SM80_K_TILE: usize = sm80::SHAPE_1_K_TILE;
 const TABLE_BYTES: usize = sm80::LANE_TABLE_BYTES;
 const MAP_BYTES: usize = sm80::MAP_BYTES;
 /// Partial sums of one column of a tile.
 const SM80_COLUMN: usize = ROWS * size_of::<f32>();
-const SM90_WARPS: usize = sm90::RING_WARPS;
+const SM90_WARPS: usize = sm90::WARPS;
 const SM90_FRAGMENTS: usize = 4;
 /// Sums of eight columns of a warp for a step.
 const SM90_SUMS: usize = sm90::SUMS * size_of::<f32>();
@@ -35,7 +35,7 @@ const RESERVED_SHARED: usize = 1024;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Sm80Config {
     rows: i32,
-    slots: i32,
+    k_slices: i32,
     per_pass: i32,
 }
 
@@ -44,8 +44,8 @@ pub(super) struct Sm80Config {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Sm90Config {
     rows: i32,
-    log2_slots: i32,
-    chunks: i32,
+    log2_k_slices: i32,
+    k_tiles: i32,
     per_pass: i32,
     log2_sharing: i32,
     ahead: i32,
@@ -82,13 +82,13 @@ fn fragments_of(m: usize) -> usize {
     m.div_ceil(COLUMNS).next_power_of_two()
 }
 
-/// As many parts of K, a power of two, as leave each warp most of a chunk.
-fn parts_of_k(k: usize, warps: usize, chunk: usize) -> usize {
-    let mut slots = warps;
-    while slots > 1 && k / BLOCK < slots * chunk * 3 / 4 {
-        slots /= 2;
+/// As many parts of K, a power of two, as leave each warp most of a k-tile.
+fn parts_of_k(k: usize, warps: usize, k_tile: usize) -> usize {
+    let mut k_slices = warps;
+    while k_slices > 1 && k / BLOCK < k_slices * k_tile * 3 / 4 {
+        k_slices /= 2;
     }
-    slots
+    k_slices
 }
 
 /// How the work is divided, or `None` when shared memory has no room for one tile: the config, the blocks of threads, and the
@@ -99,10 +99,10 @@ fn sm80_config(
     shared_per_block: usize,
 ) -> Option<(Sm80Config, u64, u32)> {
     let fragments = fragments_of(m);
-    let slots = parts_of_k(k, SM80_WARPS / fragments, SM80_CHUNK * fragments);
+    let k_slices = parts_of_k(k, SM80_WARPS / fragments, SM80_K_TILE * fragments);
     let rows = n.div_ceil(multiprocessors);
     let tiles = rows.div_ceil(ROWS);
-    let partial = slots * m * SM80_COLUMN;
+    let partial = k_slices * m * SM80_COLUMN;
     let room = shared_per_block.checked_sub(TABLE_BYTES + MAP_BYTES)? / partial;
     if room == 0 {
         return None;
@@ -111,7 +111,7 @@ fn sm80_config(
     let per_pass = tiles.div_ceil(tiles.div_ceil(room));
     let config = Sm80Config {
         rows: i32::try_from(rows).ok()?,
-        slots: i32::try_from(slots).ok()?,
+        k_slices: i32::try_from(k_slices).ok()?,
         per_pass: i32::try_from(per_pass).ok()?,
     };
     let shared = TABLE_BYTES + MAP_BYTES + per_pass * partial;
@@ -129,30 +129,30 @@ fn sm90_launch(
         return None;
     }
     let fragments = fragments_of(m);
-    // Blocks of a slot, and chunks of a round.
-    let (slot, round) = match fragments {
-        1 => (sm90::RING_1_1_SLOT, sm90::RING_1_1_ROUND),
-        2 => (sm90::RING_2_1_SLOT, sm90::RING_2_1_ROUND),
-        _ => (sm90::RING_4_1_SLOT, sm90::RING_4_1_ROUND),
+    // Blocks of a k-slice, and k-tiles of a round.
+    let (k_slice, round) = match fragments {
+        1 => (sm90::SHAPE_1_1_K_SLICE, sm90::SHAPE_1_1_X_K_TILES),
+        2 => (sm90::SHAPE_2_1_K_SLICE, sm90::SHAPE_2_1_X_K_TILES),
+        _ => (sm90::SHAPE_4_1_K_SLICE, sm90::SHAPE_4_1_X_K_TILES),
     };
-    let values = slot * BLOCK;
-    // As few slots as leave no more chunks than the most do.
-    let mut slots = SM90_WARPS;
-    while slots > 1 && k <= slots / 2 * values {
-        slots /= 2;
+    let values = k_slice * BLOCK;
+    // As few k-slices as leave no more k-tiles than the most do.
+    let mut k_slices = SM90_WARPS;
+    while k_slices > 1 && k <= k_slices / 2 * values {
+        k_slices /= 2;
     }
-    let chunks = k.div_ceil(slots * values);
-    let long = chunks > round || fragments > SM80_FRAGMENTS;
+    let k_tiles = k.div_ceil(k_slices * values);
+    let long = k_tiles > round || fragments > SM80_FRAGMENTS;
     // With several rounds there is one stage more. What is before the table fits in front of the first place for it,
     // whichever that is.
     let stage = SM90_WARPS * ROWS * values / 2;
     let shared = 2 * TABLE_BYTES + SM90_AHEAD + if long { stage } else { 0 };
     let room = TABLE_BYTES - RESERVED_SHARED - MAP_BYTES;
-    let steps_of = |rows: usize| rows.div_ceil(ROWS * (SM90_WARPS / slots));
+    let steps_of = |rows: usize| rows.div_ceil(ROWS * (SM90_WARPS / k_slices));
     let step_sums = SM90_WARPS * fragments * SM90_SUMS;
     let mut rows = n.div_ceil(multiprocessors);
     // Whole tiles where that leaves few multiprocessors without work: fewer of them fetch x.
-    let tiled = rows.next_multiple_of(ROWS * (SM90_WARPS / slots));
+    let tiled = rows.next_multiple_of(ROWS * (SM90_WARPS / k_slices));
     if n.div_ceil(tiled) * 16 >= n.div_ceil(rows) * 15 {
         rows = tiled;
     }
@@ -160,7 +160,7 @@ fn sm90_launch(
     let per_pass = if long {
         // The sums of all steps have to fit: warps share places, then more blocks have fewer rows each.
         while steps_of(rows) * (SM90_WARPS * SM90_BARRIER + step_sums / sharing) > room {
-            if sharing < slots {
+            if sharing < k_slices {
                 sharing *= 2;
             } else {
                 rows = rows.div_ceil(2);
@@ -176,8 +176,8 @@ fn sm90_launch(
     let (part, most) = if nested { (7, 64 << 10) } else { (5, 96 << 10) };
     let config = Sm90Config {
         rows: i32::try_from(rows).ok()?,
-        log2_slots: slots.ilog2() as i32,
-        chunks: i32::try_from(chunks).ok()?,
+        log2_k_slices: k_slices.ilog2() as i32,
+        k_tiles: i32::try_from(k_tiles).ok()?,
         per_pass: i32::try_from(per_pass).ok()?,
         log2_sharing: sharing.ilog2() as i32,
         ahead: ((rows * (k / 2) / part).min(most) / (k / 2)) as i32,
@@ -297,11 +297,11 @@ mod tests {
         for (multiprocessors, shared) in [(108, 166_912), (82, 101_376), (1, 101_376)] {
             for (m, n, k) in shapes().filter(|&(m, ..)| m <= SmallM::rows_at_once(false)) {
                 let (config, blocks, bytes) = sm80_config((m, n, k), multiprocessors, shared).unwrap();
-                let (rows, slots) = (config.rows as usize, config.slots as usize);
+                let (rows, k_slices) = (config.rows as usize, config.k_slices as usize);
                 assert!(blocks as usize * rows >= n && (blocks as usize - 1) * rows < n, "{m} {n} {k}");
                 assert!(blocks as usize <= multiprocessors);
-                assert!(slots.is_power_of_two() && slots * BLOCK <= k);
-                assert!(slots * m.div_ceil(COLUMNS) <= SM80_WARPS);
+                assert!(k_slices.is_power_of_two() && k_slices * BLOCK <= k);
+                assert!(k_slices * m.div_ceil(COLUMNS) <= SM80_WARPS);
                 assert!(config.per_pass >= 1 && bytes as usize <= shared);
             }
         }
@@ -311,19 +311,19 @@ mod tests {
     fn every_row_and_every_block_has_a_warp_and_a_place_in_the_ring() {
         for ((m, n, k), nested) in shapes().flat_map(|shape| [(shape, false), (shape, true)]) {
             let Sm90Launch { config, long, blocks, shared } = sm90_launch((m, n, k), nested, 132, 232_448).unwrap();
-            let (rows, slots, chunks) = (config.rows as usize, 1 << config.log2_slots, config.chunks as usize);
+            let (rows, k_slices, k_tiles) = (config.rows as usize, 1 << config.log2_k_slices, config.k_tiles as usize);
             assert!(blocks as usize * rows >= n && (blocks as usize - 1) * rows < n, "{m} {n} {k}");
             assert!(blocks <= 132 || long, "{m} {n} {k}: {blocks} blocks");
-            assert!(slots <= SM90_WARPS);
-            // No chunk is without blocks, and none are left.
+            assert!(k_slices <= SM90_WARPS);
+            // No k-tile is without blocks, and none are left.
             let fragments = [1, 2, 4].into_iter().find(|f| m <= f * COLUMNS).unwrap();
-            let chunk = slots * if fragments == 4 { 4 } else { 8 } * BLOCK;
-            assert!(chunks * chunk >= k && (chunks - 1) * chunk < k, "{m} {n} {k}");
-            assert_eq!(long, chunks > if fragments == 1 { 2 } else { 1 } || fragments == 4);
-            let steps = rows.div_ceil(ROWS * (SM90_WARPS / slots));
+            let k_tile = k_slices * if fragments == 4 { 4 } else { 8 } * BLOCK;
+            assert!(k_tiles * k_tile >= k && (k_tiles - 1) * k_tile < k, "{m} {n} {k}");
+            assert_eq!(long, k_tiles > if fragments == 1 { 2 } else { 1 } || fragments == 4);
+            let steps = rows.div_ceil(ROWS * (SM90_WARPS / k_slices));
             let (per_pass, sharing) = (config.per_pass as usize, 1 << config.log2_sharing);
             assert!(if long {
-                per_pass == steps && sharing <= slots
+                per_pass == steps && sharing <= k_slices
             } else {
                 (1..=steps).contains(&per_pass) && sharing == 1
             });

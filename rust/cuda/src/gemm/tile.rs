@@ -15,11 +15,11 @@ use crate::kernels::{
 
 // The same in every form.
 const ROWS: usize = bf16_64::ROWS;
-const STEP: usize = bf16_64::STEP;
-const STAGE_BYTES: usize = bf16_64::STAGE_BYTES;
-const UNIT: usize = bf16_64::UNIT;
-const UNIT_STEPS: usize = bf16_64::UNIT_STEPS;
-const MOST_PARTS: usize = bf16_64::MOST_PARTS;
+const K_TILE: usize = bf16_64::K_TILE;
+const CODES_ROW_BYTES: usize = bf16_64::CODES_ROW_BYTES;
+const SCALES_K: usize = bf16_64::SCALES_K;
+const SCALES_K_TILES: usize = bf16_64::SCALES_K_TILES;
+const MAX_SPLIT_K: usize = bf16_64::MAX_SPLIT_K;
 /// What `k` is a multiple of, and the addresses of `x` and the codes: so the copy engine wants it.
 const COLUMNS: usize = 32;
 const ALIGNMENT: u64 = 16;
@@ -82,8 +82,8 @@ const FORMS: [Form; 5] = [
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Config {
     token_tiles: i32,
-    units: i32,
-    parts: i32,
+    scales_stages: i32,
+    split_k: i32,
 }
 
 /// A launch.
@@ -126,8 +126,8 @@ const FEW_ROWS: usize = 32;
 
 /// Clusters of so many blocks that a device runs at a time: they do not lie across its groups of multiprocessors, of which
 /// some are smaller.
-fn resident(multiprocessors: usize, parts: usize) -> usize {
-    let of_132 = match parts {
+fn resident(multiprocessors: usize, split_k: usize) -> usize {
+    let of_132 = match split_k {
         1 => 132,
         2 => 66,
         3 => 40,
@@ -138,30 +138,31 @@ fn resident(multiprocessors: usize, parts: usize) -> usize {
 
 /// The fastest way to divide a product, and its time.
 fn divide((m, n, k): (usize, usize, usize), multiprocessors: usize) -> (Form, Config, u64, f64) {
-    let units = k.div_ceil(UNIT);
+    let units = k.div_ceil(SCALES_K);
     let mut best: Option<(Form, Config, u64, f64)> = None;
     for form in FORMS {
         let token_tiles = m.div_ceil(form.tokens);
         let tiles = token_tiles * n.div_ceil(ROWS);
-        for parts in 1..=MOST_PARTS {
-            let of_part = units.div_ceil(parts);
+        for split_k in 1..=MAX_SPLIT_K {
+            let of_split = units.div_ceil(split_k);
             // The last part has something to do.
-            if of_part * (parts - 1) >= units {
+            if of_split * (split_k - 1) >= units {
                 continue;
             }
-            let waves = tiles.div_ceil(resident(multiprocessors, parts));
-            let adding = if parts > 1 { ADDING } else { 0.0 };
-            let steps = (of_part * UNIT_STEPS) as f64;
+            let waves = tiles.div_ceil(resident(multiprocessors, split_k));
+            let adding = if split_k > 1 { ADDING } else { 0.0 };
+            let steps = (of_split * SCALES_K_TILES) as f64;
             let short = LAUNCH + waves as f64 * (WAVE + steps * form.step + adding);
             let time = short.min(LONG) + LONGER * (short - LONG).max(0.0);
             if best.is_none_or(|(.., least)| time < least) {
-                let config = Config { token_tiles: token_tiles as i32, units: of_part as i32, parts: parts as i32 };
-                best = Some((form, config, (tiles * parts) as u64, time));
+                let config =
+                    Config { token_tiles: token_tiles as i32, scales_stages: of_split as i32, split_k: split_k as i32 };
+                best = Some((form, config, (tiles * split_k) as u64, time));
             }
         }
     }
     // One part is always possible, but for no columns at all, which nobody asks for.
-    best.unwrap_or((FORMS[0], Config { token_tiles: 1, units: 0, parts: 1 }, 0, f64::INFINITY))
+    best.unwrap_or((FORMS[0], Config { token_tiles: 1, scales_stages: 0, split_k: 1 }, 0, f64::INFINITY))
 }
 
 /// Microseconds of a dense copy of the weight and a product with that.
@@ -183,7 +184,7 @@ fn takes(capability: Capability, shared_per_block: u32, dtype: DType, (m, n, k):
         && [m, n, k].iter().all(|&size| i32::try_from(size).is_ok())
         && k * 2 < MOST_PITCH
         // Tiles and blocks are counted in 32 bits.
-        && i32::try_from(m.div_ceil(64) * n.div_ceil(ROWS) * MOST_PARTS).is_ok()
+        && i32::try_from(m.div_ceil(64) * n.div_ceil(ROWS) * MAX_SPLIT_K).is_ok()
 }
 
 impl Tile {
@@ -198,7 +199,7 @@ impl Tile {
             kernel,
             config,
             blocks,
-            cluster: config.parts as u32,
+            cluster: config.split_k as u32,
             shared: form.shared as u32,
             tokens: form.tokens,
             time,
@@ -219,8 +220,8 @@ impl Tile {
         codes: u64,
     ) -> Result<(TensorMap, TensorMap)> {
         let kind = if dtype == DType::F16 { TileType::F16 } else { TileType::Bf16 };
-        let x = TensorMap::new(kind, x, (m, k), (self.tokens, STEP))?;
-        let codes = TensorMap::new(TileType::U8, codes, (n, k / 2), (ROWS, STAGE_BYTES))?;
+        let x = TensorMap::new(kind, x, (m, k), (self.tokens, K_TILE))?;
+        let codes = TensorMap::new(TileType::U8, codes, (n, k / 2), (ROWS, CODES_ROW_BYTES))?;
         Ok((x, codes))
     }
 }
@@ -257,12 +258,12 @@ mod tests {
             for n in [1, 8, 128, 129, 4096, 14336, 128_256] {
                 for k in [32, 64, 256, 288, 1024, 4096, 14336] {
                     let (form, config, blocks, time) = divide((m, n, k), 132);
-                    let (tiles, units, parts) =
-                        (config.token_tiles as usize, config.units as usize, config.parts as usize);
+                    let (tiles, units, split_k) =
+                        (config.token_tiles as usize, config.scales_stages as usize, config.split_k as usize);
                     assert!(tiles * form.tokens >= m && (tiles - 1) * form.tokens < m, "{m} {n} {k}");
-                    assert_eq!(blocks as usize, tiles * n.div_ceil(ROWS) * parts);
-                    assert!((1..=MOST_PARTS).contains(&parts));
-                    assert!(units * parts * UNIT >= k && units * (parts - 1) * UNIT < k, "{m} {n} {k}");
+                    assert_eq!(blocks as usize, tiles * n.div_ceil(ROWS) * split_k);
+                    assert!((1..=MAX_SPLIT_K).contains(&split_k));
+                    assert!(units * split_k * SCALES_K >= k && units * (split_k - 1) * SCALES_K < k, "{m} {n} {k}");
                     assert!(time > 0.0 && time.is_finite());
                 }
             }
@@ -271,11 +272,11 @@ mod tests {
 
     #[test]
     fn few_tiles_share_the_multiprocessors() {
-        let parts = |m, n, k| divide((m, n, k), 132).1.parts;
-        assert_eq!(parts(64, 4096, 4096), 3);
-        assert_eq!(parts(256, 14336, 4096), 1);
+        let split_k = |m, n, k| divide((m, n, k), 132).1.split_k;
+        assert_eq!(split_k(64, 4096, 4096), 3);
+        assert_eq!(split_k(256, 14336, 4096), 1);
         // Thirty-two clusters of four would run one after another.
-        assert_eq!(parts(128, 4096, 14336), 3);
+        assert_eq!(split_k(128, 4096, 14336), 3);
     }
 
     #[test]

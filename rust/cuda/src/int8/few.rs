@@ -2,7 +2,7 @@
 
 use halfbyte::error::Result;
 
-use super::{Epilogue, Operands};
+use super::operands::{Epilogue, Operands};
 use crate::driver::{Device, Stream};
 use crate::kernels::{self, Kernel, int8_product as source};
 use crate::launch::parameters;
@@ -73,11 +73,16 @@ fn divide(
     let of_kept = size_of::<i32>() + fragments * source::COLUMNS * size_of::<f32>();
     let most = KEPT.min(shared_per_block / KEPT_PART / of_kept / KEPT_UNIT * KEPT_UNIT);
     let kept = if outliers { most.min(k.next_multiple_of(KEPT_UNIT)) } else { 0 };
-    let unit = source::ROWS * (source::WARPS / slots);
-    let of_tiles = |rows: usize| rows.div_ceil(unit) * unit / source::ROWS * (fragments * SUMS + kept * source::ROWS);
     let fixed = kept * of_kept;
-    // Several waves of blocks where sums would leave too little room for stages.
+    let of_tile = fragments * SUMS + kept * source::ROWS;
+    // Several waves of blocks where sums would leave too little room for stages; more slots, some of them with nothing, where
+    // not even a tile for each group has room.
     let room = (shared_per_block / SUMS_PART).min(shared_per_block.checked_sub(STAGE + fixed)?);
+    while slots < source::WARPS && source::WARPS / slots * of_tile > room {
+        slots *= 2;
+    }
+    let unit = source::ROWS * (source::WARPS / slots);
+    let of_tiles = |rows: usize| rows.div_ceil(unit) * unit / source::ROWS * of_tile;
     let mut rows = n.div_ceil(multiprocessors);
     let mut waves = 1;
     while of_tiles(rows) > room {

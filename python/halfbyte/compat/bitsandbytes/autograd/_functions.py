@@ -1,16 +1,17 @@
-"""`matmul_4bit`, and the names of LLM.int8()'s product."""
+"""`matmul_4bit`, and LLM.int8()'s product."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from halfbyte.ops import matmul_8bit
 from halfbyte.ops.autograd import matmul_4bit
+from halfbyte.ops.autograd_8bit import dense_product
+from halfbyte.ops.matmul_8bit import MatmulLtState
 
 from .. import functional as F
-from .._missing import missing_attribute, no_int8
+from .._missing import missing_attribute
 
 __all__ = [
     "F",
@@ -43,21 +44,45 @@ class MatMul4Bit(torch.autograd.Function):
 
 
 class MatMul8bitLt(torch.autograd.Function):
-    """LLM.int8()'s product; not in halfbyte yet."""
+    """LLM.int8()'s product in the form of an autograd function: for code that calls `apply`."""
 
     @classmethod
-    def apply(cls, *args: Any, **kwargs: Any) -> Any:
-        """Raise NotImplementedError."""
-        no_int8("bitsandbytes.autograd._functions.MatMul8bitLt")
+    def apply(
+        cls,
+        A: Tensor,
+        B: Tensor,
+        out: Tensor | None = None,
+        bias: Tensor | None = None,
+        state: MatmulLtState | None = None,
+    ) -> Tensor:
+        """`A @ B.T + bias`, as `matmul` computes it."""
+        return matmul_8bit.matmul(A, B, out, state, bias=bias)
 
 
 class MatMul8bitFp(torch.autograd.Function):
-    """LLM.int8()'s product with a dequantized weight; not in halfbyte yet."""
+    """The product with a weight of 8-bit rows that is dequantized, likewise: `A` is not quantized."""
 
     @classmethod
-    def apply(cls, *args: Any, **kwargs: Any) -> Any:
-        """Raise NotImplementedError."""
-        no_int8("bitsandbytes.autograd._functions.MatMul8bitFp")
+    def apply(
+        cls,
+        A: Tensor,
+        B: Tensor,
+        out: Tensor | None = None,
+        bias: Tensor | None = None,
+        state: MatmulLtState | None = None,
+    ) -> Tensor:
+        """`A @ dequantized B.T + bias`."""
+        state = MatmulLtState() if state is None else state
+        if B.dtype is not torch.int8:
+            codes, scales = matmul_8bit.codes_of(B, state)
+            if B.requires_grad:
+                # The values are those of the codes, the gradient is that of B.
+                weight = F.int8_vectorwise_dequant(codes, scales) + (B - B.detach()).float()
+                return torch.nn.functional.linear(A, weight.to(A.dtype), None if bias is None else bias.to(A.dtype))
+            return dense_product(A, codes, scales, bias)
+        if state.SCB is None:
+            raise ValueError("state.SCB must be the scales of B, which is int8, got None")
+        return dense_product(A, B.detach() if state.CB is None else state.CB, state.SCB, bias)
 
 
 class GlobalOutlierPooler:
@@ -96,31 +121,6 @@ class GlobalOutlierPooler:
         return torch.tensor(sorted(self.outliers), dtype=torch.int64)
 
 
-class MatmulLtState:
-    """The state of LLM.int8()'s product. For `isinstance` alone: it cannot be made yet."""
-
-    has_accumulated_gradients = False
-    threshold = 0.0
-    is_training = True
-    has_fp16_weights = True
-    use_pool = False
-
-    def __init__(
-        self,
-        force_no_igemmlt: bool = False,
-        CB: Tensor | None = None,
-        SB: Tensor | None = None,
-        SCB: Tensor | None = None,
-        SBt: Tensor | None = None,
-        CBt: Tensor | None = None,
-        subB: Tensor | None = None,
-        outlier_pool: GlobalOutlierPooler | None = None,
-        idx: Tensor | None = None,
-    ) -> None:
-        """Raise NotImplementedError."""
-        no_int8("bitsandbytes.MatmulLtState")
-
-
 def matmul(
     A: Tensor,
     B: Tensor,
@@ -129,8 +129,13 @@ def matmul(
     threshold: float = 0.0,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """LLM.int8()'s product; not in halfbyte yet: raises NotImplementedError."""
-    no_int8("bitsandbytes.matmul")
+    """LLM.int8()'s product, `halfbyte.matmul`; on a CPU, `A` is not quantized while `state.is_training`."""
+    state = MatmulLtState() if state is None else state
+    if threshold > 0.0:
+        state.threshold = threshold
+    if state.is_training and A.device.type == "cpu":
+        return MatMul8bitFp.apply(A, B, out, bias, state)
+    return matmul_8bit.matmul(A, B, out, state, bias=bias)
 
 
 __getattr__ = missing_attribute(__name__)

@@ -1,4 +1,4 @@
-"""The module classes. The 4-bit ones are halfbyte's own, not subclasses, so `isinstance` works both ways."""
+"""The module classes. The quantized ones are halfbyte's own, not subclasses, so `isinstance` works both ways."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from torch import Tensor
 
 from halfbyte.nn import (
     Embedding4bit,
+    Embedding8bit,
     EmbeddingFP4,
     EmbeddingNF4,
+    Int8Params,
     Linear4bit,
+    Linear8bitLt,
     LinearFP4,
     LinearNF4,
     Params4bit,
 )
 
-from .._missing import missing_attribute, no_int8
+from .._missing import missing_attribute
 from ..functional import QuantState
 from ..optim import GlobalOptimManager
 from ..utils import INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING, OutlierTracer
@@ -46,7 +49,11 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 # What code written for bitsandbytes finds after a forward.
-Linear4bit._casts_bias = True
+Linear4bit._casts_bias = Linear8bitLt._casts_bias = True
+# On a CPU, bitsandbytes quantizes inputs in evaluation alone.
+Linear8bitLt._trains_dense_on_cpu = True
+# What such code relies on to be refused.
+Linear8bitLt._loads_codes_early = False
 
 
 def fix_4bit_weight_quant_state_from_module(module: Embedding4bit | Linear4bit) -> None:
@@ -169,55 +176,11 @@ class Embedding(torch.nn.Embedding):
         _draw(self)
 
 
-class Int8Params(torch.nn.Parameter):
-    """The weight of LLM.int8(). For `isinstance` alone: it cannot be made yet."""
-
-    def __new__(
-        cls,
-        data: Tensor | None = None,
-        requires_grad: bool = True,
-        has_fp16_weights: bool = False,
-        CB: Tensor | None = None,
-        SCB: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Int8Params:
-        """Raise NotImplementedError."""
-        no_int8("bitsandbytes.nn.Int8Params")
-
-
-class Linear8bitLt(torch.nn.Linear):
-    """The linear layer of LLM.int8(). For `isinstance` alone: it cannot be made yet."""
-
-    def __init__(
-        self,
-        input_features: int,
-        output_features: int,
-        bias: bool = True,
-        has_fp16_weights: bool = True,
-        threshold: float = 0.0,
-        index: Tensor | None = None,
-        device: torch.device | str | int | None = None,
-    ) -> None:
-        """Raise NotImplementedError."""
-        no_int8("bitsandbytes.nn.Linear8bitLt")
-
-
-class Embedding8bit(torch.nn.Embedding):
-    """The embedding of LLM.int8(). For `isinstance` alone: it cannot be made yet."""
-
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        """Raise NotImplementedError."""
-        no_int8("bitsandbytes.nn.Embedding8bit")
-
-
 class OutlierAwareLinear(torch.nn.Linear):
-    """A base class of experiments with LLM.int8(). For `isinstance` alone: it cannot be made yet."""
+    """A linear layer that quantizes its weight at its first forward pass, in view of its outlier columns.
+
+    A base class for experiments: `quantize_weight` and `forward_with_outliers` are for derived classes to write.
+    """
 
     def __init__(
         self,
@@ -226,8 +189,30 @@ class OutlierAwareLinear(torch.nn.Linear):
         bias: bool = True,
         device: torch.device | str | int | None = None,
     ) -> None:
-        """Raise NotImplementedError."""
-        no_int8("bitsandbytes.nn.OutlierAwareLinear")
+        """The arguments of `torch.nn.Linear`."""
+        super().__init__(input_features, output_features, bias, device)
+        self.outlier_dim: Tensor | None = None
+        self.is_quantized = False
+
+    def forward_with_outliers(self, x: Tensor, outlier_idx: Tensor) -> Tensor:
+        """The product, given the outlier columns; a derived class has it."""
+        raise NotImplementedError(f"{type(self).__name__} must have a method forward_with_outliers(x, outlier_idx)")
+
+    def quantize_weight(self, w: Tensor, outlier_idx: Tensor) -> Tensor:
+        """What takes the place of the weight; a derived class has it."""
+        raise NotImplementedError(f"{type(self).__name__} must have a method quantize_weight(w, outlier_idx)")
+
+    def forward(self, x: Tensor) -> None:  # type: ignore[override]
+        """Find the outlier columns and quantize the weight, once. As in bitsandbytes, nothing is returned."""
+        if self.outlier_dim is None:
+            tracer = OutlierTracer.get_instance()
+            if not tracer.is_initialized():
+                logger.warning("call OutlierTracer.initialize(model) before an OutlierAwareLinear is used")
+            self.outlier_dim = tracer.get_outliers(self.weight)
+        if not self.is_quantized:
+            weight = self.quantize_weight(self.weight, self.outlier_dim)
+            self.weight.data.copy_(weight)
+            self.is_quantized = True
 
 
 __getattr__ = missing_attribute(__name__)

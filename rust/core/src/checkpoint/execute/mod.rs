@@ -1,6 +1,8 @@
 //! A plan carried out: files made in the stage, then moved into the destination together.
 
 mod flush;
+mod rows;
+mod scratch;
 mod shard;
 
 use std::collections::BTreeMap;

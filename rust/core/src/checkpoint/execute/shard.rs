@@ -1,8 +1,8 @@
 //! Doing what a plan says, one output file at a time, in little memory.
 //!
 //! A file is cut into pieces of [`PIECE_BYTES`] of input that fit in a core's cache. Threads take pieces in order:
-//! positioned read, arithmetic in cache, positioned write. Nothing of a tensor stays in memory but its scales, which
-//! the thread that ends its last piece writes out.
+//! positioned read, arithmetic in cache, positioned write. Nothing of a tensor stays in memory but the scales of a 4-bit
+//! weight, which the thread that ends its last piece writes out.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -13,6 +13,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use safetensors::Dtype;
 
 use super::flush::Flusher;
+use super::rows::Rows;
+use super::scratch::{Scratch, bytes};
 use crate::checkpoint::cast::{cast, first_overflow, transposed};
 use crate::checkpoint::dtype::{item_size, torch_name, with_element};
 use crate::checkpoint::file::{read_exact_at, write_all_at};
@@ -31,33 +33,26 @@ use crate::quant::absmax::quantize_absmax;
 use crate::quant::blockwise4;
 use crate::quant::{Finite, first_nonfinite};
 
-/// A thread's own memory, aligned for every element type.
-#[derive(Default)]
-pub struct Scratch {
-    dense: Vec<u64>,
-    packed: Vec<u64>,
-    /// Weights as they are stored, when they are cast before they are quantized.
-    stored: Vec<u64>,
-}
-
-/// The first `len` bytes of a buffer that grows as needed.
-fn bytes(buffer: &mut Vec<u64>, len: usize) -> &mut [u8] {
-    let words = len.div_ceil(8);
-    if buffer.len() < words {
-        buffer.resize(words, 0);
-    }
-    &mut bytemuck::cast_slice_mut(buffer)[..len]
-}
-
 /// A part of one action.
-struct Piece {
-    action: usize,
+pub(super) struct Piece {
+    pub action: usize,
     /// First element of a weight, or first byte of a copy.
-    start: usize,
+    pub start: usize,
     /// How many.
-    len: usize,
+    pub len: usize,
     /// Position among the pieces of its action.
-    number: usize,
+    pub number: usize,
+}
+
+/// Elements of as many whole rows as fit in a piece; of one row at least.
+fn whole_rows(columns: usize, item_size: usize) -> usize {
+    (PIECE_BYTES / item_size / columns.max(1)).max(1) * columns.max(1)
+}
+
+/// One value of a tensor's bytes.
+pub(super) fn value_at(dtype: Dtype, bytes: &[u8], index: usize) -> f32 {
+    let size = item_size(dtype);
+    with_element!(dtype, T => bytemuck::pod_read_unaligned::<T>(&bytes[index * size..][..size]).to_f32())
 }
 
 /// What the pieces of one weight share.
@@ -74,12 +69,12 @@ enum Scales {
 
 /// Everything that the threads look at.
 pub struct ShardJob<'a> {
-    source: &'a Checkpoint,
+    pub(super) source: &'a Checkpoint,
     shard: &'a ShardPlan,
     out: &'a File,
     path: &'a Path,
-    progress: &'a Progress,
-    allow_nonfinite: bool,
+    pub(super) progress: &'a Progress,
+    pub(super) allow_nonfinite: bool,
     pieces: Vec<Piece>,
     shared: Vec<Shared>,
     texts: Mutex<HashMap<usize, Vec<u8>>>,
@@ -106,6 +101,16 @@ impl<'a> ShardJob<'a> {
                     let widest = item_size(state.dtype).max(item_size(source.tensor(*at).dtype));
                     (state.elements(), PIECE_BYTES / widest)
                 }
+                Action::QuantizeRows { shape: [rows, columns], transpose: true, .. } => (rows * columns, usize::MAX),
+                Action::QuantizeRows { source: at, dtype, shape: [rows, columns], .. } => {
+                    let widest = item_size(*dtype).max(item_size(source.tensor(*at).dtype));
+                    (rows * columns, whole_rows(*columns, widest))
+                }
+                Action::DequantizeRows { source, transpose: true, .. } => (source.elements(), usize::MAX),
+                Action::DequantizeRows { source, output, .. } => {
+                    let widest = item_size(shard.layout.tensors[*output].dtype);
+                    (source.elements(), whole_rows(source.shape[1], widest))
+                }
                 Action::Dequantize { source, transpose: true, .. } => (source.state.elements(), usize::MAX),
                 Action::Dequantize { source, output, .. } => {
                     (source.state.elements(), PIECE_BYTES / item_size(shard.layout.tensors[*output].dtype))
@@ -125,7 +130,9 @@ impl<'a> ShardJob<'a> {
             let scales = match what {
                 Action::Dequantize { .. } => Scales::Known(None),
                 Action::Quantize { .. } => Scales::Found(vec![Vec::new(); count]),
-                Action::Copy { .. } => Scales::Found(Vec::new()),
+                Action::Copy { .. } | Action::QuantizeRows { .. } | Action::DequantizeRows { .. } => {
+                    Scales::Found(Vec::new())
+                }
             };
             shared.push(Shared { left: AtomicUsize::new(count), scales: Mutex::new(scales) });
         }
@@ -157,15 +164,15 @@ impl<'a> ShardJob<'a> {
         Ok(len)
     }
 
-    fn layout(&self) -> &Layout {
+    pub(super) fn layout(&self) -> &Layout {
         &self.shard.layout
     }
 
-    fn write(&self, tensor: usize, skip: usize, bytes: &[u8]) -> Result<()> {
+    pub(super) fn write(&self, tensor: usize, skip: usize, bytes: &[u8]) -> Result<()> {
         write_all_at(self.out, self.path, bytes, self.layout().offsets[tensor] + skip as u64)
     }
 
-    fn read(&self, at: TensorRef, skip: usize, into: &mut [u8]) -> Result<()> {
+    pub(super) fn read(&self, at: TensorRef, skip: usize, into: &mut [u8]) -> Result<()> {
         let (file, entry) = (self.source.file(at), self.source.tensor(at));
         read_exact_at(&file.file, &file.path, into, entry.offset + skip as u64)
     }
@@ -207,6 +214,14 @@ impl<'a> ShardJob<'a> {
                 }
                 Ok(packed_len(piece.len) as u64)
             }
+            Action::QuantizeRows { source, dtype, shape, transpose, outputs } => {
+                let rows = Rows { source: *source, dtype: *dtype, shape: *shape, transpose: *transpose };
+                self.quantize_rows(scratch, piece, &rows, outputs)
+            }
+            Action::DequantizeRows { source, transpose, output } => {
+                let dtype = self.layout().tensors[*output].dtype;
+                with_element!(dtype, T => self.dequantize_rows::<T>(scratch, piece, source, *transpose, *output))
+            }
             Action::Dequantize { source, transpose, output } => {
                 let scales = self.scales(shared, source)?;
                 let dtype = self.layout().tensors[*output].dtype;
@@ -224,7 +239,10 @@ impl<'a> ShardJob<'a> {
 
     fn label(&self, action: usize) -> &str {
         match &self.shard.actions[action] {
-            Action::Copy { output, .. } | Action::Dequantize { output, .. } => &self.layout().tensors[*output].name,
+            Action::Copy { output, .. } | Action::Dequantize { output, .. } | Action::DequantizeRows { output, .. } => {
+                &self.layout().tensors[*output].name
+            }
+            Action::QuantizeRows { outputs, .. } => &self.layout().tensors[outputs.codes].name,
             Action::Quantize { outputs, .. } => &self.layout().tensors[outputs.packed].name,
         }
     }
@@ -272,28 +290,16 @@ impl<'a> ShardJob<'a> {
             && !self.allow_nonfinite
             && let Some((index, value)) = first_nonfinite(values)
         {
-            let at = if transpose {
-                let (rows, columns) = (state.shape[0], state.shape[1]);
-                (index % columns) * rows + index / columns
-            } else {
-                index
-            };
-            let index = piece.start + at;
+            // Where it stood before it was transposed.
+            let (rows, columns) = (state.shape[0], state.shape.get(1).copied().unwrap_or(1));
+            let at = if transpose { (index % columns) * rows + index / columns } else { index };
             if from != state.dtype {
-                let stored = &bytes(&mut scratch.stored, piece.len * size)[at * size..][..size];
-                let value = with_element!(from, F => bytemuck::pod_read_unaligned::<F>(stored).to_f32());
-                if value.is_finite() {
-                    return Err(self.too_large(source, index, value, state.dtype));
+                let stored = value_at(from, bytes(&mut scratch.stored, piece.len * size), at);
+                if stored.is_finite() {
+                    return Err(self.too_large(source, piece.start + at, stored, state.dtype));
                 }
             }
-            let entry = self.source.tensor(source);
-            return Err(Error::NonFinite {
-                path: self.source.file(source).path.clone(),
-                tensor: entry.name.clone(),
-                index: index as u64,
-                shape: entry.shape.clone(),
-                value,
-            });
+            return Err(self.nonfinite(source, piece.start + at, value));
         }
         self.write(outputs.packed, piece.start / 2, packed)?;
         self.progress.add((piece.len * size) as u64);
@@ -331,6 +337,17 @@ impl<'a> ShardJob<'a> {
         let scales = Arc::new(read_scales(self.source, weight)?);
         *slot = Scales::Known(Some(Arc::clone(&scales)));
         Ok(scales)
+    }
+
+    pub(super) fn nonfinite(&self, at: TensorRef, index: usize, value: f32) -> Error {
+        let entry = self.source.tensor(at);
+        Error::NonFinite {
+            path: self.source.file(at).path.clone(),
+            tensor: entry.name.clone(),
+            index: index as u64,
+            shape: entry.shape.clone(),
+            value,
+        }
     }
 
     fn too_large(&self, at: TensorRef, index: usize, value: f32, dtype: Dtype) -> Error {

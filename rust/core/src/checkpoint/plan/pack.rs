@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use super::layout::{Layout, OutputTensor};
-use super::types::{Action, Group, Kind, ShardPlan, TensorPlan, WeightOutputs};
+use super::types::{Action, Group, Kind, RowsOutputs, ShardPlan, TensorPlan, WeightOutputs};
 use crate::checkpoint::file_names::SINGLE_FILE;
 use crate::checkpoint::reader::Checkpoint;
 use crate::checkpoint::reader::header::MAX_HEADER_LEN;
@@ -38,7 +38,7 @@ fn refuse_duplicates(source: &Checkpoint, groups: &[Group]) -> Result<()> {
                     &source.folder,
                     &output.name,
                     format!(
-                        "would stand twice in the output: it has the name of a part of the 4-bit weight {weight:?}"
+                        "would stand twice in the output: it has the name of a part of the quantized weight {weight:?}"
                     ),
                 ));
             }
@@ -63,7 +63,7 @@ pub(super) fn pack(
     for group in groups {
         let len = group.line.bytes_out;
         let room: u64 = group.outputs.iter().map(|o| header_room(&o.name) + 24 * o.shape.len() as u64).sum();
-        // A 4-bit weight has six entries in a header where the weight itself had one.
+        // A quantized weight has up to six entries in a header where the weight itself had one.
         let full = filled > 0 && filled + len > max_shard_size || header + room > MAX_HEADER_LEN;
         if bins.last().is_none_or(|bin| full && !bin.is_empty()) {
             bins.push(Vec::new());
@@ -98,6 +98,13 @@ pub(super) fn pack(
             actions.push(match group.kind {
                 Kind::Copy(source) => Action::Copy { source, output: at[0] },
                 Kind::Dequantize { source, transpose } => Action::Dequantize { source, transpose, output: at[0] },
+                Kind::DequantizeRows { source, transpose } => {
+                    Action::DequantizeRows { source, transpose, output: at[0] }
+                }
+                Kind::QuantizeRows { source, dtype, shape, transpose } => {
+                    let outputs = RowsOutputs { codes: at[0], scales: at[1], format: at[2] };
+                    Action::QuantizeRows { source, dtype, shape, transpose, outputs }
+                }
                 Kind::Quantize { source, state, transpose } => Action::Quantize {
                     source,
                     transpose,

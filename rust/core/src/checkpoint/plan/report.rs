@@ -20,7 +20,7 @@ pub struct PlanReport<'a> {
     pub known_architecture: bool,
     /// Remarks for the reader.
     pub notes: &'a [String],
-    /// Every tensor or 4-bit weight.
+    /// Every tensor or quantized weight.
     pub tensors: Vec<TensorLine<'a>>,
     /// The files to write.
     pub shards: Vec<ShardLine<'a>>,
@@ -32,11 +32,13 @@ pub struct PlanReport<'a> {
     pub skip_modules: Option<&'a [String]>,
     /// The dtype of the quantized model, as torch calls it.
     pub model_dtype: Option<&'static str>,
+    /// Sums over the tensors that become the same, in the order in which these appear.
+    pub types: Vec<TypeLine<'a>>,
     /// Sums.
     pub totals: Totals,
 }
 
-/// What becomes of one tensor or 4-bit weight.
+/// What becomes of one tensor or quantized weight.
 #[derive(Debug, Clone, Serialize)]
 pub struct TensorLine<'a> {
     /// The tensor's name.
@@ -86,10 +88,26 @@ pub struct LeftOut<'a> {
     pub reason: &'a str,
 }
 
+/// Sums over the tensors that become the same.
+#[derive(Debug, Clone, Serialize)]
+pub struct TypeLine<'a> {
+    /// What they become: `nf4`, `fp4`, `int8`, a dtype, or `keep`.
+    #[serde(rename = "type")]
+    pub name: &'a str,
+    /// How many tensors.
+    pub tensors: usize,
+    /// Single numbers.
+    pub weights: u64,
+    /// Bytes before.
+    pub bytes_in: u64,
+    /// Bytes after.
+    pub bytes_out: u64,
+}
+
 /// Sums over all tensors.
 #[derive(Debug, Clone, Serialize)]
 pub struct Totals {
-    /// Tensors, a 4-bit weight with its state counting as one.
+    /// Tensors, a quantized weight with all of its parts counting as one.
     pub tensors: usize,
     /// Those that are quantized or dequantized.
     pub quantized_tensors: usize,
@@ -146,8 +164,25 @@ impl Plan {
             left_out: self.source.left_out.iter().map(|(path, reason)| LeftOut { file: text(path), reason }).collect(),
             skip_modules: self.skip_modules.as_deref(),
             model_dtype: self.model_dtype.and_then(torch_name),
+            types: self.types(),
             totals: self.totals(),
         }
+    }
+
+    fn types(&self) -> Vec<TypeLine<'_>> {
+        let mut lines: Vec<TypeLine<'_>> = Vec::new();
+        for tensor in &self.tensors {
+            let at = lines.iter().position(|line| line.name == tensor.to).unwrap_or_else(|| {
+                lines.push(TypeLine { name: &tensor.to, tensors: 0, weights: 0, bytes_in: 0, bytes_out: 0 });
+                lines.len() - 1
+            });
+            let line = &mut lines[at];
+            line.tensors += 1;
+            line.weights += tensor.elements();
+            line.bytes_in += tensor.bytes_in;
+            line.bytes_out += tensor.bytes_out;
+        }
+        lines
     }
 
     fn totals(&self) -> Totals {

@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use super::layout::{Layout, OutputTensor};
 use crate::checkpoint::reader::{Checkpoint, TensorRef};
+use crate::checkpoint::rows::RowsSource;
 use crate::checkpoint::state::State;
 use crate::checkpoint::weights::WeightSource;
 
@@ -13,13 +14,13 @@ use crate::checkpoint::weights::WeightSource;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Operation {
-    /// 16- or 32-bit weights become 4-bit ones.
+    /// 16- or 32-bit weights become 4- or 8-bit ones.
     Quantize,
-    /// 4-bit weights become 16- or 32-bit ones.
+    /// Quantized weights become 16- or 32-bit ones.
     Dequantize,
 }
 
-/// What happens to one tensor (or one 4-bit weight with its state) of the source. Numbers are positions in the
+/// What happens to one tensor (or one quantized weight with all of its parts) of the source. Numbers are positions in the
 /// [`Layout`] of the shard.
 #[derive(Debug, Clone)]
 pub enum Action {
@@ -40,6 +41,28 @@ pub enum Action {
         transpose: bool,
         /// Where its parts go.
         outputs: WeightOutputs,
+    },
+    /// A weight becomes 8-bit.
+    QuantizeRows {
+        /// The weight.
+        source: TensorRef,
+        /// The dtype that it is cast to first, before float16.
+        dtype: Dtype,
+        /// Rows and columns of the result.
+        shape: [usize; 2],
+        /// Whether the weight is transposed first.
+        transpose: bool,
+        /// Where its parts go.
+        outputs: RowsOutputs,
+    },
+    /// An 8-bit weight becomes 16- or 32-bit.
+    DequantizeRows {
+        /// Its parts.
+        source: RowsSource,
+        /// Whether the weight is transposed afterwards.
+        transpose: bool,
+        /// To where.
+        output: usize,
     },
     /// A 4-bit weight becomes 16- or 32-bit.
     Dequantize {
@@ -67,6 +90,17 @@ pub struct WeightOutputs {
     pub state: usize,
 }
 
+/// The places of an 8-bit weight's parts in a [`Layout`].
+#[derive(Debug, Clone)]
+pub struct RowsOutputs {
+    /// Codes.
+    pub codes: usize,
+    /// Scales.
+    pub scales: usize,
+    /// The order of the codes.
+    pub format: usize,
+}
+
 /// One file to write.
 #[derive(Debug)]
 pub struct ShardPlan {
@@ -83,11 +117,11 @@ pub struct ShardPlan {
 pub struct TensorPlan {
     /// The tensor's name.
     pub name: String,
-    /// Its shape, of the weight itself when it is 4-bit.
+    /// Its shape, of the weight itself when it is quantized.
     pub shape: Vec<usize>,
     /// What it is.
     pub from: String,
-    /// What it becomes: `nf4`, `fp4`, a dtype, or `keep`.
+    /// What it becomes: `nf4`, `fp4`, `int8`, a dtype, or `keep`.
     pub to: String,
     /// Bytes before.
     pub bytes_in: u64,
@@ -108,7 +142,7 @@ pub struct Plan {
     pub source: Checkpoint,
     /// The files to write.
     pub shards: Vec<ShardPlan>,
-    /// A line for each tensor or 4-bit weight.
+    /// A line for each tensor or quantized weight.
     pub tensors: Vec<TensorPlan>,
     /// Remarks for the reader.
     pub notes: Vec<String>,
@@ -119,7 +153,7 @@ pub struct Plan {
     /// What `llm_int8_skip_modules` must say for a loader to convert exactly what is quantized here.
     pub skip_modules: Option<Vec<String>>,
     /// The dtype that the quantized model's other weights have: the one asked for, else that of config.json, else that
-    /// of most weights that become 4-bit. None when nothing is quantized.
+    /// of most weights that are quantized. None when nothing is quantized.
     pub model_dtype: Option<Dtype>,
     /// Whether weights may hold NaN or infinities.
     pub allow_nonfinite: bool,
@@ -137,7 +171,20 @@ pub(super) struct Group {
 pub(super) enum Kind {
     Copy(TensorRef),
     Quantize { source: TensorRef, state: State, transpose: bool },
+    QuantizeRows { source: TensorRef, dtype: Dtype, shape: [usize; 2], transpose: bool },
     Dequantize { source: WeightSource, transpose: bool },
+    DequantizeRows { source: RowsSource, transpose: bool },
+}
+
+impl Group {
+    /// Of a weight that is quantized: the dtype that it is taken in, and whether it is transposed.
+    pub fn quantized(&self) -> Option<(Dtype, bool)> {
+        match &self.kind {
+            Kind::Quantize { state, transpose, .. } => Some((state.dtype, *transpose)),
+            Kind::QuantizeRows { dtype, transpose, .. } => Some((*dtype, *transpose)),
+            Kind::Copy(_) | Kind::Dequantize { .. } | Kind::DequantizeRows { .. } => None,
+        }
+    }
 }
 
 impl TensorPlan {

@@ -9,7 +9,7 @@ use super::model::{Model, Reason};
 use super::rules::Rule;
 use super::select::{Selection, select};
 use crate::checkpoint::options::{QuantizeOptions, Selected};
-use crate::codebook::QuantType;
+use crate::checkpoint::weight_type::WeightType;
 use crate::error::Result;
 
 /// What a user's exceptions say of one tensor. Numbers are positions in the lists that were given.
@@ -18,7 +18,7 @@ pub struct Match {
     /// The first rule that matches.
     pub rule: Option<usize>,
     /// What that rule asks for; none to keep.
-    pub quant_type: Option<QuantType>,
+    pub quant_type: Option<WeightType>,
     /// The first skip name that matches.
     pub skip: Option<usize>,
 }
@@ -89,6 +89,7 @@ fn weight_of(module: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::codebook::QuantType;
 
     fn owned(names: &[&str]) -> Vec<String> {
         names.iter().map(|name| (*name).to_owned()).collect()
@@ -101,7 +102,7 @@ mod tests {
         let skip = owned(&["layers.11", "head", "mlp"]);
         let found = match_names(&tensors, &rules, &skip).unwrap();
         let found: Vec<_> = found.iter().map(|found| (found.rule, found.quant_type, found.skip)).collect();
-        let fp4 = Some(QuantType::Fp4);
+        let fp4 = Some(WeightType::FourBit(QuantType::Fp4));
         assert_eq!(
             found,
             [(Some(0), fp4, None), (Some(1), None, Some(2)), (None, None, Some(0)), (None, None, Some(1))]

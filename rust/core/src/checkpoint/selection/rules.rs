@@ -1,27 +1,27 @@
-//! `REGEX=nf4|fp4|keep`: a user's exceptions to the selection.
+//! `REGEX=nf4|fp4|int8|keep`: a user's exceptions to the selection.
 
 use std::fmt;
 use std::str::FromStr;
 
 use regex::Regex;
 
-use crate::codebook::QuantType;
+use crate::checkpoint::weight_type::WeightType;
 use crate::error::{Error, Result};
 
 /// What a rule must look like, for messages.
-const FORM: &str = "REGEX=nf4, REGEX=fp4 or REGEX=keep";
+const FORM: &str = "REGEX=nf4, REGEX=fp4, REGEX=int8 or REGEX=keep";
 
-/// One exception: tensors whose name the regular expression finds are quantized to a codebook, or kept.
+/// One exception: tensors whose name the regular expression finds are quantized to a type, or kept.
 #[derive(Debug, Clone)]
 pub struct Rule {
     pattern: Regex,
-    quant_type: Option<QuantType>,
+    quant_type: Option<WeightType>,
     text: String,
 }
 
 impl Rule {
-    /// The codebook asked for; `None` keeps the tensor.
-    pub fn quant_type(&self) -> Option<QuantType> {
+    /// The type asked for; `None` keeps the tensor.
+    pub fn quant_type(&self) -> Option<WeightType> {
         self.quant_type
     }
 

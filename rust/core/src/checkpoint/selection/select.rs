@@ -10,16 +10,16 @@ use super::model::{Class, Model, Reason};
 use super::rules::Rule;
 use crate::checkpoint::dtype::is_float;
 use crate::checkpoint::options::{QuantizeOptions, Selected};
-use crate::codebook::QuantType;
+use crate::checkpoint::weight_type::WeightType;
 use crate::error::{Error, Result};
 
 /// What becomes of one tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Treatment {
-    /// Quantized to 4 bits.
+    /// Quantized.
     Quantize {
-        /// The codebook.
-        quant_type: QuantType,
+        /// To what.
+        quant_type: WeightType,
         /// The weight is stored `[in, out]` (`Conv1D`) and is transposed first.
         transpose: bool,
     },
@@ -191,7 +191,7 @@ fn keep(reason: String) -> Decision {
     Decision { treatment: Treatment::Keep, reason, float32: false }
 }
 
-fn quantize(quant_type: QuantType, transpose: bool, reason: String) -> Decision {
+fn quantize(quant_type: WeightType, transpose: bool, reason: String) -> Decision {
     Decision { treatment: Treatment::Quantize { quant_type, transpose }, reason, float32: false }
 }
 

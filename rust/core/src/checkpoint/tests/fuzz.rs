@@ -8,9 +8,11 @@ use safetensors::SafeTensors;
 use serde_json::json;
 
 use super::super::inspect::inspect;
+use super::super::options::QuantizeOptions;
 use super::super::reader::header::{SourceFile, parse};
 use super::super::reader::{Checkpoint, check_index};
 use super::super::state::State;
+use super::super::weight_type::WeightType;
 use super::{Plan, dequantize_options, file_bytes, plan, quantize_options, weights, write_tensors};
 use crate::error::Result;
 
@@ -68,6 +70,9 @@ fn valid_file() -> Vec<u8> {
             ("W.absmax", "U8", vec![2], vec![0; 2]),
             ("W.nested_absmax", "F32", vec![1], vec![0; 4]),
             ("W.nested_quant_map", "F32", vec![256], vec![0; 1024]),
+            ("v.weight", "I8", vec![2, 3], vec![1; 6]),
+            ("v.SCB", "F32", vec![2], vec![0; 8]),
+            ("v.weight_format", "U8", vec![], vec![0]),
             ("W.quant_state.bitsandbytes__nf4", "U8", vec![state.len()], state.to_vec()),
         ],
     );
@@ -148,6 +153,8 @@ fn try_everything(folder: &Path, bytes: &[u8]) -> std::result::Result<(), TestCa
     if let Some(plan) = one_line(plan(folder, 100))? {
         plan.report();
     }
+    let int8 = QuantizeOptions { quant_type: WeightType::Int8, ..quantize_options(100) };
+    one_line(Plan::quantize(Checkpoint::open(folder).unwrap(), None, &int8, None))?;
     let config = json!({"architectures": ["LlamaForCausalLM"], "model_type": "llama"});
     let found = Checkpoint::open(folder).unwrap();
     one_line(Plan::quantize(found, Some(&config), &quantize_options(1 << 30), None))?;

@@ -7,6 +7,7 @@ mod interruptions;
 mod overlap;
 mod packing;
 mod parts;
+mod rows;
 mod states;
 mod unsuitable;
 
@@ -91,9 +92,11 @@ fn plan(source: &Path, max_shard_size: u64) -> Result<Plan> {
     Plan::quantize(Checkpoint::open(source)?, None, &quantize_options(max_shard_size), None)
 }
 
-/// Quantizes in one thread, without waiting for the disk, to shards of one layer each.
+/// Quantizes in one thread, without waiting for the disk, to shards of one layer each: the middle one in 8 bits.
 fn quantize(source: &Path, destination: &Path, mode: Mode) -> Result<RunReport> {
-    let plan = plan(source, 2200)?;
+    let rules = vec![r"layers\.1\.mlp=int8".parse()?];
+    let options = QuantizeOptions { rules, ..quantize_options(2200) };
+    let plan = Plan::quantize(Checkpoint::open(source)?, None, &options, None)?;
     let options = RunOptions { mode, config_text: Some("{\"new\": 1}".to_owned()), threads: 1, durable: false };
     execute::run(&plan, destination, &options, &Progress::default())
 }

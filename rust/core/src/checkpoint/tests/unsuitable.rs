@@ -156,7 +156,7 @@ fn what_the_headers_transposed_is_turned_back() {
     let (out, back) = (folder.path().with_extension("out"), folder.path().with_extension("back"));
     let planned = Plan::quantize(open(folder.path()), Some(&config), &quantize_options(1 << 30), None).unwrap();
     convert(&planned, &out).unwrap();
-    let report = super::super::verify::verify(&open(folder.path()), &open(&out), None, 1, &Progress::default());
+    let report = super::super::verify::verify(&open(folder.path()), &open(&out), None, None, 1, &Progress::default());
     let identical = report.unwrap().tensors.iter().filter(|t| t.status == Status::Identical).count();
     assert_eq!(identical, 5);
     convert(&Plan::dequantize(open(&out), Some(&config), &dequantize_options(1 << 30)).unwrap(), &back).unwrap();

@@ -20,7 +20,7 @@ pub struct Comparison {
     pub name: String,
     /// The verdict.
     pub status: Status,
-    /// Its codebook or dtype in the second.
+    /// What it is quantized to in the second, or its dtype there.
     pub kind: String,
     /// Its shape in the second.
     pub shape: Vec<usize>,
@@ -38,12 +38,15 @@ pub struct Comparison {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Status {
-    /// The same bytes, or the same values in another dtype; of a 4-bit weight beside a dense one: the same bytes as a
-    /// fresh quantization.
+    /// The same bytes, or the same values in another dtype; of a quantized weight beside a dense one: the same bytes as
+    /// a fresh quantization.
     Identical,
     /// The same 4-bit codes; doubly quantized scales that differ in their rounding.
     EqualCodes,
-    /// Neither.
+    /// The same scales of an 8-bit weight; codes next to each other, of values in the middle of both, for which another
+    /// order of the same float32 arithmetic decides otherwise.
+    Rounded,
+    /// None of these.
     Differs,
     /// Not comparable.
     Shape,

@@ -7,10 +7,12 @@
 pub mod kernel;
 mod pack;
 pub mod scalar;
+pub mod source;
 pub mod tiled;
 
 use self::kernel::{CHUNK, Kernel, Rows, Sums};
 use self::pack::{Chunk, Panels};
+use self::source::Source;
 use super::matrix::Matrix;
 use super::out::{MOST_COLS, Out};
 use super::scratch::Scratch;
@@ -98,7 +100,7 @@ pub fn forward<K: Kernel>(x: Matrix<'_>, m: usize, weight: &Weight<'_>, out: &Ou
 }
 
 /// `out[m, k] = grad[m, n] · weight[n, k]`. Lanes are columns of the weight.
-pub fn backward<K: Kernel>(grad: Matrix<'_>, m: usize, weight: &Weight<'_>, out: &Out<'_>, workers: Workers<'_>) {
+pub fn backward<K: Kernel>(grad: Matrix<'_>, m: usize, weight: &impl Source, out: &Out<'_>, workers: Workers<'_>) {
     let (n, k) = (weight.rows(), weight.cols());
     let tile_cols = k.div_ceil(4 * workers.threads()).next_multiple_of(K::LANES).min(TILE_COLS);
     for block in (0..m).step_by(BACKWARD_ROWS) {
@@ -145,7 +147,7 @@ pub fn backward<K: Kernel>(grad: Matrix<'_>, m: usize, weight: &Weight<'_>, out:
 /// Decodes columns `cols` of the rows of a chunk as `[panel][word][LANES]`, with gaps between panels; lanes beyond the
 /// columns are zeros.
 fn decode_lanes<K: Kernel>(
-    weight: &Weight<'_>,
+    weight: &impl Source,
     chunk: Chunk,
     cols: std::ops::Range<usize>,
     padded: usize,
@@ -159,21 +161,19 @@ fn decode_lanes<K: Kernel>(
         weight.prefetch(ahead..ahead + K::DEPTH, cols.clone());
         let first_row = rows.start + word * K::DEPTH;
         if K::DEPTH == 2 && first_row + 1 < rows.end && cols.len() == padded {
-            let [first, second] = scales;
-            let (first, second) =
-                (weight.run(first_row, cols.clone(), first), weight.run(first_row + 1, cols.clone(), second));
             let out = &raw mut tile[word * K::LANES];
+            let stride = chunk.len * K::LANES + PANEL_GAP;
             // SAFETY: the path is available, and each panel has room for its lanes of a word.
-            if unsafe { K::decode_pair(&first, &second, out, chunk.len * K::LANES + PANEL_GAP) } {
+            if unsafe { weight.decode_pair::<K>(first_row, cols.clone(), scales, out, stride) } {
                 continue;
             }
         }
         for (i, decoded) in decoded.iter_mut().enumerate().take(K::DEPTH) {
             let row = first_row + i;
             if row < rows.end {
-                let run = weight.run(row, cols.clone(), &mut scales[0]);
+                let out = decoded.as_mut_ptr().cast();
                 // SAFETY: the path is available, and a word has room for at least one value.
-                unsafe { K::decode(&run, decoded.as_mut_ptr().cast()) }
+                unsafe { weight.decode::<K>(row, cols.clone(), &mut scales[0], out) }
             } else {
                 decoded.fill(0); // a row without a partner
             }

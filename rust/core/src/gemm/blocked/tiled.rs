@@ -63,7 +63,7 @@ impl<K: Kernel, T: Tiles, const GROUPS: usize> Kernel for Tiled<K, T, GROUPS> {
 /// # Safety
 /// As [`Kernel::product`].
 #[inline(always)]
-unsafe fn product<T: Tiles, const GROUPS: usize, const TWO: bool>(
+pub unsafe fn product<T: Tiles, const GROUPS: usize, const TWO: bool>(
     words: usize,
     lanes: *const u32,
     rows: Rows,

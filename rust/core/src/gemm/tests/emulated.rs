@@ -6,7 +6,7 @@ use half::bf16;
 
 use crate::gemm::blocked::kernel::{Decoder, Kernel, Rows, STEP, Sums, decode};
 use crate::gemm::direct::tiles::{DecodesGroups, Group, ROWS, STEPS, values_at};
-use crate::gemm::tiles::{SIDE, Tiles};
+use crate::gemm::tiles::{ByteTiles, SIDE, Tiles};
 use crate::gemm::weight::Run;
 
 pub(in crate::gemm) struct Emulated;
@@ -172,6 +172,24 @@ impl Tiles for Emulated {
                         total += a1 * b1;
                     }
                     *sum = total.to_bits();
+                }
+            }
+        });
+    }
+}
+
+impl ByteTiles for Emulated {
+    unsafe fn multiply_bytes<const SUMS: usize, const A: usize, const B: usize>() {
+        with(|tiles| {
+            let (a, b) = (tiles[A], tiles[B]);
+            for (sums, a) in tiles[SUMS].iter_mut().zip(a) {
+                for (lane, sum) in sums.iter_mut().enumerate() {
+                    for (a, b) in a.iter().zip(&b) {
+                        for (a, b) in a.to_le_bytes().into_iter().zip(b[lane].to_le_bytes()) {
+                            let product = i32::from(a as i8) * i32::from(b as i8);
+                            *sum = sum.wrapping_add_signed(product);
+                        }
+                    }
                 }
             }
         });

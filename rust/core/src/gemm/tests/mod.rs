@@ -26,14 +26,14 @@ fn numbers(n: usize, seed: u64) -> Vec<f32> {
 
 /// Floats of one of the types, owned.
 #[derive(Clone, Debug)]
-enum Owned {
+pub(super) enum Owned {
     F32(Vec<f32>),
     F16(Vec<f16>),
     Bf16(Vec<bf16>),
 }
 
 impl Owned {
-    fn new(values: &[f32], dtype: Compute) -> Self {
+    pub fn new(values: &[f32], dtype: Compute) -> Self {
         match dtype {
             Compute::F32 => Self::F32(values.to_vec()),
             Compute::F16 => Self::F16(values.iter().map(|&v| f16::from_f32(v)).collect()),
@@ -41,7 +41,7 @@ impl Owned {
         }
     }
 
-    fn floats(&self) -> Floats<'_> {
+    pub fn floats(&self) -> Floats<'_> {
         match self {
             Self::F32(v) => Floats::F32(v),
             Self::F16(v) => Floats::F16(v),
@@ -49,7 +49,7 @@ impl Owned {
         }
     }
 
-    fn floats_mut(&mut self) -> FloatsMut<'_> {
+    pub fn floats_mut(&mut self) -> FloatsMut<'_> {
         match self {
             Self::F32(v) => FloatsMut::F32(v),
             Self::F16(v) => FloatsMut::F16(v),
@@ -57,7 +57,7 @@ impl Owned {
         }
     }
 
-    fn values(&self) -> Vec<f32> {
+    pub fn values(&self) -> Vec<f32> {
         (0..self.floats().len()).map(|i| self.floats().get(i)).collect()
     }
 }
@@ -104,7 +104,7 @@ impl Packed {
     }
 
     /// The exact float32 value of every weight.
-    fn values(&self) -> Vec<f32> {
+    pub fn values(&self) -> Vec<f32> {
         let at = |i: usize| {
             let byte = self.packed[i / 2];
             let code = if i.is_multiple_of(2) { byte >> 4 } else { byte & 15 };

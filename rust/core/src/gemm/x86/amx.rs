@@ -1,35 +1,47 @@
-//! The AMX path's tiles: the processor's own. Codes are looked up, and few rows multiplied, with AVX-512.
+//! The AMX paths' tiles: the processor's own. Codes are looked up, and few rows multiplied, with AVX-512.
 
 use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count};
 use std::sync::OnceLock;
 
-use crate::gemm::tiles::{SIDE, Tiles};
+use crate::gemm::tiles::{ByteTiles, SIDE, Tiles};
 
-/// AMX-TILE and AMX-BF16.
+/// AMX-TILE and AMX-BF16, or AMX-INT8.
 pub struct Hardware;
 
-/// Whether the processor has both, and the system lets this process use them: its registers are so large that Linux
-/// wants to be asked (`ARCH_REQ_XCOMP_PERM`, since 5.16), for all threads of the process. From then on it asks for more
-/// room where a thread gives signals a stack of their own.
+/// Bits of EDX of leaf 7.
+const AMX_BF16: u32 = 1 << 22;
+const AMX_TILE: u32 = 1 << 24;
+const AMX_INT8: u32 = 1 << 25;
+
+/// Whether tiles can be used, and multiply pairs of bfloat16.
 pub fn is_available() -> bool {
-    static AVAILABLE: OnceLock<bool> = OnceLock::new();
-    /// Bits of EDX of leaf 7.
-    const AMX_BF16: u32 = 1 << 22;
-    const AMX_TILE: u32 = 1 << 24;
+    features() & AMX_BF16 != 0
+}
+
+/// Whether tiles can be used, and multiply bytes.
+pub fn multiplies_bytes() -> bool {
+    features() & AMX_INT8 != 0
+}
+
+/// What the processor has of AMX, if the system lets this process use it: its registers are so large that Linux wants to
+/// be asked (`ARCH_REQ_XCOMP_PERM`, since 5.16), for all threads of the process. From then on it asks for more room where
+/// a thread gives signals a stack of their own.
+fn features() -> u32 {
+    static FEATURES: OnceLock<u32> = OnceLock::new();
     /// Linux: a request for the permission, and the number of the state component.
     const ARCH_REQ_XCOMP_PERM: libc::c_int = 0x1023;
     const XFEATURE_XTILEDATA: libc::c_ulong = 18;
-    *AVAILABLE.get_or_init(|| {
-        let needed = AMX_BF16 | AMX_TILE;
+    *FEATURES.get_or_init(|| {
         // SAFETY: every x86-64 processor has the instruction.
         #[allow(unused_unsafe, reason = "these functions are safe in newer compilers than the oldest supported one")]
         let found = unsafe { if __cpuid(0).eax < 7 { 0 } else { __cpuid_count(7, 0).edx } };
-        if found & needed != needed {
-            return false;
+        if found & AMX_TILE == 0 {
+            return 0;
         }
         // SAFETY: it grants something, and takes nothing away; a system that does not know it says so.
-        unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 }
+        let granted = unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 };
+        if granted { found } else { 0 }
     })
 }
 
@@ -101,6 +113,17 @@ impl Tiles for Hardware {
         // SAFETY: the caller's.
         unsafe {
             asm!("tdpbf16ps tmm{}, tmm{}, tmm{}", const SUMS, const A, const B,
+                options(nostack, nomem, preserves_flags));
+        }
+    }
+}
+
+impl ByteTiles for Hardware {
+    #[inline(always)]
+    unsafe fn multiply_bytes<const SUMS: usize, const A: usize, const B: usize>() {
+        // SAFETY: the caller's.
+        unsafe {
+            asm!("tdpbssd tmm{}, tmm{}, tmm{}", const SUMS, const A, const B,
                 options(nostack, nomem, preserves_flags));
         }
     }

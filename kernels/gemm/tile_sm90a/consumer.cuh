@@ -1,0 +1,189 @@
+// The main loop of gemm_4bit_tile_sm90a: consumers dequantize W into the A operand of wgmma and multiply.
+#pragma once
+
+#include "gemm/tile_sm90a/shape.cuh"
+
+// The table: entry `byte` of a lane is the two values of its codes as float32. By all consumers.
+template <int TOKENS>
+__device__ inline void fill_table(u8 *shared, const Codebook &codebook, int warp, int lane) {
+    using S = Shape<TOKENS>;
+    Floats2 *const table = reinterpret_cast<Floats2 *>(shared + S::TABLE_AT) + lane;
+#pragma unroll 2
+    for (int high = warp; high < 16; high += S::CONSUMER_WARPS) {
+        const float first = codebook.value[high];
+#pragma unroll
+        for (int low = 0; low < 16; low++) {
+            table[(16 * high + low) * WARP] = {first, codebook.value[low]};
+        }
+    }
+    meet<1, S::CONSUMERS>();
+}
+
+// Adds the products of this team's k-tiles, all those of the split, to `sums`, the accumulators: [64 rows][TOKENS] of a
+// warpgroup, as wgmma has them.
+template <typename T, int TOKENS>
+__device__ inline void multiply_k_tiles(float (&sums)[Shape<TOKENS>::ACCUMULATORS], u8 *shared,
+                                        const Codebook &codebook, int warp, int lane,
+                                        int team, u32 my_row, int stages) {
+    using S = Shape<TOKENS>;
+    const Pipelines<TOKENS> pipelines(shared);
+    // What the matrix units want of row g and of row g + 8 in lane 4g + t: of each word of codes byte t.
+    const u32 g = u32(lane) / 4, t = u32(lane) % 4;
+    const u8 *const my_codes = shared + S::CODES_AT + my_row * CODES_ROW_BYTES;
+    const u8 *const my_scales = shared + S::SCALES_AT + my_row * 8;
+    const u32 swizzle = g >> 1;
+    // The offset of an entry of the table is one permutation of bytes: 256 times a byte of codes, and where this lane's begin.
+    const u32 at_lane = u32(lane) * 8, selector = 0x1100u | (4u + t) << 4;
+    const u32 x_base = operand(shared + S::X_AT);
+    constexpr int K_TILES = SCALES_K_TILES / S::TEAMS;  // of a team in a stage of scales
+    // One team dequantizes a k-tile while the units work on the one before; two teams do so for each other.
+    constexpr int BUFFERS = S::TEAMS == 1 ? 2 : 1;
+    // Of a chunk: spans of 32 columns, and k-blocks of 16, of which one wgmma makes the products.
+    constexpr int CHUNK_SPANS = 2 / S::CHUNKS, CHUNK_K_BLOCKS = 4 / S::CHUNKS;
+    u32 a[BUFFERS][4 * CHUNK_K_BLOCKS];
+    // Codes and scales of row g and of row g + 8.
+    Words4 words[2][CHUNK_SPANS];
+    Floats2 scale[2];
+    PipelineState<S::CODES_STAGES> codes_state;
+    PipelineState<S::SCALES_STAGES> scales_state;
+    PipelineState<S::X_STAGES> x_state;
+    x_state.stage = u32(team);
+    u32 x_before = 0;
+
+    // The codes and scales of chunk c of k-tile i of the team in a stage of scales.
+    const auto load = [&](int i, int c) {
+        if (i == 0 && c == 0) {
+            barrier_wait(&pipelines.scales_full[scales_state.stage], scales_state.phase);
+        }
+        // Two teams take a half of each stage, one both halves after each other.
+        if ((S::TEAMS == 2 || i % 2 == 0) && c == 0) {
+            barrier_wait(&pipelines.codes_full[codes_state.stage], codes_state.phase);
+        }
+        const u32 half = S::TEAMS == 2 ? u32(team) : u32(i % 2);
+        const u8 *const codes = my_codes + codes_state.stage * S::CODES_BYTES;
+        const u8 *const scales_at =
+            my_scales + scales_state.stage * S::SCALES_BYTES + (S::TEAMS == 2 ? 2 * i + team : i) * (ROWS * 8);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            scale[r] = *reinterpret_cast<const Floats2 *>(scales_at + r * 64);
+#pragma unroll
+            for (int j = 0; j < CHUNK_SPANS; j++) {
+                const u32 piece = (half * 2 + u32(c + j)) ^ swizzle;
+                words[r][j] = *reinterpret_cast<const Words4 *>(codes + r * 8 * CODES_ROW_BYTES + piece * 16);
+            }
+        }
+    };
+    // K-block q of what was loaded, to the registers that wgmma reads: scaled in float32, rounded once.
+    const auto dequantize = [&](u32 *to, int i, int c, int q) {
+#pragma unroll
+        for (int w = 0; w < 2; w++) {
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const u32 offset = permute_bytes(at_lane, words[r][q / 2].word[q % 2 * 2 + w], selector);
+                const Floats2 pair = *reinterpret_cast<const Floats2 *>(shared + S::TABLE_AT + offset);
+                const float by = scale[r].value[c + q / 2];
+                to[4 * q + 2 * w + r] = pack2<T>(__fmul_rn(pair.value[0], by), __fmul_rn(pair.value[1], by));
+            }
+        }
+        if (c < S::CHUNKS - 1 || q < CHUNK_K_BLOCKS - 1) {
+            return;
+        }
+        if (S::TEAMS == 2 || i % 2 == 1) {
+            __syncwarp();
+            if (lane == 0) {
+                barrier_arrive(&pipelines.codes_empty[codes_state.stage]);
+            }
+            codes_state.advance();
+        }
+        if (i == K_TILES - 1) {
+            if (lane == 0) {
+                barrier_arrive(&pipelines.scales_empty[scales_state.stage]);
+            }
+            scales_state.advance();
+        }
+    };
+    // Adds the products of k-block q of chunk c to the sums, or begins them.
+    const auto multiply = [&](const u32 *from, int c, int q, bool fresh) {
+        const u32 b = x_base + x_state.stage * (S::X_BYTES >> 4) + u32(2 * (c * CHUNK_K_BLOCKS + q));
+        if (fresh) {
+            multiply_fresh(T{}, sums, from + 4 * q, b);
+        } else {
+            multiply_add(T{}, sums, from + 4 * q, b);
+        }
+    };
+    const auto release_before = [&]() {
+        if (lane == 0) {
+            barrier_arrive(&pipelines.x_empty[x_before]);
+        }
+    };
+    const auto next_x = [&]() {
+        x_before = x_state.stage;
+        x_state.advance(S::TEAMS);
+    };
+    // The k-tiles of a stage of scales; `fresh` when they are the first, `more` when others follow.
+    const auto main_loop = [&](bool fresh, bool more) {
+#pragma unroll
+        for (int i = 0; i < K_TILES; i++) {
+            if constexpr (S::TEAMS == 2) {
+#pragma unroll
+                for (int c = 0; c < S::CHUNKS; c++) {
+                    load(i, c);
+#pragma unroll
+                    for (int q = 0; q < CHUNK_K_BLOCKS; q++) {
+                        dequantize(a[0], i, c, q);
+                    }
+                    if (c == 0) {
+                        barrier_wait(&pipelines.x_full[x_state.stage], x_state.phase);
+                    }
+                    products_begin();
+#pragma unroll
+                    for (int q = 0; q < CHUNK_K_BLOCKS; q++) {
+                        multiply(a[0], c, q, fresh && i == 0 && c == 0 && q == 0);
+                    }
+                    products_commit();
+                    products_wait<0>();
+                }
+                next_x();
+                release_before();
+            } else {
+                const int next = (i + 1) % K_TILES;
+                barrier_wait(&pipelines.x_full[x_state.stage], x_state.phase);
+#pragma unroll
+                for (int q = 0; q < 4; q++) {
+                    products_begin();
+                    multiply(a[i % BUFFERS], 0, q, fresh && i == 0 && q == 0);
+                    products_commit();
+                    // The same k-block of the k-tile before has ended, and with the last one its stage of x is free.
+                    products_wait<4>();
+                    if (q == 3 && !(fresh && i == 0)) {
+                        release_before();
+                    }
+                    if (i + 1 < K_TILES || more) {
+                        dequantize(a[next % BUFFERS], next, 0, q);
+                    }
+                }
+                next_x();
+                if (i + 2 < K_TILES || more) {
+                    load((i + 2) % K_TILES, 0);
+                }
+            }
+        }
+    };
+    fill_table<TOKENS>(shared, codebook, warp, lane);
+    if constexpr (S::TEAMS == 1) {
+        load(0, 0);
+#pragma unroll
+        for (int q = 0; q < 4; q++) {
+            dequantize(a[0], 0, 0, q);
+        }
+        load(1, 0);
+    }
+    main_loop(true, stages > 1);
+    for (int s = 1; s < stages; s++) {
+        main_loop(false, s + 1 < stages);
+    }
+    if constexpr (S::TEAMS == 1) {
+        products_wait<0>();
+        release_before();
+    }
+}
