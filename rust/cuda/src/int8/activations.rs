@@ -3,21 +3,15 @@
 use halfbyte::dtype::DType;
 use halfbyte::error::{Error, Result};
 
-use super::{Workspace, check_columns, place, size};
+use super::operands::{check_columns, size};
+use super::workspace::{Workspace, place};
 use crate::driver::{Device, Stream};
 use crate::kernels::{self, int8_activations as source};
 use crate::launch::parameters;
 use crate::memory::Memory;
 
-/// Blocks of threads for each multiprocessor: as many as it takes at once; and groups of rows with a mask each, of which
-/// every block that makes codes reads all.
+/// Blocks of threads for each multiprocessor: as many as it takes at once.
 const RESIDENT: u64 = 8;
-const GROUPS: usize = 2;
-
-/// Groups of rows whose columns with outliers are found by one block of threads each.
-pub(super) fn groups(device: &Device, rows: usize) -> usize {
-    rows.min(device.multiprocessors() as usize * GROUPS)
-}
 
 /// What is to become codes, and where to.
 #[derive(Debug, Clone, Copy)]

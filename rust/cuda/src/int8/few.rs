@@ -2,7 +2,7 @@
 
 use halfbyte::error::Result;
 
-use super::{Epilogue, Operands};
+use super::operands::{Epilogue, Operands};
 use crate::driver::{Device, Stream};
 use crate::kernels::{self, Kernel, int8_product as source};
 use crate::launch::parameters;

@@ -5,150 +5,25 @@
 
 mod activations;
 mod few;
+mod operands;
 mod plain;
 mod tile;
+mod workspace;
 
 use halfbyte::dtype::DType;
 use halfbyte::error::{Error, Result};
 
-use super::driver::{Device, Stream};
-use super::memory::Memory;
+use crate::driver::{Device, Stream};
+use crate::memory::Memory;
 
 use few::Few;
+use operands::{Epilogue, Operands, check_columns, kind, size};
 use tile::Tile;
+use workspace::place;
 
 pub use activations::quantize_rows_outliers;
-
-/// Sums of more products of two codes may leave int32.
-pub const MOST_COLUMNS: usize = (i32::MAX / (127 * 127)) as usize;
-
-/// Rows of codes in the workspace begin at multiples of this, which the kernels' wide loads want.
-const PITCH: usize = 16;
-
-/// Where each part of the workspace begins.
-const PART: usize = 256;
-
-/// The kernel that made a product: its name begins with `int8_`.
-pub type KernelName = &'static str;
-
-/// What lies where in the workspace of a call: offsets in bytes, from an address that is a multiple of 256.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Workspace {
-    /// Bytes from one row of codes to the next: int8 `[m][pitch]`, zeros behind the last column.
-    pub pitch: usize,
-    /// float32 `[m]`.
-    pub scales: usize,
-    /// int32: how many columns have outliers.
-    pub count: usize,
-    /// int32 `[k]`, of which the first `count` are those columns, ascending.
-    pub columns: usize,
-    /// u32 `[groups][ceil(k / 32)]`: columns with outliers in the rows of each group.
-    pub masks: usize,
-    /// Of rows.
-    pub groups: usize,
-    /// In all.
-    pub bytes: usize,
-}
-
-/// The codes of a product, and where they are.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Operands {
-    /// int8 `[m][pitch]`.
-    pub a: u64,
-    pub pitch: usize,
-    /// int8 `[n][k]`.
-    pub b: u64,
-    pub m: usize,
-    pub n: usize,
-    pub k: usize,
-}
-
-/// What kernels take for what becomes of the sums: `Epilogue` of `kernels/int8/int8_epilogue.cuh`.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Epilogue {
-    pub row_scales: u64,
-    pub column_scales: u64,
-    pub bias: u64,
-    pub y: u64,
-    pub count: u64,
-    pub columns: u64,
-    pub x: u64,
-    pub kind: u32,
-    pub bias_kind: u32,
-}
-
-/// A 16-bit, float32 or int32 type, as kernels know it.
-fn kind(dtype: DType) -> u32 {
-    match dtype {
-        DType::Bf16 => 0,
-        DType::F16 => 1,
-        DType::F32 => 2,
-        _ => 3,
-    }
-}
-
-fn size(argument: &'static str, a: usize, b: usize) -> Result<usize> {
-    a.checked_mul(b)
-        .filter(|&count| i64::try_from(count).is_ok())
-        .ok_or_else(|| Error::argument(argument, format!("{a} x {b}"), "less than 2^63 elements"))
-}
-
-/// That rows are not so long that their sums leave int32.
-fn check_columns(k: usize) -> Result<()> {
-    if k <= MOST_COLUMNS {
-        return Ok(());
-    }
-    Err(Error::argument("k", k, format!("at most {MOST_COLUMNS}, so that int32 holds every sum")))
-}
-
-impl Workspace {
-    /// For `m` rows of `k` columns.
-    ///
-    /// # Errors
-    /// [`Error::Argument`] for sizes that no memory has.
-    pub(super) fn new(device: &Device, m: usize, k: usize) -> Result<Self> {
-        let most = || Error::argument("m", format!("{m} x {k}"), "less than 2^63 elements");
-        let pitch = k.checked_next_multiple_of(PITCH).ok_or_else(most)?;
-        let groups = activations::groups(device, m);
-        let mut end = 0usize;
-        let mut part = |items: usize, each: usize| {
-            let begin = end;
-            end = items
-                .checked_mul(each)
-                .and_then(|bytes| begin.checked_add(bytes))
-                .and_then(|bytes| bytes.checked_next_multiple_of(PART))
-                .filter(|&bytes| isize::try_from(bytes).is_ok())
-                .ok_or_else(most)?;
-            Ok::<_, Error>(begin)
-        };
-        let _codes = part(m, pitch)?;
-        let scales = part(m, size_of::<f32>())?;
-        let count = part(1, size_of::<i32>())?;
-        let columns = part(k, size_of::<i32>())?;
-        let masks = part(groups, k.div_ceil(32) * size_of::<u32>())?;
-        Ok(Self { pitch, scales, count, columns, masks, groups, bytes: end })
-    }
-}
-
-/// Bytes of the workspace of [`linear`] and [`quantize_rows_outliers`] for `m` rows of `k` columns.
-///
-/// # Errors
-/// [`Error::Argument`] for sizes that no memory has.
-pub fn workspace_bytes(device: &Device, m: usize, k: usize) -> Result<usize> {
-    Workspace::new(device, m, k).map(|workspace| workspace.bytes)
-}
-
-/// Checks the workspace; gives the address and what lies where.
-fn place(device: &Device, memory: &Memory, m: usize, k: usize) -> Result<(u64, Workspace)> {
-    let workspace = Workspace::new(device, m, k)?;
-    memory.of(&[DType::U8])?.long(workspace.bytes, "as workspace_bytes says")?;
-    if !memory.is_aligned(PART as u64) {
-        let found = format!("at address {:#x}", memory.address());
-        return Err(Error::argument("workspace", found, format!("at a multiple of {PART} bytes")));
-    }
-    Ok((memory.address(), workspace))
-}
+pub use operands::{KernelName, MOST_COLUMNS};
+pub use workspace::workspace_bytes;
 
 /// `y[m][n] = x[m][k] · W[n][k]ᵀ + bias[n]`, `x` quantized on the way, row-major.
 #[derive(Debug, Clone, Copy)]

@@ -2,7 +2,7 @@
 
 use halfbyte::error::Result;
 
-use super::{Epilogue, KernelName, Operands};
+use super::operands::{Epilogue, KernelName, Operands};
 use crate::driver::{Device, Stream};
 use crate::kernels::{INT8_PLAIN, int8_plain};
 use crate::launch::parameters;

@@ -3,7 +3,7 @@
 
 use halfbyte::error::Result;
 
-use super::{Epilogue, Operands};
+use super::operands::{Epilogue, Operands};
 use crate::capability::Capability;
 use crate::driver::{Device, Stream, TensorMap, TileType};
 use crate::kernels::{self, Kernel, int8_tile_sm90a_64, int8_tile_sm90a_128, int8_tile_sm90a_256};
