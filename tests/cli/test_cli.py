@@ -82,7 +82,7 @@ def test_help_is_printed_without_a_command(capsys):
         (["quantize", "SRC", "OUT", "--blocksize", "48"], 2, "invalid choice"),
         (["quantize", "SRC", "OUT", "--threads", "0"], 2, "at least 1"),
         (["quantize", "SRC", "OUT", "--max-shard-size", "5gb"], 2, "'5gb'"),
-        (["quantize", "SRC", "OUT", "--rule", "x=int8"], 2, "x=int8"),
+        (["quantize", "SRC", "OUT", "--rule", "x=int3"], 2, "x=int3"),
         (["quantize", "SRC", "OUT", "--rule", "(=nf4"], 2, "(=nf4"),
         (["quantize", "SRC", "OUT", "--overwrite", "--resume"], 2, "not allowed with"),
         (["quantize", "SRC", "SRC"], 2, "source"),

@@ -30,7 +30,7 @@ def test_completion_scripts_parse(shell, capsys, tmp_path):
         ("halfbyte ver", {"verify"}),
         ("halfbyte ", {*COMMANDS, "run"}),
         ("halfbyte quantize --no-", {"--no-double-quant", "--no-fsync"}),
-        ("halfbyte quantize --type ", {"nf4", "fp4"}),
+        ("halfbyte quantize --type ", {"nf4", "fp4", "int8"}),
         ("halfbyte quantize a --storage f", {"float16", "float32", "float64"}),
         ("halfbyte dequantize --dtype b", {"bfloat16"}),
         ("halfbyte completion ", {"bash", "zsh", "fish"}),

@@ -65,6 +65,9 @@ import transformers  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
+# Releases of transformers from 5.8 on let a load change how experts are read.
+TAKES_EXPERTS_APART = hasattr(transformers.quantizers.base.HfQuantizer, "update_weight_conversions")
+
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
@@ -282,9 +285,6 @@ def errors_before_anything_is_changed(folder: Path) -> None:
     assert "bnb_4bit_quant_type" in message(
         quantization_config=halfbyte.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="int4")
     )
-    if KIND != "present":
-        text = message(quantization_config=halfbyte.BitsAndBytesConfig(load_in_8bit=True))
-        assert "halfbyte" in text, text
 
 
 @scenario

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from scenarios import IDS, KIND, SIZES, config, layers, loaded, scenario, source
+from scenarios import IDS, KIND, SIZES, TAKES_EXPERTS_APART, config, layers, loaded, scenario, source
 from scenarios_models import said, tiny_models
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -156,7 +156,7 @@ def error_incomplete_checkpoints(folder: Path) -> None:
 
 
 @scenario
-def error_packed_experts_of_older_releases(folder: Path) -> None:
+def packed_experts_of_older_releases_load_or_are_an_error(folder: Path) -> None:
     path = tiny_models.save("MixtralForCausalLM", folder / "moe", torch.float32)
     made: dict[str, torch.Tensor] = {}
     for name, tensor in load_file(path / "model.safetensors").items():
@@ -169,6 +169,11 @@ def error_packed_experts_of_older_releases(folder: Path) -> None:
     save_file(made, path / "model.safetensors", metadata={"format": "pt"})
     saved = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     path = edited(path, folder / "packed", lambda values: values.update(quantization_config=saved))
+    if TAKES_EXPERTS_APART:
+        halfbyte.dequantize_checkpoint(path, folder / "dense")
+        expected = transformers.AutoModelForCausalLM.from_pretrained(folder / "dense")
+        torch.testing.assert_close(load(path)(IDS).logits, expected(IDS).logits, rtol=1e-4, atol=1e-5)
+        return
     text = message(lambda: load(path), ValueError)
     assert "model.layers.0.block_sparse_moe.experts.0.w1.weight" in text, text
     assert "model.layers.0.mlp.experts.gate_up_proj" in text, text

@@ -13,7 +13,7 @@ from typing import Any
 import halfbyte
 import torch
 import transformers
-from scenarios import IDS, KIND, SIZES, config, layers, loaded, logits, scenario, source
+from scenarios import IDS, KIND, SIZES, TAKES_EXPERTS_APART, config, layers, loaded, logits, scenario, source
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -223,16 +223,19 @@ def encoders_with_decoders(folder: Path) -> None:
 
 
 @scenario
-def stacked_experts_stay_dense_and_that_is_said(folder: Path) -> None:
+def experts_are_packed_or_it_is_said_that_they_stay(folder: Path) -> None:
     for name in ("MixtralForCausalLM", "Qwen3MoeForCausalLM"):
         with said() as lines:
             model = loads_and_saves(folder, name, {"input_ids": IDS})
         experts = model.model.layers[0].mlp.experts
-        assert experts.gate_up_proj.dim() == 3
-        assert experts.gate_up_proj.dtype is torch.float32
         told = [line for line in lines if "experts" in line]
-        assert told, lines
-        assert "model.layers.0.mlp.experts.gate_up_proj" in told[0], told
+        if TAKES_EXPERTS_APART:
+            assert isinstance(experts, halfbyte.nn.Experts4bit)
+            assert not told, told
+        else:
+            assert experts.gate_up_proj.dim() == 3
+            assert experts.gate_up_proj.dtype is torch.float32
+            assert "model.layers.0.mlp.experts.gate_up_proj" in told[0], told
         assert model.generate(IDS[:, :4], max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (2, 7)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import halfbyte
 import pytest
@@ -99,7 +101,9 @@ def test_config_json_is_what_transformers_writes(tmp_path):
     theirs.save_pretrained(tmp_path)
     config = _config_json.read_config(tmp_path)
     assert config is not None
-    text = _config_json.with_quantization(config, quantization_config(QuantizeOptions(), None, None))
+    # What it asks of a plan: the types of the weights, and what neither the options nor the config say.
+    plan: Any = SimpleNamespace(types=[{"type": "nf4"}], skip_modules=None, model_dtype=None)
+    text = _config_json.with_quantization(config, quantization_config(QuantizeOptions(), plan, None))
     theirs.quantization_config = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -15,7 +15,6 @@ from halfbyte.offline.run import Interrupted
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"config": {"load_in_8bit": True}}, "load_in_4bit"),
         ({"config": {"load_in_4bit": True, "bnb_4bit_quant_type": "int4"}}, "bnb_4bit_quant_type"),
         ({"config": {"load_in_4bit": True, "typo": 1}}, "typo"),
         ({"skip": "lm_head"}, "skip must be a list of module names, got 'lm_head'"),
@@ -23,7 +22,7 @@ from halfbyte.offline.run import Interrupted
         ({"rules": "x=keep"}, "rules must be a list of rules, got 'x=keep'"),
         ({"rules": ["x"]}, "rule must be REGEX=nf4"),
         ({"rules": ["(=nf4"]}, "rule must be a regular expression"),
-        ({"rules": [("x", "nf4", "y")]}, "rules must hold 'REGEX=nf4'"),
+        ({"rules": [("x", "nf4", "y")]}, "rules must hold 'REGEX=nf4"),
         ({"selection": "guess"}, "selection must be one of rules, transformers, got 'guess'"),
         ({"trust_remote_code": True}, "trust_remote_code must be False unless selection='transformers'"),
         ({"dtype": "int8"}, "dtype must be one of bfloat16, float16, float32, got 'int8'"),

@@ -140,7 +140,7 @@ def test_what_rows_refuse():
         F.int8_vectorwise_quant(torch.ones(2, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"A: shape \[\] has no rows"):
         F.int8_vectorwise_quant(torch.tensor(1.0))
-    with pytest.raises(ValueError, match=r"threshold must be at least 0 .* got -1"):
+    with pytest.raises(ValueError, match=r"threshold must be a number of at least 0 .* got -1"):
         F.int8_vectorwise_quant(torch.ones(2, 2), threshold=-1)
     codes, scales, _ = F.int8_vectorwise_quant(torch.ones(2, 2))
     with pytest.raises(ValueError, match=r"stats: 1 scales do not fit; A \[2, 2\] has 2 rows"):

@@ -48,7 +48,8 @@ def inputs(data, dtype):
     if kind == "outliers" and k:
         x[:, torch.randint(0, k, (2,))] *= 9
     elif kind == "huge":
-        x *= 10.0 ** data.draw(st.integers(-44, 37))
+        # Not so far that sums of products, or products with 127, leave float32.
+        x *= 10.0 ** data.draw(st.integers(-44, 33))
     elif kind == "odd" and x.numel():
         for value in (float("nan"), 6.0, -6.0, 0.0, -0.0, float("inf")):
             x.view(-1)[torch.randint(0, x.numel(), (1,))] = value

@@ -12,7 +12,7 @@ from torch import nn
 from halfbyte.models.experts import GATED, Names, fused, fused_paths, put_back, unfuse_all
 from halfbyte.models.layers import is_transformers_model
 from halfbyte.nn.experts import Experts4bit
-from halfbyte.offline.transformers_names import is_needless
+from halfbyte.offline.transformers_names import is_needless, plain
 
 _PROJECTION = re.compile(r"\.\*\.(\w+)\.weight$")
 
@@ -74,11 +74,6 @@ def _sources(name: str, converters: Iterable[Any]) -> list[str] | None:
             return None
         return [match.group(1) for match in found if match is not None]
     return []
-
-
-def plain(pattern: str) -> str:
-    """The name that a target pattern of transformers' tables stands for."""
-    return pattern.replace("\\", "").removeprefix("^").removesuffix("$")
 
 
 class Apart:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from halfbyte.models.experts import Fused, fused_as
-from halfbyte.models.transformers_experts import plain
 from halfbyte.nn.experts import Experts4bit
+from halfbyte.offline.transformers_names import plain
 
 
 class Split(ConversionOps):

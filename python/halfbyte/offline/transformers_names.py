@@ -48,7 +48,12 @@ def renamed(
 
 def is_needless(converter: Any, names: list[str]) -> bool:
     """Whether a converter makes a tensor that a model has not, of tensors that it has."""
-    targets = [target.replace("\\", "").strip("^$") for target in converter.target_patterns]
+    targets = [plain(target) for target in converter.target_patterns]
     if any(target in name for target in targets for name in names):
         return False
     return any(converter.compiled_sources.search(name) for name in names)
+
+
+def plain(pattern: str) -> str:
+    """The name that a target pattern of transformers' tables stands for."""
+    return pattern.replace("\\", "").removeprefix("^").removesuffix("$")

@@ -2,6 +2,7 @@
 
 mod flush;
 mod rows;
+mod rows_weight;
 mod scratch;
 mod shard;
 

@@ -3,6 +3,7 @@
 use half::f16;
 use safetensors::Dtype;
 
+use super::rows_weight::Rows;
 use super::scratch::{Scratch, bytes};
 use super::shard::{Piece, ShardJob, value_at};
 use crate::checkpoint::cast::{cast, floats, transposed};
@@ -15,16 +16,6 @@ use crate::error::{Error, Result};
 use crate::quant::blockwise4::TASK;
 use crate::quant::first_nonfinite;
 use crate::quant::int8_rowwise::{dequantize_rows, quantize_rows};
-
-/// A weight that becomes 8-bit.
-pub(super) struct Rows {
-    pub source: TensorRef,
-    /// The dtype that it is cast to first.
-    pub dtype: Dtype,
-    /// Rows and columns of the result.
-    pub shape: [usize; 2],
-    pub transpose: bool,
-}
 
 /// Elements of the rows that are done in one call: so few that the core keeps to the calling thread, of which there are
 /// enough.

@@ -4,6 +4,7 @@
 mod report;
 mod rows;
 mod scales;
+mod sides;
 mod values;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
@@ -14,6 +15,7 @@ use serde_json::Value;
 
 pub use self::report::{Comparison, Status, VerifyReport};
 use self::scales::Scales;
+use self::sides::{Found, Sides};
 use self::values::{ScaleCache, count_differing, distance, raw, to_floats, weight_values};
 use super::cast::{cast_to_vec, transposed};
 use super::dtype::{config_dtype, is_float, with_element};
@@ -47,31 +49,11 @@ enum Pair {
     Dense { a: TensorRef, b: TensorRef },
 }
 
-/// What one piece found.
-#[derive(Debug, Clone, Default)]
-struct Found {
-    /// Bytes (of codes, or of a dense tensor) that are not the same.
-    differing: u64,
-    squares: f64,
-    largest: f64,
-    /// Scales of a fresh 4-bit quantization.
-    scales: Vec<f32>,
-    /// Whether scales of rows are not the same.
-    other_scales: bool,
-    /// Codes of rows that are not the same because the value lies in the middle of both.
-    ties: u64,
-}
-
 struct Task {
     name: String,
     pair: Pair,
     values: usize,
     comparable: bool,
-}
-
-struct Sides<'a> {
-    a: &'a Checkpoint,
-    b: &'a Checkpoint,
 }
 
 /// Compares every tensor of `b` with `a`; `config` is the config.json of `a`, which tells of weights that are stored

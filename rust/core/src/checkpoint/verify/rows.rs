@@ -3,8 +3,8 @@
 use half::f16;
 use safetensors::Dtype;
 
+use super::sides::{Found, Sides};
 use super::values::{count_differing, distance, raw, to_floats};
-use super::{Found, Sides};
 use crate::checkpoint::cast::{cast_to_vec, floats, transposed};
 use crate::checkpoint::reader::{Checkpoint, TensorRef};
 use crate::checkpoint::rows::RowsSource;

@@ -2,7 +2,7 @@
 
 use bytemuck::cast_slice;
 
-use super::Sides;
+use super::sides::Sides;
 use crate::checkpoint::cast::floats;
 use crate::checkpoint::reader::Checkpoint;
 use crate::checkpoint::weights::WeightSource;

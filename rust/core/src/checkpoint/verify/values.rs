@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use safetensors::Dtype;
 
-use super::Found;
+use super::sides::Found;
 use crate::checkpoint::dtype::{item_size, with_element};
 use crate::checkpoint::file::read_exact_at;
 use crate::checkpoint::reader::{Checkpoint, TensorRef};
