@@ -143,12 +143,12 @@ def test_wrong_calls_of_the_core() -> None:
     assert out.isfinite().all()
     with pytest.raises(ValueError, match=r"threshold must be a number of at least 0 .*, got -1"):
         layer.forward(3, *addresses, -1.0, out.data_ptr(), 1)
-    with pytest.raises(ValueError, match="out must .*"):
+    with pytest.raises(ValueError, match=r"out must .*"):
         layer.forward(3, *addresses, 0.0, x.data_ptr(), 1)
-    with pytest.raises(ValueError, match="codes must .*null address"):
+    with pytest.raises(ValueError, match=r"codes must .*null address"):
         layer.forward(3, x.data_ptr(), 0, scales.data_ptr(), 0, 0.0, out.data_ptr(), 1)
-    with pytest.raises(ValueError, match='dtype must be one of .*, got "int8"'):
+    with pytest.raises(ValueError, match=r'dtype must be one of .*, got "int8"'):
         _native.CpuLinear8bit("int8", 2, 4)
     long, sums = torch.zeros(2, 133145, dtype=torch.int8), torch.empty(2, 2, dtype=torch.int32)
-    with pytest.raises(ValueError, match="k must be at most 133144 columns, .*, got 133145"):
+    with pytest.raises(ValueError, match=r"k must be at most 133144 columns, .*, got 133145"):
         _native.int8_matmul(2, 2, 133145, long.data_ptr(), long.data_ptr(), sums.data_ptr(), 1)
