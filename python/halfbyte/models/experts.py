@@ -99,8 +99,9 @@ def fused(module: nn.Module) -> Fused | None:
     if isinstance(module, Experts4bit) or not all(hasattr(module, flag) for flag in _FLAGS):
         return None
     own: Any = module
+    cls: Any = type(module)
     # Releases of transformers that do not say so have gates first, but in classes with a gate of their own.
-    concatenated = getattr(own, "is_concatenated", _is_default(type(module)._apply_gate) or None)
+    concatenated = getattr(own, "is_concatenated", _is_default(cls._apply_gate) or None)
     if concatenated is None:
         return None
     found = Fused(
@@ -164,7 +165,8 @@ def unfuse(module: nn.Module, names: Names | None = None) -> Experts4bit:
             new.register_parameter(name, parameter_or_none)
     new._buffers.update(module._buffers)
     new._non_persistent_buffers_set.update(module._non_persistent_buffers_set)
-    gate: Any = type(module)._apply_gate
+    cls: Any = type(module)
+    gate = cls._apply_gate
     new.gate = None if _is_default(gate) else gate
     new.interleaved = how.interleaved
     new.__dict__[_SOURCE] = type(module)
