@@ -407,6 +407,7 @@ def cuda_dequantize_8bit(
 ) -> None:
     """Launch the way back, to float16, bfloat16 or float32; any `blocksize` from 1 on, multiples of 8 being fast."""
 
+@final
 class CudaLinear8:
     """Products `x · Wᵀ + bias` with 8-bit weights of one shape, `x` quantized on the way."""
 
