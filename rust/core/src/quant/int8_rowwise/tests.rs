@@ -175,13 +175,13 @@ fn outliers_of_nothing_and_wrong_calls() {
     assert_eq!(call([0, 3], 6.0, [0, 0, 3]), Ok((vec![], vec![0; 3])));
     assert_eq!(call([3, 0], 6.0, [0, 3, 0]), Ok((vec![0.0; 3], vec![])));
     for threshold in [0.0, -1.0, f32::NAN] {
-        let error = format!("threshold is {threshold}: expected a number greater than 0");
+        let error = format!("threshold must be a number greater than 0, got {threshold}");
         assert_eq!(call([2, 2], threshold, [4, 2, 2]), Err(error));
     }
-    assert!(call([2, 2], 1.0, [3, 2, 2]).unwrap_err().starts_with("input is 3"));
-    assert!(call([2, 2], 1.0, [4, 1, 2]).unwrap_err().starts_with("scales is 1"));
-    assert!(call([2, 2], 1.0, [4, 2, 3]).unwrap_err().starts_with("outliers is 3"));
-    assert!(call([usize::MAX, 2], 1.0, [4, 2, 3]).unwrap_err().starts_with("rows is"));
+    assert!(call([2, 2], 1.0, [3, 2, 2]).unwrap_err().starts_with("input must be "));
+    assert!(call([2, 2], 1.0, [4, 1, 2]).unwrap_err().starts_with("scales must be "));
+    assert!(call([2, 2], 1.0, [4, 2, 3]).unwrap_err().starts_with("outliers must be "));
+    assert!(call([usize::MAX, 2], 1.0, [4, 2, 3]).unwrap_err().starts_with("rows must be "));
 }
 
 #[test]
