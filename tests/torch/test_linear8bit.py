@@ -16,6 +16,7 @@ import pytest
 import torch
 from compilers import needs_compiler
 from halfbyte.nn import Embedding8bit, Int8Params, Linear8bitLt
+from halfbyte.nn._joint import portable
 from halfbyte.nn.int8_params import quantize_weight
 from halfbyte.ops.checks import DTypeError
 from safetensors import safe_open
@@ -376,7 +377,8 @@ def test_copies_of_a_parameter():
     torch.save(weight, buffer)
     buffer.seek(0)
     for new in (copy.deepcopy(weight), pickle.loads(pickle.dumps(weight)), torch.load(buffer, weights_only=True)):
-        assert type(new) is Int8Params
+        # The joint class where something in this process has asked for it.
+        assert portable(type(new)) is Int8Params
         assert torch.equal(new, weight)
         assert torch.equal(new.SCB, weight.SCB)
         assert new.data_ptr() != weight.data_ptr()
