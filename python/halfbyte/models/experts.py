@@ -48,6 +48,11 @@ class Fused:
     transposed: bool
     interleaved: bool
 
+    @property
+    def usual_names(self) -> Names:
+        """Of the projections, where nothing else is known."""
+        return GATED if self.gated else (None, *GATED[1:])
+
     def split(self, name: str, fused: Tensor) -> list[dict[int, Tensor]]:
         """The matrices of each expert, views `[out, in]`, by their place in `projections`.
 
@@ -100,7 +105,7 @@ def fused(module: nn.Module) -> Fused | None:
         return None
     own: Any = module
     cls: Any = type(module)
-    # Releases of transformers that do not say so have gates first, but in classes with a gate of their own.
+    # Older releases of transformers do not say it. There the order is known of classes without a gate of their own.
     concatenated = getattr(own, "is_concatenated", _is_default(cls._apply_gate) or None)
     if concatenated is None:
         return None
@@ -145,7 +150,7 @@ def unfuse(module: nn.Module, names: Names | None = None) -> Experts4bit:
     if how is None:
         raise ValueError(f"module must have fused experts, got {type(module).__name__}")
     if names is None:
-        names = GATED if how.gated else (None, *GATED[1:])
+        names = how.usual_names
     experts = [Expert() for _ in range(int(getattr(module, "num_experts")))]  # noqa: B009
     for parameter in (how.up, how.down):
         weight = module._parameters[parameter]

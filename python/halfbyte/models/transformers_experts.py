@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from halfbyte.models.experts import GATED, Names, fused, fused_paths, put_back, unfuse_all
+from halfbyte.models.experts import Names, fused, fused_paths, put_back, unfuse_all
 from halfbyte.models.layers import is_transformers_model
 from halfbyte.nn.experts import Experts4bit
 from halfbyte.offline.transformers_names import is_needless, plain
@@ -54,7 +54,7 @@ def _names(path: str, module: nn.Module, converters: Iterable[Any]) -> Names | N
     if up is None or down is None:
         return None
     if not up and not down:
-        return GATED if how.gated else (None, *GATED[1:])
+        return how.usual_names
     if len(up) != 1 + how.gated or len(down) != 1:
         return None
     return (up[0] if how.gated else None, up[-1], down[0])
@@ -85,7 +85,8 @@ class Apart:
 
     def settle(self, names: Iterable[str]) -> None:
         """Put the experts together again of which nothing is in `names`, paths of layers."""
-        parents = {path for name in names for path in (name.rpartition(".")[0].rpartition(".")[0],)}
+        # A layer is `….experts.<i>.<projection>`.
+        parents = {name.rsplit(".", 2)[0] for name in names}
         whole = {path: module for path, module in self._before.items() if path not in parents}
         put_back(self._model, whole)
         self._before = {path: module for path, module in self._before.items() if path in parents}
