@@ -14,7 +14,7 @@ PACKAGE = Path(halfbyte.__file__).parent
 LAYERS = (
     ("_native", "_extras", "_terminal", "dtypes", "geometry"),
     ("config",),
-    ("ops._torch_internals", "ops.checks", "ops.checks_8bit", "ops.packed"),
+    ("ops._torch_internals", "ops.checks", "ops.checks_8bit", "ops.checks_experts", "ops.packed"),
     ("state",),
     ("backends",),
     ("ops",),

@@ -8,9 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halfbyte.nn.expert_table import ExpertTable, Held, table_of
+from halfbyte.ops._torch_internals import tracing, transforms
+from halfbyte.ops.autograd import autocast_dtype
+from halfbyte.ops.experts import experts_4bit
+
+_is_compiling = torch.compiler.is_compiling
+
 
 class Expert(nn.Module):
     """One expert: its projections, under the names that its checkpoint has for them."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As any module; a projection that is replaced takes the experts' table with it."""
+        held: Held | None = self.__dict__.get("_held")
+        if held is not None and isinstance(value, nn.Module):
+            held.table = None
+        super().__setattr__(name, value)
 
 
 class Experts4bit(nn.Module):
@@ -20,6 +34,9 @@ class Experts4bit(nn.Module):
     matrix is a layer, `experts.<i>.gate_proj` and so on: packed weights keep scales and offset of their own, files have
     the names of the original checkpoints (which vLLM and transformers 4 read), and adapters can be added to each
     expert.
+
+    Where nobody listens to the layers, no gradient is wanted and the activation is a known one, all of it is a single
+    operation (`halfbyte.ops.experts`), which can be compiled and captured; else each expert is called by itself.
 
     Attributes:
         num_experts: How many there are.
@@ -41,8 +58,25 @@ class Experts4bit(nn.Module):
         self.projections = projections
         self.gate = None
         self.interleaved = False
+        self.__dict__["_held"] = Held()
         for index, expert in enumerate(experts):
             self.add_module(str(index), expert)
+            expert.__dict__["_held"] = self._held
+
+    @property
+    def _held(self) -> Held:
+        held: Held = self.__dict__["_held"]
+        return held
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts4bit:
+        """Move or cast as any module."""
+        self._held.table = None
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Load as any module: layers may come to hold other tensors."""
+        self._held.table = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum of what the chosen experts make of each token.
@@ -57,6 +91,54 @@ class Experts4bit(nn.Module):
             `[tokens, hidden]`, of the dtype of `hidden_states`. Each sum is in the order of `top_k_index`, so that the
             result does not change from run to run.
         """
+        compute = autocast_dtype(hidden_states)
+        table = self._table(hidden_states, top_k_index, top_k_weights, compute)
+        if table is None:
+            return self._one_by_one(hidden_states, top_k_index, top_k_weights)
+        kind = table.kind
+        dtype = compute or kind.compute_dtype or hidden_states.dtype
+        y = experts_4bit(
+            hidden_states.to(dtype),
+            top_k_index.to(torch.int64),
+            top_k_weights,
+            table.addresses,
+            table.maps,
+            None if table.up_bias is None else table.up_bias.to(dtype),
+            None if table.down_bias is None else table.down_bias.to(dtype),
+            kind.intermediate,
+            kind.blocksize,
+            kind.quant_type,
+            kind.nested,
+            table.activation,
+        )
+        return y.to(hidden_states.dtype)
+
+    def _table(self, x: Tensor, ids: Tensor, weights: Tensor, compute: torch.dtype | None) -> ExpertTable | None:
+        """The table for these arguments; None where experts are called one by one."""
+        if x.dim() != 2 or ids.dim() != 2 or x.dtype is torch.float64:
+            return None
+        gradients = torch.is_grad_enabled()
+        if gradients and (x.requires_grad or weights.requires_grad):
+            return None
+        table = self._held.table
+        if _is_compiling():
+            # An exported program would be run where there are no such addresses.
+            if torch.compiler.is_exporting():
+                return None
+            if table is None:
+                _make_table(self)
+                table = self._held.table
+        elif transforms() is not None or tracing() is not None or x.is_meta:
+            return None
+        elif table is None or not table.holds():
+            table = self._held.table = table_of(self)
+        if table is None or (gradients and table.trains):
+            return None
+        dtype = compute or table.kind.compute_dtype or x.dtype
+        return table if x.device == table.addresses.device and _takes(table, dtype) else None
+
+    def _one_by_one(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Each expert with its rows, sorted."""
         k = top_k_index.shape[-1]
         ids = top_k_index.reshape(-1)
         order = torch.argsort(ids, stable=True)
@@ -113,3 +195,18 @@ class Experts4bit(nn.Module):
     def extra_repr(self) -> str:
         """How many experts, for `print(model)`."""
         return f"num_experts={self.num_experts}"
+
+
+def _make_table(experts: Experts4bit) -> bool:
+    """Make the table while a compiler traces, which looks at what is there afterwards."""
+    experts._held.table = table_of(experts)
+    return experts._held.table is not None
+
+
+def _takes(table: ExpertTable, dtype: torch.dtype) -> bool:
+    return table.takes(dtype)
+
+
+for _function in (_make_table, _takes):
+    # As torch.compiler.assume_constant_result does, which imports the compiler.
+    _function.__dict__["_dynamo_marked_constant"] = True

@@ -31,6 +31,10 @@ impl Plain for i32 {
     const DTYPE: DType = DType::I32;
 }
 
+impl Plain for i64 {
+    const DTYPE: DType = DType::I64;
+}
+
 impl Plain for f16 {
     const DTYPE: DType = DType::F16;
 }

@@ -10,6 +10,7 @@ mod cuda_int8;
 #[cfg(feature = "cuda")]
 mod cuda_linear;
 mod error;
+mod experts;
 mod gemm;
 mod int8;
 mod int8_rowwise;
@@ -34,6 +35,7 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     cuda_int8::register(m)?;
     checkpoint::register(m)?;
     gemm::register(m)?;
+    experts::register(m)?;
     int8::register(m)?;
     int8_rowwise::register(m)?;
     selection::register(m)

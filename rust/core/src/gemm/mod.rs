@@ -29,6 +29,7 @@ mod blocked;
 mod compute;
 #[cfg_attr(not(all(target_arch = "x86_64", target_os = "linux")), allow(dead_code, reason = "no tiles here"))]
 mod direct;
+pub mod experts;
 mod floats;
 pub mod int8;
 mod matrix;
@@ -100,37 +101,42 @@ pub fn linear(
         return Ok(());
     }
     let bias: Option<Vec<f32>> = bias.map(|bias| (0..n).map(|i| bias.get(i)).collect());
-    let out = Out { values: out.share(), cols: n, bias: bias.as_deref() };
+    let out = Out::all(out.share(), n, bias.as_deref());
     if k == 0 {
         zero(m, &out);
         return Ok(());
     }
     let x = Matrix { floats: x, cols: k, compute };
     let workers = workers.for_work(m.saturating_mul(n).saturating_mul(k), SERIAL_WORK);
-    match (path, compute) {
-        (Path::Scalar, _) => forward::<Scalar>(None, x, m, weight, &out, workers),
+    forward_on(path, x, m, weight, &out, workers);
+    Ok(())
+}
+
+/// The columns of `x · weightᵀ` that `out` wants. The path is available, and neither `m` nor `k` is zero.
+fn forward_on(path: Path, x: Matrix<'_>, m: usize, weight: &Weight<'_>, out: &Out<'_>, workers: Workers<'_>) {
+    match (path, x.compute) {
+        (Path::Scalar, _) => forward::<Scalar>(None, x, m, weight, out, workers),
         #[cfg(test)]
         (Path::Emulated, Compute::Bf16) => {
-            forward_tiled::<emulated::Pairs, emulated::Emulated>(None, x, m, weight, &out, workers)
+            forward_tiled::<emulated::Pairs, emulated::Emulated>(None, x, m, weight, out, workers)
         }
         #[cfg(test)]
-        (Path::Emulated, _) => forward::<Scalar>(None, x, m, weight, &out, workers),
+        (Path::Emulated, _) => forward::<Scalar>(None, x, m, weight, out, workers),
         #[cfg(target_arch = "x86_64")]
-        (Path::Avx2, _) => forward::<Avx2>(Some(DIRECT_AVX2), x, m, weight, &out, workers),
+        (Path::Avx2, _) => forward::<Avx2>(Some(DIRECT_AVX2), x, m, weight, out, workers),
         #[cfg(target_arch = "x86_64")]
-        (Path::Avx512Bf16, Compute::Bf16) => forward::<Avx512Bf16>(Some(DIRECT_BF16), x, m, weight, &out, workers),
+        (Path::Avx512Bf16, Compute::Bf16) => forward::<Avx512Bf16>(Some(DIRECT_BF16), x, m, weight, out, workers),
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
         (Path::Amx, Compute::Bf16) => {
-            forward_tiled::<Avx512Bf16, Hardware>(Some(DIRECT_BF16), x, m, weight, &out, workers)
+            forward_tiled::<Avx512Bf16, Hardware>(Some(DIRECT_BF16), x, m, weight, out, workers)
         }
         #[cfg(target_arch = "x86_64")]
         (Path::Avx512 | Path::Avx512Bf16 | Path::Amx, _) => {
-            forward::<Avx512>(Some(DIRECT_F32), x, m, weight, &out, workers)
+            forward::<Avx512>(Some(DIRECT_F32), x, m, weight, out, workers)
         }
         #[cfg(not(target_arch = "x86_64"))]
         _ => unreachable!("{path} is not available here"),
     }
-    Ok(())
 }
 
 fn forward<K: Kernel>(
@@ -192,7 +198,7 @@ pub fn linear_backward(
     if m == 0 || k == 0 {
         return Ok(());
     }
-    let out = Out { values: out.share(), cols: k, bias: None };
+    let out = Out::all(out.share(), k, None);
     if n == 0 {
         zero(m, &out);
         return Ok(());

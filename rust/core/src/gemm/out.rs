@@ -12,11 +12,20 @@ pub(super) struct Out<'a> {
     pub values: Shared<'a>,
     /// Values in a row.
     pub cols: usize,
-    /// One float32 per column.
+    /// One float32 per column of the product.
     pub bias: Option<&'a [f32]>,
+    /// The row of the result that is the product's first.
+    pub first: usize,
+    /// The columns of the product that are computed: the result has no others.
+    pub wanted: Range<usize>,
 }
 
-impl Out<'_> {
+impl<'a> Out<'a> {
+    /// All of a product.
+    pub fn all(values: Shared<'a>, cols: usize, bias: Option<&'a [f32]>) -> Self {
+        Self { values, cols, bias, first: 0, wanted: 0..cols }
+    }
+
     /// Adds the bias to `values`, rounds them, and writes them to columns from `col` on of a row.
     ///
     /// # Safety
@@ -26,8 +35,9 @@ impl Out<'_> {
             values.iter_mut().zip(&bias[col..]).for_each(|(v, b)| *v += b);
         }
         // SAFETY: the caller's.
-        unsafe { self.values.store(row * self.cols + col, values) }
+        unsafe { self.values.store((self.first + row) * self.cols + col - self.wanted.start, values) }
     }
+
     /// Writes `[columns][lanes]` sums to rows `block` of the result: `cols` columns, at most [`MOST_COLS`], from `col` on.
     ///
     /// # Safety

@@ -48,7 +48,7 @@ const TILE_STRIDE: usize = TILE_CHUNKS * CHUNK + ROW_GAP;
 /// `out[m, n] = x[m, k] · weight[n, k]ᵀ`. Lanes are rows of `x`.
 pub fn forward<K: Kernel>(x: Matrix<'_>, m: usize, weight: &Weight<'_>, out: &Out<'_>, workers: Workers<'_>) {
     const { assert!(K::TILE_ROWS <= MOST_COLS) }
-    let (n, k) = (weight.rows(), weight.cols());
+    let (wanted, n, k) = (&out.wanted, out.wanted.len(), weight.cols());
     let tile_rows = n.div_ceil(4 * workers.threads()).next_multiple_of(K::ROWS).min(K::TILE_ROWS);
     let chunks: Vec<Chunk> = Chunk::all::<K>(k).collect();
     for block in (0..m).step_by(FORWARD_ROWS) {
@@ -56,7 +56,7 @@ pub fn forward<K: Kernel>(x: Matrix<'_>, m: usize, weight: &Weight<'_>, out: &Ou
         let panels = Panels::pack::<K>(x, block.clone(), K::LANES, K::LANES, workers);
         let lanes = panels.groups() * K::LANES + ROW_GAP;
         workers.for_each(n.div_ceil(tile_rows), |task| {
-            let rows = task * tile_rows..n.min((task + 1) * tile_rows);
+            let rows = wanted.start + task * tile_rows..wanted.end.min(wanted.start + (task + 1) * tile_rows);
             let padded = rows.len().next_multiple_of(K::ROW_STEP);
             Scratch::with(|scratch| {
                 // SAFETY: the path is available.
@@ -192,11 +192,11 @@ fn decode_lanes<K: Kernel>(
 /// `out[m, n] = x[m, k] · weight[n, k]ᵀ` for few rows of `x`: each row of the weight is decoded, a chunk at a time, and
 /// multiplied with all of `x`.
 pub fn forward_few<K: Kernel>(x: Matrix<'_>, m: usize, weight: &Weight<'_>, out: &Out<'_>, workers: Workers<'_>) {
-    let (n, k) = (weight.rows(), weight.cols());
+    let (wanted, n, k) = (&out.wanted, out.wanted.len(), weight.cols());
     let panels = Panels::pack::<K>(x, 0..m, 1, 1, workers); // groups of one row: rows as they are
     let tile_rows = n.div_ceil(8 * workers.threads()).next_multiple_of(16).min(K::TILE_ROWS);
     workers.for_each(n.div_ceil(tile_rows), |task| {
-        let rows = task * tile_rows..n.min((task + 1) * tile_rows);
+        let rows = wanted.start + task * tile_rows..wanted.end.min(wanted.start + (task + 1) * tile_rows);
         Scratch::with(|scratch| {
             let words = scratch.tile.at_least(CHUNK);
             let sums: &mut [f32] = bytemuck::cast_slice_mut(scratch.sums.at_least(m * rows.len()));

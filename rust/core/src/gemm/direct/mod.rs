@@ -156,7 +156,7 @@ pub fn value_at(place: usize) -> usize {
 
 /// `out[m, n] = x[m, k] · weight[n, k]ᵀ`.
 pub fn forward(direct: Direct, x: Matrix<'_>, m: usize, weight: &Weight<'_>, out: &Out<'_>, workers: Workers<'_>) {
-    let (n, k) = (weight.rows(), weight.cols());
+    let (wanted, n, k) = (&out.wanted, out.wanted.len(), weight.cols());
     let stride = k.div_ceil(GROUP) * direct.group_words;
     let mut prepared = Words::zeroed(m * stride);
     for (row, words) in prepared.as_mut_slice().chunks_exact_mut(stride).take(m).enumerate() {
@@ -166,7 +166,7 @@ pub fn forward(direct: Direct, x: Matrix<'_>, m: usize, weight: &Weight<'_>, out
     let prepared = prepared.as_slice();
     let task_rows = n.div_ceil(8 * workers.threads()).next_multiple_of(16).min(TASK);
     workers.for_each(n.div_ceil(task_rows), |task| {
-        let rows = task * task_rows..n.min((task + 1) * task_rows);
+        let rows = wanted.start + task * task_rows..wanted.end.min(wanted.start + (task + 1) * task_rows);
         Scratch::with(|scratch| {
             let results: &mut [f32] = bytemuck::cast_slice_mut(scratch.tile.at_least(m * TASK));
             let sums = scratch.sums.at_least(TASK / 2 * SUMS);

@@ -85,11 +85,11 @@ pub fn forward<K: DecodesGroups, T: Tiles>(
     out: &Out<'_>,
     workers: Workers<'_>,
 ) {
-    let (n, k) = (weight.rows(), weight.cols());
+    let (wanted, k) = (&out.wanted, weight.cols());
     let lanes = lay_out(x, m, workers);
     let lanes = lanes.as_slice();
-    workers.for_each(n.div_ceil(ROWS), |task| {
-        let rows = task * ROWS..n.min((task + 1) * ROWS);
+    workers.for_each(wanted.len().div_ceil(ROWS), |task| {
+        let rows = wanted.start + task * ROWS..wanted.end.min(wanted.start + (task + 1) * ROWS);
         Scratch::with(|scratch| {
             let groups = scratch.tile.at_least(2 * GROUP_WORDS);
             let sums: &mut [f32] = bytemuck::cast_slice_mut(scratch.sums.at_least(ROWS * SIDE));

@@ -217,7 +217,7 @@ pub fn linear_backward(
     if m == 0 || k == 0 {
         return Ok(());
     }
-    let out = Out { values: out.share(), cols: k, bias: None };
+    let out = Out::all(out.share(), k, None);
     if n == 0 {
         super::zero(m, &out);
         return Ok(());

@@ -13,7 +13,7 @@ use crate::quant::absmax::{self, Nested};
 use crate::quant::blockwise4::quantize_serial;
 
 /// Roughly normal numbers.
-fn numbers(n: usize, seed: u64) -> Vec<f32> {
+pub(super) fn numbers(n: usize, seed: u64) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut uniform = || {
         state ^= state << 13;
@@ -62,7 +62,7 @@ impl Owned {
     }
 }
 
-fn rounded(value: f32, dtype: Compute) -> f32 {
+pub(super) fn rounded(value: f32, dtype: Compute) -> f32 {
     match dtype {
         Compute::F32 => value,
         Compute::F16 => f16::from_f32(value).to_f32(),
@@ -71,7 +71,7 @@ fn rounded(value: f32, dtype: Compute) -> f32 {
 }
 
 /// A quantized weight and what it means.
-struct Packed {
+pub(super) struct Packed {
     packed: Vec<u8>,
     absmax: Vec<f32>,
     nested: Option<Nested>,
@@ -82,7 +82,7 @@ struct Packed {
 }
 
 impl Packed {
-    fn new(n: usize, k: usize, quant_type: QuantType, blocksize: usize, nested: bool, seed: u64) -> Self {
+    pub fn new(n: usize, k: usize, quant_type: QuantType, blocksize: usize, nested: bool, seed: u64) -> Self {
         let blocksize = BlockSize::new(blocksize).unwrap();
         let mut packed = vec![0; packed_len(n * k)];
         let mut absmax = vec![0.0; blocksize.absmax_len(n * k)];
@@ -95,7 +95,7 @@ impl Packed {
         Self { packed, absmax, nested, quant_type, blocksize, n, k }
     }
 
-    fn weight(&self) -> Weight<'_> {
+    pub fn weight(&self) -> Weight<'_> {
         let scales = match &self.nested {
             None => Scales::Plain(&self.absmax),
             Some(Nested { codes, absmax, offset }) => Scales::Nested { codes, absmax, offset: *offset },

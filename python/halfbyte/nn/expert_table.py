@@ -1,0 +1,258 @@
+"""Where the packed weights of a layer's experts are: a table by which one operation reaches all of them.
+
+A table holds aliases of the tensors whose addresses it has, so an address never dangles. Nothing moves, and nothing is
+shared with other tables. It is made when it is first used, and again when something of what it was made of has been
+replaced: `ExpertTable.holds` asks so before each use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _global
+
+from halfbyte import _native
+from halfbyte.backends import cpu_experts, cuda_experts
+from halfbyte.nn.linear4bit import Linear4bit
+from halfbyte.nn.params import Params4bit
+from halfbyte.ops._torch_internals import same_addresses
+from halfbyte.ops.dispatch import PLAIN_TYPES, plain
+from halfbyte.ops.packed import PackedWeight
+from halfbyte.state import QuantState
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(
+    getattr(_global, f"_global{name}") for name in _HOOKS if isinstance(getattr(_global, f"_global{name}", None), dict)
+)
+
+
+class Held:
+    """The place of a layer's table, known to the layer and to its experts. Copies and pickles are empty."""
+
+    def __init__(self) -> None:
+        self.table: ExpertTable | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy the place alone: addresses are those of the original's memory."""
+        return Held, ()
+
+
+class Kind(NamedTuple):
+    """What all experts of a layer have in common."""
+
+    hidden: int
+    intermediate: int
+    gated: bool
+    quant_type: str
+    blocksize: int
+    nested: bool
+    compute_dtype: torch.dtype | None
+
+
+class ExpertTable:
+    """The packed weights of a layer's experts, and what is computed with them.
+
+    Attributes:
+        addresses: int64 `[projections, experts, 4]`, on their device.
+        maps: What a GPU's kernel for many tokens reads them by, or None.
+        up_bias: `[experts, gate's and up's rows]`, the gate's first, or None.
+        down_bias: `[experts, hidden]`, or None.
+        kind: Shapes, and how they are packed.
+        activation: What is between the projections, one of `halfbyte.ops.checks_experts.ACTIVATIONS`.
+    """
+
+    def __init__(self, experts: Any, kind: Kind, activation: str, found: _Found) -> None:
+        """Take the addresses of what was found."""
+        self.kind = kind
+        self.activation = activation
+        weights = found.weights
+        device = weights[0][0].codes.device
+        rows = [
+            [[0 if tensor is None else tensor.data_ptr() for tensor in weight.tensors()] for weight in projection]
+            for projection in weights
+        ]
+        self.addresses = torch.tensor(rows, dtype=torch.int64).to(device)
+        self.maps: Tensor | None = None
+        if device.type == "cuda":
+            shapes = [projection[0].packing.shape for projection in weights]
+            codes = [[weight.codes for weight in projection] for projection in weights]
+            self.maps = cuda_experts.tensor_maps(device.index, codes, [(shape[0], shape[1]) for shape in shapes])
+        if kind.gated:
+            self.up_bias = _up_bias(experts._parameters.get("gate_up_proj_bias"), experts.interleaved)
+        else:
+            self.up_bias = _up_bias(experts._parameters.get("up_proj_bias"), False)
+        down_bias = experts._parameters.get("down_proj_bias")
+        self.down_bias: Tensor | None = None if down_bias is None else down_bias.detach()
+        self._biases = [
+            (bias, bias._version)
+            for name in ("gate_up_proj_bias", "up_proj_bias", "down_proj_bias")
+            if (bias := experts._parameters.get(name)) is not None
+        ]
+        self.trains = any(bias.requires_grad for bias, _ in self._biases)
+        self._weights = weights
+        self._unchanged = _native.Unchanged(found.entries, found.sizes)
+        self._parameters = found.parameters
+        self._pointers = [plain(parameter).data_ptr() for parameter in found.parameters]
+        self._indices = list(range(len(self._pointers)))
+        self._taken: dict[torch.dtype, bool] = {}
+
+    def holds(self) -> bool:
+        """Whether all that the table was made of is as it was."""
+        return (
+            self._unchanged.holds()
+            and same_addresses(self._parameters, self._pointers, self._indices)
+            and all(bias._version == version for bias, version in self._biases)
+        )
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Whether there is an operation for activations of this dtype."""
+        found = self._taken.get(dtype)
+        if found is None:
+            hidden, intermediate, gated, quant_type, blocksize, nested, _ = self.kind
+            if self.addresses.is_cpu:
+                found = cpu_experts.takes(dtype)
+            else:
+                found = cuda_experts.takes(
+                    dtype, self.addresses.get_device(), self.addresses.shape[1], hidden, intermediate, gated,
+                    quant_type, blocksize, nested,
+                )  # fmt: skip
+            self._taken[dtype] = found
+        return found
+
+
+class _Found:
+    """What a table is made of, and how it is noticed that it changes."""
+
+    def __init__(self) -> None:
+        self.weights: list[list[PackedWeight]] = []
+        self.parameters: list[Params4bit] = []
+        self.entries: list[tuple[dict[str, Any], str, Any]] = []
+        self.sizes: list[dict[str, Any]] = list(_GLOBAL_HOOKS)
+
+    def is_bare(self, module: nn.Module) -> bool:
+        """Whether nobody listens to a module, or has put a forward of their own on it; and see to it in future."""
+        own = vars(module)
+        if any(own[name] for name in _HOOKS) or "forward" in own or "_hf_hook" in own:
+            return False
+        self.sizes += [own, *(own[name] for name in _HOOKS)]
+        return True
+
+    def packed(self, layer: Any) -> tuple[QuantState, PackedWeight] | None:
+        """The weight of a layer whose product can be a part of the operation."""
+        if type(layer).forward is not Linear4bit.forward or not self.is_bare(layer):
+            return None
+        weight, state = layer._parameters.get("weight"), None
+        if isinstance(weight, Params4bit):
+            state = weight.__dict__.get("quant_state")
+        if weight is None or state is None or layer._parameters.get("bias") is not None:
+            return None
+        packed: PackedWeight = state.packed(plain(weight).detach())
+        tensors = [tensor for tensor in packed.tensors() if tensor is not None]
+        device = tensors[0].device
+        if device.type not in ("cpu", "cuda") or any(
+            type(tensor) not in PLAIN_TYPES or tensor.device != device or not tensor.is_contiguous()
+            for tensor in tensors
+        ):
+            return None
+        self.parameters.append(weight)
+        self.entries += [(layer._parameters, "weight", weight), (weight.__dict__, "quant_state", state)]
+        return state, packed
+
+
+def table_of(experts: Any) -> ExpertTable | None:
+    """Make the table of an `Experts4bit`; None where one operation cannot do what its layers do one by one."""
+    activation = activation_of(experts)
+    found = _Found()
+    if activation is None or not _GLOBAL_HOOKS or any(_GLOBAL_HOOKS) or "post_expert_norm" in experts._modules:
+        return None
+    gate, up, down = experts.projections
+    projections = [name for name in (gate, up, down) if name]
+    found.weights = [[] for _ in projections]
+    kinds: set[Any] = set()
+    for index in range(experts.num_experts):
+        expert = experts._modules.get(str(index))
+        if expert is None or not found.is_bare(expert):
+            return None
+        found.entries.append((experts._modules, str(index), expert))
+        for place, name in enumerate(projections):
+            layer = expert._modules.get(name)
+            made = None if layer is None else found.packed(layer)
+            if made is None or len(kinds) > 2:
+                return None
+            found.entries.append((expert._modules, name, layer))
+            state, packed = made
+            shape, blocksize, quant_type = packed.scalars()
+            kinds.add((name == down, shape, blocksize, quant_type, state.nested, packed.codes.device, layer.compute_dtype))
+            found.weights[place].append(packed)
+    if len(kinds) != 2:
+        return None
+    (_, ups, *how), (_, downs, *how_down) = sorted(kinds, key=lambda kind: kind[0])
+    if how != how_down or len(ups) != 2 or tuple(downs) != (ups[1], ups[0]):
+        return None
+    blocksize, quant_type, nested, _, compute_dtype = how
+    act: Any = getattr(experts, "act_fn", None)
+    if isinstance(act, nn.Module):
+        if not found.is_bare(act):
+            return None
+        found.entries.append((experts._modules, "act_fn", act))
+    else:
+        found.entries.append((vars(experts), "gate", experts.gate))
+    for name in ("gate_up_proj_bias", "up_proj_bias", "down_proj_bias"):
+        if (bias := experts._parameters.get(name)) is not None:
+            found.entries.append((experts._parameters, name, bias))
+    kind = Kind(ups[1], ups[0], gate is not None, quant_type, blocksize, nested, compute_dtype)
+    return ExpertTable(experts, kind, activation, found)
+
+
+def _up_bias(bias: Tensor | None, interleaved: bool) -> Tensor | None:
+    """The biases of gate and up projection, the gate's first."""
+    if bias is None:
+        return None
+    bias = bias.detach()
+    return torch.cat((bias[:, 0::2], bias[:, 1::2]), dim=1) if interleaved else bias
+
+
+# ---- activations -----------------------------------------------------------------------------------------------------
+
+_MODULES = {
+    ("torch.nn.modules.activation", "SiLU"): "silu",
+    ("transformers.activations", "SiLUActivation"): "silu",
+    ("transformers.activations", "GELUActivation"): "gelu",
+    ("transformers.activations", "GELUTanh"): "gelu_tanh",
+    ("transformers.activations", "PytorchGELUTanh"): "gelu_tanh",
+    ("transformers.activations", "NewGELUActivation"): "gelu_tanh",
+    ("transformers.activations", "ReLUSquaredActivation"): "relu2",
+}
+_FUNCTIONS: dict[Callable[..., Any], str] = {nn.functional.silu: "silu", nn.functional.gelu: "gelu"}
+
+# Functions of transformers' classes, and where they have the limit and the factor of the sigmoid.
+_CLAMPED = {
+    "GptOssExperts._apply_gate": ("limit", "alpha"),
+    "OpenAIPrivacyFilterExperts._apply_gate": ("limit", "alpha"),
+    "MiniMaxM3VLExperts._apply_gate": ("swiglu_limit", "swiglu_alpha"),
+}
+
+
+def activation_of(experts: Any) -> str | None:
+    """The name of what is between the projections; None for what is not known."""
+    if experts.projections[0] is not None and experts.gate is not None:
+        gate = experts.gate
+        numbers = _CLAMPED.get(getattr(gate, "__qualname__", ""))
+        if numbers is None or not str(getattr(gate, "__module__", "")).startswith("transformers.models."):
+            return None
+        return "clamped_swiglu" if _numbers(experts, numbers) == [7.0, 1.702] else None
+    if experts.interleaved:
+        return None
+    act: Any = getattr(experts, "act_fn", None)
+    if isinstance(act, nn.GELU):
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(act.approximate)
+    if isinstance(act, nn.Module):
+        return _MODULES.get((type(act).__module__, type(act).__name__))
+    return next((name for function, name in _FUNCTIONS.items() if function is act), None)
+
+
+def _numbers(experts: Any, names: Iterable[str]) -> list[Any]:
+    return [getattr(experts, name, None) for name in names]
