@@ -5,6 +5,7 @@ from typing import Any, Generic, Literal, TypeAlias, TypedDict, TypeVar, final, 
 
 __all__ = [
     "CheckpointError",
+    "CpuExperts",
     "CpuLinear",
     "CpuLinear8bit",
     "CudaLinear",
@@ -12,6 +13,7 @@ __all__ = [
     "Job",
     "NoCudaDriverError",
     "Plan",
+    "Unchanged",
     "__version__",
     "codebook",
     "compress_absmax",
@@ -174,6 +176,60 @@ class CpuLinear:
         threads: int,
     ) -> None:
         """`out[m, k] = grad[m, n] @ dequantized[n, k]`: the gradient of `forward`'s `x`, under the same rules."""
+
+@final
+class CpuExperts:
+    """Layers of 4-bit experts of one shape and kind: what does not change is checked once."""
+
+    def __new__(
+        cls,
+        dtype: str,
+        experts: int,
+        hidden: int,
+        intermediate: int,
+        gated: bool,
+        quant_type: str,
+        blocksize: int,
+        nested: bool,
+    ) -> CpuExperts:
+        """Check the arguments once for all calls.
+
+        `dtype` is the dtype of activations, biases and results: "float16", "bfloat16" or "float32".
+        """
+
+    def forward(
+        self,
+        tokens: int,
+        k: int,
+        x: int,
+        ids: int,
+        weights: int,
+        weights_dtype: str,
+        table: int,
+        up_bias: int,
+        down_bias: int,
+        activation: str,
+        y: int,
+        threads: int,
+    ) -> None:
+        """`y[t] = sum(weights[t, j] * down(act(gate(x[t])) * up(x[t])) for j)`, of experts `ids[t, j]`.
+
+        All but `tokens`, `k`, names and `threads` are addresses: of `x` and `y` [tokens, hidden], int64 `ids` and
+        `weights` [tokens, k], biases [experts, rows of gate and up] and [experts, hidden], or 0; and of the table,
+        int64 [projections, experts, 4]: where the codes of each matrix are, its scales, and as for `CpuLinear` those of
+        nested ones. Ids of no expert count nothing. What is between the projections is computed in float32 and rounded
+        once; the sum is in float32, in the order of `j`. The same bits with every number of threads.
+        """
+
+@final
+class Unchanged:
+    """Entries of dictionaries as they were when this was made, and how many some dictionaries have."""
+
+    def __new__(cls, entries: list[tuple[dict[str, Any], str, Any]], sizes: list[dict[str, Any]]) -> Unchanged:
+        """Remember that each dictionary has this object under this name, and the sizes of others."""
+
+    def holds(self) -> bool:
+        """Whether all is as it was."""
 
 def matmul_path() -> str:
     """The instructions that products use: "scalar", "avx2", "avx512", "avx512bf16" or "amx"."""

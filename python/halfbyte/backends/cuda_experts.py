@@ -1,5 +1,6 @@
-"""The experts of a layer on a GPU: check, allocate, hand addresses to the compiled core, which launches on torch's
-stream. Nothing waits for the GPU; memory belongs to torch's allocator.
+"""The experts of a layer on a GPU: check, allocate, hand addresses to the compiled core.
+
+It launches on torch's stream. Nothing waits for the GPU, and memory belongs to torch's allocator.
 """
 
 from __future__ import annotations

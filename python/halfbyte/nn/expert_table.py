@@ -185,7 +185,9 @@ def table_of(experts: Any) -> ExpertTable | None:
             found.entries.append((expert._modules, name, layer))
             state, packed = made
             shape, blocksize, quant_type = packed.scalars()
-            kinds.add((name == down, shape, blocksize, quant_type, state.nested, packed.codes.device, layer.compute_dtype))
+            kinds.add(
+                (name == down, shape, blocksize, quant_type, state.nested, packed.codes.device, layer.compute_dtype)
+            )
             found.weights[place].append(packed)
     if len(kinds) != 2:
         return None
