@@ -33,7 +33,13 @@ class Held:
     """The place of a layer's table, known to the layer and to its experts. Copies and pickles are empty."""
 
     def __init__(self) -> None:
-        self.table: ExpertTable | None = None
+        self.hold(None)
+
+    def hold(self, table: ExpertTable | None) -> None:
+        """Hold this table from now on, or none."""
+        self.table = table
+        # That of compiled calls, where none was made before: what a compiler has seen here must stay so while it traces.
+        self.traced = table
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy the place alone: addresses are those of the original's memory."""

@@ -23,7 +23,7 @@ class Expert(nn.Module):
         """As any module; a projection that is replaced takes the experts' table with it."""
         held: Held | None = self.__dict__.get("_held")
         if held is not None and isinstance(value, nn.Module):
-            held.table = None
+            held.hold(None)
         super().__setattr__(name, value)
 
 
@@ -70,12 +70,12 @@ class Experts4bit(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts4bit:
         """Move or cast as any module."""
-        self._held.table = None
+        self._held.hold(None)
         return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Load as any module: layers may come to hold other tensors."""
-        self._held.table = None
+        self._held.hold(None)
         super()._load_from_state_dict(*args, **kwargs)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -127,11 +127,12 @@ class Experts4bit(nn.Module):
                 return None
             if table is None:
                 _make_table(self)
-                table = self._held.table
+                table = self._held.traced
         elif transforms() is not None or tracing() is not None or x.is_meta:
             return None
         elif table is None or not table.holds():
-            table = self._held.table = table_of(self)
+            table = table_of(self)
+            self._held.hold(table)
         if table is None or (gradients and table.trains):
             return None
         dtype = compute or table.kind.compute_dtype or x.dtype
@@ -199,8 +200,10 @@ class Experts4bit(nn.Module):
 
 def _make_table(experts: Experts4bit) -> bool:
     """Make the table while a compiler traces, which looks at what is there afterwards."""
-    experts._held.table = table_of(experts)
-    return experts._held.table is not None
+    held = experts._held
+    if held.traced is None or not held.traced.holds():
+        held.traced = table_of(experts)
+    return held.traced is not None
 
 
 def _takes(table: ExpertTable, dtype: torch.dtype) -> bool:
