@@ -79,7 +79,9 @@ def dense(module: Experts4bit, x: torch.Tensor, ids: torch.Tensor, weights: torc
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("recipe", [{}, {"compress_statistics": False}, {"quant_type": "fp4", "blocksize": 32}], ids=str)
+@pytest.mark.parametrize(
+    "recipe", [{}, {"compress_statistics": False}, {"quant_type": "fp4", "blocksize": 32}], ids=str
+)
 @pytest.mark.parametrize("gated", [True, False])
 def test_experts_together_are_those_one_by_one(gated: bool, recipe: dict[str, Any], dtype: torch.dtype) -> None:
     module = layer(gated, **recipe)

@@ -18,7 +18,7 @@ from halfbyte import _native
 from halfbyte.backends import cpu_experts, cuda_experts
 from halfbyte.nn.linear4bit import Linear4bit
 from halfbyte.nn.params import Params4bit
-from halfbyte.ops._torch_internals import same_addresses
+from halfbyte.ops._torch_internals import DisableTorchFunctionSubclass
 from halfbyte.ops.dispatch import PLAIN_TYPES, plain
 from halfbyte.ops.packed import PackedWeight
 from halfbyte.state import QuantState
@@ -101,15 +101,14 @@ class ExpertTable:
         self._weights = weights
         self._unchanged = _native.Unchanged(found.entries, found.sizes)
         self._parameters = found.parameters
-        self._pointers = [plain(parameter).data_ptr() for parameter in found.parameters]
-        self._indices = list(range(len(self._pointers)))
+        self._pointers = _addresses(found.parameters)
         self._taken: dict[torch.dtype, bool] = {}
 
     def holds(self) -> bool:
         """Whether all that the table was made of is as it was."""
         return (
             self._unchanged.holds()
-            and same_addresses(self._parameters, self._pointers, self._indices)
+            and _addresses(self._parameters) == self._pointers
             and all(bias._version == version for bias, version in self._biases)
         )
 
@@ -213,6 +212,12 @@ def table_of(experts: Any) -> ExpertTable | None:
             found.entries.append((experts._parameters, name, bias))
     kind = Kind(ups[1], ups[0], gate is not None, quant_type, blocksize, nested, compute_dtype)
     return ExpertTable(experts, kind, activation, found)
+
+
+def _addresses(parameters: list[Params4bit]) -> list[int]:
+    # Asked as of plain tensors: through the class of the parameters it takes ten times as long.
+    with DisableTorchFunctionSubclass():
+        return list(map(Tensor.data_ptr, parameters))
 
 
 def _up_bias(bias: Tensor | None, interleaved: bool) -> Tensor | None:

@@ -119,17 +119,6 @@ def can_hold(tensor: Tensor, data: Tensor) -> bool:
     return compatible
 
 
-def _public_addresses(tensors: list[Any], pointers: list[int], indices: list[int]) -> bool:
-    with DisableTorchFunctionSubclass():
-        return [tensors[i].data_ptr() for i in indices] == [pointers[i] for i in indices]
-
-
-same_addresses: Callable[[list[Any], list[int], list[int]], bool] = getattr(
-    torch._C, "_tensors_data_ptrs_at_indices_equal", _public_addresses
-)
-"""Whether tensors are where they were: tensors, addresses, and the indices of those that are asked about."""
-
-
 def _public_stream(device: int) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
