@@ -125,12 +125,8 @@ struct KSlice {
 // A block's part of all tiles of all chunks.
 struct alignas(16) Part {
     i64 begin, end;
-    int end_chunk;
-
-    // Of its first tile.
-    __device__ int first_chunk(int chunk_tiles) const { return int(begin / chunk_tiles); }
+    int first_chunk, end_chunk;  // the same where there is nothing
 };
-
 constexpr int PART_BYTES = int(sizeof(Part));
 
 // Goes over a warp's k-tiles of tiles: segments in turn, in each passes, in each of these k-tiles, in each the tiles of its group.
@@ -248,7 +244,7 @@ __device__ inline void write_pass(const Experts &job, const Segment &segment, co
 template <typename T, bool NESTED, int FRAGMENTS>
 __device__ inline void experts_few(const Experts &job) {
     constexpr int WARPS = Shape<FRAGMENTS>::WARPS, THREADS = Shape<FRAGMENTS>::THREADS, K_TILE = Shape<FRAGMENTS>::K_TILE;
-    constexpr int MOST = FRAGMENTS * COLUMNS;
+    constexpr int MOST = FRAGMENTS * COLUMNS, SIZE = MOST * ROWS;  // of a k-slice's sums
     static_assert(sizeof(Part) == PART_BYTES && THREADS >= FEW_SLOTS, "a thread for each slot");
     DYNAMIC_SHARED(shared);
     u32 *const table = reinterpret_cast<u32 *>(shared);                       // [256][64], half used
@@ -273,20 +269,17 @@ __device__ inline void experts_few(const Experts &job) {
 
     const bool routes = job.order == nullptr;
     const int chunk_count = routes ? route_few(few, job.ids, job.slots, job.experts, MOST) : *job.chunk_count;
-    const int chunk_tiles = job.n / ROWS * projections;
-    const int size = MOST * ROWS;  // of a k-slice's sums
+    const auto chunk_tiles = [&]() { return job.n / ROWS * projections; };
     if (thread == 0) {
-        const i64 units = i64(chunk_count) * (chunk_tiles / job.unit);
-        const i64 end = units * (blockIdx.x + 1) / gridDim.x * job.unit;
-        *part = {units * blockIdx.x / gridDim.x * job.unit, end, int((end + chunk_tiles - 1) / chunk_tiles)};
+        const i64 units = i64(chunk_count) * (chunk_tiles() / job.unit);
+        const i64 begin = units * blockIdx.x / gridDim.x * job.unit, end = units * (blockIdx.x + 1) / gridDim.x * job.unit;
+        const int end_chunk = int((end + chunk_tiles() - 1) / chunk_tiles());
+        *part = {begin, end, begin < end ? int(begin / chunk_tiles()) : end_chunk, end_chunk};
     }
     __syncthreads();
-    int buffer = 0;
-    bool waits = !gathers;
+    int buffer = 0;  // which of two: where its sums begin
 
-    // A part without a tile may begin behind the last chunk.
-    for (int batch = part->begin < part->end ? part->first_chunk(chunk_tiles) : part->end_chunk; batch < part->end_chunk;
-         batch += SEGMENTS) {
+    for (int batch = part->first_chunk; batch < part->end_chunk; batch += SEGMENTS) {
         const int count = part->end_chunk - batch < SEGMENTS ? part->end_chunk - batch : SEGMENTS;
         // The last pass of the batch before has been written.
         __syncthreads();
@@ -300,9 +293,9 @@ __device__ inline void experts_few(const Experts &job) {
             Segment &segment = segments[s];
             segment.matrix[p] = matrix;
             segment.offset[p] = NESTED ? *matrix.offset : 0.0f;
-            const i64 chunk_begin = i64(batch + s) * chunk_tiles;
+            const i64 chunk_begin = i64(batch + s) * chunk_tiles();
             const int first = int(part->begin > chunk_begin ? part->begin - chunk_begin : 0);
-            const int end = int(part->end < chunk_begin + chunk_tiles ? part->end - chunk_begin : chunk_tiles);
+            const int end = int(part->end < chunk_begin + chunk_tiles() ? part->end - chunk_begin : chunk_tiles());
             if (p == 0) {
                 segment.expert = chunk.expert;
                 segment.begin = chunk.begin;
@@ -365,8 +358,7 @@ __device__ inline void experts_few(const Experts &job) {
             };
             load_x_rows<FRAGMENTS, K_TILE>(x_words, row_of, slice.begin(k_tile), slice.blocks(k_tile), g, t);
         };
-        if (waits) {
-            waits = false;
+        if (!gathers && batch == part->first_chunk) {
             wait_for_previous();
             let_next_start();
         }
@@ -377,8 +369,7 @@ __device__ inline void experts_few(const Experts &job) {
             const int end = segments[s].end;
             for (int begin = segments[s].first, pass_end; begin < end; begin = pass_end) {
                 pass_end = end - begin < job.per_pass ? end : begin + job.per_pass;
-                float *const sums_of_pass = partial + i64(buffer) * job.per_pass * job.k_slices * size;
-                buffer ^= 1;
+                buffer ^= job.per_pass * job.k_slices * SIZE;
                 for (int k_tile = 0; k_tile < slice.k_tiles; k_tile++) {
                     const int blocks = slice.blocks(k_tile);
                     if (k_tile > 0) {
@@ -405,7 +396,7 @@ __device__ inline void experts_few(const Experts &job) {
                                 bytes.load(j, low_packed, high_packed);
                             }
                         }
-                        float *const own = sums_of_pass + ((tile - begin) * job.k_slices + (read_warp() & (job.k_slices - 1))) * size;
+                        float *const own = partial + buffer + ((tile - begin) * job.k_slices + (read_warp() & (job.k_slices - 1))) * SIZE;
                         add_partial(own, sums, MOST, k_tile == 0, read_lane() / 4, read_lane() % 4);
                     }
                 }
@@ -419,11 +410,11 @@ __device__ inline void experts_few(const Experts &job) {
                 }
                 // All sums are there; and all that was written of the pass before has been read.
                 __syncthreads();
-                write_pass<T, WARPS, MOST>(job, segments[s], rows + s * MOST, sums_of_pass, begin, pass_end);
+                write_pass<T, WARPS, MOST>(job, segments[s], rows + s * MOST, partial + buffer, begin, pass_end);
             }
         }
     }
-    if (waits) {
+    if (!gathers && part->first_chunk == part->end_chunk) {
         // Without a part: the order of kernels is kept all the same.
         wait_for_previous();
         let_next_start();
