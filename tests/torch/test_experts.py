@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from halfbyte import _native
+from halfbyte.backends import cuda_experts
 from halfbyte.nn import Expert, Experts4bit, Linear4bit
 from halfbyte.nn.expert_table import ExpertTable, activation_of, table_of
 from halfbyte.ops.experts import experts_4bit
@@ -67,10 +69,7 @@ def dense(module: Experts4bit, x: torch.Tensor, ids: torch.Tensor, weights: torc
             matrices = {name: m.dequantize().double() for name, m in expert._modules.items()}
             row = x[token].double()
             up = matrices["up_proj"] @ row
-            if "gate_proj" in matrices:
-                up = module.act_fn(matrices["gate_proj"] @ row) * up
-            else:
-                up = module.act_fn(up)
+            up = module.act_fn(matrices["gate_proj"] @ row) * up if "gate_proj" in matrices else module.act_fn(up)
             y[token] += weights[token, j].double() * (matrices["down_proj"] @ up)
     return y
 
@@ -366,3 +365,60 @@ def test_experts_compile_without_a_break(first: str) -> None:
     module.load_state_dict(layer(compress_statistics=True).state_dict(), assign=True)
     module._modules["0"].up_proj.weight.data.fill_(0x77)  # type: ignore[union-attr]
     assert torch.equal(compiled(x, ids, weights), module(x, ids, weights) * 2)
+
+
+# ---- what the GPU's kernels are given --------------------------------------------------------------------------------
+
+
+class StandIn:
+    """The compiled core's class for a GPU, done by that for the CPU; it takes few tokens at once."""
+
+    most = 4
+    counts: list[int] = []  # noqa: RUF012
+
+    def __init__(self, device: int, *kind: Any) -> None:
+        self.kernel = _native.CpuExperts(*kind)
+
+    def takes(self, tokens: int, k: int) -> bool:
+        return tokens <= self.most
+
+    def workspace(self, tokens: int, k: int) -> int:
+        assert tokens <= self.most
+        return 256
+
+    def launch(self, stream: int, tokens: int, k: int, *addresses: Any) -> str:
+        x, ids, weights, weights_dtype, table, maps, up_bias, down_bias, activation, workspace, y = addresses
+        assert maps == 0
+        assert workspace
+        self.counts.append(tokens)
+        self.kernel.forward(
+            tokens, k, x, ids, weights, weights_dtype, table, up_bias, down_bias, activation, y, 1
+        )  # fmt: skip
+        return "stand-in"
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_the_gpu_is_given_what_the_cpu_is(monkeypatch: pytest.MonkeyPatch, biases: bool) -> None:
+    monkeypatch.setattr(cuda_experts._native, "CudaExperts", StandIn, raising=False)
+    monkeypatch.setattr(cuda_experts, "current_stream", lambda device: 0)
+    monkeypatch.setattr(StandIn, "counts", [])
+    cuda_experts._kernel.cache_clear()
+    module = layer()
+    args = operands(module, torch.bfloat16)
+    if biases:
+        args[5] = torch.randn(EXPERTS, 2 * INTERMEDIATE).bfloat16()
+        args[6] = torch.randn(EXPERTS, HIDDEN).bfloat16()
+    expected = experts_4bit(*args)
+    assert torch.equal(cuda_experts.experts_4bit(*args), expected)
+    assert StandIn.counts == [4, 3]
+    args[0], args[1], args[2] = (tensor.t().contiguous().t() for tensor in args[:3])
+    assert torch.equal(cuda_experts.experts_4bit(*args), expected)
+    none = [tensor[:0] for tensor in args[:3]]
+    assert cuda_experts.experts_4bit(*none, *args[3:]).shape == (0, HIDDEN)
+    kind: dict[str, Any] = {
+        "device": 0, "experts": EXPERTS, "hidden": HIDDEN, "intermediate": INTERMEDIATE, "gated": True,
+        "quant_type": "nf4", "blocksize": 64, "nested": True,
+    }  # fmt: skip
+    assert cuda_experts.takes(torch.bfloat16, **kind)
+    assert not cuda_experts.takes(torch.float32, **kind)
+    cuda_experts._kernel.cache_clear()

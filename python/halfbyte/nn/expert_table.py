@@ -23,6 +23,9 @@ from halfbyte.ops.dispatch import PLAIN_TYPES, plain
 from halfbyte.ops.packed import PackedWeight
 from halfbyte.state import QuantState
 
+_ALIGNMENT = 16
+"""In bytes, of codes: a GPU's kernels read so many at once."""
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(
     getattr(_global, f"_global{name}") for name in _HOOKS if isinstance(getattr(_global, f"_global{name}", None), dict)
@@ -38,7 +41,7 @@ class Held:
     def hold(self, table: ExpertTable | None) -> None:
         """Hold this table from now on, or none."""
         self.table = table
-        # That of compiled calls, where none was made before: what a compiler has seen here must stay so while it traces.
+        # Of compiled calls, where none was made before: what a compiler has seen must stay so while it traces.
         self.traced = table
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -157,9 +160,13 @@ class _Found:
         packed: PackedWeight = state.packed(plain(weight).detach())
         tensors = [tensor for tensor in packed.tensors() if tensor is not None]
         device = tensors[0].device
-        if device.type not in ("cpu", "cuda") or any(
-            type(tensor) not in PLAIN_TYPES or tensor.device != device or not tensor.is_contiguous()
-            for tensor in tensors
+        if (
+            device.type not in ("cpu", "cuda")
+            or packed.codes.data_ptr() % _ALIGNMENT
+            or any(
+                type(tensor) not in PLAIN_TYPES or tensor.device != device or not tensor.is_contiguous()
+                for tensor in tensors
+            )
         ):
             return None
         self.parameters.append(weight)

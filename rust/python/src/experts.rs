@@ -2,7 +2,7 @@
 
 use halfbyte::codebook::QuantType;
 use halfbyte::dtype::DType;
-use halfbyte::error::{Error, Result};
+use halfbyte::error::Result;
 use halfbyte::gemm::experts::{Activation, Choice, Expert, Layer, experts};
 use halfbyte::gemm::{Path, Scales, Weight};
 use halfbyte::geometry::{BlockSize, NESTED_BLOCK_SIZE, packed_len, weight_count};
