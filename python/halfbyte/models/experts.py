@@ -217,9 +217,12 @@ def _is_default(gate: Any) -> bool:
 
 def _linear(weight: Tensor, requires_grad: bool) -> nn.Linear:
     out_features, in_features = weight.shape
-    with torch.device("meta"):
-        layer = nn.Linear(in_features, out_features, bias=False)
+    # Not by its constructor, which draws random weights: on the meta device too, where that takes most of its time.
+    layer = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(layer)
+    layer.in_features, layer.out_features = in_features, out_features
     layer.weight = nn.Parameter(weight, requires_grad=requires_grad)
+    layer.register_parameter("bias", None)
     return layer
 
 

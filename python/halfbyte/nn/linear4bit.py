@@ -80,6 +80,11 @@ class Linear4bit(Quantized, torch.nn.Linear):
         self.compute_type_is_set = compute_dtype is not None
         self._pack(self.weight, compress_statistics, quant_type, quant_storage, blocksize)
 
+    def reset_parameters(self) -> None:
+        """Draw random weights; not on the meta device, where there is nothing to fill and it takes a while."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def _weight_shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
 

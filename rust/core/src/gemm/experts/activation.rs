@@ -102,7 +102,7 @@ fn exp(v: f32) -> f32 {
     let power = shifted - ROUND;
     let rest = v - power * LN2[0] - power * LN2[1];
     let mut sum = 1.987_569_1e-4;
-    for factor in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.000_000_1e-1] {
+    for factor in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5e-1] {
         sum = sum * rest + factor;
     }
     let near_one = sum * rest * rest + rest + 1.0;
@@ -125,14 +125,14 @@ fn gelu(v: f32) -> f32 {
     // Numerical Recipes' erfc: its relative error is below 1.2e-7 everywhere.
     const FACTORS: [f32; 9] = [
         -0.822_152_23,
-        1.488_515_87,
-        -1.135_203_98,
+        1.488_515_9,
+        -1.135_204,
         0.278_868_07,
         -0.186_288_06,
         0.096_784_18,
         0.374_091_96,
-        1.000_023_68,
-        -1.265_512_23,
+        1.000_023_7,
+        -1.265_512_2,
     ];
     let z = v.abs() * std::f32::consts::FRAC_1_SQRT_2;
     let t = 1.0 / (1.0 + 0.5 * z);
