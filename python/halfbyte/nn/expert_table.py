@@ -24,7 +24,7 @@ from halfbyte.ops.packed import PackedWeight
 from halfbyte.state import QuantState
 
 _ALIGNMENT = 16
-"""In bytes, of codes: a GPU's kernels read so many at once."""
+"""In bytes, of codes on a GPU: its kernels read so many at once."""
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(
@@ -162,7 +162,7 @@ class _Found:
         device = tensors[0].device
         if (
             device.type not in ("cpu", "cuda")
-            or packed.codes.data_ptr() % _ALIGNMENT
+            or (device.type == "cuda" and packed.codes.data_ptr() % _ALIGNMENT)
             or any(
                 type(tensor) not in PLAIN_TYPES or tensor.device != device or not tensor.is_contiguous()
                 for tensor in tensors
