@@ -134,6 +134,8 @@ def test_experts_are_packed_by_a_load_and_saved_apart(name: str, tmp_path: Path)
     assert [module.projections for module in experts] == [ARCHITECTURES[name][2]] * 2
     assert all(isinstance(getattr(experts[0]._modules["3"], leaf), Linear4bit) for leaf in experts[0].projections)
     torch.testing.assert_close(logits(model), logits(with_quantized_matrices(dense)), rtol=1e-4, atol=1e-5)
+    # As one operation, whose activation is known.
+    assert all(module._held.table is not None for module in experts)
 
     model.save_pretrained(tmp_path / "packed")
     saved = files(tmp_path / "packed")
