@@ -2,9 +2,9 @@
 
     python benches/cuda_moe.py [--tokens 1,8,32] [--shape 128x2048x768] [--top-k 8] [--nested] [--no-peers]
 
-Experts are drawn anew for each call, and two layers taken in turn, so that no call finds its weights in the second-level
-cache; each figure is one call inside a replayed CUDA graph, sorting and the weighted sum included. The floor reads the codes
-and scales of the experts that a call's tokens have, once.
+Experts are drawn anew for each call, and two layers taken in turn, so that no call finds its weights in the
+second-level cache; each figure is one call inside a replayed CUDA graph, sorting and the weighted sum included. The
+floor reads the codes and scales of the experts that a call's tokens have, once.
 """
 
 from __future__ import annotations

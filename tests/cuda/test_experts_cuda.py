@@ -53,11 +53,21 @@ class Experts:
                 matrices.append(read.view(shape).double())
             dense.append(torch.stack(matrices))
         native = _native.CudaExperts(
-            torch.cuda.current_device(), NAMES[dtype], experts, hidden, intermediate, gated, quant_type, blocksize, nested
+            torch.cuda.current_device(),
+            NAMES[dtype],
+            experts,
+            hidden,
+            intermediate,
+            gated,
+            quant_type,
+            blocksize,
+            nested,
         )
         return Experts(native, torch.tensor(rows, dtype=torch.int64, device="cuda"), dense, held, dtype)
 
-    def __call__(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, activation: str = "silu") -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, activation: str = "silu"
+    ) -> torch.Tensor:
         """By the kernels."""
         tokens, top_k = ids.shape
         y = torch.full_like(x, float("nan"))

@@ -259,7 +259,14 @@ def of_experts_few(source: Described) -> Iterator[Check]:
         for nested in (False, True):
             for k, plan in ((192, experts.Plan(2, 2, 4, 4)), (1088, experts.Plan(1, 1, 8, 2, routes=False))):
                 product = experts.Product.random(
-                    choices, 64, k, dtype, projections=1 + nested, gathers=k == 192 or nested, nested=nested, bias=nested
+                    choices,
+                    64,
+                    k,
+                    dtype,
+                    projections=1 + nested,
+                    gathers=k == 192 or nested,
+                    nested=nested,
+                    bias=nested,
                 )
                 yield experts.few(source, product, plan, "silu" if nested else "none")
 
