@@ -36,8 +36,8 @@ SKEWED = Choices.of_counts([0, 1, 9, 40], 2, none=[4, -1])
 EVEN = Choices.of_counts([1, 2, 0, 3, 1, 1, 2, 2], 4)
 
 # Choices, n, k, block size and plan: rows and K of one block, of parts that differ in length, of several k-tiles;
-# blocks of threads with several segments, one, and none; passes of one tile for each group, of fewer, and of all; units of
-# several tiles.
+# blocks of threads with several segments, one, and none; passes of one tile for each group, of fewer, and of all;
+# units of several tiles.
 SHAPES = [
     (EVEN, 64, 64, 64, Plan(3, 1, 16, 4)),
     (SKEWED, 64, 192, 64, Plan(5, 2, 8, 2)),
