@@ -278,11 +278,11 @@ impl Experts {
         parts: &Workspace,
         y: u64,
     ) -> Result<&'static str> {
-        let few = Few::new(self, choices.slots());
+        let few = Few::new(self);
         let routed = Routed::new(workspace, parts, few.routes_itself(choices.slots()));
         if !few.routes_itself(choices.slots()) {
             // SAFETY: the caller's.
-            unsafe { route::route(self, stream, choices, few.columns(), &routed) }?;
+            unsafe { route::route(self, stream, choices, few::COLUMNS, &routed) }?;
         }
         // SAFETY: the caller's.
         unsafe { few.up(self, stream, choices, matrices, activation, x, &routed, y) }
@@ -305,7 +305,7 @@ impl Experts {
         if !legal.contains(&weights.dtype) {
             return Err(Error::dtype("weights_dtype", weights.dtype.as_str(), &legal));
         }
-        let few = Few::new(self, choices.slots());
+        let few = Few::new(self);
         let routed = Routed::new(workspace, parts, few.routes_itself(choices.slots()));
         let out = workspace + parts.out as u64;
         // SAFETY: the caller's.
