@@ -40,7 +40,7 @@ from halfbyte.ops.checks_8bit import (
     check_linear_8bit_backward,
     check_quantize_rows_outliers,
 )
-from halfbyte.ops.packed import PackedWeight, packed_weight
+from halfbyte.ops.packed import PackedWeight, packed_weight, plain_weight
 
 _logger = logging.getLogger(__name__)
 
@@ -308,6 +308,7 @@ def linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     Up to some hundred rows go to kernels that read the packed weight; for more it is dequantized, part by part, into
     memory that torch's matrix product reads.
     """
+    weight = plain_weight(weight)
     check_weight(weight)
     check_product(x, "x", bias, weight, 1)
     packed, (absmax, absmax2, offset, (n, k), blocksize, quant_type, _) = weight

@@ -9,6 +9,7 @@ mod cuda;
 mod cuda_int8;
 #[cfg(feature = "cuda")]
 mod cuda_linear;
+mod dlpack;
 mod error;
 mod gemm;
 mod int8;
@@ -33,6 +34,7 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     #[cfg(feature = "cuda")]
     cuda_int8::register(m)?;
     checkpoint::register(m)?;
+    m.add_function(wrap_pyfunction!(dlpack::read_tensors_of, m)?)?;
     gemm::register(m)?;
     int8::register(m)?;
     int8_rowwise::register(m)?;
