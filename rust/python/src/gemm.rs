@@ -81,7 +81,10 @@ type Tensors<'a, 'py> = [&'a Bound<'py, PyAny>; 7];
 
 impl CpuLinear {
     /// The rows of x, and the addresses of all tensors, 0 for those that are None; or `None` if one is not as it should be.
-    fn addresses(&self, [x, packed, absmax, absmax2, offset, bias, out]: Tensors<'_, '_>) -> Option<(usize, [usize; 7])> {
+    fn addresses(
+        &self,
+        [x, packed, absmax, absmax2, offset, bias, out]: Tensors<'_, '_>,
+    ) -> Option<(usize, [usize; 7])> {
         let x = dlpack::tensor(x)?;
         let m = x.count / self.k;
         if x.last != self.k || x.dtype != Some(self.dtype) {
