@@ -230,14 +230,14 @@ def build(source: Path, mode_name: str, command: list[str] | None = None) -> Pat
     return target
 
 
-def sources() -> list[Path]:
-    """The kernels' sources, and those that test the engine."""
-    return [*kernel_sources(), *sorted((HERE / "tests").glob("*.cu"))]
-
-
 def kernel_sources() -> list[Path]:
     """The sources that are compiled to PTX."""
     return sorted({module.path for module in MODULES})
+
+
+def engine_sources() -> list[Path]:
+    """The sources that test the engine."""
+    return sorted((HERE / "tests").glob("*.cu"))
 
 
 def build_all(pairs: list[tuple[Path, str]]) -> dict[tuple[Path, str], Path | BuildError]:
@@ -260,7 +260,7 @@ def main() -> None:
     if len(sys.argv) == 3:
         pairs = [(Path(sys.argv[1]).resolve(), sys.argv[2])]
     elif len(sys.argv) == 1:
-        pairs = [(source, mode_name) for source in sources() for mode_name in MODES]
+        pairs = [(source, mode_name) for source in kernel_sources() + engine_sources() for mode_name in MODES]
     else:
         raise SystemExit(__doc__)
     for built in build_all(pairs).values():
