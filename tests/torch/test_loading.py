@@ -382,6 +382,9 @@ def test_load_quantized_broken_files_and_other_formats(folder: Path) -> None:
             halfbyte.CheckpointError, match=r"model\.safetensors: is not a whole safetensors file \(.*\); save"
         ):
             halfbyte.load_quantized(empty(mlp), folder)
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(halfbyte.CheckpointError, match=r"model\.safetensors: is a Git LFS pointer .* `git lfs pull`"):
+        halfbyte.load_quantized(empty(mlp), folder)
     path.write_bytes(whole)
     (folder / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
     with pytest.raises(

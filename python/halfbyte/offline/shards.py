@@ -65,9 +65,15 @@ def open_shard(file: Path, framework: str, **how: Any) -> Any:
     try:
         return safe_open(file, framework=framework, **how)
     except SafetensorError as error:
-        raise CheckpointError(
-            f"{file}: is not a whole safetensors file ({error}); save, or download, it again"
-        ) from None
+        raise not_whole(file, error) from None
+
+
+def not_whole(file: str | os.PathLike[str], error: SafetensorError) -> CheckpointError:
+    """A file that safetensors refuses: what it is instead, or what safetensors says."""
+    with Path(file).open("rb") as stream:
+        if stream.read(8) == b"version ":
+            return CheckpointError(f"{file}: is a Git LFS pointer and not the weights: fetch them with `git lfs pull`")
+    return CheckpointError(f"{file}: is not a whole safetensors file ({error}); save, or download, it again")
 
 
 def lacking(file: Path, names: list[str]) -> CheckpointError:

@@ -27,7 +27,7 @@ from halfbyte.models.load import layer_shape
 from halfbyte.models.packed import Packed
 from halfbyte.models.recipe import shape_of
 from halfbyte.models.transformers_experts import mapping_for
-from halfbyte.offline.shards import AGAIN
+from halfbyte.offline.shards import AGAIN, not_whole
 from halfbyte.offline.transformers_names import renamed
 
 
@@ -142,9 +142,7 @@ class _Checkpoint:
             try:
                 handle = self._handles[file] = stack.enter_context(safe_open(file, framework="pt"))
             except SafetensorError as error:
-                raise CheckpointError(
-                    f"{file}: is not a whole safetensors file ({error}); save, or download, it again"
-                ) from None
+                raise not_whole(file, error) from None
             for name in handle.keys():  # noqa: SIM118  (not a dict)
                 if self.files.setdefault(name, file) != file:
                     self.twice[name] = file
