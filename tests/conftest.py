@@ -25,8 +25,8 @@ if find_spec("hypothesis"):
     settings.load_profile("halfbyte")
 
 
-# The files that take longest, longest first. Processes that share the files among them begin with these, so that none is
-# left alone with a long one at the end.
+# The files that take longest, longest first. Processes that share the files among them begin with these, so that none
+# is left alone with a long one at the end.
 LONGEST = (
     "interop/test_processes.py",
     "emulator/test_emulator_sanitizers.py",

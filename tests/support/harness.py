@@ -324,10 +324,9 @@ def concerns(source: Path, mode: str) -> bool:
 
 
 @functools.cache
-def _built(mode: str, for_engine: bool) -> dict[Path, Path | build_emulator.BuildError]:
-    """The kernels' sources in a mode, or those that test the engine: all at once, for they are built side by side."""
-    sources = build_emulator.engine_sources() if for_engine else build_emulator.kernel_sources()
-    pairs = [(source, mode) for source in sources if concerns(source, mode)]
+def _built(mode: str) -> dict[Path, Path | build_emulator.BuildError]:
+    """The kernels' sources in a mode: all at once, for they are built side by side."""
+    pairs = [(source, mode) for source in build_emulator.kernel_sources() if concerns(source, mode)]
     return {source: result for (source, _), result in build_emulator.build_all(pairs).items()}
 
 
@@ -335,7 +334,9 @@ def _built(mode: str, for_engine: bool) -> dict[Path, Path | build_emulator.Buil
 def built(source: Path, mode: str) -> Library | Program:
     """A source in a mode. A kernel that does not compile fails the test."""
     need(mode)
-    result = _built(mode, source in build_emulator.engine_sources())[source]
+    # Each source that tests the engine has its own file of tests: those of the kernels are not built for it.
+    of_engine = source in build_emulator.engine_sources()
+    result = build_emulator.build(source, mode) if of_engine else _built(mode)[source]
     if isinstance(result, build_emulator.BuildError):
         raise result
     return Library(result) if result.suffix == ".so" else Program(result)
