@@ -158,11 +158,12 @@ emulator: setup-test develop ## run the kernels on the processor: the core's bit
 cargo-test: rust-toolchain ## the Rust tests, without Python
 	cargo test --release --locked --quiet
 
-# The files of the suite, shared among a process for each core; each process then has one thread for products.
+# The files of the suite, shared among a process for each core, in the order of tests/conftest.py; each process then has
+# one thread for products.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 1)
 pytest: export OMP_NUM_THREADS := $(or $(OMP_NUM_THREADS),1)
 pytest: setup-test develop ## the Python tests
-	$(py) -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+	$(py) -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # An environment for each set of releases, over the packages of VENV: only what differs is installed. pip says that
 # packages which these tests do not use with that set, such as TRL with the oldest, do not fit it.
@@ -178,7 +179,7 @@ MATRIX_TESTS := tests/interop $(patsubst %,tests/torch/test_%.py,functional load
 test-matrix: setup-test develop .matrix/oldest/.made .matrix/newest/.made ## scenarios and torch tests with the oldest and the newest releases
 	@for set in oldest newest; do \
 	    echo "== $$set: $$(grep -v '^#' requirements/matrix-$$set.txt | tr '\n' ' ')"; \
-	    .matrix/$$set/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(MATRIX_TESTS) $(ARGS) || failed="$$failed $$set"; \
+	    .matrix/$$set/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(MATRIX_TESTS) $(ARGS) || failed="$$failed $$set"; \
 	done; test -z "$$failed" || { echo "error: failed with the releases of:$$failed" >&2; exit 1; }
 
 bench: setup-test develop ## the benches, as tables; minutes, on a quiet machine (benches/RESULTS.md)

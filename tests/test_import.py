@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fresh
 import halfbyte
 import pytest
 from halfbyte._extras import require
@@ -230,7 +231,7 @@ def test_bitsandbytes_is_real_wherever_it_is_installed(tmp_path, folder):
 
 def test_bitsandbytes_that_is_served_is_not_the_real_one():
     pytest.importorskip("torch")
-    done = run_python(
+    done = fresh.run(
         "import halfbyte.compat\n"
         "from halfbyte.integrations.served import has_bitsandbytes\n"
         "halfbyte.compat.install()\nprint(has_bitsandbytes())\nimport bitsandbytes\nprint(has_bitsandbytes())"

@@ -6,21 +6,25 @@
 A mode is "library" (a shared library, for many launches), "asan" (a program with AddressSanitizer and
 UndefinedBehaviorSanitizer), "tsan" (a program with ThreadSanitizer, whose threads are those of the kernel), "stores" (a
 library that knows each access to shared memory, for what copies and matrix units do there), or "ucontext" (a library
-with the portable way to switch stacks). What was built of the same files in the same way is not
-built again: .cache/emulator/ of the repository keeps it.
+with the portable way to switch stacks). What was built of the same files in the same way is not built again:
+.cache/emulator/ of the repository keeps it, for any number of processes that build at the same time.
 """
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,15 +155,29 @@ def listing(source: Path, command: list[str]) -> str:
     )
 
 
-def place(output: Path, command: list[str]) -> None:
-    """Run the command that ends with where to write, and put what it wrote to `output` in one step."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f"{output.stem}.{os.getpid()}{output.suffix}")
-    try:
-        execute([*command, str(partial)])
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
+@contextmanager
+def making(target: Path) -> Iterator[Path | None]:
+    """A folder to make `target` in, which only this thread of this process does meanwhile; None when it is there.
+
+    Others wait. The file that the caller leaves in the folder under the target's name then takes its place in one step.
+    The system frees the lock of a process that is killed, and the next one throws away what that one had begun.
+    """
+    if target.exists():
+        yield None
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_name(f"{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists():
+            yield None
+            return
+        prefix = f"{target.name}.partial-"
+        for abandoned in target.parent.glob(f"{prefix}*"):
+            shutil.rmtree(abandoned, ignore_errors=True)
+        # A new name each time: a compiler that outlived its killed process may still write to the old one.
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent, ignore_cleanup_errors=True) as folder:
+            yield Path(folder)
+            Path(folder, target.name).replace(target)
 
 
 def engine(mode: Mode, command: list[str]) -> list[Path]:
@@ -172,8 +190,9 @@ def engine(mode: Mode, command: list[str]) -> list[Path]:
         words = [*command, "-O3", *COMMON, "-fvisibility=hidden", *defines]
         name = digest([source, *own_headers], version(tuple(command)), *words)
         target = CACHE / f"{source.stem}-{name}.o"
-        if not target.exists():
-            place(target, [*words, "-c", str(source), "-o"])
+        with making(target) as folder:
+            if folder:
+                execute([*words, "-c", str(source), "-o", str(folder / target.name)])
         objects.append(target)
     return objects
 
@@ -200,28 +219,25 @@ def build(source: Path, mode_name: str, command: list[str] | None = None) -> Pat
     name = digest(files, version(tuple(command)), *words, *mode.link, *mode.defines, *map(str, instances(source)))
     shared = "-shared" in mode.link
     target = CACHE / f"{source.stem}-{mode_name}-{name}{'.so' if shared else ''}"
-    if target.exists():
-        return target
-    table = CACHE / f"{source.stem}-{name}.cpp"
-    table.parent.mkdir(parents=True, exist_ok=True)
-    table.write_text(listing(source, command), encoding="utf-8")
-    compiled = table.with_suffix(".o")
-    place(compiled, [*words, "-c", str(table), "-o"])
-    objects = [str(path) for path in [compiled, *engine(mode, command)]]
-    # What a library is linked with comes behind what needs it.
-    place(target, [*command, "-pthread", *objects, *mode.link, "-o"])
-    compiled.unlink()
+    with making(target) as folder:
+        if folder:
+            table, compiled = folder / "kernels.cpp", folder / "kernels.o"
+            table.write_text(listing(source, command), encoding="utf-8")
+            execute([*words, "-c", str(table), "-o", str(compiled)])
+            objects = [str(path) for path in [compiled, *engine(mode, command)]]
+            # What a library is linked with comes behind what needs it.
+            execute([*command, "-pthread", *objects, *mode.link, "-o", str(folder / target.name)])
     return target
-
-
-def sources() -> list[Path]:
-    """The kernels' sources, and those that test the engine."""
-    return [*kernel_sources(), *sorted((HERE / "tests").glob("*.cu"))]
 
 
 def kernel_sources() -> list[Path]:
     """The sources that are compiled to PTX."""
     return sorted({module.path for module in MODULES})
+
+
+def engine_sources() -> list[Path]:
+    """The sources that test the engine."""
+    return sorted((HERE / "tests").glob("*.cu"))
 
 
 def build_all(pairs: list[tuple[Path, str]]) -> dict[tuple[Path, str], Path | BuildError]:
@@ -244,7 +260,7 @@ def main() -> None:
     if len(sys.argv) == 3:
         pairs = [(Path(sys.argv[1]).resolve(), sys.argv[2])]
     elif len(sys.argv) == 1:
-        pairs = [(source, mode_name) for source in sources() for mode_name in MODES]
+        pairs = [(source, mode_name) for source in kernel_sources() + engine_sources() for mode_name in MODES]
     else:
         raise SystemExit(__doc__)
     for built in build_all(pairs).values():

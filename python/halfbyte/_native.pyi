@@ -65,6 +65,7 @@ __all__ = [
     "quantize_8bit",
     "quantize_rows",
     "quantize_rows_outliers",
+    "read_tensors_of",
     "run_plan",
     "select",
     "set_threads",
@@ -165,6 +166,23 @@ class CpuLinear:
         where there is one, else of a pool.
         """
 
+    def forward_tensors(
+        self,
+        x: object,
+        packed: object,
+        absmax: object,
+        absmax2: object,
+        offset: object,
+        bias: object,
+        out: object,
+        threads: int,
+    ) -> bool:
+        """`forward` of tensors of torch, or None; `m` is what the size of `x` says.
+
+        False, and nothing is done, where a tensor is empty, not contiguous, not on the CPU, or not of the dtype and the
+        size that it should have, and where `read_tensors_of` gave False.
+        """
+
     def backward(
         self,
         m: int,
@@ -255,6 +273,12 @@ def simd() -> str:
 
 def cpu_features() -> list[str]:
     """The processor's features that matter here."""
+
+def read_tensors_of(cls: type) -> bool:
+    """From now on, read tensors of this class and of those derived from it directly, by DLPack's C interface.
+
+    False where the class has no such interface (torch before 2.10); `CpuLinear.forward_tensors` then gives False.
+    """
 
 def set_threads(threads: int) -> None:
     """Use 1 to 4096 threads from now on."""

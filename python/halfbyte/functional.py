@@ -49,7 +49,7 @@ from halfbyte.ops.int8 import (
     int8_vectorwise_dequant,
     int8_vectorwise_quant,
 )
-from halfbyte.ops.packed import PackedWeight, packed_weight
+from halfbyte.ops.packed import PackedWeight, packed_weight, plain_weight
 from halfbyte.state import QuantState
 
 __all__ = [
@@ -210,7 +210,7 @@ def dequantize_4bit(
         if direct is None:
             result = out.copy_(dispatch.call("dequantize_4bit", weight, dtype))
         else:
-            result = direct.dequantize_4bit(dispatch.plain_weight(weight), dtype, out)
+            result = direct.dequantize_4bit(plain_weight(weight), dtype, out)
             _tell_autograd(out)
     # Codes that come transposed are those of a weight that is wanted transposed.
     sizes = A.shape

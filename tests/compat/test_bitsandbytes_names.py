@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from functools import cache
 from typing import Any
 
+import fresh
 import pytest
 
 pytest.importorskip("torch")
@@ -83,9 +81,8 @@ PASSING = {
 
 @cache
 def listed(layer: bool) -> dict[str, dict[str, Any]]:
-    kept = {k: v for k, v in os.environ.items() if k != "HALFBYTE_BITSANDBYTES"}
-    code = ("import halfbyte.compat; halfbyte.compat.install()\n" if layer else "") + LIST
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=kept)
+    install = "import halfbyte.compat; halfbyte.compat.install()\n" if layer else ""
+    done = fresh.run("import warnings; warnings.simplefilter('ignore')\n" + install + LIST)
     assert done.returncode == 0, done.stderr
     found: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return {name.removeprefix("."): names for name, names in found.items()}

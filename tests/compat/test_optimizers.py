@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -65,9 +63,7 @@ torch.save(out, sys.argv[1])
 
 
 def run(code: str, *arguments: str) -> None:
-    kept = {k: v for k, v in os.environ.items() if k != "HALFBYTE_BITSANDBYTES"}
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=kept)
-    assert done.returncode == 0, done.stderr
+    fresh.passes(f"import sys\nsys.argv[1:] = {list(arguments)}\n{code}")
 
 
 @pytest.mark.slow

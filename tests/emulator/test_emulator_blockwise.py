@@ -13,6 +13,7 @@ import values
 from halfbyte import _native
 from harness import Buffer, Launch, int32, int64, library, pointers, run_both_ways
 from native import BLOCK_SIZES, QUANT_TYPES, STORED
+from thorough import thorough
 
 DTYPES = tuple(STORED)
 # Around a thread's eight values, a block's and a warp's, and around what a block of threads takes in a step and in all.
@@ -23,7 +24,7 @@ def check(name: str, found: launches.Check) -> None:
     found.against(run_both_ways(library(name), found.case))
 
 
-@pytest.mark.parametrize("blocksize", BLOCK_SIZES)
+@pytest.mark.parametrize("blocksize", thorough(BLOCK_SIZES, quick=(32, 64, 4096)))
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_quantize(dtype: str, quant_type: str, blocksize: int) -> None:
@@ -59,7 +60,7 @@ def test_quantize_where_codes_change(quant_type: str, blocksize: int, slow: bool
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
-@pytest.mark.parametrize("blocksize", BLOCK_SIZES)
+@pytest.mark.parametrize("blocksize", thorough(BLOCK_SIZES, quick=(32, 64, 4096)))
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dequantize(dtype: str, quant_type: str, blocksize: int, nested: bool) -> None:

@@ -12,6 +12,7 @@ import values
 from harness import Buffer, Launch, int64, library, pointers, run_both_ways
 from native import BLOCK_SIZES, QUANT_TYPES, STORED
 from test_emulator_blockwise import Sparse
+from thorough import thorough
 
 DTYPES = tuple(STORED)
 MAPS = values.maps()
@@ -115,7 +116,7 @@ def test_dequantize_8bit_rounds_every_code_at_every_scale(dtype: str) -> None:
     )
 
 
-@pytest.mark.parametrize("blocksize", [*BLOCK_SIZES, *ODD_SIZES])
+@pytest.mark.parametrize("blocksize", thorough([*BLOCK_SIZES, *ODD_SIZES], quick=(1, 64, 100, 4096)))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_quantize_8bit(dtype: str, blocksize: int) -> None:
     source = library("quantize_blockwise8")

@@ -13,6 +13,7 @@ import pytest
 from harness import Case, built, library, run_both_ways
 from launches import Scales
 from launches_gemm import Product, Tile
+from thorough import thorough
 
 TOKENS = (64, 96, 128, 192, 256)
 # Rows of x, N, K, the block size, and the parts of K: tails of each, one unit of K and several, the last one short.
@@ -30,7 +31,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+@pytest.mark.parametrize("dtype", thorough(["bf16", "f16"], quick=("bf16",)))
 def test_products(dtype: str, tokens: int) -> None:
     """Within the bound of the kernel's arithmetic, and the same bits in both orders of threads, blocks and copies."""
     source = library("gemm_4bit_tile_sm90a")

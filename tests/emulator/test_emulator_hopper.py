@@ -17,6 +17,7 @@ import pytest
 from harness import Argument, Buffer, Case, KernelError, Launch, SanitizerError, built, lines_of, pointers, tensor_map
 
 PLANTED = build_emulator.HERE / "tests" / "planted_hopper.cu"
+OPERANDS = build_emulator.HERE / "tests" / "operands.cu"
 THREADS = 160
 COLUMNS = 64
 TILE = 8 * COLUMNS
@@ -293,5 +294,5 @@ def test_operands_in_shared_memory(span: int, form: str, highest_first: bool) ->
     out = Buffer(np.zeros((64, 128), np.float32))
     arguments = [pointers(Buffer(a)), pointers(Buffer(b)), pointers(out)]
     launch = Launch(f"operands_{span}_{form}", 1, 128, arguments, 8192 + 16384)
-    found = built(PLANTED, "library").run(Case([launch]), highest_first)[2]
+    found = built(OPERANDS, "library").run(Case([launch]), highest_first)[2]
     assert np.array_equal(found, a.astype(np.float32) @ b.astype(np.float32).T)

@@ -9,6 +9,7 @@ import launches_gemm
 import pytest
 from harness import library, run_both_ways
 from launches_gemm import Product
+from thorough import thorough
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
@@ -83,7 +84,7 @@ SM90 = [
 
 
 @pytest.mark.parametrize(("n", "k", "blocksize", "plan"), SM90)
-@pytest.mark.parametrize("m", [1, 3, 8, 9, 16, 17, 32])
+@pytest.mark.parametrize("m", thorough([1, 3, 8, 9, 16, 17, 32], quick=(1, 9, 32)))
 def test_small_m_sm90(m: int, n: int, k: int, blocksize: int, plan: tuple[int, int, int]) -> None:
     rows, slots, per_pass = plan
     source = library(launches_gemm.Ring(m, k, slots).family)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
-diffusers = pytest.importorskip("diffusers")
 
 import halfbyte  # noqa: E402
 from halfbyte.nn import Linear4bit, Linear8bitLt  # noqa: E402
@@ -18,6 +18,12 @@ CONFIGS = {
 }
 
 
+@pytest.fixture(scope="module")
+def diffusers() -> Any:
+    """The library, which takes seconds to import: not while tests are collected."""
+    return pytest.importorskip("diffusers")
+
+
 def packed(model: torch.nn.Module, bits: int) -> dict[str, torch.Tensor]:
     cls = {4: Linear4bit, 8: Linear8bitLt}[bits]
     return {name: m.weight.data for name, m in model.named_modules() if isinstance(m, cls)}
@@ -25,7 +31,7 @@ def packed(model: torch.nn.Module, bits: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("bits", CONFIGS)
 @pytest.mark.parametrize("size", ["10GB", "20KB"])
-def test_diffusers_loads_saves_and_dequantizes(tmp_path: Path, bits: int, size: str) -> None:
+def test_diffusers_loads_saves_and_dequantizes(diffusers: Any, tmp_path: Path, bits: int, size: str) -> None:
     torch.manual_seed(0)
     dense = diffusers.Transformer2DModel(
         num_attention_heads=2, attention_head_dim=32, in_channels=32, num_layers=1, norm_num_groups=8
@@ -53,7 +59,7 @@ def test_diffusers_loads_saves_and_dequantizes(tmp_path: Path, bits: int, size: 
         torch.testing.assert_close(again.dequantize()(x, return_dict=False)[0], expected, **close)
 
 
-def test_diffusers_8bit_names_weights_that_are_not_finite(tmp_path: Path) -> None:
+def test_diffusers_8bit_names_weights_that_are_not_finite(diffusers: Any, tmp_path: Path) -> None:
     dense = diffusers.Transformer2DModel(
         num_attention_heads=2, attention_head_dim=32, in_channels=32, num_layers=1, norm_num_groups=8
     )
@@ -65,7 +71,7 @@ def test_diffusers_8bit_names_weights_that_are_not_finite(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("how", ["loaded", "quantized"])
-def test_diffusers_saves_the_compute_dtype_that_was_used(how: str, tmp_path: Path) -> None:
+def test_diffusers_saves_the_compute_dtype_that_was_used(diffusers: Any, how: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = halfbyte.BitsAndBytesConfig(load_in_4bit=True)
     dense = diffusers.Transformer2DModel(

@@ -24,7 +24,8 @@ def names(kind: str) -> list[str]:
     """The scenarios of a kind of process, without importing what they import."""
     return [
         node.name
-        for path in ([SCRIPT] if kind == "late" else sorted(SCRIPT.parent.glob("scenarios*.py")))
+        for path in sorted(SCRIPT.parent.glob("scenarios_*.py"))
+        if kind != "late" or path.stem in ("scenarios_loading", "scenarios_qlora")
         for node in ast.parse(path.read_text(encoding="utf-8")).body
         if isinstance(node, ast.FunctionDef)
         and any(isinstance(mark, ast.Name) and mark.id == "scenario" for mark in node.decorator_list)

@@ -20,25 +20,36 @@ def folder_with(tmp_path: Path, data: bytes) -> Path:
 
 
 @pytest.mark.parametrize(
-    "data",
+    ("data", "text"),
     [
-        b"",
-        b"{",
-        b"[]",
-        b'"x"',
-        b"null",
-        b'{"a": NaN}',
-        b"\xef\xbb\xbf{}",
-        b'{"a": "\xff"}',
-        b"[" * 100_000,
-        b'{"a":' * 100_000,
-        b'{"a": ' + b"9" * 5000 + b"}",
+        (b"", "is not valid JSON (Expecting value"),
+        (b"{", "is not valid JSON (Expecting property name"),
+        (b"[]", "must hold a JSON object, got an array"),
+        (b'"x"', "must hold a JSON object, got a string"),
+        (b"null", "must hold a JSON object, got null"),
+        (b'{"a": NaN}', "is not valid JSON (it holds NaN); save, or download, it again"),
+        (b"\xef\xbb\xbf{}", "is not valid JSON (Unexpected UTF-8 BOM"),
+        (b'{"a": "\xff"}', "is not valid JSON ('utf-8' codec can't decode"),
+        (b"[" * 100_000, "is nested too deeply for a model's configuration"),
+        (b'{"a":' * 100_000, "is nested too deeply for a model's configuration"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "is not valid JSON (Exceeds the limit"),
     ],
 )
-def test_config_json_that_is_bad_is_named(data, tmp_path):
-    with pytest.raises(halfbyte.CheckpointError, match=r"config\.json: ") as caught:
+def test_config_json_that_is_bad_is_named(data, text, tmp_path):
+    with pytest.raises(halfbyte.CheckpointError) as caught:
         _config_json.read_config(folder_with(tmp_path, data))
+    assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: {text}")
     assert "\n" not in str(caught.value)
+
+
+def test_config_json_that_is_a_folder_or_too_large_is_named(tmp_path, monkeypatch):
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(halfbyte.CheckpointError, match=r"config\.json: is not a file"):
+        _config_json.read_config(tmp_path)
+    (tmp_path / "config.json").rmdir()
+    monkeypatch.setattr(_config_json, "MAX_BYTES", 3)
+    with pytest.raises(halfbyte.CheckpointError, match=r"must be a model's configuration of at most 3 bytes, got 4"):
+        _config_json.read_config(folder_with(tmp_path, b"{  }"))
 
 
 def test_config_json_keeps_infinity_and_gives_the_core_null(tmp_path):

@@ -332,7 +332,11 @@ def need(mode: str) -> None:
 
 
 def concerns(source: Path, mode: str) -> bool:
-    """Whether a source is built in a mode."""
+    """Whether a source is built in a mode.
+
+    Only the engine's own kernels are tried with the portable way to switch stacks; and what copies and matrix units do
+    in shared memory only where there are such.
+    """
     if mode == "ucontext":
         return source.parent.name == "tests"
     return mode != "stores" or "wgmma.cuh" in {file.name for file in sources_of(source)}
@@ -340,10 +344,8 @@ def concerns(source: Path, mode: str) -> bool:
 
 @functools.cache
 def _built(mode: str) -> dict[Path, Path | build_emulator.BuildError]:
-    """Every source in a mode: all at once, for they are built side by side."""
-    # Only the engine's own kernels are tried with the portable way to switch stacks; and what copies and matrix units
-    # do in shared memory only where there are such.
-    pairs = [(source, mode) for source in build_emulator.sources() if concerns(source, mode)]
+    """The kernels' sources in a mode: all at once, for they are built side by side."""
+    pairs = [(source, mode) for source in build_emulator.kernel_sources() if concerns(source, mode)]
     return {source: result for (source, _), result in build_emulator.build_all(pairs).items()}
 
 
@@ -351,7 +353,9 @@ def _built(mode: str) -> dict[Path, Path | build_emulator.BuildError]:
 def built(source: Path, mode: str) -> Library | Program:
     """A source in a mode. A kernel that does not compile fails the test."""
     need(mode)
-    result = _built(mode)[source]
+    # Each source that tests the engine has its own file of tests: those of the kernels are not built for it.
+    of_engine = source in build_emulator.engine_sources()
+    result = build_emulator.build(source, mode) if of_engine else _built(mode)[source]
     if isinstance(result, build_emulator.BuildError):
         raise result
     return Library(result) if result.suffix == ".so" else Program(result)

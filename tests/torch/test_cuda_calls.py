@@ -12,6 +12,7 @@ import torch_reference as ref
 from cuda_stand_in import StandIn
 from halfbyte.backends import cpu as _cpu
 from halfbyte.backends import cuda as _cuda
+from halfbyte.backends import cuda_8bit, cuda_memory
 from halfbyte.codebooks import quant_map
 from halfbyte.ops.packed import packed_weight
 
@@ -23,13 +24,15 @@ TINY = 2.0**-24  # half a step of float16 below its normal numbers, twice
 def native(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     """The stand-in, in the core's place."""
     stand_in = StandIn()
-    monkeypatch.setattr(_cuda, "_native", stand_in)
-    monkeypatch.setattr(_cuda, "current_stream", lambda device: 0)
+    for module in (_cuda, cuda_8bit):
+        monkeypatch.setattr(module, "_native", stand_in)
+    for module in (_cuda, cuda_8bit, cuda_memory):
+        monkeypatch.setattr(module, "current_stream", lambda device: 0)
     _cuda._kernel.cache_clear()
-    _cuda._kernel_8bit.cache_clear()
+    cuda_8bit._kernel_8bit.cache_clear()
     yield stand_in
     _cuda._kernel.cache_clear()
-    _cuda._kernel_8bit.cache_clear()
+    cuda_8bit._kernel_8bit.cache_clear()
 
 
 def weight(n, k, dtype=torch.float32, *, nested=False, quant_type="nf4", blocksize=64, storage=torch.uint8):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
 
+import fresh
 import halfbyte
 import pytest
 import torch
@@ -260,4 +259,4 @@ def test_threads_follow_torch():
         "for n in (1, 2, 3):\n"
         "    torch.set_num_threads(n); quantize_4bit(torch.ones(8)); assert _native.get_threads() == n, n\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    fresh.passes(code)

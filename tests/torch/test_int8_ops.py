@@ -14,6 +14,7 @@ from halfbyte.ops.checks import DTypeError
 from halfbyte.ops.checks_8bit import MOST_COLUMNS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thorough import thorough
 
 ops = torch.ops.halfbyte
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -144,7 +145,7 @@ def test_autocast_changes_nothing(threshold):
 
 
 @pytest.mark.parametrize("threshold", THRESHOLDS)
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", thorough(FLOATS, quick=(torch.bfloat16,)), ids=str)
 def test_opcheck_linear_8bit(dtype, threshold):
     for n, k in ((7, 65), (1, 1)):
         codes, scales = weight(n, k)

@@ -1,9 +1,8 @@
 """Layers that a real bitsandbytes takes for its own, and PEFT's 4-bit layers around them."""
 
-import subprocess
-import sys
 import textwrap
 
+import fresh
 import pytest
 
 pytest.importorskip("torch")
@@ -56,11 +55,7 @@ offer("bitsandbytes", nn=nn, functional=halfbyte.functional, __version__="0.50.2
 
 def run(code, parts=PARTS):
     """Run code in a process of its own: what is imported first matters, and classes are joined once."""
-    done = subprocess.run(
-        [sys.executable, "-c", parts + textwrap.dedent(code)], capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    fresh.passes(parts + textwrap.dedent(code))
 
 
 @pytest.mark.slow

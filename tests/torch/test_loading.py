@@ -276,15 +276,21 @@ def reshape(state: dict[str, Any]) -> None:
     ("change", "text"),
     [
         (lambda s: s.pop("2.bias"), "the checkpoint lacks 2.bias"),
-        (lambda s: s.pop("2.weight"), "2.weight is missing, but 2.weight.absmax is there"),
+        (
+            lambda s: s.pop("2.weight"),
+            "model.safetensors: 2.weight.absmax is a part of a packed weight, but the checkpoint lacks 2.weight; it",
+        ),
         (lambda s: s.update(extra=torch.ones(1)), "Sequential has no place for extra"),
         (lambda s: s.update({"2.bias": torch.ones(31)}), "2.bias is [31], the model has [32]"),
         (lambda s: s.pop("0.weight.absmax"), "0.weight: quant state: missing absmax"),
         (lambda s: s.update({"0.weight.absmax": torch.ones(7)}), "0.weight: "),
         (lambda s: s.update({"0.weight": s["0.weight"][:-1].clone()}), "0.weight: "),
         (lambda s: s.update({STATE: torch.zeros(4, dtype=torch.uint8)}), "0.weight: "),
-        (reshape, "0.weight: holds [64, 96], 0 of the model has [96, 64]"),
-        (lambda s: s.pop(STATE), "0.weight.absmax is there, but neither"),
+        (reshape, "0.weight: holds [64, 96], 0 of the model has [96, 64]; build the model with the configuration that"),
+        (
+            lambda s: s.pop(STATE),
+            "0.weight.absmax is a part of a packed weight, but the checkpoint lacks 0.weight.quant_state",
+        ),
         (lambda s: s.update({"0.SCB": torch.ones(96)}), "8 bits"),
         (lambda s: [s.pop(k) for k in list(s) if "weight" in k], "holds no 4-bit weight"),
     ],
@@ -332,12 +338,32 @@ def test_load_quantized_4_bit_weight_that_a_model_wants_split(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("table", "text"),
     [
-        ("[]", "weight_map"),
-        ('{"weight_map": {"a": "../a.safetensors"}}', "expected a file inside the folder"),
-        ('{"weight_map": {"a": 3}}', "expected a file inside the folder"),
-        ('{"weight_map": {"a": "none.safetensors"}}', "no such file"),
-        ('{"weight_map": {"a": "part.safetensors"}}', "'a' is missing"),
-        ("{", "weight_map"),
+        (
+            "[]",
+            r'index\.json: is no valid index, an object with "weight_map": tensor name -> file name; save',
+        ),
+        (
+            "{}",
+            r'index\.json: is no valid index, an object with "weight_map": tensor name -> file name; save',
+        ),
+        (
+            '{"weight_map": {"a": "../a.safetensors"}}',
+            r"the file of 'a' must be inside the folder, got '\.\./a\.safetensors'",
+        ),
+        ('{"weight_map": {"a": 3}}', "the file of 'a' must be inside the folder, got 3"),
+        (
+            '{"weight_map": {"a": "none.safetensors"}}',
+            r"none\.safetensors: there is no such file, .*; it is incomplete: save",
+        ),
+        (
+            '{"weight_map": {"a": "part.safetensors"}}',
+            r"part\.safetensors: lacks 'a', which model\..* it is incomplete: save",
+        ),
+        (
+            '{"weight_map": {"a": "part.safetensors", "b": "part.safetensors"}}',
+            r"part\.safetensors: lacks 'a' and 1 more, which model\.safetensors\.index\.json says it holds; it",
+        ),
+        ("{", r"index\.json: is no valid index, .* \(Expecting property name .*\); save, or download, it again"),
     ],
 )
 def test_load_quantized_broken_index(table: str, text: str, folder: Path) -> None:
@@ -352,11 +378,18 @@ def test_load_quantized_broken_files_and_other_formats(folder: Path) -> None:
     whole = path.read_bytes()
     for text in (b"", b"x" * 40, whole[:-5]):
         path.write_bytes(text)
-        with pytest.raises(halfbyte.CheckpointError, match=r"model\.safetensors: not a safetensors file"):
+        with pytest.raises(
+            halfbyte.CheckpointError, match=r"model\.safetensors: is not a whole safetensors file \(.*\); save"
+        ):
             halfbyte.load_quantized(empty(mlp), folder)
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(halfbyte.CheckpointError, match=r"model\.safetensors: is a Git LFS pointer .* `git lfs pull`"):
+        halfbyte.load_quantized(empty(mlp), folder)
     path.write_bytes(whole)
     (folder / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
-    with pytest.raises(halfbyte.CheckpointError, match="gptq"):
+    with pytest.raises(
+        halfbyte.CheckpointError, match=r"is quantized with gptq, .*; load it with the library of that method"
+    ):
         halfbyte.load_quantized(empty(mlp), folder)
     with pytest.raises(halfbyte.CheckpointError, match="no such"):
         halfbyte.load_quantized(empty(mlp), folder / "nowhere")

@@ -217,9 +217,15 @@ def test_load_quantized_embedding_of_8_bits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda s: s.pop("0.SCB"), "0.SCB is missing, but 0.weight_format is there"),
+        (
+            lambda s: s.pop("0.SCB"),
+            "model.safetensors: 0.weight_format is a part of a packed weight, but the checkpoint lacks 0.SCB; it",
+        ),
         (lambda s: (s.pop("0.SCB"), s.pop("0.weight_format")), "0.weight is torch.int8, but its scales 0.SCB are"),
-        (lambda s: s.pop("0.weight"), "0.weight is missing, but"),
+        (
+            lambda s: s.pop("0.weight"),
+            "but the checkpoint lacks 0.weight; it is incomplete: save, or download, it again",
+        ),
         (
             lambda s: s.update({"0.SCB": torch.ones(95)}),
             "0.weight: SCB must have one scale per row, shape [96], got [95]",
@@ -233,7 +239,10 @@ def test_load_quantized_embedding_of_8_bits(tmp_path: Path) -> None:
         ),
         (lambda s: s.update({"0.weight_format": torch.tensor(1)}), "weight_format must be 0 (rows), got 1"),
         (lambda s: s.update({"0.weight.absmax": torch.ones(96)}), "0.weight: has the parts of 4 bits and of 8 bits"),
-        (lambda s: s.update({"7.SCB": torch.ones(9)}), "7.weight is missing, but 7.SCB is there"),
+        (
+            lambda s: s.update({"7.SCB": torch.ones(9)}),
+            "7.SCB is a part of a packed weight, but the checkpoint lacks 7.weight; it is incomplete",
+        ),
     ],
 )
 def test_load_quantized_8bit_that_does_not_fit_changes_nothing(change: Any, text: str, folder: Path) -> None:

@@ -10,7 +10,6 @@ import functools
 import logging
 from collections.abc import Callable
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +40,7 @@ from halfbyte.ops.checks_8bit import (
     check_linear_8bit_backward,
     check_quantize_rows_outliers,
 )
-from halfbyte.ops.packed import PackedWeight, packed_weight
+from halfbyte.ops.packed import PackedWeight, packed_weight, plain_weight
 
 _logger = logging.getLogger(__name__)
 
@@ -66,6 +65,8 @@ def _raw(tensor: Tensor) -> Raw:
     """Address, count and dtype of a contiguous tensor. The caller keeps the tensor alive during the native call."""
     return tensor.data_ptr(), tensor.numel(), _NAMES[tensor.dtype]
 
+
+_native.read_tensors_of(Tensor)
 
 _threads = 0
 
@@ -152,54 +153,46 @@ def dequantize_4bit(weight: PackedWeight, dtype: torch.dtype, out: Tensor | None
     return result if out is None or out is result else out.copy_(result)
 
 
-def _kernel(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> tuple[Callable[..., None], Callable[..., None]]:
+def _kernel(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> _native.CpuLinear:
     """Products with weights of this kind: forward and backward."""
     _, (_, absmax2, _, (n, k), blocksize, quant_type, _) = weight
     bias_name = None if bias is None else _NAMES[bias.dtype]
     return _kernel_of_kind(_NAMES[x.dtype], n, k, quant_type, blocksize, absmax2 is not None, bias_name)
 
 
-@functools.lru_cache(maxsize=4096)
-def _kernel_of_kind(*kind: Any) -> tuple[Callable[..., None], Callable[..., None]]:
-    kernel = _native.CpuLinear(*kind)
-    return kernel.forward, kernel.backward
+_kernel_of_kind = functools.lru_cache(maxsize=4096)(_native.CpuLinear)
 
 
 def linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """`x @ W.T + bias` with the packed `W` [out_features, in_features]; computed in the dtype of `x`."""
+    codes, (absmax, absmax2, offset, shape, _, _, memo) = weight
+    kind = x.dtype, None if bias is None else bias.dtype
+    kernel: _native.CpuLinear | None = None if memo is None else memo.kernels.get(kind)
+    if kernel is not None:
+        # The core reads the tensors itself, in less time than one of them takes to be asked here. What it does not take
+        # goes the long way: to be made contiguous, or to be told what is wrong.
+        out = _for_rows(x, shape[0])
+        if kernel.forward_tensors(x, codes, absmax, absmax2, offset, bias, out, _follow_threads()):
+            return out
+    weight = plain_weight(weight)
     check_weight(weight)
     check_product(x, "x", bias, weight, 1)
-    packed, (absmax, absmax2, offset, shape, _, _, memo) = weight
-    kind = x.dtype, None if bias is None else bias.dtype
-    kernels = None if memo is None else memo.kernels.get(kind)
-    if kernels is None:
-        kernels = _kernel(x, weight, bias)
+    if kernel is None:
+        kernel = _kernel(x, weight, bias)
         if memo is not None:
-            memo.kernels[kind] = kernels
-    x, packed, absmax = x.contiguous(), packed.contiguous(), absmax.contiguous()
-    sizes = x.shape
-    if len(sizes) == 2:
-        m = sizes[0]
-        # Numbers are parsed faster than a tuple of them.
-        out = x.new_empty(m, shape[0])
-    else:
-        m = prod(sizes[:-1])
-        out = x.new_empty((*sizes[:-1], shape[0]))
-    second = third = shift = 0
-    if absmax2 is not None and offset is not None:
-        absmax2 = absmax2.contiguous()
-        second, third = absmax2.data_ptr(), offset.data_ptr()
-    if bias is not None:
-        bias = bias.contiguous()
-        shift = bias.data_ptr()
-    kernels[0](
-        m,
+            memo.kernels[kind] = kernel
+    x, codes = x.contiguous(), weight.codes.contiguous()
+    absmax, absmax2, offset = _scales(weight)
+    bias = None if bias is None else bias.contiguous()
+    out = _for_rows(x, shape[0])
+    kernel.forward(
+        prod(x.shape[:-1]),
         x.data_ptr(),
-        packed.data_ptr(),
+        codes.data_ptr(),
         absmax.data_ptr(),
-        second,
-        third,
-        shift,
+        _address(absmax2),
+        _address(offset),
+        _address(bias),
         out.data_ptr(),
         _follow_threads(),
     )
@@ -210,22 +203,39 @@ def linear_4bit_backward(grad: Tensor, weight: PackedWeight) -> Tensor:
     """`grad @ W` with the packed `W` [out_features, in_features]; computed in the dtype of `grad`."""
     check_weight(weight)
     check_product(grad, "grad", None, weight, 0)
-    packed, (absmax, absmax2, offset, shape, _, _, _) = weight
-    grad, packed, absmax = grad.contiguous(), packed.contiguous(), absmax.contiguous()
-    absmax2 = None if absmax2 is None else absmax2.contiguous()
-    out = grad.new_empty((*grad.shape[:-1], shape[1]))
-    _, backward = _kernel(grad, weight, None)
-    backward(
+    grad, codes = grad.contiguous(), weight.codes.contiguous()
+    absmax, absmax2, offset = _scales(weight)
+    out = _for_rows(grad, weight.packing.shape[1])
+    _kernel(grad, weight, None).backward(
         prod(grad.shape[:-1]),
         grad.data_ptr(),
-        packed.data_ptr(),
+        codes.data_ptr(),
         absmax.data_ptr(),
-        0 if absmax2 is None else absmax2.data_ptr(),
-        0 if offset is None else offset.data_ptr(),
+        _address(absmax2),
+        _address(offset),
         out.data_ptr(),
         _follow_threads(),
     )
     return out
+
+
+def _for_rows(x: Tensor, columns: int) -> Tensor:
+    """Memory for a result with a row for each of `x`."""
+    sizes = x.shape
+    # Numbers are parsed faster than a tuple of them.
+    return x.new_empty(sizes[0], columns) if len(sizes) == 2 else x.new_empty((*sizes[:-1], columns))
+
+
+def _scales(weight: PackedWeight) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The scales, contiguous."""
+    absmax, absmax2, offset, *_ = weight.packing
+    if absmax2 is None or offset is None:
+        return absmax.contiguous(), None, None
+    return absmax.contiguous(), absmax2.contiguous(), offset
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def embedding_4bit(indices: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:

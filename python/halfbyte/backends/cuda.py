@@ -3,6 +3,8 @@
 Nothing here waits for the GPU, and no address outlives the call that took it: memory belongs to torch's allocator, and
 what is freed early is reused in the order of the stream, as with torch's own operations. So everything can be captured
 in a CUDA graph. The outputs are allocated here; a tensor that a kernel reads is made contiguous first.
+
+Here are the 4-bit kernels. Those of 8 bits are in `halfbyte.backends.cuda_8bit`, and have their names here too.
 """
 
 from __future__ import annotations
@@ -16,47 +18,56 @@ import torch
 from torch import Tensor
 
 from halfbyte import _native
+from halfbyte.backends.cuda_8bit import (
+    dequantize_blockwise,
+    dequantize_rows,
+    int8_matmul,
+    int8_scaled_mm,
+    linear_8bit,
+    linear_8bit_backward,
+    quantize_blockwise,
+    quantize_rows,
+    quantize_rows_outliers,
+)
+from halfbyte.backends.cuda_memory import ALIGNMENT, NAMES, here, raw, raw_bytes, raw_scales
 from halfbyte.ops._torch_internals import current_stream
 from halfbyte.ops.checks import (
     NESTED_BLOCKSIZE,
     blocks_of,
     check_compress,
-    check_dequantize_blockwise,
-    check_dequantize_rows,
     check_embedding,
     check_expand,
     check_float,
     check_product,
     check_quantize,
-    check_quantize_blockwise,
-    check_quantize_rows,
     check_weight,
     packed_bytes,
 )
-from halfbyte.ops.checks_8bit import (
-    check_int8_matmul,
-    check_int8_scaled_mm,
-    check_linear_8bit,
-    check_linear_8bit_backward,
-    check_quantize_rows_outliers,
-)
-from halfbyte.ops.packed import PackedWeight, packed_weight
+from halfbyte.ops.packed import PackedWeight, packed_weight, plain_weight
+
+__all__ = [
+    "compress_absmax",
+    "dequantize_4bit",
+    "dequantize_blockwise",
+    "dequantize_rows",
+    "dynamic_map",
+    "embedding_4bit",
+    "expand_absmax",
+    "int8_matmul",
+    "int8_scaled_mm",
+    "linear_4bit",
+    "linear_4bit_backward",
+    "linear_8bit",
+    "linear_8bit_backward",
+    "quant_map",
+    "quantize_4bit",
+    "quantize_4bit_nested",
+    "quantize_blockwise",
+    "quantize_rows",
+    "quantize_rows_outliers",
+]
 
 _logger = logging.getLogger(__name__)
-
-Raw = tuple[int, int, str]
-RawScales = tuple[Raw, Raw | None, Raw | None]
-
-_NAMES = {
-    torch.uint8: "uint8",
-    torch.int8: "int8",
-    torch.int32: "int32",
-    torch.int64: "int64",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-    torch.float32: "float32",
-    torch.float64: "float64",
-}
 
 _FUSED_LAUNCHES = (2, 4)
 """Up to so many launches of the fused product are faster than a dense copy of the weight: of a weight that fills the
@@ -79,39 +90,6 @@ products with so few of the weight's rows do not fill the GPU."""
 _DENSE_ROWS = 256
 """Rows of the weight in each part are a multiple of this, as the matrix units want it."""
 
-_ALIGNMENT = 16
-"""In bytes, of what the fused product reads."""
-
-
-def _raw(tensor: Tensor) -> Raw:
-    """Address, count and dtype of a contiguous tensor. The caller keeps the tensor alive during the call."""
-    return tensor.data_ptr(), tensor.numel(), _NAMES[tensor.dtype]
-
-
-def _raw_or_none(tensor: Tensor | None) -> tuple[int, int, str] | None:
-    return None if tensor is None else _raw(tensor)
-
-
-def _raw_bytes(packed: Tensor, n: int) -> Raw:
-    """The bytes of `n` packed values, whatever dtype they are viewed as; padding is left out."""
-    return packed.data_ptr(), packed_bytes(n), "uint8"
-
-
-def _here(tensor: Tensor) -> tuple[int, int]:
-    """The device of a tensor, and torch's current stream there."""
-    index = tensor.get_device()
-    return index, current_stream(index)
-
-
-def _raw_scales(absmax: Tensor, absmax2: Tensor | None, offset: Tensor | None) -> tuple[RawScales, tuple[Tensor, ...]]:
-    """The scales as the core takes them, and what must be kept alive meanwhile."""
-    absmax = absmax.contiguous()
-    if absmax2 is None or offset is None:
-        return (_raw(absmax), None, None), (absmax,)
-    absmax2 = absmax2.contiguous()
-    return (_raw(absmax), _raw(absmax2), _raw(offset)), (absmax, absmax2)
-
-
 # ---- 4 bits ----------------------------------------------------------------------------------------------------------
 
 
@@ -122,7 +100,7 @@ def quantize_4bit(input: Tensor, blocksize: int, quant_type: str) -> tuple[Tenso
     n = input.numel()
     packed = input.new_empty((packed_bytes(n), 1), dtype=torch.uint8)
     absmax = input.new_empty(blocks_of(n, blocksize), dtype=torch.float32)
-    _native.cuda_quantize_4bit(*_here(input), _raw(input), _raw(packed), _raw(absmax), quant_type, blocksize)
+    _native.cuda_quantize_4bit(*here(input), raw(input), raw(packed), raw(absmax), quant_type, blocksize)
     return packed, absmax
 
 
@@ -139,14 +117,14 @@ def quantize_4bit_nested(input: Tensor, blocksize: int, quant_type: str) -> tupl
     offset = absmax.new_empty(())
     workspace = absmax.new_empty(_native.cuda_compress_workspace(blocks), dtype=torch.float64)
     _native.cuda_quantize_4bit_nested(
-        *_here(input),
-        _raw(input),
-        _raw(packed),
-        _raw(absmax),
-        _raw(codes),
-        _raw(absmax2),
-        _raw(offset),
-        _raw(workspace),
+        *here(input),
+        raw(input),
+        raw(packed),
+        raw(absmax),
+        raw(codes),
+        raw(absmax2),
+        raw(offset),
+        raw(workspace),
         quant_type,
         blocksize,
     )
@@ -162,9 +140,7 @@ def compress_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     absmax2 = absmax.new_empty(blocks_of(n, NESTED_BLOCKSIZE))
     offset = absmax.new_empty(())
     workspace = absmax.new_empty(_native.cuda_compress_workspace(n), dtype=torch.float64)
-    _native.cuda_compress_absmax(
-        *_here(absmax), _raw(absmax), _raw(codes), _raw(absmax2), _raw(offset), _raw(workspace)
-    )
+    _native.cuda_compress_absmax(*here(absmax), raw(absmax), raw(codes), raw(absmax2), raw(offset), raw(workspace))
     return codes, absmax2, offset
 
 
@@ -173,7 +149,7 @@ def expand_absmax(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
     check_expand(codes, absmax2, offset)
     codes, absmax2 = codes.contiguous(), absmax2.contiguous()
     absmax = absmax2.new_empty(codes.numel())
-    _native.cuda_expand_absmax(*_here(codes), _raw(codes), _raw(absmax2), _raw(offset), _raw(absmax))
+    _native.cuda_expand_absmax(*here(codes), raw(codes), raw(absmax2), raw(offset), raw(absmax))
     return absmax
 
 
@@ -184,10 +160,10 @@ def dequantize_4bit(weight: PackedWeight, dtype: torch.dtype, out: Tensor | None
     packed, (absmax, absmax2, offset, shape, blocksize, quant_type, _) = weight
     result = out if out is not None and out.is_contiguous() else packed.new_empty(shape, dtype=dtype)
     packed = packed.contiguous()
-    (first, second, third), _kept = _raw_scales(absmax, absmax2, offset)
+    (first, second, third), _kept = raw_scales(absmax, absmax2, offset)
     n = result.numel()
     _native.cuda_dequantize_4bit(
-        *_here(packed), _raw_bytes(packed, n), first, second, third, _raw(result), quant_type, blocksize
+        *here(packed), raw_bytes(packed, n), first, second, third, raw(result), quant_type, blocksize
     )
     return result if out is None or out is result else out.copy_(result)
 
@@ -201,16 +177,16 @@ def embedding_4bit(indices: Tensor, weight: PackedWeight, dtype: torch.dtype) ->
     check_embedding(indices, weight, dtype)
     packed, (absmax, absmax2, offset, (rows, dim), blocksize, quant_type, _) = weight
     indices, packed = indices.contiguous(), packed.contiguous()
-    (first, second, third), _kept = _raw_scales(absmax, absmax2, offset)
+    (first, second, third), _kept = raw_scales(absmax, absmax2, offset)
     out = packed.new_empty((*indices.shape, dim), dtype=dtype)
     _native.cuda_embedding_4bit(
-        *_here(packed),
-        _raw(indices),
-        _raw_bytes(packed, rows * dim),
+        *here(packed),
+        raw(indices),
+        raw_bytes(packed, rows * dim),
         first,
         second,
         third,
-        _raw(out),
+        raw(out),
         rows,
         dim,
         quant_type,
@@ -249,7 +225,7 @@ def _kernel(
         _logger.warning(
             "no fused 4-bit GEMM for weight %s in %s (%s); falling back to dequantize + matmul", [n, k], dtype, reason
         )
-    kernel = _native.CudaLinear(device, _NAMES[dtype], n, k, quant_type, blocksize, nested)
+    kernel = _native.CudaLinear(device, NAMES[dtype], n, k, quant_type, blocksize, nested)
     most = 0 if reason is not None else kernel.rows_at_once * _FUSED_LAUNCHES[n * k >= _LARGE]
     return kernel.launch, most, kernel.pays
 
@@ -259,7 +235,7 @@ def _say_unaligned(n: int, k: int) -> None:
     """Once: the fused product takes such a weight, but not where it lies."""
     _logger.warning(
         "no fused 4-bit GEMM for weight %s (codes not aligned to %d bytes); falling back to dequantize + matmul",
-        [n, k], _ALIGNMENT,
+        [n, k], ALIGNMENT,
     )  # fmt: skip
 
 
@@ -269,8 +245,8 @@ class _Weight:
     def __init__(self, weight: PackedWeight) -> None:
         packed, (absmax, absmax2, offset, (self.n, self.k), self.blocksize, self.quant_type, _) = weight
         self.packed = packed.contiguous()
-        self.scales, self._kept = _raw_scales(absmax, absmax2, offset)
-        self.here = _here(packed)
+        self.scales, self._kept = raw_scales(absmax, absmax2, offset)
+        self.here = here(packed)
 
     def dense(self, begin: int, end: int, out: Tensor) -> None:
         """Rows `begin` to `end` of the weight to `out`; `begin` is one of `parts`."""
@@ -284,7 +260,7 @@ class _Weight:
             absmax2 = (address + block // NESTED_BLOCKSIZE * 4, blocks_of(blocks, NESTED_BLOCKSIZE), dtype)
         packed = (self.packed.data_ptr() + first // 2, packed_bytes(count), "uint8")
         _native.cuda_dequantize_4bit(
-            *self.here, packed, absmax, absmax2, offset, _raw(out), self.quant_type, self.blocksize
+            *self.here, packed, absmax, absmax2, offset, raw(out), self.quant_type, self.blocksize
         )
 
     def parts(self, itemsize: int) -> list[tuple[int, int]]:
@@ -308,6 +284,7 @@ def linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     Up to some hundred rows go to kernels that read the packed weight; for more it is dequantized, part by part, into
     memory that torch's matrix product reads.
     """
+    weight = plain_weight(weight)
     check_weight(weight)
     check_product(x, "x", bias, weight, 1)
     packed, (absmax, absmax2, offset, (n, k), blocksize, quant_type, _) = weight
@@ -329,7 +306,7 @@ def linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         launch, most, pays = _kernel(device, dtype, n, k, quant_type, blocksize, absmax2 is not None)
         codes = packed.data_ptr()
         fused = m <= most or pays(m)
-        if fused and codes % _ALIGNMENT:
+        if fused and codes % ALIGNMENT:
             _say_unaligned(n, k)
             fused = False
         if fused or m <= (_PLAIN_ROWS_32 if dtype is torch.float32 else _PLAIN_ROWS) or k == 0:
@@ -339,7 +316,7 @@ def linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
                 absmax2 = absmax2.contiguous()
                 scales = absmax.data_ptr(), absmax2.data_ptr(), offset.data_ptr()
             rows, shift, result = x.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr()
-            if rows % _ALIGNMENT:
+            if rows % ALIGNMENT:
                 x = x.clone()
                 rows = x.data_ptr()
             launch(current_stream(device), m, rows, codes, *scales, shift, result)
@@ -386,184 +363,6 @@ def linear_4bit_backward(grad: Tensor, weight: PackedWeight) -> Tensor:
         unpacked.dense(begin, end, dense)
         total += torch.mm(grad[:, begin:end], dense, out=part)
     return out.copy_(total.view(out.shape))
-
-
-# ---- 8 bits ----------------------------------------------------------------------------------------------------------
-
-
-def quantize_blockwise(input: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """8-bit codes like `input`, and scales float32 [blocks].
-
-    That `code` ascends is not looked at: to raise for it, the call would have to wait for the GPU.
-    """
-    check_quantize_blockwise(input, code, blocksize)
-    input, code = input.contiguous(), code.contiguous()
-    codes = input.new_empty(input.shape, dtype=torch.uint8)
-    absmax = input.new_empty(blocks_of(input.numel(), blocksize), dtype=torch.float32)
-    _native.cuda_quantize_8bit(*_here(input), _raw(input), _raw(code), _raw(codes), _raw(absmax), blocksize)
-    return codes, absmax
-
-
-def dequantize_blockwise(
-    codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype, out: Tensor | None = None
-) -> Tensor:
-    """The way back of `quantize_blockwise`: `codes.shape`, `dtype`; into `out` where given (checked by the caller)."""
-    check_dequantize_blockwise(codes, absmax, code, blocksize, dtype)
-    codes, absmax, code = codes.contiguous(), absmax.contiguous(), code.contiguous()
-    result = out if out is not None and out.is_contiguous() else codes.new_empty(codes.shape, dtype=dtype)
-    _native.cuda_dequantize_8bit(*_here(codes), _raw(codes), _raw(absmax), _raw(code), _raw(result), blocksize)
-    return result if out is None or out is result else out.copy_(result)
-
-
-def quantize_rows(input: Tensor) -> tuple[Tensor, Tensor]:
-    """8-bit codes int8 like `input`, and the largest magnitude of each row, float32 [rows]."""
-    check_quantize_rows(input)
-    input = input.contiguous()
-    rows, columns = prod(input.shape[:-1]), input.shape[-1]
-    codes = input.new_empty(input.shape, dtype=torch.int8)
-    scales = input.new_empty(rows, dtype=torch.float32)
-    _native.cuda_quantize_rows(*_here(input), _raw(input), _raw(codes), _raw(scales), rows, columns)
-    return codes, scales
-
-
-def dequantize_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The way back of `quantize_rows`: `codes.shape`, `dtype`."""
-    check_dequantize_rows(codes, scales, dtype)
-    codes, scales = codes.contiguous(), scales.contiguous()
-    out = codes.new_empty(codes.shape, dtype=dtype)
-    _native.cuda_dequantize_rows(*_here(codes), _raw(codes), _raw(scales), _raw(out), scales.numel(), codes.shape[-1])
-    return out
-
-
-# ---- LLM.int8() ------------------------------------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=4096)
-def _kernel_8bit(device: int, n: int, k: int) -> tuple[Callable[..., str], Callable[[int], int]]:
-    """The launcher of products with 8-bit weights of this shape, and the bytes of its workspace."""
-    kernel = _native.CudaLinear8(device, n, k)
-    return kernel.launch, kernel.workspace
-
-
-def _aligned(codes: Tensor) -> Tensor:
-    """Contiguous codes where the fast kernels take them."""
-    codes = codes.contiguous()
-    return codes.clone() if codes.data_ptr() % _ALIGNMENT else codes
-
-
-def quantize_rows_outliers(input: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """`quantize_rows` that leaves outliers out: codes, scales, and which columns have an outlier, bool [columns].
-
-    A value of a magnitude of at least `threshold` does not count for the scale of its row, and its column has codes 0.
-    """
-    check_quantize_rows_outliers(input, threshold)
-    input = input.contiguous()
-    rows, columns = prod(input.shape[:-1]), input.shape[-1]
-    codes = input.new_empty(input.shape, dtype=torch.int8)
-    scales = input.new_empty(rows, dtype=torch.float32)
-    outliers = input.new_zeros(columns, dtype=torch.uint8)
-    if rows > 0:
-        device, stream = _here(input)
-        workspace = codes.new_empty(_native.cuda_int8_workspace(device, rows, columns), dtype=torch.uint8)
-        _native.cuda_quantize_rows_outliers(
-            device,
-            stream,
-            _raw(input),
-            _raw(codes),
-            _raw(scales),
-            _raw(outliers),
-            _raw(workspace),
-            rows,
-            columns,
-            threshold,
-        )
-    return codes, scales, outliers.view(torch.bool)
-
-
-def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b.T` of codes int8 [..., k] and [n, k]: int32 [..., n], exact."""
-    check_int8_matmul(a, b)
-    out = a.new_empty((*a.shape[:-1], b.shape[0]), dtype=torch.int32)
-    _multiply_codes(a, b, None, None, None, out)
-    return out
-
-
-def int8_scaled_mm(
-    a: Tensor, b: Tensor, row_scales: Tensor, column_scales: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """`int8_matmul`, scaled to what the codes stand for, plus bias: `dtype`."""
-    check_int8_scaled_mm(a, b, row_scales, column_scales, bias, dtype)
-    out = a.new_empty((*a.shape[:-1], b.shape[0]), dtype=dtype)
-    _multiply_codes(a, b, row_scales.contiguous(), column_scales.contiguous(), bias, out)
-    return out
-
-
-def _multiply_codes(
-    a: Tensor, b: Tensor, row_scales: Tensor | None, column_scales: Tensor | None, bias: Tensor | None, out: Tensor
-) -> None:
-    m, (n, k) = prod(a.shape[:-1]), b.shape
-    if m == 0 or n == 0:
-        return
-    a, b = _aligned(a), _aligned(b)
-    bias = None if bias is None else bias.contiguous()
-    _native.cuda_int8_matmul(
-        *_here(a), _raw(a), _raw(b), _raw_or_none(row_scales), _raw_or_none(column_scales), _raw_or_none(bias),
-        _raw(out), m, n, k,
-    )  # fmt: skip
-
-
-def linear_8bit(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
-    """`x @ W.T + bias` with the rows `W` [out_features, in_features] in codes and scales; in the dtype of `x`.
-
-    The rows of `x`, rounded to float16's precision, are quantized too; columns with an outlier, where `threshold` is
-    not 0, are multiplied as they are.
-    """
-    check_linear_8bit(x, codes, scales, bias, threshold)
-    n, k = codes.shape
-    if x.dim() == 2:
-        m = x.shape[0]
-        out = x.new_empty(m, n)
-    else:
-        out = x.new_empty((*x.shape[:-1], n))
-        m = x.numel() // k if k else prod(x.shape[:-1])
-    if m == 0 or n == 0:
-        return out
-    x, codes, scales = x.contiguous(), _aligned(codes), scales.contiguous()
-    shift, kind = 0, "float32"
-    if bias is not None:
-        bias = bias.contiguous()
-        shift, kind = bias.data_ptr(), _NAMES[bias.dtype]
-    device = x.get_device()
-    launch, bytes_of = _kernel_8bit(device, n, k)
-    workspace = x.new_empty(bytes_of(m), dtype=torch.uint8)
-    launch(
-        current_stream(device),
-        m,
-        _NAMES[x.dtype],
-        x.data_ptr(),
-        codes.data_ptr(),
-        scales.data_ptr(),
-        shift,
-        kind,
-        threshold,
-        workspace.data_ptr(),
-        out.data_ptr(),
-    )
-    return out
-
-
-def linear_8bit_backward(grad: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """`grad @ W` with the rows `W` [out_features, in_features] in codes and scales; in the dtype of `grad`."""
-    check_linear_8bit_backward(grad, codes, scales)
-    n, k = codes.shape
-    out = grad.new_empty((*grad.shape[:-1], k))
-    m = grad.numel() // n if n else prod(grad.shape[:-1])
-    if m == 0 or k == 0 or n == 0:
-        return out.zero_()
-    # With `out`, the matrix product stays in this dtype whatever autocast wants.
-    dense = dequantize_rows(codes, scales, grad.dtype)
-    torch.mm(grad.contiguous().view(m, n), dense, out=out.view(m, k))
-    return out
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from halfbyte.models import packed
 from halfbyte.models.packed import Packed
 from halfbyte.models.recipe import INT8, PACKED_LAYERS, Recipe, bits_of
 from halfbyte.models.replace import SOURCE_CLASS, SOURCE_DTYPE
+from halfbyte.offline.shards import AGAIN
 
 
 class _Quantizer:
@@ -145,7 +146,10 @@ class _Quantizer:
         one = (self._packed or {}).get(path)
         if one is None:
             if self.pre_quantized and not param_value.is_floating_point():
-                raise ValueError(f"{param_name}: is packed, but what belongs to it is missing from the checkpoint")
+                raise ValueError(
+                    f"{param_name}: is {param_value.dtype}, as packed weights are, but the checkpoint lacks its scales "
+                    f"and quantization state; {AGAIN}"
+                )
             made = self._recipe_of(path) if self._packed is None else self.recipe
             # Quantized where it was read: only packed bytes travel.
             try:
@@ -157,7 +161,9 @@ class _Quantizer:
             unexpected_keys[:] = [key for key in unexpected_keys if key not in one.parts.values()]
         missing = [name for name in (*one.lacking([param_name]), *one.parts.values()) if name not in state_dict]
         if missing:
-            raise ValueError(f"{param_name}: is packed, but the checkpoint lacks {', '.join(dict.fromkeys(missing))}")
+            raise ValueError(
+                f"{param_name}: is packed, but the checkpoint lacks {', '.join(dict.fromkeys(missing))}; {AGAIN}"
+            )
         parts = {key: state_dict[name] for key, name in one.parts.items()}
         try:
             module.weight = packed.parameter(one.bits, param_value, parts, torch.device(target_device))

@@ -17,7 +17,7 @@ from torch import Tensor
 from halfbyte._native import CheckpointError
 from halfbyte.offline import config_json
 from halfbyte.offline.hub import Hub, resolve_source
-from halfbyte.offline.shards import INDEX, list_shards, open_shard
+from halfbyte.offline.shards import INDEX, lacking, list_shards, open_shard
 
 _DTYPES = {
     "F64": torch.float64,
@@ -61,13 +61,16 @@ class Folder:
             found = handle.offset_keys() if hasattr(handle, "offset_keys") else handle.keys()
             absent = sorted(expected - set(found))
             if absent:
-                raise CheckpointError(f"{file}: {absent[0]!r} is missing, which {INDEX} says it holds")
+                raise lacking(file, absent)
             for name in found:
                 other = self._files.get(name)
                 if other is None or name in expected:
                     self._files[name] = file
                 elif name not in listed[other]:
-                    raise CheckpointError(f"{file}: {name!r} is in {other} too, and {INDEX} does not say which to take")
+                    raise CheckpointError(
+                        f"{file}: {name!r} is in {other} too, and {INDEX} does not say which to take; save, or "
+                        "download, the checkpoint again"
+                    )
         self.names = list(self._files)
         if not self.names:
             raise CheckpointError(f"{self.path}: holds no tensor")

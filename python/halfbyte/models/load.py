@@ -160,7 +160,8 @@ def _layers(
             )
         if isinstance(old, nn.Embedding) and (old.max_norm is not None or old.sparse):
             raise CheckpointError(
-                f"{where}: is {bits}, but {path} has max_norm or sparse, which {bits} tables have not"
+                f"{where}: is {bits}, but {path} of the model has max_norm or sparse=True, which a {bits} table cannot "
+                "have; build the model without them"
             )
         parts = {key: source.view(name) for key, name in one.parts.items()}
         try:
@@ -169,9 +170,15 @@ def _layers(
             raise CheckpointError(f"{where}: {error}") from None
         shape, expected = shape_of(weight), layer_shape(old)
         if shape != expected:
-            raise CheckpointError(f"{where}: holds {list(shape)}, {path} of the model has {list(expected)}")
+            raise CheckpointError(
+                f"{where}: holds {list(shape)}, {path} of the model has {list(expected)}; build the model with the "
+                "configuration that the checkpoint was saved with"
+            )
         if old in found:
-            raise CheckpointError(f"{where}: {path} of the model has another packed weight under another name")
+            raise CheckpointError(
+                f"{where}: is a second packed weight for {path}, which is one layer of the model under several names; "
+                "expected one packed weight for each layer"
+            )
         new: PackedLayer
         if isinstance(old, nn.Embedding):
             state = getattr(weight, "quant_state", None)

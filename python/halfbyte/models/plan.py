@@ -18,6 +18,7 @@ from halfbyte.models.packed import Packed
 from halfbyte.models.recipe import bits_of
 from halfbyte.models.transformers_weights import Entry
 from halfbyte.offline import config_json
+from halfbyte.offline.shards import AGAIN
 from halfbyte.state import PACKED_KEYS
 
 _logger = logging.getLogger(__name__)
@@ -49,7 +50,8 @@ def make_plan(model: nn.Module, source: Folder) -> Plan:
     method = config_json.existing_quantization(source.config) if source.config else None
     if method not in (None, "bitsandbytes"):
         raise CheckpointError(
-            f"{source.path}: is quantized with {method}, expected bitsandbytes' format of 4 bits or of LLM.int8()"
+            f"{source.path}: is quantized with {method}, expected bitsandbytes' format of 4 bits or of LLM.int8(); "
+            "load it with the library of that method, or quantize the 16-bit checkpoint that it was made from"
         )
     plan = Plan(found=_packed_weights(source))
     beside = {name for one in plan.found.values() for name in one.parts.values()}
@@ -83,12 +85,16 @@ def _packed_weights(source: Folder) -> dict[str, Packed]:
         if one.mark is None:
             if weight in source:
                 raise CheckpointError(
-                    f"{source.path}: {first} is there, but neither {weight}.{PACKED_KEYS[0]} nor {PACKED_KEYS[1]}"
+                    f"{source.file(first)}: {first} is a part of a packed weight, but the checkpoint lacks "
+                    f"{weight}.{PACKED_KEYS[0]}; {AGAIN}"
                 )
             continue
         missing = weight if weight not in source else next(iter(one.lacking(source.names)), None)
         if missing is not None and (one.bits == 8 or missing == weight):
-            raise CheckpointError(f"{source.path}: {missing} is missing, but {first} is there")
+            raise CheckpointError(
+                f"{source.file(first)}: {first} is a part of a packed weight, but the checkpoint lacks {missing}; "
+                f"{AGAIN}"
+            )
         found[weight] = one
     return found
 

@@ -284,7 +284,9 @@ class _Swap:
     def _convert(self, layer: Layer, dense: Tensor, device: torch.device) -> PackedLinear:
         """Quantize one weight and put the new layer in place."""
         if dense.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-            raise CheckpointError(f"{layer.name}: its weight is {dense.dtype}, expected float16, bfloat16 or float32")
+            raise CheckpointError(
+                f"{layer.name}: the weight in the checkpoint must be float16, bfloat16 or float32, got {dense.dtype}"
+            )
         self.bytes_of_dense += dense.numel() * dense.element_size()
         if layer.transpose:
             dense = dense.t()

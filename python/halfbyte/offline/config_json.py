@@ -28,29 +28,29 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     if not path.is_file():
-        raise CheckpointError(f"{path}: expected a file")
+        raise CheckpointError(f"{path}: is not a file")
     size = path.stat().st_size
     if size > MAX_BYTES:
-        raise CheckpointError(f"{path}: {size} bytes: expected a model's configuration, of at most {MAX_BYTES}")
+        raise CheckpointError(f"{path}: must be a model's configuration of at most {MAX_BYTES} bytes, got {size}")
     try:
         config = json.loads(path.read_bytes().decode("utf-8"), parse_constant=_constant)
         # Both directions have a limit of their own on the depth.
         native_text(config)
     except RecursionError:
-        raise CheckpointError(f"{path}: nested too deeply") from None
+        raise CheckpointError(f"{path}: is nested too deeply for a model's configuration") from None
     except ValueError as error:  # bad JSON, bad UTF-8, numbers too long to read
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+        raise CheckpointError(f"{path}: is not valid JSON ({error}); save, or download, it again") from None
     if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: a JSON {_KINDS[type(config)]}: expected an object")
+        raise CheckpointError(f"{path}: must hold a JSON object, got {_KINDS[type(config)]}")
     return config
 
 
 _KINDS = {
-    list: "array",
-    str: "string",
-    int: "number",
-    float: "number",
-    bool: "boolean",
+    list: "an array",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "a boolean",
     type(None): "null",
 }
 

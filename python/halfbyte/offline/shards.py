@@ -19,6 +19,7 @@ from halfbyte.offline.hub import resolve_source
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+AGAIN = "it is incomplete: save, or download, it again"
 _MAX_INDEX_BYTES = 512 * 2**20
 
 
@@ -36,31 +37,49 @@ def list_shards(path: Path) -> dict[Path, set[str]]:
     if single.is_file():
         return {single: set()}
     if not index.is_file():
-        raise CheckpointError(f"{path}: expected {SINGLE} or {INDEX}")
+        raise CheckpointError(f"{path}: holds no checkpoint; expected {SINGLE} or {INDEX}")
     if index.stat().st_size > _MAX_INDEX_BYTES:
-        raise CheckpointError(f"{index}: {index.stat().st_size} bytes: expected at most {_MAX_INDEX_BYTES}")
+        raise CheckpointError(f"{index}: must have at most {_MAX_INDEX_BYTES} bytes, got {index.stat().st_size}")
     try:
         table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files: dict[Path, set[str]] = {}
         for name, file in table.items():
             if not isinstance(file, str) or not _is_inside(file):
-                raise CheckpointError(f"{index}: {name!r} is in {file!r}: expected a file inside the folder")
+                raise CheckpointError(f"{index}: the file of {name!r} must be inside the folder, got {file!r}")
             files.setdefault(path / file, set()).add(name)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{index}: expected an object with weight_map: {error!r}") from None
+        why = f" ({error})" if isinstance(error, ValueError) else ""
+        raise CheckpointError(
+            f'{index}: is no valid index, an object with "weight_map": tensor name -> file name{why}; save, or '
+            "download, it again"
+        ) from None
     return files
 
 
 def open_shard(file: Path, framework: str, **how: Any) -> Any:
     """`safetensors.safe_open`, whose errors name the file."""
     if not file.is_file():
-        raise CheckpointError(f"{file}: no such file")
+        raise CheckpointError(f"{file}: there is no such file, but the checkpoint has tensors in it; {AGAIN}")
     try:
         return safe_open(file, framework=framework, **how)
     except SafetensorError as error:
-        raise CheckpointError(f"{file}: not a safetensors file: {error}") from None
+        raise not_whole(file, error) from None
+
+
+def not_whole(file: str | os.PathLike[str], error: SafetensorError) -> CheckpointError:
+    """A file that safetensors refuses: what it is instead, or what safetensors says."""
+    with Path(file).open("rb") as stream:
+        if stream.read(8) == b"version ":
+            return CheckpointError(f"{file}: is a Git LFS pointer and not the weights: fetch them with `git lfs pull`")
+    return CheckpointError(f"{file}: is not a whole safetensors file ({error}); save, or download, it again")
+
+
+def lacking(file: Path, names: list[str]) -> CheckpointError:
+    """A file does not hold these tensors, which the index says are there."""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return CheckpointError(f"{file}: lacks {names[0]!r}{more}, which {INDEX} says it holds; {AGAIN}")
 
 
 @dataclass(frozen=True)
@@ -81,7 +100,9 @@ class Entry:
         with self.file.open("rb") as stream:
             stream.seek(self.begin)
             if stream.readinto(data) != size:
-                raise CheckpointError(f"{self.file}: ends within {self.name!r}")
+                raise CheckpointError(
+                    f"{self.file}: ends inside of the tensor {self.name!r}; it was changed while it was being read"
+                )
         return data
 
 
@@ -96,7 +117,7 @@ def read_entries(path: str | os.PathLike[str]) -> dict[str, Entry]:
         found = _header(file)
         absent = sorted(expected - found.keys())
         if absent:
-            raise CheckpointError(f"{file}: {absent[0]!r} is missing, which {INDEX} says it holds")
+            raise lacking(file, absent)
         entries.update(found)
     return entries
 

@@ -17,8 +17,8 @@ from torch.library import register_vmap
 
 from halfbyte.ops._torch_internals import any_autocast, transforms
 from halfbyte.ops.checks import DTypeError, check_out
-from halfbyte.ops.dispatch import kernels_of, needs_op, plain_weight
-from halfbyte.ops.packed import PackedWeight, Packing, packed_weight
+from halfbyte.ops.dispatch import kernels_of, needs_op
+from halfbyte.ops.packed import PackedWeight, Packing, packed_weight, plain_weight
 from halfbyte.ops.registry import flatten, unflatten
 from halfbyte.state import QuantState
 
@@ -106,7 +106,7 @@ def product_now(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     if direct is None:
         y: Tensor = _ops.linear_4bit(*flatten("linear_4bit", (x, weight, bias)))
     else:
-        y = direct.linear_4bit(x, plain_weight(weight), bias)
+        y = direct.linear_4bit(x, weight, bias)
     return y
 
 
@@ -189,7 +189,7 @@ def product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     direct = kernels_of(x, bias, weight)
     y: Tensor
     if direct is not None:
-        y = direct.linear_4bit(x, plain_weight(weight), bias)
+        y = direct.linear_4bit(x, weight, bias)
     elif needs_op():
         y = _ops.linear_4bit(*flatten("linear_4bit", (x, weight, bias)))
     elif transforms() is None:

@@ -17,7 +17,8 @@ from torch.library import register_vmap
 from halfbyte.backends.int8_torch import product as matmul
 from halfbyte.ops._torch_internals import any_autocast, transforms
 from halfbyte.ops.autograd import _batch_first, _bias_gradient, _register_constant, _register_vmap_each, _vmap_each
-from halfbyte.ops.dispatch import kernels, needs_op, plain
+from halfbyte.ops.dispatch import kernels, needs_op
+from halfbyte.ops.packed import plain
 
 _ops = torch.ops.halfbyte
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from halfbyte.backends import cpu
 from halfbyte.ops._torch_internals import (
-    DisableTorchFunctionSubclass,
     dispatch_modes,
     forward_ad,
     function_modes,
@@ -23,7 +22,7 @@ from halfbyte.ops._torch_internals import (
     tracing,
     transforms,
 )
-from halfbyte.ops.packed import PackedWeight, packed_pair
+from halfbyte.ops.packed import PackedWeight, plain, plain_weight
 from halfbyte.ops.registry import KERNELS, flatten
 
 _ops = torch.ops.halfbyte
@@ -87,14 +86,6 @@ def _kernels(x: Tensor, factor: Tensor | None) -> ModuleType | None:
     return cpu if x.is_cpu else KERNELS.get(x.device.type)
 
 
-def plain(tensor: Tensor) -> Tensor:
-    """A parameter as the tensor that it is: what is asked of that takes no way round through the parameter's class."""
-    if type(tensor) is Tensor:
-        return tensor
-    with DisableTorchFunctionSubclass():
-        return tensor.data
-
-
 def kernels_of(x: Tensor, factor: Tensor | None, weight: PackedWeight, *constants: Tensor | None) -> ModuleType | None:
     """`kernels` of a call with a packed weight. They take the weight's codes as a plain tensor: `plain_weight`."""
     codes, packing = weight
@@ -107,12 +98,6 @@ def kernels_of(x: Tensor, factor: Tensor | None, weight: PackedWeight, *constant
     if found is not None and memo is not None:
         memo.plain = True
     return found
-
-
-def plain_weight(weight: PackedWeight) -> PackedWeight:
-    """The same weight, its codes being a plain tensor."""
-    codes, packing = weight
-    return weight if type(codes) is Tensor else packed_pair((plain(codes), packing))
 
 
 def call(name: str, *args: Any) -> Any:

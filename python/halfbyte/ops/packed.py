@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
+from halfbyte.ops._torch_internals import DisableTorchFunctionSubclass
+
 Tensors: TypeAlias = "tuple[Tensor, Tensor, Tensor | None, Tensor | None]"
 Scalars: TypeAlias = tuple[tuple[int, ...], int, str]
 
@@ -81,6 +83,20 @@ class PackedWeight(NamedTuple):
 
 packed_pair: Callable[[tuple[Tensor, Packing]], PackedWeight] = partial(tuple.__new__, PackedWeight)
 """`PackedWeight` of its two parts, without a Python function in between: for calls that compute little else."""
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """A parameter as the tensor that it is: what is asked of that takes no way round through the parameter's class."""
+    if type(tensor) is Tensor:
+        return tensor
+    with DisableTorchFunctionSubclass():
+        return tensor.data
+
+
+def plain_weight(weight: PackedWeight) -> PackedWeight:
+    """The same weight, its codes being a plain tensor."""
+    codes, packing = weight
+    return weight if type(codes) is Tensor else packed_pair((plain(codes), packing))
 
 
 def packed_weight(

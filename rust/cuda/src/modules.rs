@@ -1,9 +1,12 @@
 //! Loading a kernel: which image comes first, and what happens when the driver refuses it.
 
+use std::sync::OnceLock;
+
 use halfbyte::error::{Error, Result};
 
 use super::capability::Capability;
 use super::kernels::{BUILT, Form, Image, Kernel};
+use super::notice;
 
 /// How to get kernels, for who has a build without.
 pub const NO_KERNELS: &str = "this build of halfbyte has no CUDA kernels, because NVIDIA's compilers were not there when \
@@ -40,6 +43,39 @@ pub(super) enum Refusal {
     Unfit(Error),
     /// Something else went wrong.
     Failed(Error),
+}
+
+/// Which forms of code the driver of a device is given.
+#[derive(Debug)]
+pub(super) struct Forms {
+    /// The one that the environment asks for.
+    asked: Option<Form>,
+    /// Why the driver takes no cubins, once it has refused one.
+    refused: OnceLock<Error>,
+}
+
+impl Forms {
+    pub fn new(asked: Option<Form>) -> Self {
+        Self { asked, refused: OnceLock::new() }
+    }
+
+    /// The form that is loaded, unless cubins come first and PTX when they are refused.
+    pub fn only(&self) -> Option<Form> {
+        self.asked.or_else(|| self.refused.get().map(|_| Form::Ptx))
+    }
+
+    /// Gives the driver no cubins from now on, and says so the first time. Not to be called with a lock held, because the
+    /// listener may wait.
+    pub fn refused(&self, error: Error) {
+        if self.refused.set(error).is_ok()
+            && let Some(error) = self.refused.get()
+        {
+            notice::tell(&format!(
+                "the driver refuses the code that was built for this GPU, and compiles it anew, which takes a while when a \
+                 kernel is first used: {error}"
+            ));
+        }
+    }
 }
 
 /// What was loaded.

@@ -1,11 +1,14 @@
 //! What can be tested without a GPU: the kernels' tables, which image a device gets, and what happens when it is refused.
 
+use std::sync::Mutex;
+
 use halfbyte::codebook::{FP4_THRESHOLDS, NF4_THRESHOLDS, QuantType, dynamic_map};
 use halfbyte::error::{Error, Result};
 
 use super::capability::Capability;
 use super::kernels::{self, ALL, BUILT, Form, Image, Kernel};
-use super::modules::{Loaded, NO_KERNELS, Refusal, load, parse};
+use super::modules::{Forms, Loaded, NO_KERNELS, Refusal, load, parse};
+use super::notice;
 
 const TABLES: &str = include_str!("../../../kernels/common/tables.cuh");
 const HOPPER: Capability = Capability(9, 0);
@@ -161,6 +164,48 @@ fn the_cubin_comes_first_and_the_ptx_when_it_is_refused() {
     // A card that is newer than the build.
     let (given, loaded) = driver(kernel, Capability(13, 0), None, &[]);
     assert_eq!((given, loaded.unwrap().form), (vec![Form::Ptx], Form::Ptx));
+}
+
+#[test]
+fn refused_cubins_are_said_once_for_each_device_and_not_tried_again() {
+    static HEARD: Mutex<Vec<String>> = Mutex::new(Vec::new());
+    let heard = || std::mem::take(&mut *HEARD.lock().unwrap());
+    if !BUILT {
+        return;
+    }
+    // Nobody listens yet; and who listens first goes on alone.
+    notice::tell("nobody hears this");
+    notice::listen(|text| HEARD.lock().unwrap().push(text.to_owned()));
+    notice::listen(|text| panic!("the second listener hears {text:?}"));
+
+    // As a device loads one kernel after another.
+    let load_next = |forms: &Forms, kernel, refuses: &[(Form, bool)]| {
+        let (given, loaded) = driver(kernel, HOPPER, forms.only(), refuses);
+        if let Some(error) = loaded.unwrap().refused {
+            forms.refused(error);
+        }
+        given
+    };
+    let kernels = [&kernels::GEMV_4BIT_BF16, &kernels::GEMV_4BIT_F16, &kernels::DEQUANTIZE_BLOCKWISE4_BF16];
+    for device in 0..2 {
+        let forms = Forms::new(None);
+        assert_eq!(load_next(&forms, kernels[0], &[]), [Form::Cubin]);
+        assert!(heard().is_empty(), "device {device}");
+
+        assert_eq!(load_next(&forms, kernels[1], &[(Form::Cubin, true)]), [Form::Cubin, Form::Ptx]);
+        let [text] = heard().try_into().unwrap();
+        assert!(text.starts_with("the driver refuses the code that was built for this GPU"), "{text}");
+        assert!(text.ends_with("device 0 (a card): no cubin"), "{text}");
+
+        assert_eq!(load_next(&forms, kernels[2], &[(Form::Cubin, true)]), [Form::Ptx]);
+        // What another thread was told while this one was.
+        forms.refused(Error::cuda("device 0 (a card)", "no cubin"));
+        assert!(heard().is_empty(), "device {device}");
+    }
+
+    // The one form that was asked for is no fallback to be told of.
+    assert_eq!(load_next(&Forms::new(Some(Form::Ptx)), kernels[0], &[(Form::Cubin, true)]), [Form::Ptx]);
+    assert!(heard().is_empty());
 }
 
 #[test]

@@ -9,6 +9,7 @@ use halfbyte::geometry::{BlockSize, NESTED_BLOCK_SIZE, packed_len, weight_count}
 use pyo3::prelude::*;
 
 use super::buffer::{Buffer, check_disjoint};
+use super::dlpack;
 use super::error::to_py;
 use super::{openmp, threads};
 
@@ -72,6 +73,47 @@ impl CpuLinear {
             (packed.slice()?, scales)
         };
         work(&Weight::new(packed, scales, self.quant_type, self.blocksize, self.n, self.k)?)
+    }
+}
+
+/// The tensors of a product: x, packed, absmax, absmax2, offset, bias, out.
+type Tensors<'a, 'py> = [&'a Bound<'py, PyAny>; 7];
+
+impl CpuLinear {
+    /// The rows of x, and the addresses of all tensors, 0 for those that are None; or `None` if one is not as it should be.
+    fn addresses(
+        &self,
+        [x, packed, absmax, absmax2, offset, bias, out]: Tensors<'_, '_>,
+    ) -> Option<(usize, [usize; 7])> {
+        let x = dlpack::tensor(x)?;
+        let m = x.count / self.k;
+        if x.last != self.k || x.dtype != Some(self.dtype) {
+            return None;
+        }
+        let of = |object: &Bound<'_, PyAny>, count: usize, dtype: DType| {
+            let tensor = dlpack::tensor(object)?;
+            tensor.is(count, dtype).then_some(tensor.address)
+        };
+        let blocks = self.blocksize.absmax_len(self.values);
+        let packed = dlpack::tensor(packed)?;
+        if packed.count.checked_mul(packed.size)? != packed_len(self.values) {
+            return None;
+        }
+        let (absmax, absmax2, offset) = if self.nested {
+            (
+                of(absmax, blocks, DType::U8)?,
+                of(absmax2, blocks.div_ceil(NESTED_BLOCK_SIZE), DType::F32)?,
+                of(offset, 1, DType::F32)?,
+            )
+        } else {
+            (of(absmax, blocks, DType::F32)?, 0, 0)
+        };
+        let bias = match self.bias {
+            Some(dtype) => of(bias, self.n, dtype)?,
+            None => 0,
+        };
+        let out = of(out, m.checked_mul(self.n)?, self.dtype)?;
+        Some((m, [x.address, packed.address, absmax, absmax2, offset, bias, out]))
     }
 }
 
@@ -155,6 +197,30 @@ impl CpuLinear {
                 gemm::linear(Path::active()?, workers, m, x, weight, bias, out, self.compute)
             })
         })
+    }
+
+    /// The same of tensors; false, and nothing is done, where one of them is not contiguous, on the processor, and of the
+    /// dtype and size that it should have.
+    #[allow(clippy::too_many_arguments, reason = "a product has that many")]
+    fn forward_tensors(
+        &self,
+        py: Python<'_>,
+        x: &Bound<'_, PyAny>,
+        packed: &Bound<'_, PyAny>,
+        absmax: &Bound<'_, PyAny>,
+        absmax2: &Bound<'_, PyAny>,
+        offset: &Bound<'_, PyAny>,
+        bias: &Bound<'_, PyAny>,
+        out: &Bound<'_, PyAny>,
+        threads: usize,
+    ) -> PyResult<bool> {
+        match self.addresses([x, packed, absmax, absmax2, offset, bias, out]) {
+            Some((m, [x, packed, absmax, absmax2, offset, bias, out])) => {
+                self.forward(py, m, x, packed, absmax, absmax2, offset, bias, out, threads)?;
+                Ok(true)
+            }
+            None => Ok(false),
+        }
     }
 
     /// `out[m, k] = grad[m, n] · weight[n, k]`; all but `m` and `threads` are addresses.

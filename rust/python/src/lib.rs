@@ -11,6 +11,7 @@ mod cuda_experts;
 mod cuda_int8;
 #[cfg(feature = "cuda")]
 mod cuda_linear;
+mod dlpack;
 mod error;
 mod experts;
 mod gemm;
@@ -38,6 +39,7 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     #[cfg(feature = "cuda")]
     cuda_int8::register(m)?;
     checkpoint::register(m)?;
+    m.add_function(wrap_pyfunction!(dlpack::read_tensors_of, m)?)?;
     gemm::register(m)?;
     experts::register(m)?;
     int8::register(m)?;

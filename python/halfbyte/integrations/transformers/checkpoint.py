@@ -27,9 +27,8 @@ from halfbyte.models.load import layer_shape
 from halfbyte.models.packed import Packed
 from halfbyte.models.recipe import shape_of
 from halfbyte.models.transformers_experts import mapping_for
+from halfbyte.offline.shards import AGAIN, not_whole
 from halfbyte.offline.transformers_names import renamed
-
-_AGAIN = "it is incomplete: save, or download, it again"
 
 
 def packed_in(model: Any, files: Sequence[str], keep: Sequence[str], floats: bool = False) -> dict[str, Packed] | None:
@@ -139,13 +138,11 @@ class _Checkpoint:
         self._handles: dict[str, Any] = {}
         for file in files:
             if not Path(file).is_file():
-                raise CheckpointError(f"{file}: there is no such file, but {self.where} names it; {_AGAIN}")
+                raise CheckpointError(f"{file}: there is no such file, but {self.where} names it; {AGAIN}")
             try:
                 handle = self._handles[file] = stack.enter_context(safe_open(file, framework="pt"))
             except SafetensorError as error:
-                raise CheckpointError(
-                    f"{file}: is not a whole safetensors file ({error}); save, or download, it again"
-                ) from None
+                raise not_whole(file, error) from None
             for name in handle.keys():  # noqa: SIM118  (not a dict)
                 if self.files.setdefault(name, file) != file:
                     self.twice[name] = file
@@ -185,8 +182,7 @@ def _packed_weights(checkpoint: _Checkpoint) -> dict[str, Packed]:
         if missing:
             file = names[min(one.parts.values())]
             raise CheckpointError(
-                f"{file}: {weight} is packed to {one.bits} bits, but the checkpoint lacks "
-                f"{', '.join(missing)}; {_AGAIN}"
+                f"{file}: {weight} is packed to {one.bits} bits, but the checkpoint lacks {', '.join(missing)}; {AGAIN}"
             )
         for name in (weight, *sorted(one.parts.values())):
             if name in checkpoint.twice:
@@ -216,7 +212,7 @@ def _check_codes(
         if target in layers and name not in found and checkpoint.dtype(name) == "I8":
             raise CheckpointError(
                 f"{checkpoint.files[name]}: {name} is packed to 8 bits, but the checkpoint lacks "
-                f"{packed.beside(name, packed.SCB)}; {_AGAIN}"
+                f"{packed.beside(name, packed.SCB)}; {AGAIN}"
             )
 
 
@@ -266,7 +262,7 @@ def _check_complete(
     if lost:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         raise CheckpointError(
-            f"{checkpoint.where}: the quantized checkpoint lacks {lost[0]}{more}, packed or not; {_AGAIN}, or load it "
+            f"{checkpoint.where}: the quantized checkpoint lacks {lost[0]}{more}, packed or not; {AGAIN}, or load it "
             "with the config.json that it was saved with. What is meant to start anew can be named in "
             "llm_int8_skip_modules of the quantization_config in config.json"
         )

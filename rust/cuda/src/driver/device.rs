@@ -10,7 +10,7 @@ use halfbyte::error::{Error, Result};
 use super::library::{check_not_forked, device_count, driver_error, supported_cuda};
 use crate::capability::Capability;
 use crate::kernels::{ALL, Form};
-use crate::modules;
+use crate::modules::{self, Forms};
 
 /// The least compute capability.
 const LEAST_CAPABILITY: Capability = Capability(7, 5);
@@ -49,14 +49,11 @@ pub struct Device {
     /// Whether it has launches that start early, in stream captures too.
     pub(super) starts_early: bool,
     context: Handle<sys::CUcontext>,
-    /// The form of code that is loaded, when the environment asks for one.
-    pub(super) only: Option<Form>,
+    pub(super) forms: Forms,
     /// Of every kernel that was loaded, by its index.
     pub(super) functions: Box<[OnceLock<Loaded>]>,
     /// Held while one is.
     pub(super) loading: Mutex<()>,
-    /// Why the driver takes no cubins, once it has refused one.
-    pub(super) refused: OnceLock<Error>,
 }
 
 impl Device {
@@ -120,10 +117,9 @@ impl Device {
             shared_per_block: u32::try_from(shared_per_block).unwrap_or(0),
             starts_early: capability >= EARLY_CAPABILITY && supported_cuda()? >= EARLY_CUDA,
             context: Handle(context),
-            only: modules::asked_for()?,
+            forms: Forms::new(modules::asked_for()?),
             functions: ALL.iter().map(|_| OnceLock::new()).collect(),
             loading: Mutex::default(),
-            refused: OnceLock::new(),
         })
     }
 

@@ -9,7 +9,6 @@ use super::device::{Device, Handle, Loaded};
 use super::library::driver_error;
 use crate::kernels::{Form, Kernel};
 use crate::modules::{self, Refusal};
-use crate::notice;
 
 impl Device {
     /// Loads a kernel unless it is, and gives the form in which it was: a cubin, or when there is none for the device PTX,
@@ -34,7 +33,7 @@ impl Device {
         if let Some(&loaded) = place.get() {
             return Ok(loaded);
         }
-        let only = self.only.or_else(|| self.refused.get().map(|_| Form::Ptx));
+        let only = self.forms.only();
         let (loaded, refused) = self.bound(|| {
             let _relaxed = RelaxedCapture::begin();
             let modules::Loaded { module, form, refused } =
@@ -44,14 +43,8 @@ impl Device {
         })?;
         let _ = place.set(loaded);
         drop(loading);
-        if let Some(error) = refused
-            && self.refused.set(error).is_ok()
-            && let Some(error) = self.refused.get()
-        {
-            notice::tell(&format!(
-                "the driver refuses the code that was built for this GPU, and compiles it anew, which takes a while when a \
-                 kernel is first used: {error}"
-            ));
+        if let Some(error) = refused {
+            self.forms.refused(error);
         }
         Ok(loaded)
     }

@@ -22,6 +22,9 @@ use crate::geometry::element_count;
 /// The largest header that safetensors accepts.
 pub const MAX_HEADER_LEN: u64 = 100_000_000;
 
+/// How the text file begins that Git LFS leaves where a file was not fetched.
+const GIT_LFS: &[u8; 8] = b"version ";
+
 /// Most dimensions a tensor may have: far above any real one, low enough that a shape can be printed.
 const MAX_DIMENSIONS: usize = 64;
 
@@ -77,6 +80,9 @@ impl SourceFile {
         }
         let mut prefix = [0; 8];
         file::read_exact_at(&file, path, &mut prefix, 0)?;
+        if &prefix == GIT_LFS {
+            return Err(Error::file(path, "is a Git LFS pointer and not the weights: fetch them with `git lfs pull`"));
+        }
         let header_len = u64::from_le_bytes(prefix);
         if header_len > MAX_HEADER_LEN {
             return Err(Error::file(
@@ -89,7 +95,10 @@ impl SourceFile {
         if header_len > len - 8 {
             return Err(Error::file(
                 path,
-                format!("is cut short: its header should be {header_len} bytes long and only {} follow", len - 8),
+                format!(
+                    "is cut short: its header should be {header_len} bytes long and only {} follow; save, or download, it again",
+                    len - 8
+                ),
             ));
         }
         let mut text = vec![0; header_len as usize];
@@ -162,7 +171,7 @@ pub fn parse(path: &Path, text: &[u8], data_len: u64) -> Result<(Tensors, BTreeM
         let (less, why) = if (end as u64) < data_len {
             ("more", "the file has bytes that no tensor owns")
         } else {
-            ("fewer", "the file is cut short")
+            ("fewer", "the file is cut short; save, or download, it again")
         };
         return Err(Error::file(
             path,

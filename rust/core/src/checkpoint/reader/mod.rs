@@ -122,7 +122,9 @@ impl Checkpoint {
                     let first = index.weight_map.iter().find(|(_, f)| *f == name).map_or("", |(t, _)| t);
                     return Err(Error::file(
                         &index_path,
-                        format!("names the shard {name:?} (for the tensor {first:?}), which does not exist"),
+                        format!(
+                            "names the shard {name:?} (for the tensor {first:?}), which does not exist; save, or download, it again"
+                        ),
                     ));
                 }
                 files.push(SourceFile::open(&path)?);
@@ -171,7 +173,10 @@ impl Checkpoint {
                     return Err(Error::tensor(
                         &source.path,
                         &tensor.name,
-                        format!("stands also in {}", files[first.file].path.display()),
+                        format!(
+                            "is in {} too, and nothing says which is meant; save, or download, the checkpoint again",
+                            files[first.file].path.display()
+                        ),
                     ));
                 }
                 by_name.insert(tensor.name.clone(), order.len());
@@ -184,7 +189,9 @@ impl Checkpoint {
                 return Err(Error::tensor(
                     path,
                     tensor,
-                    format!("should be in the shard {shard:?}, which does not hold it"),
+                    format!(
+                        "should be in the shard {shard:?}, which does not hold it; save, or download, that file again"
+                    ),
                 ));
             }
             if unlisted > 0 {

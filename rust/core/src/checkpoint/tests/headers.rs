@@ -102,6 +102,9 @@ fn files_that_are_too_short_say_so() {
     assert!(refused(&[0xff; 8]).contains("18446744073709551615"));
     assert!(refused(&100_000_001u64.to_le_bytes()).contains("at most 100000000"));
     assert!(refused(&file_bytes("{}", b"")[..9]).contains("cut short"));
+    assert!(refused(&[2, 0, 0, 0, 0, 0, 0, 0]).ends_with("and only 0 follow; save, or download, it again"));
+    let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n";
+    assert!(refused(pointer).contains("is a Git LFS pointer and not the weights: fetch them with `git lfs pull`"));
     assert!(refused(b"PK\x03\x04 this is a zip archive").contains("no safetensors file"));
     let mut latin = file_bytes("{\"e\":1}", b"");
     latin[10] = 0xe9;

@@ -62,7 +62,6 @@ use super::x86::{
 };
 use crate::error::{Error, Result};
 use crate::geometry::check_length;
-use crate::simd::Simd;
 
 /// So many products of two codes, of magnitude 127 at most, have a sum that fits 32 bits.
 pub const MOST_COLUMNS: usize = i32::MAX as usize / (127 * 127);
@@ -224,14 +223,7 @@ pub fn linear_backward(
     }
     let grad = Matrix { floats: grad, cols: n, compute };
     let workers = workers.for_work(m.saturating_mul(n).saturating_mul(k), SERIAL_WORK);
-    let simd = match path {
-        FloatPath::Scalar => Simd::Scalar,
-        FloatPath::Avx2 => Simd::Avx2,
-        FloatPath::Avx512 | FloatPath::Avx512Bf16 | FloatPath::Amx => Simd::Avx512,
-        #[cfg(test)]
-        FloatPath::Emulated => Simd::Scalar,
-    };
-    let weight = &backward::Rows { simd, codes: weight.matrix(), scales: weight.scales, compute };
+    let weight = &backward::Rows { simd: path.simd(), codes: weight.matrix(), scales: weight.scales, compute };
     match (path, compute) {
         (FloatPath::Scalar, _) => float_blocked::backward::<FloatScalar>(grad, m, weight, &out, workers),
         #[cfg(test)]

@@ -6,6 +6,7 @@ use rayon::ThreadPoolBuilder;
 
 use super::*;
 use crate::gemm::tests::Owned;
+use crate::simd::Simd;
 
 /// A number below 2^32, from another.
 fn next(state: &mut u64) -> u32 {

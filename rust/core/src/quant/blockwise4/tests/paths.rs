@@ -329,8 +329,8 @@ fn wrong_lengths_are_errors() {
 
 #[test]
 fn a_path_that_is_missing_is_an_error() {
-    for simd in Simd::ALL.into_iter().filter(|simd| !simd.is_available()) {
-        let error = dequantize_serial_with(simd, &[], &[], QuantType::Nf4, BlockSize::DEFAULT, &mut [0.0f32; 0]);
+    for simd in Simd::ALL.iter().filter(|simd| !simd.is_available()) {
+        let error = dequantize_serial_with(*simd, &[], &[], QuantType::Nf4, BlockSize::DEFAULT, &mut [0.0f32; 0]);
         assert!(error.unwrap_err().to_string().starts_with("HALFBYTE_SIMD must be "));
     }
 }
