@@ -19,8 +19,8 @@ from halfbyte.backends import cpu_experts, cuda_experts
 from halfbyte.nn.linear4bit import Linear4bit
 from halfbyte.nn.params import Params4bit
 from halfbyte.ops._torch_internals import DisableTorchFunctionSubclass
-from halfbyte.ops.dispatch import PLAIN_TYPES, plain
-from halfbyte.ops.packed import PackedWeight
+from halfbyte.ops.dispatch import PLAIN_TYPES
+from halfbyte.ops.packed import PackedWeight, plain
 from halfbyte.state import QuantState
 
 _ALIGNMENT = 16
