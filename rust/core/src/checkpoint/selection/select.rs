@@ -86,7 +86,7 @@ pub fn select(
         let mut class = model.classify(tensor);
         let source = module_of(tensor.name);
         let module = if options.rules.is_empty() && skip.is_empty() { source.into() } else { renames.apply(source) };
-        experts += usize::from(class.never == Some(Reason::Expert));
+        experts += usize::from(matches!(class.never, Some(Reason::Expert | Reason::Fusion)));
         if let Some(selected) = selected {
             if selected.tensors.contains(tensor.name) {
                 class.linear = true;
@@ -133,7 +133,12 @@ pub fn select(
         notes.push(format!("the skip name {:?} matches no linear layer", key.text()));
     }
     if experts > 0 {
-        notes.push(format!("{experts} expert weights (Mixture-of-Experts) are kept as they are for now"));
+        let example = tensors
+            .iter()
+            .zip(&decisions)
+            .find(|(tensor, _)| matches!(model.classify(tensor).never, Some(Reason::Expert | Reason::Fusion)));
+        let (name, reason) = example.map_or(("", ""), |(tensor, decision)| (tensor.name, decision.reason.as_str()));
+        notes.push(format!("{experts} tensors of experts stay in 16 bits, such as {name}: {reason}"));
     }
     let skip_modules = if as_default {
         None
