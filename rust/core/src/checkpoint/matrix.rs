@@ -12,8 +12,8 @@ use crate::error::Result;
 pub const MXFP4_GROUP: usize = 32;
 
 /// Bytes of a strip of a transposed matrix: rows of the result are columns of the tensor, and a strip that is wide takes
-/// few, long reads.
-const STRIP_BYTES: usize = 4 << 20;
+/// few, long reads. Tests have small matrices, and want strips of them too.
+const STRIP_BYTES: usize = if cfg!(test) { 4 << 10 } else { 4 << 20 };
 
 /// Where the values of a matrix lie in a tensor that is not it alone: the value in row `r` and column `c` is number
 /// `first + r * row_step + c * column_step`.

@@ -242,6 +242,11 @@ impl<'c> Model<'c> {
         self.classify_linear(tensor, module)
     }
 
+    /// Whether this is the weight of an expert of an architecture in the table.
+    pub fn names_expert(&self, tensor: &TensorFacts<'_>) -> bool {
+        matches!(self.experts, Experts::Named(_)) && split_expert(tensor.name).is_some()
+    }
+
     fn classify_linear(&self, tensor: &TensorFacts<'_>, module: &str) -> Class {
         let tied = |facts: &ClassFacts| facts.tied.iter().any(|path| path_matches(path, module));
         let kept = if self.in_float32(module) {

@@ -95,7 +95,8 @@ pub fn select(
                 if let Some(conv1d) = &selected.conv1d {
                     class.conv1d = conv1d.contains(tensor.name);
                 }
-            } else if class.linear {
+            } else if class.linear && !model.names_expert(tensor) {
+                // transformers merges experts and leaves them alone: of these the rules know more.
                 class.kept = class.kept.or(Some(Reason::NotSelected));
             }
         }
