@@ -79,7 +79,10 @@ impl Fusion {
         let count = self.projections.len();
         let all = [experts, rows, columns, count].iter().try_fold(1usize, |n, &d| n.checked_mul(d));
         let out = if self.transposed { self.shape[2] } else { self.shape[1] };
-        (1..=2).contains(&count) && self.projections.first() != self.projections.get(1) && out % count == 0 && all.is_some_and(|n| n > 0 && n < 1 << 59)
+        (1..=2).contains(&count)
+            && self.projections.first() != self.projections.get(1)
+            && out % count == 0
+            && all.is_some_and(|n| n > 0 && n < 1 << 59)
     }
 }
 

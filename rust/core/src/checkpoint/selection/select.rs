@@ -4,6 +4,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 
 use serde_json::Value;
 
+use super::experts::split_expert;
 use super::facts::{TensorFacts, module_of};
 use super::matching::{SkipKey, plain_key_matches, skip_list, with_and_without};
 use super::model::{Class, Model, Reason};
@@ -80,7 +81,7 @@ pub fn select(
     let mut as_default = !model.is_cautious() || selected.is_some();
     let mut rule_use = vec![RuleUse::default(); options.rules.len()];
     let mut skip_used = vec![false; skip.len()];
-    let mut experts = 0usize;
+    let (mut experts, mut packed_experts) = (0usize, 0usize);
 
     for (position, tensor) in tensors.iter().enumerate() {
         let mut class = model.classify(tensor);
@@ -100,7 +101,11 @@ pub fn select(
                 class.kept = class.kept.or(Some(Reason::NotSelected));
             }
         }
-        let skipped = skip.iter().position(|key| class.linear && (key.matches(&module) || key.matches(source)));
+        // The list of experts is a module too, and the one that a loaded model has.
+        let list = split_expert(&module).map(|(list, ..)| list);
+        let skipped = skip.iter().position(|key| {
+            class.linear && (key.matches(&module) || key.matches(source) || list.is_some_and(|list| key.matches(list)))
+        });
         if let Some(index) = skipped {
             skip_used[index] = true;
         }
@@ -114,6 +119,7 @@ pub fn select(
             (None, None, Some(index)) => keep(format!("skip list ({})", skip[index].text())),
             (None, None, None) => quantize(options.quant_type, class.conv1d, by_itself),
         };
+        packed_experts += usize::from(decision.treatment != Treatment::Keep && model.names_expert(tensor));
         decision.float32 = decision.treatment == Treatment::Keep && model.is_float32(tensor);
         if class.linear || !class.parts.is_empty() {
             let converted = decision.treatment != Treatment::Keep;
@@ -140,6 +146,12 @@ pub fn select(
             .find(|(tensor, _)| matches!(model.classify(tensor).never, Some(Reason::Expert | Reason::Fusion)));
         let (name, reason) = example.map_or(("", ""), |(tensor, decision)| (tensor.name, decision.reason.as_str()));
         notes.push(format!("{experts} tensors of experts stay in 16 bits, such as {name}: {reason}"));
+    }
+    if packed_experts > 0 {
+        notes.push(format!(
+            "{packed_experts} matrices of experts are packed one by one: transformers 5 loads them with halfbyte, not \
+             with bitsandbytes alone"
+        ));
     }
     let skip_modules = if as_default {
         None

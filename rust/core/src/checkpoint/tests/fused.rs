@@ -183,8 +183,7 @@ fn fused_experts_become_what_each_matrix_alone_becomes() {
                 for source in ["fused", "apart"] {
                     let (a, b) = (Checkpoint::open(&folder.join(source)), Checkpoint::open(&folder.join("fused-q")));
                     let (a, b) = (a.unwrap(), b.unwrap());
-                    let report =
-                        verify::verify(&a, &b, Some(&config), Some(&config), 2, &Progress::default()).unwrap();
+                    let report = verify::verify(&a, &b, Some(&config), Some(&config), 2, &Progress::default()).unwrap();
                     assert_eq!(report.tensors.len(), 3 * sizes[0] + 2);
                     let odd = report.tensors.iter().find(|row| row.status != verify::Status::Identical);
                     assert!(odd.is_none(), "{} {sizes:?} {to} {source}: {odd:?}", how.model_type);
@@ -221,8 +220,10 @@ fn mxfp4_experts_are_decoded_and_become_what_their_values_become() {
     let folder = home.path();
     let [experts, width, inner] = [2usize, 96, 64];
     let codes = |len: usize, seed| weights(len.div_ceil(2), seed)[..len].to_vec();
-    let scales = |len: usize, seed| weights(len.div_ceil(2), seed)[..len].iter().map(|b| 120 + b % 9).collect::<Vec<u8>>();
-    let (wide_codes, wide_scales) = (codes(experts * 2 * inner * width / 2, 1), scales(experts * 2 * inner * width / 32, 2));
+    let scales =
+        |len: usize, seed| weights(len.div_ceil(2), seed)[..len].iter().map(|b| 120 + b % 9).collect::<Vec<u8>>();
+    let (wide_codes, wide_scales) =
+        (codes(experts * 2 * inner * width / 2, 1), scales(experts * 2 * inner * width / 32, 2));
     let (down_codes, down_scales) = (codes(experts * width * inner / 2, 3), scales(experts * width * inner / 32, 4));
     let names: Vec<String> = ["gate_up_proj_blocks", "gate_up_proj_scales", "down_proj_blocks", "down_proj_scales"]
         .iter()
@@ -294,7 +295,10 @@ fn a_rule_takes_experts_apart_only_where_it_quantizes_some() {
     let plan = with(&[r"experts\.1\.=keep", r"experts\.2\.up_proj=fp4"]);
     let to: BTreeMap<&str, &str> = plan.tensors.iter().map(|t| (t.name.as_str(), t.to.as_str())).collect();
     let at = |name: &str| to[format!("{EXPERTS}.{name}.weight").as_str()];
-    assert_eq!((at("0.gate_proj"), at("1.down_proj"), at("2.up_proj"), at("2.down_proj")), ("nf4", "keep", "fp4", "nf4"));
+    assert_eq!(
+        (at("0.gate_proj"), at("1.down_proj"), at("2.up_proj"), at("2.down_proj")),
+        ("nf4", "keep", "fp4", "nf4")
+    );
     assert!(plan.skip_modules.as_ref().unwrap().iter().any(|name| name.contains("experts.1")));
     // The kept matrix is the one of the source.
     execute::run(&plan, &folder.join("some"), &options(1), &Progress::default()).unwrap();
