@@ -78,7 +78,7 @@ def test_experts_are_those_of_a_load(name: str, tmp_path: Path) -> None:
     cls = type(dense)
     report = halfbyte.quantize_checkpoint(tmp_path / "dense", tmp_path / "packed", NF4)
     expected = cls.from_pretrained(tmp_path / "dense", quantization_config=NF4)
-    loaded = cls.from_pretrained(tmp_path / "packed")
+    loaded = cls.from_pretrained(tmp_path / "packed", quantization_config=NF4)
     experts = [module for module in loaded.modules() if isinstance(module, Experts4bit)]
     assert len(experts) == sum(isinstance(module, Experts4bit) for module in expected.modules()) > 0
     assert {module.projections for module in experts} == {projections}
@@ -95,7 +95,7 @@ def test_experts_are_those_of_a_load(name: str, tmp_path: Path) -> None:
     assert {key: value.shape for key, value in back.items()} == {key: v.shape for key, v in original.items()}
     whole = cls.from_pretrained(tmp_path / "back")
     assert not any(isinstance(module, Experts4bit) for module in whole.modules())
-    state = cls.from_pretrained(tmp_path / "packed").dequantize().state_dict()
+    state = cls.from_pretrained(tmp_path / "packed", quantization_config=NF4).dequantize().state_dict()
     assert_same(whole.state_dict(), {key: value.to(torch.bfloat16) for key, value in state.items()})
 
 
@@ -132,24 +132,26 @@ def test_experts_in_mxfp4_are_those_of_the_decoded_ones(tmp_path: Path) -> None:
     assert halfbyte.verify_checkpoint(mx, tmp_path / "packed").ok
     cls = type(dense)
     on_the_fly = cls.from_pretrained(tmp_path / "dense", quantization_config=NF4)
-    assert torch.equal(logits(cls.from_pretrained(tmp_path / "packed")), logits(on_the_fly))
+    assert torch.equal(logits(cls.from_pretrained(tmp_path / "packed", quantization_config=NF4)), logits(on_the_fly))
 
 
-def test_experts_that_nobody_takes_apart_stay_and_say_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rules", [(), (r"layers\.0\..*experts=keep",), (r"experts\.2\..*down_proj=keep",)])
+def test_experts_of_llama_4_are_packed_for_transformers_own_class(rules: tuple[str, ...], tmp_path: Path) -> None:
+    """It quantizes none of them on the fly, and has a class for those of a quantized checkpoint."""
     dense = dense_model("Llama4ForCausalLM")
     dense.save_pretrained(tmp_path / "dense")
-    plan = halfbyte.plan_checkpoint(tmp_path / "dense", NF4)
-    fused = [tensor for tensor in plan.tensors if ".experts." in tensor.name]
-    assert fused
-    assert {tensor.target for tensor in fused} == {"keep"}
-    assert all("not taken apart" in tensor.reason for tensor in fused)
-    assert any("stay in 16 bits" in note and fused[0].name in note for note in plan.notes)
-    halfbyte.quantize_checkpoint(tmp_path / "dense", tmp_path / "packed", NF4)
     cls = type(dense)
-    expected = cls.from_pretrained(tmp_path / "dense", quantization_config=NF4)
-    assert torch.equal(logits(cls.from_pretrained(tmp_path / "packed")), logits(expected))
-    with pytest.raises(ValueError, match="rule must be"):
-        halfbyte.plan_checkpoint(tmp_path / "dense", NF4, rules=[r"\.experts\.=nf4"])
+    halfbyte.quantize_checkpoint(tmp_path / "dense", tmp_path / "packed", NF4, rules=rules)
+    loaded = cls.from_pretrained(tmp_path / "packed", quantization_config=NF4)
+    packed = files(tmp_path / "packed")
+    assert any(".experts." in key and key.endswith(".absmax") for key in packed)
+    assert halfbyte.verify_checkpoint(tmp_path / "dense", tmp_path / "packed").ok
+    # The dense model with the same matrices, put together as they were.
+    halfbyte.dequantize_checkpoint(tmp_path / "packed", tmp_path / "back")
+    back = files(tmp_path / "back")
+    if not rules:
+        assert {key: v.shape for key, v in back.items()} == {k: v.shape for k, v in files(tmp_path / "dense").items()}
+        torch.testing.assert_close(logits(loaded), logits(cls.from_pretrained(tmp_path / "back")), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("name", ["MixtralForCausalLM", "GptOssForCausalLM"])
@@ -161,18 +163,18 @@ def test_experts_follow_rules_and_load(name: str, rule: str, tmp_path: Path) -> 
     report = halfbyte.quantize_checkpoint(tmp_path / "dense", tmp_path / "some", NF4, rules=[rule])
     assert 0 < report.converted_tensors < plain.converted_tensors
     cls = type(dense)
-    loaded = cls.from_pretrained(tmp_path / "some")
+    loaded = cls.from_pretrained(tmp_path / "some", quantization_config=NF4)
     # The dense model with those matrices rounded that were packed.
     halfbyte.dequantize_checkpoint(tmp_path / "some", tmp_path / "back", dtype="float32")
     state = files(tmp_path / "some")
     packed = {key.removesuffix(".absmax") for key in state if key.endswith(".absmax")}
     assert not any(re.search(rule.removesuffix("=keep"), key) for key in packed)
-    reference = cls.from_pretrained(tmp_path / "all").dequantize()
+    reference = cls.from_pretrained(tmp_path / "all", quantization_config=NF4).dequantize()
     difference = logits(loaded).float() - logits(dense).float()
     assert difference.norm() < (logits(reference).float() - logits(dense).float()).norm() * 1.5
     again = tmp_path / "again"
     loaded.save_pretrained(again)
-    assert torch.equal(logits(cls.from_pretrained(again)), logits(loaded))
+    assert torch.equal(logits(cls.from_pretrained(again, quantization_config=NF4)), logits(loaded))
 
 
 def test_experts_in_8_bits(tmp_path: Path) -> None:
@@ -184,7 +186,7 @@ def test_experts_in_8_bits(tmp_path: Path) -> None:
         halfbyte.quantize_checkpoint(folder / "dense", folder / "packed", config)
         cls = type(dense)
         expected = cls.from_pretrained(folder / "dense", quantization_config=config)
-        assert torch.equal(logits(cls.from_pretrained(folder / "packed")), logits(expected))
+        assert torch.equal(logits(cls.from_pretrained(folder / "packed", quantization_config=config)), logits(expected))
         halfbyte.dequantize_checkpoint(folder / "packed", folder / "back")
         assert files(folder / "back").keys() == files(folder / "dense").keys()
 
@@ -237,7 +239,6 @@ TAKEN: dict[str, dict[str, Any]] = {
 LEFT: dict[str, dict[str, Any]] = {
     "Ernie4_5_VLMoeForConditionalGeneration": {},
     "InklingForConditionalGeneration": {},
-    "Llama4ForConditionalGeneration": {},
 }
 
 
@@ -394,7 +395,7 @@ def test_experts_of_several_dtypes_are_taken_as_a_load_takes_them(tmp_path: Path
     halfbyte.quantize_checkpoint(tmp_path / "dense", tmp_path / "packed", NF4)
     cls = type(dense)
     expected = cls.from_pretrained(tmp_path / "dense", quantization_config=NF4)
-    assert torch.equal(logits(cls.from_pretrained(tmp_path / "packed")), logits(expected))
+    assert torch.equal(logits(cls.from_pretrained(tmp_path / "packed", quantization_config=NF4)), logits(expected))
 
 
 def test_experts_whose_matrices_are_no_whole_number_of_blocks(tmp_path: Path) -> None:
@@ -407,7 +408,7 @@ def test_experts_whose_matrices_are_no_whole_number_of_blocks(tmp_path: Path) ->
         halfbyte.quantize_checkpoint(folder / "dense", folder / "packed", NF4)
         cls = type(dense)
         expected = cls.from_pretrained(folder / "dense", quantization_config=NF4)
-        assert torch.equal(logits(cls.from_pretrained(folder / "packed")), logits(expected))
+        assert torch.equal(logits(cls.from_pretrained(folder / "packed", quantization_config=NF4)), logits(expected))
 
 
 def test_a_packed_router_is_dequantized_and_refused(tmp_path: Path) -> None:

@@ -117,6 +117,8 @@ pub struct FusedExperts {
     pub tensors: BTreeMap<TensorRef, FusedTensor>,
     /// Scales that belong to the codes of one.
     pub scales: HashSet<TensorRef>,
+    /// A loader reads single matrices only.
+    pub single: bool,
 }
 
 /// What is found of one module.
@@ -156,7 +158,7 @@ impl FusedExperts {
             }
             *slot = Some((at, name.to_owned()));
         }
-        let mut found = Self::default();
+        let mut found = Self { single: names.single, ..Self::default() };
         for (path, pair) in pairs {
             found.add(source, names, path, pair)?;
         }

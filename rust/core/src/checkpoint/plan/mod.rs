@@ -264,12 +264,12 @@ fn expanded<'a>(source: &'a Checkpoint, fused: &'a FusedExperts) -> (Vec<Dense<'
     (all, runs)
 }
 
-/// Paths of the experts of which some matrix is quantized: only these are taken apart.
+/// Paths of the experts that are taken apart: those of which some matrix is quantized, or all where loaders want that.
 fn apart<'a>(fused: &'a FusedExperts, runs: &[Run<'a>], decisions: &[Decision]) -> HashSet<&'a str> {
     let mut found = HashSet::with_capacity(fused.tensors.len());
     for run in runs {
         let Some(tensor) = run.fused else { continue };
-        if decisions[run.items.clone()].iter().any(|decision| decision.treatment != Treatment::Keep) {
+        if fused.single || decisions[run.items.clone()].iter().any(|decision| decision.treatment != Treatment::Keep) {
             found.insert(tensor.fusion.experts.as_str());
         }
     }

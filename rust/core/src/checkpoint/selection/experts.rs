@@ -22,6 +22,8 @@ pub struct Projections {
     pub down: &'static str,
     /// In tensors that hold all experts, rows of gate and up projection alternate.
     pub interleaved: bool,
+    /// A loader of a quantized checkpoint reads single matrices only, those that are kept too.
+    pub single: bool,
 }
 
 impl Projections {
@@ -43,10 +45,11 @@ pub enum Experts {
 }
 
 const GATED: Projections =
-    Projections { gate: Some("gate_proj"), up: "up_proj", down: "down_proj", interleaved: false };
-const NUMBERED: Projections = Projections { gate: Some("w1"), up: "w3", down: "w2", interleaved: false };
+    Projections { gate: Some("gate_proj"), up: "up_proj", down: "down_proj", interleaved: false, single: false };
+const NUMBERED: Projections = Projections { gate: Some("w1"), up: "w3", down: "w2", ..GATED };
 const UNGATED: Projections = Projections { gate: None, ..GATED };
 const ALTERNATING: Projections = Projections { interleaved: true, ..GATED };
+const SINGLE: Projections = Projections { single: true, ..GATED };
 
 #[rustfmt::skip]
 static TABLE: &[(&Projections, &[&str])] = &[
@@ -67,11 +70,12 @@ static TABLE: &[(&Projections, &[&str])] = &[
     ]),
     (&UNGATED, &["nemotron_h"]),
     (&ALTERNATING, &["gpt_oss"]),
+    // transformers quantizes none of them itself, and takes them one by one of a quantized checkpoint.
+    (&SINGLE, &["llama4", "llama4_text"]),
 ];
 
 /// Architectures whose experts transformers makes in other ways, or computes in other classes.
-static UNREADABLE: &[&str] =
-    &["ernie4_5_vl_moe", "inkling2", "inkling2_text", "inkling_mm_model", "llama4", "llama4_text"];
+static UNREADABLE: &[&str] = &["ernie4_5_vl_moe", "inkling2", "inkling2_text", "inkling_mm_model"];
 
 /// Fields of `config.json` that hold the number of experts of a layer.
 const COUNTS: [&str; 5] =
@@ -257,7 +261,7 @@ mod tests {
         assert_eq!(of(json!({"model_type": "minimax_m3_vl", "text_config": text})), Experts::Named(&NUMBERED));
         assert_eq!(of(text), Experts::Named(&GATED));
         assert_eq!(
-            of(json!({"model_type": "wrapper", "text_config": {"model_type": "llama4_text"}})),
+            of(json!({"model_type": "wrapper", "text_config": {"model_type": "inkling2_text"}})),
             Experts::Unreadable
         );
         assert_eq!(of(json!({"model_type": "llama"})), Experts::Unknown);
