@@ -56,11 +56,14 @@ class Split(ConversionOps):
             raise ValueError(
                 f"{path}.{parameter}: the checkpoint holds {list(tensor.shape)}, the model has {list(expected)}"
             )
-        return {
-            f"{path}.{index}.{experts.projections[place]}.weight": matrix
-            for index, matrices in enumerate(how.split(parameter, tensor))
-            for place, matrix in matrices.items()
-        }
+        found = {}
+        for index, matrices in enumerate(how.split(parameter, tensor)):
+            for place, matrix in matrices.items():
+                layer = experts.get_submodule(f"{index}.{experts.projections[place]}")
+                # Packing reads any order. A layer that stays in 16 bits keeps the tensor, which is saved one day.
+                weight = matrix.contiguous() if type(layer) is nn.Linear else matrix
+                found[f"{path}.{index}.{experts.projections[place]}.weight"] = weight
+        return found
 
 
 def split_converters(model: nn.Module, given: Iterable[Any]) -> list[WeightConverter]:

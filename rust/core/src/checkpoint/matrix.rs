@@ -193,7 +193,7 @@ mod tests {
 
     #[test]
     fn mxfp4_codes_are_exact_in_bfloat16() {
-        let codes: Vec<u8> = (0..16).map(|i| (i % 8) * 2 | ((i % 8) * 2 + 1) << 4).collect();
+        let codes: Vec<u8> = (0..16).map(|i| ((i % 8) * 2) | (((i % 8) * 2 + 1) << 4)).collect();
         let magnitudes = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
         for exponent in [0u8, 1, 100, 127, 130, 250] {
             let mut out = vec![0; 64];
