@@ -3,10 +3,10 @@
     python benches/qlora.py                       a small Llama on the CPU
     python benches/qlora.py --device cuda         the geometry of Llama-3.2-3B, batches of 4 x 1024, checkpointed
     python benches/qlora.py --device cuda --geometry layers-16 --batch 2 --length 512
-    python benches/qlora.py --device cuda --profile --only halfbyte halfbyte-fused
+    python benches/qlora.py --device cuda --profile --only halfbyte halfbyte-unfused
 
 PEFT's LoRA of rank 16 on all linear layers, NF4 with double quantization, AdamW; every contender runs in a process of
-its own, alternating. "halfbyte-fused" is halfbyte after `halfbyte.integrations.peft.fuse(model)`. On a GPU the model is
+its own, alternating. "halfbyte-unfused" is halfbyte after `halfbyte.integrations.peft.unfuse`. On a GPU the model is
 bfloat16 and runs under autocast. On the CPU everything is float32, because torch's own bfloat16 products are up to a
 hundred times slower on processors without instructions for them.
 
@@ -37,7 +37,7 @@ from _generated import checkpoint, geometry, warm
 from _table import machine_line, print_table
 from _worker import mib, peer_versions, report, run_worker
 
-CONTENDERS = ("halfbyte", "halfbyte-fused", "bitsandbytes", "dense")
+CONTENDERS = ("halfbyte", "halfbyte-unfused", "bitsandbytes", "dense")
 
 # What the names of kernels say of their kind; the first that is found counts.
 KINDS = {
@@ -100,12 +100,14 @@ def model_with_adapters(contender: str, source: str, options: argparse.Namespace
         count = 7 * model.config.num_hidden_layers
         if owners != ["halfbyte" if ours else contender] * count:
             raise SystemExit(f"expected {count} peft Linear4bit layers over {contender}'s, got {owners}")
-    if contender == "halfbyte-fused":
-        from halfbyte.integrations.peft import fuse
+    if ours:
+        from halfbyte.integrations.peft import fuse, unfuse
 
         fused = fuse(model)
         if fused.fused != count or fused.left:
             raise SystemExit(f"expected {count} fused layers, got {fused}")
+        if contender == "halfbyte-unfused":
+            unfuse(model)
     return model
 
 
@@ -204,8 +206,7 @@ def print_losses(losses: dict[str, list[float]]) -> None:
     )
     for one, other in (
         ("halfbyte", "bitsandbytes"),
-        ("halfbyte-fused", "halfbyte"),
-        ("halfbyte-fused", "bitsandbytes"),
+        ("halfbyte-unfused", "halfbyte"),
     ):
         if one in losses and other in losses:
             differences = [abs(a - b) for a, b in zip(losses[one], losses[other], strict=True)]

@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import os
 import pickle
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ import halfbyte  # noqa: E402
 from compilers import needs_compiler  # noqa: E402
 from halfbyte.integrations import peft as integration  # noqa: E402
 from halfbyte.integrations.peft import fuse, unfuse  # noqa: E402
+from halfbyte.integrations.peft.layers import is_fused  # noqa: E402
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit  # noqa: E402
 from peft_models import IDS, LAYERS, MARKS, adapted, base_model, difference, first, gradients, lora_config  # noqa: E402
 from torch import nn  # noqa: E402
@@ -34,6 +38,68 @@ def logits(model: Any) -> Any:
 # ---- what PEFT does with its layers ----------------------------------------------------------------------------------
 
 
+def test_fused_are_the_layers_that_peft_makes() -> None:
+    """Without a call: PEFT's own class, computed as after `fuse`; `unfuse` gives PEFT's numbers."""
+    model = adapted(fused=True)
+    assert type(first(model)) is PeftLinear4bit
+    found = gradients(model)
+    fuse(model)
+    after = gradients(model)
+    assert found[0] == after[0]
+    assert all(torch.equal(after[1][name], grad) for name, grad in found[1].items())
+    assert unfuse(model) == LAYERS
+    theirs = gradients(model)
+    assert theirs[0] == pytest.approx(found[0], rel=1e-6)
+    assert difference(found[1], theirs[1]) < 2e-6
+
+
+def test_fused_calls_are_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers that PEFT makes do not call their adapters' modules; after `unfuse` they do."""
+    called: list[nn.Module] = []
+    original = nn.Linear.forward
+    model = adapted(fused=True)
+    mine = {id(module) for name, module in model.named_modules() if "lora_" in name}
+
+    def forward(self: nn.Linear, x: Any) -> Any:
+        if id(self) in mine:
+            called.append(self)
+        return original(self, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", forward)
+    logits(model)
+    assert not called
+    unfuse(model)
+    logits(model)
+    assert len(called) == 2 * LAYERS
+
+
+def test_fused_layers_are_left_alone_when_asked_by_the_environment(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import halfbyte, peft, torch\n"
+        "from peft_models import adapted, first\n"
+        "from halfbyte.integrations.peft import fuse, unfuse\n"
+        "from halfbyte.integrations.peft.layers import is_fused\n"
+        "model = adapted(fused=True)\n"
+        "assert not is_fused(first(model)) and unfuse(model) == 0\n"
+        "assert fuse(model).fused and is_fused(first(model))\n"
+    )
+    paths = os.pathsep.join([str(Path(__file__).parents[1] / "support"), *filter(None, sys.path)])
+    environment = {**os.environ, "HALFBYTE_FUSE_LORA": "0", "PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_fused_forward_that_another_library_replaces_is_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(fused=True)
+    original = PeftLinear4bit.forward
+    monkeypatch.setattr(PeftLinear4bit, "forward", lambda self, x, *args: original(self, x, *args) * 0)
+    assert not first(model)(torch.ones(1, 64)).any()
+    report = fuse(model)
+    assert report.fused == 0
+    assert "its forward was replaced" in next(iter(report.left))
+
+
 def test_unfuse_restores_class_state_and_numbers() -> None:
     model = adapted()
     before = gradients(model)
@@ -42,8 +108,7 @@ def test_unfuse_restores_class_state_and_numbers() -> None:
     attributes = {name: set(module.__dict__) for name, module in model.named_modules()}
     report = fuse(model)
     assert report == integration.FuseReport(LAYERS, {})
-    assert isinstance(first(model), PeftLinear4bit)
-    assert type(first(model)) is not PeftLinear4bit
+    assert type(first(model)) is PeftLinear4bit
     assert fuse(model) == report
     state = model.state_dict(keep_vars=True)
     assert list(state) == list(objects)
@@ -134,6 +199,7 @@ def test_fuse_then_save_and_load_the_adapter(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(base_model(), tmp_path)
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-5)
+    assert torch.equal(logits(again), logits(model))
     assert fuse(again).fused == LAYERS
     assert torch.equal(logits(again), logits(model))
 
@@ -143,12 +209,12 @@ def test_fuse_survives_deepcopy_and_pickle() -> None:
     fuse(model)
     expected = gradients(model)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert type(first(copied)) is type(first(model))
         found = gradients(copied)
         assert found[0] == expected[0]
         assert all(torch.equal(found[1][name], grad) for name, grad in expected[1].items())
         assert unfuse(copied) == LAYERS
-        assert type(first(model)) is not PeftLinear4bit
+        assert is_fused(first(model))
+        assert not is_fused(first(copied))
     buffer = io.BytesIO()
     torch.save(model.state_dict(), buffer)
     buffer.seek(0)
@@ -196,7 +262,7 @@ def test_fuse_leaves_dora_and_says_so_once(caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_fuse_leaves_an_active_dora_adapter_at_the_call(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.WARNING)
+    caplog.set_level(logging.INFO)
     model = adapted(lora_dropout=0.5)
     model.add_adapter("dora", lora_config(use_dora=True))
     model.base_model.set_adapter(["default", "dora"])
@@ -240,7 +306,7 @@ def test_fuse_leaves_layers_of_bitsandbytes() -> None:
 
 @pytest.mark.parametrize("part", ["base_layer", "lora_A.default", "lora_B.default"])
 def test_fuse_runs_hooks_of_parts(part: str, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.WARNING)
+    caplog.set_level(logging.INFO)
     model = adapted()
     expected = logits(model)
     fuse(model)

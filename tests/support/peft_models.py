@@ -11,6 +11,7 @@ peft = pytest.importorskip("peft")
 
 import halfbyte  # noqa: E402
 import transformers  # noqa: E402
+from halfbyte.integrations.peft import unfuse  # noqa: E402
 
 IDS = torch.arange(48).reshape(2, 24) % 96
 LAYERS = 14
@@ -51,8 +52,13 @@ def lora_config(**kwargs: Any) -> Any:
     return peft.LoraConfig(**{**given, "init_lora_weights": False, **kwargs})
 
 
-def adapted(dtype: Any = torch.float32, prepare: bool = True, config: Any = None, **kwargs: Any) -> Any:
-    """That model with adapters that are not zero, prepared as QLoRA does, or left in `dtype`."""
+def adapted(
+    dtype: Any = torch.float32, prepare: bool = True, config: Any = None, fused: bool = False, **kwargs: Any
+) -> Any:
+    """That model with adapters that are not zero, prepared as QLoRA does, or left in `dtype`.
+
+    `fused` leaves its layers as they were made; otherwise PEFT's own forward computes them.
+    """
     model = base_model(dtype)
     if prepare:
         checkpointing = kwargs.pop("checkpointing", None)
@@ -63,7 +69,10 @@ def adapted(dtype: Any = torch.float32, prepare: bool = True, config: Any = None
         )
     model.config.use_cache = False
     torch.manual_seed(1)
-    return peft.get_peft_model(model, config or lora_config(**kwargs)).train()
+    made = peft.get_peft_model(model, config or lora_config(**kwargs)).train()
+    if not fused:
+        unfuse(made)
+    return made
 
 
 def first(model: Any) -> Any:

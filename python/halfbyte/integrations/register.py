@@ -1,4 +1,4 @@
-"""Register this package's quantizers with transformers and diffusers."""
+"""Register this package's quantizers with transformers and diffusers, and its LoRA layers with PEFT."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def enable(on: bool = True) -> None:
 
 
 def register() -> None:
-    """Register this package's quantizers with transformers and diffusers, now or when they are imported.
+    """Register this package with transformers, diffusers and PEFT, now or when they are imported.
 
     Models quantized in memory are marked in the same way as loaded ones. Idempotent.
     """
@@ -57,6 +57,7 @@ def register() -> None:
         _waiting = True
         when_imported(_TABLE, _enter)
         when_imported("diffusers.quantizers.auto", _enter_diffusers)
+        when_imported("peft.tuners.lora.bnb", _enter_peft)
         add_observer(_attach)
 
 
@@ -70,6 +71,12 @@ def _enter_diffusers(auto: ModuleType) -> None:
     from halfbyte.integrations import diffusers
 
     diffusers.enter(auto)
+
+
+def _enter_peft(bnb: ModuleType) -> None:
+    from halfbyte.integrations.peft import layers
+
+    layers.enter(bnb)
 
 
 def _enter(auto: ModuleType) -> None:

@@ -1,8 +1,9 @@
 """PEFT: its 4-bit LoRA layers as one product each.
 
-PEFT computes an adapter in separate modules beside the base layer. `fuse` makes the same layers compute base and
-adapters together (`halfbyte.nn.lora`), in place: parameters, adapters and state dicts stay as they are, and everything
-that PEFT does with its layers still works. `unfuse` undoes it.
+PEFT computes an adapter in separate modules beside the base layer. Fused layers compute base and adapters together
+(`halfbyte.nn.lora`): parameters, adapters and state dicts stay as they are, and everything that PEFT does with its
+layers still works. They keep PEFT's class. Layers over `halfbyte.nn.Linear4bit` are fused from the start (`layers`),
+unless `HALFBYTE_FUSE_LORA=0` is set. `unfuse` undoes it for a model, and `fuse` does it again.
 """
 
 from __future__ import annotations
@@ -41,8 +42,10 @@ def fuse(model: nn.Module) -> FuseReport:
     A training step then launches fewer kernels, casts fewer activations and keeps less for backward; losses and
     gradients are equal within rounding. Outputs keep the dtype of the input. It works with autocast, gradient
     checkpointing, `torch.compile`, several active adapters and dropout. Adapters can be added, switched, deleted,
-    saved, merged and unloaded as before. Call it again after adapters were added to layers that had none. Gradients of
-    gradients need `unfuse`.
+    saved, merged and unloaded as before. Gradients of gradients need `unfuse`.
+
+    This is how layers over `halfbyte.nn.Linear4bit` compute anyway. The call is needed only after `unfuse`, or where
+    `HALFBYTE_FUSE_LORA=0` is set, or to hear which layers are left.
 
     PEFT's own forward goes on computing layers over other base layers, variants such as DoRA, `lora_bias`, calls with
     `adapter_names`, merged or disabled adapters, and layers whose parts have hooks. Which layers were left, and why, is
@@ -72,9 +75,9 @@ def fuse(model: nn.Module) -> FuseReport:
         else:
             left[f"{_kind(layer)}: {reason}"] += 1
     for layer in chosen:
-        from halfbyte.integrations.peft.layers import FusedLinear4bit
+        from halfbyte.integrations.peft.layers import MARK
 
-        layer.__class__ = FusedLinear4bit
+        setattr(layer, MARK, True)
     for text, count in left.items():
         if text not in _said:
             _said.add(text)
@@ -83,7 +86,7 @@ def fuse(model: nn.Module) -> FuseReport:
 
 
 def unfuse(model: nn.Module) -> int:
-    """Give the layers that `fuse` changed their class back.
+    """Let PEFT's own forward compute the LoRA layers of a model, those made later excepted.
 
     Args:
         model: The model, or a part of it. It is changed in place.
@@ -96,9 +99,11 @@ def unfuse(model: nn.Module) -> int:
     """
     count = 0
     for layer in _tuner_layers(model):
-        if _is_fused(layer):
-            layer.__class__ = _peft_class()
-            count += 1
+        if type(layer) is _peft_class():
+            from halfbyte.integrations.peft.layers import MARK, is_fused
+
+            count += is_fused(layer) and _reason_to_leave(layer) is None
+            setattr(layer, MARK, False)
     return count
 
 
@@ -116,18 +121,16 @@ def _peft_class() -> Any:
     return getattr(sys.modules.get("peft.tuners.lora.bnb"), "Linear4bit", None)
 
 
-def _is_fused(layer: nn.Module) -> bool:
-    layers = sys.modules.get("halfbyte.integrations.peft.layers")
-    return layers is not None and type(layer) is layers.FusedLinear4bit
-
-
 def _reason_to_leave(layer: Any) -> str | None:
     """Why PEFT's forward has to go on computing this layer, or None."""
-    if type(layer) is not _peft_class() and not _is_fused(layer):
+    cls = _peft_class()
+    if cls is None or type(layer) is not cls:
         return "it is not PEFT's LoRA layer for 4-bit weights"
-    if "forward" in layer.__dict__:
+    from halfbyte.integrations.peft.layers import is_entered, reason_of_adapter, reason_of_base
+
+    # accelerate's hooks of a device map call the class's forward.
+    if not is_entered(cls) or ("forward" in layer.__dict__ and "_hf_hook" not in layer.__dict__):
         return "its forward was replaced"
-    from halfbyte.integrations.peft.layers import reason_of_adapter, reason_of_base
 
     names = list(layer.lora_A)
     reasons = [reason_of_adapter(layer, name) for name in names]

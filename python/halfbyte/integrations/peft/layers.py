@@ -1,12 +1,15 @@
-"""The class of fused layers. Imported only when PEFT's 4-bit layers have been imported."""
+"""The forward of PEFT's 4-bit LoRA layers. Imported only when those have been imported."""
 
 from __future__ import annotations
 
+import functools
 import logging
+import os
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
-from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from torch import Tensor, nn
 
 from halfbyte.nn.linear4bit import Linear4bit, say_slow
@@ -15,17 +18,36 @@ from halfbyte.ops.autograd import autocast_dtype
 from halfbyte.ops.checks import FLOAT_DTYPES
 from halfbyte.ops.dispatch import PLAIN_TYPES
 
+VARIABLE = "HALFBYTE_FUSE_LORA"
+"""An environment variable; with "0" only layers that `fuse` marked are fused."""
+
+MARK = "_halfbyte_fused"
+"""An attribute of layers: True after `fuse`, False after `unfuse`."""
+
 _logger = logging.getLogger(__name__)
 _said: set[str] = set()
 
 
-class FusedLinear4bit(PeftLinear4bit):
-    """PEFT's 4-bit LoRA layer, whose forward is one product where it can be; see `halfbyte.integrations.peft.fuse`."""
+def enter(bnb: ModuleType) -> None:
+    """Give PEFT's `Linear4bit` a forward that is one product where it can be; see `halfbyte.integrations.peft.fuse`.
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Base and active adapters: `[..., in_features]` to `[..., out_features]`, in the dtype of `x`."""
-        # Arguments, and states in which PEFT computes by the base layer alone or sample by sample.
-        if isinstance(x, Tensor) and not (args or kwargs or self._disable_adapters or self.merged_adapters):
+    Args:
+        bnb: `peft.tuners.lora.bnb`. Where PEFT found no bitsandbytes when it was imported, there is nothing to do.
+    """
+    cls = getattr(bnb, "Linear4bit", None)
+    if cls is None or is_entered(cls):
+        return
+    theirs: Callable[..., Tensor] = cls.forward
+    wanted = os.environ.get(VARIABLE) != "0"
+
+    @functools.wraps(theirs)
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # With arguments, or where adapters are off or merged, PEFT computes by the base layer alone or by samples.
+        if (
+            self.__dict__.get(MARK, wanted)
+            and not (args or kwargs or self._disable_adapters or self.merged_adapters)
+            and isinstance(x, Tensor)
+        ):
             base: Any = self._modules["base_layer"]
             reason = reason_of_base(base)
             if reason is None:
@@ -36,10 +58,23 @@ class FusedLinear4bit(PeftLinear4bit):
                     if compute is torch.float32 and x.dtype is not compute and not torch.compiler.is_compiling():
                         say_slow(x.dtype, compute)
                     return lora_linear_4bit(x, weight, base._state(weight), base.bias, adapters, compute)
-            if reason is not None:
+            if reason is not None and isinstance(base, Linear4bit):
                 _say(reason)
-        y: Tensor = super().forward(x, *args, **kwargs)
-        return y
+        return theirs(self, x, *args, **kwargs)
+
+    forward.__halfbyte__ = wanted  # type: ignore[attr-defined]
+    cls.forward = forward
+
+
+def is_entered(cls: type) -> bool:
+    """Whether the forward of PEFT's class is the one given above, and nobody has replaced it since."""
+    return hasattr(cls.forward, "__halfbyte__")  # type: ignore[attr-defined]
+
+
+def is_fused(layer: nn.Module) -> bool:
+    """Whether a layer of PEFT's class is computed as one product, as far as its mark says."""
+    wanted = getattr(type(layer).forward, "__halfbyte__", None)
+    return wanted is not None and bool(layer.__dict__.get(MARK, wanted))
 
 
 def reason_of_base(base: nn.Module) -> str | None:
@@ -128,4 +163,4 @@ def _say(reason: str) -> None:
     """Once for each reason."""
     if not torch.compiler.is_compiling() and reason not in _said:
         _said.add(reason)
-        _logger.warning("a fused LoRA layer runs PEFT's own forward: %s", reason)
+        _logger.info("a fused LoRA layer runs PEFT's own forward: %s", reason)
