@@ -86,7 +86,7 @@ def select(config: str | None, tensors: list[tuple[str, list[int], str]], **opti
 def with_experts(model: Any, names: list[str]) -> Any:
     """The model with the experts apart of which the checkpoint has single matrices: the loader packs them too."""
     before = take_apart(model, ())
-    targets = {target or "" for _, target, *_ in renamed(model, names, mapping_of(model))}
+    targets = {target or "" for _, target, pattern, _ in renamed(model, names, mapping_of(model)) if pattern is None}
     put_back(
         model,
         {

@@ -15,6 +15,9 @@ pub const MXFP4_GROUP: usize = 32;
 /// few, long reads. Tests have small matrices, and want strips of them too.
 const STRIP_BYTES: usize = if cfg!(test) { 4 << 10 } else { 4 << 20 };
 
+/// Columns of a transposed matrix that are read together: the values of a row that they give fill a cache line.
+const GROUP: usize = 32;
+
 /// Where the values of a matrix lie in a tensor that is not it alone: the value in row `r` and column `c` is number
 /// `first + r * row_step + c * column_step`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,13 +102,17 @@ impl Matrix {
             return Ok(());
         }
         let run = (rows - 1) * part.row_step + 1;
-        let room = bytes(room, columns * run * size);
-        for (column, into) in room.chunks_mut(run * size).enumerate() {
-            read(first + column * part.column_step, into)?;
-        }
-        match size {
-            2 => gather::<2>(room, into, run, part.row_step, columns),
-            _ => gather::<4>(room, into, run, part.row_step, columns),
+        // A few columns at a time, whose values are spread over the rows while a cache has them.
+        for column in (0..columns).step_by(GROUP) {
+            let group = GROUP.min(columns - column);
+            let room = bytes(room, group * run * size);
+            for (number, into) in room.chunks_mut(run * size).enumerate() {
+                read(first + (column + number) * part.column_step, into)?;
+            }
+            match size {
+                2 => spread::<2>(room, into, run, part.row_step, columns, column),
+                _ => spread::<4>(room, into, run, part.row_step, columns, column),
+            }
         }
         Ok(())
     }
@@ -148,20 +155,15 @@ fn gcd(a: usize, b: usize) -> usize {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
-/// Rows of columns that lie one after the other, `run` values each, of which every `step`-th counts.
-fn gather<const SIZE: usize>(from: &[u8], into: &mut [u8], run: usize, step: usize, columns: usize) {
-    /// Values of a tile's side: both tiles stay in a first-level cache.
-    const TILE: usize = 32;
+/// Writes columns, from number `first` on, to the rows of a matrix. They lie one after the other in `from`, `run` values
+/// each, of which every `step`-th counts.
+fn spread<const SIZE: usize>(from: &[u8], into: &mut [u8], run: usize, step: usize, columns: usize, first: usize) {
     let (from, _) = from.as_chunks::<SIZE>();
     let (into, _) = into.as_chunks_mut::<SIZE>();
-    let rows = into.len() / columns;
-    for row in (0..rows).step_by(TILE) {
-        for column in (0..columns).step_by(TILE) {
-            for r in row..(row + TILE).min(rows) {
-                for c in column..(column + TILE).min(columns) {
-                    into[r * columns + c] = from[c * run + r * step];
-                }
-            }
+    let group = from.len() / run;
+    for (row, into) in into.chunks_mut(columns).enumerate() {
+        for (column, place) in into[first..first + group].iter_mut().enumerate() {
+            *place = from[column * run + row * step];
         }
     }
 }
