@@ -1,4 +1,4 @@
-"""Checkpoints for the benches: Llama geometries with random weights, generated once and kept in .cache/benches/.
+"""Checkpoints for the benches: Llamas and experts with random weights, generated once and kept in .cache/benches/.
 
 Weights are bfloat16, normal with a standard deviation of 0.02, and 1 in norms: with small ones a model would have
 outputs next to zero, and nothing to learn. Embedding and output layer are one (tied).
@@ -107,6 +107,76 @@ def huge_shapes() -> dict[str, tuple[int, ...]]:
     return {"model.layers.0.mlp.down_proj.weight": (LLAMA_1B.vocabulary, 8192)}
 
 
+# One layer of Qwen3-30B-A3B, and one of gpt-oss-20b.
+QWEN_EXPERTS = (128, 2048, 768)
+GPT_OSS_EXPERTS = (32, 2880, 2880)
+
+
+def moe_shapes(kind: str) -> dict[str, tuple[int, ...]]:
+    """The experts of one layer: "moe" (one tensor for each), "moe-fused", "moe-gpt-oss" (transposed, alternating)."""
+    experts, hidden, inner = GPT_OSS_EXPERTS if kind == "moe-gpt-oss" else QWEN_EXPERTS
+    at = "model.layers.0.mlp"
+    router = {f"{at}.{'router' if kind == 'moe-gpt-oss' else 'gate'}.weight": (experts, hidden)}
+    if kind == "moe-gpt-oss":
+        return router | {
+            f"{at}.experts.gate_up_proj": (experts, hidden, 2 * inner),
+            f"{at}.experts.down_proj": (experts, inner, hidden),
+        }
+    if kind == "moe-fused":
+        return router | {
+            f"{at}.experts.gate_up_proj": (experts, 2 * inner, hidden),
+            f"{at}.experts.down_proj": (experts, hidden, inner),
+        }
+    shapes = {
+        f"{at}.experts.{expert}.{name}_proj.weight": (hidden, inner) if name == "down" else (inner, hidden)
+        for expert in range(experts)
+        for name in ("gate", "up", "down")
+    }
+    return router | shapes
+
+
+def moe_config(kind: str) -> dict[str, object]:
+    """The config.json of a model with these experts."""
+    name, model_type = ("GptOss", "gpt_oss") if kind == "moe-gpt-oss" else ("Qwen3Moe", "qwen3_moe")
+    experts = (GPT_OSS_EXPERTS if kind == "moe-gpt-oss" else QWEN_EXPERTS)[0]
+    return {
+        "architectures": [f"{name}ForCausalLM"],
+        "model_type": model_type,
+        "num_experts" if model_type == "qwen3_moe" else "num_local_experts": experts,
+        "torch_dtype": "bfloat16",
+    }
+
+
+def many_experts(folder: Path, layers: int = 61, experts: int = 384) -> None:
+    """A checkpoint of 70,272 matrices of experts, a shard for each layer, in files of holes: for plans alone."""
+    config = {**moe_config("moe"), "num_experts": experts}
+    weight_map: dict[str, str] = {}
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for layer in range(layers):
+        at = f"model.layers.{layer}"
+        shapes: dict[str, tuple[int, ...]] = {f"{at}.mlp.gate.weight": (experts, 1024)}
+        for expert in range(experts):
+            for name, shape in (("gate", (512, 1024)), ("up", (512, 1024)), ("down", (1024, 512))):
+                shapes[f"{at}.mlp.experts.{expert}.{name}_proj.weight"] = shape
+        shapes |= {f"{at}.self_attn.{name}_proj.weight": (1024, 1024) for name in "qkvo"}
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, shape in shapes.items():
+            header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [end, end + 2 * prod(shape)]}
+            end += 2 * prod(shape)
+        text = json.dumps(header).encode()
+        shard = f"model-{layer + 1:05}-of-{layers:05}.safetensors"
+        with open(partial / shard, "wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.truncate(8 + len(text) + end)
+        weight_map.update(dict.fromkeys(shapes, shard))
+    (partial / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (partial / "config.json").write_text(json.dumps(config))
+    partial.rename(folder)
+
+
 def generate(folder: Path, shapes: dict[str, tuple[int, ...]], config: dict[str, object]) -> None:
     """Write a one-file bfloat16 checkpoint; every matrix is a stretch of one pool of random normal numbers."""
     import numpy as np
@@ -146,7 +216,10 @@ def generate(folder: Path, shapes: dict[str, tuple[int, ...]], config: dict[str,
 
 
 def checkpoint(name: str) -> Path:
-    """The checkpoint of that name ("huge", or see `geometry`), made by a process of its own if need be."""
+    """The checkpoint of that name, made by a process of its own if need be.
+
+    Names are "huge", "many-experts", and those that `moe_shapes` and `geometry` explain.
+    """
     folder = CACHE / name
     if not folder.is_dir():
         print(f"generating {folder} …", file=sys.stderr, flush=True)
@@ -172,5 +245,9 @@ if __name__ == "__main__":
     wanted = sys.argv[1]
     if wanted == "huge":
         generate(CACHE / wanted, huge_shapes(), replace(LLAMA_1B, layers=1).config())
+    elif wanted == "many-experts":
+        many_experts(CACHE / wanted)
+    elif wanted.startswith("moe"):
+        generate(CACHE / wanted, moe_shapes(wanted), moe_config(wanted))
     else:
         generate(CACHE / wanted, geometry(wanted).shapes(), geometry(wanted).config())

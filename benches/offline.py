@@ -2,6 +2,7 @@
 
     python benches/offline.py                     Llama-3.2-1B geometry: ours, the peer, and the floor of the machine
     python benches/offline.py --scale             ours on 0.25, 0.5, 1 and 2 times the layers, and one huge tensor
+    python benches/offline.py --moe               ours on the experts of one layer beside dense ones; a plan of many
 
 The checkpoint is generated (bfloat16, random normal weights of standard deviation 0.02) and kept in
 .cache/benches/; it is in the page cache before anything is timed, every run writes a fresh destination, and dirty
@@ -138,13 +139,67 @@ def scale(runs: int, keep: bool) -> None:
     print_table(["checkpoint", "GB in", "GB out", "s", "GB/s in", "peak MiB"], rows)
 
 
+#: A checkpoint, and what it is called in the table. The dense one is the first.
+EXPERTS = {
+    "layers-8": "dense: 8 layers of Llama-3.2-1B",
+    "moe": "Qwen3-30B-A3B, one layer: a tensor for each matrix",
+    "moe-fused": "the same in fused tensors",
+    "moe-gpt-oss": "gpt-oss-20b, one layer: fused, transposed, alternating",
+}
+
+
+def moe(runs: int, keep: bool) -> None:
+    """Ours on experts beside dense layers, in turns; then the plan of a checkpoint of 70,272 matrices."""
+    destination = CACHE / "out"
+    measured: dict[str, list[Process]] = {name: [] for name in EXPERTS}
+    for name in EXPERTS:
+        warm(checkpoint(name))
+    for _ in range(runs):
+        for name, found in measured.items():
+            command = quantize_command(CACHE / name, destination, "--quiet", "--no-fsync")
+            found.append(fresh_run(command, destination))
+    shutil.rmtree(destination, ignore_errors=True)
+    speed = {name: total_bytes(CACHE / name) / best_process(found).wall / 1e9 for name, found in measured.items()}
+    dense = next(iter(speed.values()))
+    rows = []
+    for name, found in measured.items():
+        best, size = best_process(found), total_bytes(CACHE / name)
+        rows.append(
+            [
+                EXPERTS[name],
+                f"{size / 1e9:.2f}",
+                f"{best.wall:.2f}",
+                f"{best.cpu:.2f}",
+                f"{speed[name]:.2f}",
+                f"{speed[name] / dense:.2f}",
+                f"{size / best.cpu / 1e9:.2f}",
+                f"{best.peak / MIB:.0f}",
+            ]
+        )
+    print(f"\nhalfbyte quantize --type nf4 --double-quant --no-fsync, from the page cache, best of {runs} runs\n")
+    columns = ["checkpoint", "GB in", "s", "CPU s", "GB/s in", "of dense", "GB per CPU s", "peak MiB"]
+    print_table(columns, rows)
+
+    many = checkpoint("many-experts")
+    plans = [run_process(halfbyte_command("quantize", str(many), "--plan")) for _ in range(runs)]
+    best = best_process(plans)
+    print("\nhalfbyte quantize --plan of 61 layers of 384 experts: 70,272 matrices, 421,937 tensors in the output\n")
+    print_table(["s", "CPU s", "peak MiB"], [[f"{best.wall:.2f}", f"{best.cpu:.2f}", f"{best.peak / MIB:.0f}"]])
+    if not keep:
+        for name in [*EXPERTS, "many-experts"]:
+            shutil.rmtree(CACHE / name)
+
+
 def main() -> None:
     """Read the arguments, do one of the modes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5, help="runs of each of our commands (default: 5)")
     parser.add_argument("--peer-runs", type=int, default=1, help="runs of the peer, some 30 s each; 0 leaves it out")
     parser.add_argument("--scale", action="store_true", help="time and memory against the size of the model")
-    parser.add_argument("--keep", action="store_true", help="with --scale: keep all generated checkpoints (10 GB)")
+    parser.add_argument("--moe", action="store_true", help="experts beside dense layers, and a plan of very many")
+    parser.add_argument(
+        "--keep", action="store_true", help="with --scale and --moe: keep all generated checkpoints (10 GB)"
+    )
     parser.add_argument("--floor", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
 
@@ -156,6 +211,8 @@ def main() -> None:
         print(versions_line("halfbyte", "torch", "transformers", "bitsandbytes"), flush=True)
         if options.scale:
             scale(options.runs, options.keep)
+        elif options.moe:
+            moe(options.runs, options.keep)
         else:
             compare(options.runs, options.peer_runs)
 

@@ -171,6 +171,7 @@ PAGES = {
     "docs/mixture-of-experts.md": (
         "sum(type(m).__name__ == 'Linear4bit' for m in again.modules()) == 2 * (4 + 8 * 3)"
         " and sum('.experts.' in name for name, _ in on_dense.named_parameters() if 'lora_A' in name) == 4"
+        " and torch.equal(offline(tokens).logits, again(tokens).logits) and dense_again.dtype is torch.bfloat16"
     ),
     "docs/llm-int8.md": (
         "losses[-1] < losses[0] and merged.is_loaded_in_8bit and Path('Llama-3.2-1B-int8').is_dir() "

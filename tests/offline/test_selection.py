@@ -24,7 +24,10 @@ transformers = pytest.importorskip("transformers")
 
 import tiny_models  # noqa: E402  (needs torch)
 from halfbyte import _native  # noqa: E402
+from halfbyte.models.experts import put_back  # noqa: E402
+from halfbyte.models.transformers_experts import mapping_for, take_apart  # noqa: E402
 from halfbyte.offline.options import QuantizeOptions  # noqa: E402
+from halfbyte.offline.transformers_names import renamed  # noqa: E402
 from halfbyte.offline.transformers_selection import (  # noqa: E402
     converted_modules,
     converted_tensors,
@@ -80,6 +83,42 @@ def select(config: str | None, tensors: list[tuple[str, list[int], str]], **opti
     return answer
 
 
+def with_experts(model: Any, names: list[str]) -> Any:
+    """The model with the experts apart of which the checkpoint has single matrices: the loader packs them too."""
+    before = take_apart(model, ())
+    targets = {target or "" for _, target, pattern, _ in renamed(model, names, mapping_of(model)) if pattern is None}
+    put_back(
+        model,
+        {
+            path: module
+            for path, module in before.items()
+            if not any(target.startswith(f"{path}.0.") for target in targets)
+        },
+    )
+    return model
+
+
+def mapping_of(model: Any) -> list[Any]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return mapping_for(model, get_model_conversion_mapping(model))
+
+
+def loaded_packed(model: Any, names: list[str]) -> list[str]:
+    """The tensors that transformers would convert while loading into the model, and the matrices of experts."""
+    model = with_experts(model, names)
+    modules = converted_modules(model)
+    return sorted(
+        name
+        for name, target, pattern, _ in renamed(model, names, mapping_of(model))
+        if pattern is None and target is not None and target.removesuffix(".weight") in modules
+    )
+
+
+def model_of(folder: Path, name: str) -> Any:
+    return skeleton(getattr(transformers, name), transformers.AutoConfig.from_pretrained(folder))
+
+
 def chosen(names: list[str]) -> dict[str, Any]:
     """What transformers would answer."""
     return {"tensors": names, "conv1d": None}
@@ -94,7 +133,10 @@ def select_in(folder: Path, **options: Any) -> dict[str, Any]:
 def test_rules_agree_with_transformers(name: str, checkpoint: Any) -> None:
     folder = checkpoint(name)
     ours = select_in(folder)
-    assert ours["selected"] == transformers_selection(folder)
+    names = [key for key, *_ in header(folder)]
+    assert ours["selected"] == loaded_packed(model_of(folder, name), names)
+    linear = [key for key in ours["selected"] if ".experts." not in key]
+    assert linear == [key for key in transformers_selection(folder) if ".experts." not in key]
     assert ours["known"]
     assert ours["architecture"] == name
 
@@ -135,7 +177,8 @@ def test_loading_in_4_bits_converts_the_same(name: str, checkpoint: Any, tmp_pat
     saved = {key for key, *_ in header(tmp_path)}
     quantized = sorted(key.removesuffix(".absmax") for key in saved if key.endswith(".absmax"))
     ours = select_in(folder)
-    assert quantized == ours["selected"]
+    # transformers leaves experts in 16 bits.
+    assert quantized == [key for key in ours["selected"] if ".experts." not in key]
     source = {key for key, *_ in header(folder)}
     assert {key for key in saved if ".quant" not in key and not key.endswith(".absmax")} == source
     assert ours["skip_modules"] is None
@@ -185,7 +228,7 @@ def test_weights_of_conv1d_are_transposed(checkpoint: Any) -> None:
 
 def assert_loader_agrees(name: str, folder: Path, answer: dict[str, Any]) -> None:
     """With the answer's ``llm_int8_skip_modules``, transformers converts exactly the modules we quantized."""
-    model = skeleton(getattr(transformers, name), transformers.AutoConfig.from_pretrained(folder))
+    model = with_experts(model_of(folder, name), [key for key, *_ in header(folder)])
     listed = answer["skip_modules"]
     converted = converted_modules(model) if listed is None else converted_modules(model, listed, replace=True)
     # Every module that is converted has its weight in the checkpoint, quantized; and the other way round.
@@ -249,7 +292,8 @@ def test_a_rule_can_quantize_an_untied_output_embedding(checkpoint: Any) -> None
     [
         ("LlamaForCausalLM", "embed_tokens=nf4", "embedding"),
         ("LlamaForCausalLM", "norm=nf4", "norm"),
-        ("MixtralForCausalLM", "experts=nf4", "Mixture-of-Experts"),
+        ("GraniteMoeForCausalLM", "router=nf4", "not an nn.Linear"),
+        ("MixtralForCausalLM", r"\.gate\.=nf4", "router"),
         ("T5ForConditionalGeneration", r"\.wo\.=fp4", "float32"),
         ("ViTForImageClassification", "patch_embeddings.projection.weight=nf4", "convolution"),
     ],
@@ -303,10 +347,14 @@ def test_an_unknown_architecture_is_planned_by_shape() -> None:
         assert "double" in answer["skip_modules"]
 
 
-def test_experts_are_kept_and_said_so(checkpoint: Any) -> None:
-    answer = select_in(checkpoint("MixtralForCausalLM"))
-    assert any("Mixture-of-Experts" in note for note in answer["notes"])
-    assert not any(".experts." in name for name in answer["selected"])
+def test_experts_are_selected_by_a_selection_of_transformers_too(checkpoint: Any) -> None:
+    """It leaves them alone: the rules decide."""
+    folder = checkpoint("MixtralForCausalLM")
+    names = transformers_selection(folder)
+    assert not any(".experts." in name for name in names)
+    answer = select_in(folder, selected=chosen(names))
+    assert answer["selected"] == select_in(folder)["selected"]
+    assert sum(".experts." in name for name in answer["selected"]) == 2 * 4 * 3
 
 
 def test_code_from_a_checkpoint_is_not_run(tmp_path: Path, checkpoint: Any) -> None:
@@ -372,7 +420,7 @@ def compare(cls: type) -> dict[str, Any] | None:
     answer = select(model.config.to_json_string(), tensors)
     # A default configuration may make a layer of no size at all; transformers replaces that too.
     empty = {name for name, shape, _ in tensors if 0 in shape}
-    expected = [name for name in converted_tensors(model, [name for name, *_ in tensors]) if name not in empty]
+    expected = [name for name in loaded_packed(model, [name for name, *_ in tensors]) if name not in empty]
     return {
         "known": answer["known"],
         "agrees": answer["selected"] == expected,

@@ -6,6 +6,7 @@ Imports transformers: for functions that have a model of it.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -55,11 +56,14 @@ class Split(ConversionOps):
             raise ValueError(
                 f"{path}.{parameter}: the checkpoint holds {list(tensor.shape)}, the model has {list(expected)}"
             )
-        return {
-            f"{path}.{index}.{experts.projections[place]}.weight": matrix
-            for index, matrices in enumerate(how.split(parameter, tensor))
-            for place, matrix in matrices.items()
-        }
+        found = {}
+        for index, matrices in enumerate(how.split(parameter, tensor)):
+            for place, matrix in matrices.items():
+                layer = experts.get_submodule(f"{index}.{experts.projections[place]}")
+                # Packing reads any order. A layer that stays in 16 bits keeps the tensor, which is saved one day.
+                weight = matrix.contiguous() if type(layer) is nn.Linear else matrix
+                found[f"{path}.{index}.{experts.projections[place]}.weight"] = weight
+        return found
 
 
 def split_converters(model: nn.Module, given: Iterable[Any]) -> list[WeightConverter]:
@@ -85,7 +89,9 @@ def split_converters(model: nn.Module, given: Iterable[Any]) -> list[WeightConve
                 for entry in given
                 if isinstance(entry, WeightConverter)
             )
-            key = (f"{target}.{parameter}", f"{target}.0.{first}.weight", transpose)
+            # The whole name: `shared_experts.down_proj.weight` is another module's.
+            source = rf"(?<=\.){re.escape(target)}\.{parameter}$"
+            key = (source, f"{target}.0.{first}.weight", transpose)
             groups.setdefault(key, {})[path] = (how, parameter)
     # On the CPU a tensor is a view of the file. Releases that do not know the argument put it where the model is.
     more = {"force_cpu": True} if "force_cpu" in inspect.signature(WeightConverter.__init__).parameters else {}

@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use super::dtype::is_float;
 use super::file_names::CONFIG_FILE;
+use super::fused::FusedExperts;
 use super::reader::{ADAPTER, Checkpoint};
 use super::state;
 use crate::error::{Error, Result};
@@ -50,9 +51,12 @@ const PAIRS: &[(&str, &str, &str)] = &[
 ];
 
 /// An error when the source cannot be quantized.
-pub fn refuse(source: &Checkpoint, config: Option<&Value>) -> Result<()> {
+///
+/// Experts in MXFP4 that are taken apart are no obstacle: their values are exact in 16 bits.
+pub fn refuse(source: &Checkpoint, config: Option<&Value>, fused: &FusedExperts) -> Result<()> {
     let method = config.and_then(|c| c.get("quantization_config")).filter(|q| !q.is_null());
-    if let Some(quantization) = method {
+    let decoded = |method: &&Value| !fused.scales.is_empty() && method["quant_method"] == "mxfp4";
+    if let Some(quantization) = method.filter(|method| !decoded(method)) {
         let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("unnamed");
         return Err(Error::file(
             source.folder.join(CONFIG_FILE),
@@ -62,7 +66,7 @@ pub fn refuse(source: &Checkpoint, config: Option<&Value>) -> Result<()> {
         ));
     }
     refuse_adapter(source)?;
-    for &at in &source.order {
+    for &at in source.order.iter().filter(|at| !fused.scales.contains(at) && !fused.tensors.contains_key(at)) {
         let tensor = source.tensor(at);
         let problem = if let Some(method) = companion(source, &tensor.name, tensor.dtype) {
             if method == BITSANDBYTES || method == INT8 {

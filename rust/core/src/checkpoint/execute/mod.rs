@@ -1,9 +1,9 @@
 //! A plan carried out: files made in the stage, then moved into the destination together.
 
 mod flush;
+mod join;
 mod rows;
 mod rows_weight;
-mod scratch;
 mod shard;
 
 use std::collections::BTreeMap;

@@ -4,13 +4,13 @@ use half::f16;
 use safetensors::Dtype;
 
 use super::rows_weight::Rows;
-use super::scratch::{Scratch, bytes};
 use super::shard::{Piece, ShardJob, value_at};
 use crate::checkpoint::cast::{cast, floats, transposed};
 use crate::checkpoint::dtype::{item_size, torch_name};
+use crate::checkpoint::matrix::Matrix;
 use crate::checkpoint::plan::RowsOutputs;
-use crate::checkpoint::reader::TensorRef;
 use crate::checkpoint::rows::{ROW_MAJOR, RowsSource};
+use crate::checkpoint::scratch::{Scratch, bytes};
 use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::quant::blockwise4::TASK;
@@ -32,11 +32,11 @@ impl ShardJob<'_> {
         weight: &Rows,
         outputs: &RowsOutputs,
     ) -> Result<u64> {
-        let from = self.source.tensor(weight.source).dtype;
+        let from = weight.source.dtype;
         let [rows, columns] = weight.shape;
         let Scratch { dense, packed, stored, loaded } = scratch;
         let stored = bytes(stored, piece.len * item_size(from));
-        self.read(weight.source, piece.start * item_size(from), stored)?;
+        weight.source.read(self.source, piece.start, stored, packed)?;
         // As a loader has it: in the dtype of the model, which is rounded to float16.
         let halves = bytes(dense, piece.len * size_of::<f16>());
         if weight.dtype == from {
@@ -50,7 +50,14 @@ impl ShardJob<'_> {
         if !self.allow_nonfinite
             && let Some((index, value)) = first_nonfinite(values)
         {
-            return Err(self.not_in_float16(weight.source, piece.start, index, stored, value));
+            return Err(self.not_in_float16(
+                &weight.source,
+                self.label(piece.action),
+                piece.start,
+                index,
+                stored,
+                value,
+            ));
         }
         let turned;
         let values = if weight.transpose {
@@ -71,25 +78,32 @@ impl ShardJob<'_> {
         if piece.number == 0 {
             self.write(outputs.format, 0, &[ROW_MAJOR])?;
         }
-        self.progress.add(stored.len() as u64);
+        self.progress.add(weight.source.stored_len(piece.len));
         Ok(piece.len as u64)
     }
 
     /// The error of a value, the one at `index` of a piece, that float16 does not hold as a finite one.
-    fn not_in_float16(&self, source: TensorRef, start: usize, index: usize, stored: &[u8], value: f32) -> Error {
-        let entry = self.source.tensor(source);
-        let was = value_at(entry.dtype, stored, index);
+    fn not_in_float16(
+        &self,
+        source: &Matrix,
+        name: &str,
+        start: usize,
+        index: usize,
+        stored: &[u8],
+        value: f32,
+    ) -> Error {
+        let was = value_at(source.dtype, stored, index);
         if !was.is_finite() {
-            return self.nonfinite(source, start + index, value);
+            return self.nonfinite(source, name, start + index, value);
         }
+        let (tensor, shape) = self.named(source, name);
         Error::tensor(
-            &self.source.file(source).path,
-            &entry.name,
+            &self.source.file(source.at).path,
+            &tensor,
             format!(
-                "element {} (row-major; shape {:?}) is {was:e}, which is too large for float16, and 8-bit weights are \
-                 rounded to that first: keep this tensor, or make it 4-bit, with a rule",
-                start + index,
-                entry.shape
+                "element {} (row-major; shape {shape:?}) is {was:e}, which is too large for float16, and 8-bit weights \
+                 are rounded to that first: keep this tensor, or make it 4-bit, with a rule",
+                start + index
             ),
         )
     }

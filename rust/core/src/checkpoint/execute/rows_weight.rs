@@ -2,11 +2,11 @@
 
 use safetensors::Dtype;
 
-use crate::checkpoint::reader::TensorRef;
+use crate::checkpoint::matrix::Matrix;
 
 /// A weight that becomes 8-bit.
 pub(super) struct Rows {
-    pub source: TensorRef,
+    pub source: Matrix,
     /// The dtype that it is cast to first.
     pub dtype: Dtype,
     /// Rows and columns of the result.

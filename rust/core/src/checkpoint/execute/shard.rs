@@ -13,15 +13,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 use safetensors::Dtype;
 
 use super::flush::Flusher;
+use super::join::{Joining, join_step};
 use super::rows_weight::Rows;
-use super::scratch::{Scratch, bytes};
 use crate::checkpoint::cast::{cast, first_overflow, transposed};
 use crate::checkpoint::dtype::{item_size, torch_name, with_element};
 use crate::checkpoint::file::{read_exact_at, write_all_at};
 use crate::checkpoint::job::Progress;
+use crate::checkpoint::matrix::Matrix;
 use crate::checkpoint::plan::layout::Layout;
 use crate::checkpoint::plan::{Action, ShardPlan, WeightOutputs};
 use crate::checkpoint::reader::{Checkpoint, TensorRef};
+use crate::checkpoint::scratch::{Scratch, bytes};
 use crate::checkpoint::state::State;
 use crate::checkpoint::weights::{WeightSource, read_scales};
 use crate::checkpoint::workers::{self, PIECE_BYTES};
@@ -94,17 +96,28 @@ impl<'a> ShardJob<'a> {
         let mut shared = Vec::with_capacity(shard.actions.len());
         for (action, what) in shard.actions.iter().enumerate() {
             let (total, step) = match what {
-                Action::Copy { source: at, .. } => (source.tensor(*at).len as usize, PIECE_BYTES),
+                Action::Copy { source: Matrix { at, part: None, .. }, .. } => {
+                    (source.tensor(*at).len as usize, PIECE_BYTES)
+                }
+                Action::Copy { source: matrix, output } => {
+                    let values: usize = shard.layout.tensors[*output].shape.iter().product();
+                    let size = item_size(matrix.dtype);
+                    (values * size, matrix.step(PIECE_BYTES / size, 1) * size)
+                }
+                Action::Join { sources, fusion, output, .. } => {
+                    let widest = item_size(shard.layout.tensors[*output].dtype);
+                    (fusion.matrix_shape().iter().product(), join_step(fusion, sources, widest))
+                }
                 // A transposed weight is taken whole: its pieces would be strided reads.
                 Action::Quantize { state, transpose: true, .. } => (state.elements(), usize::MAX),
-                Action::Quantize { source: at, state, .. } => {
-                    let widest = item_size(state.dtype).max(item_size(source.tensor(*at).dtype));
-                    (state.elements(), PIECE_BYTES / widest)
+                Action::Quantize { source: matrix, state, .. } => {
+                    let widest = item_size(state.dtype).max(item_size(matrix.dtype));
+                    (state.elements(), matrix.step(PIECE_BYTES / widest, state.blocksize.get()))
                 }
                 Action::QuantizeRows { shape: [rows, columns], transpose: true, .. } => (rows * columns, usize::MAX),
-                Action::QuantizeRows { source: at, dtype, shape: [rows, columns], .. } => {
-                    let widest = item_size(*dtype).max(item_size(source.tensor(*at).dtype));
-                    (rows * columns, whole_rows(*columns, widest))
+                Action::QuantizeRows { source: matrix, dtype, shape: [rows, columns], .. } => {
+                    let widest = item_size(*dtype).max(item_size(matrix.dtype));
+                    (rows * columns, matrix.step(whole_rows(*columns, widest), *columns))
                 }
                 Action::DequantizeRows { source, transpose: true, .. } => (source.elements(), usize::MAX),
                 Action::DequantizeRows { source, output, .. } => {
@@ -130,9 +143,10 @@ impl<'a> ShardJob<'a> {
             let scales = match what {
                 Action::Dequantize { .. } => Scales::Known(None),
                 Action::Quantize { .. } => Scales::Found(vec![Vec::new(); count]),
-                Action::Copy { .. } | Action::QuantizeRows { .. } | Action::DequantizeRows { .. } => {
-                    Scales::Found(Vec::new())
-                }
+                Action::Copy { .. }
+                | Action::Join { .. }
+                | Action::QuantizeRows { .. }
+                | Action::DequantizeRows { .. } => Scales::Found(Vec::new()),
             };
             shared.push(Shared { left: AtomicUsize::new(count), scales: Mutex::new(scales) });
         }
@@ -185,27 +199,40 @@ impl<'a> ShardJob<'a> {
         }
         match &self.shard.actions[piece.action] {
             Action::Copy { source, output } => {
-                let buffer = bytes(&mut scratch.dense, piece.len);
-                self.read(*source, piece.start, buffer)?;
-                self.progress.add(piece.len as u64);
-                let (from, to) = (self.source.tensor(*source).dtype, self.layout().tensors[*output].dtype);
+                let Scratch { dense, stored, packed, .. } = scratch;
+                let buffer = bytes(dense, piece.len);
+                if source.part.is_none() {
+                    self.read(source.at, piece.start, buffer)?;
+                    self.progress.add(piece.len as u64);
+                } else {
+                    let size = item_size(source.dtype);
+                    source.read(self.source, piece.start / size, buffer, stored)?;
+                    self.progress.add(source.stored_len(piece.len / size));
+                }
+                let (from, to) = (source.dtype, self.layout().tensors[*output].dtype);
                 if from == to {
                     self.write(*output, piece.start, buffer)?;
                     return Ok(piece.len as u64);
                 }
                 let (before, after) = (item_size(from), item_size(to));
-                let other = bytes(&mut scratch.packed, piece.len / before * after);
+                let other = bytes(packed, piece.len / before * after);
                 cast(from, to, buffer, other);
                 if !self.allow_nonfinite
                     && let Some((index, value)) = first_overflow(from, to, buffer, other)
                 {
-                    return Err(self.too_large(*source, piece.start / before + index, value, to));
+                    return Err(self.too_large(
+                        source,
+                        self.label(piece.action),
+                        piece.start / before + index,
+                        value,
+                        to,
+                    ));
                 }
                 self.write(*output, piece.start / before * after, other)?;
                 Ok(other.len() as u64)
             }
             Action::Quantize { source, state, transpose, outputs } => {
-                let found = with_element!(state.dtype, T => self.quantize::<T>(scratch, piece, *source, state, *transpose, outputs))?;
+                let found = with_element!(state.dtype, T => self.quantize::<T>(scratch, piece, source, state, *transpose, outputs))?;
                 if let Scales::Found(all) = &mut *shared.scales.lock().unwrap_or_else(PoisonError::into_inner) {
                     all[piece.number] = found;
                 }
@@ -222,6 +249,17 @@ impl<'a> ShardJob<'a> {
                 let dtype = self.layout().tensors[*output].dtype;
                 with_element!(dtype, T => self.dequantize_rows::<T>(scratch, piece, source, *transpose, *output))
             }
+            Action::Join { sources, fusion, expert, output } => {
+                let dtype = self.layout().tensors[*output].dtype;
+                let joined = Joining { sources, fusion, expert: *expert, output: *output };
+                with_element!(dtype, T => self.join::<T>(scratch, piece, &joined))?;
+                if shared.left.fetch_sub(1, Ordering::AcqRel) == 1 {
+                    let parts =
+                        sources.iter().flat_map(|weight| weight.parts().iter().filter(|&&p| p != weight.codes()));
+                    self.progress.add(parts.map(|&p| self.source.tensor(p).len).sum());
+                }
+                Ok((piece.len * sources.len() * item_size(dtype)) as u64)
+            }
             Action::Dequantize { source, transpose, output } => {
                 let scales = self.scales(shared, source)?;
                 let dtype = self.layout().tensors[*output].dtype;
@@ -237,11 +275,12 @@ impl<'a> ShardJob<'a> {
         }
     }
 
-    fn label(&self, action: usize) -> &str {
+    pub(super) fn label(&self, action: usize) -> &str {
         match &self.shard.actions[action] {
-            Action::Copy { output, .. } | Action::Dequantize { output, .. } | Action::DequantizeRows { output, .. } => {
-                &self.layout().tensors[*output].name
-            }
+            Action::Copy { output, .. }
+            | Action::Join { output, .. }
+            | Action::Dequantize { output, .. }
+            | Action::DequantizeRows { output, .. } => &self.layout().tensors[*output].name,
             Action::QuantizeRows { outputs, .. } => &self.layout().tensors[outputs.codes].name,
             Action::Quantize { outputs, .. } => &self.layout().tensors[outputs.packed].name,
         }
@@ -252,19 +291,19 @@ impl<'a> ShardJob<'a> {
         &self,
         scratch: &mut Scratch,
         piece: &Piece,
-        source: TensorRef,
+        source: &Matrix,
         state: &State,
         transpose: bool,
         outputs: &WeightOutputs,
     ) -> Result<Vec<f32>> {
-        let from = self.source.tensor(source).dtype;
+        let from = source.dtype;
         let size = item_size(from);
         let dense = bytes(&mut scratch.dense, piece.len * size_of::<T>());
         if from == state.dtype {
-            self.read(source, piece.start * size, dense)?;
+            source.read(self.source, piece.start, dense, &mut scratch.loaded)?;
         } else {
             let stored = bytes(&mut scratch.stored, piece.len * size);
-            self.read(source, piece.start * size, stored)?;
+            source.read(self.source, piece.start, stored, &mut scratch.loaded)?;
             cast(from, state.dtype, stored, dense);
         }
         let turned;
@@ -296,13 +335,19 @@ impl<'a> ShardJob<'a> {
             if from != state.dtype {
                 let stored = value_at(from, bytes(&mut scratch.stored, piece.len * size), at);
                 if stored.is_finite() {
-                    return Err(self.too_large(source, piece.start + at, stored, state.dtype));
+                    return Err(self.too_large(
+                        source,
+                        self.label(piece.action),
+                        piece.start + at,
+                        stored,
+                        state.dtype,
+                    ));
                 }
             }
-            return Err(self.nonfinite(source, piece.start + at, value));
+            return Err(self.nonfinite(source, self.label(piece.action), piece.start + at, value));
         }
         self.write(outputs.packed, piece.start / 2, packed)?;
-        self.progress.add((piece.len * size) as u64);
+        self.progress.add(source.stored_len(piece.len));
         Ok(scales)
     }
 
@@ -339,31 +384,31 @@ impl<'a> ShardJob<'a> {
         Ok(scales)
     }
 
-    pub(super) fn nonfinite(&self, at: TensorRef, index: usize, value: f32) -> Error {
-        let entry = self.source.tensor(at);
-        Error::NonFinite {
-            path: self.source.file(at).path.clone(),
-            tensor: entry.name.clone(),
-            index: index as u64,
-            shape: entry.shape.clone(),
-            value,
-        }
+    /// The error of a value that is not finite: `name` is the weight's where it is one of many in a tensor.
+    pub(super) fn nonfinite(&self, source: &Matrix, name: &str, index: usize, value: f32) -> Error {
+        let (tensor, shape) = self.named(source, name);
+        let path = self.source.file(source.at).path.clone();
+        Error::NonFinite { path, tensor, index: index as u64, shape, value }
     }
 
-    fn too_large(&self, at: TensorRef, index: usize, value: f32, dtype: Dtype) -> Error {
-        let entry = self.source.tensor(at);
-        Error::TooLarge {
-            path: self.source.file(at).path.clone(),
-            tensor: entry.name.clone(),
-            index: index as u64,
-            shape: entry.shape.clone(),
-            value,
-            dtype: torch_name(dtype).unwrap_or("this dtype"),
+    fn too_large(&self, source: &Matrix, name: &str, index: usize, value: f32, dtype: Dtype) -> Error {
+        let (tensor, shape) = self.named(source, name);
+        let path = self.source.file(source.at).path.clone();
+        let dtype = torch_name(dtype).unwrap_or("this dtype");
+        Error::TooLarge { path, tensor, index: index as u64, shape, value, dtype }
+    }
+
+    /// The name and the shape of a matrix of the source, for messages.
+    pub(super) fn named(&self, source: &Matrix, name: &str) -> (String, Vec<usize>) {
+        let entry = self.source.tensor(source.at);
+        match source.part {
+            None => (entry.name.clone(), entry.shape.clone()),
+            Some(_) => (name.to_owned(), vec![source.rows, source.columns]),
         }
     }
 
     /// Fails where a dtype that the weight did not have makes infinities of finite values.
-    fn refuse_overflow<T: Element>(
+    pub(super) fn refuse_overflow<T: Element>(
         &self,
         weight: &WeightSource,
         piece: &Piece,

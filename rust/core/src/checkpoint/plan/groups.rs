@@ -1,14 +1,19 @@
 //! What each tensor turns into: the tensors of the output, and the line of the table.
 
+use std::sync::Arc;
+
 use safetensors::Dtype;
 
 use super::layout::OutputTensor;
-use super::types::{Group, Kind, TensorPlan};
+use super::types::{Group, Joined, Kind, TensorPlan};
 use crate::checkpoint::dtype::{is_float, torch_name};
+use crate::checkpoint::fused::{FusedPart, Fusion};
+use crate::checkpoint::matrix::Matrix;
 use crate::checkpoint::options::QuantizeOptions;
 use crate::checkpoint::reader::header::TensorEntry;
 use crate::checkpoint::reader::{Checkpoint, TensorRef};
 use crate::checkpoint::rows;
+use crate::checkpoint::selection::TensorFacts;
 use crate::checkpoint::state::{self, State, packed_shape};
 use crate::checkpoint::weight_type::WeightType;
 use crate::checkpoint::weights::Quantized;
@@ -20,12 +25,17 @@ use crate::geometry::NESTED_BLOCK_SIZE;
 /// instead of float16 where the architecture computes in float32. Other tensors (buffers, tables, and parameters that
 /// models make in a dtype of their own, such as `A_log`) stay as they are.
 pub fn weight_dtype(entry: &TensorEntry, float32: bool, model: Option<Dtype>) -> Dtype {
-    let named = [".weight", ".bias"].iter().any(|end| entry.name.ends_with(end));
-    let dtype = match model {
-        Some(model) if named && is_float(entry.dtype) => model,
-        _ => entry.dtype,
-    };
+    let dtype = dtype_of(&entry.name, entry.dtype, model);
     if float32 && dtype == Dtype::F16 { Dtype::F32 } else { dtype }
+}
+
+/// The same of a weight that the architecture computes with in any dtype.
+pub fn dtype_of(name: &str, dtype: Dtype, model: Option<Dtype>) -> Dtype {
+    let named = [".weight", ".bias"].iter().any(|end| name.ends_with(end));
+    match model {
+        Some(model) if named && is_float(dtype) => model,
+        _ => dtype,
+    }
 }
 
 /// A tensor that is copied, or cast.
@@ -37,22 +47,80 @@ pub(super) fn keep(source: &Checkpoint, at: TensorRef, mut reason: String, dtype
         reason = format!("{reason}; {} becomes {}", name(entry.dtype), name(dtype));
     }
     let outputs = vec![output];
-    let line = line(entry, "keep", &outputs, reason);
-    Group { outputs, kind: Kind::Copy(at), line }
+    let line = line(&Dense::of(source, at), "keep", &outputs, reason);
+    Group { outputs, kind: Kind::Copy(Matrix::whole(source, at)), line }
+}
+
+/// A tensor of weights of experts that is kept as it is; a tensor of all of them, or a part of one.
+pub(super) fn keep_dense(dense: &Dense<'_>, mut reason: String, model: Option<Dtype>) -> Group {
+    let from = dense.matrix.dtype;
+    let dtype = dense.dtype(model);
+    if dtype != from {
+        let name = |d| torch_name(d).unwrap_or("another dtype");
+        reason = format!("{reason}; {} becomes {}", name(from), name(dtype));
+    }
+    let outputs = vec![OutputTensor::fixed(dense.name.to_owned(), dtype, dense.shape.to_vec())];
+    let line = line(dense, "keep", &outputs, reason);
+    Group { outputs, kind: Kind::Copy(dense.matrix), line }
+}
+
+/// A dense weight of the source: a tensor, or a part of one.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Dense<'a> {
+    pub name: &'a str,
+    pub shape: &'a [usize],
+    pub matrix: Matrix,
+    /// Its dtype in the source, as safetensors calls it; or that of MXFP4 codes.
+    pub from: &'a str,
+    pub bytes: u64,
+}
+
+impl<'a> Dense<'a> {
+    pub fn of(source: &'a Checkpoint, at: TensorRef) -> Self {
+        let entry = source.tensor(at);
+        let matrix = Matrix::whole(source, at);
+        Self { name: &entry.name, shape: &entry.shape, matrix, from: dtype_name(entry.dtype), bytes: entry.len }
+    }
+
+    pub fn part(part: &'a FusedPart, mxfp4: bool) -> Self {
+        let from = if mxfp4 { "MXFP4" } else { dtype_name(part.matrix.dtype) };
+        let bytes = part.matrix.stored_len(part.shape.iter().product());
+        Self { name: &part.name, shape: &part.shape, matrix: part.matrix, from, bytes }
+    }
+
+    /// What the header would say of it.
+    pub fn facts(&self) -> TensorFacts<'a> {
+        TensorFacts { name: self.name, shape: self.shape, dtype: self.matrix.dtype }
+    }
+
+    /// The dtype that a loader would give it; see [`weight_dtype`].
+    pub fn dtype(&self, model: Option<Dtype>) -> Dtype {
+        dtype_of(self.name, self.matrix.dtype, model)
+    }
+}
+
+/// The name that safetensors gives a dtype.
+fn dtype_name(dtype: Dtype) -> &'static str {
+    match dtype {
+        Dtype::BF16 => "BF16",
+        Dtype::F16 => "F16",
+        Dtype::F32 => "F32",
+        _ => "",
+    }
 }
 
 /// A weight that is quantized; `dtype` is the one that a loader would give it before.
 pub(super) fn quantize(
     source: &Checkpoint,
-    at: TensorRef,
+    dense: &Dense<'_>,
     to: WeightType,
     transpose: bool,
     dtype: Dtype,
     options: &QuantizeOptions,
     reason: String,
 ) -> Result<Group> {
-    let entry = source.tensor(at);
-    let mut shape = entry.shape.clone();
+    let (name, matrix) = (dense.name, dense.matrix);
+    let mut shape = dense.shape.to_vec();
     if transpose {
         shape.reverse();
     }
@@ -60,13 +128,13 @@ pub(super) fn quantize(
         WeightType::FourBit(quant_type) => {
             let nested_offset = options.double_quant.then_some(0.0);
             let state = State { quant_type, blocksize: options.blocksize, dtype, shape, nested_offset };
-            (weight_outputs(&entry.name, &state, options.storage), Kind::Quantize { source: at, state, transpose })
+            (weight_outputs(name, &state, options.storage), Kind::Quantize { source: matrix, state, transpose })
         }
         WeightType::Int8 => {
-            let (&[rows, columns], Some(outputs)) = (&shape[..], rows_outputs(&entry.name, &shape)) else {
+            let (&[rows, columns], Some(outputs)) = (&shape[..], rows_outputs(name, &shape)) else {
                 return Err(Error::tensor(
-                    &source.file(at).path,
-                    &entry.name,
+                    &source.file(matrix.at).path,
+                    name,
                     format!(
                         "has the shape {shape:?}: expected two dimensions, and a name that ends with {:?}, of a weight \
                          to be quantized to int8",
@@ -74,10 +142,10 @@ pub(super) fn quantize(
                     ),
                 ));
             };
-            (outputs, Kind::QuantizeRows { source: at, dtype, shape: [rows, columns], transpose })
+            (outputs, Kind::QuantizeRows { source: matrix, dtype, shape: [rows, columns], transpose })
         }
     };
-    let line = line(entry, to.as_str(), &outputs, reason);
+    let line = line(dense, to.as_str(), &outputs, reason);
     Ok(Group { outputs, kind, line })
 }
 
@@ -115,17 +183,45 @@ pub(super) fn dequantize(source: &Checkpoint, weight: Quantized, dtype: Dtype, t
     Ok(Group { outputs: vec![output], kind, line })
 }
 
-fn line(entry: &TensorEntry, to: &str, outputs: &[OutputTensor], reason: String) -> TensorPlan {
+fn line(dense: &Dense<'_>, to: &str, outputs: &[OutputTensor], reason: String) -> TensorPlan {
     TensorPlan {
-        name: entry.name.clone(),
-        shape: entry.shape.clone(),
-        from: entry.dtype.to_string(),
+        name: dense.name.to_owned(),
+        shape: dense.shape.to_vec(),
+        from: if dense.from.is_empty() { dense.matrix.dtype.to_string() } else { dense.from.to_owned() },
         to: to.to_owned(),
-        bytes_in: entry.len,
+        bytes_in: dense.bytes,
         bytes_out: outputs.iter().map(|o| o.len).sum(),
         reason,
         shard: 0,
     }
+}
+
+/// Quantized matrices of experts that become the tensor that they were parts of; `experts` has those of each, and `dtype`
+/// is the tensor's.
+pub(super) fn join(
+    source: &Checkpoint,
+    name: &str,
+    fusion: &Fusion,
+    experts: Vec<Vec<Quantized>>,
+    dtype: Dtype,
+) -> Group {
+    let fusion = Arc::new(fusion.clone());
+    let output = OutputTensor::fixed(name.to_owned(), dtype, fusion.shape.to_vec());
+    let all = || experts.iter().flatten();
+    let line = TensorPlan {
+        name: name.to_owned(),
+        shape: fusion.shape.to_vec(),
+        from: all().next().map_or_else(String::new, |weight| weight.weight_type().to_string()),
+        to: dtype.to_string(),
+        bytes_in: all().flat_map(Quantized::parts).map(|&part| source.tensor(part).len).sum(),
+        bytes_out: output.len,
+        reason: "weights of experts, fused as in the original".to_owned(),
+        shard: 0,
+    };
+    let joined = experts.into_iter().enumerate();
+    let kind =
+        Kind::Join(joined.map(|(expert, sources)| Joined { sources, fusion: Arc::clone(&fusion), expert }).collect());
+    Group { outputs: vec![output], kind, line }
 }
 
 /// The tensors of one 4-bit weight, in the order that [`pack`](super::pack::pack) gives them back in: codes, scales,

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use super::layout::{Layout, OutputTensor};
-use super::types::{Action, Group, Kind, RowsOutputs, ShardPlan, TensorPlan, WeightOutputs};
+use super::types::{Action, Group, Joined, Kind, RowsOutputs, ShardPlan, TensorPlan, WeightOutputs};
 use crate::checkpoint::file_names::SINGLE_FILE;
 use crate::checkpoint::reader::Checkpoint;
 use crate::checkpoint::reader::header::MAX_HEADER_LEN;
@@ -96,6 +96,18 @@ pub(super) fn pack(
         for mut group in bin {
             let at: Vec<usize> = group.outputs.iter().map(place).collect();
             actions.push(match group.kind {
+                Kind::Join(experts) => {
+                    let output = at[0];
+                    actions.extend(experts.into_iter().map(|Joined { sources, fusion, expert }| Action::Join {
+                        sources,
+                        fusion,
+                        expert,
+                        output,
+                    }));
+                    group.line.shard = number;
+                    lines.push(group.line);
+                    continue;
+                }
                 Kind::Copy(source) => Action::Copy { source, output: at[0] },
                 Kind::Dequantize { source, transpose } => Action::Dequantize { source, transpose, output: at[0] },
                 Kind::DequantizeRows { source, transpose } => {

@@ -1,14 +1,18 @@
 //! What a plan is made of.
 
+use std::sync::Arc;
+
 use safetensors::Dtype;
 use serde::Serialize;
 use serde_json::Value;
 
 use super::layout::{Layout, OutputTensor};
-use crate::checkpoint::reader::{Checkpoint, TensorRef};
+use crate::checkpoint::fused::Fusion;
+use crate::checkpoint::matrix::Matrix;
+use crate::checkpoint::reader::Checkpoint;
 use crate::checkpoint::rows::RowsSource;
 use crate::checkpoint::state::State;
-use crate::checkpoint::weights::WeightSource;
+use crate::checkpoint::weights::{Quantized, WeightSource};
 
 /// What a plan is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -27,14 +31,14 @@ pub enum Action {
     /// Bytes are copied.
     Copy {
         /// From where.
-        source: TensorRef,
+        source: Matrix,
         /// To where.
         output: usize,
     },
     /// A weight becomes 4-bit.
     Quantize {
         /// The weight.
-        source: TensorRef,
+        source: Matrix,
         /// What its JSON will say; the offset is a placeholder.
         state: State,
         /// Whether the weight is transposed first.
@@ -45,7 +49,7 @@ pub enum Action {
     /// A weight becomes 8-bit.
     QuantizeRows {
         /// The weight.
-        source: TensorRef,
+        source: Matrix,
         /// The dtype that it is cast to first, before float16.
         dtype: Dtype,
         /// Rows and columns of the result.
@@ -61,6 +65,17 @@ pub enum Action {
         source: RowsSource,
         /// Whether the weight is transposed afterwards.
         transpose: bool,
+        /// To where.
+        output: usize,
+    },
+    /// Matrices of one expert become 16- or 32-bit, in their places of a tensor for all experts.
+    Join {
+        /// The matrices, one for each projection that the tensor holds.
+        sources: Vec<Quantized>,
+        /// How the tensor holds them.
+        fusion: Arc<Fusion>,
+        /// Which expert they are of.
+        expert: usize,
         /// To where.
         output: usize,
     },
@@ -169,11 +184,19 @@ pub(super) struct Group {
 }
 
 pub(super) enum Kind {
-    Copy(TensorRef),
-    Quantize { source: TensorRef, state: State, transpose: bool },
-    QuantizeRows { source: TensorRef, dtype: Dtype, shape: [usize; 2], transpose: bool },
+    Copy(Matrix),
+    Join(Vec<Joined>),
+    Quantize { source: Matrix, state: State, transpose: bool },
+    QuantizeRows { source: Matrix, dtype: Dtype, shape: [usize; 2], transpose: bool },
     Dequantize { source: WeightSource, transpose: bool },
     DequantizeRows { source: RowsSource, transpose: bool },
+}
+
+/// The matrices of one expert that go to a tensor for all.
+pub(super) struct Joined {
+    pub sources: Vec<Quantized>,
+    pub fusion: Arc<Fusion>,
+    pub expert: usize,
 }
 
 impl Group {
@@ -182,7 +205,7 @@ impl Group {
         match &self.kind {
             Kind::Quantize { state, transpose, .. } => Some((state.dtype, *transpose)),
             Kind::QuantizeRows { dtype, transpose, .. } => Some((*dtype, *transpose)),
-            Kind::Copy(_) | Kind::Dequantize { .. } | Kind::DequantizeRows { .. } => None,
+            Kind::Copy(_) | Kind::Join(_) | Kind::Dequantize { .. } | Kind::DequantizeRows { .. } => None,
         }
     }
 }

@@ -47,6 +47,8 @@ pub struct Checkpoint {
     pub left_out: Vec<(PathBuf, String)>,
     /// Remarks for the reader of a plan.
     pub notes: Vec<String>,
+    /// Whether it is a folder: a file that was named by itself may be one of several.
+    pub whole: bool,
     by_name: HashMap<String, usize>,
 }
 
@@ -101,7 +103,8 @@ impl Checkpoint {
         if facts.is_file() {
             let folder = resolved.parent().unwrap_or(Path::new("/")).to_path_buf();
             // The name as given: in a cache of linked blobs the resolved name says nothing.
-            return Self::collect(folder, vec![SourceFile::open(path)?], None, Vec::new(), Vec::new());
+            let found = Self::collect(folder, vec![SourceFile::open(path)?], None, Vec::new(), Vec::new())?;
+            return Ok(Self { whole: false, ..found });
         }
         if !facts.is_dir() {
             return Err(Error::file(path, "is neither a folder nor a file"));
@@ -204,7 +207,7 @@ impl Checkpoint {
             let path = files.first().map_or(folder.as_path(), |f| f.path.as_path());
             return Err(Error::file(path, "holds no tensor"));
         }
-        Ok(Self { folder, files, order, small_files, left_out, notes, by_name })
+        Ok(Self { folder, files, order, small_files, left_out, notes, whole: true, by_name })
     }
 
     /// What a run must never write to: the folder, and the places outside it that files of the checkpoint are links to.

@@ -10,6 +10,7 @@ use super::architectures::{
     BESIDE_OUTPUT, CLASSES, ClassFacts, FAMILIES, Family, OUTPUT_EMBEDDINGS, OUTPUT_NAMES, ROUTERS, is_embedding,
 };
 use super::evidence::{Evidence, Layout, is_outside};
+use super::experts::{Experts, experts_of, split_expert};
 use super::facts::{TensorFacts, module_of};
 use super::known;
 use super::matching::{path_matches, plain_key_matches};
@@ -34,6 +35,7 @@ pub(super) enum Reason {
     Embedding,
     Router,
     Expert,
+    Fusion,
     Convolution,
     NotLinear,
     Attention,
@@ -83,6 +85,7 @@ pub(super) struct Model<'c> {
     last: Vec<Cow<'static, str>>,
     tied: bool,
     custom_code: bool,
+    experts: Experts,
     /// What the headers show.
     evidence: Evidence,
     /// A model that some loader builds from its `config.json`, by code that the rules have not been compared with.
@@ -108,6 +111,7 @@ impl<'c> Model<'c> {
         let custom_code = config.is_some_and(|config| config.get("auto_map").is_some());
         Self {
             known,
+            experts: experts_of(config),
             evidence: Evidence::new(config, tensors),
             cautious: custom_code || !known && (model_type.is_some() || architecture.is_some()),
             custom_code,
@@ -171,12 +175,6 @@ impl<'c> Model<'c> {
                     .into(),
             );
         }
-        if self.model_type == Some("llama4") {
-            notes.push(
-                "transformers 5 loads prequantized Llama 4 experts one by one, but quantizes none of them itself"
-                    .into(),
-            );
-        }
         notes
     }
 
@@ -191,8 +189,11 @@ impl<'c> Model<'c> {
         if leaf == "bias" || leaf.ends_with("_bias") {
             return Class::other(Reason::Bias);
         }
-        if is_expert(tensor.name, tensor.shape) {
-            return Class::other(Reason::Expert);
+        if is_fused_expert(tensor.name, tensor.shape) {
+            return Class::other(Reason::Fusion);
+        }
+        if leaf == "weight" && tensor.shape.len() == 2 && split_expert(tensor.name).is_some() {
+            return self.classify_expert(tensor, module);
         }
         let fused = if leaf == "weight" { module } else { tensor.name };
         for (path, parts) in self.families.iter().flat_map(|family| family.fused) {
@@ -225,6 +226,25 @@ impl<'c> Model<'c> {
             }
         }
         self.classify_linear(tensor, module)
+    }
+
+    /// A weight of one of several experts. Who knows the architecture has to take it under its name.
+    fn classify_expert(&self, tensor: &TensorFacts<'_>, module: &str) -> Class {
+        let projection = module.rsplit('.').next().unwrap_or("");
+        let read = match self.experts {
+            Experts::Named(names) => names.contains(projection),
+            Experts::Unreadable => false,
+            Experts::Unknown => !self.known,
+        };
+        if !read {
+            return Class::other(Reason::Expert);
+        }
+        self.classify_linear(tensor, module)
+    }
+
+    /// Whether this is the weight of an expert of an architecture in the table.
+    pub fn names_expert(&self, tensor: &TensorFacts<'_>) -> bool {
+        matches!(self.experts, Experts::Named(_)) && split_expert(tensor.name).is_some()
     }
 
     fn classify_linear(&self, tensor: &TensorFacts<'_>, module: &str) -> Class {
@@ -351,7 +371,10 @@ impl<'c> Model<'c> {
             Reason::Parameter => "parameter of its own".into(),
             Reason::Embedding => "embedding".into(),
             Reason::Router => "router (Mixture-of-Experts)".into(),
-            Reason::Expert => "expert weights (Mixture-of-Experts) are kept for now".into(),
+            Reason::Expert => {
+                format!("experts (Mixture-of-Experts){}, which no loader reads in another form", whose())
+            }
+            Reason::Fusion => format!("fused experts (Mixture-of-Experts){}, which are not taken apart", whose()),
             Reason::Convolution => "convolution".into(),
             Reason::NotLinear => format!("not an nn.Linear{}", whose()),
             Reason::Attention => "output of nn.MultiheadAttention, not a plain nn.Linear".into(),
@@ -383,18 +406,9 @@ fn last_path(path: &'static str, tensors: &[TensorFacts<'_>]) -> Cow<'static, st
     Cow::Owned(path.replace('$', &largest.map_or_else(|| "*".to_owned(), |n| n.to_string())))
 }
 
-/// A weight of one of several experts (`experts.3.w1.weight`), or of all of them (`experts.gate_up_proj`).
-fn is_expert(name: &str, shape: &[usize]) -> bool {
-    let mut rest = name;
-    while let Some((component, after)) = rest.split_once('.') {
-        if component == "experts" || component == "local_experts" {
-            let next = after.split('.').next().unwrap_or("");
-            return shape.len() >= 3
-                || shape.len() == 2 && !next.is_empty() && next.bytes().all(|b| b.is_ascii_digit());
-        }
-        rest = after;
-    }
-    false
+/// A tensor that holds the weights of all experts (`experts.gate_up_proj`).
+fn is_fused_expert(name: &str, shape: &[usize]) -> bool {
+    shape.len() >= 3 && [".experts.", ".local_experts."].iter().any(|list| name.contains(list))
 }
 
 fn is_norm(name: &str) -> bool {
@@ -417,7 +431,7 @@ pub(super) fn is_integer(dtype: Dtype) -> bool {
     )
 }
 
-fn collect_model_types<'c>(value: &'c Value, depth: usize, found: &mut Vec<&'c str>) {
+pub(super) fn collect_model_types<'c>(value: &'c Value, depth: usize, found: &mut Vec<&'c str>) {
     let Value::Object(fields) = value else { return };
     if let Some(name) = fields.get("model_type").and_then(Value::as_str).filter(|name| !name.is_empty()) {
         found.push(name);

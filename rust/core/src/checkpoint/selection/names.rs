@@ -148,6 +148,11 @@ const TABLES: &[Table] = &[
     Table { prefixed: false, model_types: &["ultravbert"], renames: &[(r"^head\.decoder", "lm_head")] },
     Table { prefixed: false, model_types: &["mistral_large4"], renames: &[(r"^output", "lm_head")] },
     Table { prefixed: false, model_types: &["deepseek_v4"], renames: &[(r"^head", "lm_head")] },
+    Table {
+        prefixed: false,
+        model_types: &["minimax", "minimax_m2", "mixtral", "phimoe"],
+        renames: &[(r"\.block_sparse_moe\.", ".mlp.")],
+    },
     Table { prefixed: false, model_types: &["hy_v3"], renames: &[(r"\.shared_mlp\.", ".shared_experts.")] },
     Table { prefixed: false, model_types: &["laguna"], renames: &[(r"\.shared_expert\.", ".shared_experts.")] },
     Table { prefixed: false, model_types: &["nemotron_h"], renames: &[(r"^backbone\.", "model.")] },

@@ -4,6 +4,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 
 use serde_json::Value;
 
+use super::experts::split_expert;
 use super::facts::{TensorFacts, module_of};
 use super::matching::{SkipKey, plain_key_matches, skip_list, with_and_without};
 use super::model::{Class, Model, Reason};
@@ -80,13 +81,13 @@ pub fn select(
     let mut as_default = !model.is_cautious() || selected.is_some();
     let mut rule_use = vec![RuleUse::default(); options.rules.len()];
     let mut skip_used = vec![false; skip.len()];
-    let mut experts = 0usize;
+    let (mut experts, mut packed_experts) = (0usize, 0usize);
 
     for (position, tensor) in tensors.iter().enumerate() {
         let mut class = model.classify(tensor);
         let source = module_of(tensor.name);
         let module = if options.rules.is_empty() && skip.is_empty() { source.into() } else { renames.apply(source) };
-        experts += usize::from(class.never == Some(Reason::Expert));
+        experts += usize::from(matches!(class.never, Some(Reason::Expert | Reason::Fusion)));
         if let Some(selected) = selected {
             if selected.tensors.contains(tensor.name) {
                 class.linear = true;
@@ -95,11 +96,16 @@ pub fn select(
                 if let Some(conv1d) = &selected.conv1d {
                     class.conv1d = conv1d.contains(tensor.name);
                 }
-            } else if class.linear {
+            } else if class.linear && !model.names_expert(tensor) {
+                // transformers merges experts and leaves them alone: of these the rules know more.
                 class.kept = class.kept.or(Some(Reason::NotSelected));
             }
         }
-        let skipped = skip.iter().position(|key| class.linear && (key.matches(&module) || key.matches(source)));
+        // The list of experts is a module too, and the one that a loaded model has.
+        let list = split_expert(&module).map(|(list, ..)| list);
+        let skipped = skip.iter().position(|key| {
+            class.linear && (key.matches(&module) || key.matches(source) || list.is_some_and(|list| key.matches(list)))
+        });
         if let Some(index) = skipped {
             skip_used[index] = true;
         }
@@ -113,6 +119,7 @@ pub fn select(
             (None, None, Some(index)) => keep(format!("skip list ({})", skip[index].text())),
             (None, None, None) => quantize(options.quant_type, class.conv1d, by_itself),
         };
+        packed_experts += usize::from(decision.treatment != Treatment::Keep && model.names_expert(tensor));
         decision.float32 = decision.treatment == Treatment::Keep && model.is_float32(tensor);
         if class.linear || !class.parts.is_empty() {
             let converted = decision.treatment != Treatment::Keep;
@@ -133,7 +140,18 @@ pub fn select(
         notes.push(format!("the skip name {:?} matches no linear layer", key.text()));
     }
     if experts > 0 {
-        notes.push(format!("{experts} expert weights (Mixture-of-Experts) are kept as they are for now"));
+        let example = tensors
+            .iter()
+            .zip(&decisions)
+            .find(|(tensor, _)| matches!(model.classify(tensor).never, Some(Reason::Expert | Reason::Fusion)));
+        let (name, reason) = example.map_or(("", ""), |(tensor, decision)| (tensor.name, decision.reason.as_str()));
+        notes.push(format!("{experts} tensors of experts stay in 16 bits, such as {name}: {reason}"));
+    }
+    if packed_experts > 0 {
+        notes.push(format!(
+            "{packed_experts} matrices of experts are packed one by one: transformers 5 loads them with halfbyte, not \
+             with bitsandbytes alone"
+        ));
     }
     let skip_modules = if as_default {
         None

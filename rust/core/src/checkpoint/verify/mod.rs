@@ -16,11 +16,13 @@ use serde_json::Value;
 pub use self::report::{Comparison, Status, VerifyReport};
 use self::scales::Scales;
 use self::sides::{Found, Sides};
-use self::values::{ScaleCache, count_differing, distance, raw, to_floats, weight_values};
+use self::values::{ScaleCache, count_differing, dense, distance, raw, to_floats, weight_values};
 use super::cast::{cast_to_vec, transposed};
 use super::dtype::{config_dtype, is_float, with_element};
+use super::fused::FusedExperts;
 use super::job::Progress;
-use super::plan::groups::weight_dtype;
+use super::matrix::Matrix;
+use super::plan::groups::dtype_of as weight_dtype;
 use super::reader::{Checkpoint, TensorRef};
 use super::rows::RowsSource;
 use super::selection::{self, TensorFacts};
@@ -38,15 +40,15 @@ const PIECE_VALUES: usize = PIECE_BYTES / 4;
 /// What stands on the two sides of one name.
 enum Pair {
     /// A dense weight and its 4-bit form.
-    Fresh { a: TensorRef, b: WeightSource, transpose: bool },
+    Fresh { a: Matrix, b: WeightSource, transpose: bool },
     /// A dense weight, which a loader would have in `dtype`, and its 8-bit form.
-    FreshRows { a: TensorRef, b: RowsSource, dtype: Dtype, transpose: bool },
+    FreshRows { a: Matrix, b: RowsSource, dtype: Dtype, transpose: bool },
     /// Two 4-bit weights.
     Weights { a: WeightSource, b: WeightSource },
     /// Two 8-bit weights.
     Rows { a: RowsSource, b: RowsSource },
     /// Two tensors that are not quantized.
-    Dense { a: TensorRef, b: TensorRef },
+    Dense { a: Matrix, b: TensorRef },
 }
 
 struct Task {
@@ -79,7 +81,21 @@ pub fn verify(
     };
     let facts: Vec<TensorFacts<'_>> = a.order.iter().map(|&at| a.facts(at)).collect();
     let conv1d = b.conv1d_names().unwrap_or_else(|| selection::conv1d_names(config, &facts));
-    let (plain_a, plain_b) = (plain(a, &parts_a), plain(b, &parts_b));
+    let plain_b = plain(b, &parts_b);
+    let mut plain_a: HashMap<String, (Matrix, Vec<usize>)> = plain(a, &parts_a)
+        .into_iter()
+        .map(|(name, at)| (name, (Matrix::whole(a, at), a.tensor(at).shape.clone())))
+        .collect();
+    // What one side holds as one tensor and the other as a weight for each expert is compared weight by weight.
+    let fused = FusedExperts::find(a, config)?;
+    for (at, tensor) in &fused.tensors {
+        if tensor.parts.iter().any(|part| weights_b.contains_key(&part.name) || plain_b.contains_key(&part.name)) {
+            plain_a.remove(&a.tensor(*at).name);
+            let scales = tensor.parts.first().and_then(|part| part.matrix.part?.scales);
+            scales.map(|scales| plain_a.remove(&a.tensor(scales).name));
+            plain_a.extend(tensor.parts.iter().map(|part| (part.name.clone(), (part.matrix, part.shape.to_vec()))));
+        }
+    }
     let names: BTreeSet<&String> =
         weights_a.keys().chain(weights_b.keys()).chain(plain_a.keys()).chain(plain_b.keys()).collect();
     let names: Vec<String> = names.into_iter().cloned().collect();
@@ -88,17 +104,17 @@ pub fn verify(
     let mut tasks = Vec::new();
     for name in names {
         match (weights_a.remove(&name), plain_a.get(&name), weights_b.remove(&name), plain_b.get(&name)) {
-            (_, Some(&dense), Some(quantized), _) => {
-                let entry = a.tensor(dense);
-                let turned: Vec<usize> = entry.shape.iter().rev().copied().collect();
-                let transpose = entry.shape != quantized.shape() || conv1d.contains(&name);
+            (_, Some((dense, shape)), Some(quantized), _) => {
+                let dense = *dense;
+                let turned: Vec<usize> = shape.iter().rev().copied().collect();
+                let transpose = shape != quantized.shape() || conv1d.contains(&name);
                 let fits = !transpose || turned == quantized.shape() && turned.len() == 2;
                 let values = quantized.elements();
-                let comparable = fits && is_float(entry.dtype);
+                let comparable = fits && is_float(dense.dtype);
                 let pair = match quantized {
                     Quantized::FourBit(b) => Pair::Fresh { a: dense, b, transpose },
                     Quantized::Int8(b) => {
-                        let dtype = weight_dtype(entry, false, config_dtype(config_b));
+                        let dtype = weight_dtype(&name, dense.dtype, config_dtype(config_b));
                         Pair::FreshRows { a: dense, b, dtype, transpose }
                     }
                 };
@@ -127,9 +143,9 @@ pub fn verify(
                 };
                 tasks.push(Task { name, values, comparable, pair });
             }
-            (None, Some(&da), None, Some(&db)) => {
-                let (ta, tb) = (a.tensor(da), b.tensor(db));
-                let same = ta.shape == tb.shape && (ta.dtype == tb.dtype || (is_float(ta.dtype) && is_float(tb.dtype)));
+            (None, Some((da, shape)), None, Some(&db)) => {
+                let (da, tb) = (*da, b.tensor(db));
+                let same = *shape == tb.shape && (da.dtype == tb.dtype || (is_float(da.dtype) && is_float(tb.dtype)));
                 tasks.push(Task { name, values: tb.elements(), comparable: same, pair: Pair::Dense { a: da, b: db } });
             }
             (Some(x), _, None, Some(_)) => {
@@ -147,9 +163,13 @@ pub fn verify(
     for (number, task) in tasks.iter().enumerate().filter(|(_, t)| t.comparable) {
         let step = match &task.pair {
             Pair::Fresh { transpose: true, .. } | Pair::FreshRows { transpose: true, .. } => usize::MAX,
-            Pair::FreshRows { b, .. } | Pair::Rows { b, .. } => {
-                (PIECE_VALUES / b.shape[1].max(1)).max(1) * b.shape[1].max(1)
+            Pair::Fresh { a, b, .. } => a.step(PIECE_VALUES, b.state.blocksize.get()),
+            Pair::FreshRows { a, b, .. } => {
+                let columns = b.shape[1].max(1);
+                a.step((PIECE_VALUES / columns).max(1) * columns, columns)
             }
+            Pair::Rows { b, .. } => (PIECE_VALUES / b.shape[1].max(1)).max(1) * b.shape[1].max(1),
+            Pair::Dense { a, .. } => a.step(PIECE_VALUES, 1),
             _ => PIECE_VALUES,
         };
         let mut start = 0;
@@ -213,8 +233,8 @@ impl Sides<'_> {
                 Ok(found)
             }
             Pair::Dense { a, b } => {
-                let (raw_a, raw_b) = (raw(self.a, *a, start, len)?, raw(self.b, *b, start, len)?);
-                let (ta, tb) = (self.a.tensor(*a).dtype, self.b.tensor(*b).dtype);
+                let (raw_a, raw_b) = (dense(self.a, a, start, len)?, raw(self.b, *b, start, len)?);
+                let (ta, tb) = (a.dtype, self.b.tensor(*b).dtype);
                 if ta == tb && raw_a == raw_b {
                     return Ok(Found::default());
                 }
@@ -232,7 +252,7 @@ impl Sides<'_> {
     #[expect(clippy::too_many_arguments, reason = "the pieces of one address")]
     fn fresh<T: Element>(
         &self,
-        a: TensorRef,
+        a: Matrix,
         b: &WeightSource,
         transpose: bool,
         task: usize,
@@ -242,7 +262,7 @@ impl Sides<'_> {
     ) -> Result<Found> {
         let state = &b.state;
         // Quantized as a loader would have: cast to the dtype of the model first.
-        let bytes = cast_to_vec(self.a.tensor(a).dtype, state.dtype, &raw(self.a, a, start, len)?);
+        let bytes = cast_to_vec(a.dtype, state.dtype, &dense(self.a, &a, start, len)?);
         let mut values: Vec<T> = bytemuck::pod_collect_to_vec(&bytes);
         if transpose {
             values = transposed(&values, state.shape[1], state.shape[0]);
@@ -251,8 +271,8 @@ impl Sides<'_> {
         let mut scales = vec![0.0; state.blocksize.absmax_len(len)];
         let _ = blockwise4::quantize_serial(&values, state.quant_type, state.blocksize, &mut codes, &mut scales)?;
         let (read, stored) = weight_values(self.b, b, (task, true), start, len, cache)?;
-        let dense: Vec<f32> = values.iter().map(|v| v.to_f32()).collect();
-        let mut found = distance(&dense, &read);
+        let exact: Vec<f32> = values.iter().map(|v| v.to_f32()).collect();
+        let mut found = distance(&exact, &read);
         found.differing = count_differing(&codes, &stored);
         found.scales = scales;
         Ok(found)
@@ -269,7 +289,8 @@ impl Sides<'_> {
         if !task.comparable {
             let other = match &task.pair {
                 Pair::Fresh { a, .. } | Pair::FreshRows { a, .. } | Pair::Dense { a, .. } => {
-                    format!("{} {:?}", self.a.tensor(*a).dtype, self.a.tensor(*a).shape)
+                    let shape = if a.part.is_some() { &[a.rows, a.columns][..] } else { &self.a.tensor(a.at).shape };
+                    format!("{} {shape:?}", a.dtype)
                 }
                 Pair::Weights { a, .. } => format!("{} {:?}", a.state.quant_type.as_str(), a.state.shape),
                 Pair::Rows { a, .. } => format!("int8 {:?}", a.shape),
@@ -301,8 +322,8 @@ impl Sides<'_> {
         };
         let rmse = if task.values == 0 { 0.0 } else { (squares / task.values as f64).sqrt() };
         let detail = match &task.pair {
-            Pair::Dense { a, b } if self.a.tensor(*a).dtype != self.b.tensor(*b).dtype => {
-                format!("{} in the first, {kind} in the second", self.a.tensor(*a).dtype)
+            Pair::Dense { a, b } if a.dtype != self.b.tensor(*b).dtype => {
+                format!("{} in the first, {kind} in the second", a.dtype)
             }
             _ if ties > 0 && status == Status::Rounded => format!("{ties} codes of values in the middle of two"),
             _ if differing == 0 && scales == Scales::Different => "the scales differ".to_owned(),

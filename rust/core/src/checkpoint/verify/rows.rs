@@ -4,9 +4,10 @@ use half::f16;
 use safetensors::Dtype;
 
 use super::sides::{Found, Sides};
-use super::values::{count_differing, distance, raw, to_floats};
+use super::values::{count_differing, dense, distance, raw, to_floats};
 use crate::checkpoint::cast::{cast_to_vec, floats, transposed};
-use crate::checkpoint::reader::{Checkpoint, TensorRef};
+use crate::checkpoint::matrix::Matrix;
+use crate::checkpoint::reader::Checkpoint;
 use crate::checkpoint::rows::RowsSource;
 use crate::error::Result;
 use crate::quant::int8_rowwise::{dequantize_rows, quantize_rows};
@@ -35,23 +36,23 @@ impl Sides<'_> {
     /// A dense weight, as a loader has it in `dtype`, beside its 8-bit form. A piece is made of whole rows.
     pub(super) fn fresh_rows(
         &self,
-        a: TensorRef,
+        a: Matrix,
         b: &RowsSource,
         dtype: Dtype,
         transpose: bool,
         (start, len): (usize, usize),
     ) -> Result<Found> {
         let [rows, columns] = b.shape;
-        let loaded = cast_to_vec(self.a.tensor(a).dtype, dtype, &raw(self.a, a, start, len)?);
+        let loaded = cast_to_vec(a.dtype, dtype, &dense(self.a, &a, start, len)?);
         let halves = cast_to_vec(dtype, Dtype::F16, &loaded);
-        let (mut dense, mut halves) = (to_floats(dtype, &loaded), bytemuck::pod_collect_to_vec::<u8, f16>(&halves));
+        let (mut exact, mut halves) = (to_floats(dtype, &loaded), bytemuck::pod_collect_to_vec::<u8, f16>(&halves));
         if transpose {
-            (dense, halves) = (transposed(&dense, columns, rows), transposed(&halves, columns, rows));
+            (exact, halves) = (transposed(&exact, columns, rows), transposed(&halves, columns, rows));
         }
         let (mut codes, mut scales) = (vec![0; len], vec![0.0; len / columns]);
         quantize_rows(&halves, scales.len(), columns, &mut codes, &mut scales)?;
         let stored = read(self.b, b, start, len)?;
-        let mut found = distance(&dense, &stored.values);
+        let mut found = distance(&exact, &stored.values);
         found.differing = count_differing(bytemuck::cast_slice(&codes), bytemuck::cast_slice(&stored.codes));
         found.other_scales = !same_bits(&scales, &stored.scales);
         let differ = codes.iter().zip(&stored.codes).enumerate().filter(|(_, (fresh, stored))| fresh != stored);

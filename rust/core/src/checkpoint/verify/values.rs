@@ -8,6 +8,7 @@ use safetensors::Dtype;
 use super::sides::Found;
 use crate::checkpoint::dtype::{item_size, with_element};
 use crate::checkpoint::file::read_exact_at;
+use crate::checkpoint::matrix::Matrix;
 use crate::checkpoint::reader::{Checkpoint, TensorRef};
 use crate::checkpoint::weights::{WeightSource, read_scales};
 use crate::dtype::Element;
@@ -49,6 +50,16 @@ pub(super) fn weight_values(
         values.into_iter().map(Element::to_f32).collect()
     });
     Ok((values, codes))
+}
+
+/// Bytes of a dense matrix.
+pub(super) fn dense(side: &Checkpoint, matrix: &Matrix, start: usize, len: usize) -> Result<Vec<u8>> {
+    if matrix.part.is_none() {
+        return raw(side, matrix.at, start, len);
+    }
+    let mut bytes = vec![0; len * item_size(matrix.dtype)];
+    matrix.read(side, start, &mut bytes, &mut Vec::new())?;
+    Ok(bytes)
 }
 
 pub(super) fn raw(side: &Checkpoint, at: TensorRef, start: usize, len: usize) -> Result<Vec<u8>> {
