@@ -3,7 +3,8 @@
 //     program CASES OUTPUT
 //
 // CASES holds little-endian 64-bit integers and bytes: the number of cases, then of each the buffers (their number, and
-// of each its length, how far its address is behind a multiple of 256, and its bytes) and the launches (their number, and
+// of each its length, how far its address is behind a multiple of 256, and its bytes; then of each the number of addresses in it,
+// and of each address where in the buffer it is and of which buffer) and the launches (their number, and
 // of each the length of the kernel's name, the name, grid, block, shared, first_block, blocks, cluster, highest_first
 // and the number of arguments; of each argument its length, its bytes, the number of addresses in it, and of each address where
 // in the argument it is and of which buffer). OUTPUT receives the bytes of every buffer. What is wrong goes to stderr,
@@ -61,6 +62,15 @@ struct Buffer {
     unsigned char *begin() const { return memory + shift; }
 };
 
+// Writes addresses of buffers to where they belong.
+void put_addresses(Reader &reader, const std::vector<Buffer> &buffers, unsigned char *to) {
+    for (uint64_t left = reader.number(); left > 0; left--) {
+        const uint64_t at = reader.number();
+        const unsigned char *const address = buffers.at(reader.number()).begin();
+        std::memcpy(to + at, &address, sizeof address);
+    }
+}
+
 void launch(Reader &reader, const std::vector<Buffer> &buffers) {
     std::string name(reader.number(), '\0');
     reader.bytes(&name[0], name.size());
@@ -89,11 +99,7 @@ void launch(Reader &reader, const std::vector<Buffer> &buffers) {
         values.emplace_back(sizes.back() / sizeof(Line) + 1);
         unsigned char *const value = reinterpret_cast<unsigned char *>(values.back().data());
         reader.bytes(value, sizes.back());
-        for (uint64_t left = reader.number(); left > 0; left--) {
-            const uint64_t at = reader.number();
-            const unsigned char *const address = buffers.at(reader.number()).begin();
-            std::memcpy(value + at, &address, sizeof address);
-        }
+        put_addresses(reader, buffers, value);
     }
     std::vector<void *> arguments;
     for (std::vector<Line> &value : values) {
@@ -123,6 +129,9 @@ int main(int count, char **words) {
         std::vector<Buffer> buffers;
         for (uint64_t left = reader.number(); left > 0; left--) {
             buffers.emplace_back(reader);
+        }
+        for (const Buffer &buffer : buffers) {
+            put_addresses(reader, buffers, buffer.begin());
         }
         for (uint64_t left = reader.number(); left > 0; left--) {
             launch(reader, buffers);

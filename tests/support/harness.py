@@ -40,10 +40,20 @@ class SanitizerError(Exception):
 
 @dataclass(eq=False)
 class Buffer:
-    """Memory of a device: the bytes of `data`, `shift` bytes behind a multiple of 256."""
+    """Memory of a device: the bytes of `data`, `shift` bytes behind a multiple of 256.
+
+    `addresses`: at which bytes of it the addresses of others are; afterwards these are zeros.
+    """
 
     data: np.ndarray
     shift: int = 0
+    addresses: Sequence[tuple[int, Buffer]] = ()
+
+    def without_addresses(self, data: np.ndarray) -> np.ndarray:
+        """What a run left in it, fit to be compared with another run's."""
+        for at, _ in self.addresses:
+            data.reshape(-1).view(np.uint8)[at : at + 8] = 0
+        return data
 
 
 @dataclass(frozen=True)
@@ -114,6 +124,7 @@ class Case:
             for argument in launch.arguments:
                 for _, buffer in argument.addresses:
                     found[id(buffer)] = buffer
+                    found |= {id(other): other for _, other in buffer.addresses}
         object.__setattr__(self, "buffers", list(found.values()))
 
 
@@ -159,6 +170,9 @@ class Library:
             outer[begin : begin + data.nbytes] = data.reshape(-1).view(np.uint8)
             memory.append((outer, begin, data))
         addresses = {id(b): m[0].ctypes.data + m[1] for b, m in zip(case.buffers, memory, strict=True)}
+        for buffer, (outer, begin, _) in zip(case.buffers, memory, strict=True):
+            for at, other in buffer.addresses:
+                struct.pack_into("<Q", outer, begin + at, addresses[id(other)])
         for launch in case.launches:
             self.launch(launch, addresses, highest_first)
         results = []
@@ -166,7 +180,8 @@ class Library:
             end = begin + data.nbytes
             if not ((outer[:begin] == CANARY).all() and (outer[end:] == CANARY).all()):
                 raise KernelError(f"a write outside of buffer {k}, which has {data.nbytes} bytes")
-            results.append(outer[begin:end].copy().view(data.dtype).reshape(data.shape))
+            result = outer[begin:end].copy().view(data.dtype).reshape(data.shape)
+            results.append(case.buffers[k].without_addresses(result))
         return results
 
     def launch(self, launch: Launch, addresses: dict[int, int], highest_first: bool = False) -> None:
@@ -247,8 +262,8 @@ class Program:
             for case in cases:
                 results.append([])
                 for buffer in case.buffers:
-                    array = np.frombuffer(data, buffer.data.dtype, buffer.data.size, at)
-                    results[-1].append(array.reshape(buffer.data.shape))
+                    array = np.frombuffer(data, buffer.data.dtype, buffer.data.size, at).copy()
+                    results[-1].append(buffer.without_addresses(array.reshape(buffer.data.shape)))
                     at += buffer.data.nbytes
             assert at == len(data)
             return results
@@ -270,6 +285,10 @@ def _encode(cases: Sequence[Case], highest_first: bool) -> Iterable[bytes]:
         for buffer in case.buffers:
             yield numbers(buffer.data.nbytes, buffer.shift) + np.ascontiguousarray(buffer.data).tobytes()
         index = {id(buffer): k for k, buffer in enumerate(case.buffers)}
+        for buffer in case.buffers:
+            yield numbers(len(buffer.addresses))
+            for at, target in buffer.addresses:
+                yield numbers(at, index[id(target)])
         yield numbers(len(case.launches))
         for launch in case.launches:
             yield numbers(len(launch.kernel)) + launch.kernel.encode()

@@ -74,22 +74,16 @@ __device__ inline void produce_scales(u8 *shared, PipelineState<S::SCALES_STAGES
         return reinterpret_cast<Floats2 *>(shared + S::SCALES_AT + stage * S::SCALES_BYTES);
     };
     if (rows.fours) {
-        i64 first[MINE];
-#pragma unroll
-        for (int i = 0; i < MINE; i++) {
-            first[i] = rows.first(i);
-        }
+        // Of nested scales four codes in a word, and their common second scale.
         Floats4 values[MINE];
-        u32 codes[MINE];
-        float second[MINE];
         const auto load = [&](int stage) {
 #pragma unroll
             for (int i = 0; i < MINE; i++) {
-                const Scales &scales = rows.scales(i);
-                const i64 block = (first[i] + i64(begin + stage) * SCALES_K) >> 6;
+                const Scales scales = rows.scales(i);
+                const i64 block = (rows.first(i) + i64(begin + stage) * SCALES_K) >> 6;
                 if (nested) {
-                    codes[i] = *reinterpret_cast<const u32 *>(scales.codes + block);
-                    second[i] = scales.absmax2[block >> NESTED_SHIFT];
+                    values[i].value[0] = __uint_as_float(*reinterpret_cast<const u32 *>(scales.codes + block));
+                    values[i].value[1] = scales.absmax2[block >> NESTED_SHIFT];
                 } else {
                     values[i] = *reinterpret_cast<const Floats4 *>(scales.absmax + block);
                 }
@@ -97,25 +91,17 @@ __device__ inline void produce_scales(u8 *shared, PipelineState<S::SCALES_STAGES
         };
         load(0);
         for (int stage = 0; stage < stages; stage++) {
-            Floats4 now[MINE];
-#pragma unroll
-            for (int i = 0; i < MINE; i++) {
-                now[i] = values[i];
-                if (nested) {
-#pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        now[i].value[j] = RawScale<true>{codes[i] >> 8 * j & 255, second[i]}.value(map, rows.offset(i));
-                    }
-                }
-            }
-            load(stage + 1 < stages ? stage + 1 : stage);
             barrier_wait(&pipelines.scales_empty[state.stage], state.phase ^ 1);
             Floats2 *const to = place_of(state.stage) + member;
 #pragma unroll
             for (int i = 0; i < MINE; i++) {
+                const u32 codes = __float_as_uint(values[i].value[0]);
+                const float second = values[i].value[1];
 #pragma unroll
                 for (int j = 0; j < SCALES_K_TILES; j++) {
-                    to[j * S::TILE_ROWS + SCALE_PRODUCERS * i] = {now[i].value[j], now[i].value[j]};
+                    const float scale = nested ? RawScale<true>{codes >> 8 * j & 255, second}.value(map, rows.offset(i))
+                                               : values[i].value[j];
+                    to[j * S::TILE_ROWS + SCALE_PRODUCERS * i] = {scale, scale};
                 }
             }
             __syncwarp();
@@ -123,6 +109,8 @@ __device__ inline void produce_scales(u8 *shared, PipelineState<S::SCALES_STAGES
                 barrier_arrive(&pipelines.scales_full[state.stage]);
             }
             state.advance();
+            // The consumers are two stages behind.
+            load(stage + 1 < stages ? stage + 1 : stage);
         }
     } else {
         for (int stage = 0; stage < stages; stage++) {
@@ -130,7 +118,7 @@ __device__ inline void produce_scales(u8 *shared, PipelineState<S::SCALES_STAGES
             const int left = k - SCALE_SPAN - (begin + stage) * SCALES_K;
 #pragma unroll 1
             for (int i = 0; i < MINE; i++) {
-                const Scales &scales = rows.scales(i);
+                const Scales scales = rows.scales(i);
                 const i64 first = rows.first(i) + i64(begin + stage) * SCALES_K;
                 // Behind the last column that of the last: there x is zero.
                 const auto find = [&](int j) {
@@ -164,7 +152,7 @@ struct WeightRows {
     bool nested, fours;
     float shift;
 
-    __device__ const Scales &scales(int) const { return weight; }
+    __device__ Scales scales(int) const { return weight; }
     __device__ float offset(int) const { return shift; }
     // Rows that are not there get what the last one has: what comes of them is not written.
     __device__ i64 first(int i) const {
