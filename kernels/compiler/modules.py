@@ -69,12 +69,11 @@ def _tile(element: str, tokens: int) -> Module:
     return Module("gemm/tile_sm90a/gemm_4bit_tile_sm90a", "90a", ("90a",), instance, defines)
 
 
-def _experts_tile(element: str, tokens: int) -> Module:
+def _experts_tile(element: str) -> Module:
     """A module of experts_tile_sm90a.cu, which has one kernel each."""
-    instance = f"{element.lower()}_{tokens}"
-    name = f"EXPERTS_NAME=experts_tile_sm90a_{instance}"
-    defines = (name, f"EXPERTS_ELEMENT={element}", f"EXPERTS_TOKENS={tokens}")
-    return Module("experts/tile_sm90a/experts_tile_sm90a", "90a", ("90a",), instance, defines)
+    name = f"EXPERTS_NAME=experts_tile_sm90a_{element.lower()}"
+    defines = (name, f"EXPERTS_ELEMENT={element}")
+    return Module("experts/tile_sm90a/experts_tile_sm90a", "90a", ("90a",), element.lower(), defines)
 
 
 def _int8_tile(tokens: int) -> Module:
@@ -124,7 +123,7 @@ MODULES = (
     # Products of warpgroups, and what they alone need.
     Module("experts/experts_gather", "90", ("90",)),
     *(_tile(element, tokens) for element in ("Bf16", "F16") for tokens in (64, 96, 128, 192, 256)),
-    *(_experts_tile(element, tokens) for element in ("Bf16", "F16") for tokens in (32, 64, 128)),
+    *map(_experts_tile, ("Bf16", "F16")),
     *(_int8_tile(tokens) for tokens in (64, 128, 256)),
 )
 

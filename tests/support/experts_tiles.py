@@ -93,9 +93,8 @@ def _matrix(
 
 @dataclass(frozen=True)
 class Tile:
-    """How a launch divides its work, and where y goes: rows in an order, with so many columns more."""
+    """Blocks of a launch, what becomes of the products, and where y goes: rows in an order, with so many columns more."""
 
-    tokens: int
     blocks: int = 3
     activation: str = "none"
     ordered: bool = False
@@ -103,10 +102,8 @@ class Tile:
     shift: int = 0
 
 
-def tile_shared(tokens: int) -> int:
-    """The dynamic shared memory of a block, as rust/cuda/src/experts/tile.rs has it."""
-    codes, x, scales = (6 if tokens <= 32 else 4), (4 if tokens > 64 else 8), 2
-    return x * tokens * 128 + 65536 + codes * 16384 + scales * 8192 + 2 * 8192 + 1024 + 2 * (codes + x + scales) * 8
+# The dynamic shared memory of a block, as rust/cuda/src/experts/tile.rs has it.
+SHARED = 4 * 16384 + 65536 + 4 * 16384 + 2 * 8192 + 2 * 8192 + 1024 + 1024 + 2 * (4 + 4 + 2) * 8
 
 
 def _wanted(job: Tokens, plan: Tile, order: np.ndarray, exact: bool) -> Callable[[np.ndarray], str]:
@@ -154,7 +151,7 @@ def tile(source: Described, job: Tokens, plan: Tile, exact: bool = False) -> Che
     slots, k = job.x.shape
     n, experts = job.weights[0][0].dense.shape[0], len(job.counts)
     gated, constants = len(job.weights) == 2, source.constants
-    kernel = f"experts_tile_sm90a_{job.dtype}_{plan.tokens}"
+    kernel = f"experts_tile_sm90a_{job.dtype}"
     order = np.arange(slots, dtype=np.int32)
     if plan.ordered:
         order = np.random.default_rng(slots).permutation(slots).astype(np.int32)
@@ -183,13 +180,13 @@ def tile(source: Described, job: Tokens, plan: Tile, exact: bool = False) -> Che
                              ACTIVATIONS[plan.activation], columns, (1 + gated) * n)),
     ]  # fmt: skip
     arguments = [
-        tensor_map(Buffer(job.x), 2, (k, slots), (2 * k,), (constants["K_TILE"], plan.tokens), 128),
+        tensor_map(Buffer(job.x), 2, (k, slots), (2 * k,), (constants["K_TILE"], constants["STEP_TOKENS"]), 128),
         Argument(b"".join(part.data for part in product), product[0].addresses),
         Argument(reference.CODEBOOKS[job.quant_type].astype(np.float32).tobytes()),
         pointers(None if job.bias is None else Buffer(job.bias)),
         pointers(y),
     ]
-    launch = Launch(kernel, plan.blocks, source.threads[kernel], arguments, tile_shared(plan.tokens))
+    launch = Launch(kernel, plan.blocks, source.threads[kernel], arguments, SHARED)
     name = f"{kernel}, {job.counts} x {n} x {k}, {job.quant_type} in {job.blocksize}, {plan}"
     return Check(name, Case([launch]), [(y, _wanted(job, plan, order, exact))])
 

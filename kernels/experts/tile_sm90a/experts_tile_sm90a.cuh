@@ -5,6 +5,12 @@
 #include "experts/tile_sm90a/producer.cuh"
 #include "gemm/tile_sm90a/consumer.cuh"
 
+// The accumulators of the first tokens.
+template <int TOKENS, int ALL>
+__device__ inline float (&first_of(float (&sums)[ALL]))[TOKENS / 2] {
+    return reinterpret_cast<float (&)[TOKENS / 2]>(sums);
+}
+
 template <typename T, int TOKENS>
 __device__ inline void experts_tile_sm90a(const TensorMap *x_map, const ExpertsProduct &product, const Codebook &codebook,
                                           const T *bias, T *y) {
@@ -46,12 +52,29 @@ __device__ inline void experts_tile_sm90a(const TensorMap *x_map, const ExpertsP
     wait_for_previous();
     ConsumerState<S> state(0);
     for (TileWalk<TOKENS> walk(product, lane); walk.left > 0; walk.advance()) {
+        // Asked for early.
+        const int row = walk.begin + walk.token + thread % TOKENS;
+        const int y_row = product.order == nullptr || walk.token + thread % TOKENS >= walk.tokens ? row : product.order[row];
         float sums[S::ACCUMULATORS];
-        multiply_k_tiles<T, S>(sums, shared, state, lane, 0, my_row, stages);
+        // As many columns of products as there are tokens for.
+        switch (walk.width() / STEP_TOKENS) {
+            case 1:
+                multiply_k_tiles<T, S, 32>(first_of<32>(sums), shared, state, lane, 0, my_row, stages);
+                break;
+            case 2:
+                multiply_k_tiles<T, S, 64>(first_of<64>(sums), shared, state, lane, 0, my_row, stages);
+                break;
+            case 3:
+                multiply_k_tiles<T, S, 96>(first_of<96>(sums), shared, state, lane, 0, my_row, stages);
+                break;
+            default:
+                multiply_k_tiles<T, S, 128>(sums, shared, state, lane, 0, my_row, stages);
+        }
         if (walk.left == 1) {
             let_next_start();
         }
-        write_tile<T, S>(sums, shared + S::OUT_AT + team * S::OUT_BYTES, bias, y, product, walk, team, team_warp, lane,
-                         thread % TEAM);
+        int *const rows = reinterpret_cast<int *>(shared + S::ROWS_AT) + team * TOKENS;
+        write_tile<T, S>(sums, shared + S::OUT_AT + team * S::OUT_BYTES, bias, y, product, walk, rows, y_row, team, team_warp,
+                         lane, thread % TEAM);
     }
 }

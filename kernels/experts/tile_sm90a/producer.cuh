@@ -28,18 +28,22 @@ __device__ inline void produce_codes(u8 *shared, const ExpertsProduct &product, 
     }
 }
 
-// By one thread: stages of x [TOKENS][K_TILE]. Behind the expert's tokens are the next one's; what comes of them is not written.
+// By one thread: stages of x [width][K_TILE]. Behind the expert's tokens are the next one's; what comes of them is not written.
 template <typename S, typename Walk>
 __device__ inline void produce_x(u8 *shared, const TensorMap *x_map, const ExpertsProduct &product, Walk walk) {
     const Pipelines<S> pipelines(shared);
     PipelineState<S::X_STAGES> state;
     const int k_tiles = (product.k + SCALES_K - 1) / SCALES_K * SCALES_K_TILES;
     for (; walk.left > 0; walk.advance()) {
+        const int width = walk.width();
         for (int k_tile = 0; k_tile < k_tiles; k_tile++) {
             Barrier *const full = &pipelines.x_full[state.stage];
             barrier_wait(&pipelines.x_empty[state.stage], state.phase ^ 1);
-            barrier_arrive_expecting(full, S::X_BYTES);
-            copy_box(shared + S::X_AT + state.stage * S::X_BYTES, x_map, k_tile * K_TILE, walk.begin + walk.token, full);
+            u8 *const to = shared + S::X_AT + state.stage * S::X_BYTES;
+            barrier_arrive_expecting(full, u32(width) * K_TILE_BYTES);
+            for (int at = 0; at < width; at += STEP_TOKENS) {
+                copy_box(to + at * K_TILE_BYTES, x_map, k_tile * K_TILE, walk.begin + walk.token + at, full);
+            }
             state.advance();
         }
     }

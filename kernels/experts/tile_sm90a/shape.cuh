@@ -5,20 +5,20 @@
 
 constexpr int QUARTER_ROWS = 64;  // rows of one weight that a copy brings: wgmma has eight of them in a warp beside eight others
 constexpr int QUARTERS = 4;       // of a tile: two for each team
-constexpr int OUT_TOKENS = 32;    // that a team puts together at a time, before it writes whole lines
+constexpr int TILE_TOKENS = 128;  // of a tile at most: their accumulators are what registers have room for
+constexpr int STEP_TOKENS = 32;   // by which the tokens of a tile grow, and that a team puts together before it writes whole lines
 
-// A tile is 256 rows of W by TOKENS tokens of one expert. See gemm/tile_sm90a/shape.cuh for what is not said here. The
+// A tile is 256 rows of W by up to TOKENS tokens of one expert. See gemm/tile_sm90a/shape.cuh for what is not said here. The
 // launcher takes BYTES from here.
 template <int TOKENS>
 struct ExpertShape {
     // Both teams take every k-tile, each for rows of its own: they share x, and one writes a tile while the other multiplies.
     static constexpr int TEAMS = 2, K_TEAMS = 1;
-    static constexpr int CHUNKS = TOKENS == 128 ? 2 : 1;
+    static constexpr bool BUFFERED = false;
+    __device__ static constexpr int chunks(int tokens) { return tokens == 128 ? 2 : 1; }
     static constexpr int CONSUMERS = TEAMS * TEAM, CONSUMER_WARPS = CONSUMERS / WARP;
     static constexpr int THREADS = CONSUMERS + WARPGROUP;
-    static constexpr int CODES_STAGES = TOKENS > 32 ? 4 : 6;
-    static constexpr int X_STAGES = TOKENS > 64 ? 4 : 8;
-    static constexpr int SCALES_STAGES = 2;
+    static constexpr int CODES_STAGES = 4, X_STAGES = 4, SCALES_STAGES = 2;
     static constexpr int ACCUMULATORS = TOKENS / 2;
     static constexpr int TILE_ROWS = QUARTERS * QUARTER_ROWS;
     static constexpr int SECOND_ROW = QUARTER_ROWS;
@@ -29,14 +29,15 @@ struct ExpertShape {
     static constexpr u32 X_BYTES = TOKENS * K_TILE_BYTES;
     static constexpr u32 SCALES_BYTES = TILE_ROWS * SCALES_PER_ROW * 4;
     static constexpr u32 TABLE_BYTES = 256 * 256;
-    static constexpr u32 OUT_BYTES = OUT_TOKENS * (TILE_ROWS / TEAMS) * 2;  // of a team
+    static constexpr u32 OUT_BYTES = STEP_TOKENS * (TILE_ROWS / TEAMS) * 2;  // of a team
     // Shared memory, in this order.
     static constexpr u32 X_AT = 0;
     static constexpr u32 TABLE_AT = X_AT + X_STAGES * X_BYTES;
     static constexpr u32 CODES_AT = TABLE_AT + TABLE_BYTES;
     static constexpr u32 SCALES_AT = CODES_AT + CODES_STAGES * CODES_BYTES;
     static constexpr u32 OUT_AT = SCALES_AT + SCALES_STAGES * SCALES_BYTES;
-    static constexpr u32 MAP_AT = OUT_AT + TEAMS * OUT_BYTES;
+    static constexpr u32 ROWS_AT = OUT_AT + TEAMS * OUT_BYTES;  // [TEAMS][TOKENS]: to which row of y a token goes
+    static constexpr u32 MAP_AT = ROWS_AT + TEAMS * TOKENS * 4;
     static constexpr u32 BARRIERS_AT = MAP_AT + 1024;
     static constexpr u32 BYTES = BARRIERS_AT + 2 * (CODES_STAGES + X_STAGES + SCALES_STAGES) * 8;
     static_assert(BYTES <= 232448, "what a block may have");
@@ -110,6 +111,11 @@ struct TileWalk {
             row_tile = rest / tiles;
             token = rest % tiles * TOKENS;
         }
+    }
+    // Of this tile, those that are multiplied: whole steps.
+    __device__ int width() const {
+        const int there = tokens - token;
+        return there < TOKENS ? (there + STEP_TOKENS - 1) / STEP_TOKENS * STEP_TOKENS : TOKENS;
     }
     __device__ void advance() {
         left--;

@@ -19,11 +19,11 @@ __device__ inline void fill_table(u8 *shared, const Codebook &codebook, int warp
     meet<1, S::CONSUMERS>();
 }
 
-// The products of this team's k-tiles in `stages` stages of scales become `sums`, the accumulators: [64 rows][tokens] of a
+// The products of this team's k-tiles in `stages` stages of scales become `sums`, the accumulators: [64 rows][TOKENS] of a
 // warpgroup, as wgmma has them. `team`: of those that take k-tiles in turn. `my_row`: of the tile's rows the lane's first.
-template <typename T, typename S>
-__device__ inline void multiply_k_tiles(float (&sums)[S::ACCUMULATORS], u8 *shared, ConsumerState<S> &state, int lane,
-                                        int team, u32 my_row, int stages) {
+template <typename T, typename S, int TOKENS>
+__device__ inline void multiply_k_tiles(float (&sums)[TOKENS / 2], u8 *shared, ConsumerState<S> &state, int lane, int team,
+                                        u32 my_row, int stages) {
     const Pipelines<S> pipelines(shared);
     // What the matrix units want of row g and of row g + 8 in lane 4g + t: of each word of codes byte t.
     const u32 g = u32(lane) / 4, t = u32(lane) % 4;
@@ -35,9 +35,9 @@ __device__ inline void multiply_k_tiles(float (&sums)[S::ACCUMULATORS], u8 *shar
     const u32 x_base = operand(shared + S::X_AT);
     constexpr int K_TILES = SCALES_K_TILES / S::K_TEAMS;  // of a team in a stage of scales
     // One team dequantizes a k-tile while the units work on the one before; two teams do so for each other.
-    constexpr int BUFFERS = S::TEAMS == 1 ? 2 : 1;
+    constexpr int BUFFERS = S::BUFFERED ? 2 : 1;
     // Of a chunk: spans of 32 columns, and k-blocks of 16, of which one wgmma makes the products.
-    constexpr int CHUNK_SPANS = 2 / S::CHUNKS, CHUNK_K_BLOCKS = 4 / S::CHUNKS;
+    constexpr int CHUNKS = S::chunks(TOKENS), CHUNK_SPANS = 2 / CHUNKS, CHUNK_K_BLOCKS = 4 / CHUNKS;
     u32 a[BUFFERS][4 * CHUNK_K_BLOCKS];
     // Codes and scales of row g and of row g + 8.
     Words4 words[2][CHUNK_SPANS];
@@ -53,10 +53,10 @@ __device__ inline void multiply_k_tiles(float (&sums)[S::ACCUMULATORS], u8 *shar
             barrier_wait(&pipelines.scales_full[scales_state.stage], scales_state.phase);
         }
         // Two teams take a half of each stage, one both halves after each other.
-        if ((S::K_TEAMS == 2 || i % 2 == 0) && c == 0) {
+        if ((S::K_TEAMS == 2 || (i & 1) == 0) && c == 0) {
             barrier_wait(&pipelines.codes_full[codes_state.stage], codes_state.phase);
         }
-        const u32 half = S::K_TEAMS == 2 ? u32(team) : u32(i % 2);
+        const u32 half = S::K_TEAMS == 2 ? u32(team) : u32(i & 1);
         const u8 *const codes = my_codes + codes_state.stage * S::CODES_BYTES;
         const u8 *const scales_at =
             my_scales + scales_state.stage * S::SCALES_BYTES + (S::K_TEAMS == 2 ? 2 * i + team : i) * (S::TILE_ROWS * 8);
@@ -82,10 +82,10 @@ __device__ inline void multiply_k_tiles(float (&sums)[S::ACCUMULATORS], u8 *shar
                 to[4 * q + 2 * w + r] = pack2<T>(__fmul_rn(pair.value[0], by), __fmul_rn(pair.value[1], by));
             }
         }
-        if (c < S::CHUNKS - 1 || q < CHUNK_K_BLOCKS - 1) {
+        if (c < CHUNKS - 1 || q < CHUNK_K_BLOCKS - 1) {
             return;
         }
-        if (S::K_TEAMS == 2 || i % 2 == 1) {
+        if (S::K_TEAMS == 2 || (i & 1) == 1) {
             __syncwarp();
             if (lane == 0) {
                 barrier_arrive(&pipelines.codes_empty[codes_state.stage]);
@@ -117,17 +117,18 @@ __device__ inline void multiply_k_tiles(float (&sums)[S::ACCUMULATORS], u8 *shar
         x_before = x_state.stage;
         x_state.advance(S::K_TEAMS);
     };
-    // The k-tiles of a stage of scales; `fresh` when they are the first, `more` when others follow.
-    const auto main_loop = [&](bool fresh, bool more) {
+    // K-tiles of a stage of scales, two of them from `first` on or, with buffers, all; `fresh` when they are the first, `more`
+    // when others follow.
+    const auto main_loop = [&](bool fresh, bool more, int first = 0) {
 #pragma unroll
-        for (int i = 0; i < K_TILES; i++) {
-            if constexpr (S::TEAMS == 2) {
+        for (int i = 0; i < (S::BUFFERED ? K_TILES : 2); i++) {
+            if constexpr (!S::BUFFERED) {
 #pragma unroll
-                for (int c = 0; c < S::CHUNKS; c++) {
-                    load(i, c);
+                for (int c = 0; c < CHUNKS; c++) {
+                    load(first + i, c);
 #pragma unroll
                     for (int q = 0; q < CHUNK_K_BLOCKS; q++) {
-                        dequantize(a[0], i, c, q);
+                        dequantize(a[0], first + i, c, q);
                     }
                     if (c == 0) {
                         barrier_wait(&pipelines.x_full[x_state.stage], x_state.phase);
@@ -166,7 +167,7 @@ __device__ inline void multiply_k_tiles(float (&sums)[S::ACCUMULATORS], u8 *shar
             }
         }
     };
-    if constexpr (S::TEAMS == 1) {
+    if constexpr (S::BUFFERED) {
         load(0, 0);
 #pragma unroll
         for (int q = 0; q < 4; q++) {
@@ -175,10 +176,17 @@ __device__ inline void multiply_k_tiles(float (&sums)[S::ACCUMULATORS], u8 *shar
         load(1, 0);
     }
     main_loop(true, stages > 1);
-    for (int s = 1; s < stages; s++) {
-        main_loop(false, s + 1 < stages);
+    if constexpr (S::BUFFERED) {
+        for (int s = 1; s < stages; s++) {
+            main_loop(false, s + 1 < stages);
+        }
+    } else {
+        constexpr int PAIRS = K_TILES / 2;
+        for (int p = 1; p < stages * PAIRS; p++) {
+            main_loop(false, false, p % PAIRS * 2);
+        }
     }
-    if constexpr (S::TEAMS == 1) {
+    if constexpr (S::BUFFERED) {
         products_wait<0>();
         release_before();
     }

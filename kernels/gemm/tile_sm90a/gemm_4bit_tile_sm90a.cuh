@@ -126,7 +126,7 @@ __device__ inline void gemm_4bit_tile_sm90a(const TensorMap *x_map, const Tensor
     float sums[S::ACCUMULATORS];
     fill_table<S>(shared, codebook, warp, lane);
     ConsumerState<S> state(team);
-    multiply_k_tiles<T, S>(sums, shared, state, lane, team, my_row, tile.stages);
+    multiply_k_tiles<T, S, TOKENS>(sums, shared, state, lane, team, my_row, tile.stages);
     let_next_start();
     if constexpr (S::TEAMS == 2) {
         exchange_sums<TOKENS>(sums, shared, team, member);

@@ -45,7 +45,8 @@ struct Shape {
     // Two teams take k-tiles in turn where registers have room for both teams' accumulators: up to 128 tokens. With 128 the
     // A operand of a whole k-tile no longer fits beside them, and a k-tile is dequantized by halves.
     static constexpr int TEAMS = TOKENS <= 128 ? 2 : 1, K_TEAMS = TEAMS;
-    static constexpr int CHUNKS = TOKENS == 128 ? 2 : 1;
+    static constexpr bool BUFFERED = TEAMS == 1;
+    __device__ static constexpr int chunks(int tokens) { return tokens == 128 ? 2 : 1; }
     static constexpr int CONSUMERS = TEAMS * TEAM, CONSUMER_WARPS = CONSUMERS / WARP;
     static constexpr int THREADS = CONSUMERS + WARPGROUP;
     static constexpr int CODES_STAGES = TOKENS > 128 ? 3 : 6;  // more than X_STAGES / 2, as producer.cuh needs; 24 or 48 KB
