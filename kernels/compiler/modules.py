@@ -120,6 +120,13 @@ MODULES = (
         for arch, machines in (("75", ("75",)), ("80", _BEFORE_HOPPER[1:]), ("90", _SINCE_HOPPER))
     ),
     Module("int8/int8_plain", "75", _ALL),
+    # Mixtures of experts, which start early where that can be.
+    *(
+        Module(f"experts/{name}", arch, machines)
+        for name in ("experts_route", "experts_few", "experts_sum")
+        for arch, machines in (("80", _BEFORE_HOPPER[1:]), ("90", _SINCE_HOPPER))
+    ),
+    # Products of warpgroups.
     # Products of warpgroups, and what they alone need.
     Module("experts/experts_gather", "90", ("90",)),
     *(_tile(element, tokens) for element in ("Bf16", "F16") for tokens in (64, 96, 128, 192, 256)),

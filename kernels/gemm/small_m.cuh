@@ -55,15 +55,12 @@ __device__ inline void fill_map(float *map) {
 }
 
 // This lane's part of x for a k-tile: of column g of each fragment the values 16t ... 16t + 15 of each block, zeros of blocks
-// that are not there. Columns that are not there get what the last one has, so that all lanes load alike; what comes of them
-// is not written.
-template <int FRAGMENTS, int K_TILE, typename T>
-__device__ inline void load_x(u32 (&words)[K_TILE][FRAGMENTS][8], const T *x, int m, int k, int begin, int blocks, int g,
-                              int t) {
+// that are not there. `row_of(column)` is where the row of x begins that the column is.
+template <int FRAGMENTS, int K_TILE, typename Row>
+__device__ inline void load_x_rows(u32 (&words)[K_TILE][FRAGMENTS][8], const Row &row_of, int begin, int blocks, int g, int t) {
 #pragma unroll
     for (int f = 0; f < FRAGMENTS; f++) {
-        const int column = f * COLUMNS + g < m ? f * COLUMNS + g : m - 1;
-        const Words4 *const from = reinterpret_cast<const Words4 *>(x + (i64(column) * k + i64(begin) * BLOCK + t * 16));
+        const Words4 *const from = reinterpret_cast<const Words4 *>(row_of(f * COLUMNS + g) + (i64(begin) * BLOCK + t * 16));
         const auto load = [&](int j, bool there) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
@@ -87,6 +84,15 @@ __device__ inline void load_x(u32 (&words)[K_TILE][FRAGMENTS][8], const T *x, in
             }
         }
     }
+}
+
+// The same of x[m][k]. Columns that are not there get what the last one has, so that all lanes load alike; what comes of them
+// is not written.
+template <int FRAGMENTS, int K_TILE, typename T>
+__device__ inline void load_x(u32 (&words)[K_TILE][FRAGMENTS][8], const T *x, int m, int k, int begin, int blocks, int g,
+                              int t) {
+    const auto row_of = [&](int column) { return x + i64(column < m ? column : m - 1) * k; };
+    load_x_rows<FRAGMENTS, K_TILE>(words, row_of, begin, blocks, g, t);
 }
 
 // sums += scale * (the products of one block). The scales are those of rows g and g + 8.

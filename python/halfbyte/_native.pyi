@@ -7,6 +7,7 @@ __all__ = [
     "CheckpointError",
     "CpuLinear",
     "CpuLinear8bit",
+    "CudaExperts",
     "CudaLinear",
     "CudaLinear8",
     "Job",
@@ -406,6 +407,89 @@ def cuda_dequantize_8bit(
     reference: bool = False,
 ) -> None:
     """Launch the way back, to float16, bfloat16 or float32; any `blocksize` from 1 on, multiples of 8 being fast."""
+
+@final
+class CudaExperts:
+    """Blocks of experts with 4-bit weights of one shape.
+
+    `table` is an int64 tensor `[gate, up and down, or up and down][experts][4]`: addresses of codes, which are multiples of 16,
+    of absmax, and when nested of absmax2 and the offset. `maps` is what `cuda_expert_maps` gives for each, or 0.
+    """
+
+    def __new__(
+        cls,
+        device: int,
+        dtype: str,
+        experts: int,
+        hidden: int,
+        intermediate: int,
+        gated: bool,
+        quant_type: str,
+        blocksize: int,
+        nested: bool,
+    ) -> CudaExperts:
+        """For one device. Kernels are loaded when one is first launched."""
+
+    def takes(self, tokens: int, k: int) -> bool:
+        """Whether the other methods take so many tokens with so many choices each."""
+
+    def workspace(self, tokens: int, k: int) -> int:
+        """Bytes of the workspace, which begins at a multiple of 256."""
+
+    def launch(
+        self,
+        stream: int,
+        tokens: int,
+        k: int,
+        x: int,
+        ids: int,
+        weights: int,
+        weights_dtype: str,
+        table: int,
+        maps: int,
+        up_bias: int,
+        down_bias: int,
+        activation: str,
+        workspace: int,
+        y: int,
+    ) -> str:
+        """Make `y` of `x`; gives the names of the two products' kernels. All others are addresses; 0 is no bias.
+
+        `activation` is "silu", "gelu", "gelu_tanh", "relu2" or "clamped_swiglu". `ids` is int64, others than those of
+        experts being none; `weights_dtype` is "f32" or that of `x`.
+        """
+
+    def up(
+        self,
+        stream: int,
+        tokens: int,
+        k: int,
+        x: int,
+        ids: int,
+        table: int,
+        maps: int,
+        up_bias: int,
+        workspace: int,
+        products: int,
+    ) -> str:
+        """Make `products`, `[tokens * k][2 or 1][intermediate]` in the order of experts: for an activation of one's own."""
+
+    def down(
+        self,
+        stream: int,
+        tokens: int,
+        k: int,
+        hidden: int,
+        ids: int,
+        weights: int,
+        weights_dtype: str,
+        table: int,
+        maps: int,
+        down_bias: int,
+        workspace: int,
+        y: int,
+    ) -> str:
+        """Make `y` of `hidden`, `[tokens * k][intermediate]`, with the workspace that `up` had."""
 
 @final
 class CudaLinear8:

@@ -9,6 +9,7 @@ mod capability;
 mod dequantize_absmax;
 pub mod driver;
 mod embedding;
+pub mod experts;
 mod gemm;
 pub mod int8;
 mod int8_rowwise;

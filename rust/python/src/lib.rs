@@ -6,6 +6,8 @@ mod checkpoint;
 #[cfg(feature = "cuda")]
 mod cuda;
 #[cfg(feature = "cuda")]
+mod cuda_experts;
+#[cfg(feature = "cuda")]
 mod cuda_int8;
 #[cfg(feature = "cuda")]
 mod cuda_linear;
@@ -30,6 +32,8 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     cuda::register(m)?;
     #[cfg(feature = "cuda")]
     m.add_class::<cuda_linear::CudaLinear>()?;
+    #[cfg(feature = "cuda")]
+    cuda_experts::register(m)?;
     #[cfg(feature = "cuda")]
     cuda_int8::register(m)?;
     checkpoint::register(m)?;

@@ -1,0 +1,422 @@
+// experts_few: products of small_m.cuh for mixtures of experts: each token's row by the matrices of the experts that the router
+// chose for it. Twice for a block of experts: gate and up with the activation, then down.
+//
+// Problem. Expert e has a matrix [n][k] in 4 bits, or two of them, `gate` and `up`, whose products become one. For each slot
+//   (route.cuh) the row of x that is its token's, or its own, by its expert's matrices. float16 or bfloat16; n and k multiples
+//   of 64; blocks of 64 to 4096, plain or nested scales; any number of slots of an expert, 8 or 16 of them at a time. Compute
+//   capability 8.0 and later.
+//
+// Roofline. Memory: the codes and scales of the experts that any slot has, once. A layer of Qwen3-30B-A3B (128 experts of
+//   2048 x 768 with three matrices, 8 for each token) has 2.65 MB an expert: 1, 8 and 32 tokens read 21, 138 and 297 MB, which
+//   takes an H200 4.8, 31 and 65 us.
+//
+// Tile. What there is to do are units: some tiles of 16 rows of each matrix, for a chunk of an expert's slots. All units, in
+//   the order of chunks, are dealt out in equal consecutive parts, one for each block of threads; there are as many of these
+//   as multiprocessors. Of each chunk a block has a segment:
+//
+//     chunk 0 (expert 1)        chunk 1 (expert 3)        chunk 2 (expert 7)
+//     |-u-|-u-|-u-|-u-|-u-|-u-| |-u-|-u-|-u-|-u-|-u-|-u-| |-u-|-u- ...
+//     [----- block 0 ------][-- block 1: two segments --][-- block 2 ...
+//
+//   A segment is worked on as gemm_4bit_small_m_sm80 does its rows: the warps of a group have a k-slice each, whose part of x
+//   they keep in registers; groups take tiles in turn; the sums of a pass of tiles meet in shared memory. A gate's tile and an
+//   up's follow each other, so that both are there when a pass is written. While a pass is written the next segment's x is on
+//   the way, and each warp's bytes of its next tile are, whichever segment has it.
+//
+//   Few slots (256) are sorted by every block itself: a launch for that took longer than all else that comes before the first
+//   bytes. Where the kernel before is the one of gate and up, whose inputs are the same, a block sorts and loads its first
+//   bytes while that one still runs, and waits before it reads x.
+//
+// Shared memory. Up to 99 KB where a device has no more, else what it has:
+//     table      256 entries x 32 lanes x 4 bytes in rows of 256 bytes, half used                              64 KB
+//     map        of nested scales                                                                               1 KB
+//     route      few slots, sorted, and their chunks                                                          6.0 KB
+//     segments   of a block, up to 16 at a time: matrices, and the row of x and y of each column            2 or 3 KB
+//     partial    [2][tiles of a pass][k-slices][columns][16] float32 sums
+//
+// Budget. That of gemm_4bit_small_m_sm80: one block of 16 warps of 128 registers on a multiprocessor for 8 columns, of 8 warps
+//   of 255 for 16; 64 or 128 bytes of codes a lane on the way, 32 KB for all warps. With one token a multiprocessor has 80 KB
+//   of weights to read in all, and no time to come up to speed: the first bytes of each segment are fetched to the second level
+//   as soon as it is known.
+//
+// Determinism. As small_m.cuh: a row's sum is added up in an order that n, k and the columns' number alone decide.
+#pragma once
+
+#include "experts/activation.cuh"
+#include "experts/route.cuh"
+#include "gemm/small_m_sm80/warp.cuh"
+
+// Where a matrix is: a row of the table of addresses.
+struct Matrix {
+    const u8 *codes;
+    const void *absmax;    // float32, or uint8 of nested scales
+    const float *absmax2;  // of nested ones
+    const float *offset;   // of nested ones
+
+    __device__ Scales scales() const {
+        return {static_cast<const float *>(absmax), static_cast<const u8 *>(absmax), absmax2, offset};
+    }
+};
+
+// What a launch is to do, as the launcher says it. T is not known to it: the pointers are to T where they are to nothing else.
+struct Experts {
+    const Matrix *matrices;  // [projections][experts]
+    const void *x;           // [tokens][k] if `gathers`, else [slots][k] in the order
+    const void *bias;        // [experts][projections * n], or null
+    void *y;                 // [slots][n] in the order if `gathers`, else as slots are numbered
+    const i64 *ids;          // [slots]
+    const int *order;        // of experts_route, or null: then blocks sort by themselves, and the next two are null too
+    const Chunk *chunks;
+    const int *chunk_count;
+    int slots, top_k, experts;
+    int n, k;
+    int projections;  // 2: gate and up
+    u32 gathers;      // whether x is of tokens
+    u32 activation;   // of gate and up; ACTIVATION_NONE: y is [slots][projections * n]
+    int block_shift;
+    u32 quant_type;
+    int k_slices;      // parts of K: a power of two, at most the number of warps
+    int per_pass;      // tiles whose partial sums fit in shared memory: a multiple of `projections`
+    int unit;          // tiles of a unit: a multiple of `projections`, and n / 16 * projections one of it
+    int ahead;         // bytes that are fetched of each segment's matrices
+};
+
+// What a block of threads has of a chunk. Tiles: of 16 rows, those of gate and up alternating.
+struct Segment {
+    Matrix matrix[2];
+    float offset[2];
+    int expert, begin, count;
+    int first, end;  // tiles
+};
+constexpr int SEGMENT_BYTES = int(sizeof(Segment));
+static_assert(SEGMENT_BYTES % 16 == 0, "what is behind is aligned");
+
+// The part of shared memory that few slots take, a multiple of 16.
+constexpr u32 ROUTE_BYTES = (FEW_SLOTS_BYTES + 15) / 16 * 16;
+
+// Segments that are known at a time. More are so few that waiting for them does not matter.
+constexpr int SEGMENTS = 16;
+
+// Which part of K a warp has, and which tiles. What is easily had anew takes no registers.
+template <int WARPS, int K_TILE>
+struct KSlice {
+    const Experts &job;
+    int first_block, k_tiles, k_tile_size, larger_k_tiles;
+
+    __device__ explicit KSlice(const Experts &job) : job(job) {
+        const int k_slice = read_warp() & (job.k_slices - 1), shift = log2_k_slices();
+        first_block = int(i64(row_blocks()) * k_slice >> shift);
+        // K-tiles of a k-slice are as equal as can be: the first ones may have a block more.
+        const int blocks = int(i64(row_blocks()) * (k_slice + 1) >> shift) - first_block;
+        k_tiles = (blocks + K_TILE - 1) / K_TILE;
+        k_tile_size = blocks / k_tiles;
+        larger_k_tiles = blocks - k_tile_size * k_tiles;
+    }
+    __device__ int log2_k_slices() const { return 31 - __clz(job.k_slices); }
+    __device__ int row_blocks() const { return job.k / BLOCK; }
+    __device__ int groups() const { return WARPS >> log2_k_slices(); }
+    __device__ int group() const { return read_warp() >> log2_k_slices(); }
+    __device__ int begin(int k_tile) const {
+        return first_block + k_tile * k_tile_size + (k_tile < larger_k_tiles ? k_tile : larger_k_tiles);
+    }
+    __device__ int blocks(int k_tile) const { return k_tile_size + (k_tile < larger_k_tiles); }
+};
+
+// A block's part of all tiles of all chunks.
+struct alignas(16) Part {
+    i64 begin, end;
+    int first_chunk, end_chunk;  // the same where there is nothing
+};
+constexpr int PART_BYTES = int(sizeof(Part));
+
+// Goes over a warp's k-tiles of tiles: segments in turn, in each passes, in each of these k-tiles, in each the tiles of its group.
+struct Walker {
+    int segment, pass_begin, pass_end;
+    int k_tile, tile;
+
+    // Before the first.
+    __device__ __forceinline__ void start(const Segment *segments, int k_tiles) {
+        const int first = segments[0].first;
+        *this = {0, first, first, k_tiles, first};
+    }
+    // To the next one, or to segment `count`.
+    template <typename Slice>
+    __device__ __forceinline__ void advance(const Segment *segments, int count, int per_pass, const Slice &slice) {
+        tile += slice.groups();
+        if (tile < pass_end) {
+            return;
+        }
+        if (++k_tile < slice.k_tiles) {
+            tile = pass_begin + slice.group();
+            return;
+        }
+        k_tile = 0;
+        // To the next pass that has a tile for this group.
+        do {
+            pass_begin = pass_end;
+            if (segment < count && pass_begin >= segments[segment].end && ++segment < count) {
+                pass_begin = segments[segment].first;
+            }
+            if (segment >= count) {
+                return;
+            }
+            const int end = segments[segment].end;
+            pass_end = end - pass_begin < per_pass ? end : pass_begin + per_pass;
+            tile = pass_begin + slice.group();
+        } while (tile >= pass_end);
+    }
+};
+
+// The scales of a warp's k-tiles, one after the other. Of a k-tile's blocks a lane has t, t + 4, ..., for row g and row g + 8:
+// the lanes of a quad share theirs later.
+template <bool NESTED, int K_TILE>
+struct LaneScales {
+    RawScale<NESTED> low[K_TILE / 4], high[K_TILE / 4];
+    float offset;
+
+    __device__ void load(const Scales &scales, i64 low_block, i64 high_block, int t, int blocks, int shift) {
+#pragma unroll
+        for (int q = 0; q < K_TILE / 4; q++) {
+            const int block = q * 4 + t;
+            if (block < blocks) {
+                low[q] = ScaleReader<NESTED>(scales, (low_block + block) >> shift)[0];
+                high[q] = ScaleReader<NESTED>(scales, (high_block + block) >> shift)[0];
+            }
+        }
+    }
+};
+
+// The sum of a row of a tile and a column over the k-slices, in their order.
+__device__ inline float sum_of(const float *tile_sums, int k_slices, int size) {
+    float sum = 0.0f;
+#pragma unroll 8
+    for (int s = 0; s < k_slices; s++) {
+        sum += tile_sums[s * size];
+    }
+    return sum;
+}
+
+// After a barrier: y from the partial sums [tile][k-slice][MOST][16] of the tiles from `begin` to `end` of a segment. A warp takes
+// 32 rows of one column at a time.
+template <typename T, int WARPS, int MOST>
+__device__ inline void write_pass(const Experts &job, const Segment &segment, const int *rows, const float *sums, int begin,
+                                  int end) {
+    const int columns = segment.count;
+    constexpr int SIZE = MOST * ROWS;
+    const int lane = int(threadIdx.x % WARP), warp = int(threadIdx.x / WARP);
+    const int projections = job.projections, k_slices = job.k_slices;
+    const int first_row = begin / projections * ROWS, count = (end - begin) / projections * ROWS;
+    const bool joins = job.activation != ACTIVATION_NONE;
+    const i64 pitch = joins ? job.n : i64(projections) * job.n;
+    const T *const bias =
+        job.bias == nullptr ? nullptr : static_cast<const T *>(job.bias) + i64(segment.expert) * projections * job.n;
+    T *const y = static_cast<T *>(job.y);
+#pragma unroll 1
+    for (int piece = warp; piece < (count + WARP - 1) / WARP * columns; piece += WARPS) {
+        const int column = piece % columns, row = piece / columns * WARP + lane;
+        if (row < count) {
+            const float *const from =
+                sums + row / ROWS * projections * k_slices * SIZE + partial_offset(column, row % ROWS, MOST);
+            float first = sum_of(from, k_slices, SIZE), second = 1.0f;
+            if (projections == 2) {
+                second = sum_of(from + k_slices * SIZE, k_slices, SIZE);
+            }
+            if (bias != nullptr) {
+                first += to_f32(bias[first_row + row]);
+                if (projections == 2) {
+                    second += to_f32(bias[job.n + first_row + row]);
+                }
+            }
+            const i64 y_row = job.gathers ? segment.begin + column : rows[column];
+            T *const to = y + (y_row * pitch + first_row + row);
+            if (joins) {
+                *to = from_f32<T>(activated(job.activation, first, second));
+            } else {
+                *to = from_f32<T>(first);
+                if (projections == 2) {
+                    to[job.n] = from_f32<T>(second);
+                }
+            }
+        }
+    }
+}
+
+template <typename T, bool NESTED, int FRAGMENTS>
+__device__ inline void experts_few(const Experts &job) {
+    constexpr int WARPS = Shape<FRAGMENTS>::WARPS, THREADS = Shape<FRAGMENTS>::THREADS, K_TILE = Shape<FRAGMENTS>::K_TILE;
+    constexpr int MOST = FRAGMENTS * COLUMNS, SIZE = MOST * ROWS;  // of a k-slice's sums
+    static_assert(sizeof(Part) == PART_BYTES && THREADS >= FEW_SLOTS, "a thread for each slot");
+    DYNAMIC_SHARED(shared);
+    u32 *const table = reinterpret_cast<u32 *>(shared);                       // [256][64], half used
+    float *const map = reinterpret_cast<float *>(shared + LANE_TABLE_BYTES);  // [256]
+    unsigned char *const behind_map = shared + LANE_TABLE_BYTES + MAP_BYTES;
+    const FewSlots few = few_slots(behind_map);
+    Segment *const segments = reinterpret_cast<Segment *>(behind_map + ROUTE_BYTES);                 // [SEGMENTS]
+    Part *const part = reinterpret_cast<Part *>(segments + SEGMENTS);
+    int *const rows = reinterpret_cast<int *>(part + 1);  // [SEGMENTS][MOST]
+    float *const partial = reinterpret_cast<float *>(rows + SEGMENTS * MOST);
+    const int thread = int(threadIdx.x);
+    const KSlice<WARPS, K_TILE> slice(job);
+    const int projections = job.projections, shift = job.block_shift - BLOCK_SHIFT;
+    const bool gathers = job.gathers != 0;
+
+    fill_table<T, THREADS>(table, job.quant_type);
+    fill_map<NESTED, THREADS>(map);
+    if (gathers) {
+        wait_for_previous();
+        let_next_start();
+    }
+
+    const bool routes = job.order == nullptr;
+    const int chunk_count = routes ? route_few(few, job.ids, job.slots, job.experts, MOST) : *job.chunk_count;
+    const auto chunk_tiles = [&]() { return job.n / ROWS * projections; };
+    if (thread == 0) {
+        const i64 units = i64(chunk_count) * (chunk_tiles() / job.unit);
+        const i64 begin = units * blockIdx.x / gridDim.x * job.unit, end = units * (blockIdx.x + 1) / gridDim.x * job.unit;
+        const int end_chunk = int((end + chunk_tiles() - 1) / chunk_tiles());
+        *part = {begin, end, begin < end ? int(begin / chunk_tiles()) : end_chunk, end_chunk};
+    }
+    __syncthreads();
+    int buffer = 0;  // which of two: where its sums begin
+
+    for (int batch = part->first_chunk; batch < part->end_chunk; batch += SEGMENTS) {
+        const int count = part->end_chunk - batch < SEGMENTS ? part->end_chunk - batch : SEGMENTS;
+        // The last pass of the batch before has been written.
+        __syncthreads();
+        const int *const order = routes ? few.order : job.order;
+        const Chunk *const chunks = routes ? few.chunks : job.chunks;
+        // A thread for each matrix; then one for each column.
+        for (int i = thread; i < count * projections; i += THREADS) {
+            const int s = i / projections, p = i % projections;
+            const Chunk chunk = chunks[batch + s];
+            const Matrix matrix = job.matrices[p * job.experts + chunk.expert];
+            Segment &segment = segments[s];
+            segment.matrix[p] = matrix;
+            segment.offset[p] = NESTED ? *matrix.offset : 0.0f;
+            const i64 chunk_begin = i64(batch + s) * chunk_tiles();
+            const int first = int(part->begin > chunk_begin ? part->begin - chunk_begin : 0);
+            const int end = int(part->end < chunk_begin + chunk_tiles() ? part->end - chunk_begin : chunk_tiles());
+            if (p == 0) {
+                segment.expert = chunk.expert;
+                segment.begin = chunk.begin;
+                segment.count = chunk.count;
+                segment.first = first;
+                segment.end = end;
+            }
+            const i64 of_tile = i64(ROWS) * slice.row_blocks() * BLOCK_BYTES;
+            const i64 bytes = (end - first) / projections * of_tile;
+            fetch_to_second_level(matrix.codes + first / projections * of_tile, u32(bytes < job.ahead ? bytes : job.ahead));
+        }
+        for (int i = thread; i < count * MOST; i += THREADS) {
+            const Chunk chunk = chunks[batch + i / MOST];
+            if (i % MOST < chunk.count) {
+                const int slot = order[chunk.begin + i % MOST];
+                rows[i] = gathers ? slot / job.top_k : slot;
+            }
+        }
+        __syncthreads();
+
+        // Where a warp's next tile is: this batch's, or none.
+        Walker ahead;
+        ahead.start(segments, slice.k_tiles);
+        const u8 *low_packed = nullptr, *high_packed = nullptr;
+        int blocks_ahead = 0;
+        LaneScales<NESTED, K_TILE> scales = {};
+        Bytes<K_TILE> bytes = {};
+        // Aims at the tile that follows, and loads its scales.
+        const auto aim = [&]() {
+            ahead.advance(segments, count, job.per_pass, slice);
+            blocks_ahead = ahead.segment < count ? slice.blocks(ahead.k_tile) : 0;
+            if (blocks_ahead > 0) {
+                const Segment &segment = segments[ahead.segment];
+                const int g = read_lane() / 4, t = read_lane() % 4;
+                const int p = projections == 2 ? ahead.tile & 1 : 0;
+                const int row = (projections == 2 ? ahead.tile >> 1 : ahead.tile) * ROWS + g;
+                const i64 low_block = i64(row) * slice.row_blocks() + slice.begin(ahead.k_tile);
+                const i64 high_block = low_block + i64(ROWS / 2) * slice.row_blocks();
+                const Matrix &matrix = segment.matrix[p];
+                low_packed = matrix.codes + low_block * BLOCK_BYTES + t * 8;
+                high_packed = matrix.codes + high_block * BLOCK_BYTES + t * 8;
+                scales.load(matrix.scales(), low_block, high_block, t, blocks_ahead, shift);
+                scales.offset = segment.offset[p];
+            }
+        };
+        aim();
+#pragma unroll
+        for (int j = 0; j < K_TILE; j++) {
+            if (j < blocks_ahead) {
+                bytes.load(j, low_packed, high_packed);
+            }
+        }
+        u32 x_words[K_TILE][FRAGMENTS][8];
+        const auto load_x_of = [&](int segment, int k_tile) {
+            const int g = read_lane() / 4, t = read_lane() % 4;
+            const int begin = segments[segment].begin, columns = segments[segment].count;
+            const auto row_of = [&](int column) {
+                const int c = column < columns ? column : columns - 1;
+                return static_cast<const T *>(job.x) + i64(gathers ? rows[segment * MOST + c] : begin + c) * job.k;
+            };
+            load_x_rows<FRAGMENTS, K_TILE>(x_words, row_of, slice.begin(k_tile), slice.blocks(k_tile), g, t);
+        };
+        if (!gathers && batch == part->first_chunk) {
+            wait_for_previous();
+            let_next_start();
+        }
+        load_x_of(0, 0);
+
+        const PlainTable entries = {table, u32(thread % WARP) * 4};
+        for (int s = 0; s < count; s++) {
+            const int end = segments[s].end;
+            for (int begin = segments[s].first, pass_end; begin < end; begin = pass_end) {
+                pass_end = end - begin < job.per_pass ? end : begin + job.per_pass;
+                buffer ^= job.per_pass * job.k_slices * SIZE;
+                for (int k_tile = 0; k_tile < slice.k_tiles; k_tile++) {
+                    const int blocks = slice.blocks(k_tile);
+                    if (k_tile > 0) {
+                        load_x_of(s, k_tile);
+                    }
+                    for (int tile = begin + slice.group(); tile < pass_end; tile += slice.groups()) {
+                        float low_scale[K_TILE / 4], high_scale[K_TILE / 4];
+#pragma unroll
+                        for (int q = 0; q < K_TILE / 4; q++) {
+                            low_scale[q] = scales.low[q].value(map, scales.offset);
+                            high_scale[q] = scales.high[q].value(map, scales.offset);
+                        }
+                        aim();
+                        const int quad_lane = read_lane() & ~3;
+                        float sums[FRAGMENTS][4] = {};
+#pragma unroll
+                        for (int j = 0; j < K_TILE; j++) {
+                            if (j < blocks) {
+                                add_block<T>(sums, entries, bytes.low[j], bytes.high[j], x_words[j],
+                                             __shfl_sync(ALL_LANES, low_scale[j / 4], quad_lane + j % 4),
+                                             __shfl_sync(ALL_LANES, high_scale[j / 4], quad_lane + j % 4));
+                            }
+                            if (j < blocks_ahead) {
+                                bytes.load(j, low_packed, high_packed);
+                            }
+                        }
+                        float *const own = partial + buffer + ((tile - begin) * job.k_slices + (read_warp() & (job.k_slices - 1))) * SIZE;
+                        add_partial(own, sums, MOST, k_tile == 0, read_lane() / 4, read_lane() % 4);
+                    }
+                }
+                // x of the pass that follows.
+                if (pass_end < end) {
+                    if (slice.k_tiles > 1) {
+                        load_x_of(s, 0);
+                    }
+                } else if (s + 1 < count) {
+                    load_x_of(s + 1, 0);
+                }
+                // All sums are there; and all that was written of the pass before has been read.
+                __syncthreads();
+                write_pass<T, WARPS, MOST>(job, segments[s], rows + s * MOST, partial + buffer, begin, pass_end);
+            }
+        }
+    }
+    if (!gathers && part->first_chunk == part->end_chunk) {
+        // Without a part: the order of kernels is kept all the same.
+        wait_for_previous();
+        let_next_start();
+    }
+}

@@ -1,0 +1,326 @@
+//! A block of experts with 4-bit weights: slots to experts, gate and up with the activation, down, and the weighted sum.
+//!
+//! A slot is one choice of a token's. Every launch knows which slots an expert has from device memory alone, so that nothing
+//! waits for it and a graph can hold it.
+
+mod few;
+mod route;
+mod workspace;
+
+use halfbyte::codebook::QuantType;
+use halfbyte::dtype::DType;
+use halfbyte::error::{Error, Result};
+use halfbyte::geometry::BlockSize;
+
+use crate::driver::{Device, Stream};
+use crate::kernels::experts_route;
+
+use few::Few;
+use route::Routed;
+use workspace::Workspace;
+
+/// The most experts of a block.
+pub const MOST_EXPERTS: usize = experts_route::MOST_EXPERTS;
+
+/// Hidden and intermediate sizes are multiples of this.
+const SIZE_UNIT: usize = few::BLOCK;
+/// What x, y, the workspace and the weights' codes begin at multiples of.
+const ALIGNMENT: u64 = 16;
+
+/// What becomes of the products of gate and up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// `silu(gate) * up`
+    Silu,
+    /// `gelu(gate) * up`, by the error function.
+    Gelu,
+    /// The same by tanh.
+    GeluTanh,
+    /// `relu(gate)^2 * up`
+    Relu2,
+    /// gpt-oss's: `min(gate, 7) * sigmoid(1.702 * min(gate, 7)) * (clamp(up, -7, 7) + 1)`
+    ClampedSwiglu,
+}
+
+impl Activation {
+    const NAMES: [(&'static str, Self); 5] = [
+        ("silu", Self::Silu),
+        ("gelu", Self::Gelu),
+        ("gelu_tanh", Self::GeluTanh),
+        ("relu2", Self::Relu2),
+        ("clamped_swiglu", Self::ClampedSwiglu),
+    ];
+}
+
+impl std::str::FromStr for Activation {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        let legal = Self::NAMES.map(|(name, _)| name);
+        let found = Self::NAMES.into_iter().find(|(n, _)| *n == name);
+        found
+            .map(|(_, activation)| activation)
+            .ok_or_else(|| Error::argument("activation", format!("{name:?}"), format!("one of {legal:?}")))
+    }
+}
+
+/// Experts of one shape.
+#[derive(Debug, Clone, Copy)]
+pub struct Experts {
+    device: &'static Device,
+    /// Of x and y.
+    dtype: DType,
+    experts: usize,
+    hidden: usize,
+    intermediate: usize,
+    gated: bool,
+    quant_type: QuantType,
+    blocksize: BlockSize,
+    nested: bool,
+}
+
+/// What the router said, in device memory.
+#[derive(Debug, Clone, Copy)]
+pub struct Choices {
+    /// Rows of x.
+    pub tokens: usize,
+    /// Choices of each.
+    pub top_k: usize,
+    /// int64 `[tokens][top_k]`; from the number of experts on, or below 0: none.
+    pub ids: u64,
+}
+
+impl Choices {
+    fn slots(&self) -> usize {
+        self.tokens * self.top_k
+    }
+}
+
+/// Which weight each choice has: `[tokens][top_k]`.
+#[derive(Debug, Clone, Copy)]
+pub struct Weights {
+    /// In device memory.
+    pub address: u64,
+    /// float32, or that of x.
+    pub dtype: DType,
+}
+
+/// Addresses of the weights.
+#[derive(Debug, Clone, Copy)]
+pub struct Matrices {
+    /// int64 `[gate, up and down, or up and down][experts][4]`: addresses of codes, of absmax, of absmax2 and of the offset.
+    pub table: u64,
+    /// uint8 `[3 or 2][experts][128]`: what the copy engine knows of the codes; 0 for none.
+    pub maps: u64,
+    /// `[experts][2 * intermediate]`, gate first, or `[experts][intermediate]` without one; 0 for none.
+    pub up_bias: u64,
+    /// `[experts][hidden]`; 0 for none.
+    pub down_bias: u64,
+}
+
+impl Experts {
+    /// # Errors
+    /// [`Error::Argument`] for a dtype that is not of 16 bits.
+    #[allow(clippy::too_many_arguments)] // what there is to know of the shape
+    pub fn new(
+        device: &'static Device,
+        dtype: DType,
+        experts: usize,
+        (hidden, intermediate): (usize, usize),
+        gated: bool,
+        quant_type: QuantType,
+        blocksize: BlockSize,
+        nested: bool,
+    ) -> Result<Self> {
+        let legal = [DType::F16, DType::Bf16];
+        if !legal.contains(&dtype) {
+            return Err(Error::dtype("dtype", dtype.as_str(), &legal));
+        }
+        Ok(Self { device, dtype, experts, hidden, intermediate, gated, quant_type, blocksize, nested })
+    }
+
+    /// Whether `launch` takes so many tokens with so many choices each.
+    pub fn takes(&self, tokens: usize, top_k: usize) -> bool {
+        // Elements of a row of each of slots, counted in 32 bits by rows and in 64 by elements.
+        let size = |n: usize| (SIZE_UNIT..=1 << 24).contains(&n) && n.is_multiple_of(SIZE_UNIT);
+        let slots = tokens.checked_mul(top_k).filter(|&slots| slots >= 1 && slots <= 1 << 24);
+        Few::suits(self.device)
+            && (1..=MOST_EXPERTS).contains(&self.experts)
+            && size(self.hidden)
+            && size(self.intermediate)
+            && self.hidden * self.intermediate <= 1 << 34
+            && self.blocksize.get() >= few::BLOCK
+            && slots.is_some()
+    }
+
+    /// Bytes of the workspace of `launch`, which begins at a multiple of 256.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for what [`Experts::takes`] refuses.
+    pub fn workspace(&self, tokens: usize, top_k: usize) -> Result<usize> {
+        self.parts(tokens, top_k).map(|parts| parts.bytes)
+    }
+
+    fn parts(&self, tokens: usize, top_k: usize) -> Result<Workspace> {
+        if !self.takes(tokens, top_k) {
+            let Self { experts, hidden, intermediate, blocksize, .. } = self;
+            let blocksize = blocksize.get();
+            let found = format!(
+                "{tokens} with {top_k} choices each, of {experts} experts of {hidden} x {intermediate} in blocks of {blocksize}"
+            );
+            let expected = format!(
+                "such that takes() is true: compute capability 8.0 or later, sizes that are multiples of {SIZE_UNIT}, blocks of \
+                 {SIZE_UNIT} or more, at most {MOST_EXPERTS} experts and 2^24 choices in all"
+            );
+            return Err(Error::argument("tokens", found, expected));
+        }
+        Ok(Workspace::new(self, tokens * top_k))
+    }
+
+    fn projections(&self) -> usize {
+        if self.gated { 2 } else { 1 }
+    }
+
+    /// Makes `y[token] = sum over j of weights[token][j] * expert(ids[token][j])(x[token])`; gives the names of the kernels of the
+    /// two products.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for what [`Experts::takes`] refuses, and for addresses that are not aligned; [`Error::Cuda`] when a
+    /// launch fails.
+    ///
+    /// # Safety
+    /// The memory is of this device, of these lengths, stays valid until the kernels have ended on `stream`, and is not written
+    /// by others; y and the workspace are neither read nor written by others, and share nothing with each other or the inputs.
+    /// Codes begin at multiples of 16 bytes. The stream is of this device.
+    #[allow(clippy::too_many_arguments)] // what the kernels need, each with a type of its own
+    pub unsafe fn launch(
+        &self,
+        stream: Stream,
+        choices: &Choices,
+        weights: Weights,
+        matrices: &Matrices,
+        activation: Activation,
+        x: u64,
+        workspace: u64,
+        y: u64,
+    ) -> Result<[&'static str; 2]> {
+        let parts = self.parts(choices.tokens, choices.top_k)?;
+        check([("x", x), ("y", y), ("workspace", workspace)])?;
+        let hidden = workspace + parts.hidden as u64;
+        // SAFETY: the caller's.
+        unsafe {
+            let up = self.first(stream, choices, matrices, Some(activation), x, workspace, &parts, hidden)?;
+            let down = self.second(stream, choices, weights, matrices, hidden, workspace, &parts, y)?;
+            Ok([up, down])
+        }
+    }
+
+    /// Makes the products of gate and up, or of up alone, for each slot: `products[slots][2 or 1][intermediate]`, slots in the
+    /// order that [`Experts::down`] wants. Gives the name of the kernel.
+    ///
+    /// # Errors
+    /// As [`Experts::launch`].
+    ///
+    /// # Safety
+    /// As [`Experts::launch`].
+    pub unsafe fn up(
+        &self,
+        stream: Stream,
+        choices: &Choices,
+        matrices: &Matrices,
+        x: u64,
+        workspace: u64,
+        products: u64,
+    ) -> Result<&'static str> {
+        let parts = self.parts(choices.tokens, choices.top_k)?;
+        check([("x", x), ("products", products), ("workspace", workspace)])?;
+        // SAFETY: the caller's.
+        unsafe { self.first(stream, choices, matrices, None, x, workspace, &parts, products) }
+    }
+
+    /// The rest, from what an activation made of the products of [`Experts::up`], `hidden[slots][intermediate]`, with the same
+    /// choices and the same workspace, in between untouched. Gives the name of the product's kernel.
+    ///
+    /// # Errors
+    /// As [`Experts::launch`].
+    ///
+    /// # Safety
+    /// As [`Experts::launch`].
+    #[allow(clippy::too_many_arguments)] // as `launch`
+    pub unsafe fn down(
+        &self,
+        stream: Stream,
+        choices: &Choices,
+        weights: Weights,
+        matrices: &Matrices,
+        hidden: u64,
+        workspace: u64,
+        y: u64,
+    ) -> Result<&'static str> {
+        let parts = self.parts(choices.tokens, choices.top_k)?;
+        check([("hidden", hidden), ("y", y), ("workspace", workspace)])?;
+        // SAFETY: the caller's.
+        unsafe { self.second(stream, choices, weights, matrices, hidden, workspace, &parts, y) }
+    }
+
+    /// Slots to experts, where the product wants that, and gate and up.
+    #[allow(clippy::too_many_arguments)] // as `launch`
+    unsafe fn first(
+        &self,
+        stream: Stream,
+        choices: &Choices,
+        matrices: &Matrices,
+        activation: Option<Activation>,
+        x: u64,
+        workspace: u64,
+        parts: &Workspace,
+        y: u64,
+    ) -> Result<&'static str> {
+        let few = Few::new(self, choices.slots());
+        let routed = Routed::new(workspace, parts, few.routes_itself(choices.slots()));
+        if !few.routes_itself(choices.slots()) {
+            // SAFETY: the caller's.
+            unsafe { route::route(self, stream, choices, few.columns(), &routed) }?;
+        }
+        // SAFETY: the caller's.
+        unsafe { few.up(self, stream, choices, matrices, activation, x, &routed, y) }
+    }
+
+    /// Down, and the sum.
+    #[allow(clippy::too_many_arguments)] // as `launch`
+    unsafe fn second(
+        &self,
+        stream: Stream,
+        choices: &Choices,
+        weights: Weights,
+        matrices: &Matrices,
+        hidden: u64,
+        workspace: u64,
+        parts: &Workspace,
+        y: u64,
+    ) -> Result<&'static str> {
+        let legal = [DType::F32, self.dtype];
+        if !legal.contains(&weights.dtype) {
+            return Err(Error::dtype("weights_dtype", weights.dtype.as_str(), &legal));
+        }
+        let few = Few::new(self, choices.slots());
+        let routed = Routed::new(workspace, parts, few.routes_itself(choices.slots()));
+        let out = workspace + parts.out as u64;
+        // SAFETY: the caller's.
+        unsafe {
+            let name = few.down(self, stream, choices, matrices, hidden, &routed, out)?;
+            route::sum(self, stream, choices, weights, out, y)?;
+            Ok(name)
+        }
+    }
+}
+
+fn check(addresses: [(&'static str, u64); 3]) -> Result<()> {
+    for (argument, address) in addresses {
+        if address == 0 || !address.is_multiple_of(ALIGNMENT) {
+            let expected = format!("an address that is a multiple of {ALIGNMENT}, not 0");
+            return Err(Error::argument(argument, format!("{address:#x}"), expected));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,81 @@
+//! Before and behind the products: slots to experts (kernels/experts/experts_route.cu), and the weighted sum
+//! (kernels/experts/experts_sum.cu).
+
+use halfbyte::dtype::DType;
+use halfbyte::error::Result;
+
+use super::workspace::Workspace;
+use super::{Choices, Experts, Weights};
+use crate::driver::Stream;
+use crate::kernels::{self, experts_route, experts_sum};
+use crate::launch::parameters;
+
+/// Where what `route` makes is; zeros where a product makes it itself.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Routed {
+    pub offsets: u64,
+    pub order: u64,
+    pub chunks: u64,
+    pub chunk_count: u64,
+}
+
+impl Routed {
+    pub(super) fn new(workspace: u64, parts: &Workspace, nowhere: bool) -> Self {
+        if nowhere {
+            return Self::default();
+        }
+        let at = |offset: usize| workspace + offset as u64;
+        Self {
+            offsets: at(parts.offsets),
+            order: at(parts.order),
+            chunks: at(parts.chunks),
+            chunk_count: at(parts.chunk_count),
+        }
+    }
+}
+
+/// Sorts slots by expert, and lists chunks of up to `columns` slots.
+///
+/// # Safety
+/// As [`Experts::launch`].
+pub(super) unsafe fn route(
+    experts: &Experts,
+    stream: Stream,
+    choices: &Choices,
+    columns: usize,
+    to: &Routed,
+) -> Result<()> {
+    let shared = (experts_route::WARPS * (experts.experts + 1) * size_of::<i32>()) as u32;
+    let &Routed { offsets, order, chunks, chunk_count } = to;
+    let (ids, slots, columns) = (choices.ids, choices.slots() as i32, columns as i32);
+    let count = experts.experts as i32;
+    let parameters = parameters![ids, slots, count, columns, offsets, order, chunk_count, chunks];
+    // SAFETY: the kernel's parameters in its order; it waits before it touches memory, the rest is the caller's.
+    unsafe { experts.device.launch_early(stream, &kernels::EXPERTS_ROUTE, 1, shared, parameters) }
+}
+
+/// Adds up what each token's choices came to, in their order.
+///
+/// # Safety
+/// As [`Experts::launch`].
+pub(super) unsafe fn sum(
+    experts: &Experts,
+    stream: Stream,
+    choices: &Choices,
+    weights: Weights,
+    out: u64,
+    y: u64,
+) -> Result<()> {
+    let kernel = match experts.dtype {
+        DType::Bf16 => &kernels::EXPERTS_SUM_BF16,
+        _ => &kernels::EXPERTS_SUM_F16,
+    };
+    let items = choices.tokens * (experts.hidden / experts_sum::PER_THREAD);
+    let blocks = items.div_ceil(experts_sum::THREADS) as u64;
+    let (ids, weights, wide) = (choices.ids, weights.address, u32::from(weights.dtype == DType::F32));
+    let (tokens, top_k) = (choices.tokens as i64, choices.top_k as i32);
+    let (count, columns) = (experts.experts as i32, experts.hidden as i32);
+    let parameters = parameters![out, ids, weights, wide, y, tokens, top_k, count, columns];
+    // SAFETY: the kernel's parameters in its order; it waits before it touches memory, the rest is the caller's.
+    unsafe { experts.device.launch_early(stream, kernel, blocks, 0, parameters) }
+}
