@@ -10,6 +10,7 @@ import pytest
 from experts_tiles import Tile, Tokens
 from harness import built, library, run_both_ways
 
+TOKENS = (32, 64, 128)
 # Tokens of each expert, n, k and the block size: experts with none, with one, with more than a tile; rows that end inside of
 # a tile and a team's part of it; K of one unit and several, the last one short.
 SHAPES = [
@@ -31,7 +32,7 @@ def test_products(dtype: str, nested: bool) -> None:
             counts, n, k, dtype, ("nf4", "fp4")[i % 2], blocksize, nested=(i % 2 == 1) != nested, bias=i % 3 != 0,
             beyond=i % 2 * 3,
         )  # fmt: skip
-        plan = Tile(blocks=(1, 3, 7)[i % 3], ordered=i % 2 == 0, more=(0, 8, 3)[i % 3], shift=i % 2 * 2)
+        plan = Tile(TOKENS[i % 3], (1, 3, 7)[i % 3], ordered=i % 2 == 0, more=(0, 8, 3)[i % 3], shift=i % 2 * 2)
         check = experts_tiles.tile(source, job, plan)
         check.against(run_both_ways(source, check.case))
 
@@ -42,15 +43,16 @@ def test_gates(dtype: str, activation: str) -> None:
     source = library("experts_tile_sm90a")
     for i, (counts, n, k, blocksize) in enumerate(SHAPES[:4]):
         job = Tokens.random(counts, n, k, dtype, "nf4", blocksize, gated=True, nested=i % 2 == 0, bias=i % 2 == 1)
-        check = experts_tiles.tile(source, job, Tile(2 + i, activation=activation))
+        check = experts_tiles.tile(source, job, Tile(TOKENS[(i + len(dtype)) % 3], 2 + i, activation=activation))
         check.against(run_both_ways(source, check.case))
 
 
 def test_without_a_gate() -> None:
     source = library("experts_tile_sm90a")
     job = Tokens.random((3, 70), 200, 128, "bf16", bias=True)
-    check = experts_tiles.tile(source, job, Tile(activation="relu2"))
-    check.against(run_both_ways(source, check.case))
+    for tokens in TOKENS:
+        check = experts_tiles.tile(source, job, Tile(tokens, activation="relu2"))
+        check.against(run_both_ways(source, check.case))
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -59,9 +61,9 @@ def test_without_a_gate() -> None:
 def test_an_identity_gives_the_dequantized_weight(dtype: str, quant_type: str, nested: bool) -> None:
     """Bit for bit: unpacked as dequantizing does it, each value of each expert at its place."""
     source = library("experts_tile_sm90a")
-    for n, k, blocksize in ((264, 96, 32), (130, 256, 64), (72, 288, 128)):
+    for tokens, (n, k, blocksize) in zip(TOKENS, [(264, 96, 32), (130, 256, 64), (72, 288, 128)], strict=True):
         job = Tokens.random((k, 0, 50), n, k, dtype, quant_type, blocksize, nested=nested, identity=True)
-        check = experts_tiles.tile(source, job, Tile(ordered=True), exact=True)
+        check = experts_tiles.tile(source, job, Tile(tokens, ordered=True), exact=True)
         check.against(run_both_ways(source, check.case))
 
 
@@ -70,7 +72,7 @@ def test_blocks_share_the_tiles() -> None:
     source = library("experts_tile_sm90a")
     for counts, blocks in itertools.product(((70, 0, 5), (0, 0)), (1, 2, 5, 40)):
         job = Tokens.random(counts, 300, 64, "bf16", beyond=2)
-        check = experts_tiles.tile(source, job, Tile(blocks))
+        check = experts_tiles.tile(source, job, Tile(32, blocks))
         check.against(run_both_ways(source, check.case))
 
 
@@ -79,7 +81,7 @@ def test_as_many_experts_as_there_may_be() -> None:
     counts = [0] * 512
     counts[0], counts[31], counts[300], counts[511] = 1, 2, 40, 3
     job = Tokens.random(counts, 32, 64, "bf16")
-    check = experts_tiles.tile(source, job, Tile(5))
+    check = experts_tiles.tile(source, job, Tile(32, 5))
     check.against(run_both_ways(source, check.case))
 
 
@@ -87,7 +89,7 @@ def test_as_many_experts_as_there_may_be() -> None:
 def test_copies_and_matrix_units_read_what_is_there(highest_first: bool) -> None:
     """Each access to shared memory is known: none is made while a copy is on its way there or a product reads it."""
     source = built(build_emulator.source_of("experts_tile_sm90a"), "stores")
-    for dtype, most, gated in itertools.product(("bf16", "f16"), (40, 150), (False, True)):
-        job = Tokens.random((most, 0, 3), 260, 768, dtype, gated=gated, nested=gated)
-        check = experts_tiles.tile(source, job, Tile(2, "silu" if gated else "none"))
+    for dtype, tokens, gated in itertools.product(("bf16", "f16"), TOKENS, (False, True)):
+        job = Tokens.random((40, 0, 3), 260, 768, dtype, gated=gated, nested=gated)
+        check = experts_tiles.tile(source, job, Tile(tokens, 2, "silu" if gated else "none"))
         check.against(source.run(check.case, highest_first))

@@ -88,7 +88,7 @@ __device__ inline void write_tile(const float (&sums)[S::ACCUMULATORS], u8 *out,
     const u32 place = gated ? u32(lane) * 128 + (u32(team_warp) ^ (u32(lane) & 7)) * 16
                             : u32(lane / 16 * 8 + lane % 8) * 256 + (u32(team_warp + lane / 8 % 2 * 8) ^ (u32(lane) & 7)) * 16;
     const int piece = member & ((1 << pieces_shift) - 1), of_row = column + piece * 8;
-    if (member < TILE_TOKENS) {
+    if (member < S::ACCUMULATORS * 2) {
         rows[member] = y_row;
     }
 #pragma unroll

@@ -5,10 +5,9 @@
 
 constexpr int QUARTER_ROWS = 64;  // rows of one weight that a copy brings: wgmma has eight of them in a warp beside eight others
 constexpr int QUARTERS = 4;       // of a tile: two for each team
-constexpr int TILE_TOKENS = 128;  // of a tile at most: their accumulators are what registers have room for
-constexpr int STEP_TOKENS = 32;   // by which the tokens of a tile grow, and that a team puts together before it writes whole lines
+constexpr int STEP_TOKENS = 32;   // that a copy brings, and that a team puts together before it writes whole lines
 
-// A tile is 256 rows of W by up to TOKENS tokens of one expert. See gemm/tile_sm90a/shape.cuh for what is not said here. The
+// A tile is 256 rows of W by TOKENS tokens of one expert, or as many as are left. See gemm/tile_sm90a/shape.cuh for what is not said here. The
 // launcher takes BYTES from here.
 template <int TOKENS>
 struct ExpertShape {
@@ -112,7 +111,7 @@ struct TileWalk {
             token = rest % tiles * TOKENS;
         }
     }
-    // Of this tile, those that are multiplied: whole steps.
+    // Tokens of this tile that are brought: whole steps. What products make of others is not written.
     __device__ int width() const {
         const int there = tokens - token;
         return there < TOKENS ? (there + STEP_TOKENS - 1) / STEP_TOKENS * STEP_TOKENS : TOKENS;
