@@ -1,11 +1,11 @@
 // The kernels of experts_few.cuh.
 #include "experts/experts_few.cuh"
 
-// Grid: as many blocks of Shape<fragments>::THREADS as there are to share the units. Dynamic shared memory, with P = 2 *
+// Grid: as many blocks of THREADS as there are to share the units. Dynamic shared memory, with P = 2 *
 // per_pass * k_slices * 8 * fragments * 64 bytes: LANE_TABLE_BYTES + MAP_BYTES + ROUTE_BYTES + PART_BYTES + SEGMENTS *
 // (SEGMENT_BYTES + 32 * fragments) + P.
 #define INSTANCE(name, T, nested, fragments)                                                                           \
-    extern "C" __global__ void __launch_bounds__(Shape<fragments>::THREADS, 1) experts_few_##name(Experts job) { \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) experts_few_##name(Experts job) { \
         experts_few<T, nested, fragments>(job);                                                                        \
     }
 

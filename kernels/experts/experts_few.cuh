@@ -97,8 +97,15 @@ constexpr u32 ROUTE_BYTES = (FEW_SLOTS_BYTES + 15) / 16 * 16;
 // Segments that are known at a time. More are so few that waiting for them does not matter.
 constexpr int SEGMENTS = 16;
 
+// Eight warps, and blocks of a k-tile by the fragments of 8 columns: x of a k-tile takes 64 registers. See the budget.
+constexpr int WARPS = 8;
+constexpr int THREADS = WARPS * WARP;
+constexpr int K_TILE_8 = 8;
+constexpr int K_TILE_16 = 4;
+static_assert(THREADS >= FEW_SLOTS, "a thread for each slot");
+
 // Which part of K a warp has, and which tiles. What is easily had anew takes no registers.
-template <int WARPS, int K_TILE>
+template <int K_TILE>
 struct KSlice {
     const Experts &job;
     int first_block, k_tiles, k_tile_size, larger_k_tiles;
@@ -124,7 +131,7 @@ struct KSlice {
 
 // A block's part of all tiles of all chunks.
 struct alignas(16) Part {
-    i64 begin, end;
+    u32 begin, end;
     int first_chunk, end_chunk;  // the same where there is nothing
 };
 constexpr int PART_BYTES = int(sizeof(Part));
@@ -168,20 +175,40 @@ struct Walker {
 };
 
 // The scales of a warp's k-tiles, one after the other. Of a k-tile's blocks a lane has t, t + 4, ..., for row g and row g + 8:
-// the lanes of a quad share theirs later.
+// the lanes of a quad share theirs later. Those of blocks that are not there are finite; what they meet is zero.
 template <bool NESTED, int K_TILE>
 struct LaneScales {
     RawScale<NESTED> low[K_TILE / 4], high[K_TILE / 4];
-    float offset;
 
-    __device__ void load(const Scales &scales, i64 low_block, i64 high_block, int t, int blocks, int shift) {
+    __device__ void load(const Scales &scales, u32 low_block, u32 high_block, int t, int blocks, int shift) {
 #pragma unroll
         for (int q = 0; q < K_TILE / 4; q++) {
             const int block = q * 4 + t;
+            low[q] = high[q] = {};
             if (block < blocks) {
-                low[q] = ScaleReader<NESTED>(scales, (low_block + block) >> shift)[0];
-                high[q] = ScaleReader<NESTED>(scales, (high_block + block) >> shift)[0];
+                low[q] = ScaleReader<NESTED>(scales, i64((low_block + u32(block)) >> shift))[0];
+                high[q] = ScaleReader<NESTED>(scales, i64((high_block + u32(block)) >> shift))[0];
             }
+        }
+    }
+};
+
+// A lane's bytes of the k-tile that follows.
+struct CodesAhead {
+    const u8 *low, *high;
+    int blocks;
+
+    __device__ CodesAhead(const u8 *codes, u32 low_block, int row_blocks, int t, int blocks)
+        : low(codes + (u64(low_block) * BLOCK_BYTES + u32(t * 8))),
+          high(low + u32(ROWS / 2 * BLOCK_BYTES) * u32(row_blocks)),
+          blocks(blocks) {}
+    // Those that are there, J and all behind it.
+    template <int J = 0, int K_TILE>
+    __device__ void load(Bytes<K_TILE> &bytes) const {
+        if constexpr (J < K_TILE) {
+            load_stream_if<J * BLOCK_BYTES>(J < blocks, bytes.low[J], low);
+            load_stream_if<J * BLOCK_BYTES>(J < blocks, bytes.high[J], high);
+            load<J + 1>(bytes);
         }
     }
 };
@@ -198,7 +225,7 @@ __device__ inline float sum_of(const float *tile_sums, int k_slices, int size) {
 
 // After a barrier: y from the partial sums [tile][k-slice][MOST][16] of the tiles from `begin` to `end` of a segment. A warp takes
 // 32 rows of one column at a time.
-template <typename T, int WARPS, int MOST>
+template <typename T, int MOST>
 __device__ inline void write_pass(const Experts &job, const Segment &segment, const int *rows, const float *sums, int begin,
                                   int end) {
     const int columns = segment.count;
@@ -243,9 +270,8 @@ __device__ inline void write_pass(const Experts &job, const Segment &segment, co
 
 template <typename T, bool NESTED, int FRAGMENTS>
 __device__ inline void experts_few(const Experts &job) {
-    constexpr int WARPS = Shape<FRAGMENTS>::WARPS, THREADS = Shape<FRAGMENTS>::THREADS, K_TILE = Shape<FRAGMENTS>::K_TILE;
+    constexpr int K_TILE = FRAGMENTS == 1 ? K_TILE_8 : K_TILE_16;
     constexpr int MOST = FRAGMENTS * COLUMNS, SIZE = MOST * ROWS;  // of a k-slice's sums
-    static_assert(sizeof(Part) == PART_BYTES && THREADS >= FEW_SLOTS, "a thread for each slot");
     DYNAMIC_SHARED(shared);
     u32 *const table = reinterpret_cast<u32 *>(shared);                       // [256][64], half used
     float *const map = reinterpret_cast<float *>(shared + LANE_TABLE_BYTES);  // [256]
@@ -256,7 +282,7 @@ __device__ inline void experts_few(const Experts &job) {
     int *const rows = reinterpret_cast<int *>(part + 1);  // [SEGMENTS][MOST]
     float *const partial = reinterpret_cast<float *>(rows + SEGMENTS * MOST);
     const int thread = int(threadIdx.x);
-    const KSlice<WARPS, K_TILE> slice(job);
+    const KSlice<K_TILE> slice(job);
     const int projections = job.projections, shift = job.block_shift - BLOCK_SHIFT;
     const bool gathers = job.gathers != 0;
 
@@ -271,10 +297,13 @@ __device__ inline void experts_few(const Experts &job) {
     const int chunk_count = routes ? route_few(few, job.ids, job.slots, job.experts, MOST) : *job.chunk_count;
     const auto chunk_tiles = [&]() { return job.n / ROWS * projections; };
     if (thread == 0) {
-        const i64 units = i64(chunk_count) * (chunk_tiles() / job.unit);
-        const i64 begin = units * blockIdx.x / gridDim.x * job.unit, end = units * (blockIdx.x + 1) / gridDim.x * job.unit;
-        const int end_chunk = int((end + chunk_tiles() - 1) / chunk_tiles());
-        *part = {begin, end, begin < end ? int(begin / chunk_tiles()) : end_chunk, end_chunk};
+        // Equal parts, the first ones with a unit more.
+        const u32 units = u32(chunk_count) * u32(chunk_tiles() / job.unit);
+        const u32 each = units / gridDim.x, more = units % gridDim.x;
+        const u32 begin = (blockIdx.x * each + (blockIdx.x < more ? blockIdx.x : more)) * u32(job.unit);
+        const u32 end = begin + (each + (blockIdx.x < more)) * u32(job.unit);
+        const int end_chunk = int((end + u32(chunk_tiles()) - 1) / u32(chunk_tiles()));
+        *part = {begin, end, begin < end ? int(begin / u32(chunk_tiles())) : end_chunk, end_chunk};
     }
     __syncthreads();
     int buffer = 0;  // which of two: where its sums begin
@@ -293,9 +322,9 @@ __device__ inline void experts_few(const Experts &job) {
             Segment &segment = segments[s];
             segment.matrix[p] = matrix;
             segment.offset[p] = NESTED ? *matrix.offset : 0.0f;
-            const i64 chunk_begin = i64(batch + s) * chunk_tiles();
-            const int first = int(part->begin > chunk_begin ? part->begin - chunk_begin : 0);
-            const int end = int(part->end < chunk_begin + chunk_tiles() ? part->end - chunk_begin : chunk_tiles());
+            const u32 chunk_begin = u32(batch + s) * u32(chunk_tiles()), chunk_end = chunk_begin + u32(chunk_tiles());
+            const int first = part->begin > chunk_begin ? int(part->begin - chunk_begin) : 0;
+            const int end = part->end < chunk_end ? int(part->end - chunk_begin) : chunk_tiles();
             if (p == 0) {
                 segment.expert = chunk.expert;
                 segment.begin = chunk.begin;
@@ -319,38 +348,43 @@ __device__ inline void experts_few(const Experts &job) {
         // Where a warp's next tile is: this batch's, or none.
         Walker ahead;
         ahead.start(segments, slice.k_tiles);
-        const u8 *low_packed = nullptr, *high_packed = nullptr;
+        const int lane = thread % WARP, g = lane / 4, t = lane % 4;
+        const int groups = slice.groups();
+        // From one tile of a group to its next, where these are of one matrix.
+        const bool same_matrix = groups >= projections;
+        const u32 stride = u32(groups / projections * ROWS * slice.row_blocks());
+        const u8 *codes = nullptr;
+        Scales of_matrix = {};
+        float offset = 0.0f;
+        u32 low_block = 0;
         int blocks_ahead = 0;
         LaneScales<NESTED, K_TILE> scales = {};
         Bytes<K_TILE> bytes = {};
         // Aims at the tile that follows, and loads its scales.
         const auto aim = [&]() {
-            ahead.advance(segments, count, job.per_pass, slice);
-            blocks_ahead = ahead.segment < count ? slice.blocks(ahead.k_tile) : 0;
-            if (blocks_ahead > 0) {
-                const Segment &segment = segments[ahead.segment];
-                const int g = read_lane() / 4, t = read_lane() % 4;
-                const int p = projections == 2 ? ahead.tile & 1 : 0;
-                const int row = (projections == 2 ? ahead.tile >> 1 : ahead.tile) * ROWS + g;
-                const i64 low_block = i64(row) * slice.row_blocks() + slice.begin(ahead.k_tile);
-                const i64 high_block = low_block + i64(ROWS / 2) * slice.row_blocks();
-                const Matrix &matrix = segment.matrix[p];
-                low_packed = matrix.codes + low_block * BLOCK_BYTES + t * 8;
-                high_packed = matrix.codes + high_block * BLOCK_BYTES + t * 8;
-                scales.load(matrix.scales(), low_block, high_block, t, blocks_ahead, shift);
-                scales.offset = segment.offset[p];
+            if (same_matrix && ahead.tile + groups < ahead.pass_end) {
+                ahead.tile += groups;
+                low_block += stride;
+            } else {
+                ahead.advance(segments, count, job.per_pass, slice);
+                blocks_ahead = 0;
+                if (ahead.segment < count) {
+                    const Segment &segment = segments[ahead.segment];
+                    const int p = projections == 2 ? ahead.tile & 1 : 0;
+                    const int row = (projections == 2 ? ahead.tile >> 1 : ahead.tile) * ROWS + g;
+                    low_block = u32(row * slice.row_blocks() + slice.begin(ahead.k_tile));
+                    blocks_ahead = slice.blocks(ahead.k_tile);
+                    codes = segment.matrix[p].codes;
+                    of_matrix = segment.matrix[p].scales();
+                    offset = segment.offset[p];
+                }
             }
+            scales.load(of_matrix, low_block, low_block + u32(ROWS / 2 * slice.row_blocks()), t, blocks_ahead, shift);
         };
         aim();
-#pragma unroll
-        for (int j = 0; j < K_TILE; j++) {
-            if (j < blocks_ahead) {
-                bytes.load(j, low_packed, high_packed);
-            }
-        }
+        CodesAhead(codes, low_block, slice.row_blocks(), t, blocks_ahead).load(bytes);
         u32 x_words[K_TILE][FRAGMENTS][8];
         const auto load_x_of = [&](int segment, int k_tile) {
-            const int g = read_lane() / 4, t = read_lane() % 4;
             const int begin = segments[segment].begin, columns = segments[segment].count;
             const auto row_of = [&](int column) {
                 const int c = column < columns ? column : columns - 1;
@@ -364,40 +398,42 @@ __device__ inline void experts_few(const Experts &job) {
         }
         load_x_of(0, 0);
 
-        const PlainTable entries = {table, u32(thread % WARP) * 4};
+        const PlainTable entries = {table, u32(lane) * 4};
+#pragma unroll 1
         for (int s = 0; s < count; s++) {
             const int end = segments[s].end;
+#pragma unroll 1
             for (int begin = segments[s].first, pass_end; begin < end; begin = pass_end) {
                 pass_end = end - begin < job.per_pass ? end : begin + job.per_pass;
                 buffer ^= job.per_pass * job.k_slices * SIZE;
+#pragma unroll 1
                 for (int k_tile = 0; k_tile < slice.k_tiles; k_tile++) {
-                    const int blocks = slice.blocks(k_tile);
                     if (k_tile > 0) {
                         load_x_of(s, k_tile);
                     }
-                    for (int tile = begin + slice.group(); tile < pass_end; tile += slice.groups()) {
+#pragma unroll 1
+                    for (int tile = begin + slice.group(); tile < pass_end; tile += groups) {
                         float low_scale[K_TILE / 4], high_scale[K_TILE / 4];
 #pragma unroll
                         for (int q = 0; q < K_TILE / 4; q++) {
-                            low_scale[q] = scales.low[q].value(map, scales.offset);
-                            high_scale[q] = scales.high[q].value(map, scales.offset);
+                            low_scale[q] = scales.low[q].value(map, offset);
+                            high_scale[q] = scales.high[q].value(map, offset);
                         }
                         aim();
-                        const int quad_lane = read_lane() & ~3;
                         float sums[FRAGMENTS][4] = {};
+                        // All at once, before any look-up: what waits for one does not wait for these.
+                        const Bytes<K_TILE> now = bytes;
+                        CodesAhead(codes, low_block, slice.row_blocks(), t, blocks_ahead).load(bytes);
+                        // Of blocks that are not there x is zero: no branch is faster than what it spares.
 #pragma unroll
                         for (int j = 0; j < K_TILE; j++) {
-                            if (j < blocks) {
-                                add_block<T>(sums, entries, bytes.low[j], bytes.high[j], x_words[j],
-                                             __shfl_sync(ALL_LANES, low_scale[j / 4], quad_lane + j % 4),
-                                             __shfl_sync(ALL_LANES, high_scale[j / 4], quad_lane + j % 4));
-                            }
-                            if (j < blocks_ahead) {
-                                bytes.load(j, low_packed, high_packed);
-                            }
+                            add_block<T>(sums, entries, now.low[j], now.high[j], x_words[j],
+                                         __shfl_sync(ALL_LANES, low_scale[j / 4], (lane & ~3) + j % 4),
+                                         __shfl_sync(ALL_LANES, high_scale[j / 4], (lane & ~3) + j % 4));
                         }
-                        float *const own = partial + buffer + ((tile - begin) * job.k_slices + (read_warp() & (job.k_slices - 1))) * SIZE;
-                        add_partial(own, sums, MOST, k_tile == 0, read_lane() / 4, read_lane() % 4);
+                        float *const own =
+                            partial + buffer + ((tile - begin) * job.k_slices + (read_warp() & (job.k_slices - 1))) * SIZE;
+                        add_partial(own, sums, MOST, k_tile == 0, g, t);
                     }
                 }
                 // x of the pass that follows.
@@ -410,7 +446,7 @@ __device__ inline void experts_few(const Experts &job) {
                 }
                 // All sums are there; and all that was written of the pass before has been read.
                 __syncthreads();
-                write_pass<T, WARPS, MOST>(job, segments[s], rows + s * MOST, partial + buffer, begin, pass_end);
+                write_pass<T, MOST>(job, segments[s], rows + s * MOST, partial + buffer, begin, pass_end);
             }
         }
     }

@@ -25,7 +25,7 @@ const FIXED: usize = source::LANE_TABLE_BYTES
     + source::PART_BYTES
     + source::SEGMENTS * source::SEGMENT_BYTES;
 /// Bytes of each matrix of a segment that are fetched to the second level before they are asked for.
-const AHEAD: i32 = 64 << 10;
+const AHEAD: i32 = 16 << 10;
 /// From so many slots of an expert on, on average, chunks of 16 are better than of 8.
 const SLOTS_FOR_TWO: usize = 4;
 
@@ -79,7 +79,8 @@ fn divide(
     multiprocessors: usize,
     shared_per_block: usize,
 ) -> (Plan, u64, u32) {
-    let (warps, k_tile) = (source::SHAPE_1_WARPS / fragments, source::SHAPE_1_K_TILE * fragments);
+    let k_tile = if fragments == 1 { source::K_TILE_8 } else { source::K_TILE_16 };
+    let warps = source::WARPS;
     // As many parts of K as leave each warp most of a k-tile.
     let mut k_slices = warps;
     while k_slices > 1 && k / BLOCK < k_slices * k_tile * 3 / 4 {
@@ -276,7 +277,7 @@ mod tests {
                     assert!(per_pass >= 1 && per_pass.is_multiple_of(projections), "{words}");
                     let k_slices = plan.k_slices as usize;
                     assert!(k_slices.is_power_of_two() && k_slices * BLOCK <= k, "{words}");
-                    assert!(k_slices <= source::SHAPE_1_WARPS / fragments, "{words}");
+                    assert!(k_slices <= source::WARPS, "{words}");
                     assert!((1..=multiprocessors as u64).contains(&blocks), "{words}");
                     assert!(shared as usize <= memory, "{words}");
                 }

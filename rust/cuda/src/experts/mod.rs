@@ -28,6 +28,9 @@ pub const MOST_EXPERTS: usize = experts_route::MOST_EXPERTS;
 
 /// Hidden and intermediate sizes are multiples of this.
 const SIZE_UNIT: usize = few::BLOCK;
+const MOST_SIZE: usize = 1 << 17;
+/// The most choices of a call.
+const MOST_SLOTS: usize = 1 << 19;
 /// What x, y, the workspace and the weights' codes begin at multiples of.
 const ALIGNMENT: u64 = 16;
 
@@ -145,14 +148,13 @@ impl Experts {
 
     /// Whether `launch` takes so many tokens with so many choices each.
     pub fn takes(&self, tokens: usize, top_k: usize) -> bool {
-        // Elements of a row of each of slots, counted in 32 bits by rows and in 64 by elements.
-        let size = |n: usize| (SIZE_UNIT..=1 << 24).contains(&n) && n.is_multiple_of(SIZE_UNIT);
-        let slots = tokens.checked_mul(top_k).filter(|&slots| slots >= 1 && slots <= 1 << 24);
+        // The kernels count rows, a matrix's blocks and the tiles of all chunks in 32 bits.
+        let size = |n: usize| (SIZE_UNIT..=MOST_SIZE).contains(&n) && n.is_multiple_of(SIZE_UNIT);
+        let slots = tokens.checked_mul(top_k).filter(|slots| (1..=MOST_SLOTS).contains(slots));
         Few::suits(self.device)
             && (1..=MOST_EXPERTS).contains(&self.experts)
             && size(self.hidden)
             && size(self.intermediate)
-            && self.hidden * self.intermediate <= 1 << 34
             && self.blocksize.get() >= few::BLOCK
             && slots.is_some()
     }
@@ -173,8 +175,8 @@ impl Experts {
                 "{tokens} with {top_k} choices each, of {experts} experts of {hidden} x {intermediate} in blocks of {blocksize}"
             );
             let expected = format!(
-                "such that takes() is true: compute capability 8.0 or later, sizes that are multiples of {SIZE_UNIT}, blocks of \
-                 {SIZE_UNIT} or more, at most {MOST_EXPERTS} experts and 2^24 choices in all"
+                "such that takes() is true: compute capability 8.0 or later, sizes that are multiples of {SIZE_UNIT} up to \
+                 {MOST_SIZE}, blocks of {SIZE_UNIT} or more, at most {MOST_EXPERTS} experts and {MOST_SLOTS} choices in all"
             );
             return Err(Error::argument("tokens", found, expected));
         }
