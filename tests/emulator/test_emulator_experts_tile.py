@@ -1,4 +1,4 @@
-"""The products of many tokens' experts (experts_tile_sm90a) on the processor: bounds, bits, and any order of threads."""
+"""The products of many tokens' experts (experts_tile_sm90a) on the processor: bounds, bits, any order of threads."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from experts_tiles import Tile, Tokens
 from harness import built, library, run_both_ways
 
 TOKENS = (32, 64, 128)
-# Tokens of each expert, n, k and the block size: experts with none, with one, with more than a tile; rows that end inside of
-# a tile and a team's part of it; K of one unit and several, the last one short.
+# Tokens of each expert, n, k and the block size: experts with none, with one, with more than a tile; rows that end
+# inside of a tile and a team's part of it; K of one unit and several, the last one short.
 SHAPES = [
     ((0, 40, 0, 1, 200), 136, 256, 64),
     ((5,), 300, 288, 32),
@@ -25,7 +25,7 @@ SHAPES = [
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
 def test_products(dtype: str, nested: bool) -> None:
-    """Within the bound of the arithmetic, each row where it belongs, nothing else written; in both orders the same bits."""
+    """Within the bound of the arithmetic, each row where it belongs, nothing else written; the same in both orders."""
     source = library("experts_tile_sm90a")
     for i, (counts, n, k, blocksize) in enumerate(SHAPES):
         job = Tokens.random(
@@ -93,3 +93,11 @@ def test_copies_and_matrix_units_read_what_is_there(highest_first: bool) -> None
         job = Tokens.random((40, 0, 3), 260, 768, dtype, gated=gated, nested=gated)
         check = experts_tiles.tile(source, job, Tile(tokens, 2, "silu" if gated else "none"))
         check.against(source.run(check.case, highest_first))
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "columns", "missing"), [(9, 3, 64, 5), (40, 2, 4160, 0), (1, 1, 8, 1)])
+def test_rows_are_gathered(tokens: int, top_k: int, columns: int, missing: int) -> None:
+    """The token's row for each slot that has an expert; those of others are left alone."""
+    source = library("experts_gather")
+    check = experts_tiles.gather(source, tokens, top_k, columns, missing)
+    check.against(run_both_ways(source, check.case))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import native
 import numpy as np
 import reference
-from harness import Argument, Buffer, Case, Launch, pointers, tensor_map
+from harness import Argument, Buffer, Case, Launch, int32, pointers, tensor_map
 from launches import Check, Described, Scales, bits, filled, near
 
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu2": 4, "clamped_swiglu": 5}
@@ -197,3 +197,21 @@ def _scales(scales: Scales) -> list[tuple[int, Buffer | None]]:
     """The members of `Scales` in a kernel's argument, in order."""
     found = dict(scales.argument().addresses)
     return [(at, found.get(at)) for at in (0, 8, 16, 24)]
+
+
+def gather(source: Described, tokens: int, top_k: int, columns: int, missing: int) -> Check:
+    """Rows of x in an order of slots, of which the last `missing` have no expert."""
+    random = np.random.default_rng([tokens, columns])
+    slots = tokens * top_k
+    x = random.integers(0, 1 << 16, (tokens, columns), np.uint16)
+    order = random.permutation(slots).astype(np.int32)
+    wanted = np.resize(filled(1, np.uint16), (slots, columns))
+    out = Buffer(wanted.copy())
+    wanted[: slots - missing] = x[order[: slots - missing] // top_k]
+    count = Buffer(np.array([slots - missing], np.int32))
+    inputs = [pointers(buffer) for buffer in (Buffer(x), Buffer(order), count, out)]
+    blocks = -(-slots // source.constants["WARPS"])
+    arguments = [*inputs, int32(top_k), int32(columns // 8)]
+    launch = Launch("experts_gather", blocks, source.threads["experts_gather"], arguments)
+    name = f"experts_gather, {tokens} x {columns}, {top_k} each"
+    return Check(name, Case([launch]), [(out, bits(wanted))])

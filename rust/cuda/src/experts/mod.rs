@@ -216,7 +216,8 @@ impl Experts {
         // SAFETY: the caller's.
         unsafe {
             let up = self.first(stream, choices, matrices, Some(activation), x, workspace, &parts, hidden)?;
-            let down = self.second(stream, choices, weights, matrices, Some(activation), hidden, workspace, &parts, y)?;
+            let down =
+                self.second(stream, choices, weights, matrices, Some(activation), hidden, workspace, &parts, y)?;
             Ok([up, down])
         }
     }

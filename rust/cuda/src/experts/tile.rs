@@ -244,7 +244,11 @@ fn product(experts: &Experts, matrices: &Matrices, routed: &Routed, (n, k): (usi
 /// [`Error::Argument`] for an address that is not a multiple of 16, or no columns that rows of whole 16 bytes have.
 pub fn maps(codes: &[u64], rows: usize, columns: usize) -> Result<Vec<u8>> {
     if rows == 0 || columns == 0 || !columns.is_multiple_of(32) {
-        return Err(Error::argument("columns", format!("{rows} x {columns}"), "a multiple of 32, and some rows".to_owned()));
+        return Err(Error::argument(
+            "columns",
+            format!("{rows} x {columns}"),
+            "a multiple of 32, and some rows".to_owned(),
+        ));
     }
     let mut bytes = Vec::with_capacity(codes.len() * size_of::<TensorMap>());
     for &address in codes {
