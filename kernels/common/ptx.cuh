@@ -157,16 +157,6 @@ __device__ inline Words2 load_stream(const Words2 *address) {
     return words;
 }
 
-// Those OFFSET bytes behind `address` where `there` says so, else `words` stay as they are: without a branch.
-template <int OFFSET>
-__device__ inline void load_stream_if(bool there, Words2 &words, const u8 *address) {
-    asm volatile(
-        "{\n\t.reg .pred there;\n\tsetp.ne.u32 there, %3, 0;\n\t"
-        "@there ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2 + %4];\n\t}"
-        : "+r"(words.word[0]), "+r"(words.word[1])
-        : "l"(__cvta_generic_to_global(address)), "r"(u32(there)), "n"(OFFSET));
-}
-
 __device__ inline Words4 load_stream(const Words4 *address) {
     Words4 words;
     asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"

@@ -110,12 +110,6 @@ inline Words2 load_stream(const Words2 *address, emulator::Site site = emulator:
     emulator::check_aligned(address, sizeof *address, site);
     return *address;
 }
-template <int OFFSET>
-inline void load_stream_if(bool there, Words2 &words, const u8 *address, emulator::Site site = emulator::Site::here()) {
-    if (there) {
-        words = load_stream(reinterpret_cast<const Words2 *>(address + OFFSET), site);
-    }
-}
 inline Words4 load_stream(const Words4 *address, emulator::Site site = emulator::Site::here()) {
     emulator::check_aligned(address, sizeof *address, site);
     return *address;

@@ -3,7 +3,7 @@
 //
 // Problem. Expert e has a matrix [n][k] in 4 bits, or two of them, `gate` and `up`, whose products become one. For each slot
 //   (route.cuh) the row of x that is its token's, or its own, by its expert's matrices. float16 or bfloat16; n and k multiples
-//   of 64; blocks of 64 to 4096, plain or nested scales; any number of slots of an expert, 8 or 16 of them at a time. Compute
+//   of 64; blocks of 64 to 4096, plain or nested scales; any number of slots of an expert, 8 of them at a time. Compute
 //   capability 8.0 and later.
 //
 // Roofline. Memory: the codes and scales of the experts that any slot has, once. A layer of Qwen3-30B-A3B (128 experts of
@@ -18,26 +18,30 @@
 //     |-u-|-u-|-u-|-u-|-u-|-u-| |-u-|-u-|-u-|-u-|-u-|-u-| |-u-|-u- ...
 //     [----- block 0 ------][-- block 1: two segments --][-- block 2 ...
 //
-//   A segment is worked on as gemm_4bit_small_m_sm80 does its rows: the warps of a group have a k-slice each, whose part of x
+//   A segment is worked on as gemm_4bit_small_m_sm90 does its rows: the warps of a group have a k-slice each, whose part of x
 //   they keep in registers; groups take tiles in turn; the sums of a pass of tiles meet in shared memory. A gate's tile and an
 //   up's follow each other, so that both are there when a pass is written. While a pass is written the next segment's x is on
 //   the way, and each warp's bytes of its next tile are, whichever segment has it.
 //
-//   Few slots (256) are sorted by every block itself: a launch for that took longer than all else that comes before the first
-//   bytes. Where the kernel before is the one of gate and up, whose inputs are the same, a block sorts and loads its first
+//   Few slots (64) are sorted by every block itself: 1 token takes 4 us longer with a launch for that. With 256 it is the other
+//   way round. Where the kernel before is the one of gate and up, whose inputs are the same, a block sorts and loads its first
 //   bytes while that one still runs, and waits before it reads x.
 //
 // Shared memory. Up to 99 KB where a device has no more, else what it has:
-//     table      256 entries x 32 lanes x 4 bytes in rows of 256 bytes, half used                              64 KB
+//     table      256 entries x 32 lanes x 4 bytes in rows of 256 bytes; between them the bytes of each warp's tile     64 KB
 //     map        of nested scales                                                                               1 KB
-//     route      few slots, sorted, and their chunks                                                          6.0 KB
-//     segments   of a block, up to 16 at a time: matrices, and the row of x and y of each column            2 or 3 KB
-//     partial    [2][tiles of a pass][k-slices][columns][16] float32 sums
+//     route      few slots, sorted, and their chunks                                                          1.5 KB
+//     segments   of a block, up to 16 at a time: matrices, and the row of x and y of each column              2.0 KB
+//     partial    [2][tiles of a pass][k-slices][8][16] float32 sums
 //
-// Budget. That of gemm_4bit_small_m_sm80: one block of 16 warps of 128 registers on a multiprocessor for 8 columns, of 8 warps
-//   of 255 for 16; 64 or 128 bytes of codes a lane on the way, 32 KB for all warps. With one token a multiprocessor has 80 KB
-//   of weights to read in all, and no time to come up to speed: the first bytes of each segment are fetched to the second level
-//   as soon as it is known.
+// Budget. One block of 8 warps on a multiprocessor, of 255 registers 211 to 243 taken: 64 for x of a k-tile of 8 blocks. 32 KB of
+//   codes are on the way for all warps. With one token a multiprocessor has 80 KB of weights to read in all, and no time to come
+//   up to speed: the first bytes of each segment are fetched to the second level as soon as it is known.
+//
+// Tried, and slower, on an H200 (in microseconds for 8 tokens of the layer above; 68 now): the bytes by way of registers, as
+//   gemm_4bit_small_m_sm80 has them, with 16 warps (103), with 8 (89 to 100): eight rows of 32 bytes in a load, not whole lines;
+//   16 columns at a time (82), which only pays from some 16 slots of an expert on. No faster: two or three tiles of each warp on
+//   the way instead of one.
 //
 // Determinism. As small_m.cuh: a row's sum is added up in an order that n, k and the columns' number alone decide.
 #pragma once
@@ -97,15 +101,20 @@ constexpr u32 ROUTE_BYTES = (FEW_SLOTS_BYTES + 15) / 16 * 16;
 // Segments that are known at a time. More are so few that waiting for them does not matter.
 constexpr int SEGMENTS = 16;
 
-// Eight warps, and blocks of a k-tile by the fragments of 8 columns: x of a k-tile takes 64 registers. See the budget.
+// Eight warps, and blocks of a k-tile. See the budget.
 constexpr int WARPS = 8;
 constexpr int THREADS = WARPS * WARP;
-constexpr int K_TILE_8 = 8;
-constexpr int K_TILE_16 = 4;
+constexpr int K_TILE = 8;
+
+// Where the bytes of a warp's k-tile are, in the unused halves of the look-up table: 16 rows of two pieces of 128 bytes, 256 bytes
+// apart. In a piece of row r block j lies at j ^ (r % 4): so the four rows that half a warp reads at a time are in different
+// banks.
+constexpr int STAGE_ROW = 512;
+constexpr int STAGE_SPAN = ROWS * STAGE_ROW;
+static_assert(u32(WARPS * STAGE_SPAN) == LANE_TABLE_BYTES, "all warps have room");
 static_assert(THREADS >= FEW_SLOTS, "a thread for each slot");
 
 // Which part of K a warp has, and which tiles. What is easily had anew takes no registers.
-template <int K_TILE>
 struct KSlice {
     const Experts &job;
     int first_block, k_tiles, k_tile_size, larger_k_tiles;
@@ -176,7 +185,7 @@ struct Walker {
 
 // The scales of a warp's k-tiles, one after the other. Of a k-tile's blocks a lane has t, t + 4, ..., for row g and row g + 8:
 // the lanes of a quad share theirs later. Those of blocks that are not there are finite; what they meet is zero.
-template <bool NESTED, int K_TILE>
+template <bool NESTED>
 struct LaneScales {
     RawScale<NESTED> low[K_TILE / 4], high[K_TILE / 4];
 
@@ -193,25 +202,22 @@ struct LaneScales {
     }
 };
 
-// A lane's bytes of the k-tile that follows.
-struct CodesAhead {
-    const u8 *low, *high;
-    int blocks;
-
-    __device__ CodesAhead(const u8 *codes, u32 low_block, int row_blocks, int t, int blocks)
-        : low(codes + (u64(low_block) * BLOCK_BYTES + u32(t * 8))),
-          high(low + u32(ROWS / 2 * BLOCK_BYTES) * u32(row_blocks)),
-          blocks(blocks) {}
-    // Those that are there, J and all behind it.
-    template <int J = 0, int K_TILE>
-    __device__ void load(Bytes<K_TILE> &bytes) const {
-        if constexpr (J < K_TILE) {
-            load_stream_if<J * BLOCK_BYTES>(J < blocks, bytes.low[J], low);
-            load_stream_if<J * BLOCK_BYTES>(J < blocks, bytes.high[J], high);
-            load<J + 1>(bytes);
+// Copies the bytes of a k-tile of a tile to a stage; `from` is where its first row has them. 16 bytes for each lane, whole lines of
+// two rows at a time: with as few bytes as a lane needs, of eight rows, the same loads took twice as long.
+__device__ inline void copy_tile(u8 *stage, const u8 *from, u32 pitch, int blocks) {
+    const int lane = read_lane(), row = lane / 16, piece = lane % 16, j = piece / 2;
+    from += u32(row) * pitch + u32(piece * 16);
+    u8 *const to = stage + row * STAGE_ROW + j / 4 * 256 + piece % 2 * 16;
+    if (j < blocks) {
+#pragma unroll
+        for (int i = 0; i < ROWS; i += 2) {
+            copy_async(reinterpret_cast<Words4 *>(to + i * STAGE_ROW + ((j ^ (i + row)) & 3) * BLOCK_BYTES),
+                       reinterpret_cast<const Words4 *>(from));
+            from += 2 * pitch;
         }
     }
-};
+    copy_async_commit();
+}
 
 // The sum of a row of a tile and a column over the k-slices, in their order.
 __device__ inline float sum_of(const float *tile_sums, int k_slices, int size) {
@@ -270,7 +276,6 @@ __device__ inline void write_pass(const Experts &job, const Segment &segment, co
 
 template <typename T, bool NESTED, int FRAGMENTS>
 __device__ inline void experts_few(const Experts &job) {
-    constexpr int K_TILE = FRAGMENTS == 1 ? K_TILE_8 : K_TILE_16;
     constexpr int MOST = FRAGMENTS * COLUMNS, SIZE = MOST * ROWS;  // of a k-slice's sums
     DYNAMIC_SHARED(shared);
     u32 *const table = reinterpret_cast<u32 *>(shared);                       // [256][64], half used
@@ -282,7 +287,7 @@ __device__ inline void experts_few(const Experts &job) {
     int *const rows = reinterpret_cast<int *>(part + 1);  // [SEGMENTS][MOST]
     float *const partial = reinterpret_cast<float *>(rows + SEGMENTS * MOST);
     const int thread = int(threadIdx.x);
-    const KSlice<K_TILE> slice(job);
+    const KSlice slice(job);
     const int projections = job.projections, shift = job.block_shift - BLOCK_SHIFT;
     const bool gathers = job.gathers != 0;
 
@@ -348,43 +353,38 @@ __device__ inline void experts_few(const Experts &job) {
         // Where a warp's next tile is: this batch's, or none.
         Walker ahead;
         ahead.start(segments, slice.k_tiles);
-        const int lane = thread % WARP, g = lane / 4, t = lane % 4;
-        const int groups = slice.groups();
-        // From one tile of a group to its next, where these are of one matrix.
-        const bool same_matrix = groups >= projections;
-        const u32 stride = u32(groups / projections * ROWS * slice.row_blocks());
-        const u8 *codes = nullptr;
-        Scales of_matrix = {};
-        float offset = 0.0f;
-        u32 low_block = 0;
-        int blocks_ahead = 0;
-        LaneScales<NESTED, K_TILE> scales = {};
-        Bytes<K_TILE> bytes = {};
-        // Aims at the tile that follows, and loads its scales.
-        const auto aim = [&]() {
-            if (same_matrix && ahead.tile + groups < ahead.pass_end) {
+        u32 block = 0;  // of the tile's first row
+        LaneScales<NESTED> scales = {};
+        const auto stage = [&]() { return reinterpret_cast<u8 *>(table) + 128 + read_warp() * STAGE_SPAN; };
+        // Goes to the next tile, and has its scales and its bytes loaded.
+        const auto load_next = [&]() {
+            const int groups = slice.groups();
+            // From one tile of a group to its next, where these are of one matrix.
+            if (groups >= projections && ahead.tile + groups < ahead.pass_end) {
                 ahead.tile += groups;
-                low_block += stride;
+                block += u32((projections == 2 ? groups / 2 : groups) * ROWS * slice.row_blocks());
             } else {
                 ahead.advance(segments, count, job.per_pass, slice);
-                blocks_ahead = 0;
-                if (ahead.segment < count) {
-                    const Segment &segment = segments[ahead.segment];
-                    const int p = projections == 2 ? ahead.tile & 1 : 0;
-                    const int row = (projections == 2 ? ahead.tile >> 1 : ahead.tile) * ROWS + g;
-                    low_block = u32(row * slice.row_blocks() + slice.begin(ahead.k_tile));
-                    blocks_ahead = slice.blocks(ahead.k_tile);
-                    codes = segment.matrix[p].codes;
-                    of_matrix = segment.matrix[p].scales();
-                    offset = segment.offset[p];
+                if (ahead.segment >= count) {
+                    return;
                 }
+                const int row = (projections == 2 ? ahead.tile >> 1 : ahead.tile) * ROWS;
+                block = u32(row * slice.row_blocks() + slice.begin(ahead.k_tile));
             }
-            scales.load(of_matrix, low_block, low_block + u32(ROWS / 2 * slice.row_blocks()), t, blocks_ahead, shift);
+            // Read anew each time: they would take registers that x needs.
+            const Segment &segment = segments[ahead.segment];
+            const int p = projections == 2 ? ahead.tile & 1 : 0;
+            const Matrix &matrix = segment.matrix[p];
+            const int blocks = slice.blocks(ahead.k_tile);
+            copy_tile(stage(), matrix.codes + u64(block) * BLOCK_BYTES, u32(slice.row_blocks()) * BLOCK_BYTES, blocks);
+            const int g = read_lane() / 4, t = read_lane() % 4;
+            const u32 low = block + u32(g * slice.row_blocks());
+            scales.load(matrix.scales(), low, low + u32(ROWS / 2 * slice.row_blocks()), t, blocks, shift);
         };
-        aim();
-        CodesAhead(codes, low_block, slice.row_blocks(), t, blocks_ahead).load(bytes);
+        load_next();
         u32 x_words[K_TILE][FRAGMENTS][8];
         const auto load_x_of = [&](int segment, int k_tile) {
+            const int g = read_lane() / 4, t = read_lane() % 4;
             const int begin = segments[segment].begin, columns = segments[segment].count;
             const auto row_of = [&](int column) {
                 const int c = column < columns ? column : columns - 1;
@@ -398,7 +398,7 @@ __device__ inline void experts_few(const Experts &job) {
         }
         load_x_of(0, 0);
 
-        const PlainTable entries = {table, u32(lane) * 4};
+        const PlainTable entries = {table, u32(read_lane()) * 4};
 #pragma unroll 1
         for (int s = 0; s < count; s++) {
             const int end = segments[s].end;
@@ -412,25 +412,33 @@ __device__ inline void experts_few(const Experts &job) {
                         load_x_of(s, k_tile);
                     }
 #pragma unroll 1
-                    for (int tile = begin + slice.group(); tile < pass_end; tile += groups) {
+                    for (int tile = begin + slice.group(); tile < pass_end; tile += slice.groups()) {
+                        const float offset = NESTED ? segments[s].offset[projections == 2 ? tile & 1 : 0] : 0.0f;
                         float low_scale[K_TILE / 4], high_scale[K_TILE / 4];
 #pragma unroll
                         for (int q = 0; q < K_TILE / 4; q++) {
                             low_scale[q] = scales.low[q].value(map, offset);
                             high_scale[q] = scales.high[q].value(map, offset);
                         }
-                        aim();
+                        // The copies have ended, for all lanes.
+                        copy_async_wait<0>();
+                        __syncwarp();
+                        const u8 *const own_stage = stage();
+                        const int lane = read_lane(), g = lane / 4, t = lane % 4;
                         float sums[FRAGMENTS][4] = {};
-                        // All at once, before any look-up: what waits for one does not wait for these.
-                        const Bytes<K_TILE> now = bytes;
-                        CodesAhead(codes, low_block, slice.row_blocks(), t, blocks_ahead).load(bytes);
                         // Of blocks that are not there x is zero: no branch is faster than what it spares.
 #pragma unroll
                         for (int j = 0; j < K_TILE; j++) {
-                            add_block<T>(sums, entries, now.low[j], now.high[j], x_words[j],
+                            const u8 *const bytes =
+                                own_stage + (g * STAGE_ROW + j / 4 * 256 + t * 8 + ((j ^ g) & 3) * BLOCK_BYTES);
+                            add_block<T>(sums, entries, *reinterpret_cast<const Words2 *>(bytes),
+                                         *reinterpret_cast<const Words2 *>(bytes + ROWS / 2 * STAGE_ROW), x_words[j],
                                          __shfl_sync(ALL_LANES, low_scale[j / 4], (lane & ~3) + j % 4),
                                          __shfl_sync(ALL_LANES, high_scale[j / 4], (lane & ~3) + j % 4));
                         }
+                        // Every lane has read its part.
+                        __syncwarp();
+                        load_next();
                         float *const own =
                             partial + buffer + ((tile - begin) * job.k_slices + (read_warp() & (job.k_slices - 1))) * SIZE;
                         add_partial(own, sums, MOST, k_tile == 0, g, t);

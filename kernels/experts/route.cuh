@@ -17,7 +17,7 @@ struct alignas(16) Chunk {
 __device__ inline int expert_of(i64 id, int experts) { return id >= 0 && id < experts ? int(id) : experts; }
 
 // Slots that a block of threads sorts by itself: each is compared with each other. More take a launch of experts_route.
-constexpr int FEW_SLOTS = 256;
+constexpr int FEW_SLOTS = 64;
 
 // What comes of few slots, in shared memory.
 struct FewSlots {

@@ -415,8 +415,8 @@ def cuda_expert_maps(device: int, codes: list[int], rows: int, columns: int) -> 
 class CudaExperts:
     """Blocks of experts with 4-bit weights of one shape.
 
-    `table` is an int64 tensor `[gate, up and down, or up and down][experts][4]`: addresses of codes, which are multiples of 16,
-    of absmax, and when nested of absmax2 and the offset. `maps` is what `cuda_expert_maps` gives for each, or 0.
+    `table` is an int64 tensor `[gate, up and down, or up and down][experts][4]`: addresses of codes, which are
+    multiples of 16, of absmax, and when nested of absmax2 and the offset, else 0. `maps` is 0.
     """
 
     def __new__(
@@ -475,7 +475,7 @@ class CudaExperts:
         workspace: int,
         products: int,
     ) -> str:
-        """Make `products`, `[tokens * k][2 or 1][intermediate]` in the order of experts: for an activation of one's own."""
+        """Make `products`, `[tokens * k][2 or 1][intermediate]` by expert: for an activation of one's own."""
 
     def down(
         self,

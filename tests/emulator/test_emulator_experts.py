@@ -35,8 +35,9 @@ def test_route(columns: int) -> None:
 SKEWED = Choices.of_counts([0, 1, 9, 40], 2, none=[4, -1])
 EVEN = Choices.of_counts([1, 2, 0, 3, 1, 1, 2, 2], 4)
 
-# Choices, n, k, block size and plan: rows and K of one block, of parts that differ in length, of two k-tiles; blocks of threads
-# with several segments, one, and none; passes of one tile for each group, of fewer, and of all; units of several tiles.
+# Choices, n, k, block size and plan: rows and K of one block, of parts that differ in length, of several k-tiles;
+# blocks of threads with several segments, one, and none; passes of one tile for each group, of fewer, and of all;
+# units of several tiles.
 SHAPES = [
     (EVEN, 64, 64, 64, Plan(3, 1, 16, 4)),
     (SKEWED, 64, 192, 64, Plan(5, 2, 8, 2)),
@@ -47,13 +48,12 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("fragments", [1, 2])
 @pytest.mark.parametrize("case", range(len(SHAPES)))
-def test_products(case: int, fragments: int) -> None:
+def test_products(case: int) -> None:
     """Both types and codebooks, plain and nested; blocks that sort slots themselves, and that find them sorted."""
     choices, n, k, blocksize, plan = SHAPES[case]
     source = library("experts_few")
-    plan = Plan(plan.grid, plan.k_slices, plan.per_pass, plan.unit, fragments, routes=case % 2 == 0)
+    plan = Plan(plan.grid, plan.k_slices, plan.per_pass, plan.unit, routes=case % 2 == 0)
     for i, dtype in enumerate(("bf16", "f16")):
         for nested in (False, True):
             quant_type = ("nf4", "fp4")[(i + nested + case) % 2]
@@ -64,13 +64,12 @@ def test_products(case: int, fragments: int) -> None:
             check("experts_few", experts.few(source, product, plan))
 
 
-@pytest.mark.parametrize("fragments", [1, 2])
 @pytest.mark.parametrize("activation", list(experts.ACTIVATIONS))
-def test_gate_and_up(activation: str, fragments: int) -> None:
+def test_gate_and_up(activation: str) -> None:
     """Every activation, with a bias and without; the rows of gate and up of a pass meet."""
     source = library("experts_few")
     for i, (choices, n, k, blocksize, plan) in enumerate(SHAPES[:4]):
-        plan = Plan(plan.grid, plan.k_slices, plan.per_pass, plan.unit, fragments, routes=i % 2 == 1)
+        plan = Plan(plan.grid, plan.k_slices, plan.per_pass, plan.unit, routes=i % 2 == 1)
         dtype = ("bf16", "f16")[i % 2]
         product = Product.random(
             choices, n, k, dtype, "nf4", blocksize, projections=2, nested=i % 3 == 1, bias=i % 2 == 0
@@ -88,7 +87,7 @@ def test_more_segments_than_are_known_at_a_time() -> None:
     source = library("experts_few")
     many = Choices.of_counts([1] * 40, 2)
     one = Choices.of_counts([200, 0, 56])
-    for choices, routes in ((many, True), (many, False), (one, True), (one, False)):
+    for choices, routes in ((many, True), (many, False), (one, False)):
         product = Product.random(choices, 64, 128, "bf16", projections=2)
         check("experts_few", experts.few(source, product, Plan(1, 2, 8, 4, routes=routes), "silu"))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import build_emulator
+import experts
 import experts_tiles
 import int8
 import int8_tiles
@@ -261,9 +262,44 @@ def of_experts_gather(source: Described) -> Iterator[Check]:
         yield experts_tiles.gather(source, tokens, top_k, columns, missing)
 
 
+def of_experts_route(source: Described) -> Iterator[Check]:
+    """Warps with nothing, some, and several rounds of slots; slots of no expert."""
+    for counts, none in (([1], []), ([0, 9, 40], [3, -1]), ([30] * 70, [70] * 30)):
+        yield experts.route(source, experts.Choices.of_counts(counts, none=none), 8)
+
+
+def of_experts_few(source: Described) -> Iterator[Check]:
+    """Every kernel: sorted slots and others, both kinds of x, two k-tiles, several passes, segments in batches."""
+    choices = experts.Choices.of_counts([0, 1, 9, *[1] * 16], none=[-1, 40])
+    for dtype in ("bf16", "f16"):
+        for nested in (False, True):
+            for k, plan in ((192, experts.Plan(2, 2, 4, 4)), (1088, experts.Plan(1, 1, 8, 2, routes=False))):
+                product = experts.Product.random(
+                    choices,
+                    64,
+                    k,
+                    dtype,
+                    projections=1 + nested,
+                    gathers=k == 192 or nested,
+                    nested=nested,
+                    bias=nested,
+                )
+                yield experts.few(source, product, plan, "silu" if nested else "none")
+
+
+def of_experts_sum(source: Described) -> Iterator[Check]:
+    """Both kernels, a block of threads that is not full."""
+    for dtype in ("bf16", "f16"):
+        choices = experts.Choices.of_counts([5, 4, 6], 3, none=[-1, 3, 9])
+        yield experts.total(source, choices, 192, dtype, wide=dtype == "f16")
+
+
 FAMILIES = {
     "experts_tile_sm90a": of_experts_tile_sm90a,
     "experts_gather": of_experts_gather,
+    "experts_route": of_experts_route,
+    "experts_few": of_experts_few,
+    "experts_sum": of_experts_sum,
     "int8_activations": of_int8_activations,
     "int8_product": of_int8_product,
     "int8_plain": of_int8_plain,

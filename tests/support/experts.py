@@ -130,7 +130,6 @@ class Plan:
     k_slices: int
     per_pass: int
     unit: int
-    fragments: int = 1
     routes: bool = True
     """Whether blocks sort slots themselves."""
 
@@ -237,7 +236,7 @@ def few(source: Described, product: Product, plan: Plan, activation: str = "none
     """A launch of experts_few."""
     constants, choices = source.constants, product.choices
     n, k = product.weights[0][0].table.shape
-    columns = 8 * plan.fragments
+    columns = constants["COLUMNS"]
     projections = len(product.weights)
     rows = [matrix.addresses for matrices in product.weights for matrix in matrices]
     table = Buffer(
@@ -264,7 +263,7 @@ def few(source: Described, product: Product, plan: Plan, activation: str = "none
     shared = constants["LANE_TABLE_BYTES"] + constants["MAP_BYTES"] + constants["ROUTE_BYTES"] + constants["PART_BYTES"]
     shared += constants["SEGMENTS"] * (constants["SEGMENT_BYTES"] + 4 * columns) + partial
     suffix = product.weights[0][0].scales.suffix
-    kernel = f"experts_few_{product.dtype}_{columns}{suffix}"
+    kernel = f"experts_few_{product.dtype}{suffix}"
     launch = Launch(kernel, plan.grid, source.threads[kernel], [job], shared)
     name = f"{kernel}, {choices.ids.shape} of {choices.experts}, {n} x {k} x {projections}, {activation}, {plan}"
     return Check(name, Case([launch]), [(out, _of_rows(written, y, bound, product.dtype))])

@@ -12,7 +12,7 @@ use crate::launch::parameters;
 use crate::memory::block_shift;
 
 pub(super) const BLOCK: usize = source::BLOCK;
-/// Slots of a chunk at most, of the smallest kernel.
+/// Slots of a chunk at most.
 pub(super) const COLUMNS: usize = source::COLUMNS;
 /// int32 `[4]`.
 pub(super) const CHUNK_BYTES: usize = 16;
@@ -26,12 +26,9 @@ const FIXED: usize = source::LANE_TABLE_BYTES
     + source::SEGMENTS * source::SEGMENT_BYTES;
 /// Bytes of each matrix of a segment that are fetched to the second level before they are asked for.
 const AHEAD: i32 = 16 << 10;
-/// From so many slots of an expert on, on average, chunks of 16 are better than of 8.
-const SLOTS_FOR_TWO: usize = 4;
-
-/// Chunks of up to `columns` slots that `slots` have at most.
-pub(super) fn most_chunks(experts: usize, slots: usize, columns: usize) -> usize {
-    slots.min(experts + slots / columns)
+/// Chunks that `slots` have at most.
+pub(super) fn most_chunks(experts: usize, slots: usize) -> usize {
+    slots.min(experts + slots / COLUMNS)
 }
 
 /// What `Experts` is to the kernels.
@@ -69,33 +66,29 @@ struct Plan {
     ahead: i32,
 }
 
-/// How a product divides the work: the plan, the blocks of threads, and the shared memory of each; of chunks of `8 * fragments`
-/// slots, of which there are no more than `chunks`.
+/// How a product divides the work, of no more than `chunks` chunks: the plan, the blocks of threads, and the shared memory of each.
 fn divide(
     (n, k): (usize, usize),
     projections: usize,
-    fragments: usize,
     chunks: usize,
     multiprocessors: usize,
     shared_per_block: usize,
 ) -> (Plan, u64, u32) {
-    let k_tile = if fragments == 1 { source::K_TILE_8 } else { source::K_TILE_16 };
-    let warps = source::WARPS;
+    let (warps, k_tile) = (source::WARPS, source::K_TILE);
     // As many parts of K as leave each warp most of a k-tile.
     let mut k_slices = warps;
     while k_slices > 1 && k / BLOCK < k_slices * k_tile * 3 / 4 {
         k_slices /= 2;
     }
     let groups = warps / k_slices;
-    let columns = fragments * COLUMNS;
-    let of_tile = k_slices * columns * source::ROWS * size_of::<f32>();
+    let of_tile = k_slices * COLUMNS * source::ROWS * size_of::<f32>();
     let tiles = n / source::ROWS * projections;
     // A unit has a tile for each group, where a matrix is a whole number of units.
     let mut unit = groups.max(projections);
     while !tiles.is_multiple_of(unit) {
         unit /= 2;
     }
-    let fixed = FIXED + source::SEGMENTS * columns * size_of::<i32>();
+    let fixed = FIXED + source::SEGMENTS * COLUMNS * size_of::<i32>();
     let room = (shared_per_block - fixed) / 2 / of_tile;
     let whole = groups.max(projections);
     let per_pass = (room / whole * whole).min(tiles.next_multiple_of(whole));
@@ -108,36 +101,25 @@ fn divide(
 /// The products of a call.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Few {
-    fragments: usize,
     kernel: &'static Kernel,
 }
 
 impl Few {
     /// Whether a device has them.
     pub(super) fn suits(device: &Device) -> bool {
-        kernels::EXPERTS_FEW_BF16_8.suits(device.capability())
+        kernels::EXPERTS_FEW_BF16.suits(device.capability())
             && kernels::EXPERTS_SUM_BF16.suits(device.capability())
             && device.shared_per_block() as usize >= FIXED + (16 << 10)
     }
 
-    pub(super) fn new(experts: &Experts, slots: usize) -> Self {
-        let fragments = if slots >= SLOTS_FOR_TWO * experts.experts { 2 } else { 1 };
-        let kernel = match (experts.dtype, fragments, experts.nested) {
-            (DType::Bf16, 1, false) => &kernels::EXPERTS_FEW_BF16_8,
-            (DType::Bf16, 1, true) => &kernels::EXPERTS_FEW_BF16_8_NESTED,
-            (DType::Bf16, _, false) => &kernels::EXPERTS_FEW_BF16_16,
-            (DType::Bf16, _, true) => &kernels::EXPERTS_FEW_BF16_16_NESTED,
-            (_, 1, false) => &kernels::EXPERTS_FEW_F16_8,
-            (_, 1, true) => &kernels::EXPERTS_FEW_F16_8_NESTED,
-            (_, _, false) => &kernels::EXPERTS_FEW_F16_16,
-            (_, _, true) => &kernels::EXPERTS_FEW_F16_16_NESTED,
+    pub(super) fn new(experts: &Experts) -> Self {
+        let kernel = match (experts.dtype, experts.nested) {
+            (DType::Bf16, false) => &kernels::EXPERTS_FEW_BF16,
+            (DType::Bf16, true) => &kernels::EXPERTS_FEW_BF16_NESTED,
+            (_, false) => &kernels::EXPERTS_FEW_F16,
+            (_, true) => &kernels::EXPERTS_FEW_F16_NESTED,
         };
-        Self { fragments, kernel }
-    }
-
-    /// Slots of a chunk at most.
-    pub(super) fn columns(&self) -> usize {
-        self.fragments * COLUMNS
+        Self { kernel }
     }
 
     /// Whether every block sorts the slots itself.
@@ -221,8 +203,7 @@ impl Few {
         let (plan, blocks, shared) = divide(
             (job.n as usize, job.k as usize),
             job.projections as usize,
-            self.fragments,
-            most_chunks(experts.experts, choices.slots(), self.columns()),
+            most_chunks(experts.experts, choices.slots()),
             device.multiprocessors() as usize,
             device.shared_per_block() as usize,
         );
@@ -267,10 +248,9 @@ mod tests {
         for (multiprocessors, memory) in [(132, 232_448), (108, 166_912), (82, 101_376)] {
             for (n, k) in [(768, 2048), (2048, 768), (1408, 2048), (2880, 2880), (64, 64), (14336, 4096), (4096, 14336)]
             {
-                for (projections, fragments, chunks) in [(1, 1, 1), (2, 1, 8), (1, 2, 200), (2, 2, 16)] {
-                    let (plan, blocks, shared) =
-                        divide((n, k), projections, fragments, chunks, multiprocessors, memory);
-                    let words = format!("{n} {k} {projections} {fragments} {chunks} {plan:?} {blocks} {shared}");
+                for (projections, chunks) in [(1, 1), (2, 8), (1, 200), (2, 16)] {
+                    let (plan, blocks, shared) = divide((n, k), projections, chunks, multiprocessors, memory);
+                    let words = format!("{n} {k} {projections} {chunks} {plan:?} {blocks} {shared}");
                     let tiles = n / source::ROWS * projections;
                     let (unit, per_pass) = (plan.unit as usize, plan.per_pass as usize);
                     assert!(tiles.is_multiple_of(unit) && unit.is_multiple_of(projections), "{words}");
@@ -288,7 +268,7 @@ mod tests {
     #[test]
     fn chunks_are_counted() {
         // One for each slot; one for each expert, and one more for each that is full.
-        assert_eq!(most_chunks(128, 8, 8), 8);
-        assert_eq!(most_chunks(8, 64, 8), 16);
+        assert_eq!(most_chunks(128, 8), 8);
+        assert_eq!(most_chunks(8, 64), 16);
     }
 }

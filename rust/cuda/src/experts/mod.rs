@@ -293,11 +293,11 @@ impl Experts {
                 tile.up(self, stream, choices, matrices, activation, x, &routed, gathered, y)
             };
         }
-        let few = Few::new(self, choices.slots());
+        let few = Few::new(self);
         let routed = Routed::new(workspace, parts, few.routes_itself(choices.slots()));
         if !few.routes_itself(choices.slots()) {
             // SAFETY: the caller's.
-            unsafe { route::route(self, stream, choices, few.columns(), &routed) }?;
+            unsafe { route::route(self, stream, choices, few::COLUMNS, &routed) }?;
         }
         // SAFETY: the caller's.
         unsafe { few.up(self, stream, choices, matrices, activation, x, &routed, y) }
@@ -321,7 +321,7 @@ impl Experts {
         if !legal.contains(&weights.dtype) {
             return Err(Error::dtype("weights_dtype", weights.dtype.as_str(), &legal));
         }
-        let few = Few::new(self, choices.slots());
+        let few = Few::new(self);
         let tile = Tile::new(self, choices.slots(), matrices, activation);
         let routed = Routed::new(workspace, parts, tile.is_none() && few.routes_itself(choices.slots()));
         let out = workspace + parts.out as u64;

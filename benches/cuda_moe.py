@@ -1,0 +1,146 @@
+"""A block of experts on a GPU: 4-bit weights by halfbyte, 16-bit ones by transformers' ways, and reading the weights.
+
+    python benches/cuda_moe.py [--tokens 1,8,32] [--shape 128x2048x768] [--top-k 8] [--nested] [--no-peers]
+
+Experts are drawn anew for each call, and two layers taken in turn, so that no call finds its weights in the
+second-level cache; each figure is one call inside a replayed CUDA graph, sorting and the weighted sum included. The
+floor reads the codes and scales of the experts that a call's tokens have, once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable
+
+import torch
+from _cuda import Floor, device_line, graph_seconds
+from _table import print_table
+from halfbyte import _native
+
+LAYERS = 2
+ROUTINGS = 16
+BLOCK = 64
+
+
+class Layer:
+    """Random codes and scales of all experts, and their table of addresses."""
+
+    def __init__(self, experts: int, hidden: int, intermediate: int, *, nested: bool) -> None:
+        blocks = hidden * intermediate // BLOCK
+        shape = (3, experts)
+        self.codes = torch.randint(0, 256, (*shape, blocks * BLOCK // 2), dtype=torch.uint8, device="cuda")
+        parts = [self.codes]
+        if nested:
+            parts.append(torch.randint(0, 256, (*shape, blocks), dtype=torch.uint8, device="cuda"))
+            parts.append(torch.rand((*shape, -(-blocks // 256)), device="cuda") * 0.01)
+            parts.append(torch.rand((*shape, 1), device="cuda") * 0.02 + 0.02)
+        else:
+            parts.append(torch.rand((*shape, blocks), device="cuda") * 0.03 + 0.01)
+        self.parts = parts
+        rows = [
+            [*(part[p, e].data_ptr() for part in parts), *[0] * (4 - len(parts))]
+            for p in range(3)
+            for e in range(experts)
+        ]
+        self.table = torch.tensor(rows, dtype=torch.int64, device="cuda")
+
+    @property
+    def bytes_of_expert(self) -> int:
+        """Codes and scales."""
+        return sum(part[:, 0].numel() * part.element_size() for part in self.parts)
+
+
+class Block:
+    """Calls of the kernels for so many tokens."""
+
+    def __init__(self, native: _native.CudaExperts, tokens: int, top_k: int, experts: int, hidden: int) -> None:
+        self.native, self.tokens, self.top_k = native, tokens, top_k
+        self.x = torch.randn(tokens, hidden, dtype=torch.bfloat16, device="cuda")
+        self.y = torch.empty_like(self.x)
+        self.weights = torch.rand(tokens, top_k, device="cuda")
+        self.workspace = torch.empty(native.workspace(tokens, top_k), dtype=torch.uint8, device="cuda")
+        draw = functools.partial(torch.rand, tokens, experts, device="cuda")
+        self.ids = [draw().argsort(-1)[:, :top_k].contiguous() for _ in range(ROUTINGS)]
+
+    def ours(self, layer: Layer, ids: torch.Tensor) -> str:
+        """One call."""
+        return self.native.launch(
+            torch.cuda.current_stream().cuda_stream, self.tokens, self.top_k, self.x.data_ptr(), ids.data_ptr(),
+            self.weights.data_ptr(), "f32", layer.table.data_ptr(), 0, 0, 0, "silu", self.workspace.data_ptr(),
+            self.y.data_ptr(),
+        )  # fmt: skip
+
+
+def dense_calls(way: str, block: Block, experts: int, hidden: int, intermediate: int) -> list[Callable[[], object]]:
+    """The same with 16-bit weights, by one of transformers' ways."""
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    config = Qwen3MoeConfig(
+        hidden_size=hidden, moe_intermediate_size=intermediate, num_experts=experts, num_experts_per_tok=block.top_k
+    )
+    config._experts_implementation = way
+    made = []
+    for _ in range(LAYERS):
+        with torch.device("cuda"):
+            layer = Qwen3MoeExperts(config).to(torch.bfloat16).requires_grad_(False)
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        made.append(layer)
+    weights = block.weights.bfloat16()
+    return [functools.partial(made[i % LAYERS], block.x, ids, weights) for i, ids in enumerate(block.ids)]
+
+
+def dense_seconds(way: str, block: Block, experts: int, hidden: int, intermediate: int) -> float:
+    """NaN where there is no memory, or a way does not capture."""
+    try:
+        return graph_seconds(dense_calls(way, block, experts, hidden, intermediate), replays=3)
+    except (ImportError, RuntimeError) as error:
+        print(f"{way}: {str(error).splitlines()[0]}")
+        return float("nan")
+    finally:
+        torch.cuda.empty_cache()
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", default="1,8,32,256,2048", help="with commas")
+    parser.add_argument("--shape", default="128x2048x768", help="experts x hidden x intermediate")
+    parser.add_argument("--top-k", type=int, default=8)
+    parser.add_argument("--nested", action="store_true", help="scales that are quantized themselves")
+    parser.add_argument("--no-peers", action="store_true", help="without 16-bit weights")
+    arguments = parser.parse_args()
+    experts, hidden, intermediate = map(int, arguments.shape.split("x"))
+    print(device_line())
+    kind = "nested" if arguments.nested else "plain"
+    print(f"{arguments.shape}, {arguments.top_k} of them for each token, {kind} NF4, microseconds\n")
+    native = _native.CudaExperts(
+        torch.cuda.current_device(), "bf16", experts, hidden, intermediate, True, "nf4", BLOCK, arguments.nested
+    )
+    layers = [Layer(experts, hidden, intermediate, nested=arguments.nested) for _ in range(LAYERS)]
+    floor, rows = Floor(), []
+    for tokens in map(int, arguments.tokens.split(",")):
+        block = Block(native, tokens, arguments.top_k, experts, hidden)
+        calls = [functools.partial(block.ours, layers[i % LAYERS], ids) for i, ids in enumerate(block.ids)]
+        ours = graph_seconds(calls)
+        active = sum(len(ids.unique()) for ids in block.ids) / len(block.ids)
+        size = round(active * layers[0].bytes_of_expert) // 4096 * 4096
+        read = [torch.randint(0, 256, (size,), dtype=torch.uint8, device="cuda") for _ in range(-(-(2**28) // size))]
+        least = graph_seconds([functools.partial(floor.read, part) for part in read])
+        del read
+        row = [str(tokens), f"{active:.0f}", f"{least * 1e6:.1f}", f"{ours * 1e6:.1f}"]
+        for way in () if arguments.no_peers else ("batched_mm", "grouped_mm"):
+            # A copy of every chosen expert's weights for each token.
+            if way == "batched_mm" and tokens * arguments.top_k > 1024:
+                row.append("")
+                continue
+            row.append(f"{dense_seconds(way, block, experts, hidden, intermediate) * 1e6:.0f}")
+        rows.append(row)
+    peers = [] if arguments.no_peers else ["bf16 batched_mm", "bf16 grouped_mm"]
+    print_table(["tokens", "experts", "floor", "halfbyte", *peers], rows)
+
+
+if __name__ == "__main__":
+    main()

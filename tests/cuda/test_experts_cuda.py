@@ -1,0 +1,184 @@
+"""Blocks of experts with 4-bit weights on the GPU, against float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from halfbyte import _native  # noqa: E402
+
+import kernels as k  # noqa: E402
+
+NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+
+
+@dataclass
+class Experts:
+    """Random experts of one shape: what the core makes of them, and what they are in float64."""
+
+    native: _native.CudaExperts
+    table: torch.Tensor
+    dense: list[torch.Tensor]
+    """Of each projection `[experts][n][k]`."""
+    held: list[k.Quantized]
+    dtype: torch.dtype
+
+    @staticmethod
+    def random(
+        experts: int,
+        hidden: int,
+        intermediate: int,
+        dtype: torch.dtype = torch.bfloat16,
+        *,
+        gated: bool = True,
+        nested: bool = False,
+        quant_type: str = "nf4",
+        blocksize: int = 64,
+    ) -> Experts:
+        torch.manual_seed(experts * hidden + intermediate)
+        rows, held, dense = [], [], []
+        for p in range(3 if gated else 2):
+            shape = (hidden, intermediate) if p == (2 if gated else 1) else (intermediate, hidden)
+            matrices = []
+            for _ in range(experts):
+                values = torch.randn(shape, device="cuda") / shape[1] ** 0.5
+                make = k.quantize_nested if nested else k.quantize
+                weight = make(values.view(-1), quant_type, blocksize)
+                held.append(weight)
+                rows.append([0 if part is None else part.data_ptr() for part in weight.parts])
+                read = k.dequantize(weight, values.numel(), torch.float32, quant_type, blocksize)
+                matrices.append(read.view(shape).double())
+            dense.append(torch.stack(matrices))
+        native = _native.CudaExperts(
+            torch.cuda.current_device(),
+            NAMES[dtype],
+            experts,
+            hidden,
+            intermediate,
+            gated,
+            quant_type,
+            blocksize,
+            nested,
+        )
+        return Experts(native, torch.tensor(rows, dtype=torch.int64, device="cuda"), dense, held, dtype)
+
+    def __call__(
+        self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, activation: str = "silu"
+    ) -> torch.Tensor:
+        """By the kernels."""
+        tokens, top_k = ids.shape
+        y = torch.full_like(x, float("nan"))
+        workspace = torch.empty(self.native.workspace(tokens, top_k), dtype=torch.uint8, device="cuda")
+        names = self.native.launch(
+            torch.cuda.current_stream().cuda_stream, tokens, top_k, x.data_ptr(), ids.data_ptr(), weights.data_ptr(),
+            NAMES[weights.dtype], self.table.data_ptr(), 0, 0, 0, activation, workspace.data_ptr(), y.data_ptr(),
+        )  # fmt: skip
+        assert len(names.split()) == 2
+        return y
+
+    def expected(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """With silu."""
+        y = torch.zeros(x.shape, dtype=torch.float64, device="cuda")
+        for expert in range(len(self.dense[0])):
+            token, choice = torch.where(ids == expert)
+            if not len(token):
+                continue
+            rows = x[token].double()
+            hidden = torch.nn.functional.silu(rows @ self.dense[0][expert].T)
+            if len(self.dense) == 3:
+                hidden = hidden * (rows @ self.dense[1][expert].T)
+            out = hidden.to(self.dtype).double() @ self.dense[-1][expert].T
+            y.index_add_(0, token, out * weights[token, choice, None].double())
+        return y
+
+
+def choices(tokens: int, top_k: int, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Distinct experts of each token, and weights."""
+    ids = torch.rand(tokens, experts, device="cuda").argsort(-1)[:, :top_k].contiguous()
+    return ids, torch.rand(tokens, top_k, device="cuda")
+
+
+def near(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    # Weights, what lies between, and the result are rounded.
+    error = (found.double() - expected).norm() / expected.norm()
+    assert error < (4e-3 if dtype == torch.bfloat16 else 6e-4), error
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("experts", "hidden", "intermediate"), [(16, 1024, 768), (8, 2048, 1408), (4, 2880, 2880)])
+def test_a_block_of_experts(experts: int, hidden: int, intermediate: int, dtype: torch.dtype, nested: bool) -> None:
+    """Few tokens and many: slots sorted by each block, and by a launch."""
+    made = Experts.random(experts, hidden, intermediate, dtype, nested=nested, quant_type="fp4" if nested else "nf4")
+    for tokens in (1, 8, 40, 300):
+        ids, weights = choices(tokens, 4, experts)
+        x = torch.randn(tokens, hidden, dtype=dtype, device="cuda")
+        for kind in (torch.float32, dtype):
+            near(made(x, ids, weights.to(kind)), made.expected(x, ids, weights.to(kind)), dtype)
+
+
+def test_without_a_gate_one_expert_for_all_and_none() -> None:
+    made = Experts.random(8, 512, 256, gated=False, blocksize=128)
+    ids, weights = choices(33, 3, 8)
+    ids[:, 0] = 5
+    ids[::2, 1] = 8
+    ids[0] = torch.tensor([-1, 8, 1 << 40])
+    x = torch.randn(33, 512, dtype=torch.bfloat16, device="cuda")
+    y = made(x, ids, weights)
+    near(y, made.expected(x, ids, weights), torch.bfloat16)
+    assert (y[0] == 0).all()
+
+
+def test_the_same_bits_from_run_to_run_and_in_a_graph() -> None:
+    made = Experts.random(32, 1024, 512, nested=True)
+    for tokens in (1, 6, 64):
+        ids, weights = choices(tokens, 8, 32)
+        x = torch.randn(tokens, 1024, dtype=torch.bfloat16, device="cuda")
+        first = made(x, ids, weights)
+        for _ in range(20):
+            assert torch.equal(made(x, ids, weights), first)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = made(x, ids, weights)
+        # Other choices than those that were captured.
+        others, _ = choices(tokens, 8, 32)
+        kept = ids.clone()
+        for now in (kept, others, kept):
+            ids.copy_(now)
+            y.fill_(7)
+            graph.replay()
+            assert torch.equal(y, made(x, ids, weights))
+
+
+def test_an_activation_of_ones_own() -> None:
+    made = Experts.random(8, 512, 320)
+    for tokens in (3, 50):
+        ids, weights = choices(tokens, 2, 8)
+        x = torch.randn(tokens, 512, dtype=torch.bfloat16, device="cuda")
+        stream, native = torch.cuda.current_stream().cuda_stream, made.native
+        workspace = torch.empty(native.workspace(tokens, 2), dtype=torch.uint8, device="cuda")
+        products = torch.empty(tokens * 2, 2, 320, dtype=torch.bfloat16, device="cuda")
+        addresses = (made.table.data_ptr(), 0, 0, workspace.data_ptr())
+        native.up(stream, tokens, 2, x.data_ptr(), ids.data_ptr(), *addresses, products.data_ptr())
+        hidden = (torch.nn.functional.silu(products[:, 0].float()) * products[:, 1].float()).bfloat16()
+        y = torch.empty_like(x)
+        native.down(
+            stream, tokens, 2, hidden.data_ptr(), ids.data_ptr(), weights.data_ptr(), "f32", *addresses, y.data_ptr()
+        )
+        near(y, made.expected(x, ids, weights), torch.bfloat16)
+
+
+def test_what_is_not_taken_is_refused() -> None:
+    made = Experts.random(4, 128, 64)
+    assert made.native.takes(5, 2)
+    assert not made.native.takes(0, 2)
+    with pytest.raises(ValueError, match="tokens must be"):
+        made.native.workspace(0, 2)
+    x, (ids, weights) = torch.randn(2, 128, dtype=torch.bfloat16, device="cuda"), choices(2, 2, 4)
+    with pytest.raises(ValueError, match="activation must be one of"):
+        made(x, ids, weights, "tanh")
+    with pytest.raises(ValueError, match="weights_dtype"):
+        made(x, ids, weights.half())
