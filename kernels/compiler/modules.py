@@ -69,6 +69,14 @@ def _tile(element: str, tokens: int) -> Module:
     return Module("gemm/tile_sm90a/gemm_4bit_tile_sm90a", "90a", ("90a",), instance, defines)
 
 
+def _experts_tile(element: str, tokens: int) -> Module:
+    """A module of experts_tile_sm90a.cu, which has one kernel each."""
+    instance = f"{element.lower()}_{tokens}"
+    name = f"EXPERTS_NAME=experts_tile_sm90a_{instance}"
+    defines = (name, f"EXPERTS_ELEMENT={element}", f"EXPERTS_TOKENS={tokens}")
+    return Module("experts/tile_sm90a/experts_tile_sm90a", "90a", ("90a",), instance, defines)
+
+
 def _int8_tile(tokens: int) -> Module:
     """A module of int8_tile_sm90a.cu, which has one kernel each."""
     defines = (f"INT8_TILE_NAME=int8_tile_sm90a_{tokens}", f"INT8_TILE_TOKENS={tokens}")
@@ -120,7 +128,10 @@ MODULES = (
         for arch, machines in (("80", _BEFORE_HOPPER[1:]), ("90", _SINCE_HOPPER))
     ),
     # Products of warpgroups.
+    # For products of warpgroups, and these.
+    Module("experts/experts_gather", "90", ("90",)),
     *(_tile(element, tokens) for element in ("Bf16", "F16") for tokens in (64, 96, 128, 192, 256)),
+    *(_experts_tile(element, tokens) for element in ("Bf16", "F16") for tokens in (32, 64, 128)),
     *(_int8_tile(tokens) for tokens in (64, 128, 256)),
 )
 

@@ -488,6 +488,9 @@ def cuda_dequantize_8bit(
 ) -> None:
     """Launch the way back, to float16, bfloat16 or float32; any `blocksize` from 1 on, multiples of 8 being fast."""
 
+def cuda_expert_maps(device: int, codes: list[int], rows: int, columns: int) -> bytes:
+    """What the copy engine has to know of packed codes of matrices `[rows][columns]`: 128 bytes for each address."""
+
 @final
 class CudaExperts:
     """Blocks of experts with 4-bit weights of one shape.

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import build_emulator
 import experts
+import experts_tiles
 import int8
 import int8_tiles
 import launches
@@ -246,6 +247,21 @@ def of_int8_plain(source: Described) -> Iterator[Check]:
         yield int8.plain(source, product, shift=1, pitch=69)
 
 
+def of_experts_tile_sm90a(source: Described) -> Iterator[Check]:
+    """Every kernel: experts with nothing, more than a tile, rows and columns that are not there, with a gate."""
+    for dtype in ("bf16", "f16"):
+        for tokens, gated in ((32, True), (64, False), (128, True)):
+            job = experts_tiles.Tokens.random((0, tokens + 3, 1), 136, 288, dtype, gated=gated, nested=gated, bias=True)
+            plan = experts_tiles.Tile(tokens, 2, "silu" if gated else "none", ordered=True)
+            yield experts_tiles.tile(source, job, plan)
+
+
+def of_experts_gather(source: Described) -> Iterator[Check]:
+    """Slots without an expert; rows that are no multiple of what a warp copies at a time."""
+    for tokens, top_k, columns, missing in ((9, 3, 64, 5), (5, 1, 2120, 0)):
+        yield experts_tiles.gather(source, tokens, top_k, columns, missing)
+
+
 def of_experts_route(source: Described) -> Iterator[Check]:
     """Warps with nothing, some, and several rounds of slots; slots of no expert."""
     for counts, none in (([1], []), ([0, 9, 40], [3, -1]), ([30] * 70, [70] * 30)):
@@ -279,6 +295,8 @@ def of_experts_sum(source: Described) -> Iterator[Check]:
 
 
 FAMILIES = {
+    "experts_tile_sm90a": of_experts_tile_sm90a,
+    "experts_gather": of_experts_gather,
     "experts_route": of_experts_route,
     "experts_few": of_experts_few,
     "experts_sum": of_experts_sum,

@@ -1,12 +1,12 @@
-// The main loop of gemm_4bit_tile_sm90a: consumers dequantize W into the A operand of wgmma and multiply.
+// The main loop of gemm_4bit_tile_sm90a and of experts_tile_sm90a: consumers dequantize W into the A operand of wgmma and
+// multiply. `S` is the shape of a tile.
 #pragma once
 
 #include "gemm/tile_sm90a/shape.cuh"
 
 // The table: entry `byte` of a lane is the two values of its codes as float32. By all consumers.
-template <int TOKENS>
+template <typename S>
 __device__ inline void fill_table(u8 *shared, const Codebook &codebook, int warp, int lane) {
-    using S = Shape<TOKENS>;
     Floats2 *const table = reinterpret_cast<Floats2 *>(shared + S::TABLE_AT) + lane;
 #pragma unroll 2
     for (int high = warp; high < 16; high += S::CONSUMER_WARPS) {
@@ -19,14 +19,12 @@ __device__ inline void fill_table(u8 *shared, const Codebook &codebook, int warp
     meet<1, S::CONSUMERS>();
 }
 
-// Adds the products of this team's k-tiles, all those of the split, to `sums`, the accumulators: [64 rows][TOKENS] of a
-// warpgroup, as wgmma has them.
-template <typename T, int TOKENS>
-__device__ inline void multiply_k_tiles(float (&sums)[Shape<TOKENS>::ACCUMULATORS], u8 *shared,
-                                        const Codebook &codebook, int warp, int lane,
-                                        int team, u32 my_row, int stages) {
-    using S = Shape<TOKENS>;
-    const Pipelines<TOKENS> pipelines(shared);
+// The products of this team's k-tiles in `stages` stages of scales become `sums`, the accumulators: [64 rows][TOKENS] of a
+// warpgroup, as wgmma has them. `team`: of those that take k-tiles in turn. `my_row`: of the tile's rows the lane's first.
+template <typename T, typename S, int TOKENS>
+__device__ inline void multiply_k_tiles(float (&sums)[TOKENS / 2], u8 *shared, ConsumerState<S> &state, int lane, int team,
+                                        u32 my_row, int stages) {
+    const Pipelines<S> pipelines(shared);
     // What the matrix units want of row g and of row g + 8 in lane 4g + t: of each word of codes byte t.
     const u32 g = u32(lane) / 4, t = u32(lane) % 4;
     const u8 *const my_codes = shared + S::CODES_AT + my_row * CODES_ROW_BYTES;
@@ -35,19 +33,18 @@ __device__ inline void multiply_k_tiles(float (&sums)[Shape<TOKENS>::ACCUMULATOR
     // The offset of an entry of the table is one permutation of bytes: 256 times a byte of codes, and where this lane's begin.
     const u32 at_lane = u32(lane) * 8, selector = 0x1100u | (4u + t) << 4;
     const u32 x_base = operand(shared + S::X_AT);
-    constexpr int K_TILES = SCALES_K_TILES / S::TEAMS;  // of a team in a stage of scales
+    constexpr int K_TILES = SCALES_K_TILES / S::K_TEAMS;  // of a team in a stage of scales
     // One team dequantizes a k-tile while the units work on the one before; two teams do so for each other.
-    constexpr int BUFFERS = S::TEAMS == 1 ? 2 : 1;
+    constexpr int BUFFERS = S::BUFFERED ? 2 : 1;
     // Of a chunk: spans of 32 columns, and k-blocks of 16, of which one wgmma makes the products.
-    constexpr int CHUNK_SPANS = 2 / S::CHUNKS, CHUNK_K_BLOCKS = 4 / S::CHUNKS;
+    constexpr int CHUNKS = S::chunks(TOKENS), CHUNK_SPANS = 2 / CHUNKS, CHUNK_K_BLOCKS = 4 / CHUNKS;
     u32 a[BUFFERS][4 * CHUNK_K_BLOCKS];
     // Codes and scales of row g and of row g + 8.
     Words4 words[2][CHUNK_SPANS];
     Floats2 scale[2];
-    PipelineState<S::CODES_STAGES> codes_state;
-    PipelineState<S::SCALES_STAGES> scales_state;
-    PipelineState<S::X_STAGES> x_state;
-    x_state.stage = u32(team);
+    PipelineState<S::CODES_STAGES> &codes_state = state.codes;
+    PipelineState<S::SCALES_STAGES> &scales_state = state.scales;
+    PipelineState<S::X_STAGES> &x_state = state.x;
     u32 x_before = 0;
 
     // The codes and scales of chunk c of k-tile i of the team in a stage of scales.
@@ -56,20 +53,20 @@ __device__ inline void multiply_k_tiles(float (&sums)[Shape<TOKENS>::ACCUMULATOR
             barrier_wait(&pipelines.scales_full[scales_state.stage], scales_state.phase);
         }
         // Two teams take a half of each stage, one both halves after each other.
-        if ((S::TEAMS == 2 || i % 2 == 0) && c == 0) {
+        if ((S::K_TEAMS == 2 || (i & 1) == 0) && c == 0) {
             barrier_wait(&pipelines.codes_full[codes_state.stage], codes_state.phase);
         }
-        const u32 half = S::TEAMS == 2 ? u32(team) : u32(i % 2);
+        const u32 half = S::K_TEAMS == 2 ? u32(team) : u32(i & 1);
         const u8 *const codes = my_codes + codes_state.stage * S::CODES_BYTES;
         const u8 *const scales_at =
-            my_scales + scales_state.stage * S::SCALES_BYTES + (S::TEAMS == 2 ? 2 * i + team : i) * (ROWS * 8);
+            my_scales + scales_state.stage * S::SCALES_BYTES + (S::K_TEAMS == 2 ? 2 * i + team : i) * (S::TILE_ROWS * 8);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            scale[r] = *reinterpret_cast<const Floats2 *>(scales_at + r * 64);
+            scale[r] = *reinterpret_cast<const Floats2 *>(scales_at + r * S::SECOND_ROW * 8);
 #pragma unroll
             for (int j = 0; j < CHUNK_SPANS; j++) {
                 const u32 piece = (half * 2 + u32(c + j)) ^ swizzle;
-                words[r][j] = *reinterpret_cast<const Words4 *>(codes + r * 8 * CODES_ROW_BYTES + piece * 16);
+                words[r][j] = *reinterpret_cast<const Words4 *>(codes + r * S::SECOND_ROW * CODES_ROW_BYTES + piece * 16);
             }
         }
     };
@@ -85,10 +82,10 @@ __device__ inline void multiply_k_tiles(float (&sums)[Shape<TOKENS>::ACCUMULATOR
                 to[4 * q + 2 * w + r] = pack2<T>(__fmul_rn(pair.value[0], by), __fmul_rn(pair.value[1], by));
             }
         }
-        if (c < S::CHUNKS - 1 || q < CHUNK_K_BLOCKS - 1) {
+        if (c < CHUNKS - 1 || q < CHUNK_K_BLOCKS - 1) {
             return;
         }
-        if (S::TEAMS == 2 || i % 2 == 1) {
+        if (S::K_TEAMS == 2 || (i & 1) == 1) {
             __syncwarp();
             if (lane == 0) {
                 barrier_arrive(&pipelines.codes_empty[codes_state.stage]);
@@ -118,19 +115,20 @@ __device__ inline void multiply_k_tiles(float (&sums)[Shape<TOKENS>::ACCUMULATOR
     };
     const auto next_x = [&]() {
         x_before = x_state.stage;
-        x_state.advance(S::TEAMS);
+        x_state.advance(S::K_TEAMS);
     };
-    // The k-tiles of a stage of scales; `fresh` when they are the first, `more` when others follow.
-    const auto main_loop = [&](bool fresh, bool more) {
+    // K-tiles of a stage of scales, two of them from `first` on or, with buffers, all; `fresh` when they are the first, `more`
+    // when others follow.
+    const auto main_loop = [&](bool fresh, bool more, int first = 0) {
 #pragma unroll
-        for (int i = 0; i < K_TILES; i++) {
-            if constexpr (S::TEAMS == 2) {
+        for (int i = 0; i < (S::BUFFERED ? K_TILES : 2); i++) {
+            if constexpr (!S::BUFFERED) {
 #pragma unroll
-                for (int c = 0; c < S::CHUNKS; c++) {
-                    load(i, c);
+                for (int c = 0; c < CHUNKS; c++) {
+                    load(first + i, c);
 #pragma unroll
                     for (int q = 0; q < CHUNK_K_BLOCKS; q++) {
-                        dequantize(a[0], i, c, q);
+                        dequantize(a[0], first + i, c, q);
                     }
                     if (c == 0) {
                         barrier_wait(&pipelines.x_full[x_state.stage], x_state.phase);
@@ -169,8 +167,7 @@ __device__ inline void multiply_k_tiles(float (&sums)[Shape<TOKENS>::ACCUMULATOR
             }
         }
     };
-    fill_table<TOKENS>(shared, codebook, warp, lane);
-    if constexpr (S::TEAMS == 1) {
+    if constexpr (S::BUFFERED) {
         load(0, 0);
 #pragma unroll
         for (int q = 0; q < 4; q++) {
@@ -179,10 +176,17 @@ __device__ inline void multiply_k_tiles(float (&sums)[Shape<TOKENS>::ACCUMULATOR
         load(1, 0);
     }
     main_loop(true, stages > 1);
-    for (int s = 1; s < stages; s++) {
-        main_loop(false, s + 1 < stages);
+    if constexpr (S::BUFFERED) {
+        for (int s = 1; s < stages; s++) {
+            main_loop(false, s + 1 < stages);
+        }
+    } else {
+        constexpr int PAIRS = K_TILES / 2;
+        for (int p = 1; p < stages * PAIRS; p++) {
+            main_loop(false, false, p % PAIRS * 2);
+        }
     }
-    if constexpr (S::TEAMS == 1) {
+    if constexpr (S::BUFFERED) {
         products_wait<0>();
         release_before();
     }

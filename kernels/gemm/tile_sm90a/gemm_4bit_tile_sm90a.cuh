@@ -94,7 +94,7 @@ __device__ inline void gemm_4bit_tile_sm90a(const TensorMap *x_map, const Tensor
     tile.stages = (tile.begin + config.scales_stages < all ? tile.begin + config.scales_stages : all) - tile.begin;
 
     if (thread == 0) {
-        Pipelines<TOKENS>(shared).init();
+        Pipelines<S>(shared).init();
     }
     __syncthreads();
 
@@ -114,7 +114,7 @@ __device__ inline void gemm_4bit_tile_sm90a(const TensorMap *x_map, const Tensor
             }
             __syncwarp();
         } else if (member >= 0) {
-            produce_scales<TOKENS>(shared, scales, n, k, block_shift, tile, member, lane);
+            produce_scales<S>(shared, scales, n, k, block_shift, tile, member, lane);
         }
         pass_by_reduction();
         return;
@@ -124,7 +124,9 @@ __device__ inline void gemm_4bit_tile_sm90a(const TensorMap *x_map, const Tensor
     const int team = warp / TEAM_WARPS, team_warp = warp % TEAM_WARPS, member = thread % TEAM;
     const u32 my_row = u32(team_warp) * 16 + u32(lane) / 4;
     float sums[S::ACCUMULATORS];
-    multiply_k_tiles<T, TOKENS>(sums, shared, codebook, warp, lane, team, my_row, tile.stages);
+    fill_table<S>(shared, codebook, warp, lane);
+    ConsumerState<S> state(team);
+    multiply_k_tiles<T, S, TOKENS>(sums, shared, state, lane, team, my_row, tile.stages);
     let_next_start();
     if constexpr (S::TEAMS == 2) {
         exchange_sums<TOKENS>(sums, shared, team, member);

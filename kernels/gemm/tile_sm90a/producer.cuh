@@ -8,7 +8,7 @@ template <int TOKENS>
 __device__ inline void produce_codes_and_x(u8 *shared, const TensorMap *x_map,
                                            const TensorMap *codes_map, const Tile &tile) {
     using S = Shape<TOKENS>;
-    const Pipelines<TOKENS> pipelines(shared);
+    const Pipelines<S> pipelines(shared);
     const int stages = tile.stages * (SCALES_K / CODES_K), first = tile.begin * (SCALES_K / 2);
     // A prefetch reads nothing, so that it does not matter who still writes the weight.
     for (int stage = 0; stage < stages && stage < S::CODES_STAGES; stage++) {
@@ -44,70 +44,64 @@ __device__ inline void produce_codes_and_x(u8 *shared, const TensorMap *x_map,
     }
 }
 
-// By SCALE_PRODUCERS threads: stages of scales as float32, [SCALES_K_TILES][ROWS][2]. `member` is this thread among them.
-template <int TOKENS>
-__device__ inline void produce_scales(u8 *shared, const Scales &scales, int n, int k,
-                                      int block_shift, const Tile &tile, int member, int lane) {
-    using S = Shape<TOKENS>;
-    const Pipelines<TOKENS> pipelines(shared);
-    wait_for_previous();
+// The map of nested scales to shared memory, by SCALE_PRODUCERS threads.
+template <typename S>
+__device__ inline float *fill_map(u8 *shared, int member) {
     float *const map = reinterpret_cast<float *>(shared + S::MAP_AT);
-    const bool nested = scales.absmax == nullptr;
-    float offset = 0.0f;
-    if (nested) {
-        for (int code = member; code < 256; code += SCALE_PRODUCERS) {
-            map[code] = DYNAMIC_MAP[code];
-        }
-        offset = *scales.offset;
-        meet<2, SCALE_PRODUCERS>();
+    for (int code = member; code < 256; code += SCALE_PRODUCERS) {
+        map[code] = DYNAMIC_MAP[code];
     }
-    // Values before row i of the tile. Rows that are not there get what the last one has: what comes of them is not written.
-    const auto values_before = [&](int i) { return i64(tile.row + i < n ? tile.row + i : n - 1) * k; };
+    meet<S::SCALES_MEETING, SCALE_PRODUCERS>();
+    return map;
+}
+
+// Whether blocks of scales lie by fours: one load of a row for a stage.
+__device__ inline bool lie_by_fours(const Scales &scales, int k, int block_shift) {
+    const void *const read = scales.absmax == nullptr ? static_cast<const void *>(scales.codes) : scales.absmax;
+    return block_shift == 6 && k % SCALES_K == 0 && is_aligned(read, 16);
+}
+
+// Stages of scales as float32, [SCALES_K_TILES][TILE_ROWS][2], by SCALE_PRODUCERS threads of which this is `member`: it brings
+// rows member + i * SCALE_PRODUCERS. Of row i `rows.scales(i)`, `rows.offset(i)` and `rows.first(i)`, the values of W before
+// it; `rows.nested` and `rows.fours` hold for all. Scales are those of columns from stage `begin` on.
+template <typename S, typename Rows>
+__device__ inline void produce_scales(u8 *shared, PipelineState<S::SCALES_STAGES> &state, const Rows &rows, const float *map,
+                                      int begin, int stages, int k, int block_shift, int member, int lane) {
+    constexpr int MINE = S::TILE_ROWS / SCALE_PRODUCERS;
+    const Pipelines<S> pipelines(shared);
+    const bool nested = rows.nested;
     const auto place_of = [&](u32 stage) {
         return reinterpret_cast<Floats2 *>(shared + S::SCALES_AT + stage * S::SCALES_BYTES);
     };
-    // Blocks of 64 that lie by fours: one load of a row for a stage.
-    const void *const read = nested ? static_cast<const void *>(scales.codes) : scales.absmax;
-    const bool fours = block_shift == 6 && k % SCALES_K == 0 && is_aligned(read, 16);
-    PipelineState<S::SCALES_STAGES> state;
-    if (fours) {
-        const i64 first[2] = {values_before(member), values_before(member + SCALE_PRODUCERS)};
-        Floats4 values[2];
-        u32 codes[2];
-        float second[2];
+    if (rows.fours) {
+        // Of nested scales four codes in a word, and their common second scale.
+        Floats4 values[MINE];
         const auto load = [&](int stage) {
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const i64 block = (first[i] + i64(tile.begin + stage) * SCALES_K) >> 6;
+            for (int i = 0; i < MINE; i++) {
+                const Scales scales = rows.scales(i);
+                const i64 block = (rows.first(i) + i64(begin + stage) * SCALES_K) >> 6;
                 if (nested) {
-                    codes[i] = *reinterpret_cast<const u32 *>(scales.codes + block);
-                    second[i] = scales.absmax2[block >> NESTED_SHIFT];
+                    values[i].value[0] = __uint_as_float(*reinterpret_cast<const u32 *>(scales.codes + block));
+                    values[i].value[1] = scales.absmax2[block >> NESTED_SHIFT];
                 } else {
                     values[i] = *reinterpret_cast<const Floats4 *>(scales.absmax + block);
                 }
             }
         };
         load(0);
-        for (int stage = 0; stage < tile.stages; stage++) {
-            Floats4 now[2];
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                now[i] = values[i];
-                if (nested) {
-#pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        now[i].value[j] = RawScale<true>{codes[i] >> 8 * j & 255, second[i]}.value(map, offset);
-                    }
-                }
-            }
-            load(stage + 1 < tile.stages ? stage + 1 : stage);
+        for (int stage = 0; stage < stages; stage++) {
             barrier_wait(&pipelines.scales_empty[state.stage], state.phase ^ 1);
             Floats2 *const to = place_of(state.stage) + member;
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
+            for (int i = 0; i < MINE; i++) {
+                const u32 codes = __float_as_uint(values[i].value[0]);
+                const float second = values[i].value[1];
 #pragma unroll
                 for (int j = 0; j < SCALES_K_TILES; j++) {
-                    to[j * ROWS + SCALE_PRODUCERS * i] = {now[i].value[j], now[i].value[j]};
+                    const float scale = nested ? RawScale<true>{codes >> 8 * j & 255, second}.value(map, rows.offset(i))
+                                               : values[i].value[j];
+                    to[j * S::TILE_ROWS + SCALE_PRODUCERS * i] = {scale, scale};
                 }
             }
             __syncwarp();
@@ -115,25 +109,31 @@ __device__ inline void produce_scales(u8 *shared, const Scales &scales, int n, i
                 barrier_arrive(&pipelines.scales_full[state.stage]);
             }
             state.advance();
+            // The consumers are two stages behind.
+            load(stage + 1 < stages ? stage + 1 : stage);
         }
     } else {
-        for (int stage = 0; stage < tile.stages; stage++) {
+        for (int stage = 0; stage < stages; stage++) {
             barrier_wait(&pipelines.scales_empty[state.stage], state.phase ^ 1);
-            const int left = k - SCALE_SPAN - (tile.begin + stage) * SCALES_K;
+            const int left = k - SCALE_SPAN - (begin + stage) * SCALES_K;
 #pragma unroll 1
-            for (int i = member; i < ROWS; i += SCALE_PRODUCERS) {
-                const i64 first = values_before(i) + i64(tile.begin + stage) * SCALES_K;
-                float found[SCALES_PER_ROW];
-#pragma unroll
-                for (int j = 0; j < SCALES_PER_ROW; j++) {
-                    // Behind the last column that of the last: there x is zero.
+            for (int i = 0; i < MINE; i++) {
+                const Scales scales = rows.scales(i);
+                const i64 first = rows.first(i) + i64(begin + stage) * SCALES_K;
+                // Behind the last column that of the last: there x is zero.
+                const auto find = [&](int j) {
                     const i64 block = (first + (j * SCALE_SPAN < left ? j * SCALE_SPAN : left)) >> block_shift;
-                    found[j] = nested ? ScaleReader<true>(scales, block)[0].value(map, offset) : scales.absmax[block];
-                }
-                Floats2 *const to = place_of(state.stage) + i;
+                    return nested ? ScaleReader<true>(scales, block)[0].value(map, rows.offset(i)) : scales.absmax[block];
+                };
+                Floats2 found[SCALES_K_TILES];
 #pragma unroll
                 for (int j = 0; j < SCALES_K_TILES; j++) {
-                    to[j * ROWS] = {found[2 * j], found[2 * j + 1]};
+                    found[j] = {find(2 * j), find(2 * j + 1)};
+                }
+                Floats2 *const to = place_of(state.stage) + member + SCALE_PRODUCERS * i;
+#pragma unroll
+                for (int j = 0; j < SCALES_K_TILES; j++) {
+                    to[j * S::TILE_ROWS] = found[j];
                 }
             }
             __syncwarp();
@@ -143,4 +143,35 @@ __device__ inline void produce_scales(u8 *shared, const Scales &scales, int n, i
             state.advance();
         }
     }
+}
+
+// The rows of a tile of one weight [n][k].
+struct WeightRows {
+    const Scales &weight;
+    int row, n, k;  // of the thread's first row
+    bool nested, fours;
+    float shift;
+
+    __device__ Scales scales(int) const { return weight; }
+    __device__ float offset(int) const { return shift; }
+    // Rows that are not there get what the last one has: what comes of them is not written.
+    __device__ i64 first(int i) const {
+        const int at = row + i * SCALE_PRODUCERS;
+        return i64(at < n ? at : n - 1) * k;
+    }
+};
+
+// By SCALE_PRODUCERS threads: the scales of a tile. `member` is this thread among them.
+template <typename S>
+__device__ inline void produce_scales(u8 *shared, const Scales &scales, int n, int k, int block_shift, const Tile &tile,
+                                      int member, int lane) {
+    wait_for_previous();
+    WeightRows rows{scales, tile.row + member, n, k, scales.absmax == nullptr, lie_by_fours(scales, k, block_shift), 0.0f};
+    const float *map = nullptr;
+    if (rows.nested) {
+        map = fill_map<S>(shared, member);
+        rows.shift = *scales.offset;
+    }
+    PipelineState<S::SCALES_STAGES> state;
+    produce_scales<S>(shared, state, rows, map, tile.begin, tile.stages, k, block_shift, member, lane);
 }

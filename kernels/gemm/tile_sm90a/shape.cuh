@@ -17,7 +17,7 @@ constexpr int SCALES_K = SCALES_K_TILES * K_TILE;  // K is split in whole stages
 constexpr int SCALE_SPAN = 32;            // columns that share a scale whatever the block size: the smallest block
 constexpr int SCALES_PER_ROW = SCALES_K / SCALE_SPAN;
 constexpr int MAX_SPLIT_K = 4;            // blocks of a cluster: their accumulators fit in place of x and the table
-constexpr int SCALE_PRODUCERS = 2 * WARP; // threads that bring scales, the last of the block: two rows each
+constexpr int SCALE_PRODUCERS = 2 * WARP; // threads that bring scales, the last of the block
 
 // What each code stands for, for a block whose largest magnitude is 1.
 struct Codebook {
@@ -39,21 +39,27 @@ __device__ constexpr u32 received_bytes(int tokens, int split_k) {
 __device__ constexpr u32 larger(u32 a, u32 b) { return a > b ? a : b; }
 
 // What a block of threads is made of, and how much of everything is in its shared memory. The launcher takes BYTES from here.
+// experts/tile_sm90a has a shape of its own, for the same main loop.
 template <int TOKENS>
 struct Shape {
     // Two teams take k-tiles in turn where registers have room for both teams' accumulators: up to 128 tokens. With 128 the
     // A operand of a whole k-tile no longer fits beside them, and a k-tile is dequantized by halves.
-    static constexpr int TEAMS = TOKENS <= 128 ? 2 : 1;
-    static constexpr int CHUNKS = TOKENS == 128 ? 2 : 1;
+    static constexpr int TEAMS = TOKENS <= 128 ? 2 : 1, K_TEAMS = TEAMS;
+    static constexpr bool BUFFERED = TEAMS == 1;
+    __device__ static constexpr int chunks(int tokens) { return tokens == 128 ? 2 : 1; }
     static constexpr int CONSUMERS = TEAMS * TEAM, CONSUMER_WARPS = CONSUMERS / WARP;
     static constexpr int THREADS = CONSUMERS + WARPGROUP;
     static constexpr int CODES_STAGES = TOKENS > 128 ? 3 : 6;  // more than X_STAGES / 2, as producer.cuh needs; 24 or 48 KB
     static constexpr int X_STAGES = TOKENS > 64 ? 4 : 8;       // two for each of two teams; twice that where they are small
     static constexpr int SCALES_STAGES = 2;                    // one is written while the other is read
     static constexpr int ACCUMULATORS = TOKENS / 2;            // of a thread: 64 rows x TOKENS over 128 threads
-    static constexpr u32 CODES_BYTES = ROWS * CODES_ROW_BYTES;
+    static constexpr int TILE_ROWS = ROWS;                     // rows of W of a block, whose codes and scales lie together
+    static constexpr int SECOND_ROW = 8;                       // of the two rows of W of a lane, the second behind the first
+    static constexpr int X_READERS = TEAM_WARPS;               // warps that read a stage of x
+    static constexpr int SCALES_MEETING = 2;                   // the barrier of those who bring scales
+    static constexpr u32 CODES_BYTES = TILE_ROWS * CODES_ROW_BYTES;
     static constexpr u32 X_BYTES = TOKENS * K_TILE_BYTES;
-    static constexpr u32 SCALES_BYTES = ROWS * SCALES_PER_ROW * 4;
+    static constexpr u32 SCALES_BYTES = TILE_ROWS * SCALES_PER_ROW * 4;
     static constexpr u32 TABLE_BYTES = 256 * 256;
     // Shared memory, in this order.
     static constexpr u32 X_AT = 0;
@@ -93,9 +99,8 @@ struct PipelineState {
 };
 
 // Barriers of the three pipelines: `full` when a stage has arrived, `empty` when every consumer has read it.
-template <int TOKENS>
+template <typename S>
 struct Pipelines {
-    using S = Shape<TOKENS>;
     Barrier *codes_full, *codes_empty, *x_full, *x_empty, *scales_full, *scales_empty;
 
     __device__ explicit Pipelines(unsigned char *shared) {
@@ -115,7 +120,7 @@ struct Pipelines {
         }
         for (int i = 0; i < S::X_STAGES; i++) {
             barrier_init(&x_full[i], 1);
-            barrier_init(&x_empty[i], TEAM_WARPS);
+            barrier_init(&x_empty[i], S::X_READERS);
         }
         for (int i = 0; i < S::SCALES_STAGES; i++) {
             barrier_init(&scales_full[i], SCALE_PRODUCERS / WARP);
@@ -123,6 +128,16 @@ struct Pipelines {
         }
         barriers_made();
     }
+};
+
+// Where a consumer is in them; `turn`: the first k-tile that its team takes.
+template <typename S>
+struct ConsumerState {
+    PipelineState<S::CODES_STAGES> codes;
+    PipelineState<S::SCALES_STAGES> scales;
+    PipelineState<S::X_STAGES> x;
+
+    __device__ explicit ConsumerState(int turn) { x.stage = u32(turn); }
 };
 
 // What a block of threads makes: rows of W from `row` on by rows of x from `token` on, over stages of scales `begin` to

@@ -3,15 +3,31 @@
 use halfbyte::dtype::DType;
 use halfbyte::error::{Error, Result};
 use halfbyte_cuda::Stream;
-use halfbyte_cuda::experts::{Choices, Experts, Matrices, Weights};
+use halfbyte_cuda::experts::{Choices, Experts, Matrices, Weights, maps};
 use pyo3::prelude::*;
+use pyo3::types::PyBytes;
 
 use super::cuda::open;
 use super::error::to_py;
 
 /// Adds this room's class to the module.
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add_function(wrap_pyfunction!(cuda_expert_maps, m)?)?;
     m.add_class::<CudaExperts>()
+}
+
+/// What the copy engine has to know of the codes of matrices of `rows` by `columns`: 128 bytes for each.
+#[pyfunction]
+fn cuda_expert_maps<'py>(
+    py: Python<'py>,
+    device: usize,
+    codes: Vec<u64>,
+    rows: usize,
+    columns: usize,
+) -> PyResult<Bound<'py, PyBytes>> {
+    // The driver's library is open when a device is.
+    open(py, device)?;
+    maps(&codes, rows, columns).map(|bytes| PyBytes::new(py, &bytes)).map_err(to_py)
 }
 
 fn float(argument: &'static str, dtype: &str) -> Result<DType> {

@@ -66,4 +66,9 @@ impl TensorMap {
         })?;
         Ok(Self(map))
     }
+
+    /// As it lies in memory, for a kernel that reads it from there.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        self.0.opaque.iter().flat_map(|word| word.to_ne_bytes()).collect()
+    }
 }

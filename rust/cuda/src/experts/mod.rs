@@ -5,6 +5,7 @@
 
 mod few;
 mod route;
+mod tile;
 mod workspace;
 
 use halfbyte::codebook::QuantType;
@@ -17,7 +18,10 @@ use crate::kernels::experts_route;
 
 use few::Few;
 use route::Routed;
+use tile::Tile;
 use workspace::Workspace;
+
+pub use tile::maps;
 
 /// The most experts of a block.
 pub const MOST_EXPERTS: usize = experts_route::MOST_EXPERTS;
@@ -212,7 +216,8 @@ impl Experts {
         // SAFETY: the caller's.
         unsafe {
             let up = self.first(stream, choices, matrices, Some(activation), x, workspace, &parts, hidden)?;
-            let down = self.second(stream, choices, weights, matrices, hidden, workspace, &parts, y)?;
+            let down =
+                self.second(stream, choices, weights, matrices, Some(activation), hidden, workspace, &parts, y)?;
             Ok([up, down])
         }
     }
@@ -262,7 +267,7 @@ impl Experts {
         let parts = self.parts(choices.tokens, choices.top_k)?;
         check([("hidden", hidden), ("y", y), ("workspace", workspace)])?;
         // SAFETY: the caller's.
-        unsafe { self.second(stream, choices, weights, matrices, hidden, workspace, &parts, y) }
+        unsafe { self.second(stream, choices, weights, matrices, None, hidden, workspace, &parts, y) }
     }
 
     /// Slots to experts, where the product wants that, and gate and up.
@@ -278,6 +283,16 @@ impl Experts {
         parts: &Workspace,
         y: u64,
     ) -> Result<&'static str> {
+        if let Some(tile) = Tile::new(self, choices.slots(), matrices, activation) {
+            let routed = Routed::new(workspace, parts, false);
+            // What comes out of the last matrices comes after this.
+            let gathered = workspace + parts.out as u64;
+            // SAFETY: the caller's.
+            return unsafe {
+                route::route(self, stream, choices, few::COLUMNS, &routed)?;
+                tile.up(self, stream, choices, matrices, activation, x, &routed, gathered, y)
+            };
+        }
         let few = Few::new(self);
         let routed = Routed::new(workspace, parts, few.routes_itself(choices.slots()));
         if !few.routes_itself(choices.slots()) {
@@ -288,7 +303,7 @@ impl Experts {
         unsafe { few.up(self, stream, choices, matrices, activation, x, &routed, y) }
     }
 
-    /// Down, and the sum.
+    /// Down, and the sum, after `first` with the same activation.
     #[allow(clippy::too_many_arguments)] // as `launch`
     unsafe fn second(
         &self,
@@ -296,6 +311,7 @@ impl Experts {
         choices: &Choices,
         weights: Weights,
         matrices: &Matrices,
+        activation: Option<Activation>,
         hidden: u64,
         workspace: u64,
         parts: &Workspace,
@@ -306,11 +322,15 @@ impl Experts {
             return Err(Error::dtype("weights_dtype", weights.dtype.as_str(), &legal));
         }
         let few = Few::new(self);
-        let routed = Routed::new(workspace, parts, few.routes_itself(choices.slots()));
+        let tile = Tile::new(self, choices.slots(), matrices, activation);
+        let routed = Routed::new(workspace, parts, tile.is_none() && few.routes_itself(choices.slots()));
         let out = workspace + parts.out as u64;
         // SAFETY: the caller's.
         unsafe {
-            let name = few.down(self, stream, choices, matrices, hidden, &routed, out)?;
+            let name = match tile {
+                Some(tile) => tile.down(self, stream, choices, matrices, hidden, &routed, out)?,
+                None => few.down(self, stream, choices, matrices, hidden, &routed, out)?,
+            };
             route::sum(self, stream, choices, weights, out, y)?;
             Ok(name)
         }

@@ -1,0 +1,143 @@
+// The shape of a tile of experts_tile_sm90a, what its product is, and which tiles a block makes.
+#pragma once
+
+#include "gemm/tile_sm90a/shape.cuh"
+
+constexpr int QUARTER_ROWS = 64;  // rows of one weight that a copy brings: wgmma has eight of them in a warp beside eight others
+constexpr int QUARTERS = 4;       // of a tile: two for each team
+constexpr int STEP_TOKENS = 32;   // that a copy brings, and that a team puts together before it writes whole lines
+
+// A tile is 256 rows of W by TOKENS tokens of one expert, or as many as are left. See gemm/tile_sm90a/shape.cuh for what is not said here. The
+// launcher takes BYTES from here.
+template <int TOKENS>
+struct ExpertShape {
+    // Both teams take every k-tile, each for rows of its own: they share x, and one writes a tile while the other multiplies.
+    static constexpr int TEAMS = 2, K_TEAMS = 1;
+    static constexpr bool BUFFERED = false;
+    __device__ static constexpr int chunks(int tokens) { return tokens > 64 ? 2 : 1; }
+    static constexpr int CONSUMERS = TEAMS * TEAM, CONSUMER_WARPS = CONSUMERS / WARP;
+    static constexpr int THREADS = CONSUMERS + WARPGROUP;
+    static constexpr int CODES_STAGES = 4, X_STAGES = 4, SCALES_STAGES = 2;
+    static constexpr int ACCUMULATORS = TOKENS / 2;
+    static constexpr int TILE_ROWS = QUARTERS * QUARTER_ROWS;
+    static constexpr int SECOND_ROW = QUARTER_ROWS;
+    static constexpr int X_READERS = CONSUMER_WARPS;
+    static constexpr int SCALES_MEETING = 2;
+    static constexpr u32 QUARTER_BYTES = QUARTER_ROWS * CODES_ROW_BYTES;
+    static constexpr u32 CODES_BYTES = TILE_ROWS * CODES_ROW_BYTES;
+    static constexpr u32 X_BYTES = TOKENS * K_TILE_BYTES;
+    static constexpr u32 SCALES_BYTES = TILE_ROWS * SCALES_PER_ROW * 4;
+    static constexpr u32 TABLE_BYTES = 256 * 256;
+    static constexpr u32 OUT_BYTES = STEP_TOKENS * (TILE_ROWS / TEAMS) * 2;  // of a team
+    // Shared memory, in this order.
+    static constexpr u32 X_AT = 0;
+    static constexpr u32 TABLE_AT = X_AT + X_STAGES * X_BYTES;
+    static constexpr u32 CODES_AT = TABLE_AT + TABLE_BYTES;
+    static constexpr u32 SCALES_AT = CODES_AT + CODES_STAGES * CODES_BYTES;
+    static constexpr u32 OUT_AT = SCALES_AT + SCALES_STAGES * SCALES_BYTES;
+    static constexpr u32 ROWS_AT = OUT_AT + TEAMS * OUT_BYTES;  // [TEAMS][TOKENS]: to which row of y a token goes
+    static constexpr u32 MAP_AT = ROWS_AT + TEAMS * TOKENS * 4;
+    static constexpr u32 BARRIERS_AT = MAP_AT + 1024;
+    static constexpr u32 BYTES = BARRIERS_AT + 2 * (CODES_STAGES + X_STAGES + SCALES_STAGES) * 8;
+    static_assert(BYTES <= 232448, "what a block may have");
+    static constexpr int REGISTERS = 104, PRODUCER_REGISTERS = 64;
+    static_assert(CONSUMERS * REGISTERS + WARPGROUP * PRODUCER_REGISTERS <= THREADS * (65536 / THREADS / 8 * 8),
+                  "a block has the registers that it was launched with, and would wait for more for ever");
+};
+
+// Products of the experts' tokens with one projection, or with a gate's and another.
+struct ExpertsProduct {
+    const int *offsets;     // [experts + 1]: the first row of x of each expert, and behind the last
+    const int *order;       // [slots]: to which row of y that of a row of x goes, or null: to the same
+    const u64 *table;       // [projections][experts][4]: addresses of codes, absmax, absmax2 and offset
+    const TensorMap *maps;  // [projections][experts]: codes [n][k / 2], by boxes of CODES_ROW_BYTES columns and QUARTER_ROWS rows
+    int experts;
+    int gate, up;           // projections; gate is -1 where `up` is alone
+    int n, k;               // rows and columns of each weight
+    int block_shift;        // log2 of the block size
+    int nested;             // whether scales are
+    u32 activation;         // ACTIVATION_...
+    int pitch;              // elements between rows of y
+    int bias_pitch;         // and between the experts' biases
+
+    __device__ bool gated() const { return gate >= 0; }
+    // Rows of a weight in a tile, and of those before quarter `q` of it.
+    __device__ int rows_of_tile() const { return gated() ? 2 * QUARTER_ROWS : 4 * QUARTER_ROWS; }
+    __device__ int rows_before(int q) const { return (gated() ? q / 2 : q) * QUARTER_ROWS; }
+    // The projection whose rows are in quarters 2i + `which`.
+    __device__ int projection(int which) const { return which == 0 && gated() ? gate : up; }
+};
+
+// The tiles of a block, one after another: a run of all tiles. First come those of the first expert, of these those of the
+// first rows of W; the tiles of its tokens follow each other. By whole warps up to the loop.
+template <int TOKENS>
+struct TileWalk {
+    const int *offsets;
+    int row_tiles;
+    int left;           // tiles to go, this one with them
+    int expert;
+    int begin, tokens;  // the expert's first row of x, and how many it has
+    int row_tile, token;
+
+    __device__ TileWalk(const ExpertsProduct &product, int lane)
+        : offsets(product.offsets), row_tiles((product.n + product.rows_of_tile() - 1) / product.rows_of_tile()) {
+        // Tiles of tokens of so many experts for each lane, and of those up to it.
+        const int each = (product.experts + WARP - 1) / WARP;
+        int mine = 0;
+        for (int i = 0; i < each; i++) {
+            mine += lane * each + i < product.experts ? token_tiles(lane * each + i) : 0;
+        }
+        int up_to = mine;
+        for (int by = 1; by < WARP; by *= 2) {
+            const int other = __shfl_up_sync(ALL_LANES, up_to, u32(by));
+            up_to += lane >= by ? other : 0;
+        }
+        const i64 all = i64(__shfl_sync(ALL_LANES, up_to, WARP - 1)) * row_tiles;
+        const int first = int(all * blockIdx.x / gridDim.x), end = int(all * (blockIdx.x + 1) / gridDim.x);
+        left = end - first;
+        const int unit = left > 0 ? first / row_tiles : 0;
+        const int lanes = __popc(__ballot_sync(ALL_LANES, up_to <= unit));
+        int before = __shfl_sync(ALL_LANES, up_to - mine, lanes % WARP);
+        expert = 0;
+        begin = tokens = row_tile = token = 0;
+        if (left > 0) {
+            expert = lanes * each;
+            for (; before + token_tiles(expert) <= unit; expert++) {
+                before += token_tiles(expert);
+            }
+            enter();
+            const int tiles = token_tiles(expert), rest = first - before * row_tiles;
+            row_tile = rest / tiles;
+            token = rest % tiles * TOKENS;
+        }
+    }
+    // Tokens of this tile that are brought: whole steps. What products make of others is not written.
+    __device__ int width() const {
+        const int there = tokens - token;
+        return there < TOKENS ? (there + STEP_TOKENS - 1) / STEP_TOKENS * STEP_TOKENS : TOKENS;
+    }
+    __device__ void advance() {
+        left--;
+        token += TOKENS;
+        if (token < tokens) {
+            return;
+        }
+        token = 0;
+        row_tile++;
+        if (row_tile < row_tiles || left == 0) {
+            return;
+        }
+        row_tile = 0;
+        do {
+            expert++;
+            enter();
+        } while (tokens == 0);
+    }
+
+  private:
+    __device__ void enter() {
+        begin = offsets[expert];
+        tokens = offsets[expert + 1] - begin;
+    }
+    __device__ int token_tiles(int of) const { return (offsets[of + 1] - offsets[of] + TOKENS - 1) / TOKENS; }
+};

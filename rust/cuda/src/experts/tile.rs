@@ -1,0 +1,285 @@
+//! Products for many slots of an expert (kernels/experts/tile_sm90a): which shapes they take, and how they divide the work.
+
+use halfbyte::dtype::DType;
+use halfbyte::error::{Error, Result};
+
+use super::route::Routed;
+use super::{Activation, Choices, Experts, Matrices};
+use crate::driver::{Device, Stream, TensorMap, TileType};
+use crate::kernels::{
+    self, Kernel, experts_gather as gather, experts_tile_sm90a_bf16_32 as source,
+    experts_tile_sm90a_bf16_64 as source_64, experts_tile_sm90a_bf16_128 as source_128,
+};
+use crate::launch::parameters;
+use crate::memory::block_shift;
+
+/// What `Experts::takes` allows beyond is not for the copy engine.
+const MOST_PITCH: usize = 1 << 40;
+/// From so many slots of an expert on, on average, these products are faster than those for few slots.
+const SLOTS: usize = 12;
+
+/// The forms of the kernel.
+#[derive(Debug, Clone, Copy)]
+struct Form {
+    /// Slots of an expert, on average, up to which it is the fastest. For 8, 16, 32, 64, 128 and 256 slots both products of
+    /// 128 experts of 2048 x 768 took, in microseconds on an H200, by tokens of a tile:
+    /// 32: 185, 188, 278, 457, 846, 1677; 64: 217, 219, 233, 349, 569, 1098; 128: 291, 297, 309, 339, 513, 941.
+    slots: usize,
+    /// The dynamic shared memory of a block.
+    shared: usize,
+    bf16: &'static Kernel,
+    f16: &'static Kernel,
+}
+
+const FORMS: [Form; 3] = [
+    Form {
+        slots: 24,
+        shared: source::EXPERTSHAPE_32_BYTES,
+        bf16: &kernels::EXPERTS_TILE_SM90A_BF16_32,
+        f16: &kernels::EXPERTS_TILE_SM90A_F16_32,
+    },
+    Form {
+        slots: 60,
+        shared: source_64::EXPERTSHAPE_64_BYTES,
+        bf16: &kernels::EXPERTS_TILE_SM90A_BF16_64,
+        f16: &kernels::EXPERTS_TILE_SM90A_F16_64,
+    },
+    Form {
+        slots: usize::MAX,
+        shared: source_128::EXPERTSHAPE_128_BYTES,
+        bf16: &kernels::EXPERTS_TILE_SM90A_BF16_128,
+        f16: &kernels::EXPERTS_TILE_SM90A_F16_128,
+    },
+];
+
+/// What `ExpertsProduct` is to the kernels.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+struct Product {
+    offsets: u64,
+    order: u64,
+    table: u64,
+    maps: u64,
+    experts: i32,
+    gate: i32,
+    up: i32,
+    n: i32,
+    k: i32,
+    block_shift: i32,
+    nested: i32,
+    activation: u32,
+    pitch: i32,
+    bias_pitch: i32,
+}
+
+/// The products of a call.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Tile {
+    form: Form,
+    kernel: &'static Kernel,
+}
+
+impl Tile {
+    /// For so many slots with an activation, or with none that a kernel makes; `None` where the products for few slots are
+    /// faster or alone.
+    pub(super) fn new(
+        experts: &Experts,
+        slots: usize,
+        matrices: &Matrices,
+        activation: Option<Activation>,
+    ) -> Option<Self> {
+        let form = form_for(slots / experts.experts)?;
+        let kernel = if experts.dtype == DType::F16 { form.f16 } else { form.bf16 };
+        let suits = suits(experts.device)
+            && matrices.maps != 0
+            && experts.hidden.max(experts.intermediate) * 2 < MOST_PITCH
+            // Without a gate there are those that models have.
+            && (experts.gated || matches!(activation, None | Some(Activation::Relu2)));
+        suits.then_some(Self { form, kernel })
+    }
+
+    /// Gate and up, or up alone: `y[slots][intermediate]` in the order, without an activation `[slots][2 or 1][intermediate]`.
+    /// Rows of x are brought together in `gathered`, `[slots][hidden]`.
+    ///
+    /// # Safety
+    /// As [`Experts::launch`].
+    #[allow(clippy::too_many_arguments)] // what the kernel needs
+    pub(super) unsafe fn up(
+        &self,
+        experts: &Experts,
+        stream: Stream,
+        choices: &Choices,
+        matrices: &Matrices,
+        activation: Option<Activation>,
+        x: u64,
+        routed: &Routed,
+        gathered: u64,
+        y: u64,
+    ) -> Result<&'static str> {
+        let (slots, order) = (choices.slots(), routed.order);
+        let count = routed.offsets + (experts.experts * size_of::<i32>()) as u64;
+        let (top_k, pieces) = (choices.top_k as i32, (experts.hidden * 2 / 16) as i32);
+        let blocks = slots.div_ceil(gather::WARPS) as u64;
+        let gathering = parameters![x, order, count, gathered, top_k, pieces];
+        // SAFETY: the kernel's parameters in its order; it waits before it touches memory, the rest is the caller's.
+        unsafe { experts.device.launch_early(stream, &kernels::EXPERTS_GATHER, blocks, 0, gathering) }?;
+        let (n, k) = (experts.intermediate, experts.hidden);
+        let projections = experts.projections();
+        let joint = activation.is_some() || projections == 1;
+        let (gate, up) = if experts.gated && joint { (0, 1) } else { (-1, 0) };
+        let product = Product {
+            gate,
+            up,
+            activation: kind(activation),
+            pitch: (if activation.is_some() { n } else { projections * n }) as i32,
+            bias_pitch: (projections * n) as i32,
+            ..product(experts, matrices, routed, (n, k))
+        };
+        // SAFETY: the caller's.
+        unsafe { self.launch(experts, stream, slots, gathered, &product, matrices.up_bias, y) }?;
+        if !joint {
+            let behind = (n * 2) as u64;
+            let bias = if matrices.up_bias == 0 { 0 } else { matrices.up_bias + behind };
+            let product = Product { up: 1, ..product };
+            // SAFETY: the caller's; what this one writes the one before does not.
+            unsafe { self.launch(experts, stream, slots, gathered, &product, bias, y + behind) }?;
+        }
+        Ok(self.kernel.name)
+    }
+
+    /// Down: `y[slots][hidden]` as slots are numbered, from `x[slots][intermediate]` in the order.
+    ///
+    /// # Safety
+    /// As [`Experts::launch`].
+    #[allow(clippy::too_many_arguments)] // what the kernel needs
+    pub(super) unsafe fn down(
+        &self,
+        experts: &Experts,
+        stream: Stream,
+        choices: &Choices,
+        matrices: &Matrices,
+        x: u64,
+        routed: &Routed,
+        y: u64,
+    ) -> Result<&'static str> {
+        let (n, k) = (experts.hidden, experts.intermediate);
+        let product = Product {
+            order: routed.order,
+            up: experts.projections() as i32,
+            ..product(experts, matrices, routed, (n, k))
+        };
+        // SAFETY: the caller's.
+        unsafe { self.launch(experts, stream, choices.slots(), x, &product, matrices.down_bias, y) }?;
+        Ok(self.kernel.name)
+    }
+
+    #[allow(clippy::too_many_arguments)] // what the kernel needs
+    unsafe fn launch(
+        &self,
+        experts: &Experts,
+        stream: Stream,
+        slots: usize,
+        x: u64,
+        product: &Product,
+        bias: u64,
+        y: u64,
+    ) -> Result<()> {
+        let kind = if experts.dtype == DType::F16 { TileType::F16 } else { TileType::Bf16 };
+        let map = TensorMap::new(kind, x, (slots, product.k as usize), (source::STEP_TOKENS, source::K_TILE))?;
+        let (product, codebook) = (*product, *experts.quant_type.values());
+        let blocks = u64::from(experts.device.multiprocessors());
+        let parameters = parameters![map, product, codebook, bias, y];
+        // SAFETY: the kernel's parameters in its order; it waits before it touches what earlier ones write, the rest is the
+        // caller's.
+        unsafe { experts.device.launch_early(stream, self.kernel, blocks, self.form.shared as u32, parameters) }
+    }
+}
+
+/// Whether a device has them.
+fn suits(device: &Device) -> bool {
+    kernels::EXPERTS_TILE_SM90A_BF16_32.suits(device.capability())
+        && kernels::EXPERTS_GATHER.suits(device.capability())
+        && FORMS.iter().all(|form| form.shared <= device.shared_per_block() as usize)
+}
+
+/// The fastest form for so many slots of an expert.
+fn form_for(slots: usize) -> Option<Form> {
+    if slots < SLOTS { None } else { FORMS.into_iter().find(|form| slots <= form.slots) }
+}
+
+fn kind(activation: Option<Activation>) -> u32 {
+    (match activation {
+        None => source::ACTIVATION_NONE,
+        Some(Activation::Silu) => source::ACTIVATION_SILU,
+        Some(Activation::Gelu) => source::ACTIVATION_GELU,
+        Some(Activation::GeluTanh) => source::ACTIVATION_GELU_TANH,
+        Some(Activation::Relu2) => source::ACTIVATION_RELU2,
+        Some(Activation::ClampedSwiglu) => source::ACTIVATION_CLAMPED_SWIGLU,
+    }) as u32
+}
+
+fn product(experts: &Experts, matrices: &Matrices, routed: &Routed, (n, k): (usize, usize)) -> Product {
+    Product {
+        offsets: routed.offsets,
+        order: 0,
+        table: matrices.table,
+        maps: matrices.maps,
+        experts: experts.experts as i32,
+        gate: -1,
+        up: 0,
+        n: n as i32,
+        k: k as i32,
+        block_shift: block_shift(experts.blocksize),
+        nested: i32::from(experts.nested),
+        activation: source::ACTIVATION_NONE as u32,
+        pitch: n as i32,
+        bias_pitch: n as i32,
+    }
+}
+
+/// What the copy engine has to know of the codes of matrices of `rows` by `columns` at these addresses: [`Matrices::maps`], 128
+/// bytes for each.
+///
+/// # Errors
+/// [`Error::Argument`] for an address that is not a multiple of 16, or no columns that rows of whole 16 bytes have.
+pub fn maps(codes: &[u64], rows: usize, columns: usize) -> Result<Vec<u8>> {
+    if rows == 0 || columns == 0 || !columns.is_multiple_of(32) {
+        return Err(Error::argument(
+            "columns",
+            format!("{rows} x {columns}"),
+            "a multiple of 32, and some rows".to_owned(),
+        ));
+    }
+    let mut bytes = Vec::with_capacity(codes.len() * size_of::<TensorMap>());
+    for &address in codes {
+        if address == 0 || !address.is_multiple_of(super::ALIGNMENT) {
+            let expected = format!("addresses that are multiples of {}, not 0", super::ALIGNMENT);
+            return Err(Error::argument("codes", format!("{address:#x}"), expected));
+        }
+        let tile = (source::QUARTER_ROWS, source::CODES_ROW_BYTES);
+        bytes.extend(TensorMap::new(TileType::U8, address, (rows, columns / 2), tile)?.to_bytes());
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_slots_have_wider_tiles() {
+        let name = |slots| form_for(slots).map(|form| form.bf16.name);
+        assert_eq!(name(SLOTS - 1), None);
+        assert_eq!(name(16), Some("experts_tile_sm90a_bf16_32"));
+        assert_eq!(name(32), Some("experts_tile_sm90a_bf16_64"));
+        assert_eq!(name(128), Some("experts_tile_sm90a_bf16_128"));
+    }
+
+    #[test]
+    fn shared_memory_is_what_a_block_may_have() {
+        let bytes = FORMS.map(|form| form.shared);
+        assert!(bytes.iter().all(|&bytes| bytes <= 232_448), "{bytes:?}");
+        let of = |tokens: usize| 4 * 128 * tokens + 65536 + 4 * 16384 + 4 * 8192 + 8 * tokens + 1024 + 160;
+        assert_eq!(bytes, [of(32), of(64), of(128)]);
+    }
+}

@@ -1,0 +1,217 @@
+"""The products of experts by warpgroups (kernels/experts/tile_sm90a) as cases with their expected results."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import native
+import numpy as np
+import reference
+from harness import Argument, Buffer, Case, Launch, int32, pointers, tensor_map
+from launches import Check, Described, Scales, bits, filled, near
+
+ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu2": 4, "clamped_swiglu": 5}
+
+
+def activated(name: str, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """The definition, in the precision of its arguments."""
+    if name == "silu":
+        return gate / (1 + np.exp(-gate)) * up
+    if name == "gelu":
+        erf = np.vectorize(math.erf, otypes=[np.float64])
+        return 0.5 * gate * (1 + erf(gate / np.sqrt(2))) * up
+    if name == "gelu_tanh":
+        return 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) * up
+    if name == "relu2":
+        return np.maximum(gate, 0) ** 2 * up
+    if name == "clamped_swiglu":
+        gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
+        return gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
+    return gate
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A quantized weight, and its values in x's type."""
+
+    packed: native.Bytes
+    scales: Scales
+    dense: np.ndarray
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Rows of x of each expert, and the experts' weights `[projections][experts]` of `[n][k]`, quantized."""
+
+    dtype: str
+    quant_type: str
+    blocksize: int
+    counts: tuple[int, ...]
+    x: np.ndarray
+    weights: list[list[Matrix]]
+    bias: np.ndarray | None
+
+    @classmethod
+    def random(
+        cls, counts: Sequence[int], n: int, k: int, dtype: str, quant_type: str = "nf4", blocksize: int = 64, *,
+        gated: bool = False, nested: bool = False, bias: bool = False, identity: bool = False, beyond: int = 0,
+    ) -> Tokens:  # fmt: skip
+        """`identity`: each expert's tokens are the first rows of one. `beyond`: rows of x that no expert has."""
+        random = np.random.default_rng([n, k, len(counts), blocksize])
+        rows = random.standard_normal((sum(counts) + beyond, k), np.float32)
+        if identity:
+            for begin, count in zip(np.cumsum([0, *counts]), counts, strict=False):
+                rows[begin : begin + count] = np.eye(count, k, dtype=np.float32)
+        weights = [
+            [_matrix(random, n, k, dtype, quant_type, blocksize, nested) for _ in counts] for _ in range(1 + gated)
+        ]
+        added = None
+        if bias:
+            values = random.standard_normal((len(counts), (1 + gated) * n), np.float32)
+            added = native.from_float32(values, dtype).reshape(values.shape)
+        x = native.from_float32(rows, dtype).reshape(rows.shape)
+        return cls(dtype, quant_type, blocksize, tuple(counts), x, weights, added)
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """Where each expert's rows begin, and the end of all."""
+        return np.cumsum([0, *self.counts], dtype=np.int32)
+
+
+def _matrix(
+    random: np.random.Generator, n: int, k: int, dtype: str, quant_type: str, blocksize: int, nested: bool
+) -> Matrix:
+    w = random.standard_normal(n * k, np.float32) / np.float32(np.sqrt(k))
+    packed, absmax = native.quantize(w, "f32", quant_type, blocksize)
+    scales = Scales.nested(absmax) if nested else Scales.plain(absmax)
+    dense = native.dequantize(packed, scales.absmax, n * k, dtype, quant_type, blocksize)
+    return Matrix(packed, scales, dense.reshape(n, k))
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a launch divides its work, and where y goes: rows in an order, with so many columns more."""
+
+    tokens: int
+    blocks: int = 3
+    activation: str = "none"
+    ordered: bool = False
+    more: int = 0
+    shift: int = 0
+
+
+def tile_shared(tokens: int) -> int:
+    """The dynamic shared memory of a block, as rust/cuda/src/experts/tile.rs has it."""
+    return 4 * 128 * tokens + 65536 + 4 * 16384 + 2 * 8192 + 2 * 8192 + 8 * tokens + 1024 + 2 * (4 + 4 + 2) * 8
+
+
+def _wanted(job: Tokens, plan: Tile, order: np.ndarray, exact: bool) -> Callable[[np.ndarray], str]:
+    n, k = job.weights[0][0].dense.shape
+    x = native.to_float32(job.x, job.dtype).astype(np.float64)
+    end = int(job.offsets[-1])
+    y, bound = np.zeros((end, n)), np.zeros((end, n))
+    for expert, (begin, count) in enumerate(zip(job.offsets, job.counts, strict=False)):
+        rows = x[begin : begin + count]
+        products, sizes = [], []
+        for projection, matrices in enumerate(job.weights):
+            w = native.to_float32(matrices[expert].dense, job.dtype).astype(np.float64)
+            added = np.zeros(n)
+            if job.bias is not None:
+                bias = native.to_float32(job.bias, job.dtype).astype(np.float64)
+                added = bias[expert, projection * n : (projection + 1) * n]
+            products.append(rows @ w.T + added)
+            sizes.append((np.abs(rows) @ np.abs(w).T + np.abs(added)) * (k / 16 + 3) * 2.0**-24)
+        gate, up = products[0], products[-1] if len(products) == 2 else np.ones_like(products[0])
+        made = activated(plan.activation, gate, up)
+        y[begin : begin + count] = made
+        # A sigmoid's gates grow by 1.13 at most, a square's by twice the root; steps of float32.
+        steep = 1.2 + 2 * np.abs(gate) * (plan.activation == "relu2")
+        size = np.abs(activated(plan.activation, np.abs(gate), np.ones_like(gate)))
+        grown = sizes[0] * steep * (np.abs(up) + 1) + (sizes[-1] * size if len(products) == 2 else 0)
+        bound[begin : begin + count] = grown + (np.abs(made) + np.abs(gate) * (np.abs(up) + 1)) * 2.0**-21
+    if exact:
+        expected = native.from_float32(y.astype(np.float32) + np.float32(0), job.dtype).reshape(y.shape)
+        check = bits(expected, job.dtype)
+    else:
+        check = near(y, bound + native.EPSILON[job.dtype] * (np.abs(y) + bound) + 1e-7, job.dtype)
+
+    def compare(found: np.ndarray) -> str:
+        rest = found.copy()
+        rest[order[:end], :n] = filled(1, found.dtype)[0]
+        if not (rest == filled(1, found.dtype)[0]).all():
+            return "what is not the kernel's to write was written"
+        return "" if end == 0 else check(np.ascontiguousarray(found[order[:end], :n]))
+
+    return compare
+
+
+def tile(source: Described, job: Tokens, plan: Tile, exact: bool = False) -> Check:
+    """A launch. `exact`: each product is one value, and y has to have its bits."""
+    slots, k = job.x.shape
+    n, experts = job.weights[0][0].dense.shape[0], len(job.counts)
+    gated, constants = len(job.weights) == 2, source.constants
+    kernel = f"experts_tile_sm90a_{job.dtype}_{plan.tokens}"
+    order = np.arange(slots, dtype=np.int32)
+    if plan.ordered:
+        order = np.random.default_rng(slots).permutation(slots).astype(np.int32)
+    matrices = [matrix for projection in job.weights for matrix in projection]
+    # A projection before those of this product, with nothing in it.
+    first = 1
+    table = np.zeros((first + len(job.weights), experts, 4), np.uint64)
+    maps = np.zeros((first + len(job.weights), experts, 128), np.uint8)
+    in_table, in_maps = [], []
+    for at, matrix in enumerate(matrices, first * experts):
+        codes = Buffer(matrix.packed)
+        box = (constants["CODES_ROW_BYTES"], constants["QUARTER_ROWS"])
+        entry = tensor_map(codes, 1, (k // 2, n), (k // 2,), box, 64)
+        maps.reshape(-1, 128)[at] = np.frombuffer(entry.data, np.uint8)
+        in_maps.append((128 * at, codes))
+        absmax, nested, absmax2, offset = (address for _, address in _scales(matrix.scales))
+        parts = (codes, *((nested, absmax2, offset) if absmax is None else (absmax, None, None)))
+        in_table += [(32 * at + 8 * i, part) for i, part in enumerate(parts) if part is not None]
+    columns = n + plan.more
+    y = Buffer(filled(slots * columns, job.x.dtype).reshape(slots, columns), plan.shift)
+    product = [
+        pointers(Buffer(job.offsets), Buffer(order) if plan.ordered else None, Buffer(table, 0, tuple(in_table)),
+                 Buffer(maps, 0, tuple(in_maps))),
+        Argument(struct.pack("<10i", experts, first if gated else -1, first + gated, n, k,
+                             job.blocksize.bit_length() - 1, int(matrices[0].scales.codes is not None),
+                             ACTIVATIONS[plan.activation], columns, (1 + gated) * n)),
+    ]  # fmt: skip
+    arguments = [
+        tensor_map(Buffer(job.x), 2, (k, slots), (2 * k,), (constants["K_TILE"], constants["STEP_TOKENS"]), 128),
+        Argument(b"".join(part.data for part in product), product[0].addresses),
+        Argument(reference.CODEBOOKS[job.quant_type].astype(np.float32).tobytes()),
+        pointers(None if job.bias is None else Buffer(job.bias)),
+        pointers(y),
+    ]
+    launch = Launch(kernel, plan.blocks, source.threads[kernel], arguments, tile_shared(plan.tokens))
+    name = f"{kernel}, {job.counts} x {n} x {k}, {job.quant_type} in {job.blocksize}, {plan}"
+    return Check(name, Case([launch]), [(y, _wanted(job, plan, order, exact))])
+
+
+def _scales(scales: Scales) -> list[tuple[int, Buffer | None]]:
+    """The members of `Scales` in a kernel's argument, in order."""
+    found = dict(scales.argument().addresses)
+    return [(at, found.get(at)) for at in (0, 8, 16, 24)]
+
+
+def gather(source: Described, tokens: int, top_k: int, columns: int, missing: int) -> Check:
+    """Rows of x in an order of slots, of which the last `missing` have no expert."""
+    random = np.random.default_rng([tokens, columns])
+    slots = tokens * top_k
+    x = random.integers(0, 1 << 16, (tokens, columns), np.uint16)
+    order = random.permutation(slots).astype(np.int32)
+    wanted = np.resize(filled(1, np.uint16), (slots, columns))
+    out = Buffer(wanted.copy())
+    wanted[: slots - missing] = x[order[: slots - missing] // top_k]
+    count = Buffer(np.array([slots - missing], np.int32))
+    inputs = [pointers(buffer) for buffer in (Buffer(x), Buffer(order), count, out)]
+    blocks = -(-slots // source.constants["WARPS"])
+    arguments = [*inputs, int32(top_k), int32(columns // 8)]
+    launch = Launch("experts_gather", blocks, source.threads["experts_gather"], arguments)
+    name = f"experts_gather, {tokens} x {columns}, {top_k} each"
+    return Check(name, Case([launch]), [(out, bits(wanted))])
