@@ -67,7 +67,7 @@ class Block:
         """One call."""
         return self.native.launch(
             torch.cuda.current_stream().cuda_stream, self.tokens, self.top_k, self.x.data_ptr(), ids.data_ptr(),
-            self.weights.data_ptr(), "f32", layer.table.data_ptr(), 0, 0, 0, "silu", self.workspace.data_ptr(),
+            self.weights.data_ptr(), "float32", layer.table.data_ptr(), 0, 0, 0, "silu", self.workspace.data_ptr(),
             self.y.data_ptr(),
         )  # fmt: skip
 
@@ -117,7 +117,7 @@ def main() -> None:
     kind = "nested" if arguments.nested else "plain"
     print(f"{arguments.shape}, {arguments.top_k} of them for each token, {kind} NF4, microseconds\n")
     native = _native.CudaExperts(
-        torch.cuda.current_device(), "bf16", experts, hidden, intermediate, True, "nf4", BLOCK, arguments.nested
+        torch.cuda.current_device(), "bfloat16", experts, hidden, intermediate, True, "nf4", BLOCK, arguments.nested
     )
     layers = [Layer(experts, hidden, intermediate, nested=arguments.nested) for _ in range(LAYERS)]
     floor, rows = Floor(), []

@@ -539,7 +539,7 @@ class CudaExperts:
         """Make `y` of `x`; gives the names of the two products' kernels. All others are addresses; 0 is no bias.
 
         `activation` is "silu", "gelu", "gelu_tanh", "relu2" or "clamped_swiglu". `ids` is int64, others than those of
-        experts being none; `weights_dtype` is "f32" or that of `x`.
+        experts being none; `dtype` is "float16" or "bfloat16", `weights_dtype` that or "float32".
         """
 
     def up(

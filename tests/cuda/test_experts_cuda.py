@@ -12,7 +12,7 @@ from halfbyte import _native  # noqa: E402
 
 import kernels as k  # noqa: E402
 
-NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+NAMES = {d: str(d).removeprefix("torch.") for d in (torch.bfloat16, torch.float16, torch.float32)}
 
 
 @dataclass
@@ -166,7 +166,15 @@ def test_an_activation_of_ones_own() -> None:
         hidden = (torch.nn.functional.silu(products[:, 0].float()) * products[:, 1].float()).bfloat16()
         y = torch.empty_like(x)
         native.down(
-            stream, tokens, 2, hidden.data_ptr(), ids.data_ptr(), weights.data_ptr(), "f32", *addresses, y.data_ptr()
+            stream,
+            tokens,
+            2,
+            hidden.data_ptr(),
+            ids.data_ptr(),
+            weights.data_ptr(),
+            "float32",
+            *addresses,
+            y.data_ptr(),
         )
         near(y, made.expected(x, ids, weights), torch.bfloat16)
 
