@@ -92,6 +92,9 @@ __device__ inline void store_at(u32 address, float a, float b, float c, float d)
 __device__ inline void store_at(u32 address, int a, int b, int c, int d) {
     asm volatile("st.shared::cluster.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
+__device__ inline void store_byte_at(u32 address, u32 byte) {
+    asm volatile("st.shared::cluster.u8 [%0], %1;" ::"r"(address), "r"(byte) : "memory");
+}
 // At a barrier that may be another block's.
 __device__ inline void barrier_arrive_at(u32 address) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address) : "memory");
@@ -121,6 +124,9 @@ __device__ inline void store_transposed(void *shared, u32 a, u32 b, u32 c, u32 d
 
 // The low word of what says where b begins. The piece of 16 values i of its 64 begins 2i behind.
 __device__ inline u32 operand(const void *shared) { return (u32(__cvta_generic_to_shared(shared)) & 0x3ffff) >> 4 | 1u << 16; }
+
+// What this thread has stored in shared memory can be read by the units, and overwritten by copies, once others know of it.
+__device__ inline void stores_before_units() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 __device__ inline void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

@@ -80,7 +80,7 @@ def _experts_tile(element: str, tokens: int) -> Module:
 def _int8_tile(tokens: int) -> Module:
     """A module of int8_tile_sm90a.cu, which has one kernel each."""
     defines = (f"INT8_TILE_NAME=int8_tile_sm90a_{tokens}", f"INT8_TILE_TOKENS={tokens}")
-    return Module("int8/int8_tile_sm90a", "90a", ("90a",), str(tokens), defines)
+    return Module("int8/tile_sm90a/int8_tile_sm90a", "90a", ("90a",), str(tokens), defines)
 
 
 _ALL = ("75", "80", "86", "89", "90", "100", "120")

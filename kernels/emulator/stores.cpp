@@ -177,7 +177,20 @@ EMULATOR_ACCESS(unaligned_write4, 4, true)
 EMULATOR_ACCESS(unaligned_write8, 8, true)
 EMULATOR_ACCESS(unaligned_write16, 16, true)
 
+// And in place of an atomic one: of words, as __atomic_load and __atomic_compare_exchange become.
 extern "C" {
+uint32_t __tsan_atomic32_load(const volatile uint32_t *address, int) {
+    emulator::access(const_cast<uint32_t *>(address), 4, false, __builtin_return_address(0));
+    return __atomic_load_n(address, __ATOMIC_RELAXED);
+}
+int __tsan_atomic32_compare_exchange_strong(volatile uint32_t *address, uint32_t *expected, uint32_t value, int, int) {
+    emulator::access(const_cast<uint32_t *>(address), 4, true, __builtin_return_address(0));
+    return __atomic_compare_exchange_n(address, expected, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+}
+int __tsan_atomic32_compare_exchange_weak(volatile uint32_t *address, uint32_t *expected, uint32_t value, int a, int b) {
+    return __tsan_atomic32_compare_exchange_strong(address, expected, value, a, b);
+}
+
 void __tsan_init() {}
 void __tsan_func_entry(void *) {}
 void __tsan_func_exit(void *) {}

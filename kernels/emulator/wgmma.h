@@ -64,6 +64,9 @@ inline void store_at(u32 address, int a, int b, int c, int d, emulator::Site sit
     emulator::check_aligned(to, sizeof *to, site);
     *to = {u32(a), u32(b), u32(c), u32(d)};
 }
+inline void store_byte_at(u32 address, u32 byte, emulator::Site site = emulator::Site::here()) {
+    *static_cast<u8 *>(emulator::cluster_memory(address, 1, true, site)) = u8(byte);
+}
 inline void barrier_arrive_at(u32 address, emulator::Site site = emulator::Site::here()) {
     emulator::arrive(emulator::cluster_memory(address, sizeof(Barrier), false, site), site);
 }
@@ -79,6 +82,7 @@ inline void store_transposed(void *shared, u32 a, u32 b, u32 c, u32 d, emulator:
 
 inline u32 operand(const void *shared) { return (emulator::shared_address(shared) & 0x3ffff) >> 4 | 1u << 16; }
 
+inline void stores_before_units() { emulator::proxy_fence(); }
 inline void products_begin() { emulator::products_fence(); }
 inline void products_commit(emulator::Site site = emulator::Site::here()) { emulator::commit_products(site); }
 template <int GROUPS>

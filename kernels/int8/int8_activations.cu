@@ -7,19 +7,25 @@
 //
 // Roofline. Memory, and for few rows the latency of a launch: each lets the next start at once, to wait for it there.
 //
-// Tile. Without a threshold as int8_rowwise. With one, two kernels: the first finds scales, and for each group of rows a mask
-//   of columns; the second has panels of 2048 columns, of which it joins the masks, and one block that lists the columns.
+// Tile. int8_activations as int8_rowwise: a warp or a block of threads has a row, which is read once. With a threshold for the
+//   kernels of many rows: each block leaves the mask of the columns in which its rows have outliers, and gives all columns
+//   codes; int8_panel then joins the masks, lists the columns and copies x of the first 256 of them to rows that are read at
+//   once. Products take codes of W as 0 in these columns, so that no row is read twice.
+//   For the others two kernels: the first finds scales, and for each group of rows a mask of columns; the second has panels of
+//   2048 columns, of which it joins the masks, and one block that lists the columns.
 //
-// Shared memory. The largest magnitude of each warp, twice; the mask of a group of rows, or of a panel.
+// Shared memory. The largest magnitude of each warp, twice; the mask of a block, of a group of rows, or of a panel.
+//
+// Budget. __launch_bounds__(256, 3) for int8_activations, or 2 for float32, up to 100 registers; of a row up to 8192 values.
 //
 // Determinism. The same bits everywhere; nothing has to be zero before.
+#include "int8/outliers.cuh"
 #include "int8/rows.cuh"
 
-// Groups that stay in registers without a threshold: rows of up to 16384 values are read once.
-constexpr int LONG_DEPTH = 2 * DEPTH;
 // Columns that a block of threads codes together.
 constexpr int PANEL = THREADS * GROUP;
 constexpr int PANEL_WORDS = PANEL / WARP;
+constexpr int PANEL_THREADS = 1024;  // of int8_panel
 
 // The nearest value of 11 significant bits, ties to even. Exact for 16-bit floats.
 template <typename T>
@@ -67,39 +73,85 @@ struct Walk {
     __device__ u32 left(i64 i) const { return i >= columns ? 0 : columns - i < GROUP ? u32(columns - i) : u32(GROUP); }
 };
 
-// Without a threshold: as quantize_int8_rowwise.
+// The largest magnitude below the threshold, or `max`; bit k of `outliers`: whether value k is one. A threshold of NaN is none.
+template <typename Values>
+__device__ inline float largest_below(const Values &x, float threshold, float max, u32 &outliers) {
+    float all = 0.0f;
+#pragma unroll
+    for (int k = 0; k < GROUP; k++) {
+        all = fmaxf(all, fabsf(x[k]));
+    }
+    outliers = 0;
+    if (all >= threshold) {
+        all = 0.0f;
+#pragma unroll
+        for (int k = 0; k < GROUP; k++) {
+            const float size = fabsf(x[k]);
+            const bool outlier = size >= threshold;
+            outliers |= u32(outlier) << k;
+            all = fmaxf(all, outlier ? 0.0f : size);
+        }
+    }
+    return fmaxf(max, all);
+}
+
+// `masks` is null without a threshold.
 template <typename T>
-__device__ inline void activations(const T *input, i8 *codes, float *scales, i64 rows, i64 columns, i64 pitch) {
+__device__ inline void activations(const T *input, i8 *codes, float *scales, u32 *masks, i64 rows, i64 columns, i64 pitch,
+                                   float threshold) {
     SHARED_ARRAY(float, warp_max, [2][WARPS]);
+    DYNAMIC_SHARED(shared);
+    u32 *const mask = reinterpret_cast<u32 *>(shared);
     const u32 thread = threadIdx.x, warp = thread / WARP;
     const bool alone = columns <= WARP_ROW;
     const i64 teams = alone ? i64(gridDim.x) * WARPS : i64(gridDim.x);
     const i64 team = alone ? i64(blockIdx.x) * WARPS + warp : i64(blockIdx.x);
     const i64 within = alone ? thread % WARP : thread;
     const Walk walk = {within * GROUP, (alone ? WARP : THREADS) * GROUP, columns};
+    const i64 words = masks == nullptr ? 0 : mask_words(int(columns));
+    const float limit = masks == nullptr ? __uint_as_float(0x7fffffffu) : threshold;
     let_next_start();
+    if (masks != nullptr) {
+        for (i64 i = thread; i < words; i += THREADS) {
+            mask[i] = 0;
+        }
+        __syncthreads();
+    }
     wait_for_previous();
 
+    const auto note = [&](i64 i, u32 outliers) {
+        if (outliers != 0) {
+            atomicOr(&mask[i / WARP], outliers << (i % WARP));
+        }
+    };
     u32 turn = 0;
     for (i64 row = team; row < rows; row += teams, turn ^= 1) {
         const T *const in = input + row * columns;
         i8 *const out = codes + row * pitch;
         const bool wide = is_aligned(in, 16);
-        Activations<T> x[LONG_DEPTH];
+        Activations<T> x[DEPTH];
 #pragma unroll
-        for (int d = 0; d < LONG_DEPTH; d++) {
+        for (int d = 0; d < DEPTH; d++) {
             const i64 i = walk.begin + d * walk.step;
-            x[d].raw.load(in + i, walk.left(i), wide);
+            if (i < columns) {
+                x[d].raw.load(in + i, walk.left(i), wide);
+            }
         }
         float max = 0.0f;
+        u32 outliers = 0;
 #pragma unroll
-        for (int d = 0; d < LONG_DEPTH; d++) {
-            max = x[d].largest(max);
+        for (int d = 0; d < DEPTH; d++) {
+            const i64 i = walk.begin + d * walk.step;
+            if (i < columns) {
+                max = largest_below(x[d], limit, max, outliers);
+                note(i, outliers);
+            }
         }
-        for (i64 i = walk.begin + LONG_DEPTH * walk.step; i < columns; i += walk.step) {
+        for (i64 i = walk.begin + DEPTH * walk.step; i < columns; i += walk.step) {
             Activations<T> more;
             more.raw.load(in + i, walk.left(i), wide);
-            max = more.largest(max);
+            max = largest_below(more, limit, max, outliers);
+            note(i, outliers);
         }
         max = largest_of_row(max, warp_max[turn], alone);
         if (within == 0) {
@@ -107,13 +159,13 @@ __device__ inline void activations(const T *input, i8 *codes, float *scales, i64
         }
         const Division division(max);
 #pragma unroll
-        for (int d = 0; d < LONG_DEPTH; d++) {
+        for (int d = 0; d < DEPTH; d++) {
             const i64 i = walk.begin + d * walk.step;
             if (i < columns) {
                 store_codes(out + i, x[d], walk.left(i), division);
             }
         }
-        for (i64 i = walk.begin + LONG_DEPTH * walk.step; i < columns; i += walk.step) {
+        for (i64 i = walk.begin + DEPTH * walk.step; i < columns; i += walk.step) {
             Activations<T> more;
             more.raw.load(in + i, walk.left(i), wide);
             store_codes(out + i, more, walk.left(i), division);
@@ -121,6 +173,62 @@ __device__ inline void activations(const T *input, i8 *codes, float *scales, i64
         if (columns + within < pitch) {
             out[columns + within] = 0;
         }
+    }
+    if (masks != nullptr) {
+        __syncthreads();
+        for (i64 i = thread; i < words; i += THREADS) {
+            masks[i64(blockIdx.x) * words + i] = mask[i];
+        }
+    }
+}
+
+// x of columns with outliers, together. Each block of threads joins all masks; the first also writes what that gives.
+struct Found {
+    int *count;
+    int *columns;  // [columns], ascending
+    u32 *mask;     // [mask_words(columns)]
+};
+
+template <typename X>
+__device__ inline void gather_panel(const X *input, const u32 *masks, int groups, const Found &found, X *panel, i64 rows,
+                                    int columns) {
+    SHARED_ARRAY(int, list, [PANEL_COLUMNS]);
+    DYNAMIC_SHARED(shared);
+    u32 *const mask = reinterpret_cast<u32 *>(shared);
+    const int thread = int(threadIdx.x), words = mask_words(columns);
+    for (int i = thread; i < words; i += PANEL_THREADS) {
+        mask[i] = 0;
+    }
+    __syncthreads();
+    let_next_start();
+    wait_for_previous();
+    MaskReader<4> reader(thread, PANEL_THREADS);
+    while (reader.read(masks, groups, words)) {
+        reader.join(mask, words);
+    }
+    __syncthreads();
+    const int count = count_columns(mask, words), warp = thread / WARP;
+    if (warp == 0) {
+        list_columns(list, mask, words, 0, PANEL_COLUMNS);
+    } else if (warp == 1 && blockIdx.x == 0) {
+        list_columns(found.columns, mask, words, 0, count);
+    }
+    if (blockIdx.x == 0) {
+        for (int i = thread; i < words; i += PANEL_THREADS) {
+            found.mask[i] = mask[i];
+        }
+        if (thread == 0) {
+            *found.count = count;
+        }
+    }
+    __syncthreads();
+    const int whole = (count + PANEL_UNIT - 1) / PANEL_UNIT * PANEL_UNIT, width = whole < PANEL_COLUMNS ? whole : PANEL_COLUMNS;
+    const i64 own = rows > blockIdx.x ? (rows - blockIdx.x + gridDim.x - 1) / gridDim.x : 0;
+#pragma unroll 2
+    for (i64 i = thread; i < own * width; i += PANEL_THREADS) {
+        const i64 row = blockIdx.x + u32(i) / u32(width) * i64(gridDim.x);
+        const int at = int(u32(i) % u32(width));
+        panel[row * PANEL_COLUMNS + at] = at < count ? input[row * columns + list[at]] : X{};
     }
 }
 
@@ -288,10 +396,14 @@ __device__ inline void code_activations(const T *input, const float *scales, con
 // Grid, in blocks of THREADS: any number for the first two; `groups` is the second's. For the third the product of
 // ceil(columns / PANEL) and a number of rows to be coded at a time, and one more. Dynamic shared memory: of the second, a
 // word for each 32 columns.
-#define INSTANCE(name, T)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                           \
-        int8_activations_##name(const T *input, i8 *codes, float *scales, i64 rows, i64 columns, i64 pitch) {          \
-        activations<T>(input, codes, scales, rows, columns, pitch);                                                    \
+// For int8_activations masks are [blocks of threads][mask_words(columns)], aligned to 16 bytes, or null without a threshold; and
+// dynamic shared memory is a mask then. int8_panel takes them, any number of blocks of PANEL_THREADS, and a mask of shared memory;
+// panel: [rows][PANEL_COLUMNS], zero behind the last column up to a multiple of PANEL_UNIT.
+#define INSTANCE(name, T, blocks)                                                                                      \
+    extern "C" __global__ void __launch_bounds__(THREADS, blocks)                                                      \
+        int8_activations_##name(const T *input, i8 *codes, float *scales, u32 *masks, i64 rows, i64 columns,           \
+                                i64 pitch, float threshold) {                                                          \
+        activations<T>(input, codes, scales, masks, rows, columns, pitch, threshold);                                  \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(THREADS, 3)                                                           \
         int8_outliers_##name(const T *input, float *scales, u32 *masks, i64 rows, i64 columns, float threshold,        \
@@ -304,6 +416,15 @@ __device__ inline void code_activations(const T *input, const float *scales, con
         code_activations<T>(input, scales, masks, groups, codes, outliers, rows, columns, pitch, exact);               \
     }
 
-INSTANCE(bf16, Bf16)
-INSTANCE(f16, F16)
-INSTANCE(f32, float)
+INSTANCE(bf16, Bf16, 3)
+INSTANCE(f16, F16, 3)
+INSTANCE(f32, float, 2)
+
+#define PANEL_INSTANCE(name, X)                                                                                        \
+    extern "C" __global__ void __launch_bounds__(PANEL_THREADS)                                                        \
+        int8_panel_##name(const X *input, const u32 *masks, int groups, Found found, X *panel, i64 rows, int columns) {\
+        gather_panel<X>(input, masks, groups, found, panel, rows, columns);                                            \
+    }
+
+PANEL_INSTANCE(16, u16)
+PANEL_INSTANCE(32, u32)

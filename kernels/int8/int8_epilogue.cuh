@@ -26,6 +26,10 @@ struct Epilogue {
     const int *count;
     const int *columns;
     const void *x;  // [m][k], of y's kind
+    // The columns as a mask of int8/outliers.cuh, and x of the first of them, [m][PANEL_COLUMNS]; null unless codes of x mean
+    // nothing there.
+    const u32 *mask;
+    const void *panel;
     u32 kind, bias_kind;
 
     // y from the sum of products of codes and that of the outlier columns, in the order that everybody has.

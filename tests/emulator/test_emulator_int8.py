@@ -50,6 +50,32 @@ def test_activations_with_outliers(dtype: str, exact: bool) -> None:
             check("int8_activations", int8.activations(source, x, dtype, threshold, 1 + k % 4, shift, exact))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_outliers_of_activations_are_found(dtype: str) -> None:
+    """None, few, and more than are copied; codes of the other columns."""
+    source = library("int8_activations")
+    for k, (rows, columns) in enumerate(ROWS):
+        for data, threshold in (
+            (values.normal(rows * columns, dtype, k), 2.5),
+            (values.normal(rows * columns, dtype, k), 1e30),
+            (values.awkward(rows * columns, dtype, k), 6.0),
+        ):
+            shift = k % 2 * STORED[dtype].itemsize
+            x = data.reshape(rows, columns)
+            check("int8_activations", int8.taken_out(source, x, dtype, threshold, 1 + k % 4, shift))
+
+
+def test_codes_beside_ties() -> None:
+    """Quotients half-way between codes and next to that, where a quicker division must not be trusted; any scale."""
+    source = library("int8_activations")
+    for scale in (1.0, 127.0, 3.0, 1e-35, 1e-39, 1e33, 3e38, 2.0**-100, 2.0**100):
+        halves = (np.arange(-127, 127, dtype=np.float64) + 0.5) * (scale / 127)
+        near = np.float32(halves[:, None] * (1 + np.arange(-4, 5) * 2.0**-23)).ravel()
+        x = np.append(near, np.float32(scale))[None]
+        check("int8_activations", int8.activations(source, x, "f32", np.inf, 1, exact=True))
+        check("int8_activations", int8.activations(source, x, "f32", 0, 1))
+
+
 def test_activations_are_rounded_as_float16_has_them() -> None:
     """Of float32: ties to even, carries into the exponent, what float16 has no range for; the threshold after that."""
     random = np.random.default_rng(5)

@@ -213,6 +213,7 @@ def of_int8_activations(source: Described) -> Iterator[Check]:
             yield int8.activations(source, data, dtype, 0, 2, shift)
             for exact in (False, True):
                 yield int8.activations(source, data, dtype, 2.5, 2, shift, exact)
+            yield int8.taken_out(source, data, dtype, 2.5, 2, shift)
 
 
 def of_int8_product(source: Described) -> Iterator[Check]:
@@ -232,7 +233,7 @@ def of_int8_tile_sm90a(source: Described) -> Iterator[Check]:
     plans = [
         (int8_tiles.Tile(64, parts=3), "bf16", 17),
         (int8_tiles.Tile(128, sharing=2, workers=1), "f16", 3),
-        (int8_tiles.Tile(256, early=False), "f32", 1),
+        (int8_tiles.Tile(256), "f32", 1),
         (int8_tiles.Tile(64, sharing=2), "i32", 0),
     ]
     for plan, dtype, outliers in plans:

@@ -57,6 +57,74 @@ class Codes:
         return np.pad(self.codes, ((0, 0), (0, -self.codes.shape[1] % PITCH)))
 
 
+PANEL_COLUMNS, PANEL_UNIT = 256, 16
+
+
+def mask_words(columns: int) -> int:
+    """Words of a mask, which are read four at a time."""
+    return _ceil(columns, 128) * 4
+
+
+def masks_of(flags: np.ndarray) -> np.ndarray:
+    """Rows of flags [rows][columns] as masks."""
+    rows, columns = flags.shape
+    padded = np.zeros((rows, mask_words(columns) * 32), bool)
+    padded[:, :columns] = flags
+    return np.packbits(padded, axis=1, bitorder="little").view(np.uint32)
+
+
+def panel_of(x: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """X of the first columns of a list, filled with zeros up to a unit; what is behind means nothing."""
+    panel = _filled((len(x), PANEL_COLUMNS), x.dtype)
+    panel[:, : min(_ceil(len(columns), PANEL_UNIT) * PANEL_UNIT, PANEL_COLUMNS)] = 0
+    some = columns[:PANEL_COLUMNS]
+    panel[:, : len(some)] = x[:, some]
+    return panel
+
+
+def taken_out(source: Described, x: np.ndarray, dtype: str, threshold: float, grid: int = 2, shift: int = 0) -> Check:
+    """Codes for products that take columns with outliers out of W, and what is found of those."""
+    rows, columns = x.shape
+    values = np.abs(rounded(native.to_float32(x, dtype)))
+    outliers = values >= threshold
+    wanted = Codes.of(x, dtype, threshold)
+    padded, words = wanted.padded(), mask_words(columns)
+    c, s = Buffer(_filled(padded.shape, np.int8)), Buffer(_filled((rows,), np.float32))
+    masks, mask = Buffer(_filled((grid, words), np.uint32)), Buffer(_filled((1, words), np.uint32))
+    count, listed = Buffer(_filled((1,), np.int32)), Buffer(_filled((columns,), np.int32))
+    panel = Buffer(_filled((rows, PANEL_COLUMNS), x.dtype))
+    inputs = pointers(Buffer(x, shift))
+    first = [
+        inputs, pointers(c), pointers(s), pointers(masks), int64(rows), int64(columns), int64(padded.shape[1]),
+        _float(threshold),
+    ]  # fmt: skip
+    second = [
+        inputs, pointers(masks), int32(grid), pointers(count, listed, mask), pointers(panel), int64(rows),
+        int32(columns),
+    ]  # fmt: skip
+    kernel = f"int8_panel_{8 * x.dtype.itemsize}"
+    launched = [
+        Launch(f"int8_activations_{dtype}", grid, source.constants["THREADS"], first, shared=words * 4),
+        Launch(kernel, grid, source.threads[kernel], second, shared=words * 4),
+    ]
+    teams = source.constants["WARPS"] if columns <= source.constants["WARP_ROW"] else 1
+    block = np.arange(rows) // teams % grid
+    meant = np.ones(padded.shape, bool)
+    meant[:, :columns] &= ~outliers.any(0)
+    exact, found = bits(padded[meant]), np.flatnonzero(outliers.any(0)).astype(np.int32)
+    copied = panel_of(x, found)
+    width = min(_ceil(found.size, PANEL_UNIT) * PANEL_UNIT, PANEL_COLUMNS)
+    same = bits(copied[:, :width].copy())
+    expected = [
+        (c, lambda got: exact(got[meant])), (s, bits(wanted.scales)),
+        (masks, bits(masks_of(np.array([outliers[block == k].any(0) for k in range(grid)])))),
+        (mask, bits(masks_of(outliers.any(0)[None]))),
+        (count, bits(np.array([found.size], np.int32))), (listed, _begins(found)),
+        (panel, lambda got: same(got[:, :width].copy())),
+    ]  # fmt: skip
+    return Check(f"{dtype} {x.shape} below {threshold}, grid {grid}", Case(launched), expected)
+
+
 def activations(
     source: Described, x: np.ndarray, dtype: str, threshold: float, grid: int = 2, shift: int = 0, exact: bool = False
 ) -> Check:
@@ -68,10 +136,19 @@ def activations(
     c, s = Buffer(_filled((rows, pitch), np.int8)), Buffer(_filled((rows,), np.float32))
     expected = [(c, bits(wanted.codes if exact else padded)), (s, bits(wanted.scales))]
     inputs = pointers(Buffer(x, shift))
-    words = _ceil(columns, 32)
+    words = mask_words(columns)
     name = f"{dtype} activations {x.shape} below {threshold}, grid {grid}"
     if threshold == 0:
-        arguments = [inputs, pointers(c), pointers(s), int64(rows), int64(columns), int64(pitch)]
+        arguments = [
+            inputs,
+            pointers(c),
+            pointers(s),
+            pointers(None),
+            int64(rows),
+            int64(columns),
+            int64(pitch),
+            _float(0),
+        ]
         launch = Launch(f"int8_activations_{dtype}", grid, threads, arguments)
         return Check(name, Case([launch]), expected)
     groups = min(grid, rows)
@@ -184,7 +261,7 @@ class Product:
         if found.size:
             listed = np.concatenate([found, np.full(k - found.size, 1 << 30, np.int32)])
             outliers = (Buffer(np.array([found.size], np.int32)), Buffer(listed), Buffer(self.x))
-        places = pointers(*scales, bias, y, *outliers)
+        places = pointers(*scales, bias, y, *outliers, None, None)
         kinds = struct.pack("<2I", KINDS[self.dtype], KINDS[self.bias_dtype])
         epilogue = Argument(places.data + kinds, places.addresses)
         a, b = Buffer(padded, shift), Buffer(self.codes, shift)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import native
 import numpy as np
 from harness import Argument, Buffer, Case, Launch, int32, pointers, tensor_map
+from int8 import masks_of, panel_of
 from launches import Check, Described, bits, near
 
 KINDS = {"bf16": 0, "f16": 1, "f32": 2, "i32": 3}
@@ -82,7 +83,6 @@ class Tile:
     parts: int = 1
     sharing: int = 1
     workers: int = 1000
-    early: bool = True
     listed: bool = True
     shift: int = 0
 
@@ -94,7 +94,7 @@ def _ceil(a: int, b: int) -> int:
 def tile_shared(tokens: int) -> int:
     """The dynamic shared memory of a block, as rust/cuda/src/int8/tile.rs has it."""
     stages = 4 if tokens > 128 else 6 if tokens > 64 else 8
-    return stages * (16384 + 128 * tokens) + 2 * min(tokens, 128) * 128 + 8 * tokens + 16 * (stages + 1)
+    return stages * (16384 + 128 * tokens) + 2 * min(tokens, 128) * 128 + 8 * tokens + 8 * (3 * stages + 2)
 
 
 def tile(source: Described, codes: Codes, plan: Tile) -> Check:
@@ -112,10 +112,14 @@ def tile(source: Described, codes: Codes, plan: Tile) -> Check:
     wanted = codes.wanted()
     y = Buffer(np.frombuffer(b"\xa7" * wanted.nbytes, wanted.dtype).copy().reshape(m, n), plan.shift)
     listed = plan.listed and not raw
-    w, a = Buffer(codes.w), Buffer(codes.a)
-    # Behind the last outlier the list has anything.
+    # Codes of outliers mean nothing; behind the last of them the list has anything.
+    meant = codes.a.copy()
+    meant[:, codes.columns if listed else []] = 99
+    w, a = Buffer(codes.w), Buffer(meant)
     columns = np.full(k, 2**30, np.int32)
     columns[: len(codes.columns)] = codes.columns
+    found = np.zeros((1, k), bool)
+    found[0, codes.columns] = True
     epilogue = pointers(
         None if raw else Buffer(codes.row_scales),
         None if raw else Buffer(codes.column_scales),
@@ -124,6 +128,8 @@ def tile(source: Described, codes: Codes, plan: Tile) -> Check:
         Buffer(np.array([len(codes.columns)], np.int32)) if listed else None,
         Buffer(columns) if listed else None,
         Buffer(codes.x) if listed else None,
+        Buffer(masks_of(found)) if listed else None,
+        Buffer(panel_of(codes.x, codes.columns)) if listed else None,
     )
     kinds = struct.pack("<2I", KINDS[codes.dtype], KINDS[codes.bias_dtype])
     arguments = [
@@ -132,7 +138,7 @@ def tile(source: Described, codes: Codes, plan: Tile) -> Check:
         pointers(w),
         Argument(epilogue.data + kinds, epilogue.addresses),
         int32(m), int32(n), int32(k),
-        Argument(struct.pack("<7i", token_tiles, tiles, workers, of_part, plan.parts, plan.sharing, plan.early)),
+        Argument(struct.pack("<6i", token_tiles, tiles, workers, of_part, plan.parts, plan.sharing)),
     ]  # fmt: skip
     cluster = plan.parts * plan.sharing
     kernel = f"int8_tile_sm90a_{plan.tokens}"

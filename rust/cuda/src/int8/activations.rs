@@ -3,8 +3,8 @@
 use halfbyte::dtype::DType;
 use halfbyte::error::{Error, Result};
 
-use super::operands::{check_columns, size};
-use super::workspace::{Workspace, place};
+use super::operands::{check_columns, mask_words, size};
+use super::workspace::{GROUPS, Workspace, place};
 use crate::driver::{Device, Stream};
 use crate::kernels::{self, int8_activations as source};
 use crate::launch::parameters;
@@ -12,6 +12,9 @@ use crate::memory::Memory;
 
 /// Blocks of threads for each multiprocessor: as many as it takes at once.
 const RESIDENT: u64 = 8;
+
+/// Blocks that copy x of outliers: each reads all masks.
+const PANEL_BLOCKS: usize = 32;
 
 /// What is to become codes, and where to.
 #[derive(Debug, Clone, Copy)]
@@ -27,23 +30,48 @@ pub(super) struct Activations {
     pub exact: bool,
 }
 
+/// Where what is found out about outliers goes, addresses: masks of groups of rows; the count, the columns and the mask of
+/// all; and x of the first columns.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Parts {
+    pub threshold: f32,
+    pub masks: u64,
+    pub found: [u64; 3],
+    pub panel: u64,
+}
+
 impl Activations {
-    /// All of it.
+    /// All of it. With a threshold values from it on do not count for scales, and what [`Parts`] names is made: codes of columns
+    /// with outliers mean nothing then.
     ///
     /// # Safety
     /// As [`super::linear`].
-    pub(super) unsafe fn code(&self, device: &Device, stream: Stream) -> Result<()> {
+    pub(super) unsafe fn code(&self, device: &Device, stream: Stream, outliers: Option<Parts>) -> Result<()> {
         let kernel = match self.dtype {
             DType::Bf16 => &kernels::INT8_ACTIVATIONS_BF16,
             DType::F16 => &kernels::INT8_ACTIVATIONS_F16,
             _ => &kernels::INT8_ACTIVATIONS_F32,
         };
         let at_once = if self.columns <= source::WARP_ROW { source::WARPS } else { 1 };
-        let blocks = (self.rows.div_ceil(at_once) as u64).min(u64::from(device.multiprocessors()) * RESIDENT);
+        let most = device.multiprocessors() as usize * GROUPS;
+        let blocks = self.rows.div_ceil(at_once).min(most);
         let &Self { x, codes, scales, .. } = self;
         let (rows, columns, pitch) = (self.rows as i64, self.columns as i64, self.pitch as i64);
-        // SAFETY: the kernel's parameters in its order; it waits before it touches memory, the rest is the caller's.
-        unsafe { device.launch_early(stream, kernel, blocks, 0, parameters![x, codes, scales, rows, columns, pitch]) }
+        let (masks, threshold) = outliers.map_or((0, 0.0), |parts| (parts.masks, parts.threshold));
+        // Columns are few enough for this: `check_columns`.
+        let mask = (mask_words(self.columns) * size_of::<u32>()) as u32;
+        let shared = if outliers.is_some() { mask } else { 0 };
+        let parameters = parameters![x, codes, scales, masks, rows, columns, pitch, threshold];
+        // SAFETY: the kernels' parameters in their order; they wait before they touch memory, the rest is the caller's.
+        unsafe { device.launch_early(stream, kernel, blocks as u64, shared, parameters) }?;
+        let Some(Parts { found, panel, .. }) = outliers else {
+            return Ok(());
+        };
+        let kernel = if self.dtype == DType::F32 { &kernels::INT8_PANEL_32 } else { &kernels::INT8_PANEL_16 };
+        let (groups, columns) = (blocks as i32, columns as i32);
+        let parameters = parameters![x, masks, groups, found, panel, rows, columns];
+        // SAFETY: as above.
+        unsafe { device.launch_early(stream, kernel, self.rows.min(PANEL_BLOCKS) as u64, mask, parameters) }
     }
 
     /// All but columns with values from the threshold on, which get codes 0 and are listed in the workspace; and, unless its
@@ -69,7 +97,7 @@ impl Activations {
         let masks = workspace + parts.masks as u64;
         let (rows, columns, pitch) = (self.rows as i64, self.columns as i64, self.pitch as i64);
         let exact = u32::from(self.exact);
-        let words = self.columns.div_ceil(32) * size_of::<u32>();
+        let words = mask_words(self.columns) * size_of::<u32>();
         // Columns are few enough for this: `check_columns`.
         let shared = words as u32;
         // SAFETY: the kernels' parameters in their order; they wait before they touch memory, the rest is the caller's.

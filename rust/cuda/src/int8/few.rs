@@ -9,6 +9,10 @@ use crate::launch::parameters;
 
 /// Rows of x that one launch takes at most; more take several.
 pub(super) const MOST_ROWS: usize = 64;
+/// Rows up to which these kernels are the fastest where that for more rows takes them too.
+const BEST_ROWS: usize = 16;
+/// Twice as many are, where W has fewer rows: that other has few tiles then. Measured on an H200.
+const NARROW: usize = 8192;
 
 /// What codes, weight and their rows begin at multiples of.
 const ALIGNMENT: u64 = source::PIECE as u64;
@@ -106,6 +110,11 @@ fn divide(
 }
 
 impl Few {
+    /// Whether these kernels are the fastest for `m` rows of `x` and `n` of `W`, where that for more rows takes them too.
+    pub(super) fn is_best(m: usize, n: usize) -> bool {
+        m <= if n < NARROW { 2 * BEST_ROWS } else { BEST_ROWS }
+    }
+
     /// The launch of a product, or of its first rows, or `None` when the kernels do not take it on this device.
     pub(super) fn new(device: &Device, operands: &Operands, outliers: bool) -> Option<Self> {
         let &Operands { a, pitch, b, m, n, k } = operands;

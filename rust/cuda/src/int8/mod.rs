@@ -102,12 +102,24 @@ pub unsafe fn linear(device: &Device, stream: Stream, linear: &Linear<'_>, choic
     }
     let operands = Operands { a: base, pitch: parts.pitch, b: codes.address(), m, n, k };
     let product = Product::choose(device, &operands, &epilogue, choice)?;
+    // The kernels for many rows take columns with outliers out of W, the others have codes of x that are 0 there.
+    let takes_out = has_outliers && matches!(product, Product::Tile(_));
+    let mut found = None;
+    if takes_out {
+        (epilogue.mask, epilogue.panel) = (base + parts.mask as u64, base + parts.panel as u64);
+        found = Some(activations::Parts {
+            threshold,
+            masks: base + parts.masks as u64,
+            found: [epilogue.count, epilogue.columns, epilogue.mask],
+            panel: epilogue.panel,
+        });
+    }
     // SAFETY: lengths were checked, the rest is the caller's.
     unsafe {
-        if has_outliers {
+        if has_outliers && !takes_out {
             activations.code_below(device, stream, threshold, base, &parts, 0)
         } else {
-            activations.code(device, stream)
+            activations.code(device, stream, found)
         }?;
         product.launch(device, stream, &operands, &epilogue)
     }
@@ -204,7 +216,7 @@ impl Product {
         let few = || Few::new(device, operands, epilogue.count != 0).map(Self::Few);
         let tile = || Tile::new(device, operands, epilogue).map(Self::Tile);
         let found = match choice {
-            Choice::Best if operands.m <= few::MOST_ROWS => few().or_else(tile),
+            Choice::Best if Few::is_best(operands.m, operands.n) => few().or_else(tile),
             Choice::Best => tile().or_else(few),
             Choice::Few => few(),
             Choice::Tile => tile(),

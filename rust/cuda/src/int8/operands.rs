@@ -33,8 +33,15 @@ pub(super) struct Epilogue {
     pub count: u64,
     pub columns: u64,
     pub x: u64,
+    pub mask: u64,
+    pub panel: u64,
     pub kind: u32,
     pub bias_kind: u32,
+}
+
+/// Words of a mask of `k` columns, which are read four at a time.
+pub(super) fn mask_words(k: usize) -> usize {
+    k.div_ceil(128) * 4
 }
 
 /// A 16-bit, float32 or int32 type, as kernels know it.

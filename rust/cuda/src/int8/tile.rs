@@ -86,9 +86,6 @@ struct Plan {
     steps: i32,
     parts: i32,
     sharing: i32,
-    /// Whether `W` may be read before the kernel before has ended: not here, as activations let this one start when what came
-    /// before them, which may have written `W`, still runs.
-    early: i32,
 }
 
 /// A launch.
@@ -148,13 +145,12 @@ fn divide((m, n, k): (usize, usize, usize), multiprocessors: usize) -> (Form, Pl
                 steps: of_part as i32,
                 parts: parts as i32,
                 sharing: sharing as i32,
-                early: 0,
             };
             best = Some((form, plan, time));
         }
     }
     // The widest form takes every shape in one part, but for no columns at all, which nobody asks for.
-    let none = Plan { token_tiles: 1, tiles: 0, workers: 0, steps: 0, parts: 1, sharing: 1, early: 0 };
+    let none = Plan { token_tiles: 1, tiles: 0, workers: 0, steps: 0, parts: 1, sharing: 1 };
     best.unwrap_or((FORMS[0], none, f64::INFINITY))
 }
 
@@ -280,6 +276,6 @@ mod tests {
     #[test]
     fn shared_memory_is_what_a_block_may_have() {
         assert!(FORMS.iter().all(|form| form.shared <= SHARED as usize));
-        assert_eq!(FORMS[2].shared, 4 * (16384 + 32768) + 2 * 16384 + 2048 + 2 * 5 * 8);
+        assert_eq!(FORMS[2].shared, 4 * (16384 + 32768) + 2 * 16384 + 2048 + 14 * 8);
     }
 }

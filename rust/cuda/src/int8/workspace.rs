@@ -3,7 +3,9 @@
 use halfbyte::dtype::DType;
 use halfbyte::error::{Error, Result};
 
+use super::operands::mask_words;
 use crate::driver::Device;
+use crate::kernels::int8_activations::PANEL_COLUMNS;
 use crate::memory::Memory;
 
 /// Rows of codes in the workspace begin at multiples of this, which the kernels' wide loads want.
@@ -12,8 +14,8 @@ const PITCH: usize = 16;
 /// Where each part of the workspace begins.
 const PART: usize = 256;
 
-/// Groups of rows with a mask each, for each multiprocessor: every block that makes codes reads all.
-const GROUPS: usize = 2;
+/// Groups of rows with a mask each, for each multiprocessor: as many blocks of threads as it takes at once.
+pub(super) const GROUPS: usize = 3;
 
 /// What lies where in the workspace of a call: offsets in bytes, from an address that is a multiple of 256.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,8 +28,12 @@ pub(super) struct Workspace {
     pub count: usize,
     /// int32 `[k]`, of which the first `count` are those columns, ascending.
     pub columns: usize,
-    /// u32 `[groups][ceil(k / 32)]`: columns with outliers in the rows of each group.
+    /// u32 `[groups][mask_words(k)]`: columns with outliers in the rows of each group.
     pub masks: usize,
+    /// u32 `[mask_words(k)]`: in any.
+    pub mask: usize,
+    /// `[m][PANEL_COLUMNS]`, of the type of `x`: its first columns with outliers.
+    pub panel: usize,
     /// Of rows.
     pub groups: usize,
     /// In all.
@@ -58,8 +64,10 @@ impl Workspace {
         let scales = part(m, size_of::<f32>())?;
         let count = part(1, size_of::<i32>())?;
         let columns = part(k, size_of::<i32>())?;
-        let masks = part(groups, k.div_ceil(32) * size_of::<u32>())?;
-        Ok(Self { pitch, scales, count, columns, masks, groups, bytes: end })
+        let masks = part(groups, mask_words(k) * size_of::<u32>())?;
+        let mask = part(1, mask_words(k) * size_of::<u32>())?;
+        let panel = part(m, PANEL_COLUMNS * size_of::<f32>())?;
+        Ok(Self { pitch, scales, count, columns, masks, mask, panel, groups, bytes: end })
     }
 }
 

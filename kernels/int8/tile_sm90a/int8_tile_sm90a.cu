@@ -1,5 +1,5 @@
 // One kernel of int8_tile_sm90a.cuh: INT8_TILE_NAME; INT8_TILE_TOKENS rows of x in a tile.
-#include "int8/int8_tile_sm90a.cuh"
+#include "int8/tile_sm90a/int8_tile_sm90a.cuh"
 
 // w:    [n][k], by boxes of STEP columns and ROWS rows
 // x:    [m][k], by boxes of STEP columns and the tile's rows, or half of them when two blocks share them
