@@ -17,6 +17,7 @@ import torch
 from _cuda import Floor, device_line, graph_seconds
 from _table import print_table
 from halfbyte import _native
+from halfbyte.backends.cuda_experts import tensor_maps
 
 LAYERS = 2
 ROUTINGS = 16
@@ -44,6 +45,10 @@ class Layer:
             for e in range(experts)
         ]
         self.table = torch.tensor(rows, dtype=torch.int64, device="cuda")
+        # None where the kernel for many tokens does not run.
+        wide, tall = (intermediate, hidden), (hidden, intermediate)
+        codes = [[self.codes[p, e] for e in range(experts)] for p in range(3)]
+        self.maps = tensor_maps(torch.cuda.current_device(), codes, (wide, wide, tall))
 
     @property
     def bytes_of_expert(self) -> int:
@@ -65,10 +70,11 @@ class Block:
 
     def ours(self, layer: Layer, ids: torch.Tensor) -> str:
         """One call."""
+        maps = 0 if layer.maps is None else layer.maps.data_ptr()
         return self.native.launch(
             torch.cuda.current_stream().cuda_stream, self.tokens, self.top_k, self.x.data_ptr(), ids.data_ptr(),
-            self.weights.data_ptr(), "float32", layer.table.data_ptr(), 0, 0, 0, "silu", self.workspace.data_ptr(),
-            self.y.data_ptr(),
+            self.weights.data_ptr(), "float32", layer.table.data_ptr(), maps, 0, 0, "silu",
+            self.workspace.data_ptr(), self.y.data_ptr(),
         )  # fmt: skip
 
 
