@@ -69,7 +69,6 @@ __all__ = [
     "run_plan",
     "select",
     "set_threads",
-    "tensor_addresses",
     "simd",
     "skip_modules",
     "verify",
@@ -280,9 +279,6 @@ def read_tensors_of(cls: type) -> bool:
 
     False where the class has no such interface (torch before 2.10); `CpuLinear.forward_tensors` then gives False.
     """
-
-def tensor_addresses(tensors: list[Any]) -> list[int] | None:
-    """`data_ptr()` of each, on any device; None if one of them has to be asked, or `read_tensors_of` gave False."""
 
 def set_threads(threads: int) -> None:
     """Use 1 to 4096 threads from now on."""
@@ -500,8 +496,7 @@ class CudaExperts:
     """Blocks of experts with 4-bit weights of one shape.
 
     `table` is an int64 tensor `[gate, up and down, or up and down][experts][4]`: addresses of codes, which are
-    multiples of 16, of absmax, and when nested of absmax2 and the offset, else 0. `maps` is of `cuda_expert_maps` for
-    each of the matrices in that order, on the device; with 0, the kernels for few tokens do everything.
+    multiples of 16, of absmax, and when nested of absmax2 and the offset, else 0. `maps` is 0.
     """
 
     def __new__(

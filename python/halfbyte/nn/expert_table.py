@@ -222,9 +222,6 @@ def table_of(experts: Any) -> ExpertTable | None:
 
 
 def _addresses(parameters: list[Params4bit]) -> list[int]:
-    found = _native.tensor_addresses(parameters)
-    if found is not None:
-        return found
     # Asked as of plain tensors: through the class of the parameters it takes ten times as long.
     with DisableTorchFunctionSubclass():
         return list(map(Tensor.data_ptr, parameters))

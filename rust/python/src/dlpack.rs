@@ -113,8 +113,11 @@ pub fn read_tensors_of(class: Bound<'_, PyType>) -> bool {
     }
 }
 
-impl DLTensor {
-    const NOTHING: Self = Self {
+/// The tensor, or `None` if it has to be asked by Python: one that is not contiguous or empty, that is elsewhere, or
+/// whose class has nothing to do with the one that [`read_tensors_of`] knows.
+pub fn tensor(object: &Bound<'_, PyAny>) -> Option<Tensor> {
+    let reader = READER.get()?;
+    let mut found = DLTensor {
         data: std::ptr::null_mut(),
         device: DLDevice { kind: 0, index: 0 },
         ndim: 0,
@@ -123,40 +126,17 @@ impl DLTensor {
         strides: std::ptr::null_mut(),
         byte_offset: 0,
     };
-
-    /// What torch says of the object; `None` for one of another class, or that torch cannot describe so.
-    fn of(object: &Bound<'_, PyAny>) -> Option<Self> {
-        let reader = READER.get()?;
-        let mut found = Self::NOTHING;
-        // SAFETY: the object's class is the reader's or derived from it, as its function demands, and the GIL is held.
-        unsafe {
-            let class: *mut ffi::PyTypeObject = reader.class.as_ptr().cast();
-            if ffi::PyObject_TypeCheck(object.as_ptr(), class) == 0 {
-                return None;
-            }
-            if (reader.read)(object.as_ptr().cast(), &raw mut found) != 0 {
-                ffi::PyErr_Clear();
-                return None;
-            }
+    // SAFETY: the object's class is the reader's or derived from it, as its function demands, and the GIL is held.
+    unsafe {
+        let class: *mut ffi::PyTypeObject = reader.class.as_ptr().cast();
+        if ffi::PyObject_TypeCheck(object.as_ptr(), class) == 0 {
+            return None;
         }
-        Some(found)
+        if (reader.read)(object.as_ptr().cast(), &raw mut found) != 0 {
+            ffi::PyErr_Clear();
+            return None;
+        }
     }
-
-    fn address(&self) -> Option<usize> {
-        (self.data as usize).checked_add(usize::try_from(self.byte_offset).ok()?)
-    }
-}
-
-/// Where the elements of tensors begin, on whatever device; `None` if one of them has to be asked by Python.
-#[pyfunction]
-pub fn tensor_addresses(tensors: Vec<Bound<'_, PyAny>>) -> Option<Vec<usize>> {
-    tensors.iter().map(|tensor| DLTensor::of(tensor)?.address()).collect()
-}
-
-/// The tensor, or `None` if it has to be asked by Python: one that is not contiguous or empty, that is elsewhere, or
-/// whose class has nothing to do with the one that [`read_tensors_of`] knows.
-pub fn tensor(object: &Bound<'_, PyAny>) -> Option<Tensor> {
-    let found = DLTensor::of(object)?;
     if found.device.kind != CPU || found.dtype.lanes != 1 || found.data.is_null() {
         return None;
     }
@@ -188,5 +168,6 @@ pub fn tensor(object: &Bound<'_, PyAny>) -> Option<Tensor> {
         (FLOAT, 32) => Some(DType::F32),
         _ => None,
     };
-    Some(Tensor { address: found.address()?, count, dtype, size: usize::from(found.dtype.bits) / 8, last })
+    let address = (found.data as usize).checked_add(usize::try_from(found.byte_offset).ok()?)?;
+    Some(Tensor { address, count, dtype, size: usize::from(found.dtype.bits) / 8, last })
 }

@@ -40,7 +40,6 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     cuda_int8::register(m)?;
     checkpoint::register(m)?;
     m.add_function(wrap_pyfunction!(dlpack::read_tensors_of, m)?)?;
-    m.add_function(wrap_pyfunction!(dlpack::tensor_addresses, m)?)?;
     gemm::register(m)?;
     experts::register(m)?;
     int8::register(m)?;
