@@ -496,7 +496,8 @@ class CudaExperts:
     """Blocks of experts with 4-bit weights of one shape.
 
     `table` is an int64 tensor `[gate, up and down, or up and down][experts][4]`: addresses of codes, which are
-    multiples of 16, of absmax, and when nested of absmax2 and the offset, else 0. `maps` is 0.
+    multiples of 16, of absmax, and when nested of absmax2 and the offset, else 0. `maps` is of `cuda_expert_maps` for
+    each of the matrices in that order, on the device; with 0, the kernels for few tokens do everything.
     """
 
     def __new__(
