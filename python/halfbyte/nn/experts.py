@@ -50,6 +50,7 @@ class Experts4bit(nn.Module):
     projections: tuple[str | None, str, str]
     gate: Callable[[Any, Tensor], Tensor] | None
     interleaved: bool
+    _held: Held
 
     def __init__(self, experts: Sequence[Expert], projections: tuple[str | None, str, str]) -> None:
         """Hold the experts, under the names "0", "1", … ."""
@@ -62,11 +63,6 @@ class Experts4bit(nn.Module):
         for index, expert in enumerate(experts):
             self.add_module(str(index), expert)
             expert.__dict__["_held"] = self._held
-
-    @property
-    def _held(self) -> Held:
-        held: Held = self.__dict__["_held"]
-        return held
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts4bit:
         """Move or cast as any module."""
