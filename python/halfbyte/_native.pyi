@@ -30,6 +30,7 @@ __all__ = [
     "cuda_driver_version",
     "cuda_embedding_4bit",
     "cuda_expand_absmax",
+    "cuda_expert_maps",
     "cuda_int8_matmul",
     "cuda_int8_workspace",
     "cuda_kernel_form",

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from compilers import needs_compiler
 from halfbyte import _native
 from halfbyte.backends import cuda_experts
 from halfbyte.nn import Expert, Experts4bit, Linear4bit
@@ -349,6 +350,7 @@ def test_operands_that_do_not_fit_are_refused(place: int, value: Any, message: s
 # ---- compilers -------------------------------------------------------------------------------------------------------
 
 
+@needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["eager", "compiled"])
 def test_experts_compile_without_a_break(first: str) -> None:
