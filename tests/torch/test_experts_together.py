@@ -12,7 +12,7 @@ import torch
 from compilers import needs_compiler
 from halfbyte import _native
 from halfbyte.backends import cuda_experts
-from halfbyte.nn import Expert, Experts4bit, Linear4bit
+from halfbyte.nn import Expert, Experts4bit, Linear4bit, experts
 from halfbyte.nn.expert_table import ExpertTable, activation_of, table_of
 from halfbyte.ops.experts import experts_4bit
 
@@ -112,7 +112,7 @@ def test_experts_together_are_those_one_by_one(gated: bool, recipe: dict[str, An
         (torch.nn.Tanh(), None),
         (lambda v: v.relu() ** 2, None),
     ],
-    ids=str,
+    ids=["SiLU", "silu", "GELU", "GELU by tanh", "Tanh", "a function"],
 )
 def test_activations_are_recognized(act: Any, name: str | None) -> None:
     module = layer(True, act)
@@ -354,6 +354,8 @@ def test_operands_that_do_not_fit_are_refused(place: int, value: Any, message: s
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["eager", "compiled"])
 def test_experts_compile_without_a_break(first: str) -> None:
+    if first == "compiled" and not experts._MAKES_TABLES:
+        pytest.skip("this release of torch makes no table while it traces")
     torch._dynamo.reset()
     module = layer()
     x, ids, weights = inputs(dtype=torch.bfloat16)
@@ -365,6 +367,8 @@ def test_experts_compile_without_a_break(first: str) -> None:
     assert torch.equal(compiled(x, ids, weights), module(x, ids, weights) * 2)
     # What is loaded or moved takes the table with it.
     module.load_state_dict(layer(compress_statistics=True).state_dict(), assign=True)
+    if not experts._MAKES_TABLES:
+        module(x, ids, weights)
     module._modules["0"].up_proj.weight.data.fill_(0x77)  # type: ignore[union-attr]
     assert torch.equal(compiled(x, ids, weights), module(x, ids, weights) * 2)
 

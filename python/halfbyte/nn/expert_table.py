@@ -19,6 +19,7 @@ from halfbyte.backends import cpu_experts, cuda_experts
 from halfbyte.nn.linear4bit import Linear4bit
 from halfbyte.nn.params import Params4bit
 from halfbyte.ops._torch_internals import DisableTorchFunctionSubclass
+from halfbyte.ops.checks import FLOAT_DTYPES
 from halfbyte.ops.dispatch import PLAIN_TYPES
 from halfbyte.ops.packed import PackedWeight, plain
 from halfbyte.state import QuantState
@@ -71,6 +72,7 @@ class ExpertTable:
         down_bias: `[experts, hidden]`, or None.
         kind: Shapes, and how they are packed.
         activation: What is between the projections, one of `halfbyte.ops.checks_experts.ACTIVATIONS`.
+        dtypes: Of activations that there is an operation for.
     """
 
     def __init__(self, experts: Any, kind: Kind, activation: str, found: _Found) -> None:
@@ -105,7 +107,8 @@ class ExpertTable:
         self._unchanged = _native.Unchanged(found.entries, found.sizes)
         self._parameters = found.parameters
         self._pointers = _addresses(found.parameters)
-        self._taken: dict[torch.dtype, bool] = {}
+        # Compilers of older torch cannot ask a method of an object.
+        self.dtypes = tuple(dtype for dtype in FLOAT_DTYPES if self._takes(dtype))
 
     def holds(self) -> bool:
         """Whether all that the table was made of is as it was."""
@@ -115,20 +118,14 @@ class ExpertTable:
             and all(bias._version == version for bias, version in self._biases)
         )
 
-    def takes(self, dtype: torch.dtype) -> bool:
-        """Whether there is an operation for activations of this dtype."""
-        found = self._taken.get(dtype)
-        if found is None:
-            hidden, intermediate, gated, quant_type, blocksize, nested, _ = self.kind
-            if self.addresses.is_cpu:
-                found = cpu_experts.takes(dtype)
-            else:
-                found = cuda_experts.takes(
-                    dtype, self.addresses.get_device(), self.addresses.shape[1], hidden, intermediate, gated,
-                    quant_type, blocksize, nested,
-                )  # fmt: skip
-            self._taken[dtype] = found
-        return found
+    def _takes(self, dtype: torch.dtype) -> bool:
+        if self.addresses.is_cpu:
+            return cpu_experts.takes(dtype)
+        hidden, intermediate, gated, quant_type, blocksize, nested, _ = self.kind
+        return cuda_experts.takes(
+            dtype, self.addresses.get_device(), self.addresses.shape[1], hidden, intermediate, gated, quant_type,
+            blocksize, nested,
+        )  # fmt: skip
 
 
 class _Found:

@@ -15,6 +15,10 @@ from halfbyte.ops.experts import experts_4bit
 
 _is_compiling = torch.compiler.is_compiling
 
+_MAKES_TABLES = tuple(int(number) for number in torch.__version__.split(".")[:2]) >= (2, 15)
+"""Whether a table can be made while a compiler traces. That of 2.11 hands no module to a function that it does not trace,
+and releases in between were not tried: there, a call before compilation makes the table."""
+
 
 class Expert(nn.Module):
     """One expert: its projections, under the names that its checkpoint has for them."""
@@ -119,9 +123,9 @@ class Experts4bit(nn.Module):
         table = self._held.table
         if _is_compiling():
             # An exported program would be run where there are no such addresses.
-            if torch.compiler.is_exporting():
+            if _is_exporting():
                 return None
-            if table is None:
+            if table is None and _MAKES_TABLES:
                 _make_table(self)
                 table = self._held.traced
         elif transforms() is not None or tracing() is not None or x.is_meta:
@@ -132,7 +136,7 @@ class Experts4bit(nn.Module):
         if table is None or (gradients and table.trains):
             return None
         dtype = compute or table.kind.compute_dtype or x.dtype
-        return table if x.device == table.addresses.device and _takes(table, dtype) else None
+        return table if x.device == table.addresses.device and dtype in table.dtypes else None
 
     def _one_by_one(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Each expert with its rows, sorted."""
@@ -202,10 +206,11 @@ def _make_table(experts: Experts4bit) -> bool:
     return held.traced is not None
 
 
-def _takes(table: ExpertTable, dtype: torch.dtype) -> bool:
-    return table.takes(dtype)
+def _is_exporting() -> bool:
+    """Asked outside of what is traced: releases of torch answer "yes" to this question whenever they compile."""
+    return torch.compiler.is_exporting()
 
 
-for _function in (_make_table, _takes):
+for _function in (_make_table, _is_exporting):
     # As torch.compiler.assume_constant_result does, which imports the compiler.
     _function.__dict__["_dynamo_marked_constant"] = True
