@@ -16,8 +16,8 @@ from halfbyte.ops.experts import experts_4bit
 _is_compiling = torch.compiler.is_compiling
 
 _MAKES_TABLES = tuple(int(number) for number in torch.__version__.split(".")[:2]) >= (2, 15)
-"""Whether a table can be made while a compiler traces. That of 2.11 hands no module to a function that it does not trace,
-and releases in between were not tried: there, a call before compilation makes the table."""
+"""Whether a table can be made while a compiler traces. That of 2.11 hands no module to a function that it does not
+trace, and releases in between were not tried: there, a call before compilation makes the table."""
 
 
 class Expert(nn.Module):
