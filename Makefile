@@ -167,7 +167,7 @@ pytest: setup-test develop ## the Python tests
 
 # An environment for each set of releases, over the packages of VENV: only what differs is installed. pip says that
 # packages which these tests do not use with that set, such as TRL with the oldest, do not fit it.
-MATRIX_TESTS := tests/interop $(patsubst %,tests/torch/test_%.py,functional loading lora nn ops)
+MATRIX_TESTS := tests/interop $(wildcard $(patsubst %,tests/torch/test_%*.py,experts functional loading lora nn ops))
 .matrix/%/.made: requirements/matrix-%.txt
 	rm -rf .matrix/$*
 	.ci/make-venv $(py) .matrix/$*
