@@ -57,7 +57,7 @@ def test_qlora_example_learns_saves_and_merges(model: Path, tmp_path: Path, targ
     assert done.returncode == 0, done.stderr[-4000:]
     losses = re.search(r"^loss: ([\d.]+) at the first step, ([\d.]+) at the last$", done.stdout, flags=re.MULTILINE)
     assert losses, done.stdout
-    assert float(losses[2]) < float(losses[1]) - 0.2
+    assert float(losses[2]) < float(losses[1]) - 0.1
 
     adapter = json.loads((output / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     assert adapter["peft_type"] == "LORA"

@@ -3,8 +3,9 @@
 use halfbyte::dtype::DType;
 use halfbyte::error::Result;
 
+use super::chunks::{COLUMNS, most_chunks};
+use super::layer::{Activation, Choices, Experts, Matrices};
 use super::route::Routed;
-use super::{Activation, Choices, Experts, Matrices};
 use crate::blockwise4::quant_type_parameter;
 use crate::driver::{Device, Stream};
 use crate::kernels::{self, Kernel, experts_few as source};
@@ -12,10 +13,6 @@ use crate::launch::parameters;
 use crate::memory::block_shift;
 
 pub(super) const BLOCK: usize = source::BLOCK;
-/// Slots of a chunk at most.
-pub(super) const COLUMNS: usize = source::COLUMNS;
-/// int32 `[4]`.
-pub(super) const CHUNK_BYTES: usize = 16;
 /// Addresses of a matrix in the table.
 const MATRIX_BYTES: u64 = 32;
 /// What is in shared memory besides partial sums, and behind it the rows of each column of a segment.
@@ -26,11 +23,6 @@ const FIXED: usize = source::LANE_TABLE_BYTES
     + source::SEGMENTS * source::SEGMENT_BYTES;
 /// Bytes of each matrix of a segment that are fetched to the second level before they are asked for.
 const AHEAD: i32 = 16 << 10;
-/// Chunks that `slots` have at most.
-pub(super) fn most_chunks(experts: usize, slots: usize) -> usize {
-    slots.min(experts + slots / COLUMNS)
-}
-
 /// What `Experts` is to the kernels.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
@@ -263,12 +255,5 @@ mod tests {
                 }
             }
         }
-    }
-
-    #[test]
-    fn chunks_are_counted() {
-        // One for each slot; one for each expert, and one more for each that is full.
-        assert_eq!(most_chunks(128, 8), 8);
-        assert_eq!(most_chunks(8, 64), 16);
     }
 }

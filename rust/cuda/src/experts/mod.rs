@@ -3,7 +3,9 @@
 //! A slot is one choice of a token's. Every launch knows which slots an expert has from device memory alone, so that nothing
 //! waits for it and a graph can hold it.
 
+mod chunks;
 mod few;
+mod layer;
 mod route;
 mod tile;
 mod workspace;
@@ -17,10 +19,12 @@ use crate::driver::{Device, Stream};
 use crate::kernels::experts_route;
 
 use few::Few;
+use layer::ALIGNMENT;
 use route::Routed;
 use tile::Tile;
 use workspace::Workspace;
 
+pub use layer::{Activation, Choices, Experts, Matrices, Weights};
 pub use tile::maps;
 
 /// The most experts of a block.
@@ -31,99 +35,6 @@ const SIZE_UNIT: usize = few::BLOCK;
 const MOST_SIZE: usize = 1 << 17;
 /// The most choices of a call.
 const MOST_SLOTS: usize = 1 << 19;
-/// What x, y, the workspace and the weights' codes begin at multiples of.
-const ALIGNMENT: u64 = 16;
-
-/// What becomes of the products of gate and up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Activation {
-    /// `silu(gate) * up`
-    Silu,
-    /// `gelu(gate) * up`, by the error function.
-    Gelu,
-    /// The same by tanh.
-    GeluTanh,
-    /// `relu(gate)^2 * up`
-    Relu2,
-    /// gpt-oss's: `min(gate, 7) * sigmoid(1.702 * min(gate, 7)) * (clamp(up, -7, 7) + 1)`
-    ClampedSwiglu,
-}
-
-impl Activation {
-    const NAMES: [(&'static str, Self); 5] = [
-        ("silu", Self::Silu),
-        ("gelu", Self::Gelu),
-        ("gelu_tanh", Self::GeluTanh),
-        ("relu2", Self::Relu2),
-        ("clamped_swiglu", Self::ClampedSwiglu),
-    ];
-}
-
-impl std::str::FromStr for Activation {
-    type Err = Error;
-
-    fn from_str(name: &str) -> Result<Self> {
-        let legal = Self::NAMES.map(|(name, _)| name);
-        let found = Self::NAMES.into_iter().find(|(n, _)| *n == name);
-        found
-            .map(|(_, activation)| activation)
-            .ok_or_else(|| Error::argument("activation", format!("{name:?}"), format!("one of {legal:?}")))
-    }
-}
-
-/// Experts of one shape.
-#[derive(Debug, Clone, Copy)]
-pub struct Experts {
-    device: &'static Device,
-    /// Of x and y.
-    dtype: DType,
-    experts: usize,
-    hidden: usize,
-    intermediate: usize,
-    gated: bool,
-    quant_type: QuantType,
-    blocksize: BlockSize,
-    nested: bool,
-}
-
-/// What the router said, in device memory.
-#[derive(Debug, Clone, Copy)]
-pub struct Choices {
-    /// Rows of x.
-    pub tokens: usize,
-    /// Choices of each.
-    pub top_k: usize,
-    /// int64 `[tokens][top_k]`; from the number of experts on, or below 0: none.
-    pub ids: u64,
-}
-
-impl Choices {
-    fn slots(&self) -> usize {
-        self.tokens * self.top_k
-    }
-}
-
-/// Which weight each choice has: `[tokens][top_k]`.
-#[derive(Debug, Clone, Copy)]
-pub struct Weights {
-    /// In device memory.
-    pub address: u64,
-    /// float32, or that of x.
-    pub dtype: DType,
-}
-
-/// Addresses of the weights.
-#[derive(Debug, Clone, Copy)]
-pub struct Matrices {
-    /// int64 `[gate, up and down, or up and down][experts][4]`: addresses of codes, of absmax, of absmax2 and of the offset.
-    pub table: u64,
-    /// uint8 `[3 or 2][experts][128]`: what the copy engine knows of the codes; 0 for none.
-    pub maps: u64,
-    /// `[experts][2 * intermediate]`, gate first, or `[experts][intermediate]` without one; 0 for none.
-    pub up_bias: u64,
-    /// `[experts][hidden]`; 0 for none.
-    pub down_bias: u64,
-}
 
 impl Experts {
     /// # Errors
@@ -289,7 +200,7 @@ impl Experts {
             let gathered = workspace + parts.out as u64;
             // SAFETY: the caller's.
             return unsafe {
-                route::route(self, stream, choices, few::COLUMNS, &routed)?;
+                route::route(self, stream, choices, chunks::COLUMNS, &routed)?;
                 tile.up(self, stream, choices, matrices, activation, x, &routed, gathered, y)
             };
         }
@@ -297,7 +208,7 @@ impl Experts {
         let routed = Routed::new(workspace, parts, few.routes_itself(choices.slots()));
         if !few.routes_itself(choices.slots()) {
             // SAFETY: the caller's.
-            unsafe { route::route(self, stream, choices, few::COLUMNS, &routed) }?;
+            unsafe { route::route(self, stream, choices, chunks::COLUMNS, &routed) }?;
         }
         // SAFETY: the caller's.
         unsafe { few.up(self, stream, choices, matrices, activation, x, &routed, y) }

@@ -4,8 +4,8 @@
 use halfbyte::dtype::DType;
 use halfbyte::error::Result;
 
+use super::layer::{Choices, Experts, Weights};
 use super::workspace::Workspace;
-use super::{Choices, Experts, Weights};
 use crate::driver::Stream;
 use crate::kernels::{self, experts_route, experts_sum};
 use crate::launch::parameters;

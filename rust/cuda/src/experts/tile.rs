@@ -3,8 +3,8 @@
 use halfbyte::dtype::DType;
 use halfbyte::error::{Error, Result};
 
+use super::layer::{ALIGNMENT, Activation, Choices, Experts, Matrices};
 use super::route::Routed;
-use super::{Activation, Choices, Experts, Matrices};
 use crate::driver::{Device, Stream, TensorMap, TileType};
 use crate::kernels::{
     self, Kernel, experts_gather as gather, experts_tile_sm90a_bf16_32 as source,
@@ -254,8 +254,8 @@ pub fn maps(codes: &[u64], rows: usize, columns: usize) -> Result<Vec<u8>> {
     }
     let mut bytes = Vec::with_capacity(codes.len() * size_of::<TensorMap>());
     for &address in codes {
-        if address == 0 || !address.is_multiple_of(super::ALIGNMENT) {
-            let expected = format!("addresses that are multiples of {}, not 0", super::ALIGNMENT);
+        if address == 0 || !address.is_multiple_of(ALIGNMENT) {
+            let expected = format!("addresses that are multiples of {}, not 0", ALIGNMENT);
             return Err(Error::argument("codes", format!("{address:#x}"), expected));
         }
         let tile = (source::QUARTER_ROWS, source::CODES_ROW_BYTES);

@@ -1,7 +1,7 @@
 //! The memory of a call.
 
-use super::Experts;
-use super::few;
+use super::chunks::{CHUNK_BYTES, most_chunks};
+use super::layer::Experts;
 
 /// Where each part begins.
 const PART: usize = 256;
@@ -37,7 +37,7 @@ impl Workspace {
         let offsets = part((experts.experts + 1) * size_of::<i32>());
         let order = part(slots * size_of::<i32>());
         let chunk_count = part(size_of::<i32>());
-        let chunks = part(few::most_chunks(experts.experts, slots) * few::CHUNK_BYTES);
+        let chunks = part(most_chunks(experts.experts, slots) * CHUNK_BYTES);
         let hidden = part(slots * experts.intermediate * 2);
         let out = part(slots * experts.hidden * 2);
         Self { offsets, order, chunk_count, chunks, hidden, out, bytes: end }

@@ -1,10 +1,9 @@
 //! Quantized matrices of experts that go back to a tensor for all experts, in strips of a few rows.
 
+use super::joining::Joining;
 use super::shard::{Piece, ShardJob};
 use crate::checkpoint::cast::{floats, transposed};
 use crate::checkpoint::dtype::torch_name;
-use crate::checkpoint::fused::Fusion;
-use crate::checkpoint::matrix::strip_rows;
 use crate::checkpoint::scratch::{Scratch, bytes};
 use crate::checkpoint::weights::{Quantized, read_scales};
 use crate::dtype::Element;
@@ -12,24 +11,6 @@ use crate::error::{Error, Result};
 use crate::geometry::packed_len;
 use crate::quant::blockwise4;
 use crate::quant::int8_rowwise::dequantize_rows;
-
-/// What one action puts together.
-pub(super) struct Joining<'a> {
-    pub sources: &'a [Quantized],
-    pub fusion: &'a Fusion,
-    pub expert: usize,
-    pub output: usize,
-}
-
-/// How many values of each matrix to take at a time: whole rows, and a whole number of blocks of each.
-pub(super) fn join_step(fusion: &Fusion, sources: &[Quantized], size: usize) -> usize {
-    let [_, columns] = fusion.matrix_shape();
-    let blocks = sources.iter().map(|weight| match weight {
-        Quantized::FourBit(weight) => weight.state.blocksize.get(),
-        Quantized::Int8(_) => 1,
-    });
-    strip_rows(columns, size, blocks.max().unwrap_or(1)) * columns
-}
 
 impl ShardJob<'_> {
     /// Writes a strip of the matrices of one expert to their places.

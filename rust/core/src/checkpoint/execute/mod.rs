@@ -2,6 +2,7 @@
 
 mod flush;
 mod join;
+mod joining;
 mod rows;
 mod rows_weight;
 mod shard;

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use safetensors::Dtype;
 
 use super::flush::Flusher;
-use super::join::{Joining, join_step};
+use super::joining::{Joining, join_step};
 use super::rows_weight::Rows;
 use crate::checkpoint::cast::{cast, first_overflow, transposed};
 use crate::checkpoint::dtype::{item_size, torch_name, with_element};

@@ -8,8 +8,7 @@ use std::collections::HashMap;
 
 use serde_json::Value;
 
-use super::facts::TensorFacts;
-use super::model::collect_model_types;
+use super::facts::{TensorFacts, collect_model_types};
 
 /// How checkpoints of an architecture call the projections of an expert.
 #[derive(Debug, PartialEq, Eq)]

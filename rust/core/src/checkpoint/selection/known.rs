@@ -24,7 +24,7 @@ pub(super) static KNOWN: &[&str] = &[
     "data2vec-vision", "deberta", "deberta-v2", "decision_transformer", "deepseek_v2", "deepseek_v3", "deepseek_v32",
     "deepseek_v4", "deepseek_vl", "deepseek_vl_hybrid", "deimv2", "deit", "depth_anything", "depth_pro", "detr", "dia",
     "dia_decoder", "dia_encoder", "diffllama", "dinov2", "dinov2_with_registers", "dinov3_convnext", "dinov3_vit",
-    "distilbert", "doge", "donut-swin", "dots3_note", "dots3_note_audio_encoder", "dots3_note_text",
+    "distilbert", "doge", "donut-swin", "dots3_note_audio_encoder", "dots3_note_text",
     "dots3_note_vision_encoder", "dpr", "dpt", "edgetam_video", "edgetam_video_mask_decoder",
     "edgetam_video_prompt_encoder", "efficientloftr", "efficientnet", "electra", "embedding_gemma2",
     "embedding_gemma2_text", "emu3_text_model", "encodec", "encoder-decoder", "eomt", "eomt_dinov3", "ernie",

@@ -11,7 +11,7 @@ use super::architectures::{
 };
 use super::evidence::{Evidence, Layout, is_outside};
 use super::experts::{Experts, experts_of, split_expert};
-use super::facts::{TensorFacts, module_of};
+use super::facts::{TensorFacts, collect_model_types, module_of};
 use super::known;
 use super::matching::{path_matches, plain_key_matches};
 use super::names::Renames;
@@ -429,19 +429,6 @@ pub(super) fn is_integer(dtype: Dtype) -> bool {
             | Dtype::I64
             | Dtype::U64
     )
-}
-
-pub(super) fn collect_model_types<'c>(value: &'c Value, depth: usize, found: &mut Vec<&'c str>) {
-    let Value::Object(fields) = value else { return };
-    if let Some(name) = fields.get("model_type").and_then(Value::as_str).filter(|name| !name.is_empty()) {
-        found.push(name);
-    }
-    // Composite models nest the configurations of their parts two or three deep.
-    if depth < 4 {
-        for nested in fields.values() {
-            collect_model_types(nested, depth + 1, found);
-        }
-    }
 }
 
 fn is_tied(config: &Value) -> bool {
