@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,27 +9,9 @@ from dataclasses import dataclass
 import native
 import numpy as np
 import reference
+from experts import ACTIVATIONS, activated
 from harness import Argument, Buffer, Case, Launch, int32, pointers, tensor_map
 from launches import Check, Described, Scales, bits, filled, near
-
-ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu2": 4, "clamped_swiglu": 5}
-
-
-def activated(name: str, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
-    """The definition, in the precision of its arguments."""
-    if name == "silu":
-        return gate / (1 + np.exp(-gate)) * up
-    if name == "gelu":
-        erf = np.vectorize(math.erf, otypes=[np.float64])
-        return 0.5 * gate * (1 + erf(gate / np.sqrt(2))) * up
-    if name == "gelu_tanh":
-        return 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) * up
-    if name == "relu2":
-        return np.maximum(gate, 0) ** 2 * up
-    if name == "clamped_swiglu":
-        gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
-        return gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
-    return gate
 
 
 @dataclass(frozen=True)

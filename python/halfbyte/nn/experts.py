@@ -71,7 +71,9 @@ class Experts4bit(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts4bit:
         """Move or cast as any module."""
         self._held.hold(None)
-        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
+        apply: Any = super()._apply
+        apply(fn, recurse)
+        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Load as any module: layers may come to hold other tensors."""

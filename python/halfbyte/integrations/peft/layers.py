@@ -62,13 +62,13 @@ def enter(bnb: ModuleType) -> None:
                 _say(reason)
         return theirs(self, x, *args, **kwargs)
 
-    forward.__halfbyte__ = wanted  # type: ignore[attr-defined]
+    forward.__dict__["__halfbyte__"] = wanted
     cls.forward = forward
 
 
-def is_entered(cls: type) -> bool:
+def is_entered(cls: Any) -> bool:
     """Whether the forward of PEFT's class is the one given above, and nobody has replaced it since."""
-    return hasattr(cls.forward, "__halfbyte__")  # type: ignore[attr-defined]
+    return hasattr(cls.forward, "__halfbyte__")
 
 
 def is_fused(layer: nn.Module) -> bool:
