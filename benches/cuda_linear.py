@@ -63,7 +63,10 @@ class Weight:
             return
         scales = (self.codes[i], self.absmax2, self.offset) if nested else (self.absmax[i], None, None)
         parts = (x, self.packed[i], *scales, None, y)
-        _native.cuda_matmul_4bit(*here(), *map(raw, parts), len(x), self.n, self.k, "nf4", BLOCKSIZE, self.kernel)
+        # More than any launch wants.
+        workspace = raw(torch.empty(1 << 25, dtype=torch.uint8, device="cuda")) if len(x) > FEW_ROWS else None
+        shape = len(x), self.n, self.k
+        _native.cuda_matmul_4bit(*here(), *map(raw, parts), *shape, "nf4", BLOCKSIZE, self.kernel, workspace)
 
 
 def main() -> None:

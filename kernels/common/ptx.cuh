@@ -70,6 +70,20 @@ __device__ inline float reciprocal_near(float x) {
     return value;
 }
 
+// ---- signals between blocks ----------------------------------------------------------------------------------------
+
+// What this thread has written, and other threads of the block that it met since, is seen by who finds `value` there.
+__device__ inline void signal(u64 *at, u64 value) {
+    asm volatile("st.release.gpu.global.b64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
+}
+// Waits until another block has signalled that; it must not be one that starts later.
+__device__ inline void wait_for_signal(const u64 *at, u64 value) {
+    u64 found;
+    do {
+        asm volatile("ld.acquire.gpu.global.b64 %0, [%1];" : "=l"(found) : "l"(at) : "memory");
+    } while (found != value);
+}
+
 // ---- bytes ---------------------------------------------------------------------------------------------------------
 
 // Byte i of the result is byte `selector >> 4i & 7` of the eight in (a, b), a's four first.

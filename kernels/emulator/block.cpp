@@ -319,7 +319,7 @@ std::string run(const Run &run) {
     gridDim = run.grid;
     shared_begin_launch(run.shared, run.cluster);
     for (uint64_t i = 0; i < run.blocks && !engine.failed; i += run.cluster) {
-        const uint64_t index = run.first_block + (run.highest_first ? run.blocks - run.cluster - i : i);
+        const uint64_t index = run.first_block + (run.highest_block_first ? run.blocks - run.cluster - i : i);
         engine.set = race_detector() ? unsigned(index / run.cluster % 2) : 0;
         run_blocks(index);
     }

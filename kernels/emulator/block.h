@@ -122,7 +122,8 @@ struct Run {
     dim3 grid, block;
     unsigned cluster;  // blocks of one, along x
     size_t shared;
-    bool highest_first;           // threads and blocks; copies are then made at once
+    bool highest_first;           // threads; copies are then made at once
+    bool highest_block_first;
     uint64_t first_block, blocks;  // those of the grid that are run
 };
 

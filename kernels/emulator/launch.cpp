@@ -52,7 +52,7 @@ std::string checked(const HalfbyteLaunch &launch) {
         }
     }
     return emulator::run({entry->name, entry->call, launch.arguments, grid, block, launch.cluster, launch.shared,
-                      launch.highest_first != 0, launch.first_block, launch.blocks});
+                      launch.highest_first != 0, launch.highest_first == 1, launch.first_block, launch.blocks});
 }
 
 }  // namespace

@@ -11,7 +11,8 @@ struct HalfbyteLaunch {
     uint64_t shared;                // bytes of dynamic shared memory
     uint64_t first_block, blocks;   // those of the grid that are run, in the order x, y, z
     uint32_t cluster;               // blocks of one, along x
-    uint32_t highest_first;         // the order of threads and blocks, and when asynchronous copies are made
+    uint32_t highest_first;         // the order of threads and blocks, and when asynchronous copies are made; 2: but not the
+                                    // order of blocks, of which some wait for those that start before them
     uint32_t count;                 // of arguments
     void *const *arguments;         // [count] where each is
     const uint64_t *sizes;          // [count] their bytes

@@ -50,6 +50,20 @@ inline float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c)
 
 inline float reciprocal_near(float x) { return __frcp_rn(x); }
 
+// ---- signals between blocks ----------------------------------------------------------------------------------------
+
+inline void signal(u64 *at, u64 value) {
+    *at = value;
+    emulator::fence();
+}
+// Blocks run one after another: what is not there yet does not come.
+inline void wait_for_signal(const u64 *at, u64 value, emulator::Site site = emulator::Site::here()) {
+    emulator::fence();
+    if (*at != value) {
+        emulator::fail(site, "a block waits for a signal of one that has not run");
+    }
+}
+
 // ---- bytes ---------------------------------------------------------------------------------------------------------
 
 inline u32 permute_bytes(u32 a, u32 b, u32 selector, emulator::Site site = emulator::Site::here()) {

@@ -403,10 +403,11 @@ class CudaLinear:
     def rows_at_once(self) -> int:
         """Rows of `x` that one launch takes at most, where the kind is one for the matrix units."""
 
-    def pays(self, m: int) -> bool:
-        """Whether `launch` with `m` rows of `x` is faster than dequantizing the weight and a dense product.
+    def workspace(self, m: int) -> int | None:
+        """The bytes of the workspace that `launch` wants for `m` rows of `x`.
 
-        `x` and the packed weight must be aligned to 16 bytes.
+        None when dequantizing the weight and a dense product are faster. `x` and the packed weight must be aligned to
+        16 bytes.
         """
 
     def launch(
@@ -420,11 +421,13 @@ class CudaLinear:
         offset: int,
         bias: int,
         y: int,
+        workspace: int,
     ) -> None:
         """Launch one product of `m` rows of `x` on `stream`.
 
         All other arguments are addresses in device memory. `x`, `bias` and `y` have the dtype of the product. `absmax2`
-        and `offset` are 0 unless the scales are nested; `bias` is 0 without one. The caller has checked the sizes.
+        and `offset` are 0 unless the scales are nested; `bias` is 0 without one; `workspace` is 0 or has as many bytes
+        as the method of that name says. The caller has checked the sizes.
         """
 
 def cuda_expand_absmax(
@@ -676,13 +679,15 @@ def cuda_matmul_4bit(
     quant_type: str,
     blocksize: int,
     kernel: str = "best",
+    workspace: _Buffer | None = None,
 ) -> str:
     """Launch `y [m, n] = x [m, k] @ weight [n, k].T + bias [n]`; gives the name of the (first) kernel.
 
-    "decode_..." are the fast kernels: float16 and bfloat16, k a multiple of 64, blocksize >= 64, x and packed aligned
-    to 16 bytes, compute capability 8.0; launched for 16 or 32 rows of x each. "product_..." take everything, slowly.
-    `kernel` insists on "small_m_sm90", "small_m_sm80", "tile_sm90a" or "simt"; ValueError when that one does not take
-    the arguments.
+    "gemm_4bit_small_m_..." are for few rows: float16 and bfloat16, k a multiple of 64, blocksize >= 64, x and packed
+    aligned to 16 bytes, compute capability 8.0; launched for 16 or 32 rows of x each. "gemm_4bit_tile_..." is for more,
+    on compute capability 9.0; `workspace`, of as many bytes as `CudaLinear.workspace` says, lets it be faster.
+    "gemm_4bit_simt_..." takes everything, slowly. `kernel` insists on "small_m_sm90", "small_m_sm80", "tile_sm90a" or
+    "simt"; ValueError when that one does not take the arguments.
     """
 
 class CheckpointError(ValueError):

@@ -1,5 +1,6 @@
 """Every kernel once or a few times, with ends that are not whole: what compute-sanitizer watches.
 
+python tests/cuda/exercise.py written         but for those that read ahead of what was written, and may not use it
 python tests/cuda/exercise.py past-the-end    one kernel, of more memory than there is: that the tool would say so
 """
 
@@ -11,12 +12,14 @@ import halfbyte.functional as F
 import torch
 from halfbyte import _native
 from halfbyte.backends import cuda as _cuda
+from halfbyte.ops import registry as _registry  # noqa: F401  (defines `torch.ops.halfbyte`)
+from test_experts_cuda import Experts, choices
 
-from kernels import here, raw
+from kernels import here, product, quantize, quantize_nested, raw
 
 
-def main() -> None:
-    """Run them; what they give is tested elsewhere."""
+def main(*, reads_ahead: bool = True) -> None:
+    """Run them; what they give is tested elsewhere. `reads_ahead`: also what reads memory that it then may not need."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for n, k in ((37, 192), (50, 65)):
             values = torch.randn(n, k, dtype=dtype, device="cuda")
@@ -41,9 +44,52 @@ def main() -> None:
         packed, state = F.quantize_4bit(values, quant_type="nf4", compress_statistics=nested)
         for m in (2, 8, 16):
             F.matmul_4bit(torch.randn(m, 4096, dtype=torch.bfloat16, device="cuda"), packed, state)
+    several_rows()
+    int8(reads_ahead)
+    experts()
     # More scales than one group of groups.
     F.quantize_4bit(torch.randn(2**21 + 3, device="cuda"), quant_type="nf4", blocksize=32, compress_statistics=True)
     torch.cuda.synchronize()
+
+
+def several_rows() -> None:
+    """Products of warpgroups: each form, parts of K, and tiles that blocks share."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        return
+    for dtype in (torch.bfloat16, torch.float16):
+        for n, columns, rows in ((140, 544, (40, 90, 120, 180, 250)), (9000, 544, (1000,))):
+            values = torch.randn(n * columns, dtype=dtype, device="cuda")
+            for make in (quantize, quantize_nested):
+                weight = make(values, "nf4", 64)
+                for m in rows:
+                    x = torch.randn(m, columns, dtype=dtype, device="cuda")
+                    # As large as any wants; initcheck must not take it for written.
+                    workspace = torch.empty(1 << 25, dtype=torch.uint8, device="cuda")
+                    product(x, weight, n, "nf4", 64, kernel="tile_sm90a", workspace=workspace)
+
+
+def int8(reads_ahead: bool) -> None:
+    """LLM.int8(): few rows and many, with outliers and without.
+
+    The product of few rows fetches a list of columns with outliers before it knows how long the list is.
+    """
+    for n, columns in ((70, 272), (300, 1040), (33, 65)):
+        codes = torch.randint(-127, 128, (n, columns), dtype=torch.int8, device="cuda")
+        scales = torch.rand(n, device="cuda") + 0.1
+        for m in (1, 9, 40, 130) if reads_ahead else (130,):
+            x = torch.randn(m, columns, dtype=torch.float16, device="cuda")
+            x[m // 2, :3] = 20.0
+            for threshold in (0.0, 6.0):
+                torch.ops.halfbyte.linear_8bit(x, codes, scales, None, threshold)
+
+
+def experts() -> None:
+    """A block of experts: a slot for each, and many."""
+    for nested in (False, True):
+        block = Experts.random(4, 256, 192, nested=nested)
+        for tokens in (1, 9, 200):
+            x = torch.randn(tokens, 256, dtype=torch.bfloat16, device="cuda")
+            block(x, *choices(tokens, 2, 4))
 
 
 def past_the_end() -> None:
@@ -56,4 +102,7 @@ def past_the_end() -> None:
 
 
 if __name__ == "__main__":
-    past_the_end() if sys.argv[1:] == ["past-the-end"] else main()
+    if sys.argv[1:] == ["past-the-end"]:
+        past_the_end()
+    else:
+        main(reads_ahead=sys.argv[1:] != ["written"])

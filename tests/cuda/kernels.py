@@ -105,6 +105,7 @@ def product(
     *,
     bias: torch.Tensor | None = None,
     kernel: str = "best",
+    workspace: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, str]:
     """`x [m, k]` times the transposed weight `[n, k]`; and the kernel's name."""
     m, k = x.shape
@@ -123,6 +124,7 @@ def product(
         quant_type,
         blocksize,
         kernel,
+        None if workspace is None else raw(workspace),
     )
     return y, name
 

@@ -6,6 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from halfbyte import _native  # noqa: E402
 from test_product_cuda import check, weight_of  # noqa: E402
 
 import kernels as k  # noqa: E402
@@ -57,6 +58,38 @@ def test_columns(columns: int) -> None:
     """One part of K to four, and what is left over."""
     for m in (40, 100, 180, 250):
         gemm(m, 200, columns, torch.bfloat16, nested=m == 100)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("n", "columns", "blocksize"), [(14336, 4096, 64), (18001, 2080, 4096)])
+def test_blocks_that_share_all_tiles(n: int, columns: int, blocksize: int, dtype: torch.dtype) -> None:
+    """With a workspace, whatever was in it; the same bits from run to run, on a stream and in a graph."""
+    core = _native.CudaLinear(torch.cuda.current_device(), str(dtype)[6:], n, columns, "nf4", blocksize, False)
+    assert any(core.workspace(m) for m in (300, 512, 1000)), "no product is divided in this way"
+    for m in (300, 512, 1000):
+        workspace = torch.randint(0, 256, (1 << 25,), dtype=torch.uint8, device="cuda")
+        # Scales that are not quantized are so small here and there that float16 has no such weights.
+        nested = m == 512 or dtype is torch.float16
+        gemm(m, n, columns, dtype, blocksize=blocksize, nested=nested, bias=m == 300, workspace=workspace)
+
+
+def test_blocks_share_tiles_in_a_graph_that_runs_again() -> None:
+    """Each replay is a launch with the same token: signals of the one before are gone."""
+    n, columns, m = 14336, 2048, 700
+    weight, _ = weight_of(n, columns, "nf4", 64, nested=False)
+    x = torch.randn(m, columns, dtype=torch.bfloat16, device="cuda")
+    workspace = torch.zeros(1 << 25, dtype=torch.uint8, device="cuda")
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        k.product(x, weight, n, "nf4", 64, kernel="tile_sm90a", workspace=workspace)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        y, _ = k.product(x, weight, n, "nf4", 64, kernel="tile_sm90a", workspace=workspace)
+    for seed in range(20):
+        x.copy_(torch.randn(x.shape, generator=torch.Generator("cuda").manual_seed(seed), device="cuda"))
+        graph.replay()
+        alone, _ = k.product(x, weight, n, "nf4", 64, kernel="tile_sm90a", workspace=workspace)
+        assert k.same_bits(y, alone), seed
 
 
 def test_what_it_does_not_take() -> None:

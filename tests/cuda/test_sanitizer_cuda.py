@@ -19,8 +19,12 @@ def watched(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [TOOL, "--tool", tool, "--error-exitcode", "9"]
     if tool != "initcheck":
         # Only our kernels: those of torch are many, and not ours to judge. What they write, initcheck must know.
-        kernels = "|".join(("quantize", "gemm_4bit_simt", "gemm_4bit_small_m", "embedding_4bit"))
-        command += ["--kernel-name", f"regex={kernels}"]
+        kernels = ["quantize", "gemm_4bit_simt", "gemm_4bit_small_m", "embedding_4bit"]
+        if tool != "racecheck":
+            # In these one lane arrives at a barrier for its warp, which racecheck takes for that lane alone; on the
+            # processor the emulator's race detector watches them.
+            kernels += ["gemm_4bit_tile", "int8", "experts"]
+        command += ["--kernel-name", f"regex={'|'.join(kernels)}"]
     if tool in ("racecheck", "synccheck"):
         # Room for barriers in shared memory: what the tool guesses is too low for the 64 of a block of threads.
         command += ["--num-cuda-barriers", str(2**16)]
@@ -33,7 +37,7 @@ def watched(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif(TOOL is None, reason="compute-sanitizer is not installed")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
 def test_clean(tool: str) -> None:
-    done = watched(tool)
+    done = watched(tool, *(["written"] if tool == "initcheck" else []))
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 
 

@@ -10,7 +10,7 @@ import launches_gemm
 import native
 import numpy as np
 import pytest
-from harness import Case, built, library, run_both_ways
+from harness import Case, KernelError, built, library, run_both_ways
 from launches import Scales
 from launches_gemm import Product, Tile
 from thorough import thorough
@@ -40,6 +40,29 @@ def test_products(dtype: str, tokens: int) -> None:
         product = Product.random(m, n, k, dtype, ("nf4", "fp4")[i % 2], blocksize, nested, bias)
         check = launches_gemm.tile_sm90a(source, product, Tile(tokens, parts))
         check.against(run_both_ways(source, check.case))
+
+
+@pytest.mark.parametrize("tokens", [192, 256])
+@pytest.mark.parametrize("dtype", thorough(["bf16", "f16"], quick=("bf16",)))
+def test_ranges(dtype: str, tokens: int) -> None:
+    """Blocks that share tiles: each whole, in two, among several; ranges that end with a tile, and inside of one."""
+    source = library("gemm_4bit_tile_sm90a")
+    shapes = [(5, 130, 768, 64, 2), (tokens + 3, 200, 544, 32, 5), (tokens, 100, 1024, 128, 4), (9, 300, 256, 64, 2)]
+    for i, (m, n, k, blocksize, ranges) in enumerate(shapes):
+        nested, bias = i % 2 == 1, i % 3 != 0
+        product = Product.random(m, n, k, dtype, ("nf4", "fp4")[i % 2], blocksize, nested, bias)
+        check = launches_gemm.tile_sm90a(source, product, Tile(tokens, ranges=ranges))
+        check.against(run_both_ways(source, check.case))
+
+
+def test_a_block_that_is_waited_for_comes_first() -> None:
+    """The other way round, a device with room for few blocks would wait for ever."""
+    source = library("gemm_4bit_tile_sm90a")
+    product = Product.random(5, 8, 768, "bf16", "nf4", 64)
+    check = launches_gemm.tile_sm90a(source, product, Tile(192, ranges=2))
+    (launch,) = check.case.launches
+    with pytest.raises(KernelError, match="waits for a signal"):
+        source.run(Case([replace(launch, in_order=False)]), highest_first=True)
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -97,6 +120,10 @@ def test_copies_and_matrix_units_read_what_is_there(highest_first: bool) -> None
     ):
         product = Product.random(tokens // 2 + 1, 130, 768, dtype, "nf4", 64, nested=parts == 2)
         check = launches_gemm.tile_sm90a(source, product, Tile(tokens, parts))
+        check.against(source.run(check.case, highest_first))
+    for tokens in (192, 256):
+        product = Product.random(tokens // 2 + 1, 130, 768, "bf16", "nf4", 64)
+        check = launches_gemm.tile_sm90a(source, product, Tile(tokens, ranges=4))
         check.against(source.run(check.case, highest_first))
 
 

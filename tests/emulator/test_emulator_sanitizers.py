@@ -123,6 +123,9 @@ def of_gemm_4bit_tile_sm90a(source: Described) -> Iterator[Check]:
             nested = (dtype == "bf16") == (tokens > 64)
             product = Product.random(m, n, k, dtype, "nf4", blocksize, nested=nested, bias=nested)
             yield launches_gemm.tile_sm90a(source, product, launches_gemm.Tile(tokens, parts=2 if k > 512 else 1))
+        # Blocks that add up what others left.
+        product = Product.random(20, 130, 768, dtype, "nf4", 64)
+        yield launches_gemm.tile_sm90a(source, product, launches_gemm.Tile(192, ranges=4))
 
 
 def of_floor(source: Described) -> Iterator[Check]:

@@ -321,14 +321,16 @@ class Linear:
     nested: bool
     rows_at_once = 32
 
-    def pays(self, m: int) -> bool:
-        """Whether a kernel for more rows is faster than a dense copy."""
-        return m in self.native.paying
+    def workspace(self, m: int) -> int | None:
+        """Where a kernel for more rows is faster than a dense copy, as many bytes as it has rows."""
+        return m if m in self.native.paying else None
 
     def launch(
-        self, stream: int, m: int, x: int, packed: int, absmax: int, absmax2: int, offset: int, bias: int, y: int
-    ) -> None:
+        self, stream: int, m: int, x: int, packed: int, absmax: int, absmax2: int, offset: int, bias: int, y: int,
+        workspace: int,
+    ) -> None:  # fmt: skip
         """One product."""
+        assert workspace == 0 or m in self.native.paying
         self.native.calls.append("product")
         self.native.rows.append(m)
         n, k, dtype = self.n, self.k, self.dtype

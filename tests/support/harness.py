@@ -94,7 +94,8 @@ def tensor_map(
 class Launch:
     """A kernel, its grid and its arguments.
 
-    `window`: the first of the blocks that are run, and how many; None: all. `cluster`: the blocks of one.
+    `window`: the first of the blocks that are run, and how many; None: all. `cluster`: the blocks of one. `in_order`:
+    whether blocks wait for what those that start before them do.
     """
 
     kernel: str
@@ -104,6 +105,11 @@ class Launch:
     shared: int = 0
     window: tuple[int, int] | None = None
     cluster: int = 1
+    in_order: bool = False
+
+    def order(self, highest_first: bool) -> int:
+        """Which threads and blocks come first, as kernels/emulator/launch.h has it."""
+        return 2 if highest_first and self.in_order else int(highest_first)
 
     def blocks(self) -> tuple[int, int]:
         """The first block that is run, and how many are."""
@@ -205,7 +211,7 @@ class Library:
             first_block=first,
             blocks=blocks,
             cluster=launch.cluster,
-            highest_first=highest_first,
+            highest_first=launch.order(highest_first),
             count=len(values),
             arguments=(ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values)),
             sizes=(ctypes.c_uint64 * len(values))(*(len(argument.data) for argument in launch.arguments)),
@@ -293,7 +299,16 @@ def _encode(cases: Sequence[Case], highest_first: bool) -> Iterable[bytes]:
         for launch in case.launches:
             yield numbers(len(launch.kernel)) + launch.kernel.encode()
             yield numbers(
-                launch.grid, 1, 1, launch.block, 1, 1, launch.shared, *launch.blocks(), launch.cluster, highest_first
+                launch.grid,
+                1,
+                1,
+                launch.block,
+                1,
+                1,
+                launch.shared,
+                *launch.blocks(),
+                launch.cluster,
+                launch.order(highest_first),
             )
             yield numbers(len(launch.arguments))
             for argument in launch.arguments:

@@ -240,17 +240,33 @@ def floor_read(source: Described, words: np.ndarray, grid: int, wanted: int) -> 
 
 @dataclass(frozen=True)
 class Tile:
-    """How gemm_4bit_tile_sm90a divides a product: rows of x in a tile, parts of K; `scale_shift` is in bytes."""
+    """How gemm_4bit_tile_sm90a divides a product: rows of x in a tile, and parts of K, or ranges of all tiles.
+
+    `scale_shift` is in bytes.
+    """
 
     tokens: int
     parts: int = 1
     scale_shift: int = 0
+    ranges: int = 0
 
 
 def tile_shared(tokens: int) -> int:
     """The dynamic shared memory of a block, as rust/cuda/src/gemm/tile.rs has it."""
-    codes, x, scales = (3 if tokens > 128 else 6), (4 if tokens > 64 else 8), 2
-    return x * tokens * 128 + 65536 + codes * 8192 + scales * 4096 + 1024 + 2 * (codes + x + scales) * 8
+    x = 4 if tokens > 64 else 8
+    # y and planes, or a table and scales.
+    codes, scales, of_stage, other = (3, 4, 8192, tokens * 128) if tokens > 128 else (6, 2, 4096, 65536)
+    return x * tokens * 128 + other + codes * 8192 + scales * of_stage + 1024 + 2 * (codes + x + scales) * 8
+
+
+def _workspace(plan: Tile, rows: int) -> Argument:
+    """Sums and signals of ranges; what is there before is of no account."""
+    if not plan.ranges:
+        return Argument(bytes(24))
+    sums = Buffer(np.full((plan.ranges, rows * plan.tokens), np.nan, np.float32))
+    signals = Buffer(np.random.default_rng(plan.ranges).integers(1, 1 << 60, plan.ranges, np.uint64))
+    token = 1 << 63 | plan.ranges
+    return Argument(struct.pack("<3Q", 0, 0, token), ((0, sums), (8, signals)))
 
 
 def tile_sm90a(source: Described, product: Product, plan: Tile, exact: bool = False) -> Check:
@@ -269,10 +285,15 @@ def tile_sm90a(source: Described, product: Product, plan: Tile, exact: bool = Fa
         product.scales.argument(plan.scale_shift), Argument(codebook.tobytes()),
         pointers(None if product.bias is None else Buffer(product.bias)), pointers(y),
         int32(m), int32(n), int32(k), size_argument(product.blocksize),
-        Argument(struct.pack("<3i", tiles, of_part, plan.parts)),
+        Argument(struct.pack("<4i", tiles, of_part, plan.parts, plan.ranges)),
+        _workspace(plan, rows),
     ]  # fmt: skip
-    blocks = tiles * ceil_div(n, rows) * plan.parts
-    launch = Launch(kernel, blocks, source.threads[kernel], arguments, tile_shared(plan.tokens), cluster=plan.parts)
+    blocks = plan.ranges or tiles * ceil_div(n, rows) * plan.parts
+    assert plan.ranges <= units * tiles * ceil_div(n, rows), "a range with nothing"
+    launch = Launch(
+        kernel, blocks, source.threads[kernel], arguments, tile_shared(plan.tokens),
+        cluster=plan.parts, in_order=plan.ranges > 0,
+    )  # fmt: skip
     name = f"{kernel}, {m} x {n} x {k}, {product.quant_type} in {product.blocksize}, {plan}"
     if exact:
         scales = product.scales.absmax
@@ -285,4 +306,4 @@ def tile_sm90a(source: Described, product: Product, plan: Tile, exact: bool = Fa
     with np.errstate(invalid="ignore"):
         scaled = product.weights * np.repeat(product.scales.absmax, product.blocksize)[: n * k].reshape(n, k)
     rounded = native.to_float32(native.from_float32(scaled.astype(np.float32), product.dtype), product.dtype)
-    return Check(name, Case([launch]), [(y, product.result_of(rounded, 2 + k / 16 + plan.parts))])
+    return Check(name, Case([launch]), [(y, product.result_of(rounded, 2 + k / 16 + max(plan.parts, units)))])

@@ -92,6 +92,6 @@ __device__ inline void produce_scales(u8 *shared, const ExpertsProduct &product,
             rows.shifts[i] = nested ? *reinterpret_cast<const float *>(entry[3]) : 0.0f;
             rows.fours = rows.fours && lie_by_fours(rows.scales(i), product.k, product.block_shift);
         }
-        produce_scales<S>(shared, state, rows, map, 0, stages, product.k, product.block_shift, member, lane);
+        produce_scales<S>(shared, state, rows, ScalesSink<S>{}, map, 0, stages, product.k, product.block_shift, member, lane);
     }
 }

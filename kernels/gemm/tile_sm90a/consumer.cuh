@@ -1,5 +1,5 @@
 // The main loop of gemm_4bit_tile_sm90a and of experts_tile_sm90a: consumers dequantize W into the A operand of wgmma and
-// multiply. `S` is the shape of a tile.
+// multiply, a team while the other works. `S` is the shape of a tile.
 #pragma once
 
 #include "gemm/tile_sm90a/shape.cuh"
@@ -34,18 +34,15 @@ __device__ inline void multiply_k_tiles(float (&sums)[TOKENS / 2], u8 *shared, C
     const u32 at_lane = u32(lane) * 8, selector = 0x1100u | (4u + t) << 4;
     const u32 x_base = operand(shared + S::X_AT);
     constexpr int K_TILES = SCALES_K_TILES / S::K_TEAMS;  // of a team in a stage of scales
-    // One team dequantizes a k-tile while the units work on the one before; two teams do so for each other.
-    constexpr int BUFFERS = S::BUFFERED ? 2 : 1;
     // Of a chunk: spans of 32 columns, and k-blocks of 16, of which one wgmma makes the products.
     constexpr int CHUNKS = S::chunks(TOKENS), CHUNK_SPANS = 2 / CHUNKS, CHUNK_K_BLOCKS = 4 / CHUNKS;
-    u32 a[BUFFERS][4 * CHUNK_K_BLOCKS];
+    u32 a[4 * CHUNK_K_BLOCKS];
     // Codes and scales of row g and of row g + 8.
     Words4 words[2][CHUNK_SPANS];
     Floats2 scale[2];
     PipelineState<S::CODES_STAGES> &codes_state = state.codes;
     PipelineState<S::SCALES_STAGES> &scales_state = state.scales;
     PipelineState<S::X_STAGES> &x_state = state.x;
-    u32 x_before = 0;
 
     // The codes and scales of chunk c of k-tile i of the team in a stage of scales.
     const auto load = [&](int i, int c) {
@@ -108,86 +105,37 @@ __device__ inline void multiply_k_tiles(float (&sums)[TOKENS / 2], u8 *shared, C
             multiply_add(T{}, sums, from + 4 * q, b);
         }
     };
-    const auto release_before = [&]() {
-        if (lane == 0) {
-            barrier_arrive(&pipelines.x_empty[x_before]);
-        }
-    };
-    const auto next_x = [&]() {
-        x_before = x_state.stage;
-        x_state.advance(S::K_TEAMS);
-    };
-    // K-tiles of a stage of scales, two of them from `first` on or, with buffers, all; `fresh` when they are the first, `more`
-    // when others follow.
-    const auto main_loop = [&](bool fresh, bool more, int first = 0) {
+    // Two k-tiles of a stage of scales from `first` on; `fresh` when they are the first of all.
+    const auto main_loop = [&](bool fresh, int first) {
 #pragma unroll
-        for (int i = 0; i < (S::BUFFERED ? K_TILES : 2); i++) {
-            if constexpr (!S::BUFFERED) {
+        for (int i = 0; i < 2; i++) {
 #pragma unroll
-                for (int c = 0; c < CHUNKS; c++) {
-                    load(first + i, c);
+            for (int c = 0; c < CHUNKS; c++) {
+                load(first + i, c);
 #pragma unroll
-                    for (int q = 0; q < CHUNK_K_BLOCKS; q++) {
-                        dequantize(a[0], first + i, c, q);
-                    }
-                    if (c == 0) {
-                        barrier_wait(&pipelines.x_full[x_state.stage], x_state.phase);
-                    }
-                    products_begin();
-#pragma unroll
-                    for (int q = 0; q < CHUNK_K_BLOCKS; q++) {
-                        multiply(a[0], c, q, fresh && i == 0 && c == 0 && q == 0);
-                    }
-                    products_commit();
-                    products_wait<0>();
+                for (int q = 0; q < CHUNK_K_BLOCKS; q++) {
+                    dequantize(a, first + i, c, q);
                 }
-                next_x();
-                release_before();
-            } else {
-                const int next = (i + 1) % K_TILES;
-                barrier_wait(&pipelines.x_full[x_state.stage], x_state.phase);
+                if (c == 0) {
+                    barrier_wait(&pipelines.x_full[x_state.stage], x_state.phase);
+                }
+                products_begin();
 #pragma unroll
-                for (int q = 0; q < 4; q++) {
-                    products_begin();
-                    multiply(a[i % BUFFERS], 0, q, fresh && i == 0 && q == 0);
-                    products_commit();
-                    // The same k-block of the k-tile before has ended, and with the last one its stage of x is free.
-                    products_wait<4>();
-                    if (q == 3 && !(fresh && i == 0)) {
-                        release_before();
-                    }
-                    if (i + 1 < K_TILES || more) {
-                        dequantize(a[next % BUFFERS], next, 0, q);
-                    }
+                for (int q = 0; q < CHUNK_K_BLOCKS; q++) {
+                    multiply(a, c, q, fresh && i == 0 && c == 0 && q == 0);
                 }
-                next_x();
-                if (i + 2 < K_TILES || more) {
-                    load((i + 2) % K_TILES, 0);
-                }
+                products_commit();
+                products_wait<0>();
             }
+            if (lane == 0) {
+                barrier_arrive(&pipelines.x_empty[x_state.stage]);
+            }
+            x_state.advance(S::K_TEAMS);
         }
     };
-    if constexpr (S::BUFFERED) {
-        load(0, 0);
-#pragma unroll
-        for (int q = 0; q < 4; q++) {
-            dequantize(a[0], 0, 0, q);
-        }
-        load(1, 0);
-    }
-    main_loop(true, stages > 1);
-    if constexpr (S::BUFFERED) {
-        for (int s = 1; s < stages; s++) {
-            main_loop(false, s + 1 < stages);
-        }
-    } else {
-        constexpr int PAIRS = K_TILES / 2;
-        for (int p = 1; p < stages * PAIRS; p++) {
-            main_loop(false, false, p % PAIRS * 2);
-        }
-    }
-    if constexpr (S::BUFFERED) {
-        products_wait<0>();
-        release_before();
+    main_loop(true, 0);
+    constexpr int PAIRS = K_TILES / 2;
+    for (int p = 1; p < stages * PAIRS; p++) {
+        main_loop(false, p % PAIRS * 2);
     }
 }

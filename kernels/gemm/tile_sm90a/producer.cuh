@@ -1,45 +1,50 @@
-// The producer warps of gemm_4bit_tile_sm90a: one thread has the copy engine (TMA) bring codes and x, two warps bring scales.
+// The producer warps of gemm_4bit_tile_sm90a: one thread has the copy engine (TMA) bring codes, another x; two warps
+// bring scales.
 #pragma once
 
-#include "gemm/tile_sm90a/shape.cuh"
+#include "gemm/tile_sm90a/walk.cuh"
 
-// By one thread: stages of codes [ROWS][CODES_ROW_BYTES] and of x [TOKENS][K_TILE], in the order in which they are needed.
+// By one thread: stages of codes [ROWS][CODES_ROW_BYTES] of the tiles of a walk.
 template <int TOKENS>
-__device__ inline void produce_codes_and_x(u8 *shared, const TensorMap *x_map,
-                                           const TensorMap *codes_map, const Tile &tile) {
+__device__ inline void produce_codes(u8 *shared, const TensorMap *map, ProductWalk<TOKENS> walk) {
     using S = Shape<TOKENS>;
     const Pipelines<S> pipelines(shared);
-    const int stages = tile.stages * (SCALES_K / CODES_K), first = tile.begin * (SCALES_K / 2);
     // A prefetch reads nothing, so that it does not matter who still writes the weight.
-    for (int stage = 0; stage < stages && stage < S::CODES_STAGES; stage++) {
-        fetch_box(codes_map, first + stage * CODES_ROW_BYTES, tile.row);
+    const Tile first = walk.tile();
+    for (int i = 0; i < S::CODES_STAGES && i < first.stages * (SCALES_K / CODES_K); i++) {
+        fetch_box(map, first.begin * (SCALES_K / 2) + i * CODES_ROW_BYTES, first.row);
     }
     wait_for_previous();
-    PipelineState<S::CODES_STAGES> codes;
-    PipelineState<S::X_STAGES> x;
-    const auto bring_codes = [&](int stage) {
-        Barrier *const full = &pipelines.codes_full[codes.stage];
-        barrier_wait(&pipelines.codes_empty[codes.stage], codes.phase ^ 1);
-        barrier_arrive_expecting(full, S::CODES_BYTES);
-        copy_box(shared + S::CODES_AT + codes.stage * S::CODES_BYTES, codes_map, first + stage * CODES_ROW_BYTES, tile.row,
-                 full);
-        codes.advance();
-    };
-    // So far codes are ahead of x that both wait for the end of the same k-tile.
-    constexpr int AHEAD = S::CODES_STAGES - S::X_STAGES / 2;
-    for (int stage = 0; stage < stages && stage < AHEAD; stage++) {
-        bring_codes(stage);
-    }
-    for (int stage = 0; stage < stages; stage++) {
-        if (stage + AHEAD < stages) {
-            bring_codes(stage + AHEAD);
+    PipelineState<S::CODES_STAGES> state;
+    for (; walk.there(); walk.advance()) {
+        const Tile tile = walk.tile();
+        const int end = (tile.begin + tile.stages) * (SCALES_K / 2);
+        for (int byte = tile.begin * (SCALES_K / 2); byte < end; byte += CODES_ROW_BYTES) {
+            Barrier *const full = &pipelines.codes_full[state.stage];
+            barrier_wait(&pipelines.codes_empty[state.stage], state.phase ^ 1);
+            barrier_arrive_expecting(full, S::CODES_BYTES);
+            copy_box(shared + S::CODES_AT + state.stage * S::CODES_BYTES, map, byte, tile.row, full);
+            state.advance();
         }
-        for (int k_tile = 2 * stage; k_tile < 2 * stage + 2; k_tile++) {
-            Barrier *const full = &pipelines.x_full[x.stage];
-            barrier_wait(&pipelines.x_empty[x.stage], x.phase ^ 1);
+    }
+}
+
+// By one thread: stages of x [TOKENS][K_TILE].
+template <int TOKENS>
+__device__ inline void produce_x(u8 *shared, const TensorMap *map, ProductWalk<TOKENS> walk) {
+    using S = Shape<TOKENS>;
+    const Pipelines<S> pipelines(shared);
+    wait_for_previous();
+    PipelineState<S::X_STAGES> state;
+    for (; walk.there(); walk.advance()) {
+        const Tile tile = walk.tile();
+        const int end = (tile.begin + tile.stages) * SCALES_K;
+        for (int column = tile.begin * SCALES_K; column < end; column += K_TILE) {
+            Barrier *const full = &pipelines.x_full[state.stage];
+            barrier_wait(&pipelines.x_empty[state.stage], state.phase ^ 1);
             barrier_arrive_expecting(full, S::X_BYTES);
-            copy_box(shared + S::X_AT + x.stage * S::X_BYTES, x_map, tile.begin * SCALES_K + k_tile * K_TILE, tile.token, full);
-            x.advance();
+            copy_box(shared + S::X_AT + state.stage * S::X_BYTES, map, column, tile.token, full);
+            state.advance();
         }
     }
 }
@@ -61,26 +66,54 @@ __device__ inline bool lie_by_fours(const Scales &scales, int k, int block_shift
     return block_shift == 6 && k % SCALES_K == 0 && is_aligned(read, 16);
 }
 
-// Stages of scales as float32, [SCALES_K_TILES][TILE_ROWS][2], by SCALE_PRODUCERS threads of which this is `member`: it brings
-// rows member + i * SCALE_PRODUCERS. Of row i `rows.scales(i)`, `rows.offset(i)` and `rows.first(i)`, the values of W before
-// it; `rows.nested` and `rows.fours` hold for all. Scales are those of columns from stage `begin` on.
-template <typename S, typename Rows>
-__device__ inline void produce_scales(u8 *shared, PipelineState<S::SCALES_STAGES> &state, const Rows &rows, const float *map,
-                                      int begin, int stages, int k, int block_shift, int member, int lane) {
+// Where scales go as float32: a stage is [SCALES_K_TILES][TILE_ROWS][2], of columns 0 to 31 of a k-tile and of the others.
+template <typename S>
+struct ScalesSink {
+    static constexpr int K_TILES = SCALES_K_TILES;  // of a stage
+
+    __device__ static void put(u8 *stage, int k_tile, int row, float first, float second) {
+        reinterpret_cast<Floats2 *>(stage)[k_tile * S::TILE_ROWS + row] = {first, second};
+    }
+};
+
+// Stages of scales, by SCALE_PRODUCERS threads of which this is `member`: it brings rows member + i * SCALE_PRODUCERS, and
+// `sink` puts them where the consumers want them. Of row i `rows.scales(i)`, `rows.offset(i)` and `rows.first(i)`, the values
+// of W before it; `rows.nested` and `rows.fours` hold for all. Scales are those of columns from stage `begin` on.
+template <typename S, typename Rows, typename Sink>
+__device__ inline void produce_scales(u8 *shared, PipelineState<S::SCALES_STAGES> &state, const Rows &rows, const Sink &sink,
+                                      const float *map, int begin, int stages, int k, int block_shift, int member, int lane) {
     constexpr int MINE = S::TILE_ROWS / SCALE_PRODUCERS;
     const Pipelines<S> pipelines(shared);
     const bool nested = rows.nested;
-    const auto place_of = [&](u32 stage) {
-        return reinterpret_cast<Floats2 *>(shared + S::SCALES_AT + stage * S::SCALES_BYTES);
+    // Around what is put for k-tile j.
+    const auto enter = [&](int j) {
+        if (j % Sink::K_TILES == 0) {
+            barrier_wait(&pipelines.scales_empty[state.stage], state.phase ^ 1);
+        }
+        return shared + S::SCALES_AT + state.stage * S::SCALES_BYTES;
+    };
+    const auto leave = [&](int j) {
+        if (j % Sink::K_TILES == Sink::K_TILES - 1) {
+            __syncwarp();
+            if (lane == 0) {
+                barrier_arrive(&pipelines.scales_full[state.stage]);
+            }
+            state.advance();
+        }
     };
     if (rows.fours) {
         // Of nested scales four codes in a word, and their common second scale.
         Floats4 values[MINE];
+        i64 first_block[MINE];
+#pragma unroll
+        for (int i = 0; i < MINE; i++) {
+            first_block[i] = (rows.first(i) + i64(begin) * SCALES_K) >> 6;
+        }
         const auto load = [&](int stage) {
 #pragma unroll
             for (int i = 0; i < MINE; i++) {
                 const Scales scales = rows.scales(i);
-                const i64 block = (rows.first(i) + i64(begin + stage) * SCALES_K) >> 6;
+                const i64 block = first_block[i] + stage * SCALES_K_TILES;
                 if (nested) {
                     values[i].value[0] = __uint_as_float(*reinterpret_cast<const u32 *>(scales.codes + block));
                     values[i].value[1] = scales.absmax2[block >> NESTED_SHIFT];
@@ -91,56 +124,50 @@ __device__ inline void produce_scales(u8 *shared, PipelineState<S::SCALES_STAGES
         };
         load(0);
         for (int stage = 0; stage < stages; stage++) {
-            barrier_wait(&pipelines.scales_empty[state.stage], state.phase ^ 1);
-            Floats2 *const to = place_of(state.stage) + member;
 #pragma unroll
-            for (int i = 0; i < MINE; i++) {
-                const u32 codes = __float_as_uint(values[i].value[0]);
-                const float second = values[i].value[1];
+            for (int j = 0; j < SCALES_K_TILES; j++) {
+                u8 *const to = enter(j);
 #pragma unroll
-                for (int j = 0; j < SCALES_K_TILES; j++) {
-                    const float scale = nested ? RawScale<true>{codes >> 8 * j & 255, second}.value(map, rows.offset(i))
-                                               : values[i].value[j];
-                    to[j * S::TILE_ROWS + SCALE_PRODUCERS * i] = {scale, scale};
+                for (int i = 0; i < MINE; i++) {
+                    const u32 code = __float_as_uint(values[i].value[0]) >> 8 * j & 255;
+                    const float scale =
+                        nested ? RawScale<true>{code, values[i].value[1]}.value(map, rows.offset(i)) : values[i].value[j];
+                    sink.put(to, j % Sink::K_TILES, member + SCALE_PRODUCERS * i, scale, scale);
                 }
+                leave(j);
             }
-            __syncwarp();
-            if (lane == 0) {
-                barrier_arrive(&pipelines.scales_full[state.stage]);
-            }
-            state.advance();
-            // The consumers are two stages behind.
+            // The consumers are some k-tiles behind.
             load(stage + 1 < stages ? stage + 1 : stage);
         }
     } else {
         for (int stage = 0; stage < stages; stage++) {
-            barrier_wait(&pipelines.scales_empty[state.stage], state.phase ^ 1);
             const int left = k - SCALE_SPAN - (begin + stage) * SCALES_K;
+            // Those of a row at a time, so that all loads are on the way together, or those of a k-tile.
+            constexpr int AT_ONCE = Sink::K_TILES;
 #pragma unroll 1
-            for (int i = 0; i < MINE; i++) {
-                const Scales scales = rows.scales(i);
-                const i64 first = rows.first(i) + i64(begin + stage) * SCALES_K;
-                // Behind the last column that of the last: there x is zero.
-                const auto find = [&](int j) {
-                    const i64 block = (first + (j * SCALE_SPAN < left ? j * SCALE_SPAN : left)) >> block_shift;
-                    return nested ? ScaleReader<true>(scales, block)[0].value(map, rows.offset(i)) : scales.absmax[block];
-                };
-                Floats2 found[SCALES_K_TILES];
+            for (int j = 0; j < SCALES_K_TILES; j += AT_ONCE) {
+                u8 *const to = enter(j);
+#pragma unroll 1
+                for (int i = 0; i < MINE; i++) {
+                    const Scales scales = rows.scales(i);
+                    const i64 first = rows.first(i) + i64(begin + stage) * SCALES_K;
+                    // Behind the last column that of the last: there x is zero.
+                    const auto find = [&](int span) {
+                        const i64 block = (first + (span * SCALE_SPAN < left ? span * SCALE_SPAN : left)) >> block_shift;
+                        return nested ? ScaleReader<true>(scales, block)[0].value(map, rows.offset(i)) : scales.absmax[block];
+                    };
+                    Floats2 found[AT_ONCE];
 #pragma unroll
-                for (int j = 0; j < SCALES_K_TILES; j++) {
-                    found[j] = {find(2 * j), find(2 * j + 1)};
-                }
-                Floats2 *const to = place_of(state.stage) + member + SCALE_PRODUCERS * i;
+                    for (int more = 0; more < AT_ONCE; more++) {
+                        found[more] = {find(2 * (j + more)), find(2 * (j + more) + 1)};
+                    }
 #pragma unroll
-                for (int j = 0; j < SCALES_K_TILES; j++) {
-                    to[j * S::TILE_ROWS] = found[j];
+                    for (int more = 0; more < AT_ONCE; more++) {
+                        sink.put(to, more, member + SCALE_PRODUCERS * i, found[more].value[0], found[more].value[1]);
+                    }
                 }
+                leave(j + AT_ONCE - 1);
             }
-            __syncwarp();
-            if (lane == 0) {
-                barrier_arrive(&pipelines.scales_full[state.stage]);
-            }
-            state.advance();
         }
     }
 }
@@ -161,17 +188,22 @@ struct WeightRows {
     }
 };
 
-// By SCALE_PRODUCERS threads: the scales of a tile. `member` is this thread among them.
-template <typename S>
-__device__ inline void produce_scales(u8 *shared, const Scales &scales, int n, int k, int block_shift, const Tile &tile,
-                                      int member, int lane) {
+// By SCALE_PRODUCERS threads: the scales of the tiles. `member` is this thread among them.
+template <int TOKENS, typename Sink>
+__device__ inline void produce_scales(u8 *shared, const Scales &scales, const Sink &sink, int n, int k, int block_shift,
+                                      ProductWalk<TOKENS> walk, int member, int lane) {
+    using S = Shape<TOKENS>;
     wait_for_previous();
-    WeightRows rows{scales, tile.row + member, n, k, scales.absmax == nullptr, lie_by_fours(scales, k, block_shift), 0.0f};
+    WeightRows rows{scales, 0, n, k, scales.absmax == nullptr, lie_by_fours(scales, k, block_shift), 0.0f};
     const float *map = nullptr;
     if (rows.nested) {
         map = fill_map<S>(shared, member);
         rows.shift = *scales.offset;
     }
     PipelineState<S::SCALES_STAGES> state;
-    produce_scales<S>(shared, state, rows, map, tile.begin, tile.stages, k, block_shift, member, lane);
+    for (; walk.there(); walk.advance()) {
+        const Tile tile = walk.tile();
+        rows.row = tile.row + member;
+        produce_scales<S>(shared, state, rows, sink, map, tile.begin, tile.stages, k, block_shift, member, lane);
+    }
 }

@@ -24,11 +24,21 @@ struct Codebook {
     float value[16];
 };
 
-// How a product is divided: a tile for each block, or for each cluster of `split_k` blocks.
+constexpr u32 PLANES_BYTES = 2 * ROWS * 16;  // the sixteen values of a block of each row, their low and their high bytes
+
+// How a product is divided: a tile for each block, or for each cluster of `split_k` blocks; or in `ranges`.
 struct LaunchConfig {
     int token_tiles;    // along M; those of one range of rows of W follow each other
     int scales_stages;  // of K, in a split; the last split may have fewer
     int split_k;        // blocks of a cluster that share a tile, 1 to MAX_SPLIT_K
+    int ranges;         // blocks, of which each takes as many stages of all tiles as another (stream-K); 0: one tile each
+};
+
+// Where blocks leave their sums of a tile that another one finishes. All of it may hold anything before.
+struct Workspace {
+    float *sums;   // [ranges][TOKENS / 8][TEAM][4]
+    u64 *signals;  // [ranges]: `token` once the sums are there, and 0 when they were read
+    u64 token;     // of this launch alone
 };
 
 // Of the tokens of a tile, how many a block of a cluster adds up, at most; and the bytes of their sums from all splits.
@@ -42,16 +52,17 @@ __device__ constexpr u32 larger(u32 a, u32 b) { return a > b ? a : b; }
 // experts/tile_sm90a has a shape of its own, for the same main loop.
 template <int TOKENS>
 struct Shape {
-    // Two teams take k-tiles in turn where registers have room for both teams' accumulators: up to 128 tokens. With 128 the
-    // A operand of a whole k-tile no longer fits beside them, and a k-tile is dequantized by halves.
+    // Two teams take k-tiles in turn where registers have room for both teams' accumulators: up to 128 tokens. They dequantize
+    // through a table. With 128 the A operand of a whole k-tile no longer fits beside them, and a k-tile is dequantized by
+    // halves. One team has time for permutations, and shared memory for y in place of the table.
     static constexpr int TEAMS = TOKENS <= 128 ? 2 : 1, K_TEAMS = TEAMS;
-    static constexpr bool BUFFERED = TEAMS == 1;
     __device__ static constexpr int chunks(int tokens) { return tokens == 128 ? 2 : 1; }
     static constexpr int CONSUMERS = TEAMS * TEAM, CONSUMER_WARPS = CONSUMERS / WARP;
     static constexpr int THREADS = CONSUMERS + WARPGROUP;
-    static constexpr int CODES_STAGES = TOKENS > 128 ? 3 : 6;  // more than X_STAGES / 2, as producer.cuh needs; 24 or 48 KB
+    static constexpr int CODES_STAGES = TOKENS > 128 ? 3 : 6;  // 24 or 48 KB
     static constexpr int X_STAGES = TOKENS > 64 ? 4 : 8;       // two for each of two teams; twice that where they are small
-    static constexpr int SCALES_STAGES = 2;                    // one is written while the other is read
+    // For two teams scales of some k-tiles, for one the planes of one k-tile: see planes.cuh.
+    static constexpr int SCALES_STAGES = TEAMS == 2 ? 2 : 4;
     static constexpr int ACCUMULATORS = TOKENS / 2;            // of a thread: 64 rows x TOKENS over 128 threads
     static constexpr int TILE_ROWS = ROWS;                     // rows of W of a block, whose codes and scales lie together
     static constexpr int SECOND_ROW = 8;                       // of the two rows of W of a lane, the second behind the first
@@ -59,12 +70,15 @@ struct Shape {
     static constexpr int SCALES_MEETING = 2;                   // the barrier of those who bring scales
     static constexpr u32 CODES_BYTES = TILE_ROWS * CODES_ROW_BYTES;
     static constexpr u32 X_BYTES = TOKENS * K_TILE_BYTES;
-    static constexpr u32 SCALES_BYTES = TILE_ROWS * SCALES_PER_ROW * 4;
-    static constexpr u32 TABLE_BYTES = 256 * 256;
+    static constexpr u32 SCALES_BYTES = TEAMS == 2 ? TILE_ROWS * SCALES_PER_ROW * 4 : 2 * PLANES_BYTES;
+    static constexpr u32 TABLE_BYTES = TEAMS == 2 ? 256 * 256 : 0;
+    static constexpr int OUT_TOKENS = TEAMS == 2 ? TOKENS : TOKENS / 2;  // of which y is put together at a time
+    static constexpr u32 OUT_BYTES = TEAMS == 2 ? 0 : OUT_TOKENS * ROWS * 2;
     // Shared memory, in this order.
     static constexpr u32 X_AT = 0;
     static constexpr u32 TABLE_AT = X_AT + X_STAGES * X_BYTES;
-    static constexpr u32 CODES_AT = TABLE_AT + TABLE_BYTES;
+    static constexpr u32 OUT_AT = TEAMS == 2 ? X_AT : TABLE_AT;
+    static constexpr u32 CODES_AT = TABLE_AT + TABLE_BYTES + OUT_BYTES;
     static constexpr u32 SCALES_AT = CODES_AT + CODES_STAGES * CODES_BYTES;
     static constexpr u32 MAP_AT = SCALES_AT + SCALES_STAGES * SCALES_BYTES;
     static constexpr u32 BARRIERS_AT = MAP_AT + 1024;
@@ -72,16 +86,16 @@ struct Shape {
     static_assert(BYTES <= 232448, "what a block may have");
     // In the epilogue: the other team's accumulators, or those of all splits of K, and behind these y of a split.
     static_assert(TEAMS == 1 || TEAM * ACCUMULATORS * 4 <= X_STAGES * X_BYTES, "the other team's sums take the place of x");
-    static_assert(TOKENS * ROWS * 2 <= X_STAGES * X_BYTES, "y takes the place of x");
+    static_assert(OUT_TOKENS * ROWS * 2 <= CODES_AT - OUT_AT, "y, of two teams in the place of x");
     static constexpr u32 SPLIT_AT =
         larger(received_bytes(TOKENS, 2), larger(received_bytes(TOKENS, 3), received_bytes(TOKENS, 4)));
-    static_assert(SPLIT_AT + split_tokens(TOKENS, 2) * ROWS * 2 <= CODES_AT, "y of a split");
+    static_assert(SPLIT_AT + split_tokens(TOKENS, 2) * ROWS * 2 <= MAP_AT, "y of a split, where nothing is needed any more");
     // Registers of a consumer, and of a producer: setmaxnreg takes multiples of 8.
-    static constexpr int REGISTERS = TEAMS == 2 ? 104 : TOKENS == 256 ? 224 : 208;
-    static constexpr int PRODUCER_REGISTERS = TEAMS == 2 ? 64 : TOKENS == 256 ? 56 : 88;
+    static constexpr int REGISTERS = TEAMS == 2 ? 104 : TOKENS == 256 ? 216 : 208;
+    static constexpr int PRODUCER_REGISTERS = TEAMS == 2 ? 64 : TOKENS == 256 ? 72 : 88;
     static_assert(CONSUMERS * REGISTERS + WARPGROUP * PRODUCER_REGISTERS <= THREADS * (65536 / THREADS / 8 * 8),
                   "a block has the registers that it was launched with, and would wait for more for ever");
-    static_assert(X_STAGES % 2 == 0 && CODES_STAGES > X_STAGES / 2, "k-tiles of two teams, and how far codes are ahead of x");
+    static_assert(X_STAGES % 2 == 0, "k-tiles of two teams");
 };
 
 // Which stage of a pipeline comes next, and the parity of its phase.
@@ -138,12 +152,4 @@ struct ConsumerState {
     PipelineState<S::X_STAGES> x;
 
     __device__ explicit ConsumerState(int turn) { x.stage = u32(turn); }
-};
-
-// What a block of threads makes: rows of W from `row` on by rows of x from `token` on, over stages of scales `begin` to
-// `begin + stages` of K, the `split`th part of K.
-struct Tile {
-    int row, token;
-    int begin, stages;
-    int split;
 };

@@ -213,12 +213,13 @@ def _slow(device: int, dtype: torch.dtype, k: int, blocksize: int) -> str | None
 @functools.lru_cache(maxsize=4096)
 def _kernel(
     device: int, dtype: torch.dtype, n: int, k: int, quant_type: str, blocksize: int, nested: bool
-) -> tuple[Callable[..., None], int, Callable[[int], bool]]:
+) -> tuple[Callable[..., None], int, Callable[[int], int | None]]:
     """Choose the kernel for weights of this kind.
 
     Returns:
         The launcher; the number of rows up to which it is faster than dequantize + matmul (0 when no small-batch kernel
-        takes the weight, which is logged once); and a function that tells the same for more rows.
+        takes the weight, which is logged once); and a function that gives, for more rows, the bytes of the workspace
+        that the launcher wants, or None when dequantize + matmul is faster.
     """
     reason = _slow(device, dtype, k, blocksize)
     if reason is not None and dtype is not torch.float32:
@@ -227,7 +228,7 @@ def _kernel(
         )
     kernel = _native.CudaLinear(device, NAMES[dtype], n, k, quant_type, blocksize, nested)
     most = 0 if reason is not None else kernel.rows_at_once * _FUSED_LAUNCHES[n * k >= _LARGE]
-    return kernel.launch, most, kernel.pays
+    return kernel.launch, most, kernel.workspace
 
 
 @functools.lru_cache(maxsize=4096)
@@ -303,9 +304,10 @@ def linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         bias = (bias if bias.dtype is dtype else bias.to(dtype)).contiguous()
     if m <= _FUSED_ROWS or k == 0:
         device = x.get_device()
-        launch, most, pays = _kernel(device, dtype, n, k, quant_type, blocksize, absmax2 is not None)
+        launch, most, workspace_of = _kernel(device, dtype, n, k, quant_type, blocksize, absmax2 is not None)
         codes = packed.data_ptr()
-        fused = m <= most or pays(m)
+        workspace = 0 if m <= most else workspace_of(m)
+        fused = workspace is not None
         if fused and codes % ALIGNMENT:
             _say_unaligned(n, k)
             fused = False
@@ -319,7 +321,9 @@ def linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
             if rows % ALIGNMENT:
                 x = x.clone()
                 rows = x.data_ptr()
-            launch(current_stream(device), m, rows, codes, *scales, shift, result)
+            scratch = x.new_empty(workspace, dtype=torch.uint8) if workspace else None
+            place = 0 if scratch is None else scratch.data_ptr()
+            launch(current_stream(device), m, rows, codes, *scales, shift, result, place)
             return out
     unpacked = _Weight(weight)
     x, into = x.view(m, k), out.view(m, n)

@@ -447,7 +447,8 @@ fn cuda_dequantize_rows(
 /// `y = x · Wᵀ + bias`; gives the name of the kernel that was used.
 #[pyfunction]
 #[pyo3(signature = (
-    device, stream, x, packed, absmax, absmax2, offset, bias, y, m, n, k, quant_type, blocksize, kernel="best"
+    device, stream, x, packed, absmax, absmax2, offset, bias, y, m, n, k, quant_type, blocksize, kernel="best",
+    workspace=None
 ))]
 #[allow(clippy::too_many_arguments)] // Python's arguments
 fn cuda_matmul_4bit(
@@ -467,7 +468,9 @@ fn cuda_matmul_4bit(
     quant_type: &str,
     blocksize: usize,
     kernel: &str,
+    workspace: Option<RawBuffer>,
 ) -> PyResult<&'static str> {
+    let workspace = workspace.map(|workspace| memory("workspace", workspace)).transpose().map_err(to_py)?;
     let check = || {
         let (x, packed, y) = (memory("x", x)?, memory("packed", packed)?, memory("y", y)?);
         let bias = bias.map(|bias| memory("bias", bias)).transpose()?;
@@ -487,6 +490,7 @@ fn cuda_matmul_4bit(
         k,
         quant_type,
         blocksize,
+        workspace: workspace.as_ref(),
     };
     // SAFETY: the Python caller's to keep.
     py.detach(|| unsafe { cuda::gemm_4bit(device, Stream(stream), &product, kernel) }).map_err(to_py)

@@ -58,14 +58,16 @@ impl CudaLinear {
         cuda::rows_at_once(self.device, self.n, self.k, codes)
     }
 
-    /// Whether `launch` makes a product of `m` rows of `x` in less time than a dense copy of the weight and a product with
-    /// that, rows beyond those of `rows_at_once` being meant; `x` and the codes begin at multiples of 16 bytes.
-    fn pays(&self, m: usize) -> bool {
+    /// If `launch` makes a product of `m` rows of `x` in less time than a dense copy of the weight and a product with that, rows
+    /// beyond those of `rows_at_once` being meant: the bytes of the workspace that it wants. `x` and the codes begin at
+    /// multiples of 16 bytes.
+    fn workspace(&self, m: usize) -> Option<usize> {
         cuda::tile_pays(self.device, self.dtype, (m, self.n, self.k))
     }
 
     /// Make one product on `stream`, with `m` rows of `x`. All others are addresses of memory of the device: of `x` and
-    /// `y` in the dtype, of the codes, the scales (two levels and the offset when nested), and the bias or 0.
+    /// `y` in the dtype, of the codes, the scales (two levels and the offset when nested), and the bias or 0; `workspace` has
+    /// the bytes that the method of that name tells, or is 0.
     #[allow(clippy::too_many_arguments)] // Python's arguments
     fn launch(
         &self,
@@ -79,6 +81,7 @@ impl CudaLinear {
         offset: usize,
         bias: usize,
         y: usize,
+        workspace: usize,
     ) -> PyResult<()> {
         let call = || -> Result<()> {
             let (n, k, dtype) = (self.n, self.k, self.dtype);
@@ -102,6 +105,11 @@ impl CudaLinear {
             let y = memory("y", y, m.checked_mul(n), dtype)?;
             let packed = memory("packed", packed, Some(packed_len(self.values)), DType::U8)?;
             let bias = if bias == 0 { None } else { Some(memory("bias", bias, Some(n), dtype)?) };
+            let bytes = if workspace == 0 { None } else { cuda::tile_pays(self.device, dtype, (m, n, k)) };
+            let workspace = match bytes {
+                Some(bytes) if bytes > 0 => Some(memory("workspace", workspace, Some(bytes), DType::U8)?),
+                _ => None,
+            };
             let product = Gemm4bit {
                 x: &x,
                 packed: &packed,
@@ -113,6 +121,7 @@ impl CudaLinear {
                 k,
                 quant_type: self.quant_type,
                 blocksize: self.blocksize,
+                workspace: workspace.as_ref(),
             };
             // SAFETY: the Python caller's to keep.
             unsafe { cuda::gemm_4bit(self.device, Stream(stream), &product, Choice::Best) }.map(|_| ())

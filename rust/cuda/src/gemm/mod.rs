@@ -45,6 +45,8 @@ pub struct Gemm4bit<'a> {
     pub quant_type: QuantType,
     /// Values of `W` that share a scale.
     pub blocksize: BlockSize,
+    /// As many bytes as [`tile_pays`] says, or none: then the product may take longer.
+    pub workspace: Option<&'a Memory>,
 }
 
 /// The kernel that [`gemm_4bit`] used: its name begins with `gemm_4bit_small_m`, `gemm_4bit_tile` or `gemm_4bit_simt`.
@@ -73,7 +75,8 @@ impl Gemm4bit<'_> {
         if !Tile::reaches(self.x.address(), self.packed.address()) {
             return None;
         }
-        Tile::new(device, self.x.dtype(), (self.m, self.n, self.k))
+        let workspace = self.workspace.filter(|workspace| workspace.is_aligned(16)).map_or(0, Memory::count);
+        Tile::new(device, self.x.dtype(), (self.m, self.n, self.k), workspace)
     }
 
     fn suits_sm90(&self) -> bool {
@@ -96,6 +99,9 @@ impl Gemm4bit<'_> {
         self.y.of(&[dtype])?.long(size("y", self.m, self.n)?, "m x n")?;
         let values = size("packed", self.n, self.k)?;
         self.packed.of(&[DType::U8])?.long(packed_len(values), "two codes to a byte")?;
+        if let Some(workspace) = self.workspace {
+            workspace.of(&[DType::U8])?;
+        }
         if let Some(bias) = self.bias {
             bias.of(&[dtype])?.long(self.n, "one per row of the weight")?;
         }
@@ -188,8 +194,9 @@ pub unsafe fn gemm_4bit(device: &Device, stream: Stream, product: &Gemm4bit<'_>,
         let (x, y) = (product.x.address(), product.y.address());
         let (x, codes) = tile.maps(product.x.dtype(), (m, n, k), x, packed)?;
         let (codebook, config) = (codebook(product.quant_type), tile.config);
+        let workspace = tile.workspace(product.workspace.map_or(0, Memory::address));
         let (m, n, k) = (m as i32, n as i32, k as i32);
-        let parameters = parameters![x, codes, scales, codebook, bias, y, m, n, k, shift, config];
+        let parameters = parameters![x, codes, scales, codebook, bias, y, m, n, k, shift, config, workspace];
         let blocks = (tile.blocks, tile.cluster);
         // SAFETY: the kernel's parameters in its order; lengths and alignment were checked, it waits before it touches what
         // earlier ones write, the rest is the caller's.

@@ -1,6 +1,10 @@
 //! Products of more than a few rows with a 4-bit weight (kernels/gemm/tile_sm90a): which shapes they take, how the work is divided,
 //! and how long it takes beside a dense copy of the weight.
 
+use std::hash::{BuildHasher as _, RandomState};
+use std::sync::LazyLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use halfbyte::codebook::QuantType;
 use halfbyte::dtype::DType;
 use halfbyte::error::Result;
@@ -20,6 +24,8 @@ const CODES_ROW_BYTES: usize = bf16_64::CODES_ROW_BYTES;
 const SCALES_K: usize = bf16_64::SCALES_K;
 const SCALES_K_TILES: usize = bf16_64::SCALES_K_TILES;
 const MAX_SPLIT_K: usize = bf16_64::MAX_SPLIT_K;
+/// Rows of `x` in a tile from which on blocks may share all tiles evenly: below, a block makes one tile.
+const RANGES_TOKENS: usize = 192;
 /// What `k` is a multiple of, and the addresses of `x` and the codes: so the copy engine wants it.
 const COLUMNS: usize = 32;
 const ALIGNMENT: u64 = 16;
@@ -63,14 +69,14 @@ const FORMS: [Form; 5] = [
     },
     Form {
         tokens: 192,
-        step: 0.56,
+        step: 0.58,
         shared: bf16_192::SHAPE_192_BYTES,
         bf16: &kernels::GEMM_4BIT_TILE_SM90A_BF16_192,
         f16: &kernels::GEMM_4BIT_TILE_SM90A_F16_192,
     },
     Form {
         tokens: 256,
-        step: 0.67,
+        step: 0.675,
         shared: bf16_256::SHAPE_256_BYTES,
         bf16: &kernels::GEMM_4BIT_TILE_SM90A_BF16_256,
         f16: &kernels::GEMM_4BIT_TILE_SM90A_F16_256,
@@ -84,6 +90,16 @@ pub(super) struct Config {
     token_tiles: i32,
     scales_stages: i32,
     split_k: i32,
+    ranges: i32,
+}
+
+/// What `Workspace` is to the kernel.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Workspace {
+    sums: u64,
+    signals: u64,
+    token: u64,
 }
 
 /// A launch.
@@ -95,6 +111,8 @@ pub(super) struct Tile {
     /// Blocks of a cluster.
     pub cluster: u32,
     pub shared: u32,
+    /// Bytes of the workspace.
+    pub workspace: usize,
     tokens: usize,
     /// What it takes, in microseconds.
     time: f64,
@@ -107,7 +125,10 @@ const LAUNCH: f64 = 1.3;
 const WAVE: f64 = 5.5;
 /// Of adding up the parts of K.
 const ADDING: f64 = 1.0;
-/// What is more than so many microseconds takes longer by so much: then power limits the clock, more than cuBLAS's.
+/// Of ranges: what each tile takes besides its steps, and what sums take that go through memory.
+const TILE: f64 = 1.0;
+const SHARING: f64 = 7.0;
+/// What is more than so many microseconds takes longer by so much: then power limits the clock.
 const LONG: f64 = 60.0;
 const LONGER: f64 = 1.2;
 /// Of a dense copy for a million values, and the values that a microsecond brings from memory to the matrix units.
@@ -136,8 +157,13 @@ fn resident(multiprocessors: usize, split_k: usize) -> usize {
     (multiprocessors * of_132 / 132).max(1)
 }
 
-/// The fastest way to divide a product, and its time.
-fn divide((m, n, k): (usize, usize, usize), multiprocessors: usize) -> (Form, Config, u64, f64) {
+/// What a time becomes at the clock that power allows.
+fn heated(time: f64) -> f64 {
+    time.min(LONG) + LONGER * (time - LONG).max(0.0)
+}
+
+/// The fastest way to divide a product, and its time; into ranges only where that is wanted.
+fn divide((m, n, k): (usize, usize, usize), multiprocessors: usize, with_ranges: bool) -> (Form, Config, u64, f64) {
     let units = k.div_ceil(SCALES_K);
     let mut best: Option<(Form, Config, u64, f64)> = None;
     for form in FORMS {
@@ -152,24 +178,52 @@ fn divide((m, n, k): (usize, usize, usize), multiprocessors: usize) -> (Form, Co
             let waves = tiles.div_ceil(resident(multiprocessors, split_k));
             let adding = if split_k > 1 { ADDING } else { 0.0 };
             let steps = (of_split * SCALES_K_TILES) as f64;
-            let short = LAUNCH + waves as f64 * (WAVE + steps * form.step + adding);
-            let time = short.min(LONG) + LONGER * (short - LONG).max(0.0);
+            let time = heated(LAUNCH + waves as f64 * (WAVE + steps * form.step + adding));
+            if best.is_none_or(|(.., least)| time < least) {
+                let config = Config {
+                    token_tiles: token_tiles as i32,
+                    scales_stages: of_split as i32,
+                    split_k: split_k as i32,
+                    ranges: 0,
+                };
+                best = Some((form, config, (tiles * split_k) as u64, time));
+            }
+        }
+        let ranges = multiprocessors.min(tiles * units);
+        if with_ranges && form.tokens >= RANGES_TOKENS && ranges > 0 {
+            let steps = ((tiles * units).div_ceil(ranges) * SCALES_K_TILES) as f64;
+            let time = heated(LAUNCH + WAVE + SHARING + steps * form.step + tiles as f64 / ranges as f64 * TILE);
             if best.is_none_or(|(.., least)| time < least) {
                 let config =
-                    Config { token_tiles: token_tiles as i32, scales_stages: of_split as i32, split_k: split_k as i32 };
-                best = Some((form, config, (tiles * split_k) as u64, time));
+                    Config { token_tiles: token_tiles as i32, scales_stages: 0, split_k: 1, ranges: ranges as i32 };
+                best = Some((form, config, ranges as u64, time));
             }
         }
     }
     // One part is always possible, but for no columns at all, which nobody asks for.
-    best.unwrap_or((FORMS[0], Config { token_tiles: 1, scales_stages: 0, split_k: 1 }, 0, f64::INFINITY))
+    best.unwrap_or((FORMS[0], Config { token_tiles: 1, scales_stages: 0, split_k: 1, ranges: 0 }, 0, f64::INFINITY))
+}
+
+/// Where the sums of ranges are in the workspace, and behind them the signals; and its bytes.
+fn workspace_layout(tokens: usize, ranges: usize) -> (usize, usize) {
+    let sums = ranges * tokens * ROWS * size_of::<f32>();
+    (sums, sums + ranges * size_of::<u64>())
+}
+
+/// A number that no launch of this process had, and that memory does not hold by chance: what it held before may be anything.
+fn token() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    static SEED: LazyLock<u64> = LazyLock::new(|| RandomState::new().hash_one(std::process::id()));
+    // Even steps from an odd number: all different for 2^63 launches, and none 0.
+    let count = NEXT.fetch_add(1, Ordering::Relaxed);
+    (*SEED | 1).wrapping_add(count.wrapping_mul(2 * 0x4f1b_bcdc_bfa5_3e0b))
 }
 
 /// Microseconds of a dense copy of the weight and a product with that.
 fn dense_time((m, n, k): (usize, usize, usize), multiprocessors: usize) -> f64 {
     let values = n as f64 * k as f64;
     let products = values * m as f64 / (PRODUCTS * multiprocessors as f64);
-    DENSE_LAUNCHES + COPY * values / 1e6 + products.max(values / DENSE_VALUES)
+    heated(DENSE_LAUNCHES + COPY * values / 1e6 + products.max(values / DENSE_VALUES))
 }
 
 /// Whether a shape and a type are for the kernel at all.
@@ -183,17 +237,28 @@ fn takes(capability: Capability, shared_per_block: u32, dtype: DType, (m, n, k):
         && k.is_multiple_of(COLUMNS)
         && [m, n, k].iter().all(|&size| i32::try_from(size).is_ok())
         && k * 2 < MOST_PITCH
-        // Tiles and blocks are counted in 32 bits.
-        && i32::try_from(m.div_ceil(64) * n.div_ceil(ROWS) * MAX_SPLIT_K).is_ok()
+        // Tiles and blocks are counted in 32 bits, and so are stages of all tiles.
+        && i32::try_from(m.div_ceil(64) * n.div_ceil(ROWS) * k.div_ceil(SCALES_K).max(MAX_SPLIT_K)).is_ok()
 }
 
 impl Tile {
-    /// The launch for a product of this shape, or `None` when the kernel does not take it on this device.
-    pub(super) fn new(device: &Device, dtype: DType, shape: (usize, usize, usize)) -> Option<Self> {
+    /// The launch for a product of this shape with so many bytes of workspace at most, or `None` when the kernel does not take
+    /// it on this device.
+    pub(super) fn new(device: &Device, dtype: DType, shape: (usize, usize, usize), workspace: usize) -> Option<Self> {
         if !takes(device.capability(), device.shared_per_block(), dtype, shape) {
             return None;
         }
-        let (form, config, blocks, time) = divide(shape, device.multiprocessors() as usize);
+        let multiprocessors = device.multiprocessors() as usize;
+        let bytes = |(form, config, ..): &(Form, Config, u64, f64)| match config.ranges {
+            0 => 0,
+            ranges => workspace_layout(form.tokens, ranges as usize).1,
+        };
+        let mut best = divide(shape, multiprocessors, workspace > 0);
+        if bytes(&best) > workspace {
+            best = divide(shape, multiprocessors, false);
+        }
+        let bytes = bytes(&best);
+        let (form, config, blocks, time) = best;
         let kernel = if dtype == DType::F16 { form.f16 } else { form.bf16 };
         Some(Self {
             kernel,
@@ -201,6 +266,7 @@ impl Tile {
             blocks,
             cluster: config.split_k as u32,
             shared: form.shared as u32,
+            workspace: bytes,
             tokens: form.tokens,
             time,
         })
@@ -209,6 +275,12 @@ impl Tile {
     /// Whether memory at these addresses is where the copy engine can read it.
     pub(super) fn reaches(x: u64, codes: u64) -> bool {
         x.is_multiple_of(ALIGNMENT) && codes.is_multiple_of(ALIGNMENT)
+    }
+
+    /// The workspace at this address, for one launch.
+    pub(super) fn workspace(&self, address: u64) -> Workspace {
+        let (signals, _) = workspace_layout(self.tokens, self.config.ranges as usize);
+        Workspace { sums: address, signals: address + signals as u64, token: token() }
     }
 
     /// What the copy engine has to know: of `x [m][k]` and of the codes of `W [n][k]`.
@@ -231,14 +303,15 @@ pub(super) fn beats_few(m: usize) -> bool {
     m > FEW_ROWS
 }
 
-/// Whether the kernel takes a product of `m` rows of `x` with a weight `[n][k]` in less time than a dense copy and a product
-/// with that. `x` and the codes have to begin at multiples of 16 bytes.
-pub fn tile_pays(device: &Device, dtype: DType, (m, n, k): (usize, usize, usize)) -> bool {
+/// If the kernel takes a product of `m` rows of `x` with a weight `[n][k]` in less time than a dense copy and a product with
+/// that, the bytes of the workspace with which it does. `x` and the codes have to begin at multiples of 16 bytes.
+pub fn tile_pays(device: &Device, dtype: DType, (m, n, k): (usize, usize, usize)) -> Option<usize> {
     let shape = (m, n, k);
-    m <= MEASURED_ROWS
-        && beats_few(m)
-        && Tile::new(device, dtype, shape)
-            .is_some_and(|tile| tile.time < MARGIN * dense_time(shape, device.multiprocessors() as usize))
+    if m > MEASURED_ROWS || !beats_few(m) {
+        return None;
+    }
+    let tile = Tile::new(device, dtype, shape, usize::MAX)?;
+    (tile.time < MARGIN * dense_time(shape, device.multiprocessors() as usize)).then_some(tile.workspace)
 }
 
 /// The codebook as the kernel takes it.
@@ -257,7 +330,7 @@ mod tests {
         for m in [1, 33, 64, 65, 128, 129, 200, 256, 1000, 4096] {
             for n in [1, 8, 128, 129, 4096, 14336, 128_256] {
                 for k in [32, 64, 256, 288, 1024, 4096, 14336] {
-                    let (form, config, blocks, time) = divide((m, n, k), 132);
+                    let (form, config, blocks, time) = divide((m, n, k), 132, false);
                     let (tiles, units, split_k) =
                         (config.token_tiles as usize, config.scales_stages as usize, config.split_k as usize);
                     assert!(tiles * form.tokens >= m && (tiles - 1) * form.tokens < m, "{m} {n} {k}");
@@ -272,11 +345,39 @@ mod tests {
 
     #[test]
     fn few_tiles_share_the_multiprocessors() {
-        let split_k = |m, n, k| divide((m, n, k), 132).1.split_k;
+        let split_k = |m, n, k| divide((m, n, k), 132, false).1.split_k;
         assert_eq!(split_k(64, 4096, 4096), 3);
         assert_eq!(split_k(256, 14336, 4096), 1);
         // Thirty-two clusters of four would run one after another.
         assert_eq!(split_k(128, 4096, 14336), 3);
+    }
+
+    #[test]
+    fn ranges_cover_all_stages_and_fit_in_their_workspace() {
+        for (m, n, k) in
+            [(256, 14336, 4096), (512, 14336, 4096), (1024, 4096, 14336), (200, 128, 256), (1024, 28672, 8192)]
+        {
+            let (form, config, blocks, time) = divide((m, n, k), 132, true);
+            let stages = m.div_ceil(form.tokens) * n.div_ceil(ROWS) * k.div_ceil(SCALES_K);
+            assert!(time <= divide((m, n, k), 132, false).3);
+            if config.ranges > 0 {
+                assert_eq!(blocks, config.ranges as u64);
+                assert!((1..=stages.min(132)).contains(&(config.ranges as usize)), "{m} {n} {k}");
+                let (signals, bytes) = workspace_layout(form.tokens, config.ranges as usize);
+                assert!(signals.is_multiple_of(256) && bytes == signals + 8 * config.ranges as usize);
+            }
+        }
+        assert!(divide((512, 14336, 4096), 132, true).1.ranges == 132);
+    }
+
+    #[test]
+    fn tokens_differ() {
+        let tokens: Vec<u64> = (0..1000).map(|_| token()).collect();
+        assert!(tokens.iter().all(|&token| token != 0));
+        let mut distinct = tokens.clone();
+        distinct.sort_unstable();
+        distinct.dedup();
+        assert_eq!(distinct.len(), tokens.len());
     }
 
     #[test]
@@ -301,27 +402,26 @@ mod tests {
             (96, 4096, 4096, 15.8, 0.0),
             (128, 4096, 4096, 17.0, 0.0),
             (192, 4096, 4096, 19.3, 0.0),
-            (256, 4096, 4096, 21.9, 26.5),
-            (512, 4096, 4096, 30.6, 35.9),
-            (1024, 4096, 4096, 50.5, 56.3),
+            (256, 4096, 4096, 21.9, 28.1),
+            (512, 4096, 4096, 30.6, 36.6),
+            (1024, 4096, 4096, 51.3, 57.4),
             (64, 14336, 4096, 26.4, 0.0),
             (96, 14336, 4096, 30.5, 0.0),
             (128, 14336, 4096, 34.0, 0.0),
-            (192, 14336, 4096, 42.5, 0.0),
-            (256, 14336, 4096, 49.3, 82.4),
-            // In between launches that keep the card cool, 99, and hot, 113.
-            (512, 14336, 4096, 106.0, 124.9),
-            (1024, 14336, 4096, 212.0, 190.5),
+            (192, 14336, 4096, 46.0, 0.0),
+            (256, 14336, 4096, 52.0, 82.4),
+            (512, 14336, 4096, 104.0, 127.7),
+            (1024, 14336, 4096, 187.1, 207.1),
             (64, 4096, 14336, 31.6, 0.0),
             (96, 4096, 14336, 36.0, 0.0),
             (128, 4096, 14336, 41.3, 0.0),
-            (256, 4096, 14336, 58.0, 88.6),
-            (512, 4096, 14336, 88.2, 0.0),
-            (1024, 4096, 14336, 180.0, 183.8),
+            (256, 4096, 14336, 60.3, 90.6),
+            (512, 4096, 14336, 99.0, 117.6),
+            (1024, 4096, 14336, 195.3, 208.3),
             (128, 28672, 8192, 134.2, 0.0),
-            (256, 28672, 8192, 239.3, 335.4),
+            (256, 28672, 8192, 205.0, 345.4),
         ] {
-            let (.., time) = divide((m, n, k), 132);
+            let (.., time) = divide((m, n, k), 132, true);
             assert!((time / ours - 1.0_f64).abs() < 0.16, "{m} {n} {k}: {time}");
             if dense > 0.0 {
                 let other = dense_time((m, n, k), 132);
@@ -337,5 +437,7 @@ mod tests {
         let bytes = FORMS.map(|form| form.shared);
         assert!(bytes.iter().all(|&bytes| bytes <= 232_448), "{bytes:?}");
         assert_eq!(bytes[2], 4 * 16384 + 65536 + 6 * 8192 + 2 * 4096 + 1024 + 192);
+        // y in place of the table, planes in that of scales.
+        assert_eq!(bytes[4], 4 * 32768 + 32768 + 3 * 8192 + 4 * 8192 + 1024 + 176);
     }
 }
