@@ -1,6 +1,7 @@
 """Every kernel once or a few times, with ends that are not whole: what compute-sanitizer watches.
 
 python tests/cuda/exercise.py written         but for those that read ahead of what was written, and may not use it
+python tests/cuda/exercise.py without-tiles   but for products of 4-bit weights by warpgroups
 python tests/cuda/exercise.py past-the-end    one kernel, of more memory than there is: that the tool would say so
 """
 
@@ -18,8 +19,11 @@ from test_experts_cuda import Experts, choices
 from kernels import here, product, quantize, quantize_nested, raw
 
 
-def main(*, reads_ahead: bool = True) -> None:
-    """Run them; what they give is tested elsewhere. `reads_ahead`: also what reads memory that it then may not need."""
+def main(*, reads_ahead: bool, tiles: bool) -> None:
+    """Run them; what they give is tested elsewhere.
+
+    `reads_ahead`: also what reads memory that it then may not need. `tiles`: also products by warpgroups.
+    """
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for n, k in ((37, 192), (50, 65)):
             values = torch.randn(n, k, dtype=dtype, device="cuda")
@@ -44,7 +48,8 @@ def main(*, reads_ahead: bool = True) -> None:
         packed, state = F.quantize_4bit(values, quant_type="nf4", compress_statistics=nested)
         for m in (2, 8, 16):
             F.matmul_4bit(torch.randn(m, 4096, dtype=torch.bfloat16, device="cuda"), packed, state)
-    several_rows()
+    if tiles:
+        several_rows()
     int8(reads_ahead)
     experts()
     # More scales than one group of groups.
@@ -105,4 +110,4 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["past-the-end"]:
         past_the_end()
     else:
-        main(reads_ahead=sys.argv[1:] != ["written"])
+        main(reads_ahead=sys.argv[1:] != ["written"], tiles=sys.argv[1:] != ["without-tiles"])

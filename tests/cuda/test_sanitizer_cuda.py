@@ -19,12 +19,8 @@ def watched(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [TOOL, "--tool", tool, "--error-exitcode", "9"]
     if tool != "initcheck":
         # Only our kernels: those of torch are many, and not ours to judge. What they write, initcheck must know.
-        kernels = ["quantize", "gemm_4bit_simt", "gemm_4bit_small_m", "embedding_4bit"]
-        if tool != "racecheck":
-            # In these one lane arrives at a barrier for its warp, which racecheck takes for that lane alone; on the
-            # processor the emulator's race detector watches them.
-            kernels += ["gemm_4bit_tile", "int8", "experts"]
-        command += ["--kernel-name", f"regex={'|'.join(kernels)}"]
+        kernels = "|".join(("quantize", "gemm_4bit", "embedding_4bit", "int8", "experts"))
+        command += ["--kernel-name", f"regex={kernels}"]
     if tool in ("racecheck", "synccheck"):
         # Room for barriers in shared memory: what the tool guesses is too low for the 64 of a block of threads.
         command += ["--num-cuda-barriers", str(2**16)]
@@ -37,7 +33,10 @@ def watched(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif(TOOL is None, reason="compute-sanitizer is not installed")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
 def test_clean(tool: str) -> None:
-    done = watched(tool, *(["written"] if tool == "initcheck" else []))
+    # Racecheck has an internal error with products by warpgroups, or reports what barriers in shared memory order:
+    # these are left to the emulator's race detector.
+    left_out = {"initcheck": ["written"], "racecheck": ["without-tiles"]}
+    done = watched(tool, *left_out.get(tool, []))
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 
 
