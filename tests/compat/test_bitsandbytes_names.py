@@ -102,6 +102,7 @@ def test_names_of_every_module_are_served() -> None:
     assert all(not names & set(ours[module]) for module, names in ABSENT.items())
 
 
+@pytest.mark.slow
 def test_operations_have_the_same_schemas() -> None:
     real, ours = listed(False)["ops"], listed(True)["ops"]
     assert len(real) >= 18
@@ -131,6 +132,7 @@ def test_signatures_are_the_same(module: str) -> None:
     assert ours == real
 
 
+@pytest.mark.slow
 def test_optimizers_have_the_same_bases() -> None:
     real, ours = listed(False)["optim"], listed(True)["optim"]
     bases = {name: what["bases"] for name, what in real.items() if "bases" in what}

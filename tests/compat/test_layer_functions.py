@@ -143,6 +143,7 @@ assert "quantize_weight(w, outlier_idx)" in refused(
 """)
 
 
+@pytest.mark.slow
 def test_operations_pass_torchs_own_checks() -> None:
     passes("""
 from torch.library import opcheck

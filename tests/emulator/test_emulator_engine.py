@@ -129,7 +129,10 @@ MISTAKES = {
 
 
 FOUND = [
-    pytest.param(kernel, mistake, way, words, id=f"{mistake}-{way}")
+    # Builds for sanitizers take long.
+    pytest.param(
+        kernel, mistake, way, words, id=f"{mistake}-{way}", marks=[pytest.mark.slow] if way in ("asan", "tsan") else []
+    )
     for (kernel, mistake), ways in MISTAKES.items()
     for way, words in ways.items()
 ]

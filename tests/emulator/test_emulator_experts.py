@@ -8,6 +8,7 @@ import pytest
 from experts import Choices, Plan, Product
 from harness import library, run_both_ways
 from launches import Check
+from thorough import thorough
 
 
 def check(name: str, found: Check) -> None:
@@ -64,7 +65,7 @@ def test_products(case: int) -> None:
             check("experts_few", experts.few(source, product, plan))
 
 
-@pytest.mark.parametrize("activation", list(experts.ACTIVATIONS))
+@pytest.mark.parametrize("activation", thorough(experts.ACTIVATIONS, quick=["silu"]))
 def test_gate_and_up(activation: str) -> None:
     """Every activation, with a bias and without; the rows of gate and up of a pass meet."""
     source = library("experts_few")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from harness import Case, Library, built, library, run_both_ways
 from int8_tiles import Codes, Tile, tile
+from thorough import thorough
 
 TOKENS = (64, 128, 256)
 DTYPES = ("bf16", "f16", "f32")
@@ -52,7 +53,7 @@ def test_a_negative_zero_stays_one_without_a_bias() -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("sharing", [1, 2])
-@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("tokens", thorough(TOKENS, quick=TOKENS[:1]))
 def test_a_block_goes_from_tile_to_tile(tokens: int, sharing: int, workers: int) -> None:
     """Fewer steps than stages, so that copies are tiles ahead, and more."""
     for k, dtype, outliers in ((16, "f16", 0), (272, "i32", 0), (272, "bf16", 3), (1168, "bf16", 0)):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from thorough import thorough
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.8")
@@ -124,7 +125,7 @@ def test_experts_come_apart_and_together(name: str) -> None:
         assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", thorough(ARCHITECTURES, quick=["mixtral", "gpt_oss"]))
 def test_experts_are_packed_by_a_load_and_saved_apart(name: str, tmp_path: Path) -> None:
     dense = dense_model(name)
     cls = type(dense)
@@ -234,7 +235,7 @@ def train(model: Any, steps: int = 3) -> None:
     model.eval()
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("name", thorough(["mixtral", "qwen3_moe"], quick=["mixtral"]))
 @pytest.mark.parametrize("how", ["all-linear", "parameters"])
 def test_adapters_on_experts_are_those_of_the_dense_model_too(name: str, how: str, tmp_path: Path) -> None:
     dense = dense_model(name)

@@ -73,6 +73,7 @@ def test_fused_calls_are_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(called) == 2 * LAYERS
 
 
+@pytest.mark.slow
 def test_fused_layers_are_left_alone_when_asked_by_the_environment(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(

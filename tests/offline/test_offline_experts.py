@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from thorough import thorough
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.8")
@@ -154,7 +155,7 @@ def test_experts_of_llama_4_are_packed_for_transformers_own_class(rules: tuple[s
         torch.testing.assert_close(logits(loaded), logits(cls.from_pretrained(tmp_path / "back")), rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("name", ["MixtralForCausalLM", "GptOssForCausalLM"])
+@pytest.mark.parametrize("name", thorough(["MixtralForCausalLM", "GptOssForCausalLM"], quick=["GptOssForCausalLM"]))
 @pytest.mark.parametrize("rule", [r"experts\.1\.=keep", r"layers\.0\..*experts=keep", r"\.(w2|down_proj)\.=keep"])
 def test_experts_follow_rules_and_load(name: str, rule: str, tmp_path: Path) -> None:
     dense = dense_model(name)
@@ -335,7 +336,7 @@ def test_experts_are_selected_as_the_loader_takes_them(name: str, fused: bool, t
         assert {t.target for t in routers} <= {"keep"}
 
 
-@pytest.mark.parametrize("name", LEFT)
+@pytest.mark.parametrize("name", thorough(LEFT, quick=list(LEFT)[:1]))
 def test_experts_that_no_loader_reads_are_not_selected(name: str, tmp_path: Path) -> None:
     model = empty_model(name, LEFT[name])
     tensors = checkpoint_of(model, fused=False)

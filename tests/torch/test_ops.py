@@ -12,6 +12,7 @@ import torch
 from halfbyte.backends import cpu as _cpu
 from halfbyte.ops.packed import packed_weight
 from packed_operands import ops, weight
+from thorough import thorough
 
 
 def opcheck(*args):
@@ -39,7 +40,7 @@ def test_opcheck_quantize(quant_type, dtype):
 
 
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("storage", thorough([torch.uint8, torch.bfloat16], quick=[torch.uint8]), ids=str)
 def test_opcheck_dequantize(storage, nested):
     for n, k in SHAPES:
         tensors, (shape, *how), _ = weight(n, k, nested=nested, storage=storage)
