@@ -187,6 +187,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_c_functions_through_the_layer() -> None:
     pytest.importorskip("torch")
     fresh.passes(LAYER)

@@ -49,7 +49,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("case", range(len(SHAPES)))
+@pytest.mark.parametrize("case", thorough(range(len(SHAPES)), quick=[0, 1]))
 def test_products(case: int) -> None:
     """Both types and codebooks, plain and nested; blocks that sort slots themselves, and that find them sorted."""
     choices, n, k, blocksize, plan = SHAPES[case]

@@ -9,6 +9,7 @@ import experts_tiles
 import pytest
 from experts_tiles import Tile, Tokens
 from harness import built, library, run_both_ways
+from thorough import thorough
 
 TOKENS = (32, 64, 128)
 # Tokens of each expert, n, k and the block size: experts with none, with one, with more than a tile; rows that end
@@ -85,7 +86,7 @@ def test_as_many_experts_as_there_may_be() -> None:
     check.against(run_both_ways(source, check.case))
 
 
-@pytest.mark.parametrize("highest_first", [False, True])
+@pytest.mark.parametrize("highest_first", thorough([False, True], quick=[False]))
 def test_copies_and_matrix_units_read_what_is_there(highest_first: bool) -> None:
     """Each access to shared memory is known: none is made while a copy is on its way there or a product reads it."""
     source = built(build_emulator.source_of("experts_tile_sm90a"), "stores")

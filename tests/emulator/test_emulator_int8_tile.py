@@ -120,7 +120,7 @@ def test_y_of_any_alignment() -> None:
         check.against(run_both_ways(source(), check.case))
 
 
-@pytest.mark.parametrize("highest_first", [False, True])
+@pytest.mark.parametrize("highest_first", thorough([False, True], quick=[False]))
 def test_copies_and_matrix_units_read_what_is_there(highest_first: bool) -> None:
     """Each access to shared memory is known: none is made while a copy is on its way there or a product reads it."""
     watched = built(build_emulator.source_of("int8_tile_sm90a"), "stores")

@@ -37,6 +37,7 @@ def vectors(**kwargs: Any) -> Any:
     return torch.nn.functional.normalize((hidden * mask).sum(1), dim=-1)
 
 
+@pytest.mark.slow
 def test_minilm_in_int8_is_as_near_to_16_bits_as_with_bitsandbytes() -> None:
     given = {"load_in_8bit": True, "llm_int8_threshold": 6.0}
     dense = vectors()

@@ -165,6 +165,7 @@ def test_compiled_whole(threshold):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_compiled_with_inductor():
     _, layer = quantized(threshold=6.0)
     compiled = torch.compile(layer, fullgraph=True)

@@ -174,6 +174,7 @@ def test_compiled_whole_with_dynamic_shapes(compress_statistics, compute_dtype):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_compiled_functional_with_inductor():
     torch._dynamo.reset()
 
