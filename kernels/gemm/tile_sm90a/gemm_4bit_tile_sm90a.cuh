@@ -37,7 +37,7 @@
 //                   +-------------------------------------+              accumulators: columns 8j + 2t, 8j + 2t + 1
 //   Up to 128 tokens a second team takes every other k-tile, with accumulators of its own: dequantizing is a chain of look-ups
 //   in a table that waits for its own products, and the other team works meanwhile. Beyond, registers have room for one team,
-//   which dequantizes two k-blocks of the next k-tile behind two products, by permutations of bytes (planes.cuh).
+//   which dequantizes the next k-tile while one is multiplied, by permutations of bytes (planes.cuh).
 //   Producers: two warps of which one thread drives the copy engine (codes, 128 columns a stage; x), and two warps that turn
 //   scales to float32 (256 columns a stage), or to planes: the sixteen values of a block in 16 bits (64 columns a stage).
 //
@@ -74,9 +74,9 @@
 //     94.1 for 256. More of shared memory, and the dequantizing waits for itself.
 //   - Planes for up to 128 tokens as well: 32.4, 34.0 and 39.3 us for 64, 96 and 128 rows: less of shared memory, but the
 //     permutations take 60 % of their unit and their chain is longer than that of the look-ups; with two teams as well.
-//   - For 256 tokens, the table: 51.7 us in place of 50.0. Planes that each lane makes for itself: 54.7. Products one by one:
-//     52.7; four together: 50.7; two warpgroups that take turns by barriers: no difference. Registers of A for two k-blocks
-//     ahead instead of four: 59.7.
+//   - For 256 tokens, the table: 51.7 us in place of 50.7. Planes that each lane makes for itself: 54.7. Products one by one:
+//     52.7; two at a time: 50.0, but not with ptxas 12.0 and 12.4 (C7513); two warpgroups that take turns by barriers: no
+//     difference. Registers of A for two k-blocks ahead instead of four: 59.7.
 //   - Ranges where there are fewer tiles than multiprocessors: 54.0 in place of 50.0 us for 256 rows. Of 512 rows they take
 //     96.7 and not 101, of 1024 187 and not 213 to 220.
 //   - Copies of x for two blocks of a cluster at once (multicast): 30.4, 37.1 and 51.0 us for 64, 128 and 256 rows.

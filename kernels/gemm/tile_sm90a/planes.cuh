@@ -75,7 +75,8 @@ __device__ inline void multiply_by_planes(float (&sums)[TOKENS / 2], u8 *shared,
     const u32 swizzle = g >> 1, selector = t | (4 + t) << 4;
     const u32 x_base = operand(shared + S::X_AT);
     constexpr int K_BLOCKS = K_TILE / 16;  // of a k-tile, one wgmma each
-    constexpr int TOGETHER = 2;            // k-blocks that are multiplied, then dequantized, at a time
+    // K-blocks that are multiplied, then dequantized, at a time. With two, ptxas 12.0 and 12.4 make products wait for each other.
+    constexpr int TOGETHER = K_BLOCKS;
     // The k-tile that is multiplied, and the next, which is dequantized meanwhile.
     u32 a[2][K_BLOCKS][4];
     // Of row g and of row g + 8: the codes of a k-block, and the values of their block.
