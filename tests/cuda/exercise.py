@@ -13,7 +13,6 @@ import halfbyte.functional as F
 import torch
 from halfbyte import _native
 from halfbyte.backends import cuda as _cuda
-from halfbyte.ops import registry as _registry  # noqa: F401  (defines `torch.ops.halfbyte`)
 from test_experts_cuda import Experts, choices
 
 from kernels import here, product, quantize, quantize_nested, raw
