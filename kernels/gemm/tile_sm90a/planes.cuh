@@ -60,8 +60,7 @@ __device__ inline void look_up(const Planes &planes, u32 codes, u32 &first, u32 
 }
 
 // The products of `stages` stages of scales become `sums`, the accumulators: [64 rows][TOKENS] of a warpgroup, as wgmma has
-// them. `my_row`: of the tile's rows the lane's first. `two_blocks`: whether a block may end in the
-// middle of a k-tile.
+// them. `my_row`: the lane's first row in the tile. `two_blocks`: whether a block of W may end in the middle of a k-tile.
 template <typename T, typename S, int TOKENS>
 __device__ inline void multiply_by_planes(float (&sums)[TOKENS / 2], u8 *shared, ConsumerState<S> &state, int lane, u32 my_row,
                                           int stages, bool two_blocks) {
