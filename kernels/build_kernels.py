@@ -111,6 +111,12 @@ def main() -> None:
         "--test-kernels", action="store_true", help="of `build`: with those that are for tests and benches"
     )
     parser.add_argument(
+        "--cubins",
+        choices=("all", "native"),
+        default=os.environ.get("HALFBYTE_CUBINS") or "all",
+        help="of `build`: for all GPUs, or for those of this machine, others taking the PTX (HALFBYTE_CUBINS)",
+    )
+    parser.add_argument(
         "--ptxas", metavar="FILE", action="append", default=[], help="of `check`: another assembler to try"
     )
     parser.add_argument("--cache", metavar="DIR", help="where compiled code is kept (default: .cache/kernels)")
@@ -136,7 +142,11 @@ def main() -> None:
 def run(arguments: argparse.Namespace, builder: build.Builder) -> None:
     """One command."""
     if arguments.command == "build":
-        print(build.write_build(builder, Path(arguments.out), for_tests=arguments.test_kernels))
+        capabilities = tools.local_capabilities() if arguments.cubins == "native" else None
+        made = build.write_build(
+            builder, Path(arguments.out), for_tests=arguments.test_kernels, capabilities=capabilities
+        )
+        print(made)
         return
     compiled = builder.compile_all()
     if arguments.command == "ptx":

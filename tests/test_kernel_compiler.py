@@ -13,7 +13,7 @@ from pathlib import Path
 import build_kernels
 import pytest
 from compiler import build, ptx, tools
-from compiler.modules import KERNELS, MODULES
+from compiler.modules import KERNELS, MODULES, SHIPPED
 
 ROOT = KERNELS.parent
 
@@ -177,6 +177,23 @@ def test_cubins_are_made_once(tmp_path: Path) -> None:
     builder.assemble_all(jobs, fake_ptxas(other, words + "\n"))
     assert (tmp_path / "calls").read_text().count("call") == 3
     assert (other / "calls").read_text().count("call") == 2
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "machines"),
+    [
+        (None, {"75", "80", "90", "90a", "100", "120"}),
+        (set(), set()),
+        ({(8, 9)}, {"80"}),
+        ({(9, 0), (7, 5)}, {"75", "90", "90a"}),
+        ({(12, 1)}, {"120"}),
+        ({(7, 0)}, set()),
+    ],
+)
+def test_cubins_of_a_native_build_are_those_of_its_gpus(
+    capabilities: set[tuple[int, int]] | None, machines: set[str]
+) -> None:
+    assert {machine for machine in SHIPPED if build.is_for(machine, capabilities)} == machines
 
 
 def test_cubins_with_serialized_products_are_an_error(tmp_path: Path) -> None:

@@ -162,18 +162,18 @@ def describe(compiled: list[Compiled]) -> dict[str, object]:
     return {"tools": tools.pinned(), "constants": constants, "modules": modules}
 
 
-def write_build(builder: Builder, out: Path, *, for_tests: bool) -> str:
+def write_build(builder: Builder, out: Path, *, for_tests: bool, capabilities: set[tuple[int, int]] | None) -> str:
     """Write what rust/cuda/build.rs embeds to `out`; gives a line for people.
 
     kernels.json is what `describe` gives. kernels.bin holds one zlib stream after another, and images.json lists them:
-    PTX (that ends with a zero, as the driver wants it) and cubins.
+    PTX (that ends with a zero, as the driver wants it) and cubins: for all machines, or for those of `capabilities`.
     """
     compiled = builder.compile_all()
     every = [(one.module, kernel) for one in compiled for kernel in one.kernels]
     shipped = [(module, kernel) for module, kernel in every if not module.is_for_tests(kernel.name)]
     wanted = every if for_tests else shipped
     # What is for tests alone may take its time to load.
-    pairs = [(kernel, machine) for module, kernel in shipped for machine in module.cubins]
+    pairs = [(k, machine) for m, k in shipped for machine in m.cubins if is_for(machine, capabilities)]
     cubins = builder.assemble_all(pairs)
     parts = [(k.name, "ptx", m.arch, k.ptx.encode() + b"\0") for m, k in wanted]
     parts += [(k.name, "cubin", machine, made.cubin) for (k, machine), made in zip(pairs, cubins, strict=True)]
@@ -189,6 +189,12 @@ def write_build(builder: Builder, out: Path, *, for_tests: bool) -> str:
     _write(out / "kernels.json", json.dumps(describe(compiled)).encode())
     raw = sum(len(content) for *_, content in parts)
     return f"{len(wanted)} kernels, {len(cubins)} cubins: {raw >> 10} KiB, {len(blob) >> 10} KiB packed"
+
+
+def is_for(machine: str, capabilities: set[tuple[int, int]] | None) -> bool:
+    """Whether code for a machine runs on a GPU of one of these compute capabilities."""
+    major, minor = divmod(int(machine.rstrip("a")), 10)
+    return capabilities is None or any(major == own and minor <= its_minor for own, its_minor in capabilities)
 
 
 def cache_folder(asked: str | None, out: str | None) -> Path:

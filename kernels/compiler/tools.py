@@ -108,6 +108,26 @@ class Nvrtc:
             self._call("nvrtcDestroyProgram", ctypes.byref(program))
 
 
+def local_capabilities() -> set[tuple[int, int]]:
+    """The compute capabilities of this machine's GPUs, as its driver says; without a driver none."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return set()
+    count, number = ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return set()
+    found = set()
+    for device in range(count.value):
+        parts = []
+        for attribute in (75, 76):  # COMPUTE_CAPABILITY_MAJOR and _MINOR
+            if driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device) == 0:
+                parts.append(number.value)
+        if len(parts) == 2:
+            found.add((parts[0], parts[1]))
+    return found
+
+
 def assemble(ptxas: Path, ptx: Path, machine: str, cubin: Path) -> str:
     """Write a cubin; gives what ptxas says of the kernel's resources."""
     command = [ptxas, "-v", f"-arch=sm_{machine}", "-o", cubin, ptx]

@@ -24,6 +24,7 @@ fn main() -> Result<()> {
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-env-changed=PYO3_PYTHON");
     println!("cargo:rerun-if-env-changed=HALFBYTE_NVIDIA");
+    println!("cargo:rerun-if-env-changed=HALFBYTE_CUBINS");
     for name in ["kernels.lock.json", "build_kernels.py", "../requirements/kernels.txt"] {
         println!("cargo:rerun-if-changed={}", root.join("kernels").join(name).display());
     }
