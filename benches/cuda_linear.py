@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--m", default="1,2,4,8,12,16", help="rows of x, with commas")
     parser.add_argument("--shapes", default="", help="NxK,... instead of the usual ones")
     parser.add_argument("--no-peers", action="store_true", help="neither bitsandbytes nor cuBLAS")
-    parser.add_argument("--kernel", default="best", help="best, small_m_sm90, small_m_sm80, tile_sm90a or simt")
+    parser.add_argument("--kernel", default="best", help="best, small_m_sm90, small_m_sm80, tile_sm90a, tile_sm80 or simt")
     arguments = parser.parse_args()
     print(device_line())
     print(f"NF4, blocks of {BLOCKSIZE}, bfloat16, microseconds\n")
