@@ -3,8 +3,9 @@
     python benches/cuda_linear.py [--quick] [--m 1,4,16] [--shapes 14336x4096]
     python benches/cuda_linear.py --sweep --json benches/data/linear.json      all shapes and rows, to be plotted
 
-humming takes part where it is installed; it compiles its kernels, some seconds for each shape. Weights are rotated through more memory than the second-level cache holds; each figure is one call inside a replayed
-CUDA graph. The floor reads codes and float32 scales, and does nothing with them.
+Weights are rotated through more memory than the second-level cache holds; each figure is one call inside a replayed
+CUDA graph. The floor reads codes and float32 scales, and does nothing with them. humming takes part where it is
+installed, and compiles its kernels, some seconds for each shape.
 """
 
 from __future__ import annotations
