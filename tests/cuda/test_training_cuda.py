@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 import halfbyte  # noqa: E402
-from halfbyte.integrations.peft import fuse  # noqa: E402
+from halfbyte.integrations.peft import fuse, unfuse  # noqa: E402
 
 # PEFT asks a newer transformers so.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -40,8 +40,9 @@ class Training:
         model = halfbyte.quantize_model(model, how, device="cuda", progress=False)
         lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
         self.model = peft.get_peft_model(model, lora).train()
-        if fused:
-            assert fuse(self.model).fused == 14
+        assert fuse(self.model).fused == 14
+        if not fused:
+            unfuse(self.model)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         assert len(self.trained) == 28
         self.optimizer = torch.optim.AdamW(self.trained, lr=5e-3, capturable=True)
@@ -133,5 +134,5 @@ def test_training_step_fused_follows_modules(dtype: torch.dtype, nested: bool) -
     modules, fused = (
         training.losses(training.step) for training in (Training(which, nested, dtype) for which in (False, True))
     )
-    assert fused == pytest.approx(modules, rel=2e-2)
+    assert fused == pytest.approx(modules, rel=5e-3)
     assert fused[-1] < fused[0] - 0.1
