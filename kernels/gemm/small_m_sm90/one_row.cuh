@@ -1,4 +1,4 @@
-// gemm_4bit_small_m_sm90_one: the product of gemm_4bit_small_m_sm90.cuh for one row of x, any K of which x fits in shared memory.
+// gemm_4bit_small_m_sm90_one: the product of gemm_4bit_small_m_sm90.cuh for one row of x, which fits in shared memory.
 //
 // The matrix units take eight columns of x and here is one. So the eight columns are the one row's eight blocks of a k-slice:
 // block j of W is multiplied by all eight, its own product is column j, and the others are thrown away. A lane then has 8
@@ -10,6 +10,19 @@
 //
 // The tile, the stages and the table are those of gemm_4bit_small_m_sm90.cuh; a warp walks over the k-tiles of a step first,
 // then over the steps. How many k-slices there are is what leaves a warp the fewest work items.
+//
+// Roofline. As there; blocks of 64, bfloat16, on an H200, in microseconds (the floor reads codes and scales once; before: the
+//   kernels for eight rows):
+//                          floor    plain   before      nested   before
+//     4096 x 4096            4.0     5.1      5.5         5.6      5.8
+//     14336 x 4096           8.9    10.8     11.8        12.2     13.0
+//     4096 x 14336           9.1    11.5     13.3        13.1     14.8
+//     3072 x 8192            5.0     7.4      8.2         8.4      8.9
+//     8192 x 28672          30.6    38.1     43.0        42.8     45.8
+//
+// Tried, and slower or no faster: two stages on the way instead of three (0.4 us more at 4096 x 14336); x of several k-tiles
+//   from global memory, a work item ahead (12.2 there), of one k-tile from shared memory (11.9 at 14336 x 4096); sums of a step
+//   added up by shuffles; both programs in one (28672 x 8192 took 38.7 instead of 37.5).
 //
 // Shared memory, 224 KB: map, x where there are several k-tiles, sums [steps of a pass][8 warps][16 rows][4 lanes] float32,
 //   table, and three stages for each warp: 96 KB are on the way, x holding none of it up.
@@ -176,8 +189,9 @@ __device__ inline void one_row_product(const T *x, const u8 *packed, const Scale
 }
 
 template <typename T, bool NESTED>
-__device__ inline void gemm_4bit_small_m_sm90_one(const T *x, const u8 *packed, const Scales &scales, const T *bias, T *y, int n,
-                                                  int k, int block_shift, u32 quant_type, const LaunchConfig &config) {
+__device__ inline void gemm_4bit_small_m_sm90_one(const T *x, const u8 *packed, const Scales &scales, const T *bias, T *y,
+                                                  int n, int k, int block_shift, u32 quant_type,
+                                                  const LaunchConfig &config) {
     // Two programs, one after the other: what is said of one k-tile alone leaves the other no slower.
     if (config.k_tiles > 1) {
         one_row_product<T, NESTED, true>(x, packed, scales, bias, y, n, k, block_shift, quant_type, config);
@@ -187,8 +201,8 @@ __device__ inline void gemm_4bit_small_m_sm90_one(const T *x, const u8 *packed, 
 }
 
 // As those of gemm_4bit_small_m_sm90.cuh, but: m is 1, config.log2_sharing 0. Dynamic shared memory: MAP_BYTES; with several
-// k-tiles 1 KB for each k-slice of each; 2 KB for each step of a pass; then the table at the next place where it may begin, and
-// the stages behind it.
+// k-tiles 1 KB for each k-slice of each; 2 KB for each step of a pass; then the table at the next place where it may begin,
+// and the stages behind it.
 #define ONE_ROW_SM90(name, T, nested)                                                                                 \
     extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                          \
         name(const T *x, const u8 *packed, Scales scales, const T *bias, T *y, int, int n, int k, int block_shift,    \

@@ -219,9 +219,7 @@ fn rows_ahead(rows: usize, k: usize, nested: bool) -> i32 {
 /// The launch of gemm_4bit_small_m_sm90_one, or `None` when x is too long.
 fn sm90_one_launch((n, k): (usize, usize), nested: bool, multiprocessors: usize) -> Option<Sm90Launch> {
     let tiles = |k_slices: usize| k.div_ceil(k_slices * ONE_K_SLICE);
-    let steps = |k_slices: usize| {
-        sm90_rows(n, k_slices, multiprocessors).div_ceil(ROWS * (SM90_WARPS / k_slices))
-    };
+    let steps = |k_slices: usize| sm90_rows(n, k_slices, multiprocessors).div_ceil(ROWS * (SM90_WARPS / k_slices));
     // The fewest work items for a warp: of the divisions that have them one with a single k-tile, else that with the fewest
     // k-slices.
     let k_slices = [8, 4, 2, 1].into_iter().min_by_key(|&s| (tiles(s) * steps(s), tiles(s) > 1, s))?;
