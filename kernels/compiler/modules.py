@@ -115,6 +115,7 @@ MODULES = (
     # Takes more shared memory than others have.
     Module("gemm/small_m_sm90/gemm_4bit_small_m_sm90", "90", ("90", "100")),
     Module("gemm/small_m_sm90/gemm_4bit_small_m_sm90_long", "90", ("90", "100")),
+    Module("gemm/small_m_sm90/gemm_4bit_small_m_sm90_one", "90", ("90", "100")),
     # 8-bit activations and products, which start early where that can be.
     *(
         Module(f"int8/{name}", arch, machines)

@@ -115,6 +115,15 @@ def of_gemm_4bit_small_m_sm90_long(source: Described) -> Iterator[Check]:
                     yield launches_gemm.small_m_sm90(source, product, 37, slots, 0, sharing=sharing)
 
 
+def of_gemm_4bit_small_m_sm90_one(source: Described) -> Iterator[Check]:
+    """One k-tile and several, scales one by one and by fours, a short pass."""
+    for dtype in ("bf16", "f16"):
+        for nested in (False, True):
+            for k, plan in ((320, (21, 4, 1)), (2112, (37, 4, 2)), (1024, (37, 2, 1)), (1024, (37, 8, 2))):
+                product = Product.random(1, 37, k, dtype, "nf4", 64, nested=nested, bias=nested)
+                yield launches_gemm.one_row_sm90(source, product, *plan)
+
+
 def of_gemm_4bit_tile_sm80(source: Described) -> Iterator[Check]:
     """Every kernel: more k-tiles than stages, K in parts, rows and columns that are not there."""
     for dtype in ("bf16", "f16"):
@@ -330,6 +339,7 @@ FAMILIES = {
     "gemm_4bit_small_m_sm80": of_gemm_4bit_small_m_sm80,
     "gemm_4bit_small_m_sm90": of_gemm_4bit_small_m_sm90,
     "gemm_4bit_small_m_sm90_long": of_gemm_4bit_small_m_sm90_long,
+    "gemm_4bit_small_m_sm90_one": of_gemm_4bit_small_m_sm90_one,
     "gemm_4bit_tile_sm80": of_gemm_4bit_tile_sm80,
     "floor": of_floor,
     "gemm_4bit_tile_sm90a": of_gemm_4bit_tile_sm90a,

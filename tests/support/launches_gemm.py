@@ -188,6 +188,20 @@ def small_m_sm90(
     return _small_m(source, ring.family, product, plan, slots * ring.chunks, shared, scale_shift)
 
 
+def one_row_sm90(
+    source: Described, product: Product, rows: int, slots: int, per_pass: int, scale_shift: int = 0
+) -> Check:
+    """The same for one row of x, any K."""
+    constants = source.constants
+    k_tiles = ceil_div(product.x.shape[1] // 64, slots * 8)
+    # What is before the table, as the kernel says; see `small_m_sm90`.
+    x = k_tiles * slots * 1024 if k_tiles > 1 else 0
+    assert x + per_pass * constants["WARPS"] * constants["ONE_ROW_SUMS"] * 4 <= 2**16 - 2048, "no room"
+    shared = 2 * constants["LANE_TABLE_BYTES"] - 1024 + constants["WARPS"] * 3 * constants["ROWS"] * 8 * 32
+    plan = (rows, int(math.log2(slots)), k_tiles, per_pass, 0, rows % 3)
+    return _small_m(source, "gemm_4bit_small_m_sm90_one", product, plan, slots * k_tiles + 4, shared, scale_shift)
+
+
 def _small_m(
     source: Described,
     family: str,
@@ -198,7 +212,8 @@ def _small_m(
     scale_shift: int = 0,
 ) -> Check:
     (m, k), n = product.x.shape, product.weights.shape[0]
-    kernel = f"{family}_{product.dtype}_{8 if m <= 8 else 16 if m <= 16 else 32}{product.scales.suffix}"
+    columns = "" if family.endswith("_one") else f"_{8 if m <= 8 else 16 if m <= 16 else 32}"
+    kernel = f"{family}_{product.dtype}{columns}{product.scales.suffix}"
     x, packed, scales, bias, y = product.buffers(scale_shift=scale_shift)
     arguments = [
         x, packed, scales, bias, pointers(y), int32(m), int32(n), int32(k),
