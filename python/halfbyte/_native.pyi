@@ -582,7 +582,8 @@ class CudaExperts:
     def dequantize(self, stream: int, table: int, projection: int, ends: int, out: int) -> None:
         """Make the values of matrices of one projection, `[experts][rows][columns]`, of those experts that have slots.
 
-        `ends` is int32 `[experts]`: where an expert's slots end in an order by experts. Other matrices stay as they are.
+        `ends` is int32 `[experts]`: where an expert's slots end in an order by experts. Other matrices stay as they
+        are.
         """
 
 @final

@@ -52,7 +52,9 @@ class Slots:
     @functools.cached_property
     def places(self) -> Tensor:
         """Where in the order each slot is."""
-        return torch.empty_like(self.order).scatter_(0, self.order, torch.arange(len(self.order), device=self.order.device))
+        return torch.empty_like(self.order).scatter_(
+            0, self.order, torch.arange(len(self.order), device=self.order.device)
+        )
 
     @functools.cached_property
     def nowhere(self) -> Tensor:
@@ -211,7 +213,7 @@ class Gradients(NamedTuple):
 
 
 class _Product(NamedTuple):
-    """One of the first products: by the packed matrices and by B, which are added in float32, and `scaling · rows A'`."""
+    """By the packed matrices and by B, which are added in float32, and `scaling · rows A'`, of which the latter is."""
 
     base: Tensor
     low: Tensor | None
@@ -307,7 +309,9 @@ def gradients(layer: Layer, grad: Tensor, x: Tensor, weights: Tensor, to_x: bool
         through = into.part(some)
         if to_weights:
             of_weight[some] = (hidden[some].float() * through).sum(dim=-1)
-        for place, value in zip(found, derivatives(layer.activation, gate, up, through.mul_(weight[some])), strict=False):
+        for place, value in zip(
+            found, derivatives(layer.activation, gate, up, through.mul_(weight[some])), strict=False
+        ):
             if value is not None:
                 place[some] = value
     if down is not None and into.reduced is not None:
@@ -351,6 +355,8 @@ def backward(
     to_weights: bool,
 ) -> tuple[Tensor, Tensor]:
     """The derivatives of `experts_4bit`; tensors without elements for what is not wanted."""
+    if not len(slots.order):
+        return x.new_zeros(x.shape if to_x else (0,)), weights.new_zeros(weights.shape if to_weights else (0,))
     layer = Layer(products, slots, activation, up_bias, down_bias, [None] * (3 if products.gated else 2))
     with not_cast(x):
         found = gradients(layer, grad, x, weights, to_x, to_weights)
