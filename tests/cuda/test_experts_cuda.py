@@ -11,6 +11,8 @@ torch = pytest.importorskip("torch")
 from halfbyte import _native  # noqa: E402
 from halfbyte.backends import cuda_experts, experts_torch  # noqa: E402
 from halfbyte.nn import Expert, Experts4bit, Linear4bit  # noqa: E402
+from halfbyte.nn.expert_lora import adapted_experts  # noqa: E402
+from halfbyte.nn.lora import Adapter  # noqa: E402
 
 import kernels as k  # noqa: E402
 
@@ -321,3 +323,51 @@ def test_a_stack_of_one_projection_at_a_time() -> None:
     before = torch.cuda.memory_allocated()
     y.sum().backward()
     assert torch.cuda.max_memory_allocated() - before < 1.2 * 64 * 1024 * 768 * 2
+
+
+@pytest.mark.parametrize("rank", [4, 16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_adapters_on_all_experts_equal_float64(dtype: torch.dtype, rank: int) -> None:
+    """Gradients of A and B too; those of experts without tokens are zeros."""
+    module = a_layer()
+    ids, weights = choices(100, 4, 16)
+    ids = torch.where(ids == 3, 16, ids)
+    x = torch.randn(100, 512, dtype=dtype, device="cuda")
+    module(x, ids, weights)
+    table = module._held.table
+    assert table is not None
+    shapes = [(320, 512), (320, 512), (512, 320)]
+    adapters = [
+        [
+            Adapter(
+                (torch.randn(rank, columns, device="cuda") / columns**0.5).requires_grad_(),
+                (torch.randn(rows, rank, device="cuda") / rank**0.5).requires_grad_(),
+                0.5,
+            )
+            for _ in range(16)
+        ]
+        for rows, columns in shapes
+    ]
+    factors = [factor for projection in adapters for adapter in projection for factor in (adapter.A, adapter.B)]
+    x.requires_grad_(), weights.requires_grad_()
+    how = (320, 64, "nf4", True)
+    y = adapted_experts(x, ids, weights, table.addresses, None, None, how, "silu", adapters)
+    grad = torch.randn_like(y)
+    found = [y, *torch.autograd.grad(y, [x, weights, *factors], grad)]
+
+    wide = x.detach().double().requires_grad_()
+    total = torch.zeros_like(wide)
+    for index in range(16):
+        expert = module._modules[str(index)]
+        token, choice = torch.where(ids == index)
+        matrices = [
+            getattr(expert, name).dequantize().double() + a.scaling * a.B.double() @ a.A.double()  # type: ignore[union-attr]
+            for name, a in zip(module.projections, (projection[index] for projection in adapters), strict=True)
+        ]
+        rows = wide[token]
+        hidden = torch.nn.functional.silu(rows @ matrices[0].T) * (rows @ matrices[1].T)
+        total = total.index_add(0, token, hidden @ matrices[2].T * weights[token, choice, None].double())
+    expected = [total, *torch.autograd.grad(total, [wide, weights, *factors], grad.double(), allow_unused=True)]
+    for a, b in zip(found, expected, strict=True):
+        assert torch.isfinite(a).all()
+        assert (a.double() - b.double()).norm() <= 4 * torch.finfo(dtype).eps * b.double().norm()

@@ -326,12 +326,12 @@ def gradients(layer: Layer, grad: Tensor, x: Tensor, weights: Tensor, to_x: bool
     parts: list[Tensor] = []
     # The up projection first, whose stack may still be there.
     for projection in reversed(range(last)):
-        grads, adapter, reduced = found[projection], adapters[projection], first[projection].reduced
+        grads, adapter, given_A = found[projection], adapters[projection], first[projection].reduced
         if to_x:
             parts.append(products.backward(grads, projection))
-        if adapter is not None and reduced is not None:
+        if adapter is not None and given_A is not None:
             narrow = products.grouped(grads.to(low), adapter.B).mul_(adapter.scaling)
-            made[projection] = products.outer(narrow, given.to(low)), products.outer(grads.to(low), reduced)
+            made[projection] = products.outer(narrow, given.to(low)), products.outer(grads.to(low), given_A)
             if to_x:
                 parts.append(products.grouped(narrow, adapter.A))
     x_grad = _of_tokens(layer, parts, None, x.dtype) if to_x else None

@@ -1,7 +1,7 @@
 """LoRA adapters on the experts of a layer, all of them as one differentiable function.
 
-A and B of all experts are stacked, which autograd undoes, so that the gradients come to the parameters of each. Backward
-keeps the stacks and the arguments of the call (`halfbyte.backends.experts_torch`).
+A and B of all experts are stacked, which autograd undoes, so that the gradients come to the parameters of each.
+Backward keeps the stacks and the arguments of the call (`halfbyte.backends.experts_torch`).
 """
 
 from __future__ import annotations
@@ -81,9 +81,10 @@ def adapted_experts(
     activation: str,
     adapters: Sequence[Sequence[Adapter | None]],
 ) -> Tensor:
-    """The experts of a layer with adapters: `how` is intermediate size, block size, type, and whether scales are nested.
+    """The experts of a layer with adapters.
 
-    Gradients go to `x`, `weights`, and A and B of each adapter, once.
+    `how` is the intermediate size, the block size, the type, and whether scales are nested. Gradients go to `x`,
+    `weights`, and A and B of each adapter, once.
     """
     low = torch.float32 if x.is_cpu else x.dtype
     scalings: list[float | None] = []

@@ -157,19 +157,19 @@ def _adapted(cls: Any, layer: Any) -> Adapted | None:
     dropout = modules["lora_dropout"]._modules[name]
     if reason_of_adapter(layer, name) is not None or not (type(dropout) is nn.Identity or not dropout.training):
         return None
-    factors = [A._parameters.get("weight"), B._parameters.get("weight")]
+    factors: list[Any] = [A._parameters.get("weight"), B._parameters.get("weight")]
     if any(type(factor) not in PLAIN_TYPES or factor is None or factor.dtype not in FLOAT_DTYPES for factor in factors):
         return None
     entries = [
         *((own, key, own[key]) for key in ("_disable_adapters", "_active_adapter", MARK) if key in own),
-        *((modules[part]._modules, name, modules[part]._modules[name]) for part in ("lora_A", "lora_B", "lora_dropout")),
+        *((modules[key]._modules, name, part) for key, part in (("lora_A", A), ("lora_B", B), ("lora_dropout", dropout))),
         (A._parameters, "weight", factors[0]),
         (B._parameters, "weight", factors[1]),
         (vars(dropout), "training", dropout.training),
         (layer.scaling, name, layer.scaling[name]),
         (modules, "base_layer", base),
     ]  # fmt: skip
-    return Adapted(base, Adapter(*factors, layer.scaling[name]), (layer, A, B, dropout), entries)
+    return Adapted(base, Adapter(factors[0], factors[1], layer.scaling[name]), (layer, A, B, dropout), entries)
 
 
 def _hooked(module: nn.Module) -> bool:
