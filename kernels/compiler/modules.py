@@ -129,6 +129,8 @@ MODULES = (
         for name in ("experts_route", "experts_few", "experts_sum")
         for arch, machines in (("80", _BEFORE_HOPPER[1:]), ("90", _SINCE_HOPPER))
     ),
+    # For training.
+    Module("experts/experts_dequantize", "80", _SINCE_AMPERE),
     # Products of warpgroups.
     # For products of warpgroups, and these.
     Module("experts/experts_gather", "90", ("90",)),

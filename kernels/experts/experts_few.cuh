@@ -47,20 +47,9 @@
 #pragma once
 
 #include "experts/activation.cuh"
+#include "experts/matrix.cuh"
 #include "experts/route.cuh"
 #include "gemm/small_m_sm80/warp.cuh"
-
-// Where a matrix is: a row of the table of addresses.
-struct Matrix {
-    const u8 *codes;
-    const void *absmax;    // float32, or uint8 of nested scales
-    const float *absmax2;  // of nested ones
-    const float *offset;   // of nested ones
-
-    __device__ Scales scales() const {
-        return {static_cast<const float *>(absmax), static_cast<const u8 *>(absmax), absmax2, offset};
-    }
-};
 
 // What a launch is to do, as the launcher says it. T is not known to it: the pointers are to T where they are to nothing else.
 struct Experts {

@@ -583,6 +583,13 @@ class CudaExperts:
     ) -> str:
         """Make `y` of `hidden`, `[tokens * k][intermediate]`, with the workspace that `up` had."""
 
+    def dequantize(self, stream: int, table: int, projection: int, ends: int, out: int) -> None:
+        """Make the values of matrices of one projection, `[experts][rows][columns]`, of those experts that have slots.
+
+        `ends` is int32 `[experts]`: where an expert's slots end in an order by experts. Other matrices stay as they
+        are.
+        """
+
 @final
 class CudaLinear8:
     """Products `x · Wᵀ + bias` with 8-bit weights of one shape, `x` quantized on the way."""

@@ -9,6 +9,10 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from halfbyte import _native  # noqa: E402
+from halfbyte.backends import cuda_experts, experts_torch  # noqa: E402
+from halfbyte.nn import Expert, Experts4bit, Linear4bit  # noqa: E402
+from halfbyte.nn.expert_lora import adapted_experts  # noqa: E402
+from halfbyte.nn.lora import Adapter  # noqa: E402
 
 import kernels as k  # noqa: E402
 
@@ -190,3 +194,180 @@ def test_what_is_not_taken_is_refused() -> None:
         made(x, ids, weights, "tanh")
     with pytest.raises(ValueError, match="weights_dtype"):
         made(x, ids, weights.half())
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_matrices_of_experts_with_slots(dtype: torch.dtype, nested: bool) -> None:
+    """The bits of single matrices; those of experts without slots stay as they are."""
+    made = Experts.random(6, 512, 320, dtype, nested=nested)
+    counts = torch.tensor([2, 0, 0, 7, 1, 0], device="cuda")
+    ends = counts.cumsum(0).int()
+    for projection, (rows, columns) in enumerate([(320, 512), (320, 512), (512, 320)]):
+        out = torch.full((6, rows, columns), float("nan"), dtype=dtype, device="cuda")
+        stream = torch.cuda.current_stream().cuda_stream
+        made.native.dequantize(stream, made.table.data_ptr(), projection, ends.data_ptr(), out.data_ptr())
+        for expert in range(6):
+            weight = made.held[projection * 6 + expert]
+            expected = k.dequantize(weight, rows * columns, dtype, "nf4", 64).view(rows, columns)
+            there = counts[expert].item() > 0
+            assert torch.equal(out[expert], expected) if there else out[expert].isnan().all()
+    with pytest.raises(ValueError, match="projection must be"):
+        made.native.dequantize(stream, made.table.data_ptr(), 3, ends.data_ptr(), out.data_ptr())
+
+
+def a_layer(experts: int = 16, hidden: int = 512, intermediate: int = 320, biases: bool = False) -> Experts4bit:
+    torch.manual_seed(1)
+    made = []
+    for _ in range(experts):
+        expert = Expert()
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            shape = (intermediate, hidden) if name == "down_proj" else (hidden, intermediate)
+            expert.add_module(name, Linear4bit(*shape, bias=False, quant_type="nf4", compress_statistics=True))
+        made.append(expert)
+    module = Experts4bit(made, ("gate_proj", "up_proj", "down_proj"))
+    module.act_fn = torch.nn.SiLU()
+    if biases:
+        module.gate_up_proj_bias = torch.nn.Parameter(torch.randn(experts, 2 * intermediate))
+        module.down_proj_bias = torch.nn.Parameter(torch.randn(experts, hidden))
+    return module.to("cuda").requires_grad_(False)
+
+
+def gradients(call: object, *args: torch.Tensor) -> list[torch.Tensor]:
+    x, ids, weights = args
+    x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
+    y = call(x, ids, weights)  # type: ignore[operator]
+    factors = torch.randn(y.shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda")
+    y.backward(factors.to(y.dtype))
+    return [y.detach(), x.grad, weights.grad]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_on_a_gpu_are_those_of_experts_one_by_one(
+    dtype: torch.dtype, biases: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = a_layer(biases=biases)
+    for tokens in (1, 9, 300):
+        ids, weights = choices(tokens, 4, 16)
+        # Experts with nothing, and choices of none.
+        ids = torch.where(ids == 3, 5, ids)
+        ids[::3, 1] = 16
+        args = (torch.randn(tokens, 512, dtype=dtype, device="cuda"), ids, weights)
+        exact = gradients(module._one_by_one, args[0].float(), *args[1:])
+        expected = gradients(module._one_by_one, *args)
+        with monkeypatch.context() as patched:
+            patched.delattr(Experts4bit, "_one_by_one")
+            found = gradients(module, *args)
+            again = gradients(module, *args)
+        assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+        for a, b, c in zip(found, expected, exact, strict=True):
+            there = c != 0
+            error, theirs = (float((v - c)[there].norm() / c.norm()) for v in (a, b))
+            assert torch.isfinite(a).all()
+            assert error < max(1.2 * theirs, 2 * torch.finfo(dtype).eps), (error, theirs)
+        assert (found[2][ids == 16] == 0).all()
+
+
+def test_gradients_wait_for_nothing(no_waiting: None) -> None:
+    """Nor do they in a graph, with other choices than those that were captured."""
+    if not cuda_experts.multiplies_groups(torch.cuda.current_device(), torch.bfloat16):
+        pytest.skip("torch multiplies groups of rows here only by waiting")
+    torch.cuda.set_sync_debug_mode("default")
+    module = a_layer()
+    ids, weights = choices(64, 4, 16)
+    others, _ = choices(64, 4, 16)
+    x = torch.randn(64, 512, dtype=torch.bfloat16, device="cuda")
+    first, second = gradients(module, x, ids, weights), gradients(module, x, others, weights)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    found = gradients(module, x, ids, weights)
+    torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True))
+
+    table = module._held.table
+    assert table is not None
+    grad = torch.randn_like(x)
+
+    def backward() -> tuple[torch.Tensor, torch.Tensor]:
+        slots = experts_torch.Slots(ids, 16)
+        by = cuda_experts.products(x, slots, table.addresses, 320, 64, "nf4", True)
+        return experts_torch.backward(by, slots, grad, x, weights, None, None, "silu", True, True)
+
+    expected = [backward()]
+    kept = ids.clone()
+    ids.copy_(others)
+    expected.append(backward())
+    ids.copy_(kept)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = backward()
+    for now, wanted in ((kept, expected[0]), (others, expected[1])):
+        ids.copy_(now)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(made, wanted, strict=True))
+    assert not torch.equal(first[1], second[1])
+
+
+def test_a_stack_of_one_projection_at_a_time() -> None:
+    """Backward takes the memory of one stack, and of rows."""
+    module = a_layer(64, 1024, 768)
+    ids, weights = choices(8, 4, 64)
+    x = torch.randn(8, 1024, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    y = module(x, ids, weights)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    y.sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < 1.2 * 64 * 1024 * 768 * 2
+
+
+@pytest.mark.parametrize("rank", [4, 16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_adapters_on_all_experts_equal_float64(dtype: torch.dtype, rank: int) -> None:
+    """Gradients of A and B too; those of experts without tokens are zeros."""
+    module = a_layer()
+    ids, weights = choices(100, 4, 16)
+    ids = torch.where(ids == 3, 16, ids)
+    x = torch.randn(100, 512, dtype=dtype, device="cuda")
+    module(x, ids, weights)
+    table = module._held.table
+    assert table is not None
+    shapes = [(320, 512), (320, 512), (512, 320)]
+    adapters = [
+        [
+            Adapter(
+                (torch.randn(rank, columns, device="cuda") / columns**0.5).requires_grad_(),
+                (torch.randn(rows, rank, device="cuda") / rank**0.5).requires_grad_(),
+                0.5,
+            )
+            for _ in range(16)
+        ]
+        for rows, columns in shapes
+    ]
+    factors = [factor for projection in adapters for adapter in projection for factor in (adapter.A, adapter.B)]
+    x.requires_grad_(), weights.requires_grad_()
+    how = (320, 64, "nf4", True)
+    y = adapted_experts(x, ids, weights, table.addresses, None, None, how, "silu", adapters)
+    grad = torch.randn_like(y)
+    found = [y, *torch.autograd.grad(y, [x, weights, *factors], grad)]
+
+    wide = x.detach().double().requires_grad_()
+    total = torch.zeros_like(wide)
+    for index in range(16):
+        expert = module._modules[str(index)]
+        token, choice = torch.where(ids == index)
+        matrices = [
+            getattr(expert, name).dequantize().double() + a.scaling * a.B.double() @ a.A.double()  # type: ignore[union-attr]
+            for name, a in zip(module.projections, (projection[index] for projection in adapters), strict=True)
+        ]
+        rows = wide[token]
+        hidden = torch.nn.functional.silu(rows @ matrices[0].T) * (rows @ matrices[1].T)
+        total = total.index_add(0, token, hidden @ matrices[2].T * weights[token, choice, None].double())
+    expected = [total, *torch.autograd.grad(total, [wide, weights, *factors], grad.double(), allow_unused=True)]
+    for a, b in zip(found, expected, strict=True):
+        assert torch.isfinite(a).all()
+        assert (a.double() - b.double()).norm() <= 4 * torch.finfo(dtype).eps * b.double().norm()

@@ -108,3 +108,18 @@ def test_sum(dtype: str) -> None:
         for most in (8, 10):
             choices = Choices(random.integers(0, most, (tokens, top_k)), 8)
             check("experts_sum", experts.total(source, choices, columns, dtype, wide=most == 8))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_dequantize(dtype: str, nested: bool) -> None:
+    """Matrices of one tile, of several and of a part of one; experts without slots at both ends and between."""
+    source = library("experts_dequantize")
+    for counts, values, blocksize in (
+        ([3, 0, 1, 0], 64 * 64, 64),
+        ([0, 2, 0, 0, 5], 64 * 320, 128),
+        ([1], 192 * 64, 4096),
+        ([0, 0], 4096, 32),
+    ):
+        quant_type = "fp4" if len(counts) == 5 else "nf4"
+        check("experts_dequantize", experts.dequantize(source, counts, values, dtype, quant_type, blocksize, nested))

@@ -316,7 +316,15 @@ def of_experts_sum(source: Described) -> Iterator[Check]:
         yield experts.total(source, choices, 192, dtype, wide=dtype == "f16")
 
 
+def of_experts_dequantize(source: Described) -> Iterator[Check]:
+    """Every kernel: experts without slots, a tile that is not full."""
+    for dtype in ("bf16", "f16"):
+        for nested in (False, True):
+            yield experts.dequantize(source, [0, 2, 0, 1], 192 * 64, dtype, "nf4", 64, nested)
+
+
 FAMILIES = {
+    "experts_dequantize": of_experts_dequantize,
     "experts_tile_sm90a": of_experts_tile_sm90a,
     "experts_gather": of_experts_gather,
     "experts_route": of_experts_route,

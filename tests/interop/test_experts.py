@@ -289,6 +289,72 @@ def test_adapters_of_fused_parameters_are_split(name: str, tmp_path: Path) -> No
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def gradients(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    out = model(X, labels=X)
+    out.loss.backward()
+    return out.logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", thorough(["mixtral", "qwen3_moe", "gpt_oss"], quick=["gpt_oss"]))
+def test_adapters_of_all_experts_are_one_function(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from halfbyte.integrations.peft import fuse as fuse_lora
+    from halfbyte.integrations.peft import unfuse as unfuse_lora
+
+    made: list[int] = []
+    real = Experts4bit._one_by_one
+    monkeypatch.setattr(
+        Experts4bit, "_one_by_one", lambda self, x, *args: (made.append(len(x)), real(self, x, *args))[1]
+    )
+    dense = dense_model(name)
+    dense.save_pretrained(tmp_path)
+    packed = type(dense).from_pretrained(tmp_path, quantization_config=config())
+    lora = peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj"], target_parameters=FUSED)
+    model = peft.get_peft_model(packed, lora).train()
+    torch.manual_seed(1)
+    for key, parameter in model.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(parameter.data, std=0.1)
+    logits_together, together = gradients(model)
+    assert not made
+    assert unfuse_lora(model) > 0
+    logits_apart, apart = gradients(model)
+    assert made == [18, 18]
+    torch.testing.assert_close(logits_together, logits_apart, rtol=1e-5, atol=1e-6)
+    assert sum(".experts." in key for key in apart) >= 12
+    for key, expected in apart.items():
+        assert (together[key] - expected).norm() <= 1e-5 * expected.norm()
+    # Experts that no token came to have zeros.
+    assert all((together[key] == 0).all() for key in together.keys() - apart.keys())
+    fuse_lora(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        gradients(model)
+    assert len(made) == 2
+    # What changes is noticed: an adapter that is off, another scaling of one expert, a listener, and dropout.
+    experts = next(module for module in model.modules() if isinstance(module, Experts4bit))
+    layer: Any = getattr(experts._modules["3"], experts.projections[2])
+    for change, undo in (
+        (lambda: layer.scaling.update(default=3.0), lambda: layer.scaling.update(default=2.0)),
+        (lambda: layer.enable_adapters(False), lambda: layer.enable_adapters(True)),
+        (
+            lambda: vars(layer).update(seen=layer.lora_A["default"].register_forward_hook(lambda *a: None)),
+            lambda: vars(layer).pop("seen").remove(),
+        ),
+        (
+            lambda: layer.lora_dropout.update({"default": torch.nn.Dropout(0.1)}),
+            lambda: layer.lora_dropout.update({"default": torch.nn.Identity()}),
+        ),
+    ):
+        count = len(made)
+        change()
+        gradients(model)
+        assert len(made) == count + 1
+        undo()
+    del made[:]
+    gradients(model)
+    assert not made
+
+
 def test_a_packed_matrix_of_another_shape_is_refused(tmp_path: Path) -> None:
     dense = dense_model("mixtral")
     dense.save_pretrained(tmp_path / "dense")

@@ -297,3 +297,32 @@ def total(source: Described, choices: Choices, columns: int, dtype: str, wide: b
     launch = Launch(kernel, grid, source.threads[kernel], arguments)
     wanted = bits(native.from_float32(exact, dtype))
     return Check(f"{kernel}, {tokens} x {top_k} x {columns}", Case([launch]), [(y, wanted)])
+
+
+def dequantize(
+    source: Described, counts: Sequence[int], values: int, dtype: str, quant_type: str, blocksize: int, nested: bool
+) -> Check:
+    """A matrix of each expert that has slots, beside what the core makes of it; others are not written."""
+    random = np.random.default_rng([values, blocksize, *counts])
+    rows, expected = [], []
+    for count in counts:
+        packed, absmax = native.quantize(random.standard_normal(values, np.float32), "f32", quant_type, blocksize)
+        scales = Scales.nested(absmax) if nested else Scales.plain(absmax)
+        rows.append(Matrix(packed, scales, np.empty(0)).addresses)
+        made = native.dequantize(packed, scales.absmax, values, dtype, quant_type, blocksize)
+        expected.append(made if count else filled(values, made.dtype))
+    table = Buffer(
+        np.zeros((len(rows), 4), np.int64),
+        addresses=[(8 * (4 * i + j), b) for i, row in enumerate(rows) for j, b in enumerate(row) if b is not None],
+    )
+    wanted = np.concatenate(expected)
+    out = Buffer(filled(wanted.size, wanted.dtype))
+    tiles = ceil_div(values, source.constants["TILE"])
+    arguments = [
+        pointers(table), pointers(Buffer(np.cumsum(counts).astype(np.int32))), pointers(out), int64(values),
+        int32(tiles), int32(int(math.log2(blocksize))), int32(("nf4", "fp4").index(quant_type)),
+    ]  # fmt: skip
+    kernel = f"experts_dequantize_{dtype}{'_nested' if nested else ''}"
+    launch = Launch(kernel, len(counts) * tiles, source.threads[kernel], arguments)
+    name = f"{kernel}, {counts} slots, {values} values of {quant_type} in blocks of {blocksize}"
+    return Check(name, Case([launch]), [(out, bits(wanted))])

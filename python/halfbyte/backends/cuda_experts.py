@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from halfbyte import _native
-from halfbyte.ops._torch_internals import current_stream
-from halfbyte.ops.checks_experts import check_experts
+from halfbyte.backends import experts_torch
+from halfbyte.ops._torch_internals import current_stream, grouped_mm
+from halfbyte.ops.checks_experts import check_experts, check_gradient
 
 _NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
@@ -110,3 +111,117 @@ def experts_4bit(
             y.data_ptr() + first * hidden * y.element_size(),
         )
     return y
+
+
+@functools.lru_cache(maxsize=64)
+def multiplies_groups(device: int, dtype: torch.dtype) -> bool:
+    """Whether torch multiplies groups of rows in one launch here; other dtypes and devices it has the host wait for."""
+    if grouped_mm is None or dtype is not torch.bfloat16:
+        return False
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) != (9, 0) and major != 10:
+        return False
+    rows = torch.zeros(16, 16, dtype=dtype, device=f"cuda:{device}")
+    ends = torch.full((1,), 16, dtype=torch.int32, device=rows.device)
+    try:
+        grouped_mm(rows, rows.view(1, 16, 16), offs=ends)
+        grouped_mm(rows.t(), rows, offs=ends)
+    except (RuntimeError, TypeError, ValueError):
+        # Not all builds have these products.
+        return False
+    return True
+
+
+class Products:
+    """Products with the packed matrices of a table.
+
+    The matrices of a projection are dequantized in one launch to a stack, of which there is one at a time, and
+    multiplied by torch: in one launch where that can do so, else one by one, for which the host waits once.
+    """
+
+    def __init__(
+        self, slots: experts_torch.Slots, table: Tensor, kernel: Any, dtype: torch.dtype, hidden: int, intermediate: int
+    ) -> None:
+        """For sorted slots."""
+        self.slots = slots
+        self.gated = table.shape[0] == 3
+        self.low = dtype
+        self._table, self._kernel = table, kernel
+        self._shapes = [(intermediate, hidden)] * (table.shape[0] - 1) + [(hidden, intermediate)]
+        self._stack: tuple[int, Tensor] | None = None
+
+    def forward(self, rows: Tensor, projection: int) -> Tensor:
+        """`rows @ W.T` with each row's expert's matrix."""
+        return self.grouped(rows, self._values(rows, projection).transpose(1, 2))
+
+    def backward(self, grads: Tensor, projection: int) -> Tensor:
+        """`grads @ W`."""
+        return self.grouped(grads, self._values(grads, projection))
+
+    def grouped(self, rows: Tensor, stack: Tensor) -> Tensor:
+        """`rows @ stack[expert]`."""
+        together = multiplies_groups(rows.get_device(), rows.dtype)
+        how = experts_torch.grouped_together if together else experts_torch.grouped_one_by_one
+        return how(self.slots, rows, stack)
+
+    def outer(self, a: Tensor, b: Tensor) -> Tensor:
+        """`a.T @ b` of the rows of each expert."""
+        together = multiplies_groups(a.get_device(), a.dtype)
+        how = experts_torch.outer_together if together else experts_torch.outer_one_by_one
+        return how(self.slots, a, b)
+
+    def _values(self, like: Tensor, projection: int) -> Tensor:
+        """The matrices of a projection, of those experts that have slots."""
+        if self._stack is not None and self._stack[0] == projection:
+            return self._stack[1]
+        # Its memory may be that of the next.
+        self._stack = None
+        stack = like.new_empty(self._table.shape[1], *self._shapes[projection])
+        stream = current_stream(like.get_device())
+        self._kernel.dequantize(
+            stream, self._table.data_ptr(), projection, self.slots.ends.data_ptr(), stack.data_ptr()
+        )
+        self._stack = projection, stack
+        return stack
+
+
+def products(
+    x: Tensor,
+    slots: experts_torch.Slots,
+    table: Tensor,
+    intermediate: int,
+    blocksize: int,
+    quant_type: str,
+    nested: bool,
+) -> Products:
+    """Products with the packed matrices of a table, for activations like `x`."""
+    count, experts, _ = table.shape
+    hidden = x.shape[1]
+    kernel = _kernel(
+        x.get_device(), _NAMES[x.dtype], experts, hidden, intermediate, count == 3, quant_type, blocksize, nested
+    )  # fmt: skip
+    return Products(slots, table.contiguous(), kernel, x.dtype, hidden, intermediate)
+
+
+def experts_4bit_backward(
+    grad: Tensor,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    table: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    intermediate: int,
+    blocksize: int,
+    quant_type: str,
+    nested: bool,
+    activation: str,
+    to_x: bool,
+    to_weights: bool,
+) -> tuple[Tensor, Tensor]:
+    """See `halfbyte.ops.experts`."""
+    check_experts(x, ids, weights, table, None, up_bias, down_bias, intermediate, blocksize, quant_type, activation)
+    check_gradient(grad, x)
+    slots = experts_torch.Slots(ids, table.shape[1])
+    by = products(x, slots, table, intermediate, blocksize, quant_type, nested)
+    return experts_torch.backward(by, slots, grad, x, weights, up_bias, down_bias, activation, to_x, to_weights)

@@ -16,7 +16,9 @@ from torch.nn.modules import module as _global
 
 from halfbyte import _native
 from halfbyte.backends import cpu_experts, cuda_experts
+from halfbyte.nn.expert_lora import adapter_of, are_alike
 from halfbyte.nn.linear4bit import Linear4bit
+from halfbyte.nn.lora import Adapter
 from halfbyte.nn.params import Params4bit
 from halfbyte.ops._torch_internals import DisableTorchFunctionSubclass
 from halfbyte.ops.checks import FLOAT_DTYPES
@@ -73,6 +75,7 @@ class ExpertTable:
         kind: Shapes, and how they are packed.
         activation: What is between the projections, one of `halfbyte.ops.checks_experts.ACTIVATIONS`.
         dtypes: Of activations that there is an operation for.
+        adapters: Of each projection of each expert, those of a projection alike; None where there are none.
     """
 
     def __init__(self, experts: Any, kind: Kind, activation: str, found: _Found) -> None:
@@ -86,6 +89,8 @@ class ExpertTable:
             for projection in weights
         ]
         self.addresses = torch.tensor(rows, dtype=torch.int64).to(device)
+        # A backward pass keeps the addresses, and with them what they name, whatever becomes of the layers until then.
+        vars(self.addresses)["named"] = weights
         self.maps: Tensor | None = None
         if device.type == "cuda":
             shapes = [projection[0].packing.shape for projection in weights]
@@ -104,6 +109,7 @@ class ExpertTable:
         ]
         self.trains = any(bias.requires_grad for bias, _ in self._biases)
         self._weights = weights
+        self.adapters = found.adapters if any(adapters[0] for adapters in found.adapters) else None
         self._unchanged = _native.Unchanged(found.entries, found.sizes)
         self._parameters = found.parameters
         self._pointers = _addresses(found.parameters)
@@ -133,6 +139,7 @@ class _Found:
 
     def __init__(self) -> None:
         self.weights: list[list[PackedWeight]] = []
+        self.adapters: list[list[Adapter | None]] = []
         self.parameters: list[Params4bit] = []
         self.entries: list[tuple[dict[str, Any], str, Any]] = []
         self.sizes: list[dict[str, Any]] = list(_GLOBAL_HOOKS)
@@ -145,8 +152,15 @@ class _Found:
         self.sizes += [own, *(own[name] for name in _HOOKS)]
         return True
 
-    def packed(self, layer: Any) -> tuple[QuantState, PackedWeight] | None:
-        """The weight of a layer whose product can be a part of the operation."""
+    def packed(self, layer: Any) -> tuple[QuantState, PackedWeight, Any] | None:
+        """The weight of a layer whose product can be a part of the operation, its adapter, and the layer itself."""
+        adapted = adapter_of(layer)
+        adapter = None
+        if adapted is not None:
+            if not all(self.is_bare(module) for module in adapted.modules):
+                return None
+            self.entries += adapted.entries
+            layer, adapter = adapted.base, adapted.adapter
         if type(layer).forward is not Linear4bit.forward or not self.is_bare(layer):
             return None
         weight, state = layer._parameters.get("weight"), None
@@ -168,7 +182,7 @@ class _Found:
             return None
         self.parameters.append(weight)
         self.entries += [(layer._parameters, "weight", weight), (weight.__dict__, "quant_state", state)]
-        return state, packed
+        return state, packed, (adapter, layer)
 
 
 def table_of(experts: Any) -> ExpertTable | None:
@@ -180,6 +194,7 @@ def table_of(experts: Any) -> ExpertTable | None:
     gate, up, down = experts.projections
     projections = [name for name in (gate, up, down) if name]
     found.weights = [[] for _ in projections]
+    found.adapters = [[] for _ in projections]
     kinds: set[Any] = set()
     for index in range(experts.num_experts):
         expert = experts._modules.get(str(index))
@@ -192,7 +207,8 @@ def table_of(experts: Any) -> ExpertTable | None:
             if made is None or len(kinds) > 2:
                 return None
             found.entries.append((expert._modules, name, layer))
-            state, packed = made
+            state, packed, (adapter, layer) = made
+            found.adapters[place].append(adapter)
             shape, blocksize, quant_type = packed.scalars()
             kinds.add(
                 (name == down, shape, blocksize, quant_type, state.nested, packed.codes.device, layer.compute_dtype)
@@ -214,6 +230,8 @@ def table_of(experts: Any) -> ExpertTable | None:
     for name in ("gate_up_proj_bias", "up_proj_bias", "down_proj_bias"):
         if (bias := experts._parameters.get(name)) is not None:
             found.entries.append((experts._parameters, name, bias))
+    if not all(are_alike(adapters) for adapters in found.adapters):
+        return None
     kind = Kind(ups[1], ups[0], gate is not None, quant_type, blocksize, nested, compute_dtype)
     return ExpertTable(experts, kind, activation, found)
 

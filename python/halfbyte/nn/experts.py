@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halfbyte.nn.expert_lora import adapted_experts
 from halfbyte.nn.expert_table import ExpertTable, Held, table_of
 from halfbyte.ops._torch_internals import tracing, transforms
 from halfbyte.ops.autograd import autocast_dtype
+from halfbyte.ops.dispatch import transformed
 from halfbyte.ops.experts import experts_4bit
 
 _is_compiling = torch.compiler.is_compiling
@@ -39,8 +41,9 @@ class Experts4bit(nn.Module):
     the names of the original checkpoints (which vLLM and transformers 4 read), and adapters can be added to each
     expert.
 
-    Where nobody listens to the layers, no gradient is wanted and the activation is a known one, all of it is a single
-    operation (`halfbyte.ops.experts`), which can be compiled and captured; else each expert is called by itself.
+    Where nobody listens to the layers and the activation is a known one, all of it is a single operation
+    (`halfbyte.ops.experts`), which can be compiled and captured, and has derivatives; else each expert is called by
+    itself.
 
     Attributes:
         num_experts: How many there are.
@@ -99,14 +102,23 @@ class Experts4bit(nn.Module):
             return self._one_by_one(hidden_states, top_k_index, top_k_weights)
         kind = table.kind
         dtype = compute or kind.compute_dtype or hidden_states.dtype
+        x, ids = hidden_states.to(dtype), top_k_index.to(torch.int64)
+        up_bias = None if table.up_bias is None else table.up_bias.to(dtype)
+        down_bias = None if table.down_bias is None else table.down_bias.to(dtype)
+        if table.adapters is not None:
+            how = kind.intermediate, kind.blocksize, kind.quant_type, kind.nested
+            y = adapted_experts(
+                x, ids, top_k_weights, table.addresses, up_bias, down_bias, how, table.activation, table.adapters
+            )
+            return y.to(hidden_states.dtype)
         y = experts_4bit(
-            hidden_states.to(dtype),
-            top_k_index.to(torch.int64),
+            x,
+            ids,
             top_k_weights,
             table.addresses,
             table.maps,
-            None if table.up_bias is None else table.up_bias.to(dtype),
-            None if table.down_bias is None else table.down_bias.to(dtype),
+            up_bias,
+            down_bias,
             kind.intermediate,
             kind.blocksize,
             kind.quant_type,
@@ -118,9 +130,6 @@ class Experts4bit(nn.Module):
     def _table(self, x: Tensor, ids: Tensor, weights: Tensor, compute: torch.dtype | None) -> ExpertTable | None:
         """The table for these arguments; None where experts are called one by one."""
         if x.dim() != 2 or ids.dim() != 2 or x.dtype is torch.float64:
-            return None
-        gradients = torch.is_grad_enabled()
-        if gradients and (x.requires_grad or weights.requires_grad):
             return None
         table = self._held.table
         if _is_compiling():
@@ -135,7 +144,10 @@ class Experts4bit(nn.Module):
         elif table is None or not table.holds():
             table = table_of(self)
             self._held.hold(table)
-        if table is None or (gradients and table.trains):
+        if table is None or (torch.is_grad_enabled() and table.trains):
+            return None
+        if table.adapters is not None and (_is_compiling() or transformed() or ids.numel() < self.num_experts):
+            # All adapters are stacked, which few tokens are not worth.
             return None
         dtype = compute or table.kind.compute_dtype or x.dtype
         return table if x.device == table.addresses.device and dtype in table.dtypes else None

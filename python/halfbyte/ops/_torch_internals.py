@@ -125,3 +125,6 @@ def _public_stream(device: int) -> int:
 
 current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _public_stream)
 """The handle of torch's current stream on a CUDA device."""
+
+grouped_mm: Callable[..., Tensor] | None = getattr(torch, "_grouped_mm", None)
+"""A product of each group of rows with a matrix of its own; None in releases without. Only some devices do not wait."""

@@ -60,3 +60,13 @@ def check_experts(
     for name, other in others.items():
         if other is not None and other.device != x.device:
             raise ValueError(f"{name} must be on {x.device}, as x, got {other.device}")
+
+
+def check_gradient(grad: Tensor, x: Tensor) -> None:
+    """Of the operation's result, beside its first argument."""
+    if grad.dtype is not x.dtype:
+        raise DTypeError(f"grad must have dtype {x.dtype}, as x, got {grad.dtype}")
+    if grad.shape != x.shape:
+        raise ValueError(f"grad must have shape {list(x.shape)}, as x, got {list(grad.shape)}")
+    if grad.device != x.device:
+        raise ValueError(f"grad must be on {x.device}, as x, got {grad.device}")

@@ -160,4 +160,22 @@ impl CudaExperts {
         };
         py.detach(call).map_err(to_py)
     }
+
+    /// Make the values of matrices of one projection, of those experts that have slots.
+    fn dequantize(
+        &self,
+        py: Python<'_>,
+        stream: usize,
+        table: u64,
+        projection: usize,
+        ends: u64,
+        out: u64,
+    ) -> PyResult<()> {
+        let call = || {
+            let matrices = Matrices { table, maps: 0, up_bias: 0, down_bias: 0 };
+            // SAFETY: the Python caller's to keep.
+            unsafe { self.experts.dequantize(Stream(stream), &matrices, projection, ends, out) }
+        };
+        py.detach(call).map_err(to_py)
+    }
 }

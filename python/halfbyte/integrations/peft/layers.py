@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halfbyte.nn.expert_lora import READERS, Adapted
 from halfbyte.nn.linear4bit import Linear4bit, say_slow
 from halfbyte.nn.lora import Adapter, lora_linear_4bit
 from halfbyte.ops.autograd import autocast_dtype
@@ -64,6 +65,7 @@ def enter(bnb: ModuleType) -> None:
 
     forward.__dict__["__halfbyte__"] = wanted
     cls.forward = forward
+    READERS.append(functools.partial(_adapted, cls))
 
 
 def is_entered(cls: Any) -> bool:
@@ -139,6 +141,35 @@ def _active(layer: Any, x: Tensor, device: torch.device, compute: torch.dtype) -
             if dropped is not x:
                 found[i] = found[i]._replace(x=dropped)
     return None, found
+
+
+def _adapted(cls: Any, layer: Any) -> Adapted | None:
+    """What a layer with one active adapter is made of, where all experts can be computed together."""
+    if type(layer) is not cls or not is_entered(cls) or not is_fused(layer):
+        return None
+    own, modules = vars(layer), layer._modules
+    base: Any = modules["base_layer"]
+    names = [name for name in layer.active_adapters if name in modules["lora_A"]._modules]
+    if layer._disable_adapters or layer.merged_adapters or len(names) != 1 or reason_of_base(base) is not None:
+        return None
+    (name,) = names
+    A, B = (modules[part]._modules[name] for part in ("lora_A", "lora_B"))
+    dropout = modules["lora_dropout"]._modules[name]
+    if reason_of_adapter(layer, name) is not None or not (type(dropout) is nn.Identity or not dropout.training):
+        return None
+    factors: list[Any] = [A._parameters.get("weight"), B._parameters.get("weight")]
+    if any(type(factor) not in PLAIN_TYPES or factor is None or factor.dtype not in FLOAT_DTYPES for factor in factors):
+        return None
+    entries = [
+        *((own, key, own[key]) for key in ("_disable_adapters", "_active_adapter", MARK) if key in own),
+        *((modules[key]._modules, name, part) for key, part in (("lora_A", A), ("lora_B", B), ("lora_dropout", dropout))),
+        (A._parameters, "weight", factors[0]),
+        (B._parameters, "weight", factors[1]),
+        (vars(dropout), "training", dropout.training),
+        (layer.scaling, name, layer.scaling[name]),
+        (modules, "base_layer", base),
+    ]  # fmt: skip
+    return Adapted(base, Adapter(factors[0], factors[1], layer.scaling[name]), (layer, A, B, dropout), entries)
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -4,6 +4,7 @@
 //! waits for it and a graph can hold it.
 
 mod chunks;
+mod dequantize;
 mod few;
 mod layer;
 mod route;
@@ -179,6 +180,32 @@ impl Experts {
         check([("hidden", hidden), ("y", y), ("workspace", workspace)])?;
         // SAFETY: the caller's.
         unsafe { self.second(stream, choices, weights, matrices, None, hidden, workspace, &parts, y) }
+    }
+
+    /// Makes the values of matrices of one projection, of those experts that have slots: `out[experts][rows][columns]`, in the dtype
+    /// of x. `ends` is int32 `[experts]`: where an expert's slots end in an order by experts.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a projection that there is not, and for addresses that are not aligned; [`Error::Cuda`] when the
+    /// launch fails.
+    ///
+    /// # Safety
+    /// As [`Experts::launch`].
+    pub unsafe fn dequantize(
+        &self,
+        stream: Stream,
+        matrices: &Matrices,
+        projection: usize,
+        ends: u64,
+        out: u64,
+    ) -> Result<()> {
+        let projections = self.projections() + 1;
+        if projection >= projections {
+            return Err(Error::argument("projection", projection, format!("less than {projections}")));
+        }
+        check([("table", matrices.table), ("ends", ends), ("out", out)])?;
+        // SAFETY: the caller's.
+        unsafe { dequantize::dequantize(self, stream, matrices, projection, ends, out) }
     }
 
     /// Slots to experts, where the product wants that, and gate and up.
