@@ -208,6 +208,7 @@ bench-cuda: setup-test develop ## the benches that need a GPU
 	$(py) benches/cuda_linear.py $(ARGS)
 	$(py) benches/cuda_torch.py $(ARGS)
 	$(py) benches/cuda_torch.py --backward $(ARGS)
+	$(py) benches/cuda_models.py
 	$(py) benches/cuda_first_use.py
 	$(py) benches/load.py --device cuda
 	$(py) benches/qlora.py --device cuda

@@ -316,6 +316,14 @@ __device__ inline void mma_m16n8k16(F16, float (&d)[4], const u32 (&a)[4], u32 b
 }
 #endif
 
+// Four matrices of 8 rows of 8 16-bit elements: lane 8i + r gives the address of row r of matrix i, a multiple of 16, and each
+// lane gets elements 2t and 2t + 1 of row g of each matrix, which is what mma wants of b[n][k].
+__device__ inline void load_matrices(u32 (&words)[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(u32(__cvta_generic_to_shared(row))));
+}
+
 // d[16][8] += a[16][32] * b[32][8] of 8-bit integers, int32 sums that wrap around. A lane has, four to a word, the first in
 // the low byte:
 //   a[0]: row g,     k = 4t ... 4t+3       a[1]: row g + 8, k = 4t ... 4t+3

@@ -111,9 +111,11 @@ MODULES = (
     Module("gemm/simt/gemv_4bit", "75", _ALL),
     # mma.m16n8k16 of bfloat16.
     Module("gemm/small_m_sm80/gemm_4bit_small_m_sm80", "80", _SINCE_AMPERE),
+    Module("gemm/tile_sm80/gemm_4bit_tile_sm80", "80", _SINCE_AMPERE),
     # Takes more shared memory than others have.
     Module("gemm/small_m_sm90/gemm_4bit_small_m_sm90", "90", ("90", "100")),
     Module("gemm/small_m_sm90/gemm_4bit_small_m_sm90_long", "90", ("90", "100")),
+    Module("gemm/small_m_sm90/gemm_4bit_small_m_sm90_one", "90", ("90", "100")),
     # 8-bit activations and products, which start early where that can be.
     *(
         Module(f"int8/{name}", arch, machines)

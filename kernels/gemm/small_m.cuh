@@ -95,11 +95,10 @@ __device__ inline void load_x(u32 (&words)[K_TILE][FRAGMENTS][8], const T *x, in
     load_x_rows<FRAGMENTS, K_TILE>(words, row_of, begin, blocks, g, t);
 }
 
-// sums += scale * (the products of one block). The scales are those of rows g and g + 8.
+// products += those of one block, without its scales.
 template <typename T, int FRAGMENTS, typename Table>
-__device__ inline void add_block(float (&sums)[FRAGMENTS][4], const Table &table, const Words2 &low, const Words2 &high,
-                                 const u32 (&x)[FRAGMENTS][8], float low_scale, float high_scale) {
-    float products[FRAGMENTS][4] = {};
+__device__ inline void add_products(float (&products)[FRAGMENTS][4], const Table &table, const Words2 &low, const Words2 &high,
+                                    const u32 (&x)[FRAGMENTS][8]) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const u32 a[2][4] = {{look_up<0>(table, low.word[i]), look_up<0>(table, high.word[i]),
@@ -112,6 +111,14 @@ __device__ inline void add_block(float (&sums)[FRAGMENTS][4], const Table &table
             mma_m16n8k16(T{}, products[f], a[1], x[f][4 * i + 2], x[f][4 * i + 3]);
         }
     }
+}
+
+// sums += scale * (the products of one block). The scales are those of rows g and g + 8.
+template <typename T, int FRAGMENTS, typename Table>
+__device__ inline void add_block(float (&sums)[FRAGMENTS][4], const Table &table, const Words2 &low, const Words2 &high,
+                                 const u32 (&x)[FRAGMENTS][8], float low_scale, float high_scale) {
+    float products[FRAGMENTS][4] = {};
+    add_products<T>(products, table, low, high, x);
 #pragma unroll
     for (int f = 0; f < FRAGMENTS; f++) {
         sums[f][0] = __fmaf_rn(low_scale, products[f][0], sums[f][0]);

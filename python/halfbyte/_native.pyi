@@ -403,6 +403,10 @@ class CudaLinear:
     def rows_at_once(self) -> int:
         """Rows of `x` that one launch takes at most, where the kind is one for the matrix units."""
 
+    @property
+    def rows_without_workspace(self) -> int:
+        """Rows of `x` up to which `launch` wants no workspace."""
+
     def workspace(self, m: int) -> int | None:
         """The bytes of the workspace that `launch` wants for `m` rows of `x`.
 

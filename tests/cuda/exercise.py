@@ -57,19 +57,23 @@ def main(*, reads_ahead: bool, tiles: bool) -> None:
 
 
 def several_rows() -> None:
-    """Products of warpgroups: each form, parts of K, and tiles that blocks share."""
-    if torch.cuda.get_device_capability() != (9, 0):
+    """Products for more rows: each form, parts of K, and tiles that blocks share."""
+    if torch.cuda.get_device_capability() < (8, 0):
         return
+    kernels = ["tile_sm80", *(["tile_sm90a"] if torch.cuda.get_device_capability() == (9, 0) else [])]
     for dtype in (torch.bfloat16, torch.float16):
-        for n, columns, rows in ((140, 544, (40, 90, 120, 180, 250)), (9000, 544, (1000,))):
+        for n, columns, rows in ((140, 576, (40, 90, 120, 180, 250)), (9000, 576, (1000,))):
             values = torch.randn(n * columns, dtype=dtype, device="cuda")
             for make in (quantize, quantize_nested):
                 weight = make(values, "nf4", 64)
                 for m in rows:
                     x = torch.randn(m, columns, dtype=dtype, device="cuda")
-                    # As large as any wants; initcheck must not take it for written.
-                    workspace = torch.empty(1 << 25, dtype=torch.uint8, device="cuda")
-                    product(x, weight, n, "nf4", 64, kernel="tile_sm90a", workspace=workspace)
+                    for kernel in kernels:
+                        # As large as any wants; initcheck must not take it for written, but who waits for a signal
+                        # reads it before.
+                        make_workspace = torch.zeros if kernel == "tile_sm80" else torch.empty
+                        workspace = make_workspace(1 << 25, dtype=torch.uint8, device="cuda")
+                        product(x, weight, n, "nf4", 64, kernel=kernel, workspace=workspace)
 
 
 def int8(reads_ahead: bool) -> None:

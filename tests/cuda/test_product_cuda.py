@@ -13,7 +13,7 @@ from halfbyte import _native  # noqa: E402
 import kernels as k  # noqa: E402
 
 # What the names of kernels begin with.
-SIMT, SMALL_M, TILE = "gemm_4bit_simt", "gemm_4bit_small_m", "gemm_4bit_tile_sm90a"
+SIMT, SMALL_M, TILE = "gemm_4bit_simt", "gemm_4bit_small_m", "gemm_4bit_tile"
 
 
 @functools.lru_cache(maxsize=32)
@@ -56,8 +56,7 @@ def test_few_rows(m: int, dtype: torch.dtype) -> None:
     for n, columns in ((4096, 4096), (1000, 320), (17, 64), (1, 128), (133, 11008)):
         for nested in (False, True):
             best = check(m, n, columns, dtype, nested=nested, bias=m % 2 == 0)
-            # More than 32 are not few where there are warpgroup products.
-            assert best.startswith(TILE if m > 32 and torch.cuda.get_device_capability() == (9, 0) else SMALL_M), best
+            assert best.startswith(TILE if m > 32 else SMALL_M), best
             check(m, n, columns, dtype, nested=nested, kernel="small_m_sm80")
 
 

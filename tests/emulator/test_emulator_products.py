@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import launches_gemm
+import native
+import numpy as np
 import pytest
 from harness import library, run_both_ways
 from launches_gemm import Product
@@ -91,6 +94,34 @@ def test_small_m_sm90(m: int, n: int, k: int, blocksize: int, plan: tuple[int, i
     for i, product in enumerate(small_products(m, n, k, blocksize)):
         check = launches_gemm.small_m_sm90(source, product, rows, slots, per_pass, sharing=(4, 1, 2, 8)[i])
         check.against(run_both_ways(source, check.case))
+
+
+# One k-tile, with k-slices that have nothing; several, of which the last leaves some nothing; one warp for all of K.
+ONE_ROW = [*SM90, (20, 576, 64, (20, 1, 1)), (40, 3584, 64, (32, 4, 1)), (35, 1152, 64, (35, 1, 2))]
+
+
+@pytest.mark.parametrize(("n", "k", "blocksize", "plan"), ONE_ROW)
+def test_one_row_sm90(n: int, k: int, blocksize: int, plan: tuple[int, int, int]) -> None:
+    source = library("gemm_4bit_small_m_sm90_one")
+    for i, product in enumerate(small_products(1, n, k, blocksize)):
+        check = launches_gemm.one_row_sm90(source, product, *plan, scale_shift=4 * (i % 2))
+        check.against(run_both_ways(source, check.case))
+
+
+@pytest.mark.parametrize("k", [320, 4160])
+def test_one_row_sm90_of_which_some_values_are_infinite(k: int) -> None:
+    """What the matrix units make of other blocks' values is thrown away: a row is infinite, none is NaN."""
+    source = library("gemm_4bit_small_m_sm90_one")
+    product = Product.random(1, 20, k, "bf16", "nf4", 64)
+    # The codes' value there is no zero.
+    at = next(i for i in range(k) if (product.weights[:, i] != 0).all())
+    x = native.to_float32(product.x, "bf16")
+    x[0, at] = np.inf
+    product = replace(product, x=native.from_float32(x, "bf16"))
+    check = launches_gemm.one_row_sm90(source, product, 20, 4, 1)
+    y = run_both_ways(source, check.case)[-1]
+    wanted = np.where(product.weights[:, at] > 0, np.inf, -np.inf)
+    assert np.array_equal(native.to_float32(y, "bf16")[0], wanted)
 
 
 def test_small_m_sm90_with_as_many_steps_as_a_large_weight_has() -> None:

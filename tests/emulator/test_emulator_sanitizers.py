@@ -115,6 +115,24 @@ def of_gemm_4bit_small_m_sm90_long(source: Described) -> Iterator[Check]:
                     yield launches_gemm.small_m_sm90(source, product, 37, slots, 0, sharing=sharing)
 
 
+def of_gemm_4bit_small_m_sm90_one(source: Described) -> Iterator[Check]:
+    """One k-tile and several, scales one by one and by fours, a short pass."""
+    for dtype in ("bf16", "f16"):
+        for nested in (False, True):
+            for k, plan in ((320, (21, 4, 1)), (2112, (37, 4, 2)), (1024, (37, 2, 1)), (1024, (37, 8, 2))):
+                product = Product.random(1, 37, k, dtype, "nf4", 64, nested=nested, bias=nested)
+                yield launches_gemm.one_row_sm90(source, product, *plan)
+
+
+def of_gemm_4bit_tile_sm80(source: Described) -> Iterator[Check]:
+    """Every kernel: more k-tiles than stages, K in parts, rows and columns that are not there."""
+    for dtype in ("bf16", "f16"):
+        for tokens, (m, n, k, parts) in ((64, (70, 9, 1088, 2)), (128, (3, 130, 384, 1)), (128, (129, 7, 448, 3))):
+            nested = (dtype == "bf16") == (parts == 1)
+            product = Product.random(m, n, k, dtype, "nf4", 32 if m == 3 else 64, nested=nested, bias=nested)
+            yield launches_gemm.tile_sm80(source, product, tokens, parts)
+
+
 def of_gemm_4bit_tile_sm90a(source: Described) -> Iterator[Check]:
     """Every kernel: scales one by one and by fours, K in parts, rows and columns that are not there."""
     shapes = [(33, 130, 288, 32), (70, 9, 256, 64), (3, 7, 256, 64), (20, 9, 544, 4096), (65, 40, 32, 128)]
@@ -329,6 +347,8 @@ FAMILIES = {
     "gemm_4bit_small_m_sm80": of_gemm_4bit_small_m_sm80,
     "gemm_4bit_small_m_sm90": of_gemm_4bit_small_m_sm90,
     "gemm_4bit_small_m_sm90_long": of_gemm_4bit_small_m_sm90_long,
+    "gemm_4bit_small_m_sm90_one": of_gemm_4bit_small_m_sm90_one,
+    "gemm_4bit_tile_sm80": of_gemm_4bit_tile_sm80,
     "floor": of_floor,
     "gemm_4bit_tile_sm90a": of_gemm_4bit_tile_sm90a,
 }

@@ -188,6 +188,20 @@ def small_m_sm90(
     return _small_m(source, ring.family, product, plan, slots * ring.chunks, shared, scale_shift)
 
 
+def one_row_sm90(
+    source: Described, product: Product, rows: int, slots: int, per_pass: int, scale_shift: int = 0
+) -> Check:
+    """The same for one row of x, any K."""
+    constants = source.constants
+    k_tiles = ceil_div(product.x.shape[1] // 64, slots * 8)
+    # What is before the table, as the kernel says; see `small_m_sm90`.
+    x = k_tiles * slots * 1024 if k_tiles > 1 else 0
+    assert x + per_pass * constants["WARPS"] * constants["ONE_ROW_SUMS"] * 4 <= 2**16 - 2048, "no room"
+    shared = 2 * constants["LANE_TABLE_BYTES"] - 1024 + constants["WARPS"] * 3 * constants["ROWS"] * 8 * 32
+    plan = (rows, int(math.log2(slots)), k_tiles, per_pass, 0, rows % 3)
+    return _small_m(source, "gemm_4bit_small_m_sm90_one", product, plan, slots * k_tiles + 4, shared, scale_shift)
+
+
 def _small_m(
     source: Described,
     family: str,
@@ -198,7 +212,8 @@ def _small_m(
     scale_shift: int = 0,
 ) -> Check:
     (m, k), n = product.x.shape, product.weights.shape[0]
-    kernel = f"{family}_{product.dtype}_{8 if m <= 8 else 16 if m <= 16 else 32}{product.scales.suffix}"
+    columns = "" if family.endswith("_one") else f"_{8 if m <= 8 else 16 if m <= 16 else 32}"
+    kernel = f"{family}_{product.dtype}{columns}{product.scales.suffix}"
     x, packed, scales, bias, y = product.buffers(scale_shift=scale_shift)
     arguments = [
         x, packed, scales, bias, pointers(y), int32(m), int32(n), int32(k),
@@ -295,15 +310,51 @@ def tile_sm90a(source: Described, product: Product, plan: Tile, exact: bool = Fa
         cluster=plan.parts, in_order=plan.ranges > 0,
     )  # fmt: skip
     name = f"{kernel}, {m} x {n} x {k}, {product.quant_type} in {product.blocksize}, {plan}"
+    return Check(name, Case([launch]), [(y, _of_dequantized(product, 2 + k / 16 + max(plan.parts, units), exact))])
+
+
+def _of_dequantized(product: Product, roundings: float, exact: bool) -> Callable[[np.ndarray], str]:
+    """Compares with the product by the dequantized weight. `exact`: x is an identity, and that weight is wanted."""
+    n, k = product.weights.shape
     if exact:
         scales = product.scales.absmax
         dense = native.dequantize(product.packed, scales, n * k, product.dtype, product.quant_type, product.blocksize)
         # A sum of zeros is +0, if not all of them are -0.
         dense[native.to_float32(dense, product.dtype) == 0] = 0
-        return Check(name, Case([launch]), [(y, bits(dense.reshape(n, k).T.copy(), product.dtype))])
+        return bits(dense.reshape(n, k).T.copy(), product.dtype)
     # A weight is its value times its scale, rounded to x's type; a sum is rounded once for each product of matrices,
     # and once for each part and the bias.
     with np.errstate(invalid="ignore"):
         scaled = product.weights * np.repeat(product.scales.absmax, product.blocksize)[: n * k].reshape(n, k)
     rounded = native.to_float32(native.from_float32(scaled.astype(np.float32), product.dtype), product.dtype)
-    return Check(name, Case([launch]), [(y, product.result_of(rounded, 2 + k / 16 + max(plan.parts, units)))])
+    return product.result_of(rounded, roundings)
+
+
+def tile_sm80(
+    source: Described, product: Product, tokens: int, parts: int = 1, scale_shift: int = 0, exact: bool = False
+) -> Check:
+    """By mma.sync, more than a few rows of x: `tokens` of them in a tile, and parts of K; `exact` as above."""
+    (m, k), n, constants = product.x.shape, product.weights.shape[0], source.constants
+    rows, k_tiles = constants["ROWS"], k // constants["K_TILE"]
+    kernel = f"gemm_4bit_tile_sm80_{product.dtype}_{tokens}"
+    token_tiles, of_part = ceil_div(m, tokens), ceil_div(k_tiles, parts)
+    tiles = token_tiles * ceil_div(n, rows)
+    assert of_part * (parts - 1) < k_tiles, "a part of K with nothing"
+    stages = 3 if tokens > 64 else 4
+    shared = stages * (tokens * 128 + rows * 32) + 2 * constants["W_BYTES"] + 1024
+    x, packed, scales, bias, y = product.buffers(scale_shift=scale_shift)
+    codebook = reference.CODEBOOKS[product.quant_type].astype(np.float32)
+    if parts > 1:
+        count = tiles * (parts - 1)
+        sums = Buffer(np.full((count, rows * tokens), np.nan, np.float32))
+        signals = Buffer(np.random.default_rng(count).integers(1, 1 << 60, count, np.uint64))
+        workspace = Argument(struct.pack("<3Q", 0, 0, 1 << 63 | count), ((0, sums), (8, signals)))
+    else:
+        workspace = Argument(bytes(24))
+    arguments = [
+        x, packed, scales, Argument(codebook.tobytes()), bias, pointers(y), int32(m), int32(n), int32(k),
+        size_argument(product.blocksize), Argument(struct.pack("<3i", token_tiles, of_part, parts)), workspace,
+    ]  # fmt: skip
+    launch = Launch(kernel, tiles * parts, source.threads[kernel], arguments, shared, in_order=parts > 1)
+    name = f"{kernel}, {m} x {n} x {k}, {product.quant_type} in {product.blocksize}, {parts} parts"
+    return Check(name, Case([launch]), [(y, _of_dequantized(product, 2 + k / 16 + parts, exact))])

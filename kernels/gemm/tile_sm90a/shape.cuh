@@ -1,6 +1,7 @@
 // The shape of a tile of gemm_4bit_tile_sm90a: constants, the partition of shared memory and registers, pipeline states.
 #pragma once
 
+#include "common/planes.cuh"
 #include "common/scales.cuh"
 #include "common/wgmma.cuh"
 
@@ -18,11 +19,6 @@ constexpr int SCALE_SPAN = 32;            // columns that share a scale whatever
 constexpr int SCALES_PER_ROW = SCALES_K / SCALE_SPAN;
 constexpr int MAX_SPLIT_K = 4;            // blocks of a cluster: their accumulators fit in place of x and the table
 constexpr int SCALE_PRODUCERS = 2 * WARP; // threads that bring scales, the last of the block
-
-// What each code stands for, for a block whose largest magnitude is 1.
-struct Codebook {
-    float value[16];
-};
 
 constexpr u32 PLANES_BYTES = 2 * ROWS * 16;  // the sixteen values of a block of each row, their low and their high bytes
 

@@ -228,7 +228,7 @@ def _kernel(
         )
     kernel = _native.CudaLinear(device, NAMES[dtype], n, k, quant_type, blocksize, nested)
     most = 0 if reason is not None else kernel.rows_at_once * _FUSED_LAUNCHES[n * k >= _LARGE]
-    return kernel.launch, most, kernel.workspace
+    return kernel.launch, min(most, kernel.rows_without_workspace), kernel.workspace
 
 
 @functools.lru_cache(maxsize=4096)

@@ -58,6 +58,12 @@ impl CudaLinear {
         cuda::rows_at_once(self.device, self.n, self.k, codes)
     }
 
+    /// Rows of `x` up to which `launch` wants no workspace.
+    #[getter]
+    fn rows_without_workspace(&self) -> usize {
+        cuda::rows_without_workspace(self.device)
+    }
+
     /// If `launch` makes a product of `m` rows of `x` in less time than a dense copy of the weight and a product with that, rows
     /// beyond those of `rows_at_once` being meant: the bytes of the workspace that it wants. `x` and the codes begin at
     /// multiples of 16 bytes.

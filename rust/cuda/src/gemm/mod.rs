@@ -13,14 +13,17 @@ use crate::memory::{Memory, Scales, block_shift};
 mod gemv;
 mod simt;
 mod small_m;
-mod tile;
+mod tile_sm80;
+mod tile_sm90a;
+mod workspace;
 
 pub use gemv::{Gemv, gemv};
 pub use small_m::rows_at_once;
-pub use tile::tile_pays;
 
 use small_m::{AnyConfig, BLOCK, SmallM, suits_sm90};
-use tile::{Tile, beats_few, codebook};
+
+/// More rows than this go to a kernel for more rather than to those for few rows, which would be launched twice.
+const FEW_ROWS: usize = 32;
 
 /// `y[m][n] = x[m][k] · W[n][k]ᵀ + bias[n]`, row-major.
 #[derive(Debug, Clone, Copy)]
@@ -70,13 +73,26 @@ impl Gemm4bit<'_> {
         SmallM::new(device, sm90, self.x.dtype(), self.scales.is_nested(), (m, self.n, self.k))
     }
 
-    /// The launch of the kernel for more than a few rows, when it takes the arguments.
-    fn tile(&self, device: &Device) -> Option<Tile> {
-        if !Tile::reaches(self.x.address(), self.packed.address()) {
+    /// Of the workspace the bytes that can be used.
+    fn workspace_bytes(&self) -> usize {
+        self.workspace.filter(|workspace| workspace.is_aligned(16)).map_or(0, Memory::count)
+    }
+
+    /// The launch of the kernel for more than a few rows by warpgroups, when it takes the arguments.
+    fn tile_sm90a(&self, device: &Device) -> Option<tile_sm90a::Tile> {
+        if !tile_sm90a::Tile::reaches(self.x.address(), self.packed.address()) {
             return None;
         }
-        let workspace = self.workspace.filter(|workspace| workspace.is_aligned(16)).map_or(0, Memory::count);
-        Tile::new(device, self.x.dtype(), (self.m, self.n, self.k), workspace)
+        tile_sm90a::Tile::new(device, self.x.dtype(), (self.m, self.n, self.k), self.workspace_bytes())
+    }
+
+    /// The same without warpgroups.
+    fn tile_sm80(&self, device: &Device) -> Option<tile_sm80::Tile> {
+        if !tile_sm80::Tile::reaches(self.x.address(), self.packed.address()) {
+            return None;
+        }
+        let shape = (self.m, self.n, self.k);
+        tile_sm80::Tile::new(device, self.x.dtype(), shape, self.workspace_bytes())
     }
 
     fn suits_sm90(&self) -> bool {
@@ -119,18 +135,21 @@ pub enum Choice {
     SmallMSm90,
     /// For few rows, the weight by way of registers: compute capability 8.0 and later.
     SmallMSm80,
-    /// For more than a few rows: compute capability 9.0.
+    /// For more than a few rows, by warpgroups: compute capability 9.0.
     TileSm90a,
+    /// For more than a few rows: compute capability 8.0 and later.
+    TileSm80,
     /// The plain one.
     Simt,
 }
 
 impl Choice {
-    const NAMES: [(&'static str, Self); 5] = [
+    const NAMES: [(&'static str, Self); 6] = [
         ("best", Self::Best),
         ("small_m_sm90", Self::SmallMSm90),
         ("small_m_sm80", Self::SmallMSm80),
         ("tile_sm90a", Self::TileSm90a),
+        ("tile_sm80", Self::TileSm80),
         ("simt", Self::Simt),
     ];
 
@@ -144,7 +163,7 @@ impl Choice {
             Self::Best => &[true, false],
             Self::SmallMSm90 => &[true],
             Self::SmallMSm80 => &[false],
-            Self::TileSm90a | Self::Simt => &[],
+            Self::TileSm90a | Self::TileSm80 | Self::Simt => &[],
         }
     }
 }
@@ -163,10 +182,10 @@ impl std::str::FromStr for Choice {
 ///
 /// The matrix units take float16 and bfloat16 on devices of compute capability 8.0 and later, when `k` is a multiple of 64,
 /// the block size at least 64, and `x` and `packed` aligned to 16 bytes; with [`rows_at_once`](super::rows_at_once) rows of
-/// `x` in a launch, of which there are as many as it takes. There each weight is its codebook value rounded to the type of
-/// `x`, and the scale is applied in float32 to the sums of a block. On devices of compute capability 9.0 more than 32 rows
-/// go to a kernel with warpgroup products, when `k` is a multiple of 32: there each weight is what
-/// dequantizing gives. Everything else goes to a plain kernel: correct, and slow for many rows.
+/// `x` in a launch, of which there are as many as it takes. There each weight is its codebook value rounded to the type of `x`,
+/// and the scale is applied in float32 to the sums of a block. More than 32 rows go to kernels that multiply what dequantizing
+/// gives: on devices of compute capability 9.0 one with warpgroup products, when `k` is a multiple of 32; on others of 8.0 and
+/// later some hundred rows to one with the products of warps, when it is a multiple of 64. Everything else goes to a plain kernel: correct, and slow for many rows.
 ///
 /// The result is the same from run to run on one device; sums are float32.
 ///
@@ -185,12 +204,9 @@ pub unsafe fn gemm_4bit(device: &Device, stream: Stream, product: &Gemm4bit<'_>,
     let quant_type = quant_type_parameter(product.quant_type);
     let packed = product.packed.address();
     let (m, n, k) = (product.m, product.n, product.k);
-    let tile = match choice {
-        Choice::TileSm90a => product.tile(device),
-        Choice::Best if beats_few(m) => product.tile(device),
-        Choice::Best | Choice::SmallMSm90 | Choice::SmallMSm80 | Choice::Simt => None,
-    };
-    if let Some(tile) = tile {
+    if (choice == Choice::TileSm90a || choice == Choice::Best && m > FEW_ROWS)
+        && let Some(tile) = product.tile_sm90a(device)
+    {
         let (x, y) = (product.x.address(), product.y.address());
         let (x, codes) = tile.maps(product.x.dtype(), (m, n, k), x, packed)?;
         let (codebook, config) = (codebook(product.quant_type), tile.config);
@@ -198,9 +214,21 @@ pub unsafe fn gemm_4bit(device: &Device, stream: Stream, product: &Gemm4bit<'_>,
         let (m, n, k) = (m as i32, n as i32, k as i32);
         let parameters = parameters![x, codes, scales, codebook, bias, y, m, n, k, shift, config, workspace];
         let blocks = (tile.blocks, tile.cluster);
-        // SAFETY: the kernel's parameters in its order; lengths and alignment were checked, it waits before it touches what
-        // earlier ones write, the rest is the caller's.
+        // SAFETY: the kernel's parameters in its order; lengths and alignment were checked, it waits before it touches
+        // what earlier ones write, the rest is the caller's.
         unsafe { device.launch_early_in_clusters(stream, tile.kernel, blocks, tile.shared, parameters) }?;
+        return Ok(tile.kernel.name);
+    }
+    if (choice == Choice::TileSm80 || choice == Choice::Best && tile_sm80::prefers(device, m))
+        && let Some(tile) = product.tile_sm80(device)
+    {
+        let (x, y) = (product.x.address(), product.y.address());
+        let (codebook, config) = (codebook(product.quant_type), tile.config);
+        let workspace = tile.workspace(product.workspace.map_or(0, Memory::address));
+        let (m, n, k) = (m as i32, n as i32, k as i32);
+        let parameters = parameters![x, packed, scales, codebook, bias, y, m, n, k, shift, config, workspace];
+        // SAFETY: the kernel's parameters in its order; lengths and alignment were checked, the rest is the caller's.
+        unsafe { device.launch(stream, tile.kernel, tile.blocks, tile.shared, parameters) }?;
         return Ok(tile.kernel.name);
     }
     for &sm90 in choice.small_m() {
@@ -235,7 +263,7 @@ pub unsafe fn gemm_4bit(device: &Device, stream: Stream, product: &Gemm4bit<'_>,
         }
         return Ok(first.kernel.name);
     }
-    if matches!(choice, Choice::SmallMSm80 | Choice::SmallMSm90 | Choice::TileSm90a) {
+    if !matches!(choice, Choice::Best | Choice::Simt) {
         let expected = "\"best\", because this kernel does not take these arguments on this device";
         return Err(Error::argument("kernel", format!("{:?}", choice.as_str()), expected));
     }
@@ -247,4 +275,22 @@ pub unsafe fn gemm_4bit(device: &Device, stream: Stream, product: &Gemm4bit<'_>,
     // SAFETY: as above.
     unsafe { device.launch(stream, kernel, blocks, 0, parameters) }?;
     Ok(kernel.name)
+}
+
+/// The codebook as the kernels for more than a few rows take it.
+fn codebook(quant_type: QuantType) -> [f32; 16] {
+    *quant_type.values()
+}
+
+/// If a kernel for more than a few rows is better than a dense copy of the weight and a product with that, for `m` rows of
+/// `x` and a weight `[n][k]`: the bytes of the workspace with which it is. `x` and the codes have to begin at multiples of 16
+/// bytes.
+pub fn tile_pays(device: &Device, dtype: DType, shape: (usize, usize, usize)) -> Option<usize> {
+    tile_sm90a::pays(device, dtype, shape).or_else(|| tile_sm80::pays(device, dtype, shape))
+}
+
+/// Rows of `x` up to which no kernel wants a workspace.
+pub fn rows_without_workspace(device: &Device) -> usize {
+    // Of the kernel by warpgroups only the forms for more rows do, which are asked for anyway.
+    if tile_sm80::prefers(device, FEW_ROWS + 1) { FEW_ROWS } else { usize::MAX }
 }

@@ -1,16 +1,13 @@
-//! Products of more than a few rows with a 4-bit weight (kernels/gemm/tile_sm90a): which shapes they take, how the work is divided,
-//! and how long it takes beside a dense copy of the weight.
+//! Products of more than a few rows with a 4-bit weight by warpgroups (kernels/gemm/tile_sm90a): which shapes they take, how
+//! the work is divided, and how long it takes beside a dense copy of the weight.
 
-use std::hash::{BuildHasher as _, RandomState};
-use std::sync::LazyLock;
-use std::sync::atomic::{AtomicU64, Ordering};
-
-use halfbyte::codebook::QuantType;
 use halfbyte::dtype::DType;
 use halfbyte::error::Result;
 
 use crate::capability::Capability;
 use crate::driver::{Device, TensorMap, TileType};
+use crate::gemm::FEW_ROWS;
+use crate::gemm::workspace::{self, Workspace};
 use crate::kernels::{
     self, Kernel, gemm_4bit_tile_sm90a_bf16_64 as bf16_64, gemm_4bit_tile_sm90a_bf16_96 as bf16_96,
     gemm_4bit_tile_sm90a_bf16_128 as bf16_128, gemm_4bit_tile_sm90a_bf16_192 as bf16_192,
@@ -93,15 +90,6 @@ pub(super) struct Config {
     ranges: i32,
 }
 
-/// What `Workspace` is to the kernel.
-#[repr(C)]
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Workspace {
-    sums: u64,
-    signals: u64,
-    token: u64,
-}
-
 /// A launch.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Tile {
@@ -142,8 +130,6 @@ const DENSE_LAUNCHES: f64 = 4.0;
 const MARGIN: f64 = 0.96;
 /// Rows up to which the times were measured: for more the dense copy stays.
 const MEASURED_ROWS: usize = 1024;
-/// More rows than this go to the kernel rather than to those for few rows, which would be launched twice.
-const FEW_ROWS: usize = 32;
 
 /// Clusters of so many blocks that a device runs at a time: they do not lie across its groups of multiprocessors, of which
 /// some are smaller.
@@ -204,19 +190,9 @@ fn divide((m, n, k): (usize, usize, usize), multiprocessors: usize, with_ranges:
     best.unwrap_or((FORMS[0], Config { token_tiles: 1, scales_stages: 0, split_k: 1, ranges: 0 }, 0, f64::INFINITY))
 }
 
-/// Where the sums of ranges are in the workspace, and behind them the signals; and its bytes.
-fn workspace_layout(tokens: usize, ranges: usize) -> (usize, usize) {
-    let sums = ranges * tokens * ROWS * size_of::<f32>();
-    (sums, sums + ranges * size_of::<u64>())
-}
-
-/// A number that no launch of this process had, and that memory does not hold by chance: what it held before may be anything.
-fn token() -> u64 {
-    static NEXT: AtomicU64 = AtomicU64::new(0);
-    static SEED: LazyLock<u64> = LazyLock::new(|| RandomState::new().hash_one(std::process::id()));
-    // Even steps from an odd number: all different for 2^63 launches, and none 0.
-    let count = NEXT.fetch_add(1, Ordering::Relaxed);
-    (*SEED | 1).wrapping_add(count.wrapping_mul(2 * 0x4f1b_bcdc_bfa5_3e0b))
+/// Of the sums of ranges the bytes; there are as many signals as ranges.
+fn sums_bytes(tokens: usize, ranges: usize) -> usize {
+    ranges * tokens * ROWS * size_of::<f32>()
 }
 
 /// Microseconds of a dense copy of the weight and a product with that.
@@ -251,7 +227,7 @@ impl Tile {
         let multiprocessors = device.multiprocessors() as usize;
         let bytes = |(form, config, ..): &(Form, Config, u64, f64)| match config.ranges {
             0 => 0,
-            ranges => workspace_layout(form.tokens, ranges as usize).1,
+            ranges => workspace::bytes(sums_bytes(form.tokens, ranges as usize), ranges as usize),
         };
         let mut best = divide(shape, multiprocessors, workspace > 0);
         if bytes(&best) > workspace {
@@ -279,8 +255,7 @@ impl Tile {
 
     /// The workspace at this address, for one launch.
     pub(super) fn workspace(&self, address: u64) -> Workspace {
-        let (signals, _) = workspace_layout(self.tokens, self.config.ranges as usize);
-        Workspace { sums: address, signals: address + signals as u64, token: token() }
+        Workspace::new(address, sums_bytes(self.tokens, self.config.ranges as usize))
     }
 
     /// What the copy engine has to know: of `x [m][k]` and of the codes of `W [n][k]`.
@@ -298,25 +273,14 @@ impl Tile {
     }
 }
 
-/// Whether so many rows of `x` are better made by the kernel than by those for few rows.
-pub(super) fn beats_few(m: usize) -> bool {
-    m > FEW_ROWS
-}
-
 /// If the kernel takes a product of `m` rows of `x` with a weight `[n][k]` in less time than a dense copy and a product with
 /// that, the bytes of the workspace with which it does. `x` and the codes have to begin at multiples of 16 bytes.
-pub fn tile_pays(device: &Device, dtype: DType, (m, n, k): (usize, usize, usize)) -> Option<usize> {
-    let shape = (m, n, k);
-    if m > MEASURED_ROWS || !beats_few(m) {
+pub(super) fn pays(device: &Device, dtype: DType, shape: (usize, usize, usize)) -> Option<usize> {
+    if !(FEW_ROWS + 1..=MEASURED_ROWS).contains(&shape.0) {
         return None;
     }
     let tile = Tile::new(device, dtype, shape, usize::MAX)?;
     (tile.time < MARGIN * dense_time(shape, device.multiprocessors() as usize)).then_some(tile.workspace)
-}
-
-/// The codebook as the kernel takes it.
-pub(super) fn codebook(quant_type: QuantType) -> [f32; 16] {
-    *quant_type.values()
 }
 
 #[cfg(test)]
@@ -363,21 +327,10 @@ mod tests {
             if config.ranges > 0 {
                 assert_eq!(blocks, config.ranges as u64);
                 assert!((1..=stages.min(132)).contains(&(config.ranges as usize)), "{m} {n} {k}");
-                let (signals, bytes) = workspace_layout(form.tokens, config.ranges as usize);
-                assert!(signals.is_multiple_of(256) && bytes == signals + 8 * config.ranges as usize);
+                assert!(sums_bytes(form.tokens, config.ranges as usize).is_multiple_of(256));
             }
         }
         assert!(divide((512, 14336, 4096), 132, true).1.ranges == 132);
-    }
-
-    #[test]
-    fn tokens_differ() {
-        let tokens: Vec<u64> = (0..1000).map(|_| token()).collect();
-        assert!(tokens.iter().all(|&token| token != 0));
-        let mut distinct = tokens.clone();
-        distinct.sort_unstable();
-        distinct.dedup();
-        assert_eq!(distinct.len(), tokens.len());
     }
 
     #[test]
