@@ -162,13 +162,15 @@ def _adapted(cls: Any, layer: Any) -> Adapted | None:
         return None
     entries = [
         *((own, key, own[key]) for key in ("_disable_adapters", "_active_adapter", MARK) if key in own),
-        *((modules[key]._modules, name, part) for key, part in (("lora_A", A), ("lora_B", B), ("lora_dropout", dropout))),
+        (modules["lora_A"]._modules, name, A),
+        (modules["lora_B"]._modules, name, B),
+        (modules["lora_dropout"]._modules, name, dropout),
         (A._parameters, "weight", factors[0]),
         (B._parameters, "weight", factors[1]),
         (vars(dropout), "training", dropout.training),
         (layer.scaling, name, layer.scaling[name]),
         (modules, "base_layer", base),
-    ]  # fmt: skip
+    ]
     return Adapted(base, Adapter(factors[0], factors[1], layer.scaling[name]), (layer, A, B, dropout), entries)
 
 
