@@ -37,10 +37,12 @@ def keep_class_of_argument(cls: Any) -> None:
         if not (values.get("load_in_4bit") or values.get("load_in_8bit")):
             method = getattr(values.get("quant_method"), "value", values.get("quant_method"))
             if method != "bitsandbytes":
+                way = "by the library of that method, or start from the 16-bit checkpoint that it was made from"
+                if method == "mxfp4":
+                    way = "by transformers, or convert the checkpoint with `halfbyte quantize`, which decodes MXFP4"
                 raise ValueError(
                     f"quantization_config: the checkpoint is quantized already, its config.json says quant_method "
-                    f"{method!r}, and cannot be quantized again; load it without quantization_config, by the "
-                    "library of that method, or start from the 16-bit checkpoint that it was made from"
+                    f"{method!r}, and cannot be quantized again; load it without quantization_config, {way}"
                 )
         saved = _check_saved(values)
         assert saved is not None
