@@ -5,11 +5,11 @@
 //   compute capability 9.0 alone (wgmma, TMA, setmaxnreg).
 //
 // Roofline. Bytes: N * K / 2 of codes and N * K / blocksize scales once, x once for each 128 rows of W, y once. 14336 x 4096 in
-//   blocks of 64, bfloat16, on an H200, in microseconds (benches/RESULTS.md; 8.8 is what reading codes and scales once takes):
+//   blocks of 64, bfloat16, on an H200, in microseconds (benches/RESULTS.md; 9.2 is what reading codes and scales once takes):
 //     rows of x                      64     96    128    256    512
-//     measured                     25.9   29.4   34.8   52.0  107.0
-//     floor / measured             34 %   30 %   25 %   17 %    8 %
-//     cuBLAS, weight in 16 bits    32.9   32.8   33.4   42.9   88.4
+//     measured                     26.2   29.8   34.4   52.4   99.8
+//     floor / measured             35 %   31 %   27 %   17 %    9 %
+//     cuBLAS, weight in 16 bits    32.9   33.8   33.9   45.2   90.3
 //   Not memory is the bound but the multiprocessor: its shared memory, and from 256 rows on its matrix units nearly as much.
 //   Clocks for 128 rows of W by 64 columns, at 128 bytes a clock:
 //     rows of x                      64     96    128    192    256
