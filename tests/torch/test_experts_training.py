@@ -104,7 +104,11 @@ def together(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("act", [None, torch.nn.GELU(), torch.nn.GELU("tanh"), Squared(), clamped], ids=str)
+@pytest.mark.parametrize(
+    "act",
+    [None, torch.nn.GELU(), torch.nn.GELU("tanh"), Squared(), clamped],
+    ids=["silu", "gelu", "gelu_tanh", "relu2", "clamped_swiglu"],
+)
 def test_gradients_are_those_of_experts_one_by_one(act: Any, dtype: torch.dtype, together: Any) -> None:
     for gated, biases, recipe in (
         (True, True, {"compress_statistics": False}),
