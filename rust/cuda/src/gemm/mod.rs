@@ -20,10 +20,7 @@ mod workspace;
 pub use gemv::{Gemv, gemv};
 pub use small_m::rows_at_once;
 
-use small_m::{AnyConfig, BLOCK, SmallM, suits_sm90};
-
-/// More rows than this go to a kernel for more rather than to those for few rows, which would be launched twice.
-const FEW_ROWS: usize = 32;
+use small_m::{AnyConfig, BLOCK, FEW_ROWS, SmallM, suits_sm90};
 
 /// `y[m][n] = x[m][k] · W[n][k]ᵀ + bias[n]`, row-major.
 #[derive(Debug, Clone, Copy)]

@@ -38,6 +38,9 @@ const SM90_SHARED: usize = 2 * TABLE_BYTES + ONE_STAGES;
 /// multiple of its size, whether or not there is such a part.
 const RESERVED_SHARED: usize = 1024;
 
+/// More rows than this go to a kernel for more rather than to those for few rows, which would be launched twice.
+pub(super) const FEW_ROWS: usize = 32;
+
 /// What `LaunchConfig` is to gemm_4bit_small_m_sm80.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

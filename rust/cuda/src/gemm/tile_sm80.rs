@@ -5,7 +5,7 @@ use halfbyte::dtype::DType;
 
 use crate::capability::Capability;
 use crate::driver::Device;
-use crate::gemm::FEW_ROWS;
+use crate::gemm::small_m::FEW_ROWS;
 use crate::gemm::workspace::{self, Workspace};
 use crate::kernels::{self, Kernel, gemm_4bit_tile_sm80 as sm80};
 

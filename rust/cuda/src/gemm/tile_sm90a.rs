@@ -6,7 +6,7 @@ use halfbyte::error::Result;
 
 use crate::capability::Capability;
 use crate::driver::{Device, TensorMap, TileType};
-use crate::gemm::FEW_ROWS;
+use crate::gemm::small_m::FEW_ROWS;
 use crate::gemm::workspace::{self, Workspace};
 use crate::kernels::{
     self, Kernel, gemm_4bit_tile_sm90a_bf16_64 as bf16_64, gemm_4bit_tile_sm90a_bf16_96 as bf16_96,
