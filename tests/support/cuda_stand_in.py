@@ -320,6 +320,7 @@ class Linear:
     blocksize: int
     nested: bool
     rows_at_once = 32
+    rows_without_workspace = 1 << 40
 
     def workspace(self, m: int) -> int | None:
         """Where a kernel for more rows is faster than a dense copy, as many bytes as it has rows."""
