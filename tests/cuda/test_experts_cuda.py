@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -236,13 +237,14 @@ def a_layer(experts: int = 16, hidden: int = 512, intermediate: int = 320, biase
     return module.to("cuda").requires_grad_(False)
 
 
-def gradients(call: object, *args: torch.Tensor) -> list[torch.Tensor]:
+def gradients(call: Any, *args: torch.Tensor) -> list[torch.Tensor]:
     x, ids, weights = args
     x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
-    y = call(x, ids, weights)  # type: ignore[operator]
+    y = call(x, ids, weights)
     factors = torch.randn(y.shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda")
     y.backward(factors.to(y.dtype))
-    return [y.detach(), x.grad, weights.grad]  # type: ignore[list-item]
+    found: list[Any] = [y.detach(), x.grad, weights.grad]
+    return found
 
 
 @pytest.mark.parametrize("biases", [False, True])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -16,9 +18,9 @@ pytestmark = pytest.mark.skipif(not AMPERE, reason="needs compute capability 8.0
 HALVES = [torch.bfloat16, torch.float16]
 
 
-def gemm(m: int, n: int, columns: int, dtype: torch.dtype, **how: object) -> None:
+def gemm(m: int, n: int, columns: int, dtype: torch.dtype, **how: Any) -> None:
     """Compare with float64, and two runs with each other."""
-    assert check(m, n, columns, dtype, kernel="tile_sm80", **how).startswith("gemm_4bit_tile_sm80")  # type: ignore[arg-type]
+    assert check(m, n, columns, dtype, kernel="tile_sm80", **how).startswith("gemm_4bit_tile_sm80")
 
 
 def scratch() -> torch.Tensor:
