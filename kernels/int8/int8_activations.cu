@@ -202,10 +202,7 @@ __device__ inline void gather_panel(const X *input, const u32 *masks, int groups
     __syncthreads();
     let_next_start();
     wait_for_previous();
-    MaskReader<4> reader(thread, PANEL_THREADS);
-    while (reader.read(masks, groups, words)) {
-        reader.join(mask, words);
-    }
+    join_masks(mask, masks, groups, words, thread, PANEL_THREADS);
     __syncthreads();
     const int count = count_columns(mask, words), warp = thread / WARP;
     if (warp == 0) {

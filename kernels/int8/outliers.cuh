@@ -14,41 +14,29 @@ constexpr int PANEL_UNIT = 16;
 // Of the mask of so many columns; what is behind the last is 0.
 __device__ inline int mask_words(int columns) { return int(u32(columns + 127) / 128) * MASK_UNIT; }
 
-// What one of so many threads reads of masks [groups][words], a few units at a time, to join them in shared memory.
-template <int AT_ONCE>
-struct MaskReader {
-    Words4 unit[AT_ONCE];
-    int first, threads;
-
-    __device__ MaskReader(int thread, int threads) : first(thread), threads(threads) {}
-
-    // Whether there was anything; once, and then after each `join`.
-    __device__ bool read(const u32 *masks, int groups, int words) {
-        const int all = groups * (words / MASK_UNIT);
+// By so many threads: joins masks [groups][words] in shared memory, [words] that were zero before. A thread has one unit of
+// every so-manieth group, so that few of them meet at a word.
+__device__ inline void join_masks(u32 *mask, const u32 *masks, int groups, int words, int thread, int threads) {
+    const int units = words / MASK_UNIT, beside = units < threads ? threads / units : 1;
+    for (int at = thread; at < units * beside; at += threads) {
+        const Words4 *const from = reinterpret_cast<const Words4 *>(masks) + at % units;
+        Words4 all = {};
+#pragma unroll 4
+        for (int group = at / units; group < groups; group += beside) {
+            const Words4 unit = load_stream_after(from + group * units);
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) {
-            const int at = first + i * threads;
-            unit[i] = at < all ? load_stream_after(reinterpret_cast<const Words4 *>(masks) + at) : Words4{};
-        }
-        return first < all;
-    }
-    // To `mask`, [words] that were zero before.
-    __device__ void join(u32 *mask, int words) {
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) {
-            if ((unit[i].word[0] | unit[i].word[1] | unit[i].word[2] | unit[i].word[3]) != 0) {
-                u32 *const to = mask + (first + i * threads) % (words / MASK_UNIT) * MASK_UNIT;
-#pragma unroll
-                for (int j = 0; j < MASK_UNIT; j++) {
-                    if (unit[i].word[j] != 0) {
-                        atomicOr(to + j, unit[i].word[j]);
-                    }
-                }
+            for (int i = 0; i < MASK_UNIT; i++) {
+                all.word[i] |= unit.word[i];
             }
         }
-        first += AT_ONCE * threads;
+#pragma unroll
+        for (int i = 0; i < MASK_UNIT; i++) {
+            if (all.word[i] != 0) {
+                atomicOr(mask + at % units * MASK_UNIT + i, all.word[i]);
+            }
+        }
     }
-};
+}
 
 // By a warp: how many columns there are in so many words.
 __device__ inline int count_columns(const u32 *mask, int words) {

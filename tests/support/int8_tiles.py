@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import native
 import numpy as np
 from harness import Argument, Buffer, Case, Launch, int32, pointers, tensor_map
-from int8 import masks_of, panel_of
+from int8 import PANEL_COLUMNS, masks_of, panel_of
 from launches import Check, Described, bits, near
 
 KINDS = {"bf16": 0, "f16": 1, "f32": 2, "i32": 3}
@@ -120,6 +120,10 @@ def tile(source: Described, codes: Codes, plan: Tile) -> Check:
     columns[: len(codes.columns)] = codes.columns
     found = np.zeros((1, k), bool)
     found[0, codes.columns] = True
+    panel = Buffer(panel_of(codes.x, codes.columns))
+    # Of anything where there is none of 16-bit values.
+    sixteen = listed and codes.dtype in ("bf16", "f16")
+    panel_map = (panel, 2, (PANEL_COLUMNS, m), (2 * PANEL_COLUMNS,), (constants["CHUNK"], plan.tokens), 0)
     epilogue = pointers(
         None if raw else Buffer(codes.row_scales),
         None if raw else Buffer(codes.column_scales),
@@ -129,12 +133,13 @@ def tile(source: Described, codes: Codes, plan: Tile) -> Check:
         Buffer(columns) if listed else None,
         Buffer(codes.x) if listed else None,
         Buffer(masks_of(found)) if listed else None,
-        Buffer(panel_of(codes.x, codes.columns)) if listed else None,
+        panel if listed else None,
     )
     kinds = struct.pack("<2I", KINDS[codes.dtype], KINDS[codes.bias_dtype])
     arguments = [
         tensor_map(w, 1, (k, n), (k,), (step, rows), 128),
         tensor_map(a, 1, (k, m), (k,), (step, plan.tokens // plan.sharing), 128),
+        tensor_map(*panel_map) if sixteen else tensor_map(w, 1, (k, n), (k,), (step, rows), 128),
         pointers(w),
         Argument(epilogue.data + kinds, epilogue.addresses),
         int32(m), int32(n), int32(k),

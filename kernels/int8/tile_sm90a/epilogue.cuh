@@ -131,6 +131,7 @@ __device__ inline void write_tile(const int (&sums)[Shape<TOKENS>::SUMS], u8 *sh
     }
     // The memory in which outliers are, and y is put together.
     const auto took = [&]() {
+        stores_before_units();
         __syncwarp();
         if (at.lane == 0) {
             barrier_arrive(barriers.taken);

@@ -20,6 +20,11 @@ __device__ inline u32 next_piece(float &left) {
 __device__ inline void take(u16 &value, const Words4 &words, int i) { value = u16(words.word[i / 2] >> (i % 2 * 16)); }
 __device__ inline void take(float &value, const Words4 &words, int i) { value = __uint_as_float(words.word[i]); }
 
+// Word i, which the compiler need not know, of registers.
+__device__ inline u32 word_of(const Words4 &unit, int i) {
+    return i < 2 ? (i == 0 ? unit.word[0] : unit.word[1]) : (i == 2 ? unit.word[2] : unit.word[3]);
+}
+
 // The warps take the codes of W in columns with outliers out of the stages, each every third one, and leave zeros. Those of the
 // first chunks they put where products of 16-bit values find them, [column][row]; when blocks share a tile, in all of these.
 template <int TOKENS>
@@ -49,14 +54,22 @@ struct Picker {
             }
         }
     }
-    // The stages of a tile; `number` is that of the first column of the block's part of K.
-    __device__ void pick(const Barriers<TOKENS> &barriers, Turn<S::STAGES> &turn, int number, int helper) const {
+    // The mask's unit of a step for each lane, from `step` on.
+    __device__ Words4 units(int step) const {
+        const int at = step + read_lane();
+        return at < mine.steps ? load_stream_after(reinterpret_cast<const Words4 *>(mask) + mine.begin + at) : Words4{};
+    }
+    // The stages of a tile; `number` is that of the first column of the block's part of K, and `now` are the first units.
+    __device__ void pick(const Barriers<TOKENS> &barriers, Turn<S::STAGES> &turn, Words4 now, int number, int helper) const {
         const int lane = read_lane();
         for (int step = 0; step < mine.steps; step++) {
-            const u32 *const words = mask + (mine.begin + step) * MASK_UNIT;
-            const Words4 unit = *reinterpret_cast<const Words4 *>(words);
+            if (step % WARP == 0 && (step > 0 || !S::FIRST_UNITS)) {
+                now = units(step);
+            }
+            const int own = __popc(now.word[0]) + __popc(now.word[1]) + __popc(now.word[2]) + __popc(now.word[3]);
+            const int found = __shfl_sync(ALL_LANES, own, step % WARP);
             if (step % HELPERS != helper) {
-                number += __popc(unit.word[0]) + __popc(unit.word[1]) + __popc(unit.word[2]) + __popc(unit.word[3]);
+                number += found;
                 turn.next();
                 continue;
             }
@@ -64,11 +77,12 @@ struct Picker {
             // What was there before was another warp's: until it was full too, its phase is taken for this one's.
             barrier_wait(&barriers.clean[turn.place], turn.round ^ 1);
             barrier_wait(&barriers.full[turn.place], turn.round);
-            if ((unit.word[0] | unit.word[1] | unit.word[2] | unit.word[3]) != 0) {
+            if (found != 0) {
 #pragma unroll 1
                 for (int i = 0; i < MASK_UNIT; i++) {
 #pragma unroll 1
-                    for (u32 left = words[i]; left != 0; left &= left - 1, number++) {
+                    for (u32 left = __shfl_sync(ALL_LANES, word_of(now, i), step % WARP); left != 0;
+                         left &= left - 1, number++) {
                         const u32 byte = u32(i * WARP + __ffs(int(left)) - 1);
                         u32 codes[ROWS / WARP];
 #pragma unroll
@@ -158,13 +172,16 @@ __device__ inline void gather_w(u8 *to, const i8 *w, const int *columns, int cou
 
 // All of it, by the warps from PICKER on. `meet_cluster` is what the others do between the first outliers of a tile and more.
 template <int TOKENS, typename Meet>
-__device__ inline void bring_outliers(u8 *shared, const i8 *w, const Epilogue &e, int m, int n, int k, const TilePlan &plan,
-                                      const Share &mine, bool divides, int warp, const Meet &meet_cluster) {
+__device__ inline void bring_outliers(u8 *shared, const TensorMap *panel, const i8 *w, const Epilogue &e, int m, int n, int k,
+                                      const TilePlan &plan, const Share &mine, bool divides, int warp,
+                                      const Meet &meet_cluster) {
     using S = Shape<TOKENS>;
     wait_for_previous();
-    const int count = *e.count;
     const Barriers<TOKENS> barriers(shared);
     const Picker<TOKENS> picker = {shared, e.mask, mine, plan.parts};
+    // Before copies of W are on the way: a load behind those takes 3 microseconds.
+    const Words4 first_units = S::FIRST_UNITS ? picker.units(0) : Words4{};
+    const int count = *e.count;
     const int first_number = divides ? count_columns(e.mask, mine.begin * MASK_UNIT) : 0;
     Turn<S::STAGES> turn;
     u32 parity = 1;
@@ -178,17 +195,26 @@ __device__ inline void bring_outliers(u8 *shared, const i8 *w, const Epilogue &e
             barrier_wait(barriers.taken, parity);
             parity ^= 1;
             const int first = now.first * CHUNK, chunks = now.chunks(), member = int(threadIdx.x) - PICKER * WARP;
+            u8 *const to = shared + S::OUTLIERS_AT;
+            // 16-bit x is in the panel as it is wanted: the copy engine brings it, while warps are at the stages.
+            const bool copied = e.kind != KIND_F32 && first + chunks * CHUNK <= PANEL_COLUMNS;
+            if (member == 0) {
+                barrier_arrive_expecting(barriers.gathered, copied ? u32(chunks) * S::X_CHUNK : 0);
+                for (int c = 0; copied && c < chunks; c++) {
+                    copy_box(to + u32(c) * S::X_CHUNK, panel, first + c * CHUNK, token, barriers.gathered);
+                }
+            }
+            __syncwarp();
             if (first == 0) {
                 if (warp == PICKER) {
                     picker.fill(count);
                 }
-                picker.pick(barriers, turn, first_number, warp - PICKER);
+                picker.pick(barriers, turn, first_units, first_number, warp - PICKER);
             }
-            u8 *const to = shared + S::OUTLIERS_AT;
             if (e.kind == KIND_F32) {
                 bring_x<TOKENS, PIECES>(to, static_cast<const float *>(e.x), static_cast<const float *>(e.panel), e.columns,
                                         first, count, chunks, token, m, k, member);
-            } else {
+            } else if (!copied) {
                 bring_x<TOKENS, 1>(to, static_cast<const u16 *>(e.x), static_cast<const u16 *>(e.panel), e.columns, first,
                                    count, chunks, token, m, k, member);
             }

@@ -47,6 +47,8 @@ struct Shape {
     static constexpr int REGISTERS = TOKENS > 128 ? 224 : 184, OTHER_REGISTERS = TOKENS > 128 ? 56 : 136;
     static_assert(TEAM * REGISTERS + GROUP * OTHER_REGISTERS <= THREADS * (65536 / THREADS / 8 * 8),
                   "a block has the registers that it was launched with, and would wait for more for ever");
+    // Whether those who take outliers out have registers for what they ask for in the beginning.
+    static constexpr bool FIRST_UNITS = TOKENS <= 128;
     // Where y will be there are outliers first: codes of W of the first chunks, which are taken out of stages, then x.
     static constexpr int KEPT = TOKENS == 128 ? 8 : 4;
     static constexpr u32 X_CHUNK = TOKENS * CHUNK_ROW;  // of one piece
@@ -95,7 +97,7 @@ struct Barriers {
             barrier_init(&empty[i], u32(TEAM_WARPS * sharing));
             barrier_init(&clean[i], 1);
         }
-        barrier_init(gathered, HELPERS);
+        barrier_init(gathered, HELPERS + 1);
         barrier_init(taken, TEAM_WARPS);
         barriers_made();
     }

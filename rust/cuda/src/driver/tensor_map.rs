@@ -23,7 +23,7 @@ pub struct TensorMap(sys::CUtensorMap);
 
 impl TensorMap {
     /// Of a row-major matrix at `address`, a multiple of 16 as are the bytes of a row; `size` and `tile` are rows and
-    /// columns. A row of a box is of 64 or 128 bytes; its 16-byte pieces are swizzled within so many bytes.
+    /// columns. The 16-byte pieces of a row of a box are swizzled within 64 or 128 bytes when it has as many.
     ///
     /// # Errors
     /// [`Error::Cuda`] in the driver's words.
@@ -33,10 +33,10 @@ impl TensorMap {
             TileType::F16 => (sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2),
             TileType::Bf16 => (sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2),
         };
-        let swizzle = if tile.1 * bytes == 128 {
-            sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B
-        } else {
-            sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_64B
+        let swizzle = match tile.1 * bytes {
+            128 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+            64 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_64B,
+            _ => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_NONE,
         };
         let dimensions = [size.1 as u64, size.0 as u64];
         let pitches = [(size.1 * bytes) as u64];

@@ -3,6 +3,8 @@
 use halfbyte::dtype::DType;
 use halfbyte::error::{Error, Result};
 
+use crate::driver::TileType;
+
 /// Sums of more products of two codes may leave int32.
 pub const MOST_COLUMNS: usize = (i32::MAX / (127 * 127)) as usize;
 
@@ -37,6 +39,18 @@ pub(super) struct Epilogue {
     pub panel: u64,
     pub kind: u32,
     pub bias_kind: u32,
+}
+
+impl Epilogue {
+    /// The panel's address and type of elements, if it has 16-bit ones.
+    pub(super) fn sixteen_bit_panel(&self) -> Option<(TileType, u64)> {
+        match self.kind {
+            _ if self.panel == 0 => None,
+            0 => Some((TileType::Bf16, self.panel)),
+            1 => Some((TileType::F16, self.panel)),
+            _ => None,
+        }
+    }
 }
 
 /// Words of a mask of `k` columns, which are read four at a time.

@@ -6,6 +6,7 @@ use halfbyte::error::Result;
 use super::operands::{Epilogue, Operands};
 use crate::capability::Capability;
 use crate::driver::{Device, Stream, TensorMap, TileType};
+use crate::kernels::int8_activations::PANEL_COLUMNS;
 use crate::kernels::{self, Kernel, int8_tile_sm90a_64, int8_tile_sm90a_128, int8_tile_sm90a_256};
 use crate::launch::parameters;
 
@@ -13,6 +14,8 @@ use crate::launch::parameters;
 const ROWS: usize = int8_tile_sm90a_64::ROWS;
 const STEP: usize = int8_tile_sm90a_64::STEP;
 const MOST_PARTS: usize = int8_tile_sm90a_64::MOST_PARTS;
+/// Columns with outliers that are copied together.
+const CHUNK: usize = int8_tile_sm90a_64::CHUNK;
 /// Blocks that share rows of `x`, when any do.
 const SHARING: usize = 2;
 /// What `k` is a multiple of, and the addresses of the codes: so the copy engine wants it.
@@ -195,11 +198,15 @@ impl Tile {
         let &Self { kernel, plan, tokens, shared } = self;
         let w = TensorMap::new(TileType::U8, b, (n, k), (ROWS, STEP))?;
         let x = TensorMap::new(TileType::U8, a, (m, k), (tokens / plan.sharing as usize, STEP))?;
+        let panel = match epilogue.sixteen_bit_panel() {
+            Some((kind, address)) => TensorMap::new(kind, address, (m, PANEL_COLUMNS), (tokens, CHUNK))?,
+            None => x,
+        };
         let epilogue = *epilogue;
         let (m, n, k) = (m as i32, n as i32, k as i32);
         let cluster = (plan.parts * plan.sharing) as u32;
         let blocks = plan.workers as u64 * u64::from(cluster);
-        let parameters = parameters![w, x, b, epilogue, m, n, k, plan];
+        let parameters = parameters![w, x, panel, b, epilogue, m, n, k, plan];
         // SAFETY: as the kernel takes them; it waits for the one before where it has to. The rest is the caller's.
         unsafe { device.launch_early_in_clusters(stream, kernel, (blocks, cluster), shared, parameters) }
     }
