@@ -131,8 +131,7 @@ MODULES = (
     ),
     # For training.
     Module("experts/experts_dequantize", "80", _SINCE_AMPERE),
-    # Products of warpgroups.
-    # For products of warpgroups, and these.
+    # Products of warpgroups, and what brings tokens together for them.
     Module("experts/experts_gather", "90", ("90",)),
     *(_tile(element, tokens) for element in ("Bf16", "F16") for tokens in (64, 96, 128, 192, 256)),
     *(_experts_tile(element, tokens) for element in ("Bf16", "F16") for tokens in (32, 64, 128)),

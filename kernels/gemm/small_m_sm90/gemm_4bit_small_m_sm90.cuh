@@ -55,8 +55,8 @@
 //   On an H200, in microseconds: x of each work item anew, fetched while the one before is worked on, instead of rounds of K
 //   (4096 x 14336: 17.0 with 8 rows, now 15.2; 24.9 with 16 rows, now 18.6). Split-K over blocks that leave their sums in
 //   memory, which the last of them adds up: with 32 rows 28.6 at 14336 x 4096 (now 21.4) and 32.2 at 4096 x 14336 (27.6).
-//   With 16 rows this one is faster where K is long, 16.7 at 4096 x 14336 (18.6) and 9.6 at 3072 x 8192 (11.5), but few rows
-//   have no workspace to leave sums in.
+//   With 16 rows this one is faster where a part of K is one round and sums need no second pass: 10.3 at 3072 x 8192 (11.8), 14.8
+//   at 4096 x 11008 (16.1), but 24.1 at 4096 x 14336 (19.6). With 8 rows it gains nothing, nor where parts have several rounds.
 #pragma once
 
 #include "gemm/small_m_sm90/pipeline.cuh"

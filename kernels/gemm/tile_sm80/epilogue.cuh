@@ -3,7 +3,7 @@
 
 #include "gemm/tile_sm80/shape.cuh"
 
-// By all threads: the sums of a block, for the last one of the tile.
+// By all threads: the sums of a block, for the last one of the tile: [tiles][split_k - 1][COUNT / 4][THREADS][4].
 template <int COUNT>
 __device__ inline void leave_sums(const float (&sums)[COUNT], const Workspace &workspace, const Tile &tile, int split_k) {
     const i64 place = i64(tile.index) * (split_k - 1) + tile.part;
@@ -14,7 +14,7 @@ __device__ inline void leave_sums(const float (&sums)[COUNT], const Workspace &w
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-        signal(workspace.signals + place, workspace.token);
+        signal_sums(workspace, place);
     }
 }
 
@@ -24,9 +24,7 @@ __device__ inline void collect_sums(float (&sums)[COUNT], const Workspace &works
     for (int part = 0; part < split_k - 1; part++) {
         const i64 place = i64(tile.index) * (split_k - 1) + part;
         if (threadIdx.x == 0) {
-            wait_for_signal(workspace.signals + place, workspace.token);
-            // So that a graph that is launched again finds none.
-            workspace.signals[place] = 0;
+            wait_for_sums(workspace, place);
         }
         __syncthreads();
         const Floats4 *const from =

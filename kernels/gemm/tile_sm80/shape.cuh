@@ -3,6 +3,7 @@
 
 #include "common/planes.cuh"
 #include "common/scales.cuh"
+#include "common/workspace.cuh"
 
 constexpr int ROWS = 128;                   // of W in a tile
 constexpr int K_TILE = 64;                  // columns of a main loop iteration: whole blocks, or parts of one
@@ -21,13 +22,6 @@ struct LaunchConfig {
     int token_tiles;  // along M; those of the same rows of W follow each other
     int k_tiles;      // of a block; the last one of a tile may have fewer
     int split_k;      // 1 to MAX_SPLIT_K
-};
-
-// Where the blocks of a tile leave their sums for the last one. All of it may hold anything before.
-struct Workspace {
-    float *sums;   // [tiles][split_k - 1][ACCUMULATORS / 4][THREADS][4]
-    u64 *signals;  // [tiles][split_k - 1]: `token` once the sums are there, and 0 when they were read
-    u64 token;     // of this launch alone
 };
 
 template <int TOKENS>

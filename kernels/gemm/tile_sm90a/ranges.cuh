@@ -7,7 +7,7 @@
 
 #include "gemm/tile_sm90a/walk.cuh"
 
-// By one team: its sums, for the block that finishes the tile.
+// By one team: its sums, for the block that finishes the tile: [ranges][TOKENS / 8][TEAM][4].
 template <int TOKENS>
 __device__ inline void leave_sums(const float (&sums)[Shape<TOKENS>::ACCUMULATORS], const Workspace &workspace, int range) {
     const int member = team_member();
@@ -19,7 +19,7 @@ __device__ inline void leave_sums(const float (&sums)[Shape<TOKENS>::ACCUMULATOR
     }
     meet<3, TEAM>();
     if (member == 0) {
-        signal(workspace.signals + range, workspace.token);
+        signal_sums(workspace, range);
     }
 }
 
@@ -34,9 +34,7 @@ __device__ inline void collect_sums(float (&sums)[Shape<TOKENS>::ACCUMULATORS], 
     do {
         range++;
         if (member == 0) {
-            wait_for_signal(workspace.signals + range, workspace.token);
-            // So that a graph that is launched again finds none.
-            workspace.signals[range] = 0;
+            wait_for_sums(workspace, range);
         }
         meet<3, TEAM>();
         const Floats4 *const from = reinterpret_cast<const Floats4 *>(workspace.sums) + i64(range) * (FOURS * TEAM) + member;

@@ -3,6 +3,7 @@
 
 #include "common/planes.cuh"
 #include "common/scales.cuh"
+#include "common/workspace.cuh"
 #include "common/wgmma.cuh"
 
 constexpr int WARPGROUP = 128;            // threads whose matrix units work on one wgmma
@@ -28,13 +29,6 @@ struct LaunchConfig {
     int scales_stages;  // of K, in a split; the last split may have fewer
     int split_k;        // blocks of a cluster that share a tile, 1 to MAX_SPLIT_K
     int ranges;         // blocks, of which each takes as many stages of all tiles as another (stream-K); 0: one tile each
-};
-
-// Where blocks leave their sums of a tile that another one finishes. All of it may hold anything before.
-struct Workspace {
-    float *sums;   // [ranges][TOKENS / 8][TEAM][4]
-    u64 *signals;  // [ranges]: `token` once the sums are there, and 0 when they were read
-    u64 token;     // of this launch alone
 };
 
 // Of the tokens of a tile, how many a block of a cluster adds up, at most; and the bytes of their sums from all splits.
