@@ -28,7 +28,7 @@ from halfbyte.models import transformers_weights as weights
 from halfbyte.models.checkpoint_reader import Folder
 from halfbyte.models.layers import is_conv1d, is_transformers_model, join, paths
 from halfbyte.models.observers import notify
-from halfbyte.models.offload import check_resident_bytes, offload_experts
+from halfbyte.models.offload import check_resident_bytes, experts_of, offload_experts
 from halfbyte.models.plan import EXTRA, Plan, make_plan, persistent, report, some
 from halfbyte.models.recipe import INT8, PACKED_LAYERS, PackedLayer, Recipe, bits_of, scales_of, shape_of
 from halfbyte.models.replace import SOURCE_DTYPE, dense_dtype, replace, to_dense, to_embedding, to_linear
@@ -129,6 +129,8 @@ def load_quantized(
                 "quantize_model(model, config, checkpoint=folder)"
             )
         report(model, source, plan, strict)
+        if gpu is not None:
+            _check_experts(model, plan)
         recipe = _recipe(source, config)
         # In mapped memory all of this costs nothing: the model is touched when everything is there and fits.
         layers = _layers(model, source, plan, target, recipe)
@@ -210,6 +212,18 @@ def _layers(
         _logger.warning("%s: %s: the module's class has code of its own that reads the weight, so it is unpacked",
                         source.path, some(dense))  # fmt: skip
     return list(found.items())
+
+
+def _check_experts(model: nn.Module, plan: Plan) -> None:
+    """That there are experts to be kept in host memory, all of them of 4 bits."""
+    found = experts_of(model)
+    if not found:
+        raise ValueError(
+            f"resident_expert_bytes must be None for a model without experts of 4 bits, such as {type(model).__name__}"
+        )
+    for target, one in plan.packed.items():
+        if one.bits != 4 and any(target.startswith(join(path, "")) for path in found):
+            raise ValueError(f"resident_expert_bytes must be None for experts of {one.bits} bits, such as {target}")
 
 
 def _float_dtype(plan: Plan) -> torch.dtype | None:
