@@ -41,25 +41,25 @@ class OffloadedExperts:
     def claim(self, model: nn.Module, device_map: dict[str, Any]) -> None:
         """Find them, and put them on their GPU in the map, which is changed."""
         gpus = {_gpu(target): target for target in device_map.values() if _gpu(target) is not None}
-        if not gpus or "cpu" not in map(str, device_map.values()):
+        if not gpus or not any(map(_is_cpu, device_map.values())):
             return
         for path, experts in list(model.named_modules()):
             if not isinstance(experts, Experts4bit) or not _is_packed(experts):
                 continue
             targets = {str(index): target_of(device_map, f"{path}.{index}") for index in range(experts.num_experts)}
-            away = [index for index, target in targets.items() if str(target) == "cpu"]
+            away = [index for index, target in targets.items() if _is_cpu(target)]
             if not away or any(str(target) == "disk" for target in targets.values()):
                 continue
             around = target_of(device_map, path.rpartition(".")[0])
             place = around if _gpu(around) is not None else next(iter(gpus.values()))
             if any(_gpu(target) not in (None, _gpu(place)) for target in targets.values()):
                 continue
+            device = host_memory.check_device(_gpu(place) or 0)
             if not _set_apart(model, device_map, path, len(gpus) == 1):
                 continue
             for name in [name for name in device_map if name == path or name.startswith(f"{path}.")]:
                 del device_map[name]
             device_map[path] = place
-            device = host_memory.check_device(torch.device(place))
             self.experts.update((f"{path}.{index}", device) for index in away)
 
     def __contains__(self, name: str) -> bool:
@@ -74,12 +74,25 @@ class OffloadedExperts:
             self._memories[layer] = HostMemory(self.experts[expert])
         return moved(weight, None, self._memories[layer].place)
 
-    def finish(self, model: nn.Module) -> None:
-        """After accelerate's hooks were set: the experts' own layers need none, and would be called one by one."""
-        for path in self.experts:
-            for module in model.get_submodule(path).modules():
-                _remove_hook(module)
+    def finish(self) -> None:
+        """When all weights are there."""
         self._memories.clear()
+
+
+def without_hooks(model: nn.Module) -> None:
+    """Remove what accelerate puts on the layers of experts that stay where they are.
+
+    It gives all modules of a model that it dispatches hooks that bring inputs to their device. Those of the experts as a
+    whole suffice: with others on them, experts would be called one by one.
+    """
+    for experts in model.modules():
+        hook = experts.__dict__.get("_hf_hook")
+        if not isinstance(experts, Experts4bit) or not _only_places(hook, None):
+            continue
+        inside = [module for module in experts.modules() if module is not experts and "_hf_hook" in module.__dict__]
+        if all(_only_places(module.__dict__["_hf_hook"], hook) for module in inside):
+            for module in inside:
+                _remove_hook(module)
 
 
 def target_of(device_map: Mapping[str, Any], name: str) -> Any:
@@ -95,6 +108,10 @@ def target_of(device_map: Mapping[str, Any], name: str) -> Any:
 def _expert_of(name: str) -> str:
     """Of `….experts.3.up_proj.weight`, `….experts.3`."""
     return name.rsplit(".", 2)[0]
+
+
+def _is_cpu(target: Any) -> bool:
+    return str(target) == "cpu"
 
 
 def _gpu(target: Any) -> int | None:
@@ -120,7 +137,7 @@ def _set_apart(model: nn.Module, device_map: dict[str, Any], path: str, alone: b
     entry = path
     while entry not in device_map and entry:
         entry = entry.rpartition(".")[0]
-    if entry == path or str(device_map.get(entry)) != "cpu":
+    if entry == path or not _is_cpu(device_map.get(entry)):
         # The experts' own, or that of a GPU beside entries of single experts.
         return True
     steps = path.removeprefix(f"{entry}.").split(".") if entry else path.split(".")
@@ -150,9 +167,19 @@ def _has_tensors(module: nn.Module) -> bool:
     return any(tensor is not None for held in (module._parameters, module._buffers) for tensor in held.values())
 
 
+def _only_places(hook: Any, like: Any) -> bool:
+    """Whether a hook of accelerate's brings inputs to a device and does nothing else; to that of another, if given."""
+    kind = type(hook)
+    return (
+        kind.__module__ == "accelerate.hooks"
+        and kind.__name__ == "AlignDevicesHook"
+        and not hook.offload
+        and not hook.io_same_device
+        and (like is None or hook.execution_device == like.execution_device)
+    )
+
+
 def _remove_hook(module: nn.Module) -> None:
-    if "_hf_hook" not in module.__dict__:
-        return
     from accelerate.hooks import remove_hook_from_module
 
     remove_hook_from_module(module)

@@ -25,7 +25,7 @@ from halfbyte.config import BitsAndBytesConfig
 from halfbyte.integrations.recognition import serve_bitsandbytes
 from halfbyte.integrations.saved_config import with_compute_dtype
 from halfbyte.integrations.transformers import checkpoint, layers, operations
-from halfbyte.integrations.transformers.expert_offload import OffloadedExperts, target_of
+from halfbyte.integrations.transformers.expert_offload import OffloadedExperts, target_of, without_hooks
 from halfbyte.models.experts import fused_paths, put_back
 from halfbyte.models.layers import experts_note, fused_experts
 from halfbyte.models.packed import Packed
@@ -278,7 +278,8 @@ class _Quantizer:
         if self.problems:
             more = f" (and {len(self.problems) - 1} more weights)" if len(self.problems) > 1 else ""
             raise ValueError(f"{self.problems[0]}{more}")
-        self._offloaded.finish(model)
+        self._offloaded.finish()
+        without_hooks(model)
         found = {self.bits}
         for name, module in model.named_modules():
             if not isinstance(module, PACKED_LAYERS):
