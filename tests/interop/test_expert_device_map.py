@@ -1,4 +1,4 @@
-"""Device maps that put experts on "cpu" beside a GPU, for which a device object stands here: what is loaded, where, and saved."""
+"""Device maps that put experts on "cpu" beside a GPU, for which a device object stands here: what is loaded and saved."""
 
 from __future__ import annotations
 
@@ -145,9 +145,7 @@ def test_what_is_left_to_accelerate(memory: Pinned, folder: Path, caplog: pytest
     del model
     # A block with two GPUs; its experts alone would be taken.
     maps: list[dict[str, Any]] = [{"": GPU, "lm_head": 1, "model.layers.1": "cpu"}, {"": GPU, "model.layers.1": "cpu"}]
-    model = transformers.AutoModelForCausalLM.from_config(
-        transformers.AutoConfig.from_pretrained(folder / "dense")
-    )
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder / "dense"))
     model = halfbyte.quantize_model(model, NF4)
     with caplog.at_level("WARNING", logger=expert_offload.__name__):
         claimed = expert_offload.OffloadedExperts()
@@ -174,7 +172,9 @@ def test_a_map_with_a_gpu_that_is_not_there_is_refused(folder: Path) -> None:
         transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder / "dense")), NF4
     )
     given = {"": 0, EXPERTS.format(0): "cpu"}
-    with pytest.raises(ValueError, match="device must be a CUDA device that torch sees, got 'cuda:0', and it sees none"):
+    with pytest.raises(
+        ValueError, match="device must be a CUDA device that torch sees, got 'cuda:0', and it sees none"
+    ):
         expert_offload.OffloadedExperts().claim(model, given)
     assert given == {"": 0, EXPERTS.format(0): "cpu"}
 
@@ -190,9 +190,7 @@ def test_load_quantized_offloads_experts(count: int, memory: Pinned, folder: Pat
         return made.eval()
 
     size = 3 * (64 * 32 // 2 + 256 + 256 + 256 + 256 + 1024)
-    model = halfbyte.load_quantized(
-        empty(), folder / "packed", device="cuda", resident_expert_bytes=count * size + 100
-    )
+    model = halfbyte.load_quantized(empty(), folder / "packed", device="cuda", resident_expert_bytes=count * size + 100)
     assert where(model) == ({"0": [0, 1], "1": [0]} if count else {"0": [], "1": []})
     assert torch.equal(logits(model), expected)
     assert not any(host_memory.is_there(p) for n, p in model.named_parameters() if ".experts." not in n)

@@ -39,9 +39,7 @@ def layer(nested: bool = True, biases: bool = False, seed: int = 3) -> Experts4b
         expert = Expert()
         for name in NAMES:
             rows, columns = (HIDDEN, INTERMEDIATE) if name == "down_proj" else (INTERMEDIATE, HIDDEN)
-            expert.add_module(
-                name, Linear4bit(columns, rows, bias=False, quant_type="nf4", compress_statistics=nested)
-            )
+            expert.add_module(name, Linear4bit(columns, rows, bias=False, quant_type="nf4", compress_statistics=nested))
         experts.append(expert)
     module = Experts4bit(experts, NAMES)
     module.act_fn = torch.nn.SiLU()
@@ -276,11 +274,11 @@ def test_offload_refuses_what_is_wrong_and_changes_nothing(memory: Pinned) -> No
         dense.offload("cuda")
     eight = layer()
     eight._modules["2"].up_proj = Linear8bitLt(HIDDEN, INTERMEDIATE, bias=False)  # type: ignore[union-attr]
-    with pytest.raises(ValueError, match="got Linear8bitLt in 2.up_proj"):
+    with pytest.raises(ValueError, match=r"got Linear8bitLt in 2\.up_proj"):
         eight.offload("cuda")
     fresh = layer()
     fresh._modules["1"].down_proj = Linear4bit(INTERMEDIATE, HIDDEN, bias=False)  # type: ignore[union-attr]
-    with pytest.raises(ValueError, match="must be quantized to be offloaded, got Params4bit of torch.float32 in 1"):
+    with pytest.raises(ValueError, match=r"must be quantized to be offloaded, got Params4bit of torch\.float32 in 1"):
         fresh.offload("cuda")
     with pytest.raises(ValueError, match="on the meta device in 0"):
         layer().to("meta").offload("cuda")
@@ -297,7 +295,7 @@ def test_without_a_gpu_the_error_says_so() -> None:
     if torch.cuda.is_available():
         pytest.skip("torch sees a GPU")
     for device in ("cuda", "cuda:1", 0):
-        with pytest.raises(ValueError, match="device must be a CUDA device that torch sees, got 'cuda.*it sees none"):
+        with pytest.raises(ValueError, match=r"device must be a CUDA device that torch sees, got 'cuda.*it sees none"):
             layer().offload(device)
     with pytest.raises(ValueError, match="device must be a CUDA device such as 'cuda' or 'cuda:0', got 'cpu'"):
         layer().offload("cpu")
@@ -325,7 +323,10 @@ def test_resident_experts_are_chosen_by_counts_and_bytes() -> None:
             choose_resident(layers, wrong, None)  # type: ignore[arg-type]
     for given, said in (
         ({"2": torch.zeros(6, dtype=torch.int64)}, "paths of experts of the model, got '2'; it has 0, 1"),
-        ({"1": torch.zeros(5, dtype=torch.int64)}, r"counts\['1'\] must be a tensor of integers \[6\], got torch.int64"),
+        (
+            {"1": torch.zeros(5, dtype=torch.int64)},
+            r"counts\['1'\] must be a tensor of integers \[6\], got torch.int64",
+        ),
         ({"1": torch.zeros(6)}, r"got torch.float32 \[6\]"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -123,7 +123,9 @@ def _checked(layers: Mapping[str, Experts4bit], counts: Mapping[str, Tensor]) ->
         raise TypeError(f"counts must be a mapping from paths to tensors, got {type(counts).__name__}")
     for path, count in counts.items():
         if path not in layers:
-            raise ValueError(f"counts must have paths of experts of the model, got {path!r}; it has {', '.join(layers)}")
+            raise ValueError(
+                f"counts must have paths of experts of the model, got {path!r}; it has {', '.join(layers)}"
+            )
         expected = layers[path].num_experts
         if not isinstance(count, Tensor) or count.is_floating_point() or count.shape != (expected,):
             found = f"{count.dtype} {list(count.shape)}" if isinstance(count, Tensor) else type(count).__name__

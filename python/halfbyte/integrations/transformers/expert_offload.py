@@ -2,7 +2,7 @@
 
 accelerate would move such modules to the GPU as a whole, in each forward. So the map that the loader and accelerate see
 has these experts on the GPU, and every packed weight of theirs goes to pinned memory of the host as soon as it is made
-(`halfbyte.nn.expert_offload`): it is a tensor of the GPU then. Everything else that a map puts on "cpu" is accelerate's.
+(`halfbyte.nn.expert_offload`): it is a tensor of the GPU then. All else that a map puts on "cpu" is accelerate's.
 
 A map may name experts one by one; those that it has on the GPU are resident. Where it names a block around the experts,
 the block's entry is replaced by entries for its other parts. With several GPUs a block is left to accelerate: its parts
@@ -82,8 +82,8 @@ class OffloadedExperts:
 def without_hooks(model: nn.Module) -> None:
     """Remove what accelerate puts on the layers of experts that stay where they are.
 
-    It gives all modules of a model that it dispatches hooks that bring inputs to their device. Those of the experts as a
-    whole suffice: with others on them, experts would be called one by one.
+    All modules of a model that it dispatches get hooks that bring inputs to their device. The one of the experts as a
+    whole suffices: with others inside, experts would be called one by one.
     """
     for experts in model.modules():
         hook = experts.__dict__.get("_hf_hook")
@@ -141,7 +141,9 @@ def _set_apart(model: nn.Module, device_map: dict[str, Any], path: str, alone: b
         # The experts' own, or that of a GPU beside entries of single experts.
         return True
     steps = path.removeprefix(f"{entry}.").split(".") if entry else path.split(".")
-    around = [model.get_submodule(".".join([*([entry] if entry else []), *steps[:count]])) for count in range(len(steps))]
+    around = [
+        model.get_submodule(".".join([*([entry] if entry else []), *steps[:count]])) for count in range(len(steps))
+    ]
     if not alone or any(_has_tensors(module) for module in around):
         _logger.warning(
             "device_map: the experts at %s are moved to the GPU as a whole in each forward, because %r is on the CPU "

@@ -250,8 +250,9 @@ class _Quantizer:
     def place(self, name: str, module: nn.Module, weight: PackedParameter) -> PackedParameter:
         """Prepare a module whose weight goes to disk: a packed parameter without bytes keeps its scales there.
 
-        Weights of experts that are offloaded go to host memory. Of the others that go to disk, accelerate brings the bytes back for each forward, with the dtype and the attributes of the parameter that it
-        finds; without this it would quantize them again.
+        Weights of experts that are offloaded go to host memory. For each forward of others, accelerate brings the bytes
+        back from disk, with the dtype and the attributes of the parameter that it finds; without this it would quantize
+        them again.
         """
         if isinstance(weight, Params4bit) and name in self._offloaded:
             return self._offloaded.place(name, weight)
@@ -369,4 +370,3 @@ def _check_target(name: str, target: Any) -> None:
             f"device_map[{name!r}] must be the number of a GPU, 'disk', or a device such as 'cpu' or 'cuda:0', "
             f"got {target!r}"
         )
-
