@@ -1,4 +1,4 @@
-"""Device maps that put experts on "cpu" beside a GPU, for which a device object stands here: what is loaded and saved."""
+"""Device maps that put experts on "cpu" beside a GPU, for which a device object stands: what is loaded and saved."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ would be without the hook that brings their inputs together.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -182,9 +183,8 @@ def _only_places(hook: Any, like: Any) -> bool:
 
 
 def _remove_hook(module: nn.Module) -> None:
-    from accelerate.hooks import remove_hook_from_module
-
-    remove_hook_from_module(module)
+    hooks: Any = sys.modules["accelerate.hooks"]
+    hooks.remove_hook_from_module(module)
     forward = module.__dict__.get("forward")
     if getattr(forward, "__func__", None) is type(module).forward:
         # What accelerate puts back is the method of the class.

@@ -224,8 +224,8 @@ class _Quantizer:
             # Experts for host memory are not to gather on the GPU before. A map that is inferred is not known yet.
             inferred = self._fused and not self._device_map
             how = how if inferred or self._offloaded.experts else {}
-            made = [operations.Deserialize(self)]
-            return [WeightConverter(operations.SERIALIZED, operations.WEIGHT, operations=made, **how)]
+            deserialize = operations.Deserialize(self)
+            return [WeightConverter(operations.SERIALIZED, operations.WEIGHT, operations=[deserialize], **how)]
         # On the CPU a tensor is a view of the file: only packed bytes travel to a GPU, and a layer that is offloaded
         # to disk is saved packed.
         return [WeightConverter(operations.WEIGHT, operations.WEIGHT, operations=[operations.PassOn(self)], **how)]
