@@ -122,6 +122,19 @@ def test_regions_live_as_long_as_a_tensor_in_them(memory: Pinned) -> None:
     assert not memory.bytes
 
 
+def test_regions_are_released_when_no_graph_is_captured(memory: Pinned, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = layer().offload("cuda")
+    with monkeypatch.context() as patched:
+        patched.setattr(host_memory, "_is_capturing", lambda: True)
+        del module
+        gc.collect()
+        assert len(memory.bytes) == 1
+        assert not host_memory._begins
+    other = layer().offload("cuda")
+    assert len(memory.bytes) == 1
+    assert host_memory.region_of(addresses(other, 0)[0]) is not None
+
+
 def test_copies_and_pickles_are_ordinary_layers(memory: Pinned) -> None:
     module, args = layer().offload("cuda", resident=[2]), inputs()
     expected = module(*args)

@@ -66,9 +66,12 @@ def _pin(address: int, nbytes: int, device: torch.device) -> None:
 
 def _unpin(address: int, device: torch.device) -> None:
     # Kernels that read by an address are unknown to torch's allocators.
-    if not torch.cuda.is_current_stream_capturing():
-        torch.cuda.synchronize(device)
+    torch.cuda.synchronize(device)
     torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 class _Interface:
@@ -113,6 +116,7 @@ class Region:
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         """Allocate and pin so many bytes, whole pages that nothing else is in."""
+        _unpin_waiting()
         nbytes = -(-nbytes // _PAGE) * _PAGE
         with torch.inference_mode(False):
             buffer = torch.empty(nbytes + _PAGE, dtype=torch.uint8)
@@ -133,11 +137,23 @@ _begins: list[int] = []
 _regions: dict[int, weakref.ref[Region]] = {}
 
 
-def _release(keeps: Tensor, address: int, device: torch.device) -> None:
-    # The first argument is the memory, which is freed behind this.
+_waiting: list[tuple[Tensor, int, torch.device]] = []
+"""Regions without tensors that are still pinned: no memory can be given back while a graph is captured."""
+
+
+def _release(memory: Tensor, address: int, device: torch.device) -> None:
     with _lock:
         del _regions[address], _begins[bisect.bisect_left(_begins, address)]
-    _unpin(address, device)
+        _waiting.append((memory, address, device))
+    _unpin_waiting()
+
+
+def _unpin_waiting() -> None:
+    while _waiting and not _is_capturing():
+        # The memory is freed behind this.
+        memory, address, device = _waiting.pop()
+        _unpin(address, device)
+        del memory
 
 
 def region_of(address: int) -> Region | None:

@@ -16,7 +16,8 @@ follows from where its bytes are. So, with experts of the host:
     pickles, deep copies    of the values; what comes out is an ordinary layer of the GPU
     .cpu(), .to(other GPU)  an ordinary layer there
     .to(the same GPU)       nothing: to bring all experts to the GPU, `offload(resident=range(num_experts))`
-    load_state_dict         copies into the memory that is there; with `assign=True` the tensors that are given count
+    load_state_dict         writes codes where they are, and brings scales to the GPU; with `assign=True` the
+                            tensors are those that were given
 
 accelerate moves modules that a device map puts on "cpu" to the GPU as a whole, in each forward. Experts that are 4-bit
 layers get no such hook: `halfbyte.integrations.transformers.expert_offload`.

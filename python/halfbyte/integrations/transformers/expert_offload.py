@@ -120,7 +120,11 @@ def _gpu(target: Any) -> int | None:
     if isinstance(target, int):
         return target
     device = None if target in (None, "disk") else torch.device(target)
-    return None if device is None or device.type != "cuda" else device.index or 0
+    if device is None or device.type != "cuda":
+        return None
+    if device.index is None:
+        return torch.cuda.current_device() if torch.cuda.is_available() else 0
+    return device.index
 
 
 def _is_packed(experts: Experts4bit) -> bool:
