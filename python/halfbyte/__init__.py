@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from halfbyte.config import BitsAndBytesConfig as BitsAndBytesConfig
     from halfbyte.integrations.register import enable as enable
     from halfbyte.models.load import load_quantized as load_quantized
+    from halfbyte.models.offload import count_experts as count_experts
+    from halfbyte.models.offload import offload_experts as offload_experts
     from halfbyte.models.quantize import dequantize_model as dequantize_model
     from halfbyte.models.quantize import quantize_model as quantize_model
     from halfbyte.offline.dequantize import dequantize_checkpoint as dequantize_checkpoint
@@ -36,6 +38,7 @@ _HOME = {
     "MatmulLtState": "halfbyte.ops.matmul_8bit",
     "__version__": "halfbyte._native",
     "arrays": "halfbyte",
+    "count_experts": "halfbyte.models.offload",
     "dequantize_checkpoint": "halfbyte.offline.dequantize",
     "dequantize_model": "halfbyte.models.quantize",
     "enable": "halfbyte.integrations.register",
@@ -45,6 +48,7 @@ _HOME = {
     "matmul": "halfbyte.ops.matmul_8bit",
     "matmul_4bit": "halfbyte.ops.autograd",
     "nn": "halfbyte",
+    "offload_experts": "halfbyte.models.offload",
     "plan_checkpoint": "halfbyte.offline.quantize",
     "quantize_checkpoint": "halfbyte.offline.quantize",
     "quantize_model": "halfbyte.models.quantize",
@@ -59,6 +63,7 @@ __all__ = [
     "MatmulLtState",
     "__version__",
     "arrays",
+    "count_experts",
     "dequantize_checkpoint",
     "dequantize_model",
     "enable",
@@ -68,6 +73,7 @@ __all__ = [
     "matmul",
     "matmul_4bit",
     "nn",
+    "offload_experts",
     "plan_checkpoint",
     "quantize_checkpoint",
     "quantize_model",

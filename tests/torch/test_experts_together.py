@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -280,6 +282,17 @@ def test_biases_are_followed() -> None:
         close(module(x, ids, weights), module._one_by_one(x, ids, weights))
     module(x, ids, weights).sum().backward()
     assert module.down_proj_bias.grad is not None
+
+
+def test_table_goes_with_its_layer() -> None:
+    """What it remembers refers back to the layer, in compiled code: Python's collector has to see that."""
+    module = layer()
+    module(*inputs())
+    codes: Any = module._modules["0"].up_proj.weight  # type: ignore[union-attr]
+    gone = [weakref.ref(module), weakref.ref(table(module)), weakref.ref(codes)]
+    del module, codes
+    gc.collect()
+    assert all(one() is None for one in gone)
 
 
 # ---- the operation ---------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from halfbyte import _native
 from halfbyte.backends import experts_torch
+from halfbyte.backends.expert_stage import reading
 from halfbyte.ops._torch_internals import current_stream, grouped_mm
 from halfbyte.ops.checks_experts import check_experts, check_gradient
 
@@ -46,15 +47,15 @@ def takes(
     return bool(kernel.takes(1, 1))
 
 
-def tensor_maps(device: int, projections: Sequence[Sequence[Tensor]], shapes: Sequence[tuple[int, int]]) -> Any:
-    """What the kernel for many tokens reads codes by, uint8 `[projections, experts, 128]`; None where it has no use."""
+def tensor_maps(device: int, projections: Sequence[Sequence[int]], shapes: Sequence[tuple[int, int]]) -> Any:
+    """What the kernel for many tokens reads codes by, uint8 `[projections, experts, 128]`; None where it has no use.
+
+    `projections` are the codes' addresses.
+    """
     make = getattr(_native, "cuda_expert_maps", None)
     if make is None or torch.cuda.get_device_capability(device) != (9, 0):
         return None
-    made = [
-        make(device, [codes.data_ptr() for codes in all_codes], *shape)
-        for all_codes, shape in zip(projections, shapes, strict=True)
-    ]
+    made = [make(device, list(codes), *shape) for codes, shape in zip(projections, shapes, strict=True)]
     maps = torch.frombuffer(bytearray(b"".join(made)), dtype=torch.uint8)
     return maps.view(len(projections), -1, 128).to(torch.device("cuda", device))
 
@@ -84,7 +85,7 @@ def experts_4bit(
     kernel = _kernel(
         device, _NAMES[x.dtype], experts, hidden, intermediate, projections == 3, quant_type, blocksize, nested
     )  # fmt: skip
-    x, ids, weights, table = x.contiguous(), ids.contiguous(), weights.contiguous(), table.contiguous()
+    x, ids, weights = x.contiguous(), ids.contiguous(), weights.contiguous()
     up_bias = None if up_bias is None else up_bias.contiguous()
     down_bias = None if down_bias is None else down_bias.contiguous()
     y = x.new_empty(tokens, hidden)
@@ -92,24 +93,26 @@ def experts_4bit(
     while together > 1 and not kernel.takes(together, k):
         together = (together + 1) // 2
     workspace = x.new_empty(kernel.workspace(together, k), dtype=torch.uint8)
-    for first in range(0, tokens, together):
-        count = min(together, tokens - first)
-        kernel.launch(
-            current_stream(device),
-            count,
-            k,
-            x.data_ptr() + first * hidden * x.element_size(),
-            ids.data_ptr() + first * k * ids.element_size(),
-            weights.data_ptr() + first * k * weights.element_size(),
-            _NAMES[weights.dtype],
-            table.data_ptr(),
-            0 if maps is None else maps.data_ptr(),
-            0 if up_bias is None else up_bias.data_ptr(),
-            0 if down_bias is None else down_bias.data_ptr(),
-            activation,
-            workspace.data_ptr(),
-            y.data_ptr() + first * hidden * y.element_size(),
-        )
+    with reading(table, maps, tokens * k) as (table, maps):
+        table = table.contiguous()
+        for first in range(0, tokens, together):
+            count = min(together, tokens - first)
+            kernel.launch(
+                current_stream(device),
+                count,
+                k,
+                x.data_ptr() + first * hidden * x.element_size(),
+                ids.data_ptr() + first * k * ids.element_size(),
+                weights.data_ptr() + first * k * weights.element_size(),
+                _NAMES[weights.dtype],
+                table.data_ptr(),
+                0 if maps is None else maps.data_ptr(),
+                0 if up_bias is None else up_bias.data_ptr(),
+                0 if down_bias is None else down_bias.data_ptr(),
+                activation,
+                workspace.data_ptr(),
+                y.data_ptr() + first * hidden * y.element_size(),
+            )
     return y
 
 
@@ -223,5 +226,6 @@ def experts_4bit_backward(
     check_experts(x, ids, weights, table, None, up_bias, down_bias, intermediate, blocksize, quant_type, activation)
     check_gradient(grad, x)
     slots = experts_torch.Slots(ids, table.shape[1])
-    by = products(x, slots, table, intermediate, blocksize, quant_type, nested)
-    return experts_torch.backward(by, slots, grad, x, weights, up_bias, down_bias, activation, to_x, to_weights)
+    with reading(table, None, ids.numel()) as (table, _):
+        by = products(x, slots, table, intermediate, blocksize, quant_type, nested)
+        return experts_torch.backward(by, slots, grad, x, weights, up_bias, down_bias, activation, to_x, to_weights)

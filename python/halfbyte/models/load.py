@@ -21,12 +21,14 @@ from torch import Tensor, nn
 
 from halfbyte._native import CheckpointError
 from halfbyte._terminal import format_bytes
+from halfbyte.backends import host_memory
 from halfbyte.config import BitsAndBytesConfig
 from halfbyte.models import packed
 from halfbyte.models import transformers_weights as weights
 from halfbyte.models.checkpoint_reader import Folder
 from halfbyte.models.layers import is_conv1d, is_transformers_model, join, paths
 from halfbyte.models.observers import notify
+from halfbyte.models.offload import check_resident_bytes, experts_of, offload_experts
 from halfbyte.models.plan import EXTRA, Plan, make_plan, persistent, report, some
 from halfbyte.models.recipe import INT8, PACKED_LAYERS, PackedLayer, Recipe, bits_of, scales_of, shape_of
 from halfbyte.models.replace import SOURCE_DTYPE, dense_dtype, replace, to_dense, to_embedding, to_linear
@@ -49,6 +51,7 @@ def load_quantized(
     *,
     device: torch.device | str | int = "cpu",
     strict: bool = True,
+    resident_expert_bytes: int | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | PathLike[str] | None = None,
@@ -64,6 +67,8 @@ def load_quantized(
         device: The device of all parameters and buffers.
         strict: Whether names that only the model or only the checkpoint has are an error. If False they are logged, and
             parameters that the checkpoint lacks are unchanged.
+        resident_expert_bytes: Keep the packed experts of a Mixture-of-Experts model in pinned host memory, but for so
+            many bytes of them (`halfbyte.offload_experts`); `device` must be a CUDA device. None loads all to `device`.
         revision: Where `folder` is a name on the hub: a branch, a tag or a commit; None for the main branch.
         token: Where `folder` is a name on the hub: an access token, or False to send none. None uses the one that
             `hf auth login` has stored, if any.
@@ -77,7 +82,9 @@ def load_quantized(
     Raises:
         CheckpointError: The checkpoint is broken, has no packed weight, or does not fit the model. The message names
             the tensor, and the model is unchanged.
-        ValueError: A buffer is on the meta device, not in the checkpoint, and the model cannot compute it.
+        ValueError: A buffer is on the meta device, not in the checkpoint, and the model cannot compute it. With
+            `resident_expert_bytes`, `device` is no CUDA device that torch sees, or the loaded model has no experts of 4
+            bits.
 
     For models of transformers, the installed transformers decides names, conversions, ties and computed buffers. Other
     models on the meta device need all of their buffers in the checkpoint: `accelerate.init_empty_weights()` leaves
@@ -103,6 +110,11 @@ def load_quantized(
     target = torch.device(device)
     if target.type == "meta":
         raise ValueError("device must be a device with storage, such as 'cpu' or 'cuda', got 'meta'")
+    gpu = None
+    if resident_expert_bytes is not None:
+        check_resident_bytes("resident_expert_bytes", resident_expert_bytes)
+        # The experts go from the mapped files to pinned memory, and never to the GPU as a whole.
+        gpu, target = host_memory.check_device(target), torch.device("cpu")
     with ExitStack() as stack:
         source = stack.enter_context(Folder(folder, Hub(revision, token, cache_dir)))
         config = _read_config(source)
@@ -117,6 +129,8 @@ def load_quantized(
                 "quantize_model(model, config, checkpoint=folder)"
             )
         report(model, source, plan, strict)
+        if gpu is not None:
+            _check_experts(model, plan)
         recipe = _recipe(source, config)
         # In mapped memory all of this costs nothing: the model is touched when everything is there and fits.
         layers = _layers(model, source, plan, target, recipe)
@@ -134,6 +148,8 @@ def load_quantized(
         finish(result, plan, target)
         if config is not None:
             notify(result, config)
+        if gpu is not None:
+            offload_experts(result, gpu, resident_bytes=resident_expert_bytes or 0)
     _summary(result, source)
     return result  # type: ignore[return-value]
 
@@ -196,6 +212,18 @@ def _layers(
         _logger.warning("%s: %s: the module's class has code of its own that reads the weight, so it is unpacked",
                         source.path, some(dense))  # fmt: skip
     return list(found.items())
+
+
+def _check_experts(model: nn.Module, plan: Plan) -> None:
+    """That there are experts to be kept in host memory, all of them of 4 bits."""
+    found = experts_of(model)
+    if not found:
+        raise ValueError(
+            f"resident_expert_bytes must be None for a model without experts of 4 bits, such as {type(model).__name__}"
+        )
+    for target, one in plan.packed.items():
+        if one.bits != 4 and any(target.startswith(join(path, "")) for path in found):
+            raise ValueError(f"resident_expert_bytes must be None for experts of {one.bits} bits, such as {target}")
 
 
 def _float_dtype(plan: Plan) -> torch.dtype | None:

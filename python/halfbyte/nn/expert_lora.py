@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from halfbyte.backends import cpu_experts, cuda_experts, experts_torch
+from halfbyte.backends.expert_stage import reading
 from halfbyte.nn.lora import Adapter
 
 _RANK_UNIT = 8
@@ -104,10 +105,10 @@ def adapted_experts(
     return made
 
 
-def _layer(call: _Call, x: Tensor, ids: Tensor, factors: Sequence[Tensor]) -> experts_torch.Layer:
-    slots = experts_torch.Slots(ids, call.addresses.shape[1])
+def _layer(call: _Call, table: Tensor, x: Tensor, ids: Tensor, factors: Sequence[Tensor]) -> experts_torch.Layer:
+    slots = experts_torch.Slots(ids, table.shape[1])
     backend = cpu_experts if x.is_cpu else cuda_experts
-    products: Any = backend.products(x, slots, call.addresses, *call.how)
+    products: Any = backend.products(x, slots, table, *call.how)
     left = iter(factors)
     adapters = [
         None if scaling is None else experts_torch.LowRank(next(left), next(left), scaling) for scaling in call.scalings
@@ -120,15 +121,15 @@ class _AdaptedExperts(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weights: Tensor, ids: Tensor, call: _Call, *factors: Tensor) -> Tensor:
         ctx.call = call
         ctx.save_for_backward(x, weights, ids, *factors)
-        with experts_torch.not_cast(x):
-            return experts_torch.forward(_layer(call, x, ids, factors), x, weights)
+        with experts_torch.not_cast(x), reading(call.addresses, None, ids.numel()) as (table, _):
+            return experts_torch.forward(_layer(call, table, x, ids, factors), x, weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weights, ids, *factors = ctx.saved_tensors
-        with experts_torch.not_cast(x):
-            layer = _layer(ctx.call, x, ids, factors)
+        with experts_torch.not_cast(x), reading(ctx.call.addresses, None, ids.numel()) as (table, _):
+            layer = _layer(ctx.call, table, x, ids, factors)
             found = experts_torch.gradients(layer, grad, x, weights, *ctx.needs_input_grad[:2])
         of_factors = [factor for pair in found.adapters if pair is not None for factor in pair]
         return found.x, found.weights, None, None, *of_factors

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _global
 
 from halfbyte import _native
-from halfbyte.backends import cpu_experts, cuda_experts
+from halfbyte.backends import cpu_experts, cuda_experts, expert_stage
 from halfbyte.nn.expert_lora import adapter_of, are_alike
 from halfbyte.nn.linear4bit import Linear4bit
 from halfbyte.nn.lora import Adapter
@@ -91,11 +91,19 @@ class ExpertTable:
         self.addresses = torch.tensor(rows, dtype=torch.int64).to(device)
         # A backward pass keeps the addresses, and with them what they name, whatever becomes of the layers until then.
         vars(self.addresses)["named"] = weights
+        shapes = [(shape[0], shape[1]) for shape in (projection[0].packing.shape for projection in weights)]
+
+        def maps(rows: expert_stage.Rows) -> Tensor | None:
+            codes = [[row[0] for row in projection] for projection in rows]
+            return None if device.type != "cuda" else cuda_experts.tensor_maps(device.index, codes, shapes)
+
         self.maps: Tensor | None = None
-        if device.type == "cuda":
-            shapes = [projection[0].packing.shape for projection in weights]
-            codes = [[weight.codes for weight in projection] for projection in weights]
-            self.maps = cuda_experts.tensor_maps(device.index, codes, [(shape[0], shape[1]) for shape in shapes])
+        copied = expert_stage.plan(rows)
+        if copied is None:
+            self.maps = maps(rows)
+        else:
+            # The kernel for many tokens reads experts of the host in the stage alone.
+            expert_stage.attach(self.addresses, expert_stage.Staging(rows, copied, device, maps))
         if kind.gated:
             self.up_bias = _up_bias(experts._parameters.get("gate_up_proj_bias"), experts.interleaved)
         else:

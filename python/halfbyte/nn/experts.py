@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from halfbyte.nn import expert_offload
 from halfbyte.nn.expert_lora import adapted_experts
 from halfbyte.nn.expert_table import ExpertTable, Held, table_of
 from halfbyte.ops._torch_internals import tracing, transforms
@@ -82,6 +83,34 @@ class Experts4bit(nn.Module):
         """Load as any module: layers may come to hold other tensors."""
         self._held.hold(None)
         super()._load_from_state_dict(*args, **kwargs)
+
+    def offload(self, device: torch.device | str | int = "cuda", *, resident: Iterable[int] = ()) -> Experts4bit:
+        """Keep the packed weights of experts in pinned host memory, and everything else on a GPU.
+
+        The GPU reads the experts that the router chooses over the bus. Results are the same bits as with all experts on
+        the GPU. A second call changes what is resident; `resident=range(experts.num_experts)` brings all experts to
+        the GPU. To another place, `.cpu()` for example, the layer moves like any other.
+
+        Args:
+            device: The GPU.
+            resident: Numbers of experts whose packed weights are kept in the GPU's own memory.
+
+        Returns:
+            The layer itself.
+
+        Raises:
+            ValueError: `device` is no CUDA device that torch sees, `resident` has the number of no expert, or an expert
+                is not packed in 4 bits. The message names the value, and the layer is unchanged.
+            TypeError: `resident` has something that is no integer.
+            RuntimeError: The host memory cannot be pinned.
+        """
+        expert_offload.offload(self, device, resident)
+        return self
+
+    @property
+    def resident(self) -> list[int]:
+        """Numbers of the experts that are not in pinned host memory: all, unless `offload` was called."""
+        return expert_offload.resident_of(self)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum of what the chosen experts make of each token.

@@ -180,6 +180,20 @@ impl Unchanged {
         Self { sizes: sizes.collect(), entries }
     }
 
+    /// What is remembered refers back to who remembers it: a model that is deleted would otherwise never be freed.
+    #[allow(clippy::needless_pass_by_value)] // as Python's collector calls it
+    fn __traverse__(&self, visit: pyo3::PyVisit<'_>) -> Result<(), pyo3::PyTraverseError> {
+        for (dict, name, value) in &self.entries {
+            visit.call(dict)?;
+            visit.call(name)?;
+            visit.call(value)?;
+        }
+        for (dict, _) in &self.sizes {
+            visit.call(dict)?;
+        }
+        Ok(())
+    }
+
     /// Whether all is as it was.
     fn holds(&self, py: Python<'_>) -> PyResult<bool> {
         for (dict, len) in &self.sizes {

@@ -25,6 +25,7 @@ from halfbyte.config import BitsAndBytesConfig
 from halfbyte.integrations.recognition import serve_bitsandbytes
 from halfbyte.integrations.saved_config import with_compute_dtype
 from halfbyte.integrations.transformers import checkpoint, layers, operations
+from halfbyte.integrations.transformers.expert_offload import OffloadedExperts, target_of, without_hooks
 from halfbyte.models.experts import fused_paths, put_back
 from halfbyte.models.layers import experts_note, fused_experts
 from halfbyte.models.packed import Packed
@@ -67,6 +68,8 @@ class _Quantizer:
         self._device_map: Mapping[str, Any] = {}
         self._fused: dict[str, nn.Module] = {}
         self._merges: list[Any] = []
+        self._offloaded = OffloadedExperts()
+        self._model: Any = None
 
     # ---- before loading ----------------------------------------------------------------------------------------------
 
@@ -82,7 +85,19 @@ class _Quantizer:
         if isinstance(device_map, Mapping):
             for name, target in device_map.items():
                 _check_target(name, target)
-            self._device_map = dict(device_map)
+            self._follow(device_map)
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """As transformers does; a map is copied, because it may be changed here."""
+        stock: Any = super().update_device_map  # type: ignore[misc]
+        found = stock(device_map)
+        return dict(found) if isinstance(found, Mapping) else found
+
+    def _follow(self, device_map: Mapping[str, Any]) -> None:
+        """Take a device map, and change it for experts that it puts on the CPU beside a GPU."""
+        if self._model is not None and isinstance(device_map, dict):
+            self._offloaded.claim(self._model, device_map)
+        self._device_map = dict(device_map)
 
     def adjust_max_memory(self, max_memory: dict[str, Any]) -> dict[str, Any]:
         """Return the limits as they are: quantizing needs no buffers on the device."""
@@ -101,6 +116,8 @@ class _Quantizer:
 
     def param_element_size(self, model: Any, param_name: str, param: Any) -> float:
         """Bytes per element of a parameter, for device maps and warm-up."""
+        if param_name in self._offloaded:
+            return 0.0
         if self.param_needs_quantization(model, param_name):
             return self._bytes_per_weight(bits_of(model.get_submodule(param_name.rpartition(".")[0])))
         return float(param.element_size())
@@ -149,6 +166,8 @@ class _Quantizer:
         self.quantization_config = with_compute_dtype(self.quantization_config, model.dtype)
         if not count:
             _logger.warning("%s has no linear layer to quantize: its weights stay as they are", type(model).__name__)
+        if isinstance(device_map, Mapping):
+            self._follow(device_map)
 
     def _kept_by_device(self) -> list[str]:
         """Modules that are not quantized on the fly because of where they go."""
@@ -198,15 +217,17 @@ class _Quantizer:
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """The converter that brings the parts of a packed weight together, or weights of 16 bits to the CPU."""
-        if self.pre_quantized:
-            return [
-                WeightConverter(operations.SERIALIZED, operations.WEIGHT, operations=[operations.Deserialize(self)])
-            ]
-        # On the CPU a tensor is a view of the file: only packed bytes travel to a GPU, and a layer that is offloaded
-        # to disk is saved packed.
         # Behind the first two, arguments are in another order in other releases.
         keywords = inspect.signature(WeightConverter.__init__).parameters
         how = {"force_cpu": True} if "force_cpu" in keywords else {}
+        if self.pre_quantized:
+            # Experts for host memory are not to gather on the GPU before. A map that is inferred is not known yet.
+            inferred = self._fused and not self._device_map
+            how = how if inferred or self._offloaded.experts else {}
+            deserialize = operations.Deserialize(self)
+            return [WeightConverter(operations.SERIALIZED, operations.WEIGHT, operations=[deserialize], **how)]
+        # On the CPU a tensor is a view of the file: only packed bytes travel to a GPU, and a layer that is offloaded
+        # to disk is saved packed.
         return [WeightConverter(operations.WEIGHT, operations.WEIGHT, operations=[operations.PassOn(self)], **how)]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
@@ -229,10 +250,13 @@ class _Quantizer:
     def place(self, name: str, module: nn.Module, weight: PackedParameter) -> PackedParameter:
         """Prepare a module whose weight goes to disk: a packed parameter without bytes keeps its scales there.
 
-        accelerate brings the bytes back for each forward, with the dtype and the attributes of the parameter that it
-        finds; without this it would quantize them again.
+        Weights of experts that are offloaded go to host memory. For each forward of others, accelerate brings the bytes
+        back from disk, with the dtype and the attributes of the parameter that it finds; without this it would quantize
+        them again.
         """
-        if self._device_map and _target(self._device_map, name) == "disk":
+        if isinstance(weight, Params4bit) and name in self._offloaded:
+            return self._offloaded.place(name, weight)
+        if self._device_map and target_of(self._device_map, name) == "disk":
             with torch.no_grad():
                 if isinstance(weight, Params4bit):
                     module._parameters[operations.WEIGHT] = weight.to("meta")
@@ -255,6 +279,8 @@ class _Quantizer:
         if self.problems:
             more = f" (and {len(self.problems) - 1} more weights)" if len(self.problems) > 1 else ""
             raise ValueError(f"{self.problems[0]}{more}")
+        self._offloaded.finish()
+        without_hooks(model)
         found = {self.bits}
         for name, module in model.named_modules():
             if not isinstance(module, PACKED_LAYERS):
@@ -344,13 +370,3 @@ def _check_target(name: str, target: Any) -> None:
             f"device_map[{name!r}] must be the number of a GPU, 'disk', or a device such as 'cpu' or 'cuda:0', "
             f"got {target!r}"
         )
-
-
-def _target(device_map: Mapping[str, Any], name: str) -> Any:
-    """Where the longest entry that covers `name` sends it."""
-    while True:
-        if name in device_map:
-            return device_map[name]
-        if not name:
-            return None
-        name = name.rpartition(".")[0]
