@@ -316,6 +316,7 @@ def loaded(path: Path, device_map: Any) -> Any:
     )
 
 
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
 @pytest.mark.parametrize("kind", ["dense", "packed"])
 @pytest.mark.parametrize(
     ("device_map", "resident"),

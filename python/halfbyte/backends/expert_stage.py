@@ -133,6 +133,7 @@ class Staging:
         """Of the first one's addresses, and what is to be copied."""
         self.few = found.experts
         self._plan = found
+        self._sources = [region.taken() for region in found.regions]
         self._stage = reserve(device, found.nbytes)
         self._buffer = self._stage.buffer
         moved = found.moved(rows, self._buffer.data_ptr())
@@ -144,9 +145,8 @@ class Staging:
         self._stage.lock.acquire()
         try:
             self._stage.follow()
-            for region, offset in zip(self._plan.regions, self._plan.offsets, strict=True):
-                to = self._buffer[offset : offset + region.used]
-                to.copy_(region.bytes[: region.used], non_blocking=True)
+            for source, offset in zip(self._sources, self._plan.offsets, strict=True):
+                self._buffer[offset : offset + source.numel()].copy_(source)
         except BaseException:
             self._stage.lock.release()
             raise

@@ -131,6 +131,10 @@ class Region:
             _regions[self.address] = weakref.ref(self)
         weakref.finalize(self, _release, self.bytes, self.address, device).atexit = False
 
+    def taken(self) -> Tensor:
+        """What is taken, as uint8 of the GPU: its copies are asynchronous, and a graph can hold them."""
+        return _alias(self, 0, self.used)
+
 
 _lock = threading.RLock()
 _begins: list[int] = []
