@@ -60,7 +60,7 @@ class Mode:
 
 
 MODES = {
-    "library": Mode(("-O2", "-g1"), ("-shared",)),
+    "library": Mode(("-O1", "-g1"), ("-shared",)),
     "ucontext": Mode(("-O2", "-g1"), ("-shared",), ("-DEMULATOR_UCONTEXT=1",)),
     "asan": Mode(
         (*SANITIZED, "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
@@ -71,7 +71,7 @@ MODES = {
         (*SANITIZED, "-fsanitize=thread", "-DHALFBYTE_EMULATOR_RACES"), ("-fsanitize=thread",), ("-DEMULATOR_TSAN=1",)
     ),
     # The engine has the functions that the compiler then calls before each access: stores.cpp.
-    "stores": Mode(("-O2", "-g1", "-fsanitize=thread"), ("-shared", "-ldl"), ("-DEMULATOR_STORES=1",)),
+    "stores": Mode(("-O1", "-g1", "-fsanitize=thread"), ("-shared", "-ldl"), ("-DEMULATOR_STORES=1",)),
 }
 
 
