@@ -43,6 +43,7 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 # Something beside the packed weight of a single expert.
 _OF_AN_EXPERT = re.compile(r"experts\.\d+\.\w+\.(weight\.(absmax|nested_absmax)|SCB)$")
+_SINGLE_EXPERT = re.compile(r"experts\.\d+\.\w+\.weight$")
 
 
 def load_quantized(
@@ -118,7 +119,8 @@ def load_quantized(
     with ExitStack() as stack:
         source = stack.enter_context(Folder(folder, Hub(revision, token, cache_dir)))
         config = _read_config(source)
-        experts = stack.enter_context(apart(model, any(_OF_AN_EXPERT.search(name) for name in source.names)))
+        wanted, single = (any(map(pattern.search, source.names)) for pattern in (_OF_AN_EXPERT, _SINGLE_EXPERT))
+        experts = stack.enter_context(apart(model, wanted, single))
         plan = make_plan(model, source)
         if not plan.packed:
             if plan.found:

@@ -26,7 +26,7 @@ from halfbyte.integrations.recognition import serve_bitsandbytes
 from halfbyte.integrations.saved_config import with_compute_dtype
 from halfbyte.integrations.transformers import checkpoint, layers, operations
 from halfbyte.integrations.transformers.expert_offload import OffloadedExperts, target_of, without_hooks
-from halfbyte.models.experts import fused_paths, put_back
+from halfbyte.models.experts import fused_paths, is_dispatched, put_back
 from halfbyte.models.layers import experts_note, fused_experts
 from halfbyte.models.packed import Packed
 from halfbyte.models.recipe import INT8, PACKED_LAYERS, PackedParameter, Recipe, bits_of, is_quantized
@@ -127,6 +127,15 @@ class _Quantizer:
         path, _, leaf = param_name.rpartition(".")
         return leaf == operations.WEIGHT and isinstance(model.get_submodule(path), PACKED_LAYERS)
 
+    def _convert_model_for_quantization(self, model: Any) -> None:
+        """Take experts apart before transformers puts a class of its own, which does not go back, in their place.
+
+        Called for quantized checkpoints.
+        """
+        self._fused = take_apart(model, ())
+        stock: Any = super()._convert_model_for_quantization  # type: ignore[misc]
+        stock(model)
+
     def _process_model_before_weight_loading(
         self, model: Any, device_map: Any = None, checkpoint_files: Any = None, **kwargs: Any
     ) -> None:
@@ -179,7 +188,8 @@ class _Quantizer:
         """How the layers are packed that are so in the checkpoint; None where its files do not tell."""
         heads = self.get_modules_to_not_convert(model, skip, kept, add_default_skips=True)
         floats = self.recipe.has_fp16_weights and self.recipe.quant_type == INT8
-        self._fused = take_apart(model, ())
+        # Releases that do not call `_convert_model_for_quantization` have left them.
+        self._fused.update(take_apart(model, ()))
         try:
             found = checkpoint.packed_in(model, files, heads, floats)
         except BaseException:
@@ -187,8 +197,9 @@ class _Quantizer:
             raise
         if not any(path.startswith(f"{experts}.") for experts in self._fused for path in found or ()):
             # All are in 16 bits.
-            put_back(model, self._fused)
-            self._fused = {}
+            whole = {path: module for path, module in self._fused.items() if not is_dispatched(module)}
+            put_back(model, whole)
+            self._fused = {path: module for path, module in self._fused.items() if path not in whole}
         if found is None:
             return None
         recipes = {path: self._recipe_of(one) for path, one in found.items()}
