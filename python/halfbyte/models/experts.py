@@ -64,14 +64,18 @@ class Fused:
             fused: Of all experts, `[experts, out, in]`, or `[experts, in, out]` where they are transposed.
         """
         matrices = [matrix.t() if self.transposed else matrix for matrix in fused.unbind()]
+        rows = self.rows(name, matrices[0].shape[0])
+        return [{place: matrix[picked] for place, picked in rows.items()} for matrix in matrices]
+
+    def rows(self, name: str, out_features: int) -> dict[int, slice]:
+        """Which rows of one expert's part of `up` or `down`, `[out, in]`, are each matrix, by its place."""
         if name == self.down:
-            return [{2: matrix} for matrix in matrices]
+            return {2: slice(None)}
         if not self.gated:
-            return [{1: matrix} for matrix in matrices]
+            return {1: slice(None)}
         if self.interleaved:
-            return [{0: matrix[0::2], 1: matrix[1::2]} for matrix in matrices]
-        half = matrices[0].shape[0] // 2
-        return [{0: matrix[:half], 1: matrix[half:]} for matrix in matrices]
+            return {0: slice(0, None, 2), 1: slice(1, None, 2)}
+        return {0: slice(0, out_features // 2), 1: slice(out_features // 2, None)}
 
     def shape(self, name: str, experts: Experts4bit) -> tuple[int, int]:
         """Of one expert's part of a fused parameter."""
