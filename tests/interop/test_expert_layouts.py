@@ -355,7 +355,7 @@ def test_bare_layout_needs_a_config_that_says_what_codes_mean(tmp_path: Path) ->
         halfbyte.load_quantized(empty, tmp_path / "source")
 
 
-@pytest.mark.parametrize("layout", ["fused-nested", "listed"])
+@pytest.mark.parametrize("layout", ["fused-nested", "bare", "listed"])
 def test_layouts_are_known_to_the_offline_commands(layout: str, tmp_path: Path) -> None:
     name, make, how = LAYOUTS[layout]
     dense = dense_model(name)
@@ -363,6 +363,9 @@ def test_layouts_are_known_to_the_offline_commands(layout: str, tmp_path: Path) 
     source = files(tmp_path / "source")
     report = halfbyte.inspect_checkpoint(tmp_path / "source")
     packed = {key.rpartition(".absmax")[0] for key in source if key.endswith(".absmax")}
+    packed |= {
+        f"{key.removesuffix('_absmax')}_proj" for key in source if key.endswith("_absmax") and ".nested" not in key
+    }
     assert any(".experts." in key for key in packed)
     assert {weight["name"] for weight in report.data["weights"]} == packed
     halfbyte.dequantize_checkpoint(tmp_path / "source", tmp_path / "dense")

@@ -99,7 +99,10 @@ def stand_ins(model: Any, source: Tensors, quant_type: str | None) -> StandIns:
     layers = _layers(model, source)
     if not layers:
         return found
-    candidates = packed.find(source.names)
+    try:
+        candidates = packed.find(source.names)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
     beside = {name for one in candidates.values() for name in one.parts.values()}
     found.dtype = _float_dtype(source, beside)
     for path, layer in layers.items():

@@ -129,7 +129,9 @@ def unstacked(model: nn.Module, given: Iterable[Any], hf_quantizer: Any, dtype: 
         dtype: Of weights that do not say what they were quantized from.
     """
     kept = [entry for entry in given if not any(isinstance(op, Split) for op in getattr(entry, "operations", ()))]
-    added: list[Any] = [Renaming(r"\.router\.linear\.", ".router.")]
+    added: list[Any] = []
+    if not any(".router.linear." in name for name in model.state_dict()):
+        added.append(Renaming(r"\.router\.linear\.", ".router."))
     for target in targets(model, kept):
         of_all = rf"(?<=\.){re.escape(target.experts)}\.{target.parameter}"
         bare = rf"(?<=\.){re.escape(target.experts)}\.{'gate_up' if _is_up(target) else 'down'}_absmax$"
