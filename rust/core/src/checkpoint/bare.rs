@@ -16,17 +16,28 @@ use serde_json::Value;
 use super::dtype::is_float;
 use super::reader::{Checkpoint, TensorRef};
 use super::state::State;
-use super::weights::WeightSource;
 use crate::codebook::QuantType;
 use crate::error::{Error, Result};
 use crate::geometry::{BLOCK_SIZES, BlockSize};
+
+/// Packed experts of a layer.
+pub struct Bare {
+    /// Name of the tensor with the codes.
+    pub name: String,
+    /// What the text of a state would say.
+    pub state: State,
+    /// Codes.
+    pub packed: TensorRef,
+    /// Scales.
+    pub absmax: TensorRef,
+}
 
 const PAIRS: [(&str, &str); 2] = [(".gate_up_proj", ".gate_up_absmax"), (".down_proj", ".down_absmax")];
 
 /// The packed experts of a checkpoint in this form, each checked; none where `config` does not say what codes mean.
 ///
 /// `owned` are the tensors that belong to other quantized weights.
-pub fn find_bare(source: &Checkpoint, config: Option<&Value>, owned: &HashSet<TensorRef>) -> Result<Vec<WeightSource>> {
+pub fn find_bare(source: &Checkpoint, config: Option<&Value>, owned: &HashSet<TensorRef>) -> Result<Vec<Bare>> {
     let Some(quant_type) = quant_type(config) else { return Ok(Vec::new()) };
     let mut found = Vec::new();
     for &at in &source.order {
@@ -72,7 +83,7 @@ fn read(
     quant_type: QuantType,
     at: TensorRef,
     absmax: TensorRef,
-) -> Result<WeightSource> {
+) -> Result<Bare> {
     let fail = |at: TensorRef, problem: String| Error::tensor(&source.file(at).path, &source.tensor(at).name, problem);
     let (codes, scales) = (source.tensor(at), source.tensor(absmax));
     let &[experts, bytes] = &codes.shape[..] else {
@@ -116,13 +127,6 @@ fn read(
         is_float(entry.dtype) && !owned.contains(*other) && !entry.name.ends_with("_absmax")
     };
     let dtype = source.order.iter().find(beside).map_or(Dtype::F32, |&other| source.tensor(other).dtype);
-    Ok(WeightSource {
-        name: codes.name.clone(),
-        state: State { quant_type, blocksize, dtype, shape, nested_offset: None },
-        packed: at,
-        absmax,
-        quant_map: None,
-        nested: None,
-        parts: vec![at, absmax],
-    })
+    let state = State { quant_type, blocksize, dtype, shape, nested_offset: None };
+    Ok(Bare { name: codes.name.clone(), state, packed: at, absmax })
 }

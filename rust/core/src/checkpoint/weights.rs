@@ -6,7 +6,7 @@ use std::collections::{HashMap, HashSet};
 use safetensors::Dtype;
 use serde_json::Value;
 
-use super::bare::find_bare;
+use super::bare::{Bare, find_bare};
 use super::cast::floats;
 use super::dtype::{item_size, torch_name};
 use super::reader::{Checkpoint, TensorRef};
@@ -110,7 +110,9 @@ pub fn find_quantized(source: &Checkpoint, config: Option<&Value>) -> Result<Vec
             ));
         }
     }
-    four_bit.extend(find_bare(source, config, &owned)?);
+    four_bit.extend(find_bare(source, config, &owned)?.into_iter().map(|Bare { name, state, packed, absmax }| {
+        WeightSource { name, state, packed, absmax, quant_map: None, nested: None, parts: vec![packed, absmax] }
+    }));
     Ok(four_bit.into_iter().map(Quantized::FourBit).chain(rows.into_iter().map(Quantized::Int8)).collect())
 }
 

@@ -40,7 +40,8 @@ fn bare_experts_have_the_shapes_that_the_config_tells() {
     let folder = experts(|_| ());
     let found = Checkpoint::open(folder.path()).unwrap();
     let report = inspect(&found, Some(&config())).unwrap();
-    let weights: Vec<_> = report.weights.iter().map(|w| (w.name.as_str(), &w.shape[..], w.blocksize, w.dtype)).collect();
+    let weights: Vec<_> =
+        report.weights.iter().map(|w| (w.name.as_str(), &w.shape[..], w.blocksize, w.dtype)).collect();
     assert_eq!(
         weights,
         [
