@@ -236,6 +236,22 @@ def test_layouts_are_read_under_the_names_of_the_base_model(layout: str, tmp_pat
     assert isinstance(model.layers[1].mlp.experts, Experts4bit)
 
 
+@pytest.mark.parametrize("layout", ["fused-nested", "listed", "bare"])
+def test_layouts_are_offloaded_to_disk(layout: str, tmp_path: Path) -> None:
+    name, make, how = LAYOUTS[layout]
+    dense = dense_model(name)
+    make(tmp_path / "source", dense, **how)
+    here = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0"), "cpu")
+    model = type(dense).from_pretrained(
+        tmp_path / "source",
+        quantization_config=config(),
+        device_map={**here, "model.layers.1": "disk"},
+        offload_folder=tmp_path / "offloaded",
+    )
+    assert all(parameter.is_meta for parameter in model.model.layers[1].mlp.experts.parameters())
+    torch.testing.assert_close(logits(model), logits(dense), rtol=0.05, atol=0.05)
+
+
 def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
     tensors = files(folder)
     change(tensors)
