@@ -979,8 +979,8 @@ def verify(a: str, b: str, config_a: str | None, config_b: str | None, threads: 
     `config_a` and `config_b` are the texts of their config.json.
     """
 
-def inspect(path: str) -> InspectData:
-    """What a folder or a file holds."""
+def inspect(path: str, config: str | None) -> InspectData:
+    """What a folder or a file holds; `config` is the text of its config.json."""
 
 def select(
     config_json: str | None,

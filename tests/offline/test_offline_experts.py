@@ -137,8 +137,8 @@ def test_experts_in_mxfp4_are_those_of_the_decoded_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rules", [(), (r"layers\.0\..*experts=keep",), (r"experts\.2\..*down_proj=keep",)])
-def test_experts_of_llama_4_are_packed_for_transformers_own_class(rules: tuple[str, ...], tmp_path: Path) -> None:
-    """It quantizes none of them on the fly, and has a class for those of a quantized checkpoint."""
+def test_experts_of_llama_4_are_packed_one_by_one(rules: tuple[str, ...], tmp_path: Path) -> None:
+    """As bitsandbytes' loader in transformers reads them too, which has a class for those of a quantized checkpoint."""
     dense = dense_model("Llama4ForCausalLM")
     dense.save_pretrained(tmp_path / "dense")
     cls = type(dense)

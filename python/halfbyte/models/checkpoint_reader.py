@@ -7,6 +7,7 @@ gives a tensor memory of its own, which goes as soon as the tensor does.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -54,6 +55,7 @@ class Folder:
         self._views: dict[Path, Any] = {}
         self._readers: dict[Path, Any] = {}
         self._files: dict[str, Path] = {}
+        self._instead: dict[str, Tensor] = {}
         listed = list_shards(self.path)
         for file, expected in listed.items():
             handle = self._open(self._views, file)
@@ -90,6 +92,19 @@ class Folder:
         """Close the files. Tensors that were given out stay valid."""
         self._stack.close()
 
+    def replace(self, hidden: Collection[str], tensors: Mapping[str, tuple[str, Tensor]]) -> None:
+        """Have other tensors in the place of some.
+
+        Args:
+            hidden: Names of those that are as if they were not there.
+            tensors: By name: the tensor of the checkpoint that each is a part of, and itself.
+        """
+        self._instead.update({name: tensor for name, (_, tensor) in tensors.items()})
+        self._files.update({name: self._files[source] for name, (source, _) in tensors.items()})
+        for name in hidden:
+            del self._files[name]
+        self.names = list(self._files)
+
     def __contains__(self, name: str) -> bool:
         """Is there a tensor of this name?"""
         return name in self._files
@@ -100,6 +115,8 @@ class Folder:
 
     def facts(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype, from the header. ValueError for a dtype that models are not kept in."""
+        if name in self._instead:
+            return tuple(self._instead[name].shape), self._instead[name].dtype
         piece = self._open(self._views, self._files[name]).get_slice(name)
         dtype = _DTYPES.get(piece.get_dtype())
         if dtype is None:
@@ -109,12 +126,16 @@ class Folder:
 
     def view(self, name: str) -> Tensor:
         """The tensor, in mapped memory where its address suits its dtype. Writing to it does not reach the file."""
+        if name in self._instead:
+            return self._instead[name]
         file = self._files[name]
         tensor: Tensor = self._open(self._views, file).get_tensor(name)
         return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
     def read(self, name: str) -> Tensor:
         """The tensor, in memory of its own."""
+        if name in self._instead:
+            return self._instead[name].clone()
         file = self._files[name]
         try:
             handle = self._open(self._readers, file, backend="pread")

@@ -1,8 +1,8 @@
 """Fused experts of transformers' Mixture-of-Experts models: apart, as layers that can be converted, and together again.
 
-Recognized by the attributes that `transformers.integrations.moe.use_experts_implementation` gives to a class. Each
-matrix becomes an `nn.Linear` that is a view of the fused parameter: nothing is copied, and what converts linear layers
-converts these.
+Recognized by the attributes that `transformers.integrations.moe.use_experts_implementation` gives to a class, and by
+their class where they are Llama 4's. Each matrix becomes an `nn.Linear` that is a view of the fused parameter: nothing
+is copied, and what converts linear layers converts these.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfbyte.nn.experts import Expert, Experts4bit
+from halfbyte.nn.experts import DispatchedExperts4bit, Expert, Experts4bit
 
 Names = tuple[str | None, str, str]
 
@@ -40,6 +40,8 @@ class Fused:
         gated: Whether there are gates.
         transposed: Matrices are `[in, out]`.
         interleaved: Rows of gate and up projection alternate.
+        dispatched: It is called with all tokens once for each expert, as Llama 4's. Checkpoints with packed experts
+            have single matrices, and transformers has no converter that makes a fused parameter of those.
     """
 
     up: str
@@ -47,6 +49,7 @@ class Fused:
     gated: bool
     transposed: bool
     interleaved: bool
+    dispatched: bool = False
 
     @property
     def usual_names(self) -> Names:
@@ -61,14 +64,18 @@ class Fused:
             fused: Of all experts, `[experts, out, in]`, or `[experts, in, out]` where they are transposed.
         """
         matrices = [matrix.t() if self.transposed else matrix for matrix in fused.unbind()]
+        rows = self.rows(name, matrices[0].shape[0])
+        return [{place: matrix[picked] for place, picked in rows.items()} for matrix in matrices]
+
+    def rows(self, name: str, out_features: int) -> dict[int, slice]:
+        """Which rows of one expert's part of `up` or `down`, `[out, in]`, are each matrix, by its place."""
         if name == self.down:
-            return [{2: matrix} for matrix in matrices]
+            return {2: slice(None)}
         if not self.gated:
-            return [{1: matrix} for matrix in matrices]
+            return {1: slice(None)}
         if self.interleaved:
-            return [{0: matrix[0::2], 1: matrix[1::2]} for matrix in matrices]
-        half = matrices[0].shape[0] // 2
-        return [{0: matrix[:half], 1: matrix[half:]} for matrix in matrices]
+            return {0: slice(0, None, 2), 1: slice(1, None, 2)}
+        return {0: slice(0, out_features // 2), 1: slice(out_features // 2, None)}
 
     def shape(self, name: str, experts: Experts4bit) -> tuple[int, int]:
         """Of one expert's part of a fused parameter."""
@@ -101,21 +108,10 @@ class Fused:
 
 def fused(module: nn.Module) -> Fused | None:
     """How a module holds fused experts; None for one that does not, or in a way that is not known."""
-    if isinstance(module, Experts4bit) or not all(hasattr(module, flag) for flag in _FLAGS):
-        return None
     own: Any = module
-    cls: Any = type(module)
-    # Older releases of transformers do not say it. There the order is known of classes without a gate of their own.
-    concatenated = getattr(own, "is_concatenated", _is_default(cls._apply_gate) or None)
-    if concatenated is None:
+    found = None if isinstance(module, Experts4bit) else _how(own, type(module))
+    if found is None:
         return None
-    found = Fused(
-        "gate_up_proj" if own.has_gate else "up_proj",
-        "down_proj",
-        bool(own.has_gate),
-        bool(own.is_transposed),
-        not concatenated,
-    )
     for name in (found.up, found.down):
         weight = module._parameters.get(name)
         if weight is None or weight.dim() != 3 or weight.shape[0] != own.num_experts or type(weight.data) is not Tensor:
@@ -128,6 +124,31 @@ def fused(module: nn.Module) -> Fused | None:
     if "_hf_hook" in module.__dict__ or "forward" in module.__dict__ or nn.utils.parametrize.is_parametrized(module):
         return None
     return found
+
+
+def _how(own: Any, cls: Any) -> Fused | None:
+    """How a module of this class says that it holds experts."""
+    if cls.__name__ == "Llama4TextExperts" and cls.__module__ == "transformers.models.llama4.modeling_llama4":
+        return Fused("gate_up_proj", "down_proj", gated=True, transposed=True, interleaved=False, dispatched=True)
+    if not all(hasattr(own, flag) for flag in _FLAGS):
+        return None
+    # Older releases of transformers do not say it. There the order is known of classes without a gate of their own.
+    concatenated = getattr(own, "is_concatenated", _is_default(cls._apply_gate) or None)
+    if concatenated is None:
+        return None
+    return Fused(
+        "gate_up_proj" if own.has_gate else "up_proj",
+        "down_proj",
+        bool(own.has_gate),
+        bool(own.is_transposed),
+        not concatenated,
+    )
+
+
+def is_dispatched(module: nn.Module) -> bool:
+    """Whether a module has fused experts of Llama 4's kind: see `Fused.dispatched`."""
+    how = fused(module)
+    return how is not None and how.dispatched
 
 
 def fused_as(experts: Experts4bit) -> Fused | None:
@@ -160,7 +181,7 @@ def unfuse(module: nn.Module, names: Names | None = None) -> Experts4bit:
                 name = names[place]
                 assert name is not None
                 expert.add_module(name, _linear(matrix, weight.requires_grad))
-    new = Experts4bit(experts, names)
+    new = (DispatchedExperts4bit if how.dispatched else Experts4bit)(experts, names)
     own = {*vars(new)} - {"training", "num_experts"}
     new.__dict__.update({name: value for name, value in vars(module).items() if name not in own})
     for name, value in module._modules.items():
@@ -170,8 +191,7 @@ def unfuse(module: nn.Module, names: Names | None = None) -> Experts4bit:
             new.register_parameter(name, parameter_or_none)
     new._buffers.update(module._buffers)
     new._non_persistent_buffers_set.update(module._non_persistent_buffers_set)
-    cls: Any = type(module)
-    gate = cls._apply_gate
+    gate = getattr(type(module), "_apply_gate", None)
     new.gate = None if _is_default(gate) else gate
     new.interleaved = how.interleaved
     new.__dict__[_SOURCE] = type(module)

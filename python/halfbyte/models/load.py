@@ -26,6 +26,7 @@ from halfbyte.config import BitsAndBytesConfig
 from halfbyte.models import packed
 from halfbyte.models import transformers_weights as weights
 from halfbyte.models.checkpoint_reader import Folder
+from halfbyte.models.expert_layouts import is_other_layout, stand_ins
 from halfbyte.models.layers import is_conv1d, is_transformers_model, join, paths
 from halfbyte.models.observers import notify
 from halfbyte.models.offload import check_resident_bytes, experts_of, offload_experts
@@ -43,6 +44,7 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 # Something beside the packed weight of a single expert.
 _OF_AN_EXPERT = re.compile(r"experts\.\d+\.\w+\.(weight\.(absmax|nested_absmax)|SCB)$")
+_SINGLE_EXPERT = re.compile(r"experts\.\d+\.\w+\.weight$")
 
 
 def load_quantized(
@@ -118,7 +120,12 @@ def load_quantized(
     with ExitStack() as stack:
         source = stack.enter_context(Folder(folder, Hub(revision, token, cache_dir)))
         config = _read_config(source)
-        experts = stack.enter_context(apart(model, any(_OF_AN_EXPERT.search(name) for name in source.names)))
+        single = any(map(_SINGLE_EXPERT.search, source.names))
+        wanted = any(_OF_AN_EXPERT.search(name) or is_other_layout(name) for name in source.names)
+        experts = stack.enter_context(apart(model, wanted, single))
+        if is_transformers_model(model):
+            instead = stand_ins(model, source, config.bnb_4bit_quant_type if config and config.load_in_4bit else None)
+            source.replace(instead.hidden, instead.tensors)
         plan = make_plan(model, source)
         if not plan.packed:
             if plan.found:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from halfbyte.models.experts import Names, fused, fused_paths, put_back, unfuse_all
+from halfbyte.models.experts import Names, fused, fused_paths, is_dispatched, put_back, unfuse_all
 from halfbyte.models.layers import is_transformers_model
 from halfbyte.nn.experts import Experts4bit
 from halfbyte.offline.transformers_names import is_needless, plain
@@ -102,14 +102,18 @@ class Apart:
 
 
 @contextmanager
-def apart(model: nn.Module, wanted: bool = True) -> Iterator[Apart]:
+def apart(model: nn.Module, wanted: bool = True, single: bool = False) -> Iterator[Apart]:
     """Take the fused experts of a model of transformers apart; an error puts them together again.
 
     Args:
         model: Any module; those of other libraries are left as they are.
-        wanted: Whether to do anything.
+        wanted: Whether to take all of them apart.
+        single: Whether to take those apart that no matrices of single experts could fill, as a checkpoint has them.
     """
-    before = take_apart(model, ()) if wanted and is_transformers_model(model) else {}
+    before: dict[str, nn.Module] = {}
+    if (wanted or single) and is_transformers_model(model):
+        keep = () if wanted else [path for path, module in model.named_modules() if not is_dispatched(module)]
+        before = take_apart(model, keep)
     state = Apart(model, before)
     try:
         yield state

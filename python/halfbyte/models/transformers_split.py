@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,6 +37,14 @@ class Split(ConversionOps):
         """Return this object: it holds no tensors, and transformers copies it for each key of a checkpoint."""
         return self
 
+    def of(self, name: str) -> tuple[str, Fused, str]:
+        """Path of the experts that a weight of the model belongs to, how they were held, and the parameter."""
+        path = name.rsplit(".", 3)[0]
+        if path not in self.parts:
+            # transformers 5.0 names no layer.
+            path = next(candidate for candidate in self.parts if name.startswith(f"{candidate}."))
+        return path, *self.parts[path]
+
     @torch.no_grad()
     def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **kwargs: Any
@@ -43,11 +52,7 @@ class Split(ConversionOps):
         """Split one tensor; names are those in the model."""
         (value,) = input_dict.values()
         tensor: Tensor = value[0] if isinstance(value, list) else value
-        path = full_layer_name.rsplit(".", 3)[0]
-        if path not in self.parts:
-            # transformers 5.0 names no layer.
-            path = next(candidate for candidate in self.parts if full_layer_name.startswith(f"{candidate}."))
-        how, parameter = self.parts[path]
+        path, how, parameter = self.of(full_layer_name)
         experts = model.get_submodule(path)
         if self.transpose:
             tensor = tensor.transpose(1, 2)
@@ -66,14 +71,31 @@ class Split(ConversionOps):
         return found
 
 
-def split_converters(model: nn.Module, given: Iterable[Any]) -> list[WeightConverter]:
-    """What splits tensors of a checkpoint that hold all experts.
+@dataclass(frozen=True)
+class Target:
+    """What tensors that hold all experts are split to, for all layers that call it the same.
+
+    Attributes:
+        experts: Last part of the experts' path.
+        parameter: The one that held the matrices.
+        projection: The first that is made of it.
+        split: How, and of which layers.
+    """
+
+    experts: str
+    parameter: str
+    projection: str
+    split: Split
+
+
+def targets(model: nn.Module, given: Iterable[Any]) -> list[Target]:
+    """What is to be split of a checkpoint for a model whose experts were taken apart.
 
     Args:
         model: With experts that were taken apart.
         given: The converters of the model's architecture.
     """
-    groups: dict[tuple[str, str, bool], dict[str, tuple[Fused, str]]] = {}
+    groups: dict[tuple[str, str, str, bool], dict[str, tuple[Fused, str]]] = {}
     for path, experts in model.named_modules():
         how = fused_as(experts) if isinstance(experts, Experts4bit) else None
         if how is None:
@@ -82,20 +104,37 @@ def split_converters(model: nn.Module, given: Iterable[Any]) -> list[WeightConve
             first = (
                 next(name for name in experts.projections if name) if parameter == how.up else experts.projections[2]
             )
-            target = path.rpartition(".")[2]
             transpose = any(
                 any(f"{path}.{parameter}".endswith(plain(pattern)) for pattern in entry.target_patterns)
                 and sum(type(operation).__name__ == "Transpose" for operation in entry.operations) % 2
                 for entry in given
                 if isinstance(entry, WeightConverter)
             )
-            # The whole name: `shared_experts.down_proj.weight` is another module's.
-            source = rf"(?<=\.){re.escape(target)}\.{parameter}$"
-            key = (source, f"{target}.0.{first}.weight", transpose)
+            key = (path.rpartition(".")[2], parameter, first, transpose)
             groups.setdefault(key, {})[path] = (how, parameter)
-    # On the CPU a tensor is a view of the file. Releases that do not know the argument put it where the model is.
-    more = {"force_cpu": True} if "force_cpu" in inspect.signature(WeightConverter.__init__).parameters else {}
     return [
-        WeightConverter(source, target, operations=[Split(parts, transpose)], **more)
-        for (source, target, transpose), parts in groups.items()
+        Target(leaf, parameter, first, Split(parts, transpose))
+        for (leaf, parameter, first, transpose), parts in groups.items()
     ]
+
+
+def split_converters(model: nn.Module, given: Iterable[Any]) -> list[WeightConverter]:
+    """What splits tensors of a checkpoint that hold all experts: see `targets`."""
+    return [
+        # The whole name: `shared_experts.down_proj.weight` is another module's.
+        WeightConverter(
+            rf"(?<=\.){re.escape(target.experts)}\.{target.parameter}$",
+            f"{target.experts}.0.{target.projection}.weight",
+            operations=[target.split],
+            **on_cpu(),
+        )
+        for target in targets(model, given)
+    ]
+
+
+def on_cpu() -> dict[str, bool]:
+    """Arguments of a converter that has tensors as views of the file.
+
+    Releases that do not know the argument put them where the model is.
+    """
+    return {"force_cpu": True} if "force_cpu" in inspect.signature(WeightConverter.__init__).parameters else {}

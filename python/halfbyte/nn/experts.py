@@ -241,6 +241,29 @@ class Experts4bit(nn.Module):
         return f"num_experts={self.num_experts}"
 
 
+class DispatchedExperts4bit(Experts4bit):
+    """Experts that are called with all tokens once for each of them, as Llama 4 calls its experts.
+
+    The router has scaled the rows already, those of experts that it did not choose with zero. An expert makes zeros of
+    zeros, so such rows are left out, without waiting for a GPU to tell which they are.
+    """
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """What each expert makes of its rows.
+
+        Args:
+            hidden_states: `[experts * tokens, hidden]`, the rows of the first expert first.
+
+        Returns:
+            As many rows, in the same order and dtype; zeros for a row of zeros.
+        """
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        number = torch.arange(self.num_experts, device=rows.device)
+        number = number.unsqueeze(-1).expand(-1, rows.shape[0] // self.num_experts).reshape(-1)
+        ids = torch.where((rows != 0).any(dim=-1), number, self.num_experts)
+        return super().forward(rows, ids.unsqueeze(-1), rows.new_ones(rows.shape[0], 1))
+
+
 def _make_table(experts: Experts4bit) -> bool:
     """Make the table while a compiler traces, which looks at what is there afterwards."""
     held = experts._held

@@ -33,8 +33,8 @@ def inspect_checkpoint(
         OSError: They cannot be read.
     """
     folder = resolve_source(path, Hub(revision, token, cache_dir))
-    data: dict[str, Any] = {**_native.inspect(str(folder))}
     # A single file is inspected as it is: a config.json beside it may be another model's.
     config = config_json.read_config(folder) if folder.is_dir() else None
+    data: dict[str, Any] = {**_native.inspect(str(folder), config_json.native_text(config))}
     data["quantization_config"] = (config or {}).get("quantization_config")
     return InspectReport(data)

@@ -194,12 +194,13 @@ pub fn verify(a: PathBuf, b: PathBuf, config_a: Option<&str>, config_b: Option<&
     })
 }
 
-/// Describes a checkpoint.
+/// Describes a checkpoint; `config` is the text of its config.json.
 #[pyfunction]
 #[pyo3(name = "inspect")]
-pub fn inspect_path(py: Python<'_>, path: PathBuf) -> PyResult<Bound<'_, PyAny>> {
+pub fn inspect_path<'py>(py: Python<'py>, path: PathBuf, config: Option<&str>) -> PyResult<Bound<'py, PyAny>> {
+    let config = parse_config(config)?;
     let checkpoint = py.detach(|| Checkpoint::open(&path)).map_err(to_py)?;
-    let report = py.detach(|| inspect::inspect(&checkpoint)).map_err(to_py)?;
+    let report = py.detach(|| inspect::inspect(&checkpoint, config.as_ref())).map_err(to_py)?;
     to_python(py, &report)
 }
 

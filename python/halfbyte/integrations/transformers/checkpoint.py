@@ -9,10 +9,10 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -23,6 +23,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from halfbyte._native import CheckpointError
 from halfbyte.integrations.transformers.layers import chosen
 from halfbyte.models import packed, transformers_weights
+from halfbyte.models.expert_layouts import stand_ins
 from halfbyte.models.load import layer_shape
 from halfbyte.models.packed import Packed
 from halfbyte.models.recipe import shape_of
@@ -31,14 +32,30 @@ from halfbyte.offline.shards import AGAIN, not_whole
 from halfbyte.offline.transformers_names import renamed
 
 
-def packed_in(model: Any, files: Sequence[str], keep: Sequence[str], floats: bool = False) -> dict[str, Packed] | None:
-    """The packed weights of a checkpoint by the paths of their layers; None when its files do not tell.
+class Found(NamedTuple):
+    """The packed weights of a checkpoint.
+
+    Attributes:
+        layers: By the paths of their layers.
+        of_experts: Where several matrices of experts are one weight in the files: the dtype of those that do not say
+            it. None where each matrix is a weight.
+    """
+
+    layers: dict[str, Packed]
+    of_experts: torch.dtype | None
+
+
+def packed_in(
+    model: Any, files: Sequence[str], keep: Sequence[str], floats: bool = False, quant_type: str | None = None
+) -> Found | None:
+    """The packed weights of a checkpoint; None when its files do not tell.
 
     Args:
         model: The transformers model that the checkpoint is for.
         files: The checkpoint's files.
         keep: Names of the modules that the checkpoint has in 16 bits, and those that any may have so.
         floats: Its config says that weights are kept as floats (`llm_int8_has_fp16_weight`): none may be of 8 bits.
+        quant_type: "nf4" or "fp4", of weights that do not say it themselves.
 
     Raises:
         CheckpointError: A file is missing or broken; a packed weight lacks a part, has one that does not fit, another
@@ -49,6 +66,8 @@ def packed_in(model: Any, files: Sequence[str], keep: Sequence[str], floats: boo
         return None
     with ExitStack() as stack:
         checkpoint = _Checkpoint([os.fspath(file) for file in files], stack)
+        instead = stand_ins(model, checkpoint, quant_type)
+        checkpoint.replace(instead.hidden, instead.tensors)
         found = _packed_weights(checkpoint)
         _check_floats(checkpoint, found, floats)
         beside = {name for one in found.values() for name in one.parts.values()}
@@ -77,7 +96,8 @@ def packed_in(model: Any, files: Sequence[str], keep: Sequence[str], floats: boo
         here = {target: found[name] for target, name in targets.items() if name in found}
         for target, one in here.items():
             _check_weight(model, checkpoint, target, one)
-    return {target.rpartition(".")[0]: one for target, one in here.items()}
+    layers = {target.rpartition(".")[0]: one for target, one in here.items()}
+    return Found(layers, instead.dtype if instead.hidden else None)
 
 
 def check_dense(model: Any, files: Sequence[str], paths: Sequence[str]) -> None:
@@ -135,6 +155,7 @@ class _Checkpoint:
         self.where = files[0] if len(files) == 1 else str(index if index.is_file() else index.parent)
         self.files: dict[str, str] = {}
         self.twice: dict[str, str] = {}
+        self._instead: dict[str, tuple[str, torch.Tensor]] = {}
         self._handles: dict[str, Any] = {}
         for file in files:
             if not Path(file).is_file():
@@ -147,14 +168,34 @@ class _Checkpoint:
                 if self.files.setdefault(name, file) != file:
                     self.twice[name] = file
 
+    @property
+    def names(self) -> Collection[str]:
+        """All tensors."""
+        return self.files
+
+    def file(self, name: str) -> str:
+        """The file of a tensor."""
+        return self.files[name]
+
+    def replace(self, hidden: Collection[str], tensors: Mapping[str, tuple[str, torch.Tensor]]) -> None:
+        """Have other tensors in the place of some: see `halfbyte.models.checkpoint_reader.Folder.replace`."""
+        self._instead.update(tensors)
+        self.files.update({name: self.files[source] for name, (source, _) in tensors.items()})
+        self.twice.update({name: self.twice[source] for name, (source, _) in tensors.items() if source in self.twice})
+        for name in hidden:
+            del self.files[name]
+
     def view(self, name: str) -> torch.Tensor:
         """A tensor, in mapped memory."""
+        if name in self._instead:
+            return self._instead[name][1]
         tensor: torch.Tensor = self._handles[self.files[name]].get_tensor(name)
         return tensor
 
     def dtype(self, name: str) -> str:
         """The dtype of a tensor, as safetensors writes it."""
-        dtype: str = self._handles[self.files[name]].get_slice(name).get_dtype()
+        source = self._instead[name][0] if name in self._instead else name
+        dtype: str = self._handles[self.files[name]].get_slice(source).get_dtype()
         return dtype
 
     def facts(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:

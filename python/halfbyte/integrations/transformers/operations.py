@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 
+from halfbyte.config import BitsAndBytesConfig
 from halfbyte.integrations.transformers.layers import is_transposed
 from halfbyte.models import packed
 from halfbyte.models.load import layer_shape
@@ -32,6 +33,7 @@ SERIALIZED = [
 class Quantizer(Protocol):
     """What the operations ask of the quantizer that made them."""
 
+    config: BitsAndBytesConfig
     recipe: Recipe
     problems: list[str]
 

@@ -26,7 +26,8 @@ from halfbyte.integrations.recognition import serve_bitsandbytes
 from halfbyte.integrations.saved_config import with_compute_dtype
 from halfbyte.integrations.transformers import checkpoint, layers, operations
 from halfbyte.integrations.transformers.expert_offload import OffloadedExperts, target_of, without_hooks
-from halfbyte.models.experts import fused_paths, put_back
+from halfbyte.integrations.transformers.expert_operations import Renaming, unstacked
+from halfbyte.models.experts import fused_paths, is_dispatched, put_back
 from halfbyte.models.layers import experts_note, fused_experts
 from halfbyte.models.packed import Packed
 from halfbyte.models.recipe import INT8, PACKED_LAYERS, PackedParameter, Recipe, bits_of, is_quantized
@@ -70,6 +71,7 @@ class _Quantizer:
         self._merges: list[Any] = []
         self._offloaded = OffloadedExperts()
         self._model: Any = None
+        self._of_experts: torch.dtype | None = None
 
     # ---- before loading ----------------------------------------------------------------------------------------------
 
@@ -127,6 +129,15 @@ class _Quantizer:
         path, _, leaf = param_name.rpartition(".")
         return leaf == operations.WEIGHT and isinstance(model.get_submodule(path), PACKED_LAYERS)
 
+    def _convert_model_for_quantization(self, model: Any) -> None:
+        """Take experts apart before transformers puts a class of its own, which does not go back, in their place.
+
+        Called for quantized checkpoints.
+        """
+        self._fused = take_apart(model, ())
+        stock: Any = super()._convert_model_for_quantization  # type: ignore[misc]
+        stock(model)
+
     def _process_model_before_weight_loading(
         self, model: Any, device_map: Any = None, checkpoint_files: Any = None, **kwargs: Any
     ) -> None:
@@ -179,19 +190,24 @@ class _Quantizer:
         """How the layers are packed that are so in the checkpoint; None where its files do not tell."""
         heads = self.get_modules_to_not_convert(model, skip, kept, add_default_skips=True)
         floats = self.recipe.has_fp16_weights and self.recipe.quant_type == INT8
-        self._fused = take_apart(model, ())
+        # Releases that do not call `_convert_model_for_quantization` have left them.
+        self._fused.update(take_apart(model, ()))
         try:
-            found = checkpoint.packed_in(model, files, heads, floats)
+            quant_type = self.config.bnb_4bit_quant_type if self.config.load_in_4bit else None
+            found = checkpoint.packed_in(model, files, heads, floats, quant_type)
         except BaseException:
             put_back(model, self._fused)
             raise
-        if not any(path.startswith(f"{experts}.") for experts in self._fused for path in found or ()):
+        layers_found = found.layers if found is not None else {}
+        if not any(path.startswith(f"{experts}.") for experts in self._fused for path in layers_found):
             # All are in 16 bits.
-            put_back(model, self._fused)
-            self._fused = {}
+            whole = {path: module for path, module in self._fused.items() if not is_dispatched(module)}
+            put_back(model, whole)
+            self._fused = {path: module for path, module in self._fused.items() if path not in whole}
         if found is None:
             return None
-        recipes = {path: self._recipe_of(one) for path, one in found.items()}
+        self._of_experts = found.of_experts
+        recipes = {path: self._recipe_of(one) for path, one in found.layers.items()}
         if floats:
             keep = self.get_modules_to_not_convert(model, skip, kept)
             recipes.update(dict.fromkeys(layers.chosen(model, keep), self.recipe))
@@ -237,6 +253,8 @@ class _Quantizer:
             changed = mapping_for(model, weight_conversions)
             self._merges = [entry for entry in weight_conversions if entry not in changed]
             weight_conversions = changed
+            if self._of_experts is not None:
+                weight_conversions = unstacked(model, changed, self, self._of_experts)
         stock: Any = super().update_weight_conversions  # type: ignore[misc]
         more = {"model": model} if "model" in inspect.signature(stock).parameters else {}
         updated: list[Any] = stock(weight_conversions, **more)
@@ -299,10 +317,12 @@ class _Quantizer:
         conversions = getattr(model, "_weight_conversions", None)
         if conversions is not None:
             # Kept, they would rename tensors when the model is saved.
+            ours = (operations.Operation, Split)
             model._weight_conversions = [
                 conversion
                 for conversion in conversions
-                if not any(isinstance(op, operations.Operation | Split) for op in getattr(conversion, "operations", ()))
+                if not isinstance(conversion, Renaming)
+                and not any(isinstance(op, ours) for op in getattr(conversion, "operations", ()))
             ]
         serve_bitsandbytes(model)
         for bits in found:

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashSet};
 
 use serde::Serialize;
+use serde_json::Value;
 
 use super::dtype::torch_name;
 use super::reader::{Checkpoint, TensorRef};
@@ -111,9 +112,9 @@ fn bits(bytes: u64, values: u64) -> f64 {
     if values == 0 { 0.0 } else { bytes as f64 * 8.0 / values as f64 }
 }
 
-/// Describes a checkpoint.
-pub fn inspect(checkpoint: &Checkpoint) -> Result<InspectReport<'_>> {
-    let weights = find_quantized(checkpoint)?;
+/// Describes a checkpoint; `config` is its config.json, where it is known.
+pub fn inspect<'c>(checkpoint: &'c Checkpoint, config: Option<&Value>) -> Result<InspectReport<'c>> {
+    let weights = find_quantized(checkpoint, config)?;
     let parts: HashSet<TensorRef> = weights.iter().flat_map(|w| w.parts().iter().copied()).collect();
     let mut rows = Vec::new();
     let mut groups: BTreeMap<String, (u64, u64, u64)> = BTreeMap::new();

@@ -4,6 +4,7 @@
 //! to the byte; [`execute`] carries a plan out into a [`stage`] whose files appear together; [`verify`](mod@verify) and
 //! [`inspect`](mod@inspect) look at the result.
 
+pub mod bare;
 pub mod cast;
 pub mod dtype;
 pub mod execute;

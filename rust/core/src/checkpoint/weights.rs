@@ -4,7 +4,9 @@
 use std::collections::{HashMap, HashSet};
 
 use safetensors::Dtype;
+use serde_json::Value;
 
+use super::bare::{Bare, find_bare};
 use super::cast::floats;
 use super::dtype::{item_size, torch_name};
 use super::reader::{Checkpoint, TensorRef};
@@ -93,9 +95,10 @@ impl Quantized {
     }
 }
 
-/// The quantized weights of a checkpoint, each checked.
-pub fn find_quantized(source: &Checkpoint) -> Result<Vec<Quantized>> {
-    let four_bit = find_weights(source)?;
+/// The quantized weights of a checkpoint, each checked; `config` is its config.json, which tells of those that do not
+/// say themselves what they are.
+pub fn find_quantized(source: &Checkpoint, config: Option<&Value>) -> Result<Vec<Quantized>> {
+    let mut four_bit = find_weights(source)?;
     let rows = find_rows(source)?;
     let owned: HashSet<TensorRef> = four_bit.iter().flat_map(|weight| weight.parts.iter().copied()).collect();
     for part in rows.iter().flat_map(|weight| &weight.parts) {
@@ -107,6 +110,9 @@ pub fn find_quantized(source: &Checkpoint) -> Result<Vec<Quantized>> {
             ));
         }
     }
+    four_bit.extend(find_bare(source, config, &owned)?.into_iter().map(|Bare { name, state, packed, absmax }| {
+        WeightSource { name, state, packed, absmax, quant_map: None, nested: None, parts: vec![packed, absmax] }
+    }));
     Ok(four_bit.into_iter().map(Quantized::FourBit).chain(rows.into_iter().map(Quantized::Int8)).collect())
 }
 

@@ -16,6 +16,7 @@ use self::groups::{Dense, dequantize, join, keep, keep_dense, quantize, weight_d
 use self::pack::pack;
 pub use self::types::{Action, Operation, Plan, RowsOutputs, ShardPlan, TensorPlan, WeightOutputs};
 use self::types::{Group, Kind};
+use super::bare;
 use super::dtype::config_dtype;
 use super::fused::{self, FUSED_KEY, FusedExperts, FusedTensor, Fusion};
 use super::options::{DequantizeOptions, QuantizeOptions, Selected, Selector};
@@ -130,7 +131,7 @@ impl Plan {
     /// Plans the reverse: every quantized weight becomes a dense one. An 8-bit one, which does not say what it was made
     /// of, gets the dtype that config.json names, else float16, which it was rounded to.
     pub fn dequantize(source: Checkpoint, config: Option<&Value>, options: &DequantizeOptions) -> Result<Self> {
-        let weights = find_quantized(&source)?;
+        let weights = find_quantized(&source, config)?;
         if weights.is_empty() {
             let otherwise = quantized::otherwise(&source);
             if otherwise.is_empty() {
@@ -172,6 +173,7 @@ impl Plan {
                 groups.push(dequantize(&source, weight, options.dtype.unwrap_or(was), transpose)?);
             } else if !parts.contains(&at) {
                 rows::refuse_codes_alone(&source, at)?;
+                bare::refuse_codes_alone(&source, at)?;
                 groups.push(keep(&source, at, "not quantized".to_owned(), source.tensor(at).dtype));
             }
         }

@@ -148,7 +148,7 @@ fn try_everything(folder: &Path, bytes: &[u8]) -> std::result::Result<(), TestCa
         }
     }
     let Some(found) = one_line(Checkpoint::open(folder))? else { return Ok(()) };
-    one_line(inspect(&found))?;
+    one_line(inspect(&found, None))?;
     one_line(Plan::dequantize(found, None, &dequantize_options(100)))?;
     if let Some(plan) = one_line(plan(folder, 100))? {
         plan.report();

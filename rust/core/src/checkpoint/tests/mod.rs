@@ -1,5 +1,6 @@
 //! The checkpoint engine against broken, hostile and unlucky input.
 
+mod bare;
 mod fused;
 mod fuzz;
 mod headers;

@@ -166,7 +166,7 @@ fn broken_4_bit_weights_are_refused() {
         let text = message(open(&folder, None), "model.safetensors");
         assert!(text.contains(word), "{text}: expected {word:?}");
         let found = super::Checkpoint::open(folder.path()).unwrap();
-        message(super::super::inspect::inspect(&found), "model.safetensors");
+        message(super::super::inspect::inspect(&found, None), "model.safetensors");
     };
     for part in ["", ".absmax", ".nested_absmax", ".nested_quant_map"] {
         refused(&format!("W{part}\""), &|p| p.retain(|t| t.0 != format!("W{part}")));

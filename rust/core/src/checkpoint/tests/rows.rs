@@ -256,7 +256,7 @@ fn a_plan_says_what_becomes_of_each_kind() {
     convert(&plan, &out, 2).unwrap();
     assert!(compare(&folder.path(), &out, None).tensors.iter().all(|t| t.status == Status::Identical));
     let found = open(&out);
-    let described = super::super::inspect::inspect(&found).unwrap();
+    let described = super::super::inspect::inspect(&found, None).unwrap();
     let kinds: Vec<_> = described.weights.iter().map(|w| (w.quant_type, w.blocksize)).collect();
     assert_eq!(kinds, [("nf4", Some(64)), ("nf4", Some(64)), ("int8", None)]);
     convert(&Plan::dequantize(open(&out), None, &dequantize_options(1 << 30)).unwrap(), &back, 2).unwrap();

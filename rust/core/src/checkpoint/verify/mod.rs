@@ -69,13 +69,14 @@ pub fn verify(
     threads: usize,
     progress: &Progress,
 ) -> Result<VerifyReport> {
-    let weights = |c: &Checkpoint| -> Result<(HashMap<String, Quantized>, HashSet<TensorRef>)> {
-        let found = find_quantized(c)?;
-        let parts = found.iter().flat_map(|w| w.parts().iter().copied()).collect();
-        Ok((found.into_iter().map(|w| (w.name().to_owned(), w)).collect(), parts))
-    };
-    let (mut weights_a, parts_a) = weights(a)?;
-    let (mut weights_b, parts_b) = weights(b)?;
+    let weights =
+        |c: &Checkpoint, config: Option<&Value>| -> Result<(HashMap<String, Quantized>, HashSet<TensorRef>)> {
+            let found = find_quantized(c, config)?;
+            let parts = found.iter().flat_map(|w| w.parts().iter().copied()).collect();
+            Ok((found.into_iter().map(|w| (w.name().to_owned(), w)).collect(), parts))
+        };
+    let (mut weights_a, parts_a) = weights(a, config)?;
+    let (mut weights_b, parts_b) = weights(b, config_b)?;
     let plain = |c: &Checkpoint, parts: &HashSet<TensorRef>| -> HashMap<String, TensorRef> {
         c.order.iter().filter(|r| !parts.contains(r)).map(|&r| (c.tensor(r).name.clone(), r)).collect()
     };
