@@ -43,7 +43,9 @@ def check(
     unit = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-22}[dtype]
     magnitude = (x.double().square() @ meant.T.square()).sqrt() + (0 if bias is None else bias.double().abs())
     error = (y.double() - exact).abs()
-    bound = 2 * unit * (exact.abs() + 3 * magnitude) + 1e-30
+    # Below the smallest normal number a rounding is absolute, of the result and of each weight.
+    absolute = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps * (1 + x.double().abs().sum(1, keepdim=True))
+    bound = 2 * unit * (exact.abs() + 3 * magnitude) + absolute
     assert bool((error <= bound).all()), (m, n, columns, kernel, float((error / bound).max()))
     again, _ = k.product(x, weight, n, quant_type, blocksize, bias=bias, **how)  # type: ignore[arg-type]
     assert k.same_bits(y, again), "differs from run to run"
