@@ -130,9 +130,13 @@ def test_quantize_keeps_the_shape(shape: tuple[int, ...], nested: bool) -> None:
 def test_quantize_logs_nonfinite(caplog: pytest.LogCaptureFixture) -> None:
     weight = values((2, 64), "float32")
     weight[1, 3] = np.nan
-    packed = arrays.quantize_4bit(weight)
-    assert "values of shape [2, 64] contain NaN or Inf" in caplog.text
-    assert np.isfinite(arrays.dequantize_4bit(packed)[0]).all()
+    back = arrays.dequantize_4bit(arrays.quantize_4bit(weight))
+    assert "values of shape [2, 64] contain NaN or Inf; NaN gets code 0, blocks with Inf" in caplog.text
+    assert back[1, 3] == -np.nanmax(np.abs(weight[1]))  # what code 0 of nf4 stands for
+    weight[1, 3] = np.inf
+    back = arrays.dequantize_4bit(arrays.quantize_4bit(weight))
+    assert np.isfinite(back[0]).all()
+    assert not np.isfinite(back[1]).any()
 
 
 @pytest.mark.parametrize("dtype", STORED)

@@ -293,6 +293,8 @@ BROKEN: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "weight-dtype": (WEIGHT, lambda old: old.to(torch.int32), "torch.int32"),
     "no-json": (STATE, lambda old: old.flip(0), "JSON"),
     "json-list": (STATE, lambda old: torch.tensor(list(b"[1]"), dtype=torch.uint8), "expected an object"),
+    "json-deep": (STATE, lambda _: torch.full((100_000,), ord("["), dtype=torch.uint8), "JSON"),
+    "json-digits": (STATE, lambda _: torch.full((5_000,), ord("9"), dtype=torch.uint8), "JSON"),
     "state-empty": (STATE, lambda old: old[:0], "JSON"),
     "state-dtype": (STATE, lambda old: old.int(), "torch.int32"),
     "blocksize-48": (STATE, _blob(blocksize=48), "blocksize: 48"),
@@ -317,6 +319,27 @@ def test_broken_part_is_named(saved: Path, tmp_path: Path, what: str, call: Call
     text = refused(call, path)
     assert words in text
     assert f"{path / 'model.safetensors'}: {WEIGHT}: " in text
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_header_of_odd_length_is_read(tmp_path: Path, bits: int) -> None:
+    # As safetensors wrote files before 0.3: no tensor of the mapped file is where its dtype wants it.
+    config = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    dense, whole = tmp_path / "dense", tmp_path / "whole"
+    llama().to(torch.bfloat16).save_pretrained(dense)
+    model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config)
+    model.save_pretrained(whole)
+    ids = torch.tensor([[1, 2, 3]])
+    want = model(ids).logits
+    for file in (dense / "model.safetensors", whole / "model.safetensors"):
+        raw = file.read_bytes()
+        end = 8 + int.from_bytes(raw[:8], "little")
+        header = raw[8:end].rstrip()
+        header += b" " * ((1 - 8 - len(header)) % 8)
+        file.write_bytes(len(header).to_bytes(8, "little") + header + raw[end:])
+    again = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config)
+    for other in (again, load(whole), fill(whole)):
+        assert torch.equal(other.eval()(ids).logits, want)
 
 
 def test_scales_of_16_bits_are_read(saved: Path, tmp_path: Path) -> None:

@@ -192,6 +192,35 @@ def test_what_is_not_finite_is_logged(caplog):
     assert torch.isfinite(again[[0, 2, 3]]).all()
 
 
+def unaligned(tensor):
+    """The same values at an odd address, as in a mapped file whose header has an odd length."""
+    memory = torch.empty(tensor.nbytes + 16, dtype=torch.uint8).numpy()
+    start = 1 - memory.ctypes.data % 2
+    values = memory[start : start + tensor.nbytes].view(tensor.numpy().dtype).reshape(tensor.shape)
+    moved = torch.from_numpy(values).copy_(tensor)
+    assert moved.data_ptr() % 2
+    return moved
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_unaligned_tensors_are_read(nested):
+    weight, x, bias = torch.randn(32, 64), torch.randn(3, 64), torch.randn(32)
+    packed, state = F.quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)
+    again, moved = F.quantize_4bit(unaligned(weight), quant_type="nf4", compress_statistics=nested)
+    assert torch.equal(again, packed)
+    moved = moved.map(unaligned)
+    assert torch.equal(F.dequantize_4bit(packed, moved), F.dequantize_4bit(packed, state))
+    out = unaligned(torch.zeros(32, 64))
+    assert F.dequantize_4bit(packed, state, out=out) is out
+    assert torch.equal(out, F.dequantize_4bit(packed, state))
+    for _ in range(2):  # the second product goes a shorter way
+        want = halfbyte.matmul_4bit(x, packed.t(), state, bias=bias)
+        assert torch.equal(halfbyte.matmul_4bit(unaligned(x), packed.t(), moved, bias=unaligned(bias)), want)
+        assert torch.equal(halfbyte.matmul_4bit(unaligned(x), packed.t(), state, bias=bias), want)
+    for function in (F.quantize_blockwise, F.int8_vectorwise_quant):
+        assert torch.equal(function(unaligned(weight))[0], function(weight)[0])
+
+
 # ---- products --------------------------------------------------------------------------------------------------------
 
 

@@ -150,7 +150,7 @@ def quantize_4bit(values: Array, quant_type: str = "nf4", blocksize: int = 64, n
         TypeError: A wrong type or dtype; float64, numpy's default, is to be cast first.
         ValueError: A wrong `blocksize` or `quant_type`.
 
-    Blocks that contain NaN or Inf dequantize to NaN; that is logged.
+    NaN gets code 0, and blocks that contain Inf dequantize to NaN or Inf; both are logged.
     """
     _check_blocksize(blocksize)
     _check_quant_type(quant_type)
@@ -159,7 +159,8 @@ def quantize_4bit(values: Array, quant_type: str = "nf4", blocksize: int = 64, n
     absmax = np.empty(blocks_of(array.size, blocksize), np.float32)
     if not _native.quantize_4bit(raw(array, dtype), raw(codes), raw(absmax), quant_type, blocksize):
         _logger.warning(
-            "values of shape %s contain NaN or Inf; the affected blocks dequantize to NaN", list(array.shape)
+            "values of shape %s contain NaN or Inf; NaN gets code 0, blocks with Inf dequantize to NaN or Inf",
+            list(array.shape),
         )
     if not nested:
         return PackedArray(codes, absmax, array.shape, dtype, blocksize, quant_type)

@@ -1,11 +1,13 @@
 """The kernels for CPU tensors: check, allocate, hand addresses to the compiled core.
 
-Nothing else in the package turns a tensor into an address. A tensor that native code reads is made contiguous first
-(offsets into a storage are part of its address), one that it writes is allocated here or checked by the caller.
+Nothing else in the package turns a tensor into an address. A tensor that native code reads is made contiguous and
+aligned first (offsets into a storage are part of its address), one that it writes is allocated here or checked by the
+caller.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable
@@ -66,6 +68,16 @@ def _raw(tensor: Tensor) -> Raw:
     return tensor.data_ptr(), tensor.numel(), _NAMES[tensor.dtype]
 
 
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, copied if its address does not suit its dtype, as in a mapped file with a header of odd length."""
+    return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """The tensor as native code reads it: contiguous and aligned."""
+    return aligned(tensor.contiguous())
+
+
 _native.read_tensors_of(Tensor)
 
 _threads = 0
@@ -84,7 +96,7 @@ def _follow_threads() -> int:
 def quantize_4bit(input: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
     """Codes uint8 [ceil(n / 2), 1] and scales float32 [blocks] of `input`."""
     check_quantize(input, blocksize, quant_type)
-    input = input.contiguous()
+    input = readable(input)
     n = input.numel()
     size, blocks = packed_bytes(n), blocks_of(n, blocksize)
     packed = _EMPTY[torch.uint8].new_empty(size, 1)
@@ -93,7 +105,8 @@ def quantize_4bit(input: Tensor, blocksize: int, quant_type: str) -> tuple[Tenso
     codes, scales = (packed.data_ptr(), size, "uint8"), (absmax.data_ptr(), blocks, "float32")
     if not _native.quantize_4bit(_raw(input), codes, scales, quant_type, blocksize):
         _logger.warning(
-            "input of shape %s contains NaN or Inf; the affected blocks dequantize to NaN", list(input.shape)
+            "input of shape %s contains NaN or Inf; NaN gets code 0, blocks with Inf dequantize to NaN or Inf",
+            list(input.shape),
         )
     return packed, absmax
 
@@ -107,7 +120,7 @@ def quantize_4bit_nested(input: Tensor, blocksize: int, quant_type: str) -> tupl
 def compress_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Float32 scales to 8 bits: codes uint8 [n], their scales float32 [ceil(n / 256)], and the offset float32 []."""
     check_compress(absmax)
-    absmax = absmax.contiguous()
+    absmax = readable(absmax)
     n = absmax.numel()
     codes = absmax.new_empty(n, dtype=torch.uint8)
     absmax2 = absmax.new_empty(blocks_of(n, NESTED_BLOCKSIZE))
@@ -118,16 +131,16 @@ def compress_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def expand_absmax(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
     """The way back of `compress_absmax`: float32 [n]."""
     check_expand(codes, absmax2, offset)
-    codes, absmax2 = codes.contiguous(), absmax2.contiguous()
+    codes, absmax2 = readable(codes), readable(absmax2)
     absmax = absmax2.new_empty(codes.numel())
     _native.expand_absmax(_raw(codes), _raw(absmax2), offset.item(), _raw(absmax))
     return absmax
 
 
 def _plain_absmax(absmax: Tensor, absmax2: Tensor | None, offset: Tensor | None) -> Tensor:
-    """Float32 scales, contiguous."""
+    """Float32 scales, as native code reads them."""
     if absmax2 is None or offset is None:
-        return absmax.contiguous()
+        return readable(absmax)
     return expand_absmax(absmax, absmax2, offset)
 
 
@@ -136,14 +149,14 @@ def dequantize_4bit(weight: PackedWeight, dtype: torch.dtype, out: Tensor | None
     check_weight(weight)
     check_float("dtype", dtype)
     packed, (absmax, absmax2, offset, shape, blocksize, quant_type, _) = weight
-    if out is not None and out.is_contiguous():
+    if out is not None and out.is_contiguous() and out.data_ptr() % out.element_size() == 0:
         result = out
     elif len(shape) == 2:
         # Numbers are parsed faster than a tuple of them.
         result = _EMPTY[dtype].new_empty(shape[0], shape[1])
     else:
         result = _EMPTY[dtype].new_empty(shape)
-    packed = packed.contiguous()
+    packed = readable(packed)
     absmax = _plain_absmax(absmax, absmax2, offset)
     _follow_threads()
     n = result.numel()
@@ -169,11 +182,12 @@ def linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     kind = x.dtype, None if bias is None else bias.dtype
     kernel: _native.CpuLinear | None = None if memo is None else memo.kernels.get(kind)
     if kernel is not None:
-        # The core reads the tensors itself, in less time than one of them takes to be asked here. What it does not take
-        # goes the long way: to be made contiguous, or to be told what is wrong.
+        # The core reads the tensors itself, in less time than one of them takes to be asked here. What it does not take,
+        # or refuses for its address, goes the long way: to be made readable, or to be told what is wrong.
         out = _for_rows(x, shape[0])
-        if kernel.forward_tensors(x, codes, absmax, absmax2, offset, bias, out, _follow_threads()):
-            return out
+        with contextlib.suppress(ValueError):
+            if kernel.forward_tensors(x, codes, absmax, absmax2, offset, bias, out, _follow_threads()):
+                return out
     weight = plain_weight(weight)
     check_weight(weight)
     check_product(x, "x", bias, weight, 1)
@@ -181,9 +195,9 @@ def linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         kernel = _kernel(x, weight, bias)
         if memo is not None:
             memo.kernels[kind] = kernel
-    x, codes = x.contiguous(), weight.codes.contiguous()
+    x, codes = readable(x), readable(weight.codes)
     absmax, absmax2, offset = _scales(weight)
-    bias = None if bias is None else bias.contiguous()
+    bias = None if bias is None else readable(bias)
     out = _for_rows(x, shape[0])
     kernel.forward(
         prod(x.shape[:-1]),
@@ -203,7 +217,7 @@ def linear_4bit_backward(grad: Tensor, weight: PackedWeight) -> Tensor:
     """`grad @ W` with the packed `W` [out_features, in_features]; computed in the dtype of `grad`."""
     check_weight(weight)
     check_product(grad, "grad", None, weight, 0)
-    grad, codes = grad.contiguous(), weight.codes.contiguous()
+    grad, codes = readable(grad), readable(weight.codes)
     absmax, absmax2, offset = _scales(weight)
     out = _for_rows(grad, weight.packing.shape[1])
     _kernel(grad, weight, None).backward(
@@ -227,11 +241,11 @@ def _for_rows(x: Tensor, columns: int) -> Tensor:
 
 
 def _scales(weight: PackedWeight) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The scales, contiguous."""
+    """The scales, as native code reads them."""
     absmax, absmax2, offset, *_ = weight.packing
     if absmax2 is None or offset is None:
-        return absmax.contiguous(), None, None
-    return absmax.contiguous(), absmax2.contiguous(), offset
+        return readable(absmax), None, None
+    return readable(absmax), readable(absmax2), readable(offset)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -288,11 +302,11 @@ def _boundaries(code: Tensor) -> Tensor:
 def quantize_blockwise(input: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     """8-bit codes like `input`, and scales float32 [blocks]."""
     check_quantize_blockwise(input, code, blocksize)
-    values = input.contiguous().to(torch.float32)
+    values = readable(input.to(torch.float32))
     n = values.numel()
     codes = torch.empty(input.shape, dtype=torch.uint8)
     absmax = torch.empty(blocks_of(n, blocksize), dtype=torch.float32)
-    code = code.contiguous()
+    code = readable(code)
     _follow_threads()
     if blocksize in BLOCK_SIZES:
         _native.quantize_8bit(_raw(values), _raw(code), _raw(codes), _raw(absmax), blocksize)
@@ -315,7 +329,7 @@ def dequantize_blockwise(
     values = torch.empty(codes.shape, dtype=torch.float32)
     _follow_threads()
     if blocksize in BLOCK_SIZES:
-        codes, absmax, code = codes.contiguous(), absmax.contiguous(), code.contiguous()
+        codes, absmax, code = readable(codes), readable(absmax), readable(code)
         _native.dequantize_8bit(_raw(codes), _raw(absmax), _raw(code), _raw(values), blocksize)
     else:
         scales = (
@@ -330,7 +344,7 @@ def dequantize_blockwise(
 def quantize_rows(input: Tensor) -> tuple[Tensor, Tensor]:
     """8-bit codes int8 like `input`, and the largest magnitude of each row, float32 [rows]."""
     check_quantize_rows(input)
-    input = input.contiguous()
+    input = readable(input)
     rows, columns = prod(input.shape[:-1]), input.shape[-1]
     codes = input.new_empty(input.shape, dtype=torch.int8)
     scales = input.new_empty(rows, dtype=torch.float32)
@@ -342,7 +356,7 @@ def quantize_rows(input: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """The way back of `quantize_rows`: `codes.shape`, `dtype`."""
     check_dequantize_rows(codes, scales, dtype)
-    codes, scales = codes.contiguous(), scales.contiguous()
+    codes, scales = readable(codes), readable(scales)
     out = codes.new_empty(codes.shape, dtype=dtype)
     _follow_threads()
     _native.dequantize_rows(_raw(codes), _raw(scales), _raw(out), scales.numel(), codes.shape[-1])
@@ -358,7 +372,7 @@ def quantize_rows_outliers(input: Tensor, threshold: float) -> tuple[Tensor, Ten
     A value of a magnitude of at least `threshold` does not count for the scale of its row, and its column has codes 0.
     """
     check_quantize_rows_outliers(input, threshold)
-    input = input.contiguous()
+    input = readable(input)
     rows, columns = prod(input.shape[:-1]), input.shape[-1]
     codes = input.new_empty(input.shape, dtype=torch.int8)
     scales = input.new_empty(rows, dtype=torch.float32)
@@ -372,7 +386,7 @@ def quantize_rows_outliers(input: Tensor, threshold: float) -> tuple[Tensor, Ten
 def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b.T` of codes int8 [..., k] and [n, k]: int32 [..., n], exact."""
     check_int8_matmul(a, b)
-    a, b = a.contiguous(), b.contiguous()
+    a, b = readable(a), readable(b)
     rows, (n, k) = prod(a.shape[:-1]), b.shape
     out = a.new_empty((*a.shape[:-1], n), dtype=torch.int32)
     _native.int8_matmul(rows, n, k, a.data_ptr(), b.data_ptr(), out.data_ptr(), _follow_threads())
@@ -385,12 +399,12 @@ def int8_scaled_mm(
     """`int8_matmul`, scaled to what the codes stand for, plus bias: `dtype`."""
     check_int8_scaled_mm(a, b, row_scales, column_scales, bias, dtype)
     a, b, row_scales, column_scales = (
-        a.contiguous(),
-        b.contiguous(),
-        row_scales.contiguous(),
-        column_scales.contiguous(),
+        readable(a),
+        readable(b),
+        readable(row_scales),
+        readable(column_scales),
     )
-    bias = None if bias is None else bias.contiguous()
+    bias = None if bias is None else readable(bias)
     shape = prod(a.shape[:-1]), b.shape[0], b.shape[1]
     out = a.new_empty((*a.shape[:-1], shape[1]), dtype=dtype)
     _native.int8_scaled_mm(
@@ -424,7 +438,7 @@ def linear_8bit(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, t
     check_linear_8bit(x, codes, scales, bias, threshold)
     n, k = codes.shape
     forward, _ = _kernel_8bit(x.dtype, n, k, None if bias is None else bias.dtype)
-    x, codes, scales = x.contiguous(), codes.contiguous(), scales.contiguous()
+    x, codes, scales = readable(x), readable(codes), readable(scales)
     sizes = x.shape
     if len(sizes) == 2:
         m = sizes[0]
@@ -435,7 +449,7 @@ def linear_8bit(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, t
         out = x.new_empty((*sizes[:-1], n))
     shift = 0
     if bias is not None:
-        bias = bias.contiguous()
+        bias = readable(bias)
         shift = bias.data_ptr()
     forward(
         m,
@@ -454,7 +468,7 @@ def linear_8bit_backward(grad: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """`grad @ W` with the rows `W` [out_features, in_features] in codes and scales; in the dtype of `grad`."""
     check_linear_8bit_backward(grad, codes, scales)
     n, k = codes.shape
-    grad, codes, scales = grad.contiguous(), codes.contiguous(), scales.contiguous()
+    grad, codes, scales = readable(grad), readable(codes), readable(scales)
     out = grad.new_empty((*grad.shape[:-1], k))
     _, backward = _kernel_8bit(grad.dtype, n, k, None)
     backward(

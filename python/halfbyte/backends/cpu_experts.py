@@ -10,7 +10,7 @@ from torch import Tensor
 
 from halfbyte import _native
 from halfbyte.backends import experts_torch
-from halfbyte.backends.cpu import _NAMES, _follow_threads, _kernel_of_kind
+from halfbyte.backends.cpu import _NAMES, _follow_threads, _kernel_of_kind, readable
 from halfbyte.ops.checks_experts import check_experts, check_gradient
 
 
@@ -45,9 +45,9 @@ def experts_4bit(
     kernel = _kernel(
         _NAMES[x.dtype], experts, hidden, intermediate, projections == 3, quant_type, blocksize, nested
     )  # fmt: skip
-    x, ids, weights, table = x.contiguous(), ids.contiguous(), weights.contiguous(), table.contiguous()
-    up_bias = None if up_bias is None else up_bias.contiguous()
-    down_bias = None if down_bias is None else down_bias.contiguous()
+    x, ids, weights, table = readable(x), readable(ids), readable(weights), readable(table)
+    up_bias = None if up_bias is None else readable(up_bias)
+    down_bias = None if down_bias is None else readable(down_bias)
     y = x.new_empty(tokens, hidden)
     kernel.forward(
         tokens,

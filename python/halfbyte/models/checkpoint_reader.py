@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from halfbyte._native import CheckpointError
+from halfbyte.backends.cpu import aligned
 from halfbyte.offline import config_json
 from halfbyte.offline.hub import Hub, resolve_source
 from halfbyte.offline.shards import INDEX, lacking, list_shards, open_shard
@@ -130,7 +131,7 @@ class Folder:
             return self._instead[name]
         file = self._files[name]
         tensor: Tensor = self._open(self._views, file).get_tensor(name)
-        return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
+        return aligned(tensor)
 
     def read(self, name: str) -> Tensor:
         """The tensor, in memory of its own."""

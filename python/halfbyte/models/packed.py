@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from halfbyte.backends.cpu import aligned
 from halfbyte.functional import dequantize_4bit, int8_vectorwise_dequant
 from halfbyte.models.recipe import PackedParameter
 from halfbyte.nn import Int8Params, Params4bit
@@ -111,7 +112,7 @@ def parameter(
         TypeError: A part has a wrong dtype.
     """
     if bits == 4:
-        return Params4bit.from_prequantized(data, float_parts(parts), device=device)
+        return Params4bit.from_prequantized(aligned(data), float_parts(parts), device=device)
     return _int8(data, parts, data.device if device is None else device)
 
 
@@ -132,7 +133,7 @@ def _int8(data: Tensor, parts: Mapping[str, Tensor], device: torch.device) -> In
         data.detach().to(device).contiguous(),
         requires_grad=False,
         has_fp16_weights=False,
-        SCB=scales.detach().to(device, torch.float32),
+        SCB=aligned(scales.detach()).to(device, torch.float32),
     )
 
 
@@ -146,6 +147,6 @@ def dense(weight: PackedParameter, dtype: torch.dtype) -> Tensor:
 
 
 def float_parts(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parts beside a packed weight with scales in float32: some tools cast all that is not packed to 16 bits."""
+    """The parts beside a packed weight, aligned and in float32: some tools cast all that is not packed to 16 bits."""
     half = (torch.float16, torch.bfloat16)
-    return {key: value.float() if value.dtype in half else value for key, value in parts.items()}
+    return {key: value.float() if value.dtype in half else aligned(value) for key, value in parts.items()}
