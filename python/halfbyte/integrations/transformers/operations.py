@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from halfbyte.config import BitsAndBytesConfig
 from halfbyte.integrations.transformers.layers import is_transposed
@@ -91,6 +91,22 @@ class Quantize(Operation):
                 weight = self.hf_quantizer.recipe.parameter(torch.zeros(layer_shape(module)))
             made[name] = self.hf_quantizer.place(name, module, weight)
         return made
+
+
+class Gather(WeightConverter):
+    """Brings the parts of one packed weight together, by whole names.
+
+    transformers searches for patterns, and finds `weight` or `SCB` in the names of modules too: in `reweight.weight`.
+    """
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        """The name of the weight that a tensor belongs to, and what it is; or the name as it is, and None."""
+        for part in self.source_patterns:
+            if f".{source_key}".endswith(f".{part}"):
+                # transformers keeps account of converters that were of use.
+                self._was_used = True
+                return source_key.removesuffix(part) + WEIGHT, part
+        return source_key, None
 
 
 class Deserialize(Operation):

@@ -241,10 +241,10 @@ class _Quantizer:
             inferred = self._fused and not self._device_map
             how = how if inferred or self._offloaded.experts else {}
             deserialize = operations.Deserialize(self)
-            return [WeightConverter(operations.SERIALIZED, operations.WEIGHT, operations=[deserialize], **how)]
+            return [operations.Gather(operations.SERIALIZED, operations.WEIGHT, operations=[deserialize], **how)]
         # On the CPU a tensor is a view of the file: only packed bytes travel to a GPU, and a layer that is offloaded
         # to disk is saved packed.
-        return [WeightConverter(operations.WEIGHT, operations.WEIGHT, operations=[operations.PassOn(self)], **how)]
+        return [operations.Gather(operations.WEIGHT, operations.WEIGHT, operations=[operations.PassOn(self)], **how)]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Leave out what merges experts that were taken apart, and add what splits fused ones."""
