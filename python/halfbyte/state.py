@@ -327,7 +327,8 @@ def _parse(key: str, blob: object) -> dict[str, Any]:
         raise ValueError(f"{key}: is on the meta device, where there are no bytes to read")
     try:
         scalars = json.loads(bytes(blob.flatten().tolist()))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
+        # Nested too deep, or with numbers too long, are kinds of broken too.
         raise ValueError(f"{key}: is not the JSON of a quantization state: {error}") from None
     if not isinstance(scalars, dict):
         raise ValueError(f"{key}: holds a JSON {type(scalars).__name__}, expected an object")
