@@ -84,6 +84,16 @@ def test_adapter_of_the_same_base_is_loaded(tmp_path: Path, method: str) -> None
     assert list(model.peft_config) == ["default", "second"]
 
 
+def test_adapter_with_more_layers_by_layer_replication_is_loaded(tmp_path: Path) -> None:
+    replicated = peft.LoraConfig(r=4, layer_replication=[[0, 2], [0, 2]], **ON)
+    folder = adapter(tmp_path / "same", lambda: replicated)
+    model = peft.PeftModel.from_pretrained(copy.deepcopy(base()), folder)
+    assert len(model.base_model.model.model.layers) == 4
+    wider = adapter(tmp_path / "wider", lambda: replicated, hidden_size=128)
+    with pytest.raises(CheckpointError, match="another base"):
+        peft.PeftModel.from_pretrained(copy.deepcopy(base()), wider)
+
+
 def test_adapter_of_another_base_goes_on_where_it_is_asked_for(tmp_path: Path) -> None:
     # Of a smaller base, on purpose: PEFT leaves what does not fit.
     folder = adapter(tmp_path, METHODS["lora"], hidden_size=128)

@@ -126,11 +126,13 @@ def _problem(base: Any, config: dict[str, Any], shapes: dict[str, list[int]]) ->
     sides = {} if config.get("use_qalora") else _SIDES.get(str(method), {})
     # Adapters are put around a layer, so that the one that is written last under its path is the layer itself.
     modules = {name.replace(".base_layer", ""): module for name, module in base.named_modules()}
+    # With it PEFT makes more blocks of the model's, all of the same sizes, before it puts the adapter into them.
+    replicated = bool(config.get("layer_replication"))
     for key, shape in shapes.items():
         if not key.startswith(_PREFIX):
             continue
         key_path = key.removeprefix(_PREFIX)
-        beyond = _beyond(modules, key_path)
+        beyond = None if replicated else _beyond(modules, key_path)
         if beyond is not None:
             return f"{key} belongs to {beyond}, which the model has not"
         path, _, kind = key_path.removesuffix(".weight").rpartition(".")
