@@ -182,7 +182,7 @@ def linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     kind = x.dtype, None if bias is None else bias.dtype
     kernel: _native.CpuLinear | None = None if memo is None else memo.kernels.get(kind)
     if kernel is not None:
-        # The core reads the tensors itself, in less time than one of them takes to be asked here. What it does not take,
+        # The core reads the tensors itself, in less time than one of them takes to be asked here. What it leaves,
         # or refuses for its address, goes the long way: to be made readable, or to be told what is wrong.
         out = _for_rows(x, shape[0])
         with contextlib.suppress(ValueError):

@@ -181,8 +181,12 @@ def skip_list(model: nn.Module, choice: Choice) -> list[str] | None:
     """
     if choice.as_default:
         return None
-    packed = [name for layer in choice.layers for name in layer.names]
-    return _with_and_without_prefix(model, _native.skip_modules(packed, list(choice.kept)) or [], packed)
+    return names_to_keep(model, [name for layer in choice.layers for name in layer.names], list(choice.kept))
+
+
+def names_to_keep(model: nn.Module, packed: Sequence[str], kept: Sequence[str]) -> list[str]:
+    """Names of modules by which a loader keeps the linear layers at some paths, and packs those at others."""
+    return _with_and_without_prefix(model, _native.skip_modules(packed, kept) or [], packed)
 
 
 def _with_and_without_prefix(model: nn.Module, listed: Sequence[str], packed: Sequence[str]) -> list[str]:

@@ -37,9 +37,18 @@ def chosen(model: nn.Module, keep: Sequence[str]) -> list[str]:
 
 
 def without_effect(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """The names in `names` that match no module."""
-    paths = [name for name, _ in model.named_modules() if name]
-    return [name for name in names if all(should_convert_module(path, [name]) for path in paths)]
+    """The names in `names` that match no module, or modules around linear layers, but none of these."""
+    modules = [(path, is_linear(module)) for path, module in model.named_modules() if path]
+    linear = [path for path, is_one in modules if is_one]
+    idle = []
+    for name in names:
+        matched = [(path, is_one) for path, is_one in modules if not should_convert_module(path, [name])]
+        around = [f"{path}." for path, _ in matched]
+        if any(is_one for _, is_one in matched):
+            continue
+        if not matched or any(path.startswith(start) for path in linear for start in around):
+            idle.append(name)
+    return idle
 
 
 def put_packed(model: nn.Module, recipes: Mapping[str, Recipe], packed: bool) -> int:

@@ -8,8 +8,10 @@ fly.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -32,6 +34,7 @@ from halfbyte.models.layers import experts_note, fused_experts
 from halfbyte.models.packed import Packed
 from halfbyte.models.recipe import INT8, PACKED_LAYERS, PackedParameter, Recipe, bits_of, is_quantized
 from halfbyte.models.replace import SOURCE_CLASS
+from halfbyte.models.select import names_to_keep
 from halfbyte.models.transformers_experts import mapping_for, take_apart
 from halfbyte.models.transformers_split import Split
 from halfbyte.nn import Params4bit
@@ -54,8 +57,8 @@ class _Quantizer:
         """Check the config; `pre_quantized` says whether it is the checkpoint's own.
 
         Raises:
-            ValueError: A quantization or storage type that does not exist, or a threshold below 0; the message lists
-                what there is.
+            ValueError: A quantization or storage type that does not exist, a threshold below 0, or a name to keep that
+                is no regular expression; the message lists what there is.
             TypeError: A field of the config has a wrong type.
         """
         coerced = BitsAndBytesConfig.coerce(quantization_config)
@@ -63,6 +66,14 @@ class _Quantizer:
         if not getattr(coerced, flag):
             raise ValueError(f"quantization_config: {flag} must be True, got False")
         super().__init__(quantization_config, **kwargs)  # type: ignore[call-arg]
+        for name in coerced.llm_int8_skip_modules or ():
+            try:
+                re.compile(name)
+            except re.error as error:
+                raise ValueError(
+                    "quantization_config: llm_int8_skip_modules must be names of modules or regular expressions for "
+                    f"them, got {name!r} ({error})"
+                ) from None
         self.config = coerced
         self.recipe = Recipe.from_config(coerced)
         self.problems: list[str] = []
@@ -150,9 +161,8 @@ class _Quantizer:
             self._device_map = dict(device_map)
         self._model = model
         skip = self.config.llm_int8_skip_modules
-        kept = list(getattr(model, "_keep_in_fp32_modules", None) or ())
-        if not self.pre_quantized:
-            kept += self._kept_by_device()
+        in_float32 = list(getattr(model, "_keep_in_fp32_modules", None) or ())
+        kept = in_float32 if self.pre_quantized else [*in_float32, *self._kept_by_device()]
         recipes = self._packed_in(model, checkpoint_files or (), skip, kept) if self.pre_quantized else None
         if recipes is None:
             self.modules_to_not_convert = self.get_modules_to_not_convert(
@@ -163,22 +173,40 @@ class _Quantizer:
             recipes = dict.fromkeys(layers.chosen(model, self.modules_to_not_convert), self.recipe)
         if not self.pre_quantized:
             checkpoint.check_dense(model, checkpoint_files or (), list(recipes))
-            for name in layers.without_effect(model, skip or ()):
+            idle = layers.without_effect(model, skip or ())
+            for name in idle:
                 _logger.warning(
-                    "llm_int8_skip_modules: %r names no module of %s, so it keeps nothing; module names are matched "
-                    "from their start, or as a suffix",
+                    "llm_int8_skip_modules: %r keeps no linear layer of %s; a name is matched with the start of a "
+                    "module's path, as 'model.layers.0', or with its end, as 'q_proj'",
                     name,
                     type(model).__name__,
                 )
             left = fused_experts(model.named_modules())
             if left:
                 _logger.warning("%s: %s", type(model).__name__, experts_note(left))
+            self.quantization_config = self._complete(model, recipes, in_float32, idle)
         count = layers.put_packed(model, recipes, packed=self.pre_quantized)
         self.quantization_config = with_compute_dtype(self.quantization_config, model.dtype)
         if not count:
             _logger.warning("%s has no linear layer to quantize: its weights stay as they are", type(model).__name__)
         if isinstance(device_map, Mapping):
             self._follow(device_map)
+
+    def _complete(self, model: Any, recipes: Mapping[str, Recipe], in_float32: list[str], idle: list[str]) -> Any:
+        """The config to save with a model that is quantized on the fly: it names all that is kept, and nothing else.
+
+        A loader of transformers that reads a list packs whatever is not in it, output embeddings too. Idle names, which
+        keep nothing here, may do so in the base model, where paths are shorter.
+        """
+        skip = self.config.llm_int8_skip_modules
+        by_list = layers.chosen(model, self.get_modules_to_not_convert(model, skip, in_float32))
+        if set(by_list) == set(recipes) and not idle:
+            return self.quantization_config
+        useful = [name for name in skip or () if name not in idle]
+        left = [path for path in layers.chosen(model, ()) if path not in recipes]
+        made = copy.deepcopy(self.quantization_config)
+        made.llm_int8_skip_modules = list(dict.fromkeys([*useful, *names_to_keep(model, list(recipes), left)]))
+        return made
 
     def _kept_by_device(self) -> list[str]:
         """Modules that are not quantized on the fly because of where they go."""
