@@ -73,7 +73,7 @@ fn select<'py>(
     let found = py.detach(|| {
         let facts: Vec<TensorFacts<'_>> =
             tensors.iter().map(|(name, shape, dtype)| TensorFacts { name, shape, dtype: *dtype }).collect();
-        selection::select(config.as_ref(), &facts, &options, selected.as_ref())
+        selection::select(config.as_ref(), selection::Code::Unseen, &facts, &options, selected.as_ref())
     });
     to_python(py, &Selection::from(found.map_err(to_py)?))
 }

@@ -56,7 +56,7 @@ impl Plan {
             check_experts(config, &facts)
                 .map_err(|problem| Error::tensor(&source.folder, &problem.tensor, problem.words))?;
         }
-        let selection = selection::select(config, &facts, options, selected)?;
+        let selection = selection::select(config, source.code(), &facts, options, selected)?;
         let model_dtype = options.dtype.or_else(|| config_dtype(config));
         let mut groups = Vec::with_capacity(dense.len());
         let apart = apart(&fused, &runs, &selection.decisions);

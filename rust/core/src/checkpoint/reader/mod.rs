@@ -15,7 +15,7 @@ use self::header::{SourceFile, TensorEntry, UniqueStrings};
 use self::surroundings::Surroundings;
 use super::file;
 use super::file_names::{CONFIG_FILE, INDEX_FILE, SINGLE_FILE};
-use super::selection::TensorFacts;
+use super::selection::{Code, TensorFacts};
 use crate::error::{Error, Result};
 
 /// The entry of `__metadata__` that names the weights which were transposed, where the architecture does not tell.
@@ -244,6 +244,14 @@ impl Checkpoint {
             names.get_or_insert_default().extend(listed);
         }
         names
+    }
+
+    /// What the Python files in the folder show. One that cannot be read, or is larger than 4 MiB, shows nothing.
+    pub fn code(&self) -> Code {
+        const LARGEST: u64 = 4 << 20;
+        let is_code = |path: &Path, len: u64| len <= LARGEST && path.extension().is_some_and(|end| end == "py");
+        let files = self.small_files.iter().filter(|(path, len)| is_code(path, *len));
+        Code::of(files.filter_map(|(path, _)| std::fs::read_to_string(self.folder.join(path)).ok()))
     }
 
     /// The file that holds `at`.

@@ -19,6 +19,39 @@ pub(super) enum Layout {
     Unclear,
 }
 
+/// What the Python files beside a checkpoint show of its layers, where `config.json` names them as the model's code
+/// (`auto_map`). They are searched for words, and never run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Code {
+    /// There are none, or they belong to no code of the model's own.
+    #[default]
+    Unseen,
+    /// They do not name a `Conv1D`.
+    WithoutConv1d,
+    /// They name transformers' `Conv1D`.
+    Conv1d,
+    /// They define a class of that name, which no loader packs.
+    OwnConv1d,
+}
+
+impl Code {
+    /// What these texts show.
+    pub fn of(texts: impl IntoIterator<Item = String>) -> Self {
+        let mut found = Self::Unseen;
+        for text in texts {
+            let one = match () {
+                () if text.contains("class Conv1D") => Self::OwnConv1d,
+                () if text.contains("Conv1D") => Self::Conv1d,
+                () => Self::WithoutConv1d,
+            };
+            if one as u8 > found as u8 {
+                found = one;
+            }
+        }
+        found
+    }
+}
+
 /// Names of GPT-2's `Conv1D` modules, which its descendants keep, whatever layer they make of them.
 const CONV1D_NAMES: [&str; 4] = ["c_attn", "c_fc", "c_proj", "q_attn"];
 
@@ -55,11 +88,12 @@ pub(super) struct Evidence {
     tables: HashSet<(usize, usize)>,
     vocabularies: HashSet<usize>,
     positions: HashSet<usize>,
+    code: Code,
 }
 
 impl Evidence {
-    pub fn new(config: Option<&Value>, tensors: &[TensorFacts<'_>]) -> Self {
-        let mut found = Self::default();
+    pub fn new(config: Option<&Value>, code: Code, tensors: &[TensorFacts<'_>]) -> Self {
+        let mut found = Self { code, ..Self::default() };
         for tensor in tensors {
             if let (Some(module), [len]) = (tensor.name.strip_suffix(".bias"), tensor.shape) {
                 found.biases.insert(module.to_owned(), *len);
@@ -107,7 +141,9 @@ impl Evidence {
         let known = |conv1d: bool| if conv1d { Layout::Conv1d } else { Layout::Linear };
         let &[rows, columns] = shape else { return known(family) };
         if let Some(conv1d) = self.shown(module, rows, columns) {
-            return known(conv1d);
+            // Of classes that the model's own code defines, loaders pack none.
+            let packed = !conv1d || matches!(self.code, Code::Unseen | Code::Conv1d);
+            return if packed { known(conv1d) } else { Layout::Unclear };
         }
         if certain {
             return known(family);
@@ -118,10 +154,13 @@ impl Evidence {
             return if family { Layout::Unclear } else { Layout::Linear };
         }
         match self.votes.get(last(module)).copied().unwrap_or_default() {
+            (true, false) if self.code == Code::OwnConv1d => Layout::Unclear,
             (true, false) => Layout::Conv1d,
             (false, true) => Layout::Linear,
             _ => match self.all {
-                (true, false) => Layout::Conv1d,
+                (true, false) if named && self.code != Code::OwnConv1d => Layout::Conv1d,
+                (true, _) => Layout::Unclear,
+                _ if matches!(self.code, Code::Conv1d | Code::OwnConv1d) => Layout::Unclear,
                 (false, true) if !family => Layout::Linear,
                 (false, false) if !named => Layout::Linear,
                 _ => Layout::Unclear,

@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::architectures::{
     BESIDE_OUTPUT, CLASSES, ClassFacts, FAMILIES, Family, OUTPUT_EMBEDDINGS, OUTPUT_NAMES, ROUTERS, is_embedding,
 };
-use super::evidence::{Evidence, Layout, is_outside};
+use super::evidence::{Code, Evidence, Layout, is_outside};
 use super::experts::{Experts, experts_of, split_expert};
 use super::facts::{TensorFacts, collect_model_types, module_of};
 use super::known;
@@ -95,7 +95,7 @@ pub(super) struct Model<'c> {
 }
 
 impl<'c> Model<'c> {
-    pub fn new(config: Option<&'c Value>, tensors: &[TensorFacts<'_>]) -> Self {
+    pub fn new(config: Option<&'c Value>, code: Code, tensors: &[TensorFacts<'_>]) -> Self {
         let architecture = config
             .and_then(|config| config.get("architectures"))
             .and_then(|names| names.get(0))
@@ -112,7 +112,7 @@ impl<'c> Model<'c> {
         Self {
             known,
             experts: experts_of(config),
-            evidence: Evidence::new(config, tensors),
+            evidence: Evidence::new(config, if custom_code { code } else { Code::Unseen }, tensors),
             cautious: custom_code || !known && (model_type.is_some() || architecture.is_some()),
             custom_code,
             architecture,

@@ -3,6 +3,7 @@
 use safetensors::Dtype;
 use serde::Serialize;
 
+use super::evidence::Code;
 use super::facts::{TensorFacts, module_of};
 use super::matching::SkipKey;
 use super::model::{Model, Reason};
@@ -57,7 +58,7 @@ pub fn named_as_output(modules: &[String]) -> Vec<bool> {
     let is_output = |module: &String| {
         let name = weight_of(module);
         let facts = [TensorFacts { name: &name, shape: &[1, 1], dtype: Dtype::F32 }];
-        Model::new(None, &facts).classify(&facts[0]).reason() == Reason::OutputEmbedding
+        Model::new(None, Code::Unseen, &facts).classify(&facts[0]).reason() == Reason::OutputEmbedding
     };
     modules.iter().map(is_output).collect()
 }
@@ -78,7 +79,7 @@ pub fn skip_modules(converted: &[String], kept: &[String]) -> Result<Option<Vec<
     };
     let options = QuantizeOptions { rules, ..QuantizeOptions::default() };
     let selected = Selected { tensors: names.iter().cloned().collect(), conv1d: None };
-    select(None, &facts, &options, Some(&selected)).map(|selection: Selection| selection.skip_modules)
+    select(None, Code::Unseen, &facts, &options, Some(&selected)).map(|selection: Selection| selection.skip_modules)
 }
 
 /// The name of a module's weight; the module itself may be the model.

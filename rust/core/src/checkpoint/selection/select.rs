@@ -4,6 +4,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 
 use serde_json::Value;
 
+use super::evidence::Code;
 use super::experts::split_expert;
 use super::facts::{TensorFacts, module_of};
 use super::matching::{SkipKey, plain_key_matches, skip_list, with_and_without};
@@ -63,11 +64,12 @@ pub struct Selection {
 /// regular expression.
 pub fn select(
     config: Option<&Value>,
+    code: Code,
     tensors: &[TensorFacts<'_>],
     options: &QuantizeOptions,
     selected: Option<&Selected>,
 ) -> Result<Selection> {
-    let model = Model::new(config, tensors);
+    let model = Model::new(config, code, tensors);
     let renames = model.renames(tensors);
     let skip = options.skip.iter().map(|name| SkipKey::new(name)).collect::<Result<Vec<_>>>()?;
     if let Some(selected) = selected {
@@ -183,9 +185,9 @@ pub fn select(
     Ok(Selection { decisions, architecture: model.name().map(str::to_owned), known: model.known, notes, skip_modules })
 }
 
-/// Names of the weights of `Conv1D` modules, stored `[in, out]`, as far as config and headers show.
-pub fn conv1d_names(config: Option<&Value>, tensors: &[TensorFacts<'_>]) -> HashSet<String> {
-    let model = Model::new(config, tensors);
+/// Names of the weights of `Conv1D` modules, stored `[in, out]`, as far as config, code and headers show.
+pub fn conv1d_names(config: Option<&Value>, code: Code, tensors: &[TensorFacts<'_>]) -> HashSet<String> {
+    let model = Model::new(config, code, tensors);
     let is_conv1d = |tensor: &&TensorFacts<'_>| {
         tensor.shape.len() == 2 && tensor.name.ends_with(".weight") && model.lies_as_conv1d(tensor)
     };
@@ -201,7 +203,7 @@ pub fn is_conv1d(config: Option<&Value>, name: &str) -> bool {
 
 /// [`is_conv1d`] for many names.
 pub fn conv1d_of(config: Option<&Value>) -> impl Fn(&str) -> bool {
-    let model = Model::new(config, &[]);
+    let model = Model::new(config, Code::Unseen, &[]);
     move |name| name.ends_with(".weight") && model.is_conv1d(module_of(name))
 }
 

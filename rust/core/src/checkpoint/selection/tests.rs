@@ -27,7 +27,7 @@ fn llama_quantizes_its_projections() {
         ("model.layers.0.input_layernorm.weight", vec![8]),
         ("lm_head.weight", vec![32, 8]),
     ];
-    let selection = select(Some(&config), &facts(&tensors), &QuantizeOptions::default(), None).unwrap();
+    let selection = select(Some(&config), Code::Unseen, &facts(&tensors), &QuantizeOptions::default(), None).unwrap();
     let reasons: Vec<&str> = selection.decisions.iter().map(|decision| decision.reason.as_str()).collect();
     assert_eq!(reasons, ["embedding", "linear weight", "norm", "output embedding"]);
     assert!(selection.known && selection.notes.is_empty());
@@ -52,7 +52,7 @@ fn tied_llama(rules: &[&str], skip: &[&str]) -> Result<Selection> {
         skip: skip.iter().map(|name| (*name).to_owned()).collect(),
         ..QuantizeOptions::default()
     };
-    select(Some(&config), &tensors, &options, None)
+    select(Some(&config), Code::Unseen, &tensors, &options, None)
 }
 
 #[test]
@@ -147,7 +147,7 @@ fn lists_that_are_searched_are_sorted() {
 
 /// Decisions on tensors given as (name, shape): what is quantized, with a mark where it is transposed first.
 fn decided(config: &Value, tensors: &[(&str, Vec<usize>)]) -> (Vec<String>, Selection) {
-    let selection = select(Some(config), &facts(tensors), &QuantizeOptions::default(), None).unwrap();
+    let selection = select(Some(config), Code::Unseen, &facts(tensors), &QuantizeOptions::default(), None).unwrap();
     let pairs = tensors.iter().zip(&selection.decisions);
     let names = pairs.filter_map(|((name, _), decision)| match decision.treatment {
         Treatment::Quantize { transpose: true, .. } => Some(format!("{name}^T")),
@@ -189,6 +189,40 @@ fn biases_tell_how_a_weight_lies() {
             assert_eq!(names, ["h.0.attn.c_attn.weight", "h.0.attn.c_proj.weight"], "{config}");
         }
     }
+}
+
+#[test]
+fn code_of_the_model_tells_what_headers_do_not() {
+    let config = json!({"model_type": "mygpt", "architectures": ["LM"], "auto_map": {}});
+    let packed = |code: &str, tensors: &[(&str, Vec<usize>)]| {
+        let code = Code::of([code.to_owned()]);
+        let found = select(Some(&config), code, &facts(tensors), &QuantizeOptions::default(), None).unwrap();
+        let quantized = |decision: &Decision| match decision.treatment {
+            Treatment::Quantize { transpose, .. } => Some(transpose),
+            Treatment::Keep => None,
+        };
+        found.decisions.iter().step_by(2).map(quantized).collect::<Vec<_>>()
+    };
+    let layer = |name, shape: [usize; 2], bias| [(name, shape.to_vec()), (bias, vec![64])];
+    let square = layer("h.0.fc.weight", [64, 64], "h.0.fc.bias");
+    let wide = layer("h.0.up.weight", [128, 64], "h.0.up.bias");
+    let (imported, own) = ("from transformers.pytorch_utils import Conv1D", "class Conv1D(nn.Module):");
+    // A square weight beside code that has both classes may be either.
+    assert_eq!(packed("nn.Linear(64, 64)", &square), [Some(false)]);
+    assert_eq!(packed(imported, &square), [None]);
+    assert_eq!(packed(own, &square), [None]);
+    // What the headers show holds; what other layers are, is no evidence for one of another name.
+    let both = [wide, square].concat();
+    assert_eq!(packed(imported, &both), [Some(true), None]);
+    // A class of the model's own is packed by no loader, under this name or another.
+    assert_eq!(packed(own, &both), [None, None]);
+    assert_eq!(packed("nn.Parameter(torch.empty(nx, nf))", &both)[0], None);
+    // Without code of its own, a model is what its headers and its type show.
+    let config = json!({"model_type": "llama", "architectures": ["LlamaForCausalLM"]});
+    let square =
+        [("model.layers.0.self_attn.q_proj.weight", vec![64, 64]), ("model.layers.0.self_attn.q_proj.bias", vec![64])];
+    let found = select(Some(&config), Code::Conv1d, &facts(&square), &QuantizeOptions::default(), None).unwrap();
+    assert!(matches!(found.decisions[0].treatment, Treatment::Quantize { transpose: false, .. }));
 }
 
 #[test]
@@ -249,7 +283,7 @@ fn what_nobody_knows_is_kept_and_listed() {
             rules: vec![format!("^{}=nf4", regex::escape(&weight)).parse().unwrap()],
             ..QuantizeOptions::default()
         };
-        let told = select(Some(&config), &facts(&tensors), &told, None).unwrap();
+        let told = select(Some(&config), Code::Unseen, &facts(&tensors), &told, None).unwrap();
         assert!(matches!(told.decisions[5].treatment, Treatment::Quantize { .. }), "{name}");
     }
 }
@@ -274,7 +308,7 @@ fn a_list_holds_with_and_without_the_prefix_of_the_base_model() {
             let config = json!({"model_type": model_type, "architectures": [architecture]});
             for (rule, kept) in [(r"(^|\.)layers\.0\.attn=keep", 2), (r"(^|\.)layers\.0\.attn\.q=keep", 1)] {
                 let options = QuantizeOptions { rules: vec![rule.parse().unwrap()], ..QuantizeOptions::default() };
-                let list = select(Some(&config), &tensors, &options, None).unwrap().skip_modules.unwrap();
+                let list = select(Some(&config), Code::Unseen, &tensors, &options, None).unwrap().skip_modules.unwrap();
                 let keys: Vec<SkipKey> = list.iter().map(|name| SkipKey::new(name).unwrap()).collect();
                 let order = ["layers.0.attn.q", "layers.0.attn.k"];
                 for path in paths {
@@ -366,7 +400,7 @@ proptest! {
             skip,
             ..QuantizeOptions::default()
         };
-        if let Ok(selection) = select(config.as_ref(), &facts, &options, None) {
+        if let Ok(selection) = select(config.as_ref(), Code::Unseen, &facts, &options, None) {
             prop_assert_eq!(selection.decisions.len(), facts.len());
             for (decision, tensor) in selection.decisions.iter().zip(&facts) {
                 if decision.treatment != Treatment::Keep {
@@ -377,6 +411,6 @@ proptest! {
         for tensor in &facts {
             is_conv1d(config.as_ref(), tensor.name);
         }
-        conv1d_names(config.as_ref(), &facts);
+        conv1d_names(config.as_ref(), Code::Unseen, &facts);
     }
 }

@@ -81,7 +81,7 @@ pub fn verify(
         c.order.iter().filter(|r| !parts.contains(r)).map(|&r| (c.tensor(r).name.clone(), r)).collect()
     };
     let facts: Vec<TensorFacts<'_>> = a.order.iter().map(|&at| a.facts(at)).collect();
-    let conv1d = b.conv1d_names().unwrap_or_else(|| selection::conv1d_names(config, &facts));
+    let conv1d = b.conv1d_names().unwrap_or_else(|| selection::conv1d_names(config, a.code(), &facts));
     let plain_b = plain(b, &parts_b);
     let mut plain_a: HashMap<String, (Matrix, Vec<usize>)> = plain(a, &parts_a)
         .into_iter()
