@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 
 import halfbyte  # noqa: E402
 from halfbyte.nn import Linear4bit, Linear8bitLt  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 CONFIGS = {
     4: halfbyte.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
@@ -92,3 +93,40 @@ def test_diffusers_saves_the_compute_dtype_that_was_used(diffusers: Any, how: st
     x = torch.randn(1, 32, 4, 4, dtype=torch.bfloat16)
     with torch.no_grad():
         assert torch.equal(again(x, return_dict=False)[0], model(x, return_dict=False)[0])
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("size", ["10GB", "10KB"])
+def test_diffusers_reads_codes_stored_as_floats(
+    diffusers: Any, tmp_path: Path, storage: torch.dtype, size: str
+) -> None:
+    # diffusers casts what looks like floats to the dtype of the model, which is another one.
+    torch.manual_seed(0)
+    dense = diffusers.Transformer2DModel(
+        num_attention_heads=2, attention_head_dim=32, in_channels=32, num_layers=1, norm_num_groups=8
+    )
+    dense.save_pretrained(tmp_path / "dense")
+    config = halfbyte.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage=storage)
+    how = {"quantization_config": config, "torch_dtype": torch.float16}
+    model = diffusers.Transformer2DModel.from_pretrained(tmp_path / "dense", **how)
+    model.save_pretrained(tmp_path / "packed", max_shard_size=size)
+    found = packed(diffusers.Transformer2DModel.from_pretrained(tmp_path / "packed", **how), 4)
+    assert {value.dtype for value in found.values()} == {storage}
+    for name, value in packed(model, 4).items():
+        assert torch.equal(found[name].view(torch.uint8), value.view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("lost", ["", ".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4"])
+def test_diffusers_names_a_packed_weight_that_lacks_a_part(diffusers: Any, tmp_path: Path, lost: str) -> None:
+    dense = diffusers.Transformer2DModel(
+        num_attention_heads=2, attention_head_dim=32, in_channels=32, num_layers=1, norm_num_groups=8
+    )
+    model = halfbyte.quantize_model(dense, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, progress=False)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    weight = next(name.removesuffix(".absmax") for name in tensors if name.endswith("to_q.weight.absmax"))
+    del tensors[weight + lost]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{weight}: is packed, but the checkpoint lacks {weight}{lost}"):
+        diffusers.Transformer2DModel.from_pretrained(tmp_path, quantization_config=CONFIGS[4])

@@ -47,6 +47,7 @@ class _Quantizer:
         self.modules_to_not_convert = list(self.config.llm_int8_skip_modules or ())
         self._packed: dict[str, Packed] | None = None
         self._held_back: dict[str, Tensor] = {}
+        self._storage: dict[str, torch.dtype] = {}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Accept every device; what is offloaded stays packed."""
@@ -62,10 +63,19 @@ class _Quantizer:
         return max_memory
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: Sequence[str]) -> list[str]:
-        """Learn from a checkpoint's names which weights are packed, and how."""
+        """Learn from a checkpoint's names which weights are packed, and how.
+
+        Raises:
+            ValueError: A packed weight without all of its parts; the message names it.
+        """
         super().maybe_update_loaded_keys(loaded_keys, checkpoint_files)  # type: ignore[misc]
         if self.pre_quantized:
             found = packed.find(loaded_keys)
+            names = set(loaded_keys)
+            for name, one in found.items():
+                missing = one.lacking(names)
+                if missing and (one.mark is not None or "quant_map" in one.parts):
+                    raise ValueError(f"{name}: is packed, but the checkpoint lacks {', '.join(missing)}; {AGAIN}")
             self._packed = {name.rpartition(".")[0]: one for name, one in found.items() if one.mark is not None}
         return loaded_keys
 
@@ -76,6 +86,11 @@ class _Quantizer:
             names = (one.weight, *one.parts.values())
             if not all(name in merged for name in names):
                 self._held_back.update({name: merged.pop(name) for name in names if name in merged})
+            elif one.bits == 4 and merged[one.weight].is_floating_point():
+                # diffusers would cast it to the dtype of the model.
+                codes = merged[one.weight]
+                self._storage[one.weight] = codes.dtype
+                merged[one.weight] = codes.contiguous().view(-1).view(torch.uint8).view(-1, 1)
         return merged
 
     @property
@@ -165,6 +180,9 @@ class _Quantizer:
                 f"{param_name}: is packed, but the checkpoint lacks {', '.join(dict.fromkeys(missing))}; {AGAIN}"
             )
         parts = {key: state_dict[name] for key, name in one.parts.items()}
+        storage = self._storage.get(one.weight)
+        if storage is not None:
+            param_value = param_value.view(-1).view(storage).view(-1, 1)
         try:
             module.weight = packed.parameter(one.bits, param_value, parts, torch.device(target_device))
         except (TypeError, ValueError) as error:
