@@ -999,6 +999,13 @@ def match_components(modules: Sequence[str], keys: Sequence[str]) -> list[bool]:
 def named_as_output(modules: Sequence[str]) -> list[bool]:
     """Whether each module is an output embedding by its name."""
 
+def companions_of_quantized(tensors: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The tensors that stand beside weights that are quantized already: name and method of each.
+
+    Args:
+        tensors: Name and dtype of all tensors of a checkpoint, dtypes named as in safetensors headers.
+    """
+
 def skip_modules(converted: Sequence[str], kept: Sequence[str]) -> list[str] | None:
     """`llm_int8_skip_modules` with which a loader converts the first list and keeps the second; None: its defaults."""
 

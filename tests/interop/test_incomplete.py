@@ -390,6 +390,50 @@ def test_weights_of_8_bits_are_not_quantized_again(tmp_path: Path, dtype: torch.
     assert count(model) == 12
 
 
+def quantize_from(path: Path) -> Any:
+    """Quantize a model in memory, of which the weights are in a checkpoint; it stays as it was when that is refused."""
+    model = llama()
+    try:
+        return halfbyte.quantize_model(model, CONFIG, checkpoint=path, progress=False)
+    except CheckpointError:
+        assert count(model) == 0
+        raise
+
+
+def quantize_on_the_fly(path: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(path, quantization_config=CONFIG)
+
+
+@pytest.mark.parametrize("call", [quantize_on_the_fly, quantize_from])
+@pytest.mark.parametrize("part", ["qweight", "weight_packed", "W_q", "weight._data", "weight_scale_inv"])
+def test_weights_quantized_by_other_methods_are_not_quantized_again(
+    tmp_path: Path, part: str, call: Callable[[Path], Any]
+) -> None:
+    # Without the method's entry in config.json, which people delete to get past a loader.
+    def edit(tensors: Any) -> None:
+        weight = tensors[WEIGHT] if part == "weight_scale_inv" else tensors.pop(WEIGHT)
+        tensors[WEIGHT.removesuffix("weight") + part] = weight.new_ones((1, 1)).to(torch.int32)
+
+    llama().save_pretrained(tmp_path / "dense")
+    path = edited(tmp_path / "dense", tmp_path / "quantized", edit)
+    text = refused(call, path)
+    assert f"{path / 'model.safetensors'}: {WEIGHT.removesuffix('weight')}{part}: " in text
+    assert "quantized already" in text
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float64])
+def test_dtype_that_cannot_be_quantized_is_found_before_the_model_is_changed(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    llama().save_pretrained(tmp_path / "dense")
+    path = edited(
+        tmp_path / "dense", tmp_path / "other", lambda tensors: tensors.update({WEIGHT: tensors[WEIGHT].to(dtype)})
+    )
+    text = refused(quantize_from, path)
+    assert f"{path / 'model.safetensors'}: {WEIGHT}: " in text
+    assert str(dtype) in text
+
+
 def test_wrong_value_in_the_config_leaves_the_model_as_it_was(saved: Path, tmp_path: Path) -> None:
     def edit(values: dict[str, Any]) -> None:
         values["quantization_config"]["bnb_4bit_quant_type"] = "int4"

@@ -114,6 +114,11 @@ class Folder:
         """The file that holds a tensor."""
         return self._files[name]
 
+    def dtype(self, name: str) -> str:
+        """The dtype of a tensor, as safetensors writes it."""
+        dtype: str = self._open(self._views, self._files[name]).get_slice(name).get_dtype()
+        return dtype
+
     def facts(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype, from the header. ValueError for a dtype that models are not kept in."""
         if name in self._instead:

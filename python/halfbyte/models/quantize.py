@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from halfbyte import _native
 from halfbyte._native import CheckpointError
 from halfbyte._terminal import Bar, format_bytes, is_terminal
 from halfbyte.config import BitsAndBytesConfig
@@ -32,7 +33,7 @@ from halfbyte.models.load import (
     values,
 )
 from halfbyte.models.observers import notify
-from halfbyte.models.plan import make_plan, report
+from halfbyte.models.plan import Plan, make_plan, report
 from halfbyte.models.recipe import INT8, PACKED_LAYERS, PackedLinear, Recipe, bits_of, is_quantized, scales_of
 from halfbyte.models.replace import replace, to_dense, to_linear
 from halfbyte.models.select import Choice, Layer, choose, skip_list
@@ -42,6 +43,7 @@ from halfbyte.nn.experts import Experts4bit
 from halfbyte.nn.int8_params import check_weight
 from halfbyte.offline.hub import Hub
 from halfbyte.offline.options import QuantizeOptions, Rule, module_names, rule_texts
+from halfbyte.ops.checks import FLOAT_DTYPES
 
 _logger = logging.getLogger(__name__)
 
@@ -249,6 +251,7 @@ class _Swap:
                 raise CheckpointError(
                     f"{source.path}: {one.weight} is {one.bits}-bit already: load_quantized(model, folder)"
                 )
+            self._check_dense(source, plan)
             report(self.model, source, plan, strict=True, unexpected=False)
             check_ties(self.model, source, plan)
             compute_buffers(self.model, plan)
@@ -281,12 +284,26 @@ class _Swap:
         self.before = self.bytes_of_dense + model_bytes(self.model) - self.bytes_held
         return self.model
 
+    def _check_dense(self, source: Folder, plan: Plan) -> None:
+        """That a checkpoint to be quantized is not quantized already, and its weights are of a dtype that can be."""
+        beside = dict(_native.companions_of_quantized([(name, source.dtype(name)) for name in source.names]))
+        name = next((name for name in plan.unexpected if name in beside), None)
+        if name is not None:
+            raise CheckpointError(
+                f"{source.file(name)}: {name}: belongs to a weight that is quantized already ({beside[name]}), and "
+                "cannot be quantized again; start from the 16-bit checkpoint that it was made from"
+            )
+        weights = {join(path, "weight") for layer in self.layers for path in layer.names}
+        for entry in plan.entries:
+            for target, (_, dtype) in entry.targets.items():
+                if target in weights and dtype not in FLOAT_DTYPES:
+                    raise CheckpointError(
+                        f"{source.file(entry.sources[0])}: {target}: the weight in the checkpoint must be float16, "
+                        f"bfloat16 or float32, got {dtype}"
+                    )
+
     def _convert(self, layer: Layer, dense: Tensor, device: torch.device) -> PackedLinear:
         """Quantize one weight and put the new layer in place."""
-        if dense.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-            raise CheckpointError(
-                f"{layer.name}: the weight in the checkpoint must be float16, bfloat16 or float32, got {dense.dtype}"
-            )
         self.bytes_of_dense += dense.numel() * dense.element_size()
         if layer.transpose:
             dense = dense.t()

@@ -1,6 +1,7 @@
 //! The selection alone, and what rules and skip names match.
 
 use halfbyte::checkpoint::options::{QuantizeOptions, Selected};
+use halfbyte::checkpoint::quantized;
 use halfbyte::checkpoint::selection::{self, Rule, TensorFacts, Treatment};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -105,6 +106,14 @@ fn named_as_output(modules: Vec<String>) -> Vec<bool> {
     selection::named_as_output(&modules)
 }
 
+/// The tensors that stand beside weights that are quantized already: name and method of each. `tensors`: name and dtype,
+/// dtypes named as in safetensors headers.
+#[pyfunction]
+fn companions_of_quantized(tensors: &Bound<'_, PyAny>) -> PyResult<Vec<(String, &'static str)>> {
+    let tensors: Vec<(String, Dtype)> = from_python(tensors)?;
+    Ok(quantized::companions(&tensors).into_iter().map(|(name, method)| (name.to_owned(), method)).collect())
+}
+
 /// `llm_int8_skip_modules` with which a loader converts one list of modules and keeps the other; None for its defaults.
 #[pyfunction]
 fn skip_modules(converted: Vec<String>, kept: Vec<String>) -> PyResult<Option<Vec<String>>> {
@@ -123,6 +132,7 @@ pub(super) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(match_names, m)?)?;
     m.add_function(wrap_pyfunction!(match_components, m)?)?;
     m.add_function(wrap_pyfunction!(named_as_output, m)?)?;
+    m.add_function(wrap_pyfunction!(companions_of_quantized, m)?)?;
     m.add_function(wrap_pyfunction!(skip_modules, m)?)?;
     m.add_function(wrap_pyfunction!(is_conv1d, m)?)
 }

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from halfbyte import _native
 from halfbyte._native import CheckpointError
 from halfbyte.integrations.transformers.layers import chosen
 from halfbyte.models import packed, transformers_weights
@@ -109,8 +110,8 @@ def check_dense(model: Any, files: Sequence[str], paths: Sequence[str]) -> None:
         paths: Of the layers to quantize.
 
     Raises:
-        CheckpointError: A weight of these layers is packed, or of a dtype that is none of a dense weight; the message
-            names it and its file.
+        CheckpointError: A weight of these layers is packed, or of a dtype that is none of a dense weight; or beside
+            one is what only quantized weights have. The message names the tensor and its file.
     """
     if not files or not all(os.fspath(file).endswith(".safetensors") for file in files):
         return
@@ -135,6 +136,21 @@ def check_dense(model: Any, files: Sequence[str], paths: Sequence[str]) -> None:
                     f"{checkpoint.files[name]}: {name} is {checkpoint.dtype(name)}, so it is quantized already, and "
                     "cannot be quantized again; start from the 16-bit checkpoint that it was made from"
                 )
+        facts = [(name, checkpoint.dtype(name)) for name in checkpoint.files]
+        beside = dict(_native.companions_of_quantized(facts))
+        for name, target, _, _ in renamed(model, list(beside), _mapping(model)):
+            if target is None and _stands_beside(name, paths):
+                raise CheckpointError(
+                    f"{checkpoint.files[name]}: {name}: belongs to a weight that is quantized already "
+                    f"({beside[name]}), and cannot be quantized again; start from the 16-bit checkpoint that it was "
+                    "made from"
+                )
+
+
+def _stands_beside(name: str, paths: Sequence[str]) -> bool:
+    """Whether a tensor is in one of these modules, or around it, whatever comes before their paths in the file."""
+    module = f".{name.rpartition('.')[0].removesuffix('.weight')}"
+    return any(f"{module}." in f".{path}." or module.endswith(f".{path}") for path in paths)
 
 
 def _mapping(model: Any) -> list[Any]:

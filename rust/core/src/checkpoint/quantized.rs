@@ -3,6 +3,8 @@
 //! `config.json` may say so, and where it does not (people delete `quantization_config` to get past a loader) the
 //! tensors still do: by what stands beside a weight, and by the weight's own dtype.
 
+use std::collections::HashMap;
+
 use safetensors::Dtype;
 use serde_json::Value;
 
@@ -68,7 +70,7 @@ pub fn refuse(source: &Checkpoint, config: Option<&Value>, fused: &FusedExperts)
     refuse_adapter(source)?;
     for &at in source.order.iter().filter(|at| !fused.scales.contains(at) && !fused.tensors.contains_key(at)) {
         let tensor = source.tensor(at);
-        let problem = if let Some(method) = companion(source, &tensor.name, tensor.dtype) {
+        let problem = if let Some(method) = companion(&dtype_in(source), &tensor.name, tensor.dtype) {
             if method == BITSANDBYTES || method == INT8 {
                 let bits = if method == INT8 { "8-bit" } else { "4-bit" };
                 format!(
@@ -99,29 +101,39 @@ pub fn refuse(source: &Checkpoint, config: Option<&Value>, fused: &FusedExperts)
 /// at all.
 pub fn otherwise(source: &Checkpoint) -> String {
     let found = source.order.iter().map(|&at| source.tensor(at)).find_map(|t| {
-        companion(source, &t.name, t.dtype).map(|method| format!("; {:?} belongs to a weight of {method}", t.name))
+        companion(&dtype_in(source), &t.name, t.dtype)
+            .map(|method| format!("; {:?} belongs to a weight of {method}", t.name))
     });
     found.map_or_else(String::new, |found| {
         format!("{found}, which dequantize does not undo: start from the original model")
     })
 }
 
-/// The method whose weight a tensor stands beside.
-fn companion(source: &Checkpoint, name: &str, dtype: Dtype) -> Option<&'static str> {
+/// The tensors that stand beside quantized weights, and whose these are, by names and dtypes alone.
+pub fn companions(tensors: &[(String, Dtype)]) -> Vec<(&str, &'static str)> {
+    let dtypes: HashMap<&str, Dtype> = tensors.iter().map(|(name, dtype)| (name.as_str(), *dtype)).collect();
+    let dtype_of = |name: &str| dtypes.get(name).copied();
+    let method = |(name, dtype): &(String, Dtype)| companion(&dtype_of, name, *dtype);
+    tensors.iter().filter_map(|tensor| method(tensor).map(|method| (tensor.0.as_str(), method))).collect()
+}
+
+fn dtype_in(source: &Checkpoint) -> impl Fn(&str) -> Option<Dtype> {
+    |name| source.find(name).map(|at| source.tensor(at).dtype)
+}
+
+/// The method whose weight a tensor stands beside. `dtype_of`: the dtype of the tensor of a name.
+fn companion(dtype_of: &impl Fn(&str) -> Option<Dtype>, name: &str, dtype: Dtype) -> Option<&'static str> {
     if name.contains(state::STATE_INFIX) {
         return Some(BITSANDBYTES);
     }
     // A dense weight may have a companion of its own under such a name; where it is in the way, another error says so.
-    let is_dense = |end: &str| {
-        let weight = name.strip_suffix(end).and_then(|weight| source.find(weight));
-        weight.is_some_and(|at| is_float(source.tensor(at).dtype))
-    };
+    let is_dense = |end: &str| name.strip_suffix(end).and_then(dtype_of).is_some_and(is_float);
     let known =
         COMPANIONS.iter().find(|(end, method)| name.ends_with(end) && !(*method == BITSANDBYTES && is_dense(end)));
     known.map(|(_, method)| *method).or_else(|| {
         PAIRS.iter().find_map(|(end, other, method)| {
             let module = name.strip_suffix(end).filter(|_| is_packed(dtype))?;
-            source.find(&format!("{module}{other}")).map(|_| *method)
+            dtype_of(&format!("{module}{other}")).map(|_| *method)
         })
     })
 }
@@ -178,6 +190,24 @@ fn is_adapter(name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn companions_are_known_by_names_and_dtypes() {
+        let tensors = [
+            ("a.weight", Dtype::BF16),
+            ("a.weight_scale_inv", Dtype::F32),
+            ("b.qweight", Dtype::I32),
+            ("c.codes", Dtype::I16),
+            ("c.codebooks", Dtype::F16),
+            ("d.codes", Dtype::I16),
+            ("e.bias", Dtype::F16),
+        ];
+        let found = companions(&tensors.map(|(name, dtype)| (name.to_owned(), dtype)))
+            .into_iter()
+            .map(|(name, _)| name.to_owned())
+            .collect::<Vec<_>>();
+        assert_eq!(found, ["a.weight_scale_inv", "b.qweight", "c.codes"]);
+    }
 
     #[test]
     fn adapters_are_known_by_their_names() {
