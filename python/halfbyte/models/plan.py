@@ -170,6 +170,8 @@ def _check_tensors(source: Folder, plan: Plan, tensors: Mapping[str, Tensor]) ->
                 wrong.append(f"{name} is {list(shape)}, the model has {list(held.shape)}")
             elif dtype is torch.int8 and held.is_floating_point() and name.rpartition(".")[2] == "weight":
                 wrong.append(f"{name} is torch.int8, but its scales {packed.beside(name, packed.SCB)} are missing")
+            elif held.is_floating_point() and not (dtype.is_floating_point and dtype.itemsize > 1):
+                wrong.append(f"{name} is {dtype}, the model has {held.dtype}")
     if wrong:
         raise CheckpointError(f"{source.path}: {some(wrong)}")
 
