@@ -17,6 +17,7 @@ __all__ = [
     "Unchanged",
     "__version__",
     "codebook",
+    "companions_of_quantized",
     "compress_absmax",
     "cpu_features",
     "cuda_compress_absmax",
