@@ -13,6 +13,7 @@ from __future__ import annotations
 import bisect
 import threading
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,10 +54,15 @@ def check_device(device: torch.device | str | int) -> torch.device:
 # ---- what the driver does: tests put others in their place -----------------------------------------------------------
 
 
+def _runtime() -> Any:
+    """CUDA's runtime as torch hands it on, without types."""
+    cuda: Any = torch.cuda
+    return cuda.cudart()
+
+
 def _pin(address: int, nbytes: int, device: torch.device) -> None:
     with torch.cuda.device(device):
-        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        status = int(runtime.cudaHostRegister(address, nbytes, _PORTABLE_AND_MAPPED))
+        status = int(_runtime().cudaHostRegister(address, nbytes, _PORTABLE_AND_MAPPED))
     if status:
         raise RuntimeError(
             f"{nbytes} bytes of host memory cannot be pinned for {device}: cudaHostRegister failed with error {status}"
@@ -67,7 +73,7 @@ def _pin(address: int, nbytes: int, device: torch.device) -> None:
 def _unpin(address: int, device: torch.device) -> None:
     # Kernels that read by an address are unknown to torch's allocators.
     torch.cuda.synchronize(device)
-    torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+    _runtime().cudaHostUnregister(address)
 
 
 def _is_capturing() -> bool:

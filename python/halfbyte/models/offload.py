@@ -77,11 +77,11 @@ def offload_experts(
     chosen = choose_resident(layers, resident_bytes, counts)
     for path, experts in layers.items():
         experts.offload(target, resident=chosen.experts[path])
-    moved: Any = model.to(target)
+    moved = model.to(target)
     total = sum(experts.num_experts for experts in layers.values())
     kept = sum(map(len, chosen.experts.values()))
     _logger.info("%d of %d experts stay on %s: %s", kept, total, target, format_bytes(chosen.nbytes))
-    return moved  # type: ignore[no-any-return]
+    return moved
 
 
 def experts_of(model: nn.Module) -> dict[str, Experts4bit]:

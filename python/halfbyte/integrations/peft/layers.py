@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halfbyte.integrations.accelerate_hooks import only_places
 from halfbyte.nn.expert_lora import READERS, Adapted
 from halfbyte.nn.linear4bit import Linear4bit, say_slow
 from halfbyte.nn.lora import Adapter, lora_linear_4bit
@@ -178,18 +179,7 @@ def _hooked(module: nn.Module) -> bool:
     """Whether calling the module does more than its forward; hooks of all modules apart."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return True
-    return "forward" in module.__dict__ and not _only_places(module.__dict__.get("_hf_hook"))
-
-
-def _only_places(hook: Any) -> bool:
-    """Whether this is accelerate's hook of a layer that stays on its device, where the input is then too."""
-    kind = type(hook)
-    return (
-        kind.__module__ == "accelerate.hooks"
-        and kind.__name__ == "AlignDevicesHook"
-        and not hook.offload
-        and not hook.io_same_device
-    )
+    return "forward" in module.__dict__ and not only_places(module.__dict__.get("_hf_hook"))
 
 
 def _say(reason: str) -> None:

@@ -21,6 +21,7 @@ from torch import nn
 
 from halfbyte.backends import host_memory
 from halfbyte.backends.host_memory import HostMemory
+from halfbyte.integrations.accelerate_hooks import only_places
 from halfbyte.nn import Experts4bit, Linear4bit, Params4bit
 from halfbyte.nn.expert_offload import moved
 
@@ -87,11 +88,12 @@ def without_hooks(model: nn.Module) -> None:
     whole suffices: with others inside, experts would be called one by one.
     """
     for experts in model.modules():
-        hook = experts.__dict__.get("_hf_hook")
-        if not isinstance(experts, Experts4bit) or not _only_places(hook, None):
+        hook: Any = experts.__dict__.get("_hf_hook")
+        if not isinstance(experts, Experts4bit) or not only_places(hook):
             continue
         inside = [module for module in experts.modules() if module is not experts and "_hf_hook" in module.__dict__]
-        if all(_only_places(module.__dict__["_hf_hook"], hook) for module in inside):
+        hooks = [module.__dict__["_hf_hook"] for module in inside]
+        if all(only_places(one) and one.execution_device == hook.execution_device for one in hooks):
             for module in inside:
                 _remove_hook(module)
 
@@ -130,7 +132,7 @@ def _gpu(target: Any) -> int | None:
 def _is_packed(experts: Experts4bit) -> bool:
     """Whether all projections are 4-bit layers."""
     return all(
-        isinstance(experts._modules[str(index)]._modules.get(name), Linear4bit)  # type: ignore[union-attr]
+        isinstance(getattr(experts.get_submodule(str(index)), name, None), Linear4bit)
         for index in range(experts.num_experts)
         for name in experts.projections
         if name is not None
@@ -172,18 +174,6 @@ def _set_apart(model: nn.Module, device_map: dict[str, Any], path: str, alone: b
 
 def _has_tensors(module: nn.Module) -> bool:
     return any(tensor is not None for held in (module._parameters, module._buffers) for tensor in held.values())
-
-
-def _only_places(hook: Any, like: Any) -> bool:
-    """Whether a hook of accelerate's brings inputs to a device and does nothing else; to that of another, if given."""
-    kind = type(hook)
-    return (
-        kind.__module__ == "accelerate.hooks"
-        and kind.__name__ == "AlignDevicesHook"
-        and not hook.offload
-        and not hook.io_same_device
-        and (like is None or hook.execution_device == like.execution_device)
-    )
 
 
 def _remove_hook(module: nn.Module) -> None:
