@@ -324,6 +324,13 @@ __device__ inline void load_matrices(u32 (&words)[4], const void *row) {
                  : "r"(u32(__cvta_generic_to_shared(row))));
 }
 
+// The same of the matrices transposed: each lane gets element g of rows 2t and 2t + 1.
+__device__ inline void load_transposed(u32 (&words)[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(u32(__cvta_generic_to_shared(row))));
+}
+
 // d[16][8] += a[16][32] * b[32][8] of 8-bit integers, int32 sums that wrap around. A lane has, four to a word, the first in
 // the low byte:
 //   a[0]: row g,     k = 4t ... 4t+3       a[1]: row g + 8, k = 4t ... 4t+3

@@ -69,6 +69,14 @@ def _tile(element: str, tokens: int) -> Module:
     return Module("gemm/tile_sm90a/gemm_4bit_tile_sm90a", "90a", ("90a",), instance, defines)
 
 
+def _dgrad(element: str, tokens: int) -> Module:
+    """A module of gemm_4bit_dgrad_sm90a.cu, which has one kernel each."""
+    instance = f"{element.lower()}_{tokens}"
+    name = f"DGRAD_NAME=gemm_4bit_dgrad_sm90a_{instance}"
+    defines = (name, f"DGRAD_ELEMENT={element}", f"DGRAD_TOKENS={tokens}")
+    return Module("gemm/dgrad_sm90a/gemm_4bit_dgrad_sm90a", "90a", ("90a",), instance, defines)
+
+
 def _experts_tile(element: str, tokens: int) -> Module:
     """A module of experts_tile_sm90a.cu, which has one kernel each."""
     instance = f"{element.lower()}_{tokens}"
@@ -134,6 +142,7 @@ MODULES = (
     # Products of warpgroups, and what brings tokens together for them.
     Module("experts/experts_gather", "90", ("90",)),
     *(_tile(element, tokens) for element in ("Bf16", "F16") for tokens in (64, 96, 128, 192, 256)),
+    *(_dgrad(element, tokens) for element in ("Bf16", "F16") for tokens in (64, 128, 256)),
     *(_experts_tile(element, tokens) for element in ("Bf16", "F16") for tokens in (32, 64, 128)),
     *(_int8_tile(tokens) for tokens in (64, 128, 256)),
 )

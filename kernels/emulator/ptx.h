@@ -202,6 +202,9 @@ inline void mma_m16n8k16(F16, float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, 
 inline void load_matrices(u32 (&words)[4], const void *row, emulator::Site site = emulator::Site::here()) {
     emulator::load_matrices<4, false>(words, row, site);
 }
+inline void load_transposed(u32 (&words)[4], const void *row, emulator::Site site = emulator::Site::here()) {
+    emulator::load_matrices<4, true>(words, row, site);
+}
 inline void mma_m16n8k32(int (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, emulator::Site site = emulator::Site::here()) {
     emulator::multiply(emulator::Meeting::mma_s8, d, a, b0, b1, site);
 }

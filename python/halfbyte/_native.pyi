@@ -435,6 +435,31 @@ class CudaLinear:
         as the method of that name says. The caller has checked the sizes.
         """
 
+    def dgrad_workspace(self, m: int) -> int | None:
+        """The bytes of the workspace that `dgrad` wants for `m` rows of `x`.
+
+        None when dequantizing the weight and a dense product are faster. The gradient of `y` and the packed weight must
+        be aligned to 16 bytes.
+        """
+
+    def dgrad(
+        self,
+        stream: int,
+        m: int,
+        dy: int,
+        packed: int,
+        absmax: int,
+        absmax2: int,
+        offset: int,
+        dx: int,
+        workspace: int,
+    ) -> None:
+        """Launch the gradient of `m` rows of `x` on `stream`: `dx [m, k] = dy [m, n] @ weight [n, k]`.
+
+        float16 and bfloat16 on compute capability 9.0; n is a multiple of 8, k of 32. Addresses are as those of
+        `launch`; `workspace` is 0 or has as many bytes as `dgrad_workspace` says.
+        """
+
 def cuda_expand_absmax(
     device: int,
     stream: int,

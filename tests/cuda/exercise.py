@@ -15,7 +15,7 @@ from halfbyte import _native
 from halfbyte.backends import cuda as _cuda
 from test_experts_cuda import Experts, choices
 
-from kernels import here, product, quantize, quantize_nested, raw
+from kernels import dgrad, here, product, quantize, quantize_nested, raw
 
 
 def main(*, reads_ahead: bool, tiles: bool) -> None:
@@ -62,10 +62,14 @@ def several_rows() -> None:
         return
     kernels = ["tile_sm80", *(["tile_sm90a"] if torch.cuda.get_device_capability() == (9, 0) else [])]
     for dtype in (torch.bfloat16, torch.float16):
-        for n, columns, rows in ((140, 576, (40, 90, 120, 180, 250)), (9000, 576, (1000,))):
+        for n, columns, rows in ((144, 576, (40, 90, 120, 180, 250)), (9000, 576, (1000,))):
             values = torch.randn(n * columns, dtype=dtype, device="cuda")
             for make in (quantize, quantize_nested):
                 weight = make(values, "nf4", 64)
+                for m in rows if len(kernels) > 1 else ():
+                    dy = torch.randn(m, n, dtype=dtype, device="cuda")
+                    for workspace in (False, True):
+                        dgrad(dy, weight, columns, "nf4", 64, workspace=workspace)
                 for m in rows:
                     x = torch.randn(m, columns, dtype=dtype, device="cuda")
                     for kernel in kernels:

@@ -129,6 +129,23 @@ def product(
     return y, name
 
 
+def dgrad(
+    dy: torch.Tensor, weight: Quantized, columns: int, quant_type: str, blocksize: int, *, workspace: bool
+) -> torch.Tensor:
+    """`dy [m, n]` times the weight `[n, columns]`; `workspace`: with what the kernel wants, full of anything."""
+    m, n = dy.shape
+    dx, dtype = poisoned(m * columns, dy.dtype).view(m, columns), str(dy.dtype).removeprefix("torch.")
+    nested = weight.absmax2 is not None
+    core = _native.CudaLinear(dy.device.index, dtype, n, columns, quant_type, blocksize, nested)
+    scratch = poisoned(core.dgrad_workspace(m) or 1, torch.uint8)
+    scales = [0 if t is None else t.data_ptr() for t in weight.parts[1:]]
+    core.dgrad(
+        here()[1], m, dy.data_ptr(), weight.packed.data_ptr(), *scales, dx.data_ptr(),
+        scratch.data_ptr() if workspace else 0,
+    )  # fmt: skip
+    return dx
+
+
 def cpu_quantize(values: torch.Tensor, quant_type: str, blocksize: int) -> Quantized:
     """Quantize on the processor."""
     packed = torch.empty(-(-values.numel() // 2), dtype=torch.uint8)

@@ -55,6 +55,19 @@ def test_ranges(dtype: str, tokens: int) -> None:
         check.against(run_both_ways(source, check.case))
 
 
+@pytest.mark.parametrize("tokens", [64, 96, 128])
+@pytest.mark.parametrize("dtype", thorough(["bf16", "f16"], quick=("bf16",)))
+def test_parts_through_memory(dtype: str, tokens: int) -> None:
+    """Blocks that share a tile without being a cluster: two, more, parts of different length, tails."""
+    source = library("gemm_4bit_tile_sm90a")
+    shapes = [(5, 130, 768, 64, 6), (tokens + 3, 100, 1312, 32, 8), (tokens, 40, 1024, 128, 4), (9, 128, 512, 64, 2)]
+    for i, (m, n, k, blocksize, ranges) in enumerate(shapes):
+        nested, bias = i % 2 == 1, i % 3 != 0
+        product = Product.random(m, n, k, dtype, ("nf4", "fp4")[i % 2], blocksize, nested, bias)
+        check = launches_gemm.tile_sm90a(source, product, Tile(tokens, ranges=ranges))
+        check.against(run_both_ways(source, check.case))
+
+
 def test_a_block_that_is_waited_for_comes_first() -> None:
     """The other way round, a device with room for few blocks would wait for ever."""
     source = library("gemm_4bit_tile_sm90a")
@@ -121,7 +134,7 @@ def test_copies_and_matrix_units_read_what_is_there(highest_first: bool) -> None
         product = Product.random(tokens // 2 + 1, 130, 768, dtype, "nf4", 64, nested=parts == 2)
         check = launches_gemm.tile_sm90a(source, product, Tile(tokens, parts))
         check.against(source.run(check.case, highest_first))
-    for tokens in (192, 256):
+    for tokens in TOKENS:
         product = Product.random(tokens // 2 + 1, 130, 768, "bf16", "nf4", 64)
         check = launches_gemm.tile_sm90a(source, product, Tile(tokens, ranges=4))
         check.against(source.run(check.case, highest_first))

@@ -6,6 +6,7 @@ barrier orders, whatever the results.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import build_emulator
@@ -250,6 +251,15 @@ def of_int8_product(source: Described) -> Iterator[Check]:
             yield int8.product(source, product, plan)
 
 
+def of_gemm_4bit_dgrad_sm90a(source: Described) -> Iterator[Check]:
+    """All forms; tails of each size, parts of N, scales of each kind."""
+    for dtype, tokens in itertools.product(("bf16", "f16"), (64, 128, 256)):
+        nested = tokens == 128
+        for m, n, k, blocksize in ((tokens + 1, 136, 160, 64), (2, 520, 256, 64), (3, 8, 32, 32)):
+            product = Product.random(m, n, k, dtype, "nf4", blocksize, nested).with_gradient()
+            yield launches_gemm.dgrad_sm90a(source, product, tokens, parts=2 if n > 512 else 1)
+
+
 def of_int8_tile_sm90a(source: Described) -> Iterator[Check]:
     plans = [
         (int8_tiles.Tile(64, parts=3), "bf16", 17),
@@ -351,6 +361,7 @@ FAMILIES = {
     "gemm_4bit_tile_sm80": of_gemm_4bit_tile_sm80,
     "floor": of_floor,
     "gemm_4bit_tile_sm90a": of_gemm_4bit_tile_sm90a,
+    "gemm_4bit_dgrad_sm90a": of_gemm_4bit_dgrad_sm90a,
 }
 
 

@@ -335,6 +335,39 @@ class Linear:
         self.native.calls.append("product")
         self.native.rows.append(m)
         n, k, dtype = self.n, self.k, self.dtype
+        dense = self._dense(packed, absmax, absmax2, offset)
+        rows, shift, out = (
+            tensor((x, m * k, dtype)),
+            tensor((bias, n, dtype) if bias else None),
+            tensor((y, m * n, dtype)),
+        )
+        assert rows is not None
+        assert out is not None
+        exact = rows.view(m, k).double() @ dense.T
+        out.view(m, n).copy_(exact if shift is None else exact + shift.double())
+
+    def dgrad_workspace(self, m: int) -> int | None:
+        """Where the kernel is faster than a dense copy, as many bytes as it has rows."""
+        return self.workspace(m)
+
+    def dgrad(
+        self, stream: int, m: int, dy: int, packed: int, absmax: int, absmax2: int, offset: int, dx: int, workspace: int
+    ) -> None:
+        """The gradient of one product's `x`."""
+        assert m in self.native.paying
+        assert workspace
+        assert dy % 16 == packed % 16 == 0
+        self.native.calls.append("dgrad")
+        self.native.rows.append(m)
+        rows, out = tensor((dy, m * self.n, self.dtype)), tensor((dx, m * self.k, self.dtype))
+        assert rows is not None
+        assert out is not None
+        dense = self._dense(packed, absmax, absmax2, offset)
+        out.view(m, self.k).copy_(rows.view(m, self.n).double() @ dense)
+
+    def _dense(self, packed: int, absmax: int, absmax2: int, offset: int) -> torch.Tensor:
+        """The weight in float64."""
+        n, k = self.n, self.k
         count = blocks(n * k, self.blocksize)
         assert self.nested == (absmax2 != 0) == (offset != 0)
         if self.nested:
@@ -347,12 +380,4 @@ class Linear:
             (packed, (n * k + 1) // 2, "uint8"), (scales.data_ptr(), count, "float32"),
             (dense.data_ptr(), n * k, "float32"), self.quant_type, self.blocksize,
         )  # fmt: skip
-        rows, shift, out = (
-            tensor((x, m * k, dtype)),
-            tensor((bias, n, dtype) if bias else None),
-            tensor((y, m * n, dtype)),
-        )
-        assert rows is not None
-        assert out is not None
-        exact = rows.view(m, k).double() @ dense.view(n, k).double().T
-        out.view(m, n).copy_(exact if shift is None else exact + shift.double())
+        return dense.view(n, k).double()

@@ -55,6 +55,14 @@ class Product:
             reference.CODEBOOKS[quant_type][codes].reshape(n, k),
         )
 
+    def with_gradient(self, identity: bool = False) -> Product:
+        """The same with a gradient of y in the place of x, and without a bias; of an identity n rows."""
+        n, m = self.weights.shape[0], self.x.shape[0]
+        values = np.random.default_rng([n, m]).standard_normal((m, n), np.float32)
+        if identity:
+            values = np.eye(n, dtype=np.float32)
+        return replace(self, x=native.from_float32(values, self.dtype), bias=None)
+
     def result(self, weights: np.ndarray, roundings: float) -> Callable[[np.ndarray], str]:
         """Compares with the product by `weights`; a sum may have been rounded to float32 that often in turn."""
         n, k = weights.shape
@@ -266,11 +274,11 @@ class Tile:
     ranges: int = 0
 
 
-def tile_shared(tokens: int) -> int:
-    """The dynamic shared memory of a block, as rust/cuda/src/gemm/tile.rs has it."""
-    x = 4 if tokens > 64 else 8
+def tile_shared(tokens: int, dgrad: bool = False) -> int:
+    """The dynamic shared memory of a block of the kernel for products or gradients, as rust/cuda/src/gemm has it."""
+    x, codes = 4 if tokens > 64 else 8, 3 if tokens > 128 else 6
     # y and planes, or a table and scales.
-    codes, scales, of_stage, other = (3, 4, 8192, tokens * 128) if tokens > 128 else (6, 2, 4096, 65536)
+    scales, of_stage, other = (4, 8192, tokens * 128) if tokens > 128 and not dgrad else (2, 4096, 65536)
     return x * tokens * 128 + other + codes * 8192 + scales * of_stage + 1024 + 2 * (codes + x + scales) * 8
 
 
@@ -313,21 +321,61 @@ def tile_sm90a(source: Described, product: Product, plan: Tile, exact: bool = Fa
     return Check(name, Case([launch]), [(y, _of_dequantized(product, 2 + k / 16 + max(plan.parts, units), exact))])
 
 
-def _of_dequantized(product: Product, roundings: float, exact: bool) -> Callable[[np.ndarray], str]:
-    """Compares with the product by the dequantized weight. `exact`: x is an identity, and that weight is wanted."""
+def dgrad_sm90a(
+    source: Described, product: Product, tokens: int, parts: int = 1, ranges: int = 0, exact: bool = False
+) -> Check:
+    """The gradient of x by warpgroups: of the product `x` is that of y, [M][N].
+
+    `tokens` of its rows are in a tile, and N is divided in parts, or all tiles in ranges. `exact`: it is an identity,
+    and the result has to be the dequantized weight.
+    """
+    (m, n), k, constants = product.x.shape, product.weights.shape[1], source.constants
+    columns, step, unit = constants["ROWS"], constants["K_TILE"], constants["SCALES_K"]
+    kernel = f"gemm_4bit_dgrad_sm90a_{product.dtype}_{tokens}"
+    units, token_tiles = ceil_div(n, unit), ceil_div(m, tokens)
+    of_part, tiles = ceil_div(units, parts), token_tiles * ceil_div(k, columns)
+    assert of_part * (parts - 1) < units, "a part of N with nothing"
+    dx = Buffer(filled(m * k, product.x.dtype).reshape(m, k))
+    codebook = reference.CODEBOOKS[product.quant_type].astype(np.float32)
+    arguments = [
+        tensor_map(Buffer(product.x), 2, (n, m), (2 * n,), (step, tokens), 128),
+        tensor_map(Buffer(product.packed), 1, (k // 2, n), (k // 2,), (constants["CODES_ROW_BYTES"], columns), 64),
+        product.scales.argument(0), Argument(codebook.tobytes()), pointers(dx), int32(m), int32(n), int32(k),
+        size_argument(product.blocksize), Argument(struct.pack("<4i", token_tiles, of_part, parts, ranges)),
+        _workspace(Tile(tokens, ranges=ranges), columns),
+    ]  # fmt: skip
+    assert ranges % tiles == 0, "a range of more than one tile"
+    launch = Launch(
+        kernel, ranges or tiles * parts, source.threads[kernel], arguments, tile_shared(tokens, dgrad=True),
+        cluster=parts, in_order=ranges > 0,
+    )  # fmt: skip
+    name = f"{kernel}, {m} x {n} x {k}, {product.quant_type} in {product.blocksize}, {parts} parts, {ranges} ranges"
+    return Check(
+        name, Case([launch]), [(dx, _of_dequantized(product, 2 + n / 16 + max(parts, units), exact, dgrad=True))]
+    )
+
+
+def _of_dequantized(
+    product: Product, roundings: float, exact: bool, dgrad: bool = False
+) -> Callable[[np.ndarray], str]:
+    """Compares with the product by the dequantized weight, for `dgrad` by that transposed.
+
+    `exact`: x is an identity, and that weight is wanted.
+    """
     n, k = product.weights.shape
     if exact:
         scales = product.scales.absmax
         dense = native.dequantize(product.packed, scales, n * k, product.dtype, product.quant_type, product.blocksize)
         # A sum of zeros is +0, if not all of them are -0.
         dense[native.to_float32(dense, product.dtype) == 0] = 0
-        return bits(dense.reshape(n, k).T.copy(), product.dtype)
+        dense = dense.reshape(n, k)
+        return bits(dense if dgrad else dense.T.copy(), product.dtype)
     # A weight is its value times its scale, rounded to x's type; a sum is rounded once for each product of matrices,
     # and once for each part and the bias.
     with np.errstate(invalid="ignore"):
         scaled = product.weights * np.repeat(product.scales.absmax, product.blocksize)[: n * k].reshape(n, k)
     rounded = native.to_float32(native.from_float32(scaled.astype(np.float32), product.dtype), product.dtype)
-    return product.result_of(rounded, roundings)
+    return product.result_of(rounded.T if dgrad else rounded, roundings)
 
 
 def tile_sm80(

@@ -29,9 +29,11 @@ def native(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     for module in (_cuda, cuda_8bit, cuda_memory):
         monkeypatch.setattr(module, "current_stream", lambda device: 0)
     _cuda._kernel.cache_clear()
+    _cuda._linear.cache_clear()
     cuda_8bit._kernel_8bit.cache_clear()
     yield stand_in
     _cuda._kernel.cache_clear()
+    _cuda._linear.cache_clear()
     cuda_8bit._kernel_8bit.cache_clear()
 
 
@@ -126,6 +128,28 @@ def test_which_kernel_is_taken(native, monkeypatch):
     shifted = (torch.nn.functional.pad(tensors[0].view(-1), (1, 0))[1:].view(-1, 1), *tensors[1:])
     for m in (8, 200):
         assert calls(torch.randn(m, 128, dtype=torch.bfloat16), shifted)[0] == ["dequantize"]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_which_way_a_gradient_is_made(native, nested):
+    """By the kernel where that pays and the codes are aligned, whatever the layout of the gradient of y."""
+    tensors, how, dense = weight(96, 128, torch.bfloat16, nested=nested)
+    native.paying = {6, 20}
+    shifted = (torch.nn.functional.pad(tensors[0].view(-1), (1, 0))[1:].view(-1, 1), *tensors[1:])
+    for of_weight, dy, way in (
+        (tensors, torch.randn(20, 96, dtype=torch.bfloat16), "dgrad"),
+        (tensors, torch.randn(2, 3, 96, dtype=torch.bfloat16), "dgrad"),
+        (tensors, torch.randn(96, 20, dtype=torch.bfloat16).t(), "dgrad"),
+        (tensors, torch.randn(20 * 96 + 1, dtype=torch.bfloat16)[1:].view(20, 96), "dgrad"),
+        (tensors, torch.randn(21, 96, dtype=torch.bfloat16), "dequantize"),
+        (shifted, torch.randn(20, 96, dtype=torch.bfloat16), "dequantize"),
+    ):
+        native.calls.clear()
+        dx = _cuda.linear_4bit_backward(dy, packed_weight(*of_weight, *how))
+        assert native.calls == [way]
+        expected = ref.linear(dy, dense.T, None)
+        assert dx.shape == (*dy.shape[:-1], 128)
+        assert ((dx.double() - expected).abs() <= 2 * ref.product_bound(dy, dense.T, None)).all()
 
 
 def test_inputs_of_any_layout(native):

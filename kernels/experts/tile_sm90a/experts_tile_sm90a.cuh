@@ -115,7 +115,7 @@ __device__ inline void experts_tile_sm90a(const TensorMap *x_map, const ExpertsP
         const int row = walk.begin + walk.token + thread % TOKENS;
         const int y_row = product.order == nullptr || walk.token + thread % TOKENS >= walk.tokens ? row : product.order[row];
         float sums[S::ACCUMULATORS];
-        multiply_k_tiles<T, S, TOKENS>(sums, shared, state, lane, 0, my_row, stages);
+        multiply_k_tiles<T, RowsOperand<S>>(sums, shared, state, lane, 0, my_row, stages);
         if (walk.left == 1) {
             let_next_start();
         }

@@ -9,8 +9,9 @@ constexpr int STEP_TOKENS = 32;   // that a copy brings, and that a team puts to
 
 // A tile is 256 rows of W by TOKENS tokens of one expert, or as many as are left. See gemm/tile_sm90a/shape.cuh for what is not said here. The
 // launcher takes BYTES from here.
-template <int TOKENS>
+template <int TOKENS_>
 struct ExpertShape {
+    static constexpr int TOKENS = TOKENS_;
     // Both teams take every k-tile, each for rows of its own: they share x, and one writes a tile while the other multiplies.
     static constexpr int TEAMS = 2, K_TEAMS = 1;
     __device__ static constexpr int chunks(int tokens) { return tokens > 64 ? 2 : 1; }

@@ -19,27 +19,73 @@ __device__ inline void fill_table(u8 *shared, const Codebook &codebook, int warp
     meet<1, S::CONSUMERS>();
 }
 
-// The products of this team's k-tiles in `stages` stages of scales become `sums`, the accumulators: [64 rows][TOKENS] of a
-// warpgroup, as wgmma has them. `team`: of those that take k-tiles in turn. `my_row`: of the tile's rows the lane's first.
-template <typename T, typename S, int TOKENS>
-__device__ inline void multiply_k_tiles(float (&sums)[TOKENS / 2], u8 *shared, ConsumerState<S> &state, int lane, int team,
-                                        u32 my_row, int stages) {
-    const Pipelines<S> pipelines(shared);
-    // What the matrix units want of row g and of row g + 8 in lane 4g + t: of each word of codes byte t.
-    const u32 g = u32(lane) / 4, t = u32(lane) % 4;
-    const u8 *const my_codes = shared + S::CODES_AT + my_row * CODES_ROW_BYTES;
-    const u8 *const my_scales = shared + S::SCALES_AT + my_row * 8;
-    const u32 swizzle = g >> 1;
+// Rows of W as the rows of A: two to a lane. What it dequantizes are chunks of a k-tile: spans of 32 columns, and k-blocks of
+// 16, of which one wgmma makes the products.
+template <typename S>
+struct RowsOperand {
+    static constexpr int CHUNKS = S::chunks(S::TOKENS), SPANS = 2 / CHUNKS, K_BLOCKS = 4 / CHUNKS;
+    const u8 *const shared, *const my_codes, *const my_scales;
     // The offset of an entry of the table is one permutation of bytes: 256 times a byte of codes, and where this lane's begin.
-    const u32 at_lane = u32(lane) * 8, selector = 0x1100u | (4u + t) << 4;
+    // Of each word of codes the units want byte t in lane 4g + t.
+    const u32 swizzle, at_lane, selector;
+    // Codes and scales of row g and of row g + 8. Not a member: then registers would not do for 96 tokens.
+    struct Loaded {
+        Words4 words[2][SPANS];
+        Floats2 scale[2];
+    };
+
+    // `my_row`: of the tile's rows the lane's first.
+    __device__ RowsOperand(const u8 *shared, int lane, u32 my_row)
+        : shared(shared),
+          my_codes(shared + S::CODES_AT + my_row * CODES_ROW_BYTES),
+          my_scales(shared + S::SCALES_AT + my_row * 8),
+          swizzle(u32(lane) / 4 >> 1),
+          at_lane(u32(lane) * 8),
+          selector(0x1100u | (4u + u32(lane) % 4) << 4) {}
+
+    // The codes and scales of chunk c of k-tile `k_tile` of a stage of scales, which is in a half of a stage of codes.
+    __device__ void load(Loaded &to, u32 codes_stage, u32 half, u32 scales_stage, int k_tile, int c) const {
+        const u8 *const codes = my_codes + codes_stage * S::CODES_BYTES;
+        const u8 *const scales_at = my_scales + scales_stage * S::SCALES_BYTES + k_tile * (S::TILE_ROWS * 8);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            to.scale[r] = *reinterpret_cast<const Floats2 *>(scales_at + r * S::SECOND_ROW * 8);
+#pragma unroll
+            for (int j = 0; j < SPANS; j++) {
+                const u32 piece = (half * 2 + u32(c + j)) ^ swizzle;
+                to.words[r][j] = *reinterpret_cast<const Words4 *>(codes + r * S::SECOND_ROW * CODES_ROW_BYTES + piece * 16);
+            }
+        }
+    }
+    // K-block q of what was loaded, to the registers that wgmma reads: scaled in float32, rounded once.
+    template <typename T>
+    __device__ void dequantize(u32 *to, const Loaded &from, int c, int q) const {
+#pragma unroll
+        for (int w = 0; w < 2; w++) {
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const u32 offset = permute_bytes(at_lane, from.words[r][q / 2].word[q % 2 * 2 + w], selector);
+                const Floats2 pair = *reinterpret_cast<const Floats2 *>(shared + S::TABLE_AT + offset);
+                const float by = from.scale[r].value[c + q / 2];
+                to[4 * q + 2 * w + r] = pack2<T>(__fmul_rn(pair.value[0], by), __fmul_rn(pair.value[1], by));
+            }
+        }
+    }
+};
+
+// The products of this team's k-tiles in `stages` stages of scales become `sums`, the accumulators: [64 rows][TOKENS] of a
+// warpgroup, as wgmma has them. `Operand`: what A is, and `place` where of it this lane's part is. `team`: of those that take
+// k-tiles in turn.
+template <typename T, typename Operand, typename S>
+__device__ inline void multiply_k_tiles(float (&sums)[S::ACCUMULATORS], u8 *shared, ConsumerState<S> &state, int lane, int team,
+                                        u32 place, int stages) {
+    const Pipelines<S> pipelines(shared);
+    Operand a_operand(shared, lane, place);
     const u32 x_base = operand(shared + S::X_AT);
     constexpr int K_TILES = SCALES_K_TILES / S::K_TEAMS;  // of a team in a stage of scales
-    // Of a chunk: spans of 32 columns, and k-blocks of 16, of which one wgmma makes the products.
-    constexpr int CHUNKS = S::chunks(TOKENS), CHUNK_SPANS = 2 / CHUNKS, CHUNK_K_BLOCKS = 4 / CHUNKS;
+    constexpr int CHUNKS = Operand::CHUNKS, CHUNK_K_BLOCKS = Operand::K_BLOCKS;
     u32 a[4 * CHUNK_K_BLOCKS];
-    // Codes and scales of row g and of row g + 8.
-    Words4 words[2][CHUNK_SPANS];
-    Floats2 scale[2];
+    typename Operand::Loaded loaded;
     PipelineState<S::CODES_STAGES> &codes_state = state.codes;
     PipelineState<S::SCALES_STAGES> &scales_state = state.scales;
     PipelineState<S::X_STAGES> &x_state = state.x;
@@ -54,31 +100,11 @@ __device__ inline void multiply_k_tiles(float (&sums)[TOKENS / 2], u8 *shared, C
             barrier_wait(&pipelines.codes_full[codes_state.stage], codes_state.phase);
         }
         const u32 half = S::K_TEAMS == 2 ? u32(team) : u32(i & 1);
-        const u8 *const codes = my_codes + codes_state.stage * S::CODES_BYTES;
-        const u8 *const scales_at =
-            my_scales + scales_state.stage * S::SCALES_BYTES + (S::K_TEAMS == 2 ? 2 * i + team : i) * (S::TILE_ROWS * 8);
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            scale[r] = *reinterpret_cast<const Floats2 *>(scales_at + r * S::SECOND_ROW * 8);
-#pragma unroll
-            for (int j = 0; j < CHUNK_SPANS; j++) {
-                const u32 piece = (half * 2 + u32(c + j)) ^ swizzle;
-                words[r][j] = *reinterpret_cast<const Words4 *>(codes + r * S::SECOND_ROW * CODES_ROW_BYTES + piece * 16);
-            }
-        }
+        a_operand.load(loaded, codes_state.stage, half, scales_state.stage, S::K_TEAMS == 2 ? 2 * i + team : i, c);
     };
-    // K-block q of what was loaded, to the registers that wgmma reads: scaled in float32, rounded once.
+    // K-block q of what was loaded.
     const auto dequantize = [&](u32 *to, int i, int c, int q) {
-#pragma unroll
-        for (int w = 0; w < 2; w++) {
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                const u32 offset = permute_bytes(at_lane, words[r][q / 2].word[q % 2 * 2 + w], selector);
-                const Floats2 pair = *reinterpret_cast<const Floats2 *>(shared + S::TABLE_AT + offset);
-                const float by = scale[r].value[c + q / 2];
-                to[4 * q + 2 * w + r] = pack2<T>(__fmul_rn(pair.value[0], by), __fmul_rn(pair.value[1], by));
-            }
-        }
+        a_operand.template dequantize<T>(to, loaded, c, q);
         if (c < CHUNKS - 1 || q < CHUNK_K_BLOCKS - 1) {
             return;
         }

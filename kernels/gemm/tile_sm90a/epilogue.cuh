@@ -1,12 +1,12 @@
-// The epilogue of gemm_4bit_tile_sm90a: sums of teams and of splits of K, the bias, and y by whole lines.
+// The epilogue of gemm_4bit_tile_sm90a and of gemm_4bit_dgrad_sm90a: sums of teams and of splits of K, the bias, and y by
+// whole lines.
 #pragma once
 
 #include "gemm/tile_sm90a/walk.cuh"
 
 // The second team's sums to where x was, from where `add_sums` takes them; by all consumers.
-template <int TOKENS>
-__device__ inline void exchange_sums(const float (&sums)[Shape<TOKENS>::ACCUMULATORS], u8 *shared, int team) {
-    using S = Shape<TOKENS>;
+template <typename S>
+__device__ inline void exchange_sums(const float (&sums)[S::ACCUMULATORS], u8 *shared, int team) {
     Floats4 *const theirs = reinterpret_cast<Floats4 *>(shared + S::X_AT) + team_member();
     // Nobody's matrix units read x any more.
     meet<1, S::CONSUMERS>();
@@ -20,9 +20,8 @@ __device__ inline void exchange_sums(const float (&sums)[Shape<TOKENS>::ACCUMULA
 }
 
 // By the first team: the sums of both.
-template <int TOKENS>
-__device__ inline void add_sums(float (&sums)[Shape<TOKENS>::ACCUMULATORS], const u8 *shared) {
-    using S = Shape<TOKENS>;
+template <typename S>
+__device__ inline void add_sums(float (&sums)[S::ACCUMULATORS], const u8 *shared) {
     const Floats4 *const theirs = reinterpret_cast<const Floats4 *>(shared + S::X_AT) + team_member();
 #pragma unroll
     for (int i = 0; i < S::ACCUMULATORS / 4; i++) {
@@ -35,10 +34,10 @@ __device__ inline void add_sums(float (&sums)[Shape<TOKENS>::ACCUMULATORS], cons
 }
 
 // By one team: y [m][n] of the tile, or with a split K of this block's range of tokens.
-template <typename T, int TOKENS>
-__device__ inline void write_tile(const float (&sums)[Shape<TOKENS>::ACCUMULATORS], u8 *shared, const T *bias, T *y, int m,
-                                  int n, const Tile &tile, int split, const LaunchConfig &config) {
-    using S = Shape<TOKENS>;
+template <typename T, typename S>
+__device__ inline void write_tile(const float (&sums)[S::ACCUMULATORS], u8 *shared, const T *bias, T *y, int m, int n,
+                                  const Tile &tile, int split, const LaunchConfig &config) {
+    constexpr int TOKENS = S::TOKENS;
     const int member = team_member(), lane = member % WARP, team_warp = member / WARP;
     const u32 my_row = u32(team_warp) * 16 + u32(lane) / 4;
     // [token][row] of y, beginning with token 0 of the tile, whether or not that is here.
@@ -55,9 +54,22 @@ __device__ inline void write_tile(const float (&sums)[Shape<TOKENS>::ACCUMULATOR
         }
     }
     // Sums of sixteen tokens, the 16-byte piece c of a token at place c ^ token % 8.
-    const u32 out_token = u32(lane / 16 * 8 + lane % 8);
-    const u32 out_offset = out_token * (ROWS * 2) + (u32(team_warp * 2 + lane / 8 % 2) ^ (out_token & 7)) * 16;
+    const u32 out_token = S::COLUMNS ? u32(lane % 4 * 2) : u32(lane / 16 * 8 + lane % 8);
+    const u32 out_piece = S::COLUMNS ? my_column(team_warp, lane) / 8 : u32(team_warp * 2 + lane / 8 % 2);
+    const u32 out_offset = out_token * (ROWS * 2) + (out_piece ^ (out_token & 7)) * 16;
     const auto put = [&](int sixteen, const float *d) {
+        if constexpr (S::COLUMNS) {
+            // Of a token two neighbours; the next one's piece has the last bit of its place turned.
+            const u32 within = my_column(team_warp, lane) % 8 * 2, next = (out_offset + ROWS * 2) ^ 16;
+            u8 *const to = out + sixteen * 16 * (ROWS * 2) + within;
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const float *const of = d + 4 * half;
+                *reinterpret_cast<u32 *>(to + half * 8 * (ROWS * 2) + out_offset) = pack2<T>(of[0], of[2]);
+                *reinterpret_cast<u32 *>(to + half * 8 * (ROWS * 2) + next) = pack2<T>(of[1], of[3]);
+            }
+            return;
+        }
         store_transposed(out + out_offset + sixteen * 16 * (ROWS * 2), pack2<T>(d[0] + biases[0], d[1] + biases[0]),
                          pack2<T>(d[2] + biases[1], d[3] + biases[1]), pack2<T>(d[4] + biases[0], d[5] + biases[0]),
                          pack2<T>(d[6] + biases[1], d[7] + biases[1]));

@@ -41,9 +41,10 @@
 //   Producers: two warps of which one thread drives the copy engine (codes, 128 columns a stage; x), and two warps that turn
 //   scales to float32 (256 columns a stage), or to planes: the sixteen values of a block in 16 bits (64 columns a stage).
 //
-// Division. A block makes one tile. Of more than 128 tokens a tile, where there are a few more tiles than multiprocessors, all
-//   blocks share all tiles evenly instead (stream-K): see walk.cuh and ranges.cuh. The end of one tile and the start of the
-//   next then overlap: producers go on.
+// Division. A block makes one tile. Where tiles are too few for the device, blocks share them: up to four of a cluster, or, since
+//   clusters of four take 120 of 132 multiprocessors at a time, two to eight that leave their sums in memory. Of more than 128
+//   tokens a tile, where there are a few more tiles than multiprocessors, all blocks share all tiles evenly (stream-K): the end
+//   of one tile and the start of the next then overlap, as producers go on. See walk.cuh and ranges.cuh.
 //
 // Shared memory, with 64 / 96, 128 / 192 / 256 tokens:
 //     x          8 / 4 / 4 / 4 stages of TOKENS x 128 bytes, 128-byte swizzle    64 / 48, 64 / 96 / 128 KB
@@ -61,9 +62,9 @@
 //   or 216 where there is one; producers give theirs away (setmaxnreg). In flight: all stages, 104 to 160 KB for each
 //   multiprocessor. One block on a multiprocessor, 640 or 384 threads.
 //
-// Determinism. A tile's products are added in the order of k-tiles, then of teams. When a launch has few tiles, up to four
-//   blocks of a cluster share one, a part of K each (split-K), and each adds up a range of tokens in the order of the parts; in
-//   ranges, the block with the first columns adds what the others left, in the order of K.
+// Determinism. A tile's products are added in the order of k-tiles, then of teams. Of the blocks of a cluster each adds up a range
+//   of tokens in the order of the parts of K (split-K); in ranges, the block with the first columns adds what the others left,
+//   in the order of K.
 //   Nothing depends on which block comes first: the same inputs give the same bits on one device. Each weight is its codebook
 //   value times its scale in float32, rounded once: the bits of dequantize.
 //
@@ -77,7 +78,9 @@
 //   - For 256 tokens, the table: 51.7 us in place of 50.7. Planes that each lane makes for itself: 54.7. Products one by one:
 //     52.7; two at a time: 50.0, but not with ptxas 12.0 and 12.4 (C7513); two warpgroups that take turns by barriers: no
 //     difference. Registers of A for two k-blocks ahead instead of four: 59.7.
-//   - Ranges where there are fewer tiles than multiprocessors: 54.0 in place of 50.0 us for 256 rows. Of 512 rows they take
+//   - Clusters of three alone where four blocks leave their sums in memory, 4096 x 14336: 31.7, 36.0 and 42.3 us for 64, 96 and
+//     128 rows in place of 27.7, 31.5 and 36.6.
+//   - Of more than 128 tokens, ranges where there are fewer tiles than multiprocessors: 54.0 in place of 50.0 us for 256 rows. Of 512 rows they take
 //     96.7 and not 101, of 1024 187 and not 213 to 220.
 //   - Copies of x for two blocks of a cluster at once (multicast): 30.4, 37.1 and 51.0 us for 64, 128 and 256 rows.
 //   - Scales for the sums instead of the weights, with 4 bytes of the table for a code: ptxas does not keep two sets of
@@ -117,19 +120,19 @@ __device__ inline void gemm_4bit_tile_sm90a(const TensorMap *x_map, const Tensor
         if (member < 0) {
             if (lane == 0) {
                 if (warp == S::CONSUMER_WARPS) {
-                    produce_codes<TOKENS>(shared, codes_map, {config, n, k});
+                    produce_codes<S>(shared, codes_map, {config, n, k});
                 } else {
-                    produce_x<TOKENS>(shared, x_map, {config, n, k});
+                    produce_x<S>(shared, x_map, {config, n, k});
                 }
             }
             __syncwarp();
         } else {
             const ProductWalk<TOKENS> walk(config, n, k);
             if constexpr (S::TEAMS == 2) {
-                produce_scales<TOKENS>(shared, scales, ScalesSink<S>{}, n, k, block_shift, walk, member, lane);
+                produce_scales<S>(shared, scales, ScalesSink<S>{}, n, k, block_shift, walk, member, lane);
             } else {
                 const PlanesSink<T> planes{codebook, two_blocks};
-                produce_scales<TOKENS>(shared, scales, planes, n, k, block_shift, walk, member, lane);
+                produce_scales<S>(shared, scales, planes, n, k, block_shift, walk, member, lane);
             }
         }
         pass_by_reduction();
@@ -144,32 +147,34 @@ __device__ inline void gemm_4bit_tile_sm90a(const TensorMap *x_map, const Tensor
     if constexpr (S::TEAMS == 2) {
         // The epilogue is where x was, so there is one tile.
         fill_table<S>(shared, codebook, warp, lane);
-        multiply_k_tiles<T, S, TOKENS>(sums, shared, state, lane, team, my_row, ProductWalk<TOKENS>(config, n, k).stages());
+        const int stages = ProductWalk<TOKENS>(config, n, k).stages();
+        multiply_k_tiles<T, RowsOperand<S>>(sums, shared, state, lane, team, my_row, stages);
         let_next_start();
-        exchange_sums<TOKENS>(sums, shared, team);
+        exchange_sums<S>(sums, shared, team);
         if (team == 1) {
             pass_by_reduction();
             return;
         }
-        add_sums<TOKENS>(sums, shared);
         wait_for_previous();
         const ProductWalk<TOKENS> walk(config, n, k);
-        write_tile<T, TOKENS>(sums, shared, bias, y, m, n, walk.tile(), walk.split(), config);
+        if (finishes_elsewhere(walk)) {
+            leave_sums<S>(sums, shared, workspace, walk.range());
+            return;
+        }
+        collect_sums<S>(sums, shared, workspace, walk);
+        write_tile<T, S>(sums, shared, bias, y, m, n, walk.tile(), walk.split(), config);
     } else {
         for (ProductWalk<TOKENS> walk(config, n, k); walk.there(); walk.advance()) {
             multiply_by_planes<T, S, TOKENS>(sums, shared, state, lane, my_row, walk.stages(), two_blocks);
             // No block of the next kernel has room beside this one: it is not too early before the last tile.
             let_next_start();
             wait_for_previous();
-            const Tile tile = walk.tile();
-            if (config.ranges > 0 && tile.begin > 0) {
-                leave_sums<TOKENS>(sums, workspace, walk.range());
+            if (finishes_elsewhere(walk)) {
+                leave_sums<S>(sums, shared, workspace, walk.range());
                 continue;
             }
-            if (config.ranges > 0 && tile.stages < walk.of_tile()) {
-                collect_sums<TOKENS>(sums, workspace, walk);
-            }
-            write_tile<T, TOKENS>(sums, shared, bias, y, m, n, tile, walk.split(), config);
+            collect_sums<S>(sums, workspace, walk);
+            write_tile<T, S>(sums, shared, bias, y, m, n, walk.tile(), walk.split(), config);
         }
     }
 }

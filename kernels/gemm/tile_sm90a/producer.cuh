@@ -1,38 +1,48 @@
 // The producer warps of gemm_4bit_tile_sm90a: one thread has the copy engine (TMA) bring codes, another x; two warps
-// bring scales.
+// bring scales. Codes and x are for gemm_4bit_dgrad_sm90a as well.
 #pragma once
 
 #include "gemm/tile_sm90a/walk.cuh"
 
-// By one thread: stages of codes [ROWS][CODES_ROW_BYTES] of the tiles of a walk.
-template <int TOKENS>
-__device__ inline void produce_codes(u8 *shared, const TensorMap *map, ProductWalk<TOKENS> walk) {
-    using S = Shape<TOKENS>;
+// By one thread: stages of codes [ROWS][CODES_ROW_BYTES] of the tiles of a walk, one behind the other along K. Where K are
+// columns of W, these are the tile's rows; where it is rows of W, the tile's columns.
+template <typename S>
+__device__ inline void produce_codes(u8 *shared, const TensorMap *map, ProductWalk<S::TOKENS> walk) {
     const Pipelines<S> pipelines(shared);
+    static_assert(CODES_K == ROWS, "rows of a stage, whether they are of the tile or along K");
     // A prefetch reads nothing, so that it does not matter who still writes the weight.
     const Tile first = walk.tile();
     for (int i = 0; i < S::CODES_STAGES && i < first.stages * (SCALES_K / CODES_K); i++) {
-        fetch_box(map, first.begin * (SCALES_K / 2) + i * CODES_ROW_BYTES, first.row);
+        const int at = first.begin * SCALES_K + i * CODES_K;
+        if constexpr (S::COLUMNS) {
+            fetch_box(map, first.row / 2, at);
+        } else {
+            fetch_box(map, at / 2, first.row);
+        }
     }
     wait_for_previous();
     PipelineState<S::CODES_STAGES> state;
     for (; walk.there(); walk.advance()) {
         const Tile tile = walk.tile();
-        const int end = (tile.begin + tile.stages) * (SCALES_K / 2);
-        for (int byte = tile.begin * (SCALES_K / 2); byte < end; byte += CODES_ROW_BYTES) {
+        const int end = (tile.begin + tile.stages) * SCALES_K;
+        for (int at = tile.begin * SCALES_K; at < end; at += CODES_K) {
             Barrier *const full = &pipelines.codes_full[state.stage];
             barrier_wait(&pipelines.codes_empty[state.stage], state.phase ^ 1);
             barrier_arrive_expecting(full, S::CODES_BYTES);
-            copy_box(shared + S::CODES_AT + state.stage * S::CODES_BYTES, map, byte, tile.row, full);
+            u8 *const to = shared + S::CODES_AT + state.stage * S::CODES_BYTES;
+            if constexpr (S::COLUMNS) {
+                copy_box(to, map, tile.row / 2, at, full);
+            } else {
+                copy_box(to, map, at / 2, tile.row, full);
+            }
             state.advance();
         }
     }
 }
 
 // By one thread: stages of x [TOKENS][K_TILE].
-template <int TOKENS>
-__device__ inline void produce_x(u8 *shared, const TensorMap *map, ProductWalk<TOKENS> walk) {
-    using S = Shape<TOKENS>;
+template <typename S>
+__device__ inline void produce_x(u8 *shared, const TensorMap *map, ProductWalk<S::TOKENS> walk) {
     const Pipelines<S> pipelines(shared);
     wait_for_previous();
     PipelineState<S::X_STAGES> state;
@@ -189,10 +199,9 @@ struct WeightRows {
 };
 
 // By SCALE_PRODUCERS threads: the scales of the tiles. `member` is this thread among them.
-template <int TOKENS, typename Sink>
+template <typename S, typename Sink>
 __device__ inline void produce_scales(u8 *shared, const Scales &scales, const Sink &sink, int n, int k, int block_shift,
-                                      ProductWalk<TOKENS> walk, int member, int lane) {
-    using S = Shape<TOKENS>;
+                                      ProductWalk<S::TOKENS> walk, int member, int lane) {
     wait_for_previous();
     WeightRows rows{scales, 0, n, k, scales.absmax == nullptr, lie_by_fours(scales, k, block_shift), 0.0f};
     const float *map = nullptr;

@@ -39,20 +39,26 @@ __device__ constexpr u32 received_bytes(int tokens, int split_k) {
 __device__ constexpr u32 larger(u32 a, u32 b) { return a > b ? a : b; }
 
 // What a block of threads is made of, and how much of everything is in its shared memory. The launcher takes BYTES from here.
+// With COLUMNS it is that of gemm_4bit_dgrad_sm90a, where the operand of M are columns of W: whatever the others say of rows of
+// W is then said of these, and K is what the products are added over, which are rows of W.
 // experts/tile_sm90a has a shape of its own, for the same main loop.
-template <int TOKENS>
+template <int TOKENS_, bool COLUMNS_ = false>
 struct Shape {
+    static constexpr int TOKENS = TOKENS_;
+    static constexpr bool COLUMNS = COLUMNS_;
     // Two teams take k-tiles in turn where registers have room for both teams' accumulators: up to 128 tokens. They dequantize
     // through a table. With 128 the A operand of a whole k-tile no longer fits beside them, and a k-tile is dequantized by
-    // halves. One team has time for permutations, and shared memory for y in place of the table.
+    // halves. One team has time for permutations, and shared memory for y in place of the table; of columns of W they would
+    // take more than they give.
     static constexpr int TEAMS = TOKENS <= 128 ? 2 : 1, K_TEAMS = TEAMS;
+    static constexpr bool TABLE = TEAMS == 2 || COLUMNS;
     __device__ static constexpr int chunks(int tokens) { return tokens == 128 ? 2 : 1; }
     static constexpr int CONSUMERS = TEAMS * TEAM, CONSUMER_WARPS = CONSUMERS / WARP;
     static constexpr int THREADS = CONSUMERS + WARPGROUP;
     static constexpr int CODES_STAGES = TOKENS > 128 ? 3 : 6;  // 24 or 48 KB
     static constexpr int X_STAGES = TOKENS > 64 ? 4 : 8;       // two for each of two teams; twice that where they are small
-    // For two teams scales of some k-tiles, for one the planes of one k-tile: see planes.cuh.
-    static constexpr int SCALES_STAGES = TEAMS == 2 ? 2 : 4;
+    // Beside the table scales of some k-tiles, else the planes of one k-tile: see planes.cuh.
+    static constexpr int SCALES_STAGES = TABLE ? 2 : 4;
     static constexpr int ACCUMULATORS = TOKENS / 2;            // of a thread: 64 rows x TOKENS over 128 threads
     static constexpr int TILE_ROWS = ROWS;                     // rows of W of a block, whose codes and scales lie together
     static constexpr int SECOND_ROW = 8;                       // of the two rows of W of a lane, the second behind the first
@@ -60,14 +66,14 @@ struct Shape {
     static constexpr int SCALES_MEETING = 2;                   // the barrier of those who bring scales
     static constexpr u32 CODES_BYTES = TILE_ROWS * CODES_ROW_BYTES;
     static constexpr u32 X_BYTES = TOKENS * K_TILE_BYTES;
-    static constexpr u32 SCALES_BYTES = TEAMS == 2 ? TILE_ROWS * SCALES_PER_ROW * 4 : 2 * PLANES_BYTES;
-    static constexpr u32 TABLE_BYTES = TEAMS == 2 ? 256 * 256 : 0;
-    static constexpr int OUT_TOKENS = TEAMS == 2 ? TOKENS : TOKENS / 2;  // of which y is put together at a time
-    static constexpr u32 OUT_BYTES = TEAMS == 2 ? 0 : OUT_TOKENS * ROWS * 2;
+    static constexpr u32 SCALES_BYTES = TABLE ? TILE_ROWS * SCALES_PER_ROW * 4 : 2 * PLANES_BYTES;
+    static constexpr u32 TABLE_BYTES = TABLE ? 256 * 256 : 0;
+    static constexpr int OUT_TOKENS = TABLE ? TOKENS : TOKENS / 2;  // of which y is put together at a time
+    static constexpr u32 OUT_BYTES = TABLE ? 0 : OUT_TOKENS * ROWS * 2;
     // Shared memory, in this order.
     static constexpr u32 X_AT = 0;
     static constexpr u32 TABLE_AT = X_AT + X_STAGES * X_BYTES;
-    static constexpr u32 OUT_AT = TEAMS == 2 ? X_AT : TABLE_AT;
+    static constexpr u32 OUT_AT = TABLE ? X_AT : TABLE_AT;
     static constexpr u32 CODES_AT = TABLE_AT + TABLE_BYTES + OUT_BYTES;
     static constexpr u32 SCALES_AT = CODES_AT + CODES_STAGES * CODES_BYTES;
     static constexpr u32 MAP_AT = SCALES_AT + SCALES_STAGES * SCALES_BYTES;
@@ -76,7 +82,7 @@ struct Shape {
     static_assert(BYTES <= 232448, "what a block may have");
     // In the epilogue: the other team's accumulators, or those of all splits of K, and behind these y of a split.
     static_assert(TEAMS == 1 || TEAM * ACCUMULATORS * 4 <= X_STAGES * X_BYTES, "the other team's sums take the place of x");
-    static_assert(OUT_TOKENS * ROWS * 2 <= CODES_AT - OUT_AT, "y, of two teams in the place of x");
+    static_assert(OUT_TOKENS * ROWS * 2 <= CODES_AT - OUT_AT, "y, beside a table in the place of x");
     static constexpr u32 SPLIT_AT =
         larger(received_bytes(TOKENS, 2), larger(received_bytes(TOKENS, 3), received_bytes(TOKENS, 4)));
     static_assert(SPLIT_AT + split_tokens(TOKENS, 2) * ROWS * 2 <= MAP_AT, "y of a split, where nothing is needed any more");
@@ -87,6 +93,12 @@ struct Shape {
                   "a block has the registers that it was launched with, and would wait for more for ever");
     static_assert(X_STAGES % 2 == 0, "k-tiles of two teams");
 };
+
+// Where the rows of A are columns of W: of a lane of a team's warp the first of its two, which are neighbours. What a lane gets
+// of a matrix of codes are four columns, of which one warp takes two and the next the others.
+__device__ inline u32 my_column(int team_warp, int lane) {
+    return u32(team_warp / 2 * 32 + lane / 4 * 4 + team_warp % 2 * 2);
+}
 
 // Which stage of a pipeline comes next, and the parity of its phase.
 template <int STAGES>

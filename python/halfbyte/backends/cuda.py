@@ -211,6 +211,14 @@ def _slow(device: int, dtype: torch.dtype, k: int, blocksize: int) -> str | None
 
 
 @functools.lru_cache(maxsize=4096)
+def _linear(
+    device: int, dtype: torch.dtype, n: int, k: int, quant_type: str, blocksize: int, nested: bool
+) -> _native.CudaLinear:
+    """Products with weights of this kind."""
+    return _native.CudaLinear(device, NAMES[dtype], n, k, quant_type, blocksize, nested)
+
+
+@functools.lru_cache(maxsize=4096)
 def _kernel(
     device: int, dtype: torch.dtype, n: int, k: int, quant_type: str, blocksize: int, nested: bool
 ) -> tuple[Callable[..., None], int, Callable[[int], int | None]]:
@@ -226,7 +234,7 @@ def _kernel(
         _logger.warning(
             "no fused 4-bit GEMM for weight %s in %s (%s); falling back to dequantize + matmul", [n, k], dtype, reason
         )
-    kernel = _native.CudaLinear(device, NAMES[dtype], n, k, quant_type, blocksize, nested)
+    kernel = _linear(device, dtype, n, k, quant_type, blocksize, nested)
     most = 0 if reason is not None else kernel.rows_at_once * _FUSED_LAUNCHES[n * k >= _LARGE]
     return kernel.launch, min(most, kernel.rows_without_workspace), kernel.workspace
 
@@ -343,15 +351,37 @@ def linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
 
 
 def linear_4bit_backward(grad: Tensor, weight: PackedWeight) -> Tensor:
-    """`grad @ W` with the packed `W` [out_features, in_features]; computed in the dtype of `grad`."""
+    """`grad @ W` with the packed `W` [out_features, in_features]; computed in the dtype of `grad`.
+
+    By a kernel that reads the packed weight, or by a dense copy of it where that is faster.
+    """
     check_weight(weight)
     check_product(grad, "grad", None, weight, 0)
-    n, k = weight.packing.shape
+    packed, (absmax, absmax2, offset, (n, k), blocksize, quant_type, _) = weight
     out = grad.new_empty((*grad.shape[:-1], k))
     m = grad.numel() // n if n else prod(grad.shape[:-1])
     if m == 0 or k == 0 or n == 0:
         return out.zero_()
     grad = grad.contiguous().view(m, n)
+    device, codes = grad.get_device(), packed.contiguous()
+    kernel = _linear(device, grad.dtype, n, k, quant_type, blocksize, absmax2 is not None)
+    workspace = kernel.dgrad_workspace(m)
+    if workspace is not None:
+        if codes.data_ptr() % ALIGNMENT:
+            _say_unaligned(n, k)
+        else:
+            absmax = absmax.contiguous()
+            if absmax2 is None or offset is None:
+                scales = absmax.data_ptr(), 0, 0
+            else:
+                absmax2 = absmax2.contiguous()
+                scales = absmax.data_ptr(), absmax2.data_ptr(), offset.data_ptr()
+            if grad.data_ptr() % ALIGNMENT:
+                grad = grad.clone()
+            scratch = grad.new_empty(workspace, dtype=torch.uint8) if workspace else None
+            place = 0 if scratch is None else scratch.data_ptr()
+            kernel.dgrad(current_stream(device), m, grad.data_ptr(), codes.data_ptr(), *scales, out.data_ptr(), place)
+            return out
     unpacked = _Weight(weight)
     parts = unpacked.parts(grad.element_size())
     buffer = grad.new_empty(parts[0][1], k)

@@ -26,7 +26,10 @@ pub use capability::Capability;
 pub use dequantize_absmax::dequantize_absmax;
 pub use driver::{Device, Stream};
 pub use embedding::{Table, embedding};
-pub use gemm::{Choice, Gemm4bit, Gemv, gemm_4bit, gemv, rows_at_once, rows_without_workspace, tile_pays};
+pub use gemm::{
+    Choice, Dgrad4bit, Gemm4bit, Gemv, dgrad_4bit, dgrad_workspace, gemm_4bit, gemv, rows_at_once,
+    rows_without_workspace, tile_pays,
+};
 pub use int8_rowwise::{dequantize_rows, quantize_rows};
 pub use kernels::{Form, Kernel};
 pub use launch::Variant;

@@ -104,14 +104,14 @@ fn the_launchers_numbers_are_those_of_the_sources() {
         kernels::GEMM_4BIT_SMALL_M_SM80_BF16_16.threads as usize
     );
     assert_eq!(
-        kernels::gemm_4bit_tile_sm90a_bf16_64::SHAPE_64_THREADS,
+        kernels::gemm_4bit_tile_sm90a_bf16_64::SHAPE_64_0_THREADS,
         kernels::GEMM_4BIT_TILE_SM90A_F16_64.threads as usize
     );
     assert!(kernels::GEMM_4BIT_TILE_SM90A_F16_64.dynamic_shared && !kernels::GEMV_4BIT_F16.dynamic_shared);
     // Both element types have the same shape.
     assert_eq!(
-        kernels::gemm_4bit_tile_sm90a_bf16_256::SHAPE_256_BYTES,
-        kernels::gemm_4bit_tile_sm90a_f16_256::SHAPE_256_BYTES
+        kernels::gemm_4bit_tile_sm90a_bf16_256::SHAPE_256_0_BYTES,
+        kernels::gemm_4bit_tile_sm90a_f16_256::SHAPE_256_0_BYTES
     );
 }
 

@@ -1,10 +1,10 @@
-//! Products with weights of one kind on one device: what does not change from call to call is checked once.
+//! Products with weights of one kind on one device, and their gradients: what does not change from call to call is checked once.
 
 use halfbyte::codebook::QuantType;
 use halfbyte::dtype::DType;
 use halfbyte::error::{Error, Result};
 use halfbyte::geometry::{BlockSize, NESTED_BLOCK_SIZE, packed_len, weight_count};
-use halfbyte_cuda::{self as cuda, Choice, Device, Gemm4bit, Memory, Scales, Stream};
+use halfbyte_cuda::{self as cuda, Choice, Device, Dgrad4bit, Gemm4bit, Memory, Scales, Stream};
 use pyo3::prelude::*;
 
 use super::cuda::open;
@@ -91,31 +91,11 @@ impl CudaLinear {
     ) -> PyResult<()> {
         let call = || -> Result<()> {
             let (n, k, dtype) = (self.n, self.k, self.dtype);
-            let memory = |argument, address, count: Option<usize>, dtype| {
-                let Some(count) = count else {
-                    return Err(Error::argument("m", m, "a number of rows of less than 2^63 elements"));
-                };
-                Memory::new(argument, address, count, dtype)
-            };
-            let blocks = self.blocksize.absmax_len(self.values);
-            let scales = if self.nested {
-                Scales::Nested {
-                    codes: memory("absmax", absmax, Some(blocks), DType::U8)?,
-                    absmax2: memory("absmax2", absmax2, Some(blocks.div_ceil(NESTED_BLOCK_SIZE)), DType::F32)?,
-                    offset: memory("offset", offset, Some(1), DType::F32)?,
-                }
-            } else {
-                Scales::Plain(memory("absmax", absmax, Some(blocks), DType::F32)?)
-            };
-            let x = memory("x", x, m.checked_mul(k), dtype)?;
-            let y = memory("y", y, m.checked_mul(n), dtype)?;
-            let packed = memory("packed", packed, Some(packed_len(self.values)), DType::U8)?;
-            let bias = if bias == 0 { None } else { Some(memory("bias", bias, Some(n), dtype)?) };
+            let (packed, scales) = self.weight(packed, absmax, absmax2, offset)?;
+            let (x, y) = (rows("x", x, m, k, dtype)?, rows("y", y, m, n, dtype)?);
+            let bias = if bias == 0 { None } else { Some(Memory::new("bias", bias, n, dtype)?) };
             let bytes = if workspace == 0 { None } else { cuda::tile_pays(self.device, dtype, (m, n, k)) };
-            let workspace = match bytes {
-                Some(bytes) if bytes > 0 => Some(memory("workspace", workspace, Some(bytes), DType::U8)?),
-                _ => None,
-            };
+            let workspace = memory_of("workspace", workspace, bytes)?;
             let product = Gemm4bit {
                 x: &x,
                 packed: &packed,
@@ -134,4 +114,78 @@ impl CudaLinear {
         };
         py.detach(call).map_err(to_py)
     }
+
+    /// If `dgrad` makes the gradient of `m` rows of `x` in less time than a dense copy of the weight and a product with that, the
+    /// bytes of the workspace that it wants. The gradient of `y` and the codes begin at multiples of 16 bytes.
+    fn dgrad_workspace(&self, m: usize) -> Option<usize> {
+        cuda::dgrad_workspace(self.device, self.dtype, (m, self.n, self.k))
+    }
+
+    /// Make the gradient of `m` rows of `x` on `stream`, `dx = dy · W`. All others are addresses, as those of `launch`.
+    #[allow(clippy::too_many_arguments)] // Python's arguments
+    fn dgrad(
+        &self,
+        py: Python<'_>,
+        stream: usize,
+        m: usize,
+        dy: usize,
+        packed: usize,
+        absmax: usize,
+        absmax2: usize,
+        offset: usize,
+        dx: usize,
+        workspace: usize,
+    ) -> PyResult<()> {
+        let call = || -> Result<()> {
+            let (n, k, dtype) = (self.n, self.k, self.dtype);
+            let (packed, scales) = self.weight(packed, absmax, absmax2, offset)?;
+            let (dy, dx) = (rows("dy", dy, m, n, dtype)?, rows("dx", dx, m, k, dtype)?);
+            let bytes = if workspace == 0 { None } else { cuda::dgrad_workspace(self.device, dtype, (m, n, k)) };
+            let workspace = memory_of("workspace", workspace, bytes)?;
+            let product = Dgrad4bit {
+                dy: &dy,
+                packed: &packed,
+                scales: &scales,
+                dx: &dx,
+                m,
+                n,
+                k,
+                quant_type: self.quant_type,
+                blocksize: self.blocksize,
+                workspace: workspace.as_ref(),
+            };
+            // SAFETY: the Python caller's to keep.
+            unsafe { cuda::dgrad_4bit(self.device, Stream(stream), &product) }
+        };
+        py.detach(call).map_err(to_py)
+    }
+}
+
+impl CudaLinear {
+    /// The codes and the scales at these addresses.
+    fn weight(&self, packed: usize, absmax: usize, absmax2: usize, offset: usize) -> Result<(Memory, Scales)> {
+        let blocks = self.blocksize.absmax_len(self.values);
+        let scales = if self.nested {
+            Scales::Nested {
+                codes: Memory::new("absmax", absmax, blocks, DType::U8)?,
+                absmax2: Memory::new("absmax2", absmax2, blocks.div_ceil(NESTED_BLOCK_SIZE), DType::F32)?,
+                offset: Memory::new("offset", offset, 1, DType::F32)?,
+            }
+        } else {
+            Scales::Plain(Memory::new("absmax", absmax, blocks, DType::F32)?)
+        };
+        Ok((Memory::new("packed", packed, packed_len(self.values), DType::U8)?, scales))
+    }
+}
+
+/// `m` rows of so many columns at an address.
+fn rows(argument: &'static str, address: usize, m: usize, columns: usize, dtype: DType) -> Result<Memory> {
+    let count =
+        m.checked_mul(columns).ok_or_else(|| Error::argument("m", m, "a number of rows of less than 2^63 elements"))?;
+    Memory::new(argument, address, count, dtype)
+}
+
+/// Memory of so many bytes, if it is more than none.
+fn memory_of(argument: &'static str, address: usize, bytes: Option<usize>) -> Result<Option<Memory>> {
+    bytes.filter(|&bytes| bytes > 0).map(|bytes| Memory::new(argument, address, bytes, DType::U8)).transpose()
 }

@@ -10,6 +10,8 @@ use crate::driver::{Device, Stream};
 use crate::launch::parameters;
 use crate::memory::{Memory, Scales, block_shift};
 
+mod dgrad_sm90a;
+mod division;
 mod gemv;
 mod simt;
 mod small_m;
@@ -17,6 +19,7 @@ mod tile_sm80;
 mod tile_sm90a;
 mod workspace;
 
+pub use dgrad_sm90a::{Dgrad4bit, dgrad_4bit, dgrad_workspace};
 pub use gemv::{Gemv, gemv};
 pub use small_m::rows_at_once;
 
@@ -206,14 +209,14 @@ pub unsafe fn gemm_4bit(device: &Device, stream: Stream, product: &Gemm4bit<'_>,
     {
         let (x, y) = (product.x.address(), product.y.address());
         let (x, codes) = tile.maps(product.x.dtype(), (m, n, k), x, packed)?;
-        let (codebook, config) = (codebook(product.quant_type), tile.config);
+        let (codebook, config) = (codebook(product.quant_type), tile.config());
         let workspace = tile.workspace(product.workspace.map_or(0, Memory::address));
         let (m, n, k) = (m as i32, n as i32, k as i32);
         let parameters = parameters![x, codes, scales, codebook, bias, y, m, n, k, shift, config, workspace];
-        let blocks = (tile.blocks, tile.cluster);
+        let (blocks, shared) = tile.grid();
         // SAFETY: the kernel's parameters in its order; lengths and alignment were checked, it waits before it touches
         // what earlier ones write, the rest is the caller's.
-        unsafe { device.launch_early_in_clusters(stream, tile.kernel, blocks, tile.shared, parameters) }?;
+        unsafe { device.launch_early_in_clusters(stream, tile.kernel, blocks, shared, parameters) }?;
         return Ok(tile.kernel.name);
     }
     if (choice == Choice::TileSm80 || choice == Choice::Best && tile_sm80::prefers(device, m))
@@ -288,6 +291,6 @@ pub fn tile_pays(device: &Device, dtype: DType, shape: (usize, usize, usize)) ->
 
 /// Rows of `x` up to which no kernel wants a workspace.
 pub fn rows_without_workspace(device: &Device) -> usize {
-    // Of the kernel by warpgroups only the forms for more rows do, which are asked for anyway.
-    if tile_sm80::prefers(device, FEW_ROWS + 1) { FEW_ROWS } else { usize::MAX }
+    let more = tile_sm90a::suits(device) || tile_sm80::prefers(device, FEW_ROWS + 1);
+    if more { FEW_ROWS } else { usize::MAX }
 }

@@ -6,119 +6,73 @@ use halfbyte::error::Result;
 
 use crate::capability::Capability;
 use crate::driver::{Device, TensorMap, TileType};
+use crate::gemm::division::{CODES_ROW_BYTES, Config, Division, Form, K_TILE, MAX_SPLIT_K, ROWS, SCALES_K, heated};
 use crate::gemm::small_m::FEW_ROWS;
-use crate::gemm::workspace::{self, Workspace};
+use crate::gemm::workspace::Workspace;
 use crate::kernels::{
     self, Kernel, gemm_4bit_tile_sm90a_bf16_64 as bf16_64, gemm_4bit_tile_sm90a_bf16_96 as bf16_96,
     gemm_4bit_tile_sm90a_bf16_128 as bf16_128, gemm_4bit_tile_sm90a_bf16_192 as bf16_192,
     gemm_4bit_tile_sm90a_bf16_256 as bf16_256,
 };
 
-// The same in every form.
-const ROWS: usize = bf16_64::ROWS;
-const K_TILE: usize = bf16_64::K_TILE;
-const CODES_ROW_BYTES: usize = bf16_64::CODES_ROW_BYTES;
-const SCALES_K: usize = bf16_64::SCALES_K;
-const SCALES_K_TILES: usize = bf16_64::SCALES_K_TILES;
-const MAX_SPLIT_K: usize = bf16_64::MAX_SPLIT_K;
-/// Rows of `x` in a tile from which on blocks may share all tiles evenly: below, a block makes one tile.
-const RANGES_TOKENS: usize = 192;
 /// What `k` is a multiple of, and the addresses of `x` and the codes: so the copy engine wants it.
 const COLUMNS: usize = 32;
 const ALIGNMENT: u64 = 16;
 /// The copy engine's limit for the bytes between two rows.
 const MOST_PITCH: usize = 1 << 40;
 
-/// The forms of the kernel.
-#[derive(Debug, Clone, Copy)]
-struct Form {
-    /// Rows of `x` in a tile.
-    tokens: usize,
-    /// Microseconds of a step: 64 columns of a tile, all multiprocessors being busy. Measured on an H200.
-    step: f64,
-    /// The dynamic shared memory of a block.
-    shared: usize,
-    bf16: &'static Kernel,
-    f16: &'static Kernel,
-}
-
 const FORMS: [Form; 5] = [
     Form {
         tokens: 64,
+        several_tiles: false,
         step: 0.31,
-        shared: bf16_64::SHAPE_64_BYTES,
+        shared: bf16_64::SHAPE_64_0_BYTES,
         bf16: &kernels::GEMM_4BIT_TILE_SM90A_BF16_64,
         f16: &kernels::GEMM_4BIT_TILE_SM90A_F16_64,
     },
     Form {
         tokens: 96,
+        several_tiles: false,
         step: 0.37,
-        shared: bf16_96::SHAPE_96_BYTES,
+        shared: bf16_96::SHAPE_96_0_BYTES,
         bf16: &kernels::GEMM_4BIT_TILE_SM90A_BF16_96,
         f16: &kernels::GEMM_4BIT_TILE_SM90A_F16_96,
     },
     Form {
         tokens: 128,
+        several_tiles: false,
         step: 0.43,
-        shared: bf16_128::SHAPE_128_BYTES,
+        shared: bf16_128::SHAPE_128_0_BYTES,
         bf16: &kernels::GEMM_4BIT_TILE_SM90A_BF16_128,
         f16: &kernels::GEMM_4BIT_TILE_SM90A_F16_128,
     },
     Form {
         tokens: 192,
+        several_tiles: true,
         step: 0.58,
-        shared: bf16_192::SHAPE_192_BYTES,
+        shared: bf16_192::SHAPE_192_0_BYTES,
         bf16: &kernels::GEMM_4BIT_TILE_SM90A_BF16_192,
         f16: &kernels::GEMM_4BIT_TILE_SM90A_F16_192,
     },
     Form {
         tokens: 256,
+        several_tiles: true,
         step: 0.675,
-        shared: bf16_256::SHAPE_256_BYTES,
+        shared: bf16_256::SHAPE_256_0_BYTES,
         bf16: &kernels::GEMM_4BIT_TILE_SM90A_BF16_256,
         f16: &kernels::GEMM_4BIT_TILE_SM90A_F16_256,
     },
 ];
 
-/// What `LaunchConfig` is to the kernel.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Config {
-    token_tiles: i32,
-    scales_stages: i32,
-    split_k: i32,
-    ranges: i32,
-}
-
 /// A launch.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Tile {
     pub kernel: &'static Kernel,
-    pub config: Config,
-    pub blocks: u64,
-    /// Blocks of a cluster.
-    pub cluster: u32,
-    pub shared: u32,
-    /// Bytes of the workspace.
-    pub workspace: usize,
-    tokens: usize,
-    /// What it takes, in microseconds.
-    time: f64,
+    division: Division,
 }
 
 // Measured on an H200 (132 multiprocessors), where they decide: the kernel against a dense copy and cuBLAS, and against the
 // kernels for few rows.
-/// Microseconds of a launch, and of a wave of tiles besides its steps.
-const LAUNCH: f64 = 1.3;
-const WAVE: f64 = 5.5;
-/// Of adding up the parts of K.
-const ADDING: f64 = 1.0;
-/// Of ranges: what each tile takes besides its steps, and what sums take that go through memory.
-const TILE: f64 = 1.0;
-const SHARING: f64 = 7.0;
-/// What is more than so many microseconds takes longer by so much: then power limits the clock.
-const LONG: f64 = 60.0;
-const LONGER: f64 = 1.2;
 /// Of a dense copy for a million values, and the values that a microsecond brings from memory to the matrix units.
 const COPY: f64 = 0.63;
 const DENSE_VALUES: f64 = 2.15e6;
@@ -131,70 +85,6 @@ const MARGIN: f64 = 0.96;
 /// Rows up to which the times were measured: for more the dense copy stays.
 const MEASURED_ROWS: usize = 1024;
 
-/// Clusters of so many blocks that a device runs at a time: they do not lie across its groups of multiprocessors, of which
-/// some are smaller.
-fn resident(multiprocessors: usize, split_k: usize) -> usize {
-    let of_132 = match split_k {
-        1 => 132,
-        2 => 66,
-        3 => 40,
-        _ => 30,
-    };
-    (multiprocessors * of_132 / 132).max(1)
-}
-
-/// What a time becomes at the clock that power allows.
-fn heated(time: f64) -> f64 {
-    time.min(LONG) + LONGER * (time - LONG).max(0.0)
-}
-
-/// The fastest way to divide a product, and its time; into ranges only where that is wanted.
-fn divide((m, n, k): (usize, usize, usize), multiprocessors: usize, with_ranges: bool) -> (Form, Config, u64, f64) {
-    let units = k.div_ceil(SCALES_K);
-    let mut best: Option<(Form, Config, u64, f64)> = None;
-    for form in FORMS {
-        let token_tiles = m.div_ceil(form.tokens);
-        let tiles = token_tiles * n.div_ceil(ROWS);
-        for split_k in 1..=MAX_SPLIT_K {
-            let of_split = units.div_ceil(split_k);
-            // The last part has something to do.
-            if of_split * (split_k - 1) >= units {
-                continue;
-            }
-            let waves = tiles.div_ceil(resident(multiprocessors, split_k));
-            let adding = if split_k > 1 { ADDING } else { 0.0 };
-            let steps = (of_split * SCALES_K_TILES) as f64;
-            let time = heated(LAUNCH + waves as f64 * (WAVE + steps * form.step + adding));
-            if best.is_none_or(|(.., least)| time < least) {
-                let config = Config {
-                    token_tiles: token_tiles as i32,
-                    scales_stages: of_split as i32,
-                    split_k: split_k as i32,
-                    ranges: 0,
-                };
-                best = Some((form, config, (tiles * split_k) as u64, time));
-            }
-        }
-        let ranges = multiprocessors.min(tiles * units);
-        if with_ranges && form.tokens >= RANGES_TOKENS && ranges > 0 {
-            let steps = ((tiles * units).div_ceil(ranges) * SCALES_K_TILES) as f64;
-            let time = heated(LAUNCH + WAVE + SHARING + steps * form.step + tiles as f64 / ranges as f64 * TILE);
-            if best.is_none_or(|(.., least)| time < least) {
-                let config =
-                    Config { token_tiles: token_tiles as i32, scales_stages: 0, split_k: 1, ranges: ranges as i32 };
-                best = Some((form, config, ranges as u64, time));
-            }
-        }
-    }
-    // One part is always possible, but for no columns at all, which nobody asks for.
-    best.unwrap_or((FORMS[0], Config { token_tiles: 1, scales_stages: 0, split_k: 1, ranges: 0 }, 0, f64::INFINITY))
-}
-
-/// Of the sums of ranges the bytes; there are as many signals as ranges.
-fn sums_bytes(tokens: usize, ranges: usize) -> usize {
-    ranges * tokens * ROWS * size_of::<f32>()
-}
-
 /// Microseconds of a dense copy of the weight and a product with that.
 fn dense_time((m, n, k): (usize, usize, usize), multiprocessors: usize) -> f64 {
     let values = n as f64 * k as f64;
@@ -202,10 +92,19 @@ fn dense_time((m, n, k): (usize, usize, usize), multiprocessors: usize) -> f64 {
     heated(DENSE_LAUNCHES + COPY * values / 1e6 + products.max(values / DENSE_VALUES))
 }
 
-/// Whether a shape and a type are for the kernel at all.
-fn takes(capability: Capability, shared_per_block: u32, dtype: DType, (m, n, k): (usize, usize, usize)) -> bool {
+/// Whether a device has the kernel.
+pub(super) fn suits(device: &Device) -> bool {
+    has(device.capability(), device.shared_per_block())
+}
+
+fn has(capability: Capability, shared_per_block: u32) -> bool {
     kernels::GEMM_4BIT_TILE_SM90A_BF16_64.suits(capability)
         && FORMS.iter().all(|form| form.shared <= shared_per_block as usize)
+}
+
+/// Whether a shape and a type are for the kernel at all.
+fn takes(capability: Capability, shared_per_block: u32, dtype: DType, (m, n, k): (usize, usize, usize)) -> bool {
+    has(capability, shared_per_block)
         && matches!(dtype, DType::Bf16 | DType::F16)
         && m >= 1
         && n >= 1
@@ -224,28 +123,18 @@ impl Tile {
         if !takes(device.capability(), device.shared_per_block(), dtype, shape) {
             return None;
         }
-        let multiprocessors = device.multiprocessors() as usize;
-        let bytes = |(form, config, ..): &(Form, Config, u64, f64)| match config.ranges {
-            0 => 0,
-            ranges => workspace::bytes(sums_bytes(form.tokens, ranges as usize), ranges as usize),
-        };
-        let mut best = divide(shape, multiprocessors, workspace > 0);
-        if bytes(&best) > workspace {
-            best = divide(shape, multiprocessors, false);
-        }
-        let bytes = bytes(&best);
-        let (form, config, blocks, time) = best;
-        let kernel = if dtype == DType::F16 { form.f16 } else { form.bf16 };
-        Some(Self {
-            kernel,
-            config,
-            blocks,
-            cluster: config.split_k as u32,
-            shared: form.shared as u32,
-            workspace: bytes,
-            tokens: form.tokens,
-            time,
-        })
+        let division = Division::new(&FORMS, shape, device.multiprocessors() as usize, workspace);
+        Some(Self { kernel: division.form.kernel(dtype), division })
+    }
+
+    /// What `LaunchConfig` is.
+    pub(super) fn config(&self) -> Config {
+        self.division.config
+    }
+
+    /// Blocks of the grid and of a cluster, and the dynamic shared memory of one.
+    pub(super) fn grid(&self) -> ((u64, u32), u32) {
+        ((self.division.blocks, self.division.config.split_k as u32), self.division.form.shared as u32)
     }
 
     /// Whether memory at these addresses is where the copy engine can read it.
@@ -255,7 +144,7 @@ impl Tile {
 
     /// The workspace at this address, for one launch.
     pub(super) fn workspace(&self, address: u64) -> Workspace {
-        Workspace::new(address, sums_bytes(self.tokens, self.config.ranges as usize))
+        Workspace::new(address, self.division.sums())
     }
 
     /// What the copy engine has to know: of `x [m][k]` and of the codes of `W [n][k]`.
@@ -267,7 +156,7 @@ impl Tile {
         codes: u64,
     ) -> Result<(TensorMap, TensorMap)> {
         let kind = if dtype == DType::F16 { TileType::F16 } else { TileType::Bf16 };
-        let x = TensorMap::new(kind, x, (m, k), (self.tokens, K_TILE))?;
+        let x = TensorMap::new(kind, x, (m, k), (self.division.form.tokens, K_TILE))?;
         let codes = TensorMap::new(TileType::U8, codes, (n, k / 2), (ROWS, CODES_ROW_BYTES))?;
         Ok((x, codes))
     }
@@ -280,7 +169,8 @@ pub(super) fn pays(device: &Device, dtype: DType, shape: (usize, usize, usize)) 
         return None;
     }
     let tile = Tile::new(device, dtype, shape, usize::MAX)?;
-    (tile.time < MARGIN * dense_time(shape, device.multiprocessors() as usize)).then_some(tile.workspace)
+    let dense = dense_time(shape, device.multiprocessors() as usize);
+    (tile.division.time < MARGIN * dense).then(|| tile.division.workspace())
 }
 
 #[cfg(test)]
@@ -294,7 +184,7 @@ mod tests {
         for m in [1, 33, 64, 65, 128, 129, 200, 256, 1000, 4096] {
             for n in [1, 8, 128, 129, 4096, 14336, 128_256] {
                 for k in [32, 64, 256, 288, 1024, 4096, 14336] {
-                    let (form, config, blocks, time) = divide((m, n, k), 132, false);
+                    let Division { form, config, blocks, time } = Division::new(&FORMS, (m, n, k), 132, 0);
                     let (tiles, units, split_k) =
                         (config.token_tiles as usize, config.scales_stages as usize, config.split_k as usize);
                     assert!(tiles * form.tokens >= m && (tiles - 1) * form.tokens < m, "{m} {n} {k}");
@@ -309,7 +199,7 @@ mod tests {
 
     #[test]
     fn few_tiles_share_the_multiprocessors() {
-        let split_k = |m, n, k| divide((m, n, k), 132, false).1.split_k;
+        let split_k = |m, n, k| Division::new(&FORMS, (m, n, k), 132, 0).config.split_k;
         assert_eq!(split_k(64, 4096, 4096), 3);
         assert_eq!(split_k(256, 14336, 4096), 1);
         // Thirty-two clusters of four would run one after another.
@@ -321,16 +211,18 @@ mod tests {
         for (m, n, k) in
             [(256, 14336, 4096), (512, 14336, 4096), (1024, 4096, 14336), (200, 128, 256), (1024, 28672, 8192)]
         {
-            let (form, config, blocks, time) = divide((m, n, k), 132, true);
+            let division @ Division { form, config, blocks, time } = Division::new(&FORMS, (m, n, k), 132, usize::MAX);
             let stages = m.div_ceil(form.tokens) * n.div_ceil(ROWS) * k.div_ceil(SCALES_K);
-            assert!(time <= divide((m, n, k), 132, false).3);
+            assert!(time <= Division::new(&FORMS, (m, n, k), 132, 0).time);
             if config.ranges > 0 {
                 assert_eq!(blocks, config.ranges as u64);
                 assert!((1..=stages.min(132)).contains(&(config.ranges as usize)), "{m} {n} {k}");
-                assert!(sums_bytes(form.tokens, config.ranges as usize).is_multiple_of(256));
+                assert!(division.sums().is_multiple_of(256));
             }
         }
-        assert!(divide((512, 14336, 4096), 132, true).1.ranges == 132);
+        assert!(Division::new(&FORMS, (512, 14336, 4096), 132, usize::MAX).config.ranges == 132);
+        // No more memory than there is.
+        assert!(Division::new(&FORMS, (512, 14336, 4096), 132, 1000).config.ranges == 0);
     }
 
     #[test]
@@ -365,16 +257,16 @@ mod tests {
             (256, 14336, 4096, 52.0, 82.4),
             (512, 14336, 4096, 104.0, 127.7),
             (1024, 14336, 4096, 187.1, 207.1),
-            (64, 4096, 14336, 31.6, 0.0),
-            (96, 4096, 14336, 36.0, 0.0),
-            (128, 4096, 14336, 41.3, 0.0),
+            (64, 4096, 14336, 27.7, 0.0),
+            (96, 4096, 14336, 31.5, 0.0),
+            (128, 4096, 14336, 36.6, 0.0),
             (256, 4096, 14336, 60.3, 90.6),
             (512, 4096, 14336, 99.0, 117.6),
             (1024, 4096, 14336, 195.3, 208.3),
             (128, 28672, 8192, 134.2, 0.0),
             (256, 28672, 8192, 205.0, 345.4),
         ] {
-            let (.., time) = divide((m, n, k), 132, true);
+            let Division { time, .. } = Division::new(&FORMS, (m, n, k), 132, usize::MAX);
             assert!((time / ours - 1.0_f64).abs() < 0.16, "{m} {n} {k}: {time}");
             if dense > 0.0 {
                 let other = dense_time((m, n, k), 132);

@@ -1,0 +1,164 @@
+//! How the products by warpgroups with 4-bit weights (kernels/gemm/tile_sm90a and dgrad_sm90a) are divided: the form of the kernel,
+//! tiles for blocks and clusters of blocks, and the time that this takes.
+
+use halfbyte::dtype::DType;
+
+use crate::gemm::workspace;
+use crate::kernels::{Kernel, gemm_4bit_tile_sm90a_bf16_64 as bf16_64};
+
+// The same in every form.
+pub(super) const ROWS: usize = bf16_64::ROWS;
+pub(super) const K_TILE: usize = bf16_64::K_TILE;
+pub(super) const CODES_ROW_BYTES: usize = bf16_64::CODES_ROW_BYTES;
+pub(super) const SCALES_K: usize = bf16_64::SCALES_K;
+const SCALES_K_TILES: usize = bf16_64::SCALES_K_TILES;
+pub(super) const MAX_SPLIT_K: usize = bf16_64::MAX_SPLIT_K;
+/// Blocks that share a tile through memory, at most.
+const MAX_PARTS: usize = 8;
+
+/// A form of a kernel.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Form {
+    /// Rows of `x` in a tile.
+    pub tokens: usize,
+    /// Whether a block may go on with another tile, so that all blocks can share all tiles evenly.
+    pub several_tiles: bool,
+    /// Microseconds of a step: 64 columns of a tile, all multiprocessors being busy. Measured on an H200.
+    pub step: f64,
+    /// The dynamic shared memory of a block.
+    pub shared: usize,
+    pub bf16: &'static Kernel,
+    pub f16: &'static Kernel,
+}
+
+impl Form {
+    pub(super) fn kernel(&self, dtype: DType) -> &'static Kernel {
+        if dtype == DType::F16 { self.f16 } else { self.bf16 }
+    }
+}
+
+/// What `LaunchConfig` is to the kernels.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Config {
+    pub token_tiles: i32,
+    pub scales_stages: i32,
+    pub split_k: i32,
+    pub ranges: i32,
+}
+
+// Measured on an H200 (132 multiprocessors).
+/// Microseconds of a launch, and of a wave of tiles besides its steps.
+const LAUNCH: f64 = 1.3;
+const WAVE: f64 = 5.5;
+/// Of adding up the parts of K.
+const ADDING: f64 = 1.0;
+/// Of ranges: what each tile takes besides its steps, and what sums take that go through memory.
+const TILE: f64 = 1.0;
+const SHARING: f64 = 7.0;
+/// Of parts of a tile in ranges: what it takes to leave sums in memory, and to add those of one part, 128 rows of `x`.
+const LEAVING: f64 = 1.3;
+const COLLECTING: f64 = 1.33;
+/// What is more than so many microseconds takes longer by so much: then power limits the clock.
+const LONG: f64 = 60.0;
+const LONGER: f64 = 1.2;
+/// Clusters of so many blocks that a device runs at a time: they do not lie across its groups of multiprocessors, of which
+/// some are smaller.
+fn resident(multiprocessors: usize, split_k: usize) -> usize {
+    let of_132 = match split_k {
+        1 => 132,
+        2 => 66,
+        3 => 40,
+        _ => 30,
+    };
+    (multiprocessors * of_132 / 132).max(1)
+}
+
+/// What a time becomes at the clock that power allows.
+pub(super) fn heated(time: f64) -> f64 {
+    time.min(LONG) + LONGER * (time - LONG).max(0.0)
+}
+
+/// How a product is divided.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Division {
+    pub form: Form,
+    pub config: Config,
+    /// Of the grid.
+    pub blocks: u64,
+    /// What it takes, in microseconds.
+    pub time: f64,
+}
+
+impl Division {
+    /// The fastest for a product of `m` rows by `n` over `k` with so many bytes of workspace at most.
+    pub(super) fn new(forms: &[Form], shape: (usize, usize, usize), multiprocessors: usize, workspace: usize) -> Self {
+        let best = Self::best(forms, shape, multiprocessors, workspace > 0);
+        if best.workspace() <= workspace { best } else { Self::best(forms, shape, multiprocessors, false) }
+    }
+
+    /// The same, into ranges only where that is wanted.
+    fn best(forms: &[Form], (m, n, k): (usize, usize, usize), multiprocessors: usize, with_ranges: bool) -> Self {
+        let units = k.div_ceil(SCALES_K);
+        let no_config = Config { token_tiles: 1, scales_stages: 0, split_k: 1, ranges: 0 };
+        // One part is always possible, but for no columns at all, which nobody asks for.
+        let mut best = Self { form: forms[0], config: no_config, blocks: 0, time: f64::INFINITY };
+        for &form in forms {
+            let token_tiles = m.div_ceil(form.tokens);
+            let tiles = token_tiles * n.div_ceil(ROWS);
+            let mut consider = |scales_stages: usize, split_k: usize, ranges: usize, time: f64| {
+                let time = heated(time);
+                if time < best.time {
+                    let config = Config {
+                        token_tiles: token_tiles as i32,
+                        scales_stages: scales_stages as i32,
+                        split_k: split_k as i32,
+                        ranges: ranges as i32,
+                    };
+                    let blocks = if ranges > 0 { ranges } else { tiles * split_k } as u64;
+                    best = Self { form, config, blocks, time };
+                }
+            };
+            for split_k in 1..=MAX_SPLIT_K {
+                let of_split = units.div_ceil(split_k);
+                // The last part has something to do.
+                if of_split * (split_k - 1) >= units {
+                    continue;
+                }
+                let waves = tiles.div_ceil(resident(multiprocessors, split_k));
+                let adding = if split_k > 1 { ADDING } else { 0.0 };
+                let steps = (of_split * SCALES_K_TILES) as f64;
+                consider(of_split, split_k, 0, LAUNCH + waves as f64 * (WAVE + steps * form.step + adding));
+            }
+            if !with_ranges {
+                continue;
+            }
+            if form.several_tiles {
+                let ranges = multiprocessors.min(tiles * units);
+                let steps = ((tiles * units).div_ceil(ranges.max(1)) * SCALES_K_TILES) as f64;
+                let tiles = tiles as f64 / ranges.max(1) as f64;
+                consider(0, 1, ranges, LAUNCH + WAVE + SHARING + steps * form.step + tiles * TILE);
+                continue;
+            }
+            for parts in 2..=MAX_PARTS.min(units) {
+                // All at a time, or it is no better than clusters.
+                if tiles * parts <= multiprocessors {
+                    let steps = (units.div_ceil(parts) * SCALES_K_TILES) as f64;
+                    let leaving = LEAVING + (parts - 1) as f64 * COLLECTING * form.tokens as f64 / 128.0;
+                    consider(0, 1, tiles * parts, LAUNCH + WAVE + leaving + steps * form.step);
+                }
+            }
+        }
+        best
+    }
+
+    /// Bytes of the sums that blocks leave; there are as many signals as ranges.
+    pub(super) fn sums(&self) -> usize {
+        self.config.ranges as usize * self.form.tokens * ROWS * size_of::<f32>()
+    }
+
+    /// Bytes of the workspace.
+    pub(super) fn workspace(&self) -> usize {
+        if self.config.ranges == 0 { 0 } else { workspace::bytes(self.sums(), self.config.ranges as usize) }
+    }
+}
