@@ -206,6 +206,7 @@ bench: setup-test develop ## the benches, as tables; minutes, on a quiet machine
 bench-cuda: setup-test develop ## the benches that need a GPU
 	$(py) benches/cuda_blockwise.py $(ARGS)
 	$(py) benches/cuda_linear.py $(ARGS)
+	$(py) benches/cuda_dgrad.py
 	$(py) benches/cuda_torch.py $(ARGS)
 	$(py) benches/cuda_torch.py --backward $(ARGS)
 	$(py) benches/cuda_models.py
