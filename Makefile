@@ -37,6 +37,10 @@ export RUFF_CACHE_DIR := $(cache)/ruff
 export PYTHONPATH := $(if $(filter no,$(INSTALL)),$(CURDIR)/python)
 export PYO3_PYTHON := $(abspath $(py))
 unexport PYTHONHOME
+# A module is compiled once, also where Python must not write bytecode: else each of some hundred processes that import torch
+# and transformers does it again, for 10 to 20 seconds.
+unexport PYTHONDONTWRITEBYTECODE
+export PYTHONPYCACHEPREFIX := $(cache)/bytecode
 
 # NVRTC, its headers and ptxas, which the build compiles kernels/ with: NVIDIA=/folder/with/nvidia takes what is there.
 NVIDIA ?= $(cache)/nvidia
