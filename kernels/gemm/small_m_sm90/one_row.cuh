@@ -14,15 +14,16 @@
 // Roofline. As there; blocks of 64, bfloat16, on an H200, in microseconds (the floor reads codes and scales once; before: the
 //   kernels for eight rows):
 //                          floor    plain   before      nested   before
-//     4096 x 4096            4.0     5.1      5.5         5.6      5.8
-//     14336 x 4096           8.9    10.8     11.8        12.2     13.0
-//     4096 x 14336           9.1    11.5     13.3        13.1     14.8
-//     3072 x 8192            5.0     7.4      8.2         8.4      8.9
-//     8192 x 28672          30.6    38.1     43.0        42.8     45.8
+//     4096 x 4096            3.8     5.1      5.5         5.4      5.8
+//     14336 x 4096           9.1    10.9     11.8        11.7     13.0
+//     4096 x 14336           9.1    11.5     13.3        12.5     14.8
+//     3072 x 8192            5.0     7.6      8.2         8.2      8.9
+//     8192 x 28672          30.7    37.7     43.0        39.4     45.8
 //
 // Tried, and slower or no faster: two stages on the way instead of three (0.4 us more at 4096 x 14336); x of several k-tiles
 //   from global memory, a work item ahead (12.2 there), of one k-tile from shared memory (11.9 at 14336 x 4096); sums of a step
-//   added up by shuffles; both programs in one (28672 x 8192 took 38.7 instead of 37.5).
+//   added up by shuffles; both programs in one (28672 x 8192 took 38.7 instead of 37.5); nested scales made by the warp for all of its
+//   lanes, as the other kernels do (12.2 at 14336 x 4096, 13.1 at 4096 x 14336, 42.8 at 8192 x 28672).
 //
 // Shared memory, 224 KB: map, x where there are several k-tiles, sums [steps of a pass][8 warps][16 rows][4 lanes] float32,
 //   table, and three stages for each warp: 96 KB are on the way, x holding none of it up.
@@ -120,21 +121,21 @@ __device__ inline void one_row_product(const T *x, const u8 *packed, const Scale
             for (int k_tile = 0; k_tile < k_tiles; k_tile++) {
                 // The oldest copy has ended, for all lanes.
                 copy_async_wait<AHEAD - 1>();
-                if constexpr (NESTED) {
-                    __syncwarp();
-                    pipeline.dequantize_scales(stage, {k_tile, step}, map, offset);
-                }
                 __syncwarp();
+                if constexpr (NESTED) {
+                    if (!pipeline.quads) {
+                        pipeline.dequantize_scales(stage, {k_tile, step}, map, offset);
+                        __syncwarp();
+                    }
+                }
                 if (partition.blocks(k_tile) > 0) {
                     if constexpr (SEVERAL) {
                         const int from = (k_tile * partition.k_slices + partition.k_slice) * ONE_ROW_PIECES;
                         set(x_first[from], x_second[from]);
                     }
                     const u8 *const bytes = pipeline.ring + stage * STAGE_BYTES;
-                    const Floats2 low_scale =
-                        *reinterpret_cast<const Floats2 *>(pipeline.scales_of(stage, 0, t / 2) + t % 2 * 2);
-                    const Floats2 high_scale =
-                        *reinterpret_cast<const Floats2 *>(pipeline.scales_of(stage, 1, t / 2) + t % 2 * 2);
+                    const Floats2 low_scale = pipeline.pair_of_scales(stage, 0, t, map, offset);
+                    const Floats2 high_scale = pipeline.pair_of_scales(stage, 1, t, map, offset);
                     float own[4] = {};
 #pragma unroll
                     for (int j = 0; j < K_SLICE; j++) {

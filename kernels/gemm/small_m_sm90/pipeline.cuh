@@ -126,6 +126,19 @@ struct Pipeline {
     __device__ const float *scales_of(u32 stage, int half, int quad) const {
         return reinterpret_cast<const float *>(scale_row(stage, 2 * quad + half) + read_lane() / 4 * 4);
     }
+    // Of these the scales of blocks 2t and 2t + 1. Nested ones that lie together are made on the way: nobody else wants them.
+    __device__ Floats2 pair_of_scales(u32 stage, int half, int t, const float *map, float offset) const {
+        if constexpr (NESTED) {
+            if (quads) {
+                const int from = t / 2 * ROWS + half * (ROWS / 2) + read_lane() / 4;
+                const u32 codes = scale_row(stage, 2 * QUADS)[from] >> t % 2 * 16;
+                const float absmax2 = __uint_as_float(scale_row(stage, 2 * QUADS + 1)[from]);
+                return {RawScale<true>{codes & 0xff, absmax2}.value(map, offset),
+                        RawScale<true>{codes >> 8 & 0xff, absmax2}.value(map, offset)};
+            }
+        }
+        return *reinterpret_cast<const Floats2 *>(scales_of(stage, half, t / 2) + t % 2 * 2);
+    }
     // Makes them of nested ones.
     __device__ void dequantize_scales(u32 stage, const WorkItem &item, const float *map, float offset) const {
         const int lane = read_lane(), g = lane / 4, t = lane % 4;
