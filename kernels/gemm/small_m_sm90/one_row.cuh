@@ -22,8 +22,8 @@
 //
 // Tried, and slower or no faster: two stages on the way instead of three (0.4 us more at 4096 x 14336); x of several k-tiles
 //   from global memory, a work item ahead (12.2 there), of one k-tile from shared memory (11.9 at 14336 x 4096); sums of a step
-//   added up by shuffles; both programs in one (28672 x 8192 took 38.7 instead of 37.5); nested scales made by the warp for all of its
-//   lanes, as the other kernels do (12.2 at 14336 x 4096, 13.1 at 4096 x 14336, 42.8 at 8192 x 28672).
+//   added up by shuffles; both programs in one (28672 x 8192 took 38.7 instead of 37.5); nested scales made by the warp for all
+//   of its lanes, as the other kernels do (12.2 at 14336 x 4096, 13.1 at 4096 x 14336, 42.8 at 8192 x 28672).
 //
 // Shared memory, 224 KB: map, x where there are several k-tiles, sums [steps of a pass][8 warps][16 rows][4 lanes] float32,
 //   table, and three stages for each warp: 96 KB are on the way, x holding none of it up.

@@ -80,8 +80,8 @@
 //     difference. Registers of A for two k-blocks ahead instead of four: 59.7.
 //   - Clusters of three alone where four blocks leave their sums in memory, 4096 x 14336: 31.7, 36.0 and 42.3 us for 64, 96 and
 //     128 rows in place of 27.7, 31.5 and 36.6.
-//   - Of more than 128 tokens, ranges where there are fewer tiles than multiprocessors: 54.0 in place of 50.0 us for 256 rows. Of 512 rows they take
-//     96.7 and not 101, of 1024 187 and not 213 to 220.
+//   - Of more than 128 tokens, ranges where there are fewer tiles than multiprocessors: 54.0 in place of 50.0 us for 256 rows. Of
+//     512 rows they take 96.7 and not 101, of 1024 187 and not 213 to 220.
 //   - Copies of x for two blocks of a cluster at once (multicast): 30.4, 37.1 and 51.0 us for 64, 128 and 256 rows.
 //   - Scales for the sums instead of the weights, with 4 bytes of the table for a code: ptxas does not keep two sets of
 //     accumulators in registers, and makes the products wait for each other (C7512).

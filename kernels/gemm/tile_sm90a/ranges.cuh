@@ -72,8 +72,8 @@ __device__ inline void collect_sums(float (&sums)[S::ACCUMULATORS], const Worksp
     }
 }
 
-// The same where registers have no room for what is on the way: it goes to where the other team's sums were, a thread's to itself.
-// With two teams, adds those first.
+// The same where registers have no room for what is on the way: it goes to where the other team's sums were, a thread's to
+// itself. With two teams, adds those first.
 template <typename S>
 __device__ inline void collect_sums(float (&sums)[S::ACCUMULATORS], u8 *shared, const Workspace &workspace,
                                     const ProductWalk<S::TOKENS> &walk) {

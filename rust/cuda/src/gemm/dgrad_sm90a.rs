@@ -1,5 +1,5 @@
-//! Gradients of `x` of products with a 4-bit weight by warpgroups (kernels/gemm/dgrad_sm90a): which shapes the kernel takes, and how
-//! long it takes beside a dense copy of the weight.
+//! Gradients of `x` of products with a 4-bit weight by warpgroups (kernels/gemm/dgrad_sm90a): which shapes the kernel takes, and
+//! how long it takes beside a dense copy of the weight.
 
 use halfbyte::codebook::QuantType;
 use halfbyte::dtype::DType;

@@ -1,5 +1,5 @@
-//! How the products by warpgroups with 4-bit weights (kernels/gemm/tile_sm90a and dgrad_sm90a) are divided: the form of the kernel,
-//! tiles for blocks and clusters of blocks, and the time that this takes.
+//! How the products by warpgroups with 4-bit weights (kernels/gemm/tile_sm90a and dgrad_sm90a) are divided: the form of the
+//! kernel, tiles for blocks and clusters of blocks, and the time that this takes.
 
 use halfbyte::dtype::DType;
 
