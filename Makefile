@@ -177,7 +177,8 @@ cargo-test: rust-toolchain ## the Rust tests, without Python
 
 # The files of the suite, shared among a process for each core, in the order of tests/conftest.py; each process then has
 # one thread for products.
-WORKERS ?= $(shell nproc 2>/dev/null || echo 1)
+# nproc takes OMP_NUM_THREADS for the number of cores.
+WORKERS ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 1)
 pytest: export OMP_NUM_THREADS := $(or $(OMP_NUM_THREADS),1)
 pytest: setup-test develop ## the Python tests
 	$(py) -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -398,6 +398,8 @@ def test_load_quantized_broken_files_and_other_formats(folder: Path) -> None:
         halfbyte.load_quantized(empty(mlp), folder)
     with pytest.raises(ValueError, match=r"device must be .*got 'meta'"):
         halfbyte.load_quantized(empty(mlp), folder, device="meta")
+    with pytest.raises(TypeError, match=r"device must be .*got 3\.5"):
+        halfbyte.load_quantized(empty(mlp), folder, device=3.5)
 
 
 def test_load_quantized_writing_to_a_loaded_model_does_not_reach_the_file(folder: Path) -> None:

@@ -314,6 +314,7 @@ def test_quantize_model_layers_that_cannot_be_converted_are_named_before_anythin
         ({"config": NF4, "skip": ["0", "2"]}, "0 stays (skip list (0))"),
         ({"config": NF4, "rules": [".=keep"]}, "no linear layer to quantize"),
         ({"config": NF4, "device": "meta"}, "device must be a device with storage"),
+        ({"config": NF4, "device": "gpu"}, "such as 'cpu' or 'cuda', got 'gpu'"),
     ],
 )
 def test_quantize_model_bad_arguments_change_nothing(arguments: dict[str, Any], text: str) -> None:
@@ -325,7 +326,12 @@ def test_quantize_model_bad_arguments_change_nothing(arguments: dict[str, Any], 
 
 
 def test_quantize_model_bad_types() -> None:
-    for arguments in ({"config": 4}, {"config": NF4, "progress": "yes"}, {"config": NF4, "subclasses": [int]}):
+    for arguments in (
+        {"config": 4},
+        {"config": NF4, "progress": "yes"},
+        {"config": NF4, "subclasses": [int]},
+        {"config": NF4, "device": 3.5},
+    ):
         with pytest.raises(TypeError):
             halfbyte.quantize_model(mlp(), **arguments)
     with pytest.raises(TypeError, match="model"):

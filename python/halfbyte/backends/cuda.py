@@ -210,18 +210,28 @@ def _slow(device: int, dtype: torch.dtype, k: int, blocksize: int) -> str | None
     return f"the block size is {blocksize}, less than 64" if blocksize < 64 else None
 
 
+_MaybeBytes = Callable[[int], int | None]
+
+
 @functools.lru_cache(maxsize=4096)
 def _linear(
     device: int, dtype: torch.dtype, n: int, k: int, quant_type: str, blocksize: int, nested: bool
-) -> _native.CudaLinear:
-    """Products with weights of this kind."""
-    return _native.CudaLinear(device, NAMES[dtype], n, k, quant_type, blocksize, nested)
+) -> tuple[_native.CudaLinear, _MaybeBytes, _MaybeBytes]:
+    """Products with weights of this kind.
+
+    Returns:
+        Their launcher; and functions that give, for a number of rows, the bytes of the workspace that a product and a
+        gradient want, or None when dequantize + matmul is faster. What they give is computed once.
+    """
+    kernel = _native.CudaLinear(device, NAMES[dtype], n, k, quant_type, blocksize, nested)
+    remember = functools.lru_cache(maxsize=1024)
+    return kernel, remember(kernel.workspace), remember(kernel.dgrad_workspace)
 
 
 @functools.lru_cache(maxsize=4096)
 def _kernel(
     device: int, dtype: torch.dtype, n: int, k: int, quant_type: str, blocksize: int, nested: bool
-) -> tuple[Callable[..., None], int, Callable[[int], int | None]]:
+) -> tuple[Callable[..., None], int, _MaybeBytes]:
     """Choose the kernel for weights of this kind.
 
     Returns:
@@ -234,9 +244,9 @@ def _kernel(
         _logger.warning(
             "no fused 4-bit GEMM for weight %s in %s (%s); falling back to dequantize + matmul", [n, k], dtype, reason
         )
-    kernel = _linear(device, dtype, n, k, quant_type, blocksize, nested)
+    kernel, workspace_of, _ = _linear(device, dtype, n, k, quant_type, blocksize, nested)
     most = 0 if reason is not None else kernel.rows_at_once * _FUSED_LAUNCHES[n * k >= _LARGE]
-    return kernel.launch, min(most, kernel.rows_without_workspace), kernel.workspace
+    return kernel.launch, min(most, kernel.rows_without_workspace), workspace_of
 
 
 @functools.lru_cache(maxsize=4096)
@@ -364,8 +374,8 @@ def linear_4bit_backward(grad: Tensor, weight: PackedWeight) -> Tensor:
         return out.zero_()
     grad = grad.contiguous().view(m, n)
     device, codes = grad.get_device(), packed.contiguous()
-    kernel = _linear(device, grad.dtype, n, k, quant_type, blocksize, absmax2 is not None)
-    workspace = kernel.dgrad_workspace(m)
+    kernel, _, workspace_of = _linear(device, grad.dtype, n, k, quant_type, blocksize, absmax2 is not None)
+    workspace = workspace_of(m)
     if workspace is not None:
         if codes.data_ptr() % ALIGNMENT:
             _say_unaligned(n, k)

@@ -26,6 +26,7 @@ from halfbyte.config import BitsAndBytesConfig
 from halfbyte.models import packed
 from halfbyte.models import transformers_weights as weights
 from halfbyte.models.checkpoint_reader import Folder
+from halfbyte.models.devices import device_with_storage
 from halfbyte.models.expert_layouts import is_other_layout, stand_ins
 from halfbyte.models.layers import is_conv1d, is_transformers_model, join, paths
 from halfbyte.models.observers import notify
@@ -109,9 +110,7 @@ def load_quantized(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    target = torch.device(device)
-    if target.type == "meta":
-        raise ValueError("device must be a device with storage, such as 'cpu' or 'cuda', got 'meta'")
+    target = device_with_storage(device)
     gpu = None
     if resident_expert_bytes is not None:
         check_resident_bytes("resident_expert_bytes", resident_expert_bytes)

@@ -21,6 +21,7 @@ from halfbyte._native import CheckpointError
 from halfbyte._terminal import Bar, format_bytes, is_terminal
 from halfbyte.config import BitsAndBytesConfig
 from halfbyte.models.checkpoint_reader import Folder
+from halfbyte.models.devices import device_with_storage
 from halfbyte.models.experts import fuse
 from halfbyte.models.layers import join, paths
 from halfbyte.models.load import (
@@ -124,9 +125,7 @@ def quantize_model(
         rules=rule_texts(rules or ()), skip=(*of_config, *module_names("skip", skip or ())), blocksize=blocksize
     )
     recipe = Recipe.from_config(settings, options.blocksize)
-    target = None if device is None else torch.device(device)
-    if target is not None and target.type == "meta":
-        raise ValueError("device must be a device with storage, such as 'cpu' or 'cuda', got 'meta'")
+    target = None if device is None else device_with_storage(device)
     with apart(model) as experts:
         choice = choose(
             model,

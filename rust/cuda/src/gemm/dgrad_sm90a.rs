@@ -8,7 +8,7 @@ use halfbyte::geometry::{BlockSize, packed_len};
 
 use crate::capability::Capability;
 use crate::driver::{Device, Stream, TensorMap, TileType};
-use crate::gemm::division::{CODES_ROW_BYTES, Division, Form, K_TILE, MAX_SPLIT_K, ROWS, SCALES_K, heated};
+use crate::gemm::division::{CODES_ROW_BYTES, Division, Form, K_TILE, MAX_SPLIT_K, ROWS, SCALES_K, dense_time};
 use crate::gemm::workspace::Workspace;
 use crate::kernels::{
     self, gemm_4bit_dgrad_sm90a_bf16_64 as bf16_64, gemm_4bit_dgrad_sm90a_bf16_128 as bf16_128,
@@ -77,25 +77,9 @@ const FORMS: [Form; 3] = [
     },
 ];
 
-// Measured on an H200 (132 multiprocessors).
-/// Microseconds of a dense copy for a million values, and the values that a microsecond brings from memory to the matrix units.
-const COPY: f64 = 0.63;
-const DENSE_VALUES: f64 = 2.15e6;
-/// Products that the matrix units of a multiprocessor make in a microsecond, in cuBLAS.
-const PRODUCTS: f64 = 400e6 / 132.0;
-/// Microseconds of both launches, besides; and what they take at least, on the device or the host.
-const DENSE_LAUNCHES: f64 = 4.0;
-const DENSE_LEAST: f64 = 12.0;
 /// Rows up to which the kernel was faster. For more, power limits the clock, and dequantizing takes some of it for each tile of
 /// rows anew.
 const MOST_ROWS: usize = 768;
-
-/// Microseconds of a dense copy of the weight and a product with that.
-fn dense_time((m, n, k): (usize, usize, usize), multiprocessors: usize) -> f64 {
-    let values = n as f64 * k as f64;
-    let products = values * m as f64 / (PRODUCTS * multiprocessors as f64);
-    heated(DENSE_LAUNCHES + COPY * values / 1e6 + products.max(values / DENSE_VALUES)).max(DENSE_LEAST)
-}
 
 /// Whether a shape and a type are for the kernel at all.
 fn takes(capability: Capability, shared_per_block: u32, dtype: DType, (m, n, k): (usize, usize, usize)) -> bool {

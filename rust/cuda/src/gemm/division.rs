@@ -62,6 +62,15 @@ const COLLECTING: f64 = 1.33;
 /// What is more than so many microseconds takes longer by so much: then power limits the clock.
 const LONG: f64 = 60.0;
 const LONGER: f64 = 1.2;
+/// Of a dense copy for a million values, and the values that a microsecond brings from memory to cuBLAS's matrix units.
+const COPY: f64 = 0.63;
+const DENSE_VALUES: f64 = 2.15e6;
+/// Products that the matrix units of a multiprocessor make in a microsecond, in cuBLAS.
+const PRODUCTS: f64 = 400e6 / 132.0;
+/// Microseconds of both launches, besides; and what they take at least, on the device or the host.
+const DENSE_LAUNCHES: f64 = 4.0;
+const DENSE_LEAST: f64 = 12.0;
+
 /// Clusters of so many blocks that a device runs at a time: they do not lie across its groups of multiprocessors, of which
 /// some are smaller.
 fn resident(multiprocessors: usize, split_k: usize) -> usize {
@@ -77,6 +86,13 @@ fn resident(multiprocessors: usize, split_k: usize) -> usize {
 /// What a time becomes at the clock that power allows.
 pub(super) fn heated(time: f64) -> f64 {
     time.min(LONG) + LONGER * (time - LONG).max(0.0)
+}
+
+/// Microseconds of a dense copy of the weight `[n][k]`, and a product of `m` rows with that or its transpose by cuBLAS.
+pub(super) fn dense_time((m, n, k): (usize, usize, usize), multiprocessors: usize) -> f64 {
+    let values = n as f64 * k as f64;
+    let products = values * m as f64 / (PRODUCTS * multiprocessors as f64);
+    heated(DENSE_LAUNCHES + COPY * values / 1e6 + products.max(values / DENSE_VALUES)).max(DENSE_LEAST)
 }
 
 /// How a product is divided.

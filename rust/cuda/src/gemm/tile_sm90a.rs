@@ -6,7 +6,7 @@ use halfbyte::error::Result;
 
 use crate::capability::Capability;
 use crate::driver::{Device, TensorMap, TileType};
-use crate::gemm::division::{CODES_ROW_BYTES, Config, Division, Form, K_TILE, MAX_SPLIT_K, ROWS, SCALES_K, heated};
+use crate::gemm::division::{CODES_ROW_BYTES, Config, Division, Form, K_TILE, MAX_SPLIT_K, ROWS, SCALES_K, dense_time};
 use crate::gemm::small_m::FEW_ROWS;
 use crate::gemm::workspace::Workspace;
 use crate::kernels::{
@@ -71,26 +71,10 @@ pub(super) struct Tile {
     division: Division,
 }
 
-// Measured on an H200 (132 multiprocessors), where they decide: the kernel against a dense copy and cuBLAS, and against the
-// kernels for few rows.
-/// Of a dense copy for a million values, and the values that a microsecond brings from memory to the matrix units.
-const COPY: f64 = 0.63;
-const DENSE_VALUES: f64 = 2.15e6;
-/// Products that the matrix units of a multiprocessor make in a microsecond, in cuBLAS.
-const PRODUCTS: f64 = 400e6 / 132.0;
-/// Microseconds of both launches, besides.
-const DENSE_LAUNCHES: f64 = 4.0;
 /// The part of the dense copy's time that the kernel has to stay below: what is computed is a few percent off.
 const MARGIN: f64 = 0.96;
 /// Rows up to which the times were measured: for more the dense copy stays.
 const MEASURED_ROWS: usize = 1024;
-
-/// Microseconds of a dense copy of the weight and a product with that.
-fn dense_time((m, n, k): (usize, usize, usize), multiprocessors: usize) -> f64 {
-    let values = n as f64 * k as f64;
-    let products = values * m as f64 / (PRODUCTS * multiprocessors as f64);
-    heated(DENSE_LAUNCHES + COPY * values / 1e6 + products.max(values / DENSE_VALUES))
-}
 
 /// Whether a device has the kernel.
 pub(super) fn suits(device: &Device) -> bool {
@@ -273,6 +257,16 @@ mod tests {
                 assert!((other / dense - 1.0_f64).abs() < 0.12, "{m} {n} {k}: {other}");
                 // Whichever was faster is the one that is taken.
                 assert_eq!(time < MARGIN * other, ours < dense, "{m} {n} {k}");
+            }
+        }
+    }
+
+    #[test]
+    fn small_layers_are_the_kernels() {
+        // A dense copy is two launches more: on the host they take longer than either way on the device.
+        for (n, k) in [(64, 64), (256, 1024), (1024, 1024)] {
+            for m in [FEW_ROWS + 1, 64, 128] {
+                assert!(Division::new(&FORMS, (m, n, k), 132, usize::MAX).time < MARGIN * dense_time((m, n, k), 132));
             }
         }
     }
