@@ -178,7 +178,8 @@ def test_llama4_experts_of_the_multimodal_model(tmp_path: Path) -> None:
     assert saved.keys() == offline.keys()
     assert all(torch.equal(saved[key], value) for key, value in offline.items())
     again = type(dense).from_pretrained(tmp_path / "packed", quantization_config=config())
-    assert torch.equal(logits(again), logits(model))
+    # The whole model of transformers 5.24 takes no text without an image, whatever its weights are.
+    assert torch.equal(logits(again.language_model), logits(model.language_model))
 
 
 def test_llama4_experts_that_are_kept(tmp_path: Path) -> None:

