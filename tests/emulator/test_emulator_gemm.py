@@ -42,30 +42,30 @@ def test_products(dtype: str, tokens: int) -> None:
         check.against(run_both_ways(source, check.case))
 
 
-@pytest.mark.parametrize("tokens", [192, 256])
-@pytest.mark.parametrize("dtype", thorough(["bf16", "f16"], quick=("bf16",)))
-def test_ranges(dtype: str, tokens: int) -> None:
-    """Blocks that share tiles: each whole, in two, among several; ranges that end with a tile, and inside of one."""
+def check_ranges(dtype: str, tokens: int, shapes: list[tuple[int, int, int, int, int]]) -> None:
+    """Products of m, n, k and a block size, in so many ranges."""
     source = library("gemm_4bit_tile_sm90a")
-    shapes = [(5, 130, 768, 64, 2), (tokens + 3, 200, 544, 32, 5), (tokens, 100, 1024, 128, 4), (9, 300, 256, 64, 2)]
     for i, (m, n, k, blocksize, ranges) in enumerate(shapes):
         nested, bias = i % 2 == 1, i % 3 != 0
         product = Product.random(m, n, k, dtype, ("nf4", "fp4")[i % 2], blocksize, nested, bias)
         check = launches_gemm.tile_sm90a(source, product, Tile(tokens, ranges=ranges))
         check.against(run_both_ways(source, check.case))
+
+
+@pytest.mark.parametrize("tokens", [192, 256])
+@pytest.mark.parametrize("dtype", thorough(["bf16", "f16"], quick=("bf16",)))
+def test_ranges(dtype: str, tokens: int) -> None:
+    """Blocks that share tiles: each whole, in two, among several; ranges that end with a tile, and inside of one."""
+    shapes = [(5, 130, 768, 64, 2), (tokens + 3, 200, 544, 32, 5), (tokens, 100, 1024, 128, 4), (9, 300, 256, 64, 2)]
+    check_ranges(dtype, tokens, shapes)
 
 
 @pytest.mark.parametrize("tokens", [64, 96, 128])
 @pytest.mark.parametrize("dtype", thorough(["bf16", "f16"], quick=("bf16",)))
 def test_parts_through_memory(dtype: str, tokens: int) -> None:
     """Blocks that share a tile without being a cluster: two, more, parts of different length, tails."""
-    source = library("gemm_4bit_tile_sm90a")
     shapes = [(5, 130, 768, 64, 6), (tokens + 3, 100, 1312, 32, 8), (tokens, 40, 1024, 128, 4), (9, 128, 512, 64, 2)]
-    for i, (m, n, k, blocksize, ranges) in enumerate(shapes):
-        nested, bias = i % 2 == 1, i % 3 != 0
-        product = Product.random(m, n, k, dtype, ("nf4", "fp4")[i % 2], blocksize, nested, bias)
-        check = launches_gemm.tile_sm90a(source, product, Tile(tokens, ranges=ranges))
-        check.against(run_both_ways(source, check.case))
+    check_ranges(dtype, tokens, shapes)
 
 
 def test_a_block_that_is_waited_for_comes_first() -> None:

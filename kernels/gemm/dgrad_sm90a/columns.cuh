@@ -1,5 +1,5 @@
-// What is different where columns of W are the operand of M, and rows of W are added over: how scales come to shared memory,
-// and how the A operand of wgmma is made of codes.
+// What gemm_4bit_dgrad_sm90a does otherwise than gemm_4bit_tile_sm90a, because columns of W are the operand of M and the sums run
+// over rows of W: how scales come to shared memory, and how the A operand of wgmma is made of codes.
 #pragma once
 
 #include "gemm/tile_sm90a/consumer.cuh"
@@ -33,14 +33,14 @@ __device__ inline void produce_column_scales(u8 *shared, const Scales &scales, i
         map = fill_map<S>(shared, member);
         offset = *scales.offset;
     }
-    // Whether a row's blocks of 64 in a tile, two of them, lie together in one word, or in half of one.
+    // Whether one load brings both scales that a row of W has in a tile: blocks of 64, aligned.
     const bool pairs = block_shift == 6 && k % ROWS == 0 &&
                        (nested ? is_aligned(scales.codes, 2) : is_aligned(scales.absmax, 8));
     const u32 place = u32(member) / 16 * 16 + scale_place(u32(member) % 16);
     PipelineState<S::SCALES_STAGES> state;
     for (; walk.there(); walk.advance()) {
         const Tile tile = walk.tile();
-        // Of each k-tile of a stage this thread's row of W, the last one in place of those that are not there.
+        // This thread's row of W in k-tile j of a stage; scales of rows that are not there are read from the last one.
         const auto row_of = [&](int stage, int j) { return (tile.begin + stage) * SCALES_K + j * K_TILE + member; };
         const auto first_of = [&](int row) { return i64(row < n ? row : n - 1) * k + tile.row; };
         Floats2 values[SCALES_AHEAD][SCALES_K_TILES];

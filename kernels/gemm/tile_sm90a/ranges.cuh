@@ -18,7 +18,7 @@ __device__ inline void leave_sums(const float (&sums)[S::ACCUMULATORS], const u8
 #pragma unroll
     for (int i = 0; i < FOURS; i++) {
         Floats4 mine = {sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]};
-        // On the way: added before, ptxas spills them.
+        // Added while they are stored: if they were added before, ptxas would spill the sums.
         if constexpr (S::TEAMS == 2) {
             const Floats4 other = (reinterpret_cast<const Floats4 *>(shared + S::X_AT) + member)[i * TEAM];
 #pragma unroll
@@ -72,8 +72,8 @@ __device__ inline void collect_sums(float (&sums)[S::ACCUMULATORS], const Worksp
     }
 }
 
-// The same where registers have no room for what is on the way: it goes to where the other team's sums were, a thread's to
-// itself. With two teams, adds those first.
+// The same where there are no registers for loads that are under way: copies bring the sums to shared memory, to where the other
+// team's were, and each thread reads what it copied itself. With two teams, the other team's sums are added first.
 template <typename S>
 __device__ inline void collect_sums(float (&sums)[S::ACCUMULATORS], u8 *shared, const Workspace &workspace,
                                     const ProductWalk<S::TOKENS> &walk) {
@@ -99,7 +99,7 @@ __device__ inline void collect_sums(float (&sums)[S::ACCUMULATORS], u8 *shared, 
     } while (there);
 }
 
-// Whether a walk's tile is another block's to finish.
+// Whether another block finishes the tile that a walk is at.
 template <int TOKENS>
 __device__ inline bool finishes_elsewhere(const ProductWalk<TOKENS> &walk) {
     return walk.config.ranges > 0 && walk.tile().begin > 0;

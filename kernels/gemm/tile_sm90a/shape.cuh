@@ -39,8 +39,8 @@ __device__ constexpr u32 received_bytes(int tokens, int split_k) {
 __device__ constexpr u32 larger(u32 a, u32 b) { return a > b ? a : b; }
 
 // What a block of threads is made of, and how much of everything is in its shared memory. The launcher takes BYTES from here.
-// With COLUMNS it is that of gemm_4bit_dgrad_sm90a, where the operand of M are columns of W: whatever the others say of rows of
-// W is then said of these, and K is what the products are added over, which are rows of W.
+// With COLUMNS it is the shape of gemm_4bit_dgrad_sm90a, which swaps the roles of rows and columns of W: where this file says
+// rows of W, read columns of W there, and for K the rows of W that are summed over.
 // experts/tile_sm90a has a shape of its own, for the same main loop.
 template <int TOKENS_, bool COLUMNS_ = false>
 struct Shape {
@@ -48,8 +48,8 @@ struct Shape {
     static constexpr bool COLUMNS = COLUMNS_;
     // Two teams take k-tiles in turn where registers have room for both teams' accumulators: up to 128 tokens. They dequantize
     // through a table. With 128 the A operand of a whole k-tile no longer fits beside them, and a k-tile is dequantized by
-    // halves. One team has time for permutations, and shared memory for y in place of the table; of columns of W they would
-    // take more than they give.
+    // halves. One team has time for permutations, and shared memory for y in place of the table. With
+    // COLUMNS it has the table too: a lane's four rows of W in a k-block would each need values of their own for permutations.
     static constexpr int TEAMS = TOKENS <= 128 ? 2 : 1, K_TEAMS = TEAMS;
     static constexpr bool TABLE = TEAMS == 2 || COLUMNS;
     __device__ static constexpr int chunks(int tokens) { return tokens == 128 ? 2 : 1; }

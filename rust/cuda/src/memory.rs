@@ -144,3 +144,9 @@ impl Scales {
 pub(super) fn block_shift(blocksize: BlockSize) -> i32 {
     blocksize.get().ilog2() as i32
 }
+/// The elements of a matrix that `argument` is.
+pub(crate) fn elements(argument: &'static str, rows: usize, columns: usize) -> Result<usize> {
+    rows.checked_mul(columns)
+        .filter(|&count| i64::try_from(count).is_ok())
+        .ok_or_else(|| Error::argument(argument, format!("{rows} x {columns}"), "of less than 2^63 elements"))
+}

@@ -7,15 +7,15 @@ use halfbyte::error::{Error, Result};
 use halfbyte::geometry::{BlockSize, packed_len};
 
 use crate::capability::Capability;
-use crate::driver::{Device, Stream, TensorMap, TileType};
-use crate::gemm::division::{CODES_ROW_BYTES, Division, Form, K_TILE, MAX_SPLIT_K, ROWS, SCALES_K, dense_time};
+use crate::driver::{Device, Stream};
+use crate::gemm::division::{ALIGNMENT, COLUMNS, Division, Form, counts, dense_time, has, reaches};
 use crate::gemm::workspace::Workspace;
 use crate::kernels::{
     self, gemm_4bit_dgrad_sm90a_bf16_64 as bf16_64, gemm_4bit_dgrad_sm90a_bf16_128 as bf16_128,
     gemm_4bit_dgrad_sm90a_bf16_256 as bf16_256,
 };
 use crate::launch::parameters;
-use crate::memory::{Memory, Scales, block_shift};
+use crate::memory::{Memory, Scales, block_shift, elements};
 
 /// `dx[m][k] = dy[m][n] · W[n][k]`, row-major.
 #[derive(Debug, Clone, Copy)]
@@ -42,12 +42,8 @@ pub struct Dgrad4bit<'a> {
     pub workspace: Option<&'a Memory>,
 }
 
-/// What `n` and `k` are multiples of, and the addresses of `dy` and the codes: so the copy engine wants it.
+/// What `n` is a multiple of: the rows of `dy` begin at multiples of 16 bytes.
 const ROW_MULTIPLE: usize = 8;
-const COLUMN_MULTIPLE: usize = 32;
-const ALIGNMENT: u64 = 16;
-/// The copy engine's limit for the bytes between two rows.
-const MOST_PITCH: usize = 1 << 40;
 
 /// The forms of the kernel; times of a step measured on an H200.
 const FORMS: [Form; 3] = [
@@ -83,19 +79,10 @@ const MOST_ROWS: usize = 768;
 
 /// Whether a shape and a type are for the kernel at all.
 fn takes(capability: Capability, shared_per_block: u32, dtype: DType, (m, n, k): (usize, usize, usize)) -> bool {
-    FORMS[0].bf16.suits(capability)
-        && FORMS.iter().all(|form| form.shared <= shared_per_block as usize)
-        && matches!(dtype, DType::Bf16 | DType::F16)
-        && m >= 1
-        && n >= ROW_MULTIPLE
+    has(&FORMS, capability, shared_per_block)
+        && counts(dtype, (m, k, n))
         && n.is_multiple_of(ROW_MULTIPLE)
-        && k >= COLUMN_MULTIPLE
-        && k.is_multiple_of(COLUMN_MULTIPLE)
-        && [m, n, k].iter().all(|&size| i32::try_from(size).is_ok())
-        && n.max(k) * 2 < MOST_PITCH
-        // Tiles and blocks are counted in 32 bits, and so are stages of all tiles, and rows past the last.
-        && i32::try_from(n + 8 * SCALES_K).is_ok()
-        && i32::try_from(m.div_ceil(64) * k.div_ceil(ROWS) * n.div_ceil(SCALES_K).max(MAX_SPLIT_K)).is_ok()
+        && k.is_multiple_of(COLUMNS)
 }
 
 /// If the kernel makes the gradient of `m` rows of `x`, of a weight `[n][k]`, in less time than a dense copy and a product with
@@ -112,14 +99,9 @@ pub fn dgrad_workspace(device: &Device, dtype: DType, (m, n, k): (usize, usize, 
 impl Dgrad4bit<'_> {
     fn check(&self, device: &Device) -> Result<usize> {
         let dtype = self.dy.of(&[DType::F16, DType::Bf16])?.dtype();
-        let size = |argument, a: usize, b: usize| {
-            a.checked_mul(b)
-                .filter(|&count| i64::try_from(count).is_ok())
-                .ok_or_else(|| Error::argument(argument, format!("{a} x {b}"), "of less than 2^63 elements"))
-        };
-        self.dy.long(size("dy", self.m, self.n)?, "m x n")?;
-        self.dx.of(&[dtype])?.long(size("dx", self.m, self.k)?, "m x k")?;
-        let values = size("packed", self.n, self.k)?;
+        self.dy.long(elements("dy", self.m, self.n)?, "m x n")?;
+        self.dx.of(&[dtype])?.long(elements("dx", self.m, self.k)?, "m x k")?;
+        let values = elements("packed", self.n, self.k)?;
         self.packed.of(&[DType::U8])?.long(packed_len(values), "two codes to a byte")?;
         if let Some(workspace) = self.workspace {
             workspace.of(&[DType::U8])?;
@@ -130,7 +112,7 @@ impl Dgrad4bit<'_> {
             return Err(Error::argument("m x n x k", format!("{shape:?}"), expected));
         }
         for (argument, memory) in [("dy", self.dy), ("packed", self.packed)] {
-            if !memory.address().is_multiple_of(ALIGNMENT) {
+            if !reaches(memory.address()) {
                 let expected = format!("a multiple of {ALIGNMENT} bytes");
                 return Err(Error::argument(argument, format!("{:#x}", memory.address()), expected));
             }
@@ -157,9 +139,7 @@ pub unsafe fn dgrad_4bit(device: &Device, stream: Stream, product: &Dgrad4bit<'_
     let available = product.workspace.filter(|workspace| workspace.is_aligned(16)).map_or(0, Memory::count);
     let division = Division::new(&FORMS, (m, k, n), device.multiprocessors() as usize, available);
     let Division { form, config, blocks, .. } = division;
-    let kind = if dtype == DType::F16 { TileType::F16 } else { TileType::Bf16 };
-    let dy = TensorMap::new(kind, product.dy.address(), (m, n), (form.tokens, K_TILE))?;
-    let codes = TensorMap::new(TileType::U8, product.packed.address(), (n, k / 2), (ROWS, CODES_ROW_BYTES))?;
+    let (dy, codes) = division.maps(dtype, (product.dy.address(), m, n), (product.packed.address(), n, k))?;
     let (codebook, shift, dx) = (*product.quant_type.values(), block_shift(product.blocksize), product.dx.address());
     let (m, n, k) = (m as i32, n as i32, k as i32);
     let workspace = Workspace::new(product.workspace.map_or(0, Memory::address), division.sums());
@@ -173,6 +153,7 @@ pub unsafe fn dgrad_4bit(device: &Device, stream: Stream, product: &Dgrad4bit<'_
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gemm::division::{ROWS, SCALES_K};
 
     const HOPPER: Capability = Capability(9, 0);
 

@@ -2,17 +2,23 @@
 //! kernel, tiles for blocks and clusters of blocks, and the time that this takes.
 
 use halfbyte::dtype::DType;
+use halfbyte::error::Result;
 
+use crate::capability::Capability;
+use crate::driver::{TensorMap, TileType};
 use crate::gemm::workspace;
 use crate::kernels::{Kernel, gemm_4bit_tile_sm90a_bf16_64 as bf16_64};
 
 // The same in every form.
 pub(super) const ROWS: usize = bf16_64::ROWS;
-pub(super) const K_TILE: usize = bf16_64::K_TILE;
-pub(super) const CODES_ROW_BYTES: usize = bf16_64::CODES_ROW_BYTES;
+const K_TILE: usize = bf16_64::K_TILE;
+const CODES_ROW_BYTES: usize = bf16_64::CODES_ROW_BYTES;
 pub(super) const SCALES_K: usize = bf16_64::SCALES_K;
 const SCALES_K_TILES: usize = bf16_64::SCALES_K_TILES;
 pub(super) const MAX_SPLIT_K: usize = bf16_64::MAX_SPLIT_K;
+/// Of what the copy engine reads, in bytes; and what columns of `W` are a multiple of.
+pub(super) const ALIGNMENT: u64 = 16;
+pub(super) const COLUMNS: usize = 32;
 /// Blocks that share a tile through memory, at most.
 const MAX_PARTS: usize = 8;
 
@@ -95,6 +101,24 @@ pub(super) fn dense_time((m, n, k): (usize, usize, usize), multiprocessors: usiz
     heated(DENSE_LAUNCHES + COPY * values / 1e6 + products.max(values / DENSE_VALUES)).max(DENSE_LEAST)
 }
 
+/// Whether a device has the kernels of these forms.
+pub(super) fn has(forms: &[Form], capability: Capability, shared_per_block: u32) -> bool {
+    forms.iter().all(|form| form.bf16.suits(capability) && form.shared <= shared_per_block as usize)
+}
+
+/// Whether a type is for them, and a product of `m` rows by `n` over `k` can be counted in 32 bits: tiles, blocks, stages of all
+/// tiles, and what lies behind the last row and column.
+pub(super) fn counts(dtype: DType, (m, n, k): (usize, usize, usize)) -> bool {
+    matches!(dtype, DType::Bf16 | DType::F16)
+        && [m, n, k].iter().all(|&size| size >= 1 && i32::try_from(size + 8 * SCALES_K).is_ok())
+        && i32::try_from(m.div_ceil(64) * n.div_ceil(ROWS) * k.div_ceil(SCALES_K).max(MAX_SPLIT_K)).is_ok()
+}
+
+/// Whether memory at an address is where the copy engine can read it.
+pub(super) fn reaches(address: u64) -> bool {
+    address.is_multiple_of(ALIGNMENT)
+}
+
 /// How a product is divided.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Division {
@@ -166,6 +190,20 @@ impl Division {
             }
         }
         best
+    }
+
+    /// What the copy engine has to know: of a matrix `[rows][columns]` of this type, whose columns are added over, and of the codes
+    /// of `W [n][k]`. Each comes with its address.
+    pub(super) fn maps(
+        &self,
+        dtype: DType,
+        (x, rows, columns): (u64, usize, usize),
+        (codes, n, k): (u64, usize, usize),
+    ) -> Result<(TensorMap, TensorMap)> {
+        let kind = if dtype == DType::F16 { TileType::F16 } else { TileType::Bf16 };
+        let x = TensorMap::new(kind, x, (rows, columns), (self.form.tokens, K_TILE))?;
+        let codes = TensorMap::new(TileType::U8, codes, (n, k / 2), (ROWS, CODES_ROW_BYTES))?;
+        Ok((x, codes))
     }
 
     /// Bytes of the sums that blocks leave; there are as many signals as ranges.

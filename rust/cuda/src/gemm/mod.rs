@@ -8,7 +8,7 @@ use halfbyte::geometry::{BlockSize, packed_len};
 use crate::blockwise4::quant_type_parameter;
 use crate::driver::{Device, Stream};
 use crate::launch::parameters;
-use crate::memory::{Memory, Scales, block_shift};
+use crate::memory::{Memory, Scales, block_shift, elements};
 
 mod dgrad_sm90a;
 mod division;
@@ -106,14 +106,9 @@ impl Gemm4bit<'_> {
     fn check(&self) -> Result<usize> {
         let floats = [DType::F16, DType::Bf16, DType::F32];
         let dtype = self.x.of(&floats)?.dtype();
-        let size = |argument, a: usize, b: usize| {
-            a.checked_mul(b)
-                .filter(|&count| i64::try_from(count).is_ok())
-                .ok_or_else(|| Error::argument(argument, format!("{a} x {b}"), "of less than 2^63 elements"))
-        };
-        self.x.long(size("x", self.m, self.k)?, "m x k")?;
-        self.y.of(&[dtype])?.long(size("y", self.m, self.n)?, "m x n")?;
-        let values = size("packed", self.n, self.k)?;
+        self.x.long(elements("x", self.m, self.k)?, "m x k")?;
+        self.y.of(&[dtype])?.long(elements("y", self.m, self.n)?, "m x n")?;
+        let values = elements("packed", self.n, self.k)?;
         self.packed.of(&[DType::U8])?.long(packed_len(values), "two codes to a byte")?;
         if let Some(workspace) = self.workspace {
             workspace.of(&[DType::U8])?;

@@ -5,8 +5,8 @@ use halfbyte::dtype::DType;
 use halfbyte::error::Result;
 
 use crate::capability::Capability;
-use crate::driver::{Device, TensorMap, TileType};
-use crate::gemm::division::{CODES_ROW_BYTES, Config, Division, Form, K_TILE, MAX_SPLIT_K, ROWS, SCALES_K, dense_time};
+use crate::driver::{Device, TensorMap};
+use crate::gemm::division::{COLUMNS, Config, Division, Form, counts, dense_time, has, reaches};
 use crate::gemm::small_m::FEW_ROWS;
 use crate::gemm::workspace::Workspace;
 use crate::kernels::{
@@ -14,12 +14,6 @@ use crate::kernels::{
     gemm_4bit_tile_sm90a_bf16_128 as bf16_128, gemm_4bit_tile_sm90a_bf16_192 as bf16_192,
     gemm_4bit_tile_sm90a_bf16_256 as bf16_256,
 };
-
-/// What `k` is a multiple of, and the addresses of `x` and the codes: so the copy engine wants it.
-const COLUMNS: usize = 32;
-const ALIGNMENT: u64 = 16;
-/// The copy engine's limit for the bytes between two rows.
-const MOST_PITCH: usize = 1 << 40;
 
 const FORMS: [Form; 5] = [
     Form {
@@ -78,26 +72,12 @@ const MEASURED_ROWS: usize = 1024;
 
 /// Whether a device has the kernel.
 pub(super) fn suits(device: &Device) -> bool {
-    has(device.capability(), device.shared_per_block())
-}
-
-fn has(capability: Capability, shared_per_block: u32) -> bool {
-    kernels::GEMM_4BIT_TILE_SM90A_BF16_64.suits(capability)
-        && FORMS.iter().all(|form| form.shared <= shared_per_block as usize)
+    has(&FORMS, device.capability(), device.shared_per_block())
 }
 
 /// Whether a shape and a type are for the kernel at all.
-fn takes(capability: Capability, shared_per_block: u32, dtype: DType, (m, n, k): (usize, usize, usize)) -> bool {
-    has(capability, shared_per_block)
-        && matches!(dtype, DType::Bf16 | DType::F16)
-        && m >= 1
-        && n >= 1
-        && k >= COLUMNS
-        && k.is_multiple_of(COLUMNS)
-        && [m, n, k].iter().all(|&size| i32::try_from(size).is_ok())
-        && k * 2 < MOST_PITCH
-        // Tiles and blocks are counted in 32 bits, and so are stages of all tiles.
-        && i32::try_from(m.div_ceil(64) * n.div_ceil(ROWS) * k.div_ceil(SCALES_K).max(MAX_SPLIT_K)).is_ok()
+fn takes(capability: Capability, shared_per_block: u32, dtype: DType, shape: (usize, usize, usize)) -> bool {
+    has(&FORMS, capability, shared_per_block) && counts(dtype, shape) && shape.2.is_multiple_of(COLUMNS)
 }
 
 impl Tile {
@@ -123,7 +103,7 @@ impl Tile {
 
     /// Whether memory at these addresses is where the copy engine can read it.
     pub(super) fn reaches(x: u64, codes: u64) -> bool {
-        x.is_multiple_of(ALIGNMENT) && codes.is_multiple_of(ALIGNMENT)
+        reaches(x) && reaches(codes)
     }
 
     /// The workspace at this address, for one launch.
@@ -139,10 +119,7 @@ impl Tile {
         x: u64,
         codes: u64,
     ) -> Result<(TensorMap, TensorMap)> {
-        let kind = if dtype == DType::F16 { TileType::F16 } else { TileType::Bf16 };
-        let x = TensorMap::new(kind, x, (m, k), (self.division.form.tokens, K_TILE))?;
-        let codes = TensorMap::new(TileType::U8, codes, (n, k / 2), (ROWS, CODES_ROW_BYTES))?;
-        Ok((x, codes))
+        self.division.maps(dtype, (x, m, k), (codes, n, k))
     }
 }
 
@@ -160,6 +137,7 @@ pub(super) fn pays(device: &Device, dtype: DType, shape: (usize, usize, usize)) 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gemm::division::{MAX_SPLIT_K, ROWS, SCALES_K};
 
     const HOPPER: Capability = Capability(9, 0);
 
