@@ -31,7 +31,8 @@ from halfbyte.backends import cuda
 from halfbyte.ops.packed import Memo, PackedWeight, Packing
 
 BLOCKSIZE = 64
-FEW_ROWS = 32
+FEW_ROWS = 16
+"""Up to so many rows the kernels for few rows are measured by themselves."""
 
 SWEEP_ROWS = (1, 4, 16, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048)
 SWEEP_SHAPES = (

@@ -139,13 +139,19 @@ __device__ inline void products_wait() {
 #define D8(how, i) \
     how(d[i]), how(d[i + 1]), how(d[i + 2]), how(d[i + 3]), how(d[i + 4]), how(d[i + 5]), how(d[i + 6]), how(d[i + 7])
 #define D16(how, i) D8(how, i), D8(how, i + 8)
+#define D24(how, i) D16(how, i), D8(how, i + 16)
 #define D32(how, i) D8(how, i), D8(how, i + 8), D8(how, i + 16), D8(how, i + 24)
 #define D48(how, i) D32(how, i), D8(how, i + 32), D8(how, i + 40)
 #define D64(how, i) D32(how, i), D32(how, i + 32)
 #define D96(how, i) D64(how, i), D32(how, i + 64)
 #define D128(how, i) D64(how, i), D64(how, i + 64)
 
+#define NUMBERS8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define NUMBERS16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+
+#define NUMBERS24                                                            \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23"
 
 #define NUMBERS32                                                            \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
@@ -202,7 +208,9 @@ __device__ inline void products_wait() {
     }
 
 #define PRODUCTS(T, type)                                                 \
+    PRODUCT(T, type, 16, 8, "%8", "%9", "%10", "%11", "%12", "%13")       \
     PRODUCT(T, type, 32, 16, "%16", "%17", "%18", "%19", "%20", "%21")    \
+    PRODUCT(T, type, 48, 24, "%24", "%25", "%26", "%27", "%28", "%29")    \
     PRODUCT(T, type, 64, 32, "%32", "%33", "%34", "%35", "%36", "%37")    \
     PRODUCT(T, type, 96, 48, "%48", "%49", "%50", "%51", "%52", "%53")    \
     PRODUCT(T, type, 128, 64, "%64", "%65", "%66", "%67", "%68", "%69")   \

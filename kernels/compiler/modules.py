@@ -69,6 +69,14 @@ def _tile(element: str, tokens: int) -> Module:
     return Module("gemm/tile_sm90a/gemm_4bit_tile_sm90a", "90a", ("90a",), instance, defines)
 
 
+def _block_sums(element: str, tokens: int) -> Module:
+    """A module of gemm_4bit_block_sums_sm90a.cu, which has one kernel each."""
+    instance = f"{element.lower()}_{tokens}"
+    name = f"GEMM_NAME=gemm_4bit_block_sums_sm90a_{instance}"
+    defines = (name, f"GEMM_ELEMENT={element}", f"GEMM_TOKENS={tokens}")
+    return Module("gemm/tile_sm90a/gemm_4bit_block_sums_sm90a", "90a", ("90a",), instance, defines)
+
+
 def _dgrad(element: str, tokens: int) -> Module:
     """A module of gemm_4bit_dgrad_sm90a.cu, which has one kernel each."""
     instance = f"{element.lower()}_{tokens}"
@@ -142,6 +150,7 @@ MODULES = (
     # Products of warpgroups, and what brings tokens together for them.
     Module("experts/experts_gather", "90", ("90",)),
     *(_tile(element, tokens) for element in ("Bf16", "F16") for tokens in (64, 96, 128, 192, 256)),
+    *(_block_sums(element, tokens) for element in ("Bf16", "F16") for tokens in (32, 48, 64)),
     *(_dgrad(element, tokens) for element in ("Bf16", "F16") for tokens in (64, 128, 256)),
     *(_experts_tile(element, tokens) for element in ("Bf16", "F16") for tokens in (32, 64, 128)),
     *(_int8_tile(tokens) for tokens in (64, 128, 256)),

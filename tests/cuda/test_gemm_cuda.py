@@ -19,7 +19,9 @@ HALVES = [torch.bfloat16, torch.float16]
 
 def gemm(m: int, n: int, columns: int, dtype: torch.dtype, **how: object) -> None:
     """Compare with float64, and two runs with each other."""
-    assert check(m, n, columns, dtype, kernel="tile_sm90a", **how).startswith("gemm_4bit_tile_sm90a")  # type: ignore[arg-type]
+    kernel = check(m, n, columns, dtype, kernel="tile_sm90a", **how)  # type: ignore[arg-type]
+    block_sums = m <= 64 and columns % 64 == 0 and how.get("blocksize", 64) != 32
+    assert kernel.startswith(f"gemm_4bit_{'block_sums' if block_sums else 'tile'}_sm90a"), kernel
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -47,16 +49,28 @@ def test_rows(m: int, dtype: torch.dtype) -> None:
             gemm(m, n, columns, dtype, nested=nested, bias=m % 2 == 0)
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("m", [1, 17, 31, 32, 33, 47, 48, 49, 63, 64])
+def test_rows_with_scales_for_sums(m: int, dtype: torch.dtype) -> None:
+    """Each kernel: parts in clusters and through memory, every number of stages in a round, scales by fours and not."""
+    workspace = torch.randint(0, 256, (1 << 25,), dtype=torch.uint8, device="cuda")
+    for n, columns in ((384, 1024), (1001, 960), (128, 4096), (8, 64), (133, 11008), (4096, 2560), (2048, 14336)):
+        for nested in (False, True):
+            blocksize = 64 if nested else 128
+            for how in ({}, {"workspace": workspace}):
+                gemm(m, n, columns, dtype, nested=nested, blocksize=blocksize, bias=m % 2 == 0, **how)
+
+
 @pytest.mark.parametrize("shape", [(4096, 4096), (14336, 4096), (4096, 14336)])
 def test_large(shape: tuple[int, int]) -> None:
-    for m in (64, 128, 192, 256):
+    for m in (32, 48, 64, 128, 192, 256):
         gemm(m, *shape, torch.bfloat16, nested=m != 128, bias=m == 64)
 
 
 @pytest.mark.parametrize("columns", [32, 96, 256, 288, 512, 544, 768, 1024, 1280, 2304, 28672])
 def test_columns(columns: int) -> None:
     """One part of K to four, and what is left over."""
-    for m in (40, 100, 180, 250):
+    for m in (20, 40, 100, 180, 250):
         gemm(m, 200, columns, torch.bfloat16, nested=m == 100)
 
 

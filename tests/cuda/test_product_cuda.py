@@ -13,7 +13,8 @@ from halfbyte import _native  # noqa: E402
 import kernels as k  # noqa: E402
 
 # What the names of kernels begin with.
-SIMT, SMALL_M, TILE = "gemm_4bit_simt", "gemm_4bit_small_m", "gemm_4bit_tile"
+SIMT, SMALL_M, BLOCK_SUMS, TILE = "gemm_4bit_simt", "gemm_4bit_small_m", "gemm_4bit_block_sums", "gemm_4bit_tile"
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
 @functools.lru_cache(maxsize=32)
@@ -58,20 +59,22 @@ def test_few_rows(m: int, dtype: torch.dtype) -> None:
     for n, columns in ((4096, 4096), (1000, 320), (17, 64), (1, 128), (133, 11008)):
         for nested in (False, True):
             best = check(m, n, columns, dtype, nested=nested, bias=m % 2 == 0)
-            assert best.startswith(TILE if m > 32 else SMALL_M), best
+            few = (SMALL_M,) if m <= 16 or not HOPPER else (SMALL_M, BLOCK_SUMS)
+            assert best.startswith(few if m <= 32 else (TILE, BLOCK_SUMS)), best
             check(m, n, columns, dtype, nested=nested, kernel="small_m_sm80")
 
 
 @pytest.mark.parametrize("columns", [64, 128, 192, 576, 1536, 2048, 2560, 3072, 5120, 8192, 14336, 28672])
 def test_many_columns(columns: int) -> None:
     for m in (1, 5, 16, 27):
-        assert check(m, 300, columns, torch.bfloat16, nested=m == 5).startswith(SMALL_M)
+        best = check(m, 300, columns, torch.bfloat16, nested=m == 5)
+        assert best.startswith((SMALL_M, BLOCK_SUMS) if m == 27 else SMALL_M)
         check(m, 300, columns, torch.bfloat16, nested=m == 5, kernel="small_m_sm80")
 
 
 def test_many_rows_of_the_weight() -> None:
     for m in (1, 16, 32):
-        assert check(m, 128_256, 2048, torch.bfloat16).startswith(SMALL_M)
+        assert check(m, 128_256, 2048, torch.bfloat16).startswith((SMALL_M, BLOCK_SUMS) if m == 32 else SMALL_M)
         check(m, 128_256, 2048, torch.bfloat16, kernel="small_m_sm80")
 
 
@@ -81,7 +84,7 @@ def test_block_sizes(blocksize: int, quant_type: str) -> None:
     # Blocks larger than a row run across rows.
     for n, columns in ((100, 1024), (64, 576)):
         kernel = check(3, n, columns, torch.float16, blocksize=blocksize, quant_type=quant_type, nested=True)
-        assert kernel.startswith(SIMT if blocksize == 32 else SMALL_M)
+        assert kernel.startswith((TILE if HOPPER else SIMT) if blocksize == 32 else SMALL_M)
 
 
 @pytest.mark.parametrize("dtype", k.DTYPES)

@@ -147,6 +147,18 @@ def of_gemm_4bit_tile_sm90a(source: Described) -> Iterator[Check]:
         yield launches_gemm.tile_sm90a(source, product, launches_gemm.Tile(192, ranges=4))
 
 
+def of_gemm_4bit_block_sums_sm90a(source: Described) -> Iterator[Check]:
+    """The same of every kernel with scales for sums, and several rounds of its main loop."""
+    for dtype in ("bf16", "f16"):
+        for (m, n, k, blocksize), tokens in zip(
+            [(20, 130, 320, 64), (50, 9, 1344, 64), (70, 7, 2112, 128)], (32, 48, 64), strict=True
+        ):
+            nested = (dtype == "bf16") == (tokens > 32)
+            product = Product.random(m, n, k, dtype, "nf4", blocksize, nested=nested, bias=nested)
+            for how in ({"parts": 2}, {"ranges": 2 * -(-m // tokens) * -(-n // 128)}):
+                yield launches_gemm.tile_sm90a(source, product, launches_gemm.Tile(tokens, block_sums=True, **how))
+
+
 def of_floor(source: Described) -> Iterator[Check]:
     """Shares of different sizes, and none; the one sum that is written."""
     words = np.random.default_rng(8).integers(0, 1 << 32, (2600, 4), np.uint32)
@@ -361,6 +373,7 @@ FAMILIES = {
     "gemm_4bit_tile_sm80": of_gemm_4bit_tile_sm80,
     "floor": of_floor,
     "gemm_4bit_tile_sm90a": of_gemm_4bit_tile_sm90a,
+    "gemm_4bit_block_sums_sm90a": of_gemm_4bit_block_sums_sm90a,
     "gemm_4bit_dgrad_sm90a": of_gemm_4bit_dgrad_sm90a,
 }
 

@@ -66,7 +66,8 @@ class Product:
     def result(self, weights: np.ndarray, roundings: float) -> Callable[[np.ndarray], str]:
         """Compares with the product by `weights`; a sum may have been rounded to float32 that often in turn."""
         n, k = weights.shape
-        scaled = weights.astype(np.float64) * np.repeat(self.scales.absmax, self.blocksize)[: n * k].reshape(n, k)
+        with np.errstate(invalid="ignore"):
+            scaled = weights.astype(np.float64) * np.repeat(self.scales.absmax, self.blocksize)[: n * k].reshape(n, k)
         return self.result_of(scaled, roundings)
 
     def result_of(self, scaled: np.ndarray, roundings: float) -> Callable[[np.ndarray], str]:
@@ -265,18 +266,24 @@ def floor_read(source: Described, words: np.ndarray, grid: int, wanted: int) -> 
 class Tile:
     """How gemm_4bit_tile_sm90a divides a product: rows of x in a tile, and parts of K, or ranges of all tiles.
 
-    `scale_shift` is in bytes.
+    `block_sums`: gemm_4bit_block_sums_sm90a does. `scale_shift` is in bytes.
     """
 
     tokens: int
     parts: int = 1
     scale_shift: int = 0
     ranges: int = 0
+    block_sums: bool = False
+
+    @property
+    def source(self) -> str:
+        """The name of the kernel's source."""
+        return f"gemm_4bit_{'block_sums' if self.block_sums else 'tile'}_sm90a"
 
 
 def tile_shared(tokens: int, dgrad: bool = False) -> int:
     """The dynamic shared memory of a block of the kernel for products or gradients, as rust/cuda/src/gemm has it."""
-    x, codes = 4 if tokens > 64 else 8, 3 if tokens > 128 else 6
+    x, codes = 4 if tokens > 64 else 8, 3 if tokens > 128 else 8
     # y and planes, or a table and scales.
     scales, of_stage, other = (4, 8192, tokens * 128) if tokens > 128 and not dgrad else (2, 4096, 65536)
     return x * tokens * 128 + other + codes * 8192 + scales * of_stage + 1024 + 2 * (codes + x + scales) * 8
@@ -296,7 +303,7 @@ def tile_sm90a(source: Described, product: Product, plan: Tile, exact: bool = Fa
     """By warpgroups. `exact`: x is an identity, and y has to be the dequantized weight."""
     (m, k), n, constants = product.x.shape, product.weights.shape[0], source.constants
     rows, step, unit = constants["ROWS"], constants["K_TILE"], constants["SCALES_K"]
-    kernel = f"gemm_4bit_tile_sm90a_{product.dtype}_{plan.tokens}"
+    kernel = f"{plan.source}_{product.dtype}_{plan.tokens}"
     units, tiles = ceil_div(k, unit), ceil_div(m, plan.tokens)
     of_part = ceil_div(units, plan.parts)
     assert of_part * (plan.parts - 1) < units, "a part of K with nothing"
@@ -318,7 +325,13 @@ def tile_sm90a(source: Described, product: Product, plan: Tile, exact: bool = Fa
         cluster=plan.parts, in_order=plan.ranges > 0,
     )  # fmt: skip
     name = f"{kernel}, {m} x {n} x {k}, {product.quant_type} in {product.blocksize}, {plan}"
-    return Check(name, Case([launch]), [(y, _of_dequantized(product, 2 + k / 16 + max(plan.parts, units), exact))])
+    if plan.block_sums:
+        # Weights are rounded to x's type before they are scaled, and the sums of a k-tile are added to the others.
+        table = native.to_float32(native.from_float32(product.weights, product.dtype), product.dtype)
+        wanted = product.result(table, 2 + k / 16 + 2 * k / 64 + max(plan.parts, units))
+    else:
+        wanted = _of_dequantized(product, 2 + k / 16 + max(plan.parts, units), exact)
+    return Check(name, Case([launch]), [(y, wanted)])
 
 
 def dgrad_sm90a(

@@ -109,13 +109,13 @@ __device__ inline void experts_tile_sm90a(const TensorMap *x_map, const ExpertsP
     const int stages = (product.k + SCALES_K - 1) / SCALES_K;
     fill_table<S>(shared, codebook, warp, lane);
     wait_for_previous();
-    ConsumerState<S> state(0);
+    ConsumerState<S> state;
     for (TileWalk<TOKENS> walk(product, lane); walk.left > 0; walk.advance()) {
         // Asked for early: behind the products nothing would hide the wait.
         const int row = walk.begin + walk.token + thread % TOKENS;
         const int y_row = product.order == nullptr || walk.token + thread % TOKENS >= walk.tokens ? row : product.order[row];
         float sums[S::ACCUMULATORS];
-        multiply_k_tiles<T, RowsOperand<S>>(sums, shared, state, lane, 0, my_row, stages);
+        multiply_k_tiles<T, RowsOperand<S>>(sums, shared, state, lane, my_row, stages);
         if (walk.left == 1) {
             let_next_start();
         }

@@ -56,7 +56,7 @@ struct ExpertRows {
     const void *absmax[2];
     const float *absmax2[2];
     float shifts[2];
-    bool nested, fours;
+    bool nested, in_stages;
 
     __device__ Scales scales(int i) const {
         const void *const first = i % 2 == 0 ? absmax[0] : absmax[1];
@@ -90,7 +90,7 @@ __device__ inline void produce_scales(u8 *shared, const ExpertsProduct &product,
             rows.absmax[i] = reinterpret_cast<const void *>(entry[1]);
             rows.absmax2[i] = reinterpret_cast<const float *>(entry[2]);
             rows.shifts[i] = nested ? *reinterpret_cast<const float *>(entry[3]) : 0.0f;
-            rows.fours = rows.fours && lie_by_fours(rows.scales(i), product.k, product.block_shift);
+            rows.in_stages = rows.in_stages && are_in_stages(rows.scales(i), product.k);
         }
         produce_scales<S>(shared, state, rows, ScalesSink<S>{}, map, 0, stages, product.k, product.block_shift, member, lane);
     }

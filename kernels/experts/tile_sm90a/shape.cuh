@@ -13,7 +13,7 @@ template <int TOKENS_>
 struct ExpertShape {
     static constexpr int TOKENS = TOKENS_;
     // Both teams take every k-tile, each for rows of its own: they share x, and one writes a tile while the other multiplies.
-    static constexpr int TEAMS = 2, K_TEAMS = 1;
+    static constexpr int TEAMS = 2;
     __device__ static constexpr int chunks(int tokens) { return tokens > 64 ? 2 : 1; }
     static constexpr int CONSUMERS = TEAMS * TEAM, CONSUMER_WARPS = CONSUMERS / WARP;
     static constexpr int THREADS = CONSUMERS + WARPGROUP;

@@ -127,6 +127,7 @@ __device__ inline void produce_column_scales(u8 *shared, const Scales &scales, i
 // W, and k-blocks of 16, of which one wgmma makes the products.
 template <typename S>
 struct ColumnsOperand {
+    static constexpr bool BLOCK_SUMS = false;
     static constexpr int CHUNKS = S::chunks(S::TOKENS), PARTS = 2 / CHUNKS, K_BLOCKS = 4 / CHUNKS;
     static constexpr u32 PART_BYTES = 32 * CODES_ROW_BYTES;
     const u8 *const shared, *const my_codes, *const my_scales;

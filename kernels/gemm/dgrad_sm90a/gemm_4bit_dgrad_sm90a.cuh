@@ -49,6 +49,7 @@
 #include "gemm/dgrad_sm90a/columns.cuh"
 #include "gemm/tile_sm90a/epilogue.cuh"
 #include "gemm/tile_sm90a/ranges.cuh"
+#include "gemm/tile_sm90a/rounds.cuh"
 
 // `config` divides the product as that of gemm_4bit_tile_sm90a is divided, with K in the place of N and N in that of K.
 template <typename T, int TOKENS>
@@ -93,10 +94,14 @@ __device__ inline void gemm_4bit_dgrad_sm90a(const TensorMap *dy_map, const Tens
     take_registers<S::REGISTERS>();
     const int lane = read_lane(), team = warp / TEAM_WARPS;
     float sums[S::ACCUMULATORS];
-    ConsumerState<S> state(team);
     fill_table<S>(shared, codebook, warp, lane);
     const int stages = ProductWalk<TOKENS>(config, k, n).stages();
-    multiply_k_tiles<T, ColumnsOperand<S>>(sums, shared, state, lane, team, u32(warp % TEAM_WARPS), stages);
+    if constexpr (S::TEAMS == 2) {
+        multiply_in_rounds<T, ColumnsOperand<S>, S>(sums, shared, lane, team, u32(warp % TEAM_WARPS), stages);
+    } else {
+        ConsumerState<S> state;
+        multiply_k_tiles<T, ColumnsOperand<S>>(sums, shared, state, lane, u32(warp), stages);
+    }
     let_next_start();
     if constexpr (S::TEAMS == 2) {
         exchange_sums<S>(sums, shared, team);

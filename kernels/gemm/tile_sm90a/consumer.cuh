@@ -1,5 +1,6 @@
-// The main loop of gemm_4bit_tile_sm90a and of experts_tile_sm90a: consumers dequantize W into the A operand of wgmma and
-// multiply, a team while the other works. `S` is the shape of a tile.
+// What the consumers of gemm_4bit_tile_sm90a, gemm_4bit_dgrad_sm90a and experts_tile_sm90a share: the table, rows of W as the A operand
+// of wgmma, and the main loop of teams that multiply every k-tile (rounds.cuh has that of two which take turns). `S` is the shape
+// of a tile.
 #pragma once
 
 #include "gemm/tile_sm90a/shape.cuh"
@@ -23,6 +24,7 @@ __device__ inline void fill_table(u8 *shared, const Codebook &codebook, int warp
 // 16, of which one wgmma makes the products.
 template <typename S>
 struct RowsOperand {
+    static constexpr bool BLOCK_SUMS = false;
     static constexpr int CHUNKS = S::chunks(S::TOKENS), SPANS = 2 / CHUNKS, K_BLOCKS = 4 / CHUNKS;
     const u8 *const shared, *const my_codes, *const my_scales;
     // The offset of an entry of the table is one permutation of bytes: 256 times a byte of codes, and where this lane's begin.
@@ -33,6 +35,10 @@ struct RowsOperand {
         Words4 words[2][SPANS];
         Floats2 scale[2];
     };
+
+    __device__ static void prepare(u8 *shared, const Codebook &codebook, int warp, int lane) {
+        fill_table<S>(shared, codebook, warp, lane);
+    }
 
     // `my_row`: of the tile's rows the lane's first.
     __device__ RowsOperand(const u8 *shared, int lane, u32 my_row)
@@ -73,16 +79,14 @@ struct RowsOperand {
     }
 };
 
-// The products of this team's k-tiles in `stages` stages of scales become `sums`, the accumulators: [64 rows][TOKENS] of a
-// warpgroup, as wgmma has them. `Operand`: what A is, and `place` where of it this lane's part is. `team`: of those that take
-// k-tiles in turn.
+// The products of the k-tiles in `stages` stages of scales become `sums`, the accumulators: [64 rows][TOKENS] of a warpgroup, as
+// wgmma has them. `Operand`: what A is, and `place` where of it this lane's part is.
 template <typename T, typename Operand, typename S>
-__device__ inline void multiply_k_tiles(float (&sums)[S::ACCUMULATORS], u8 *shared, ConsumerState<S> &state, int lane, int team,
-                                        u32 place, int stages) {
+__device__ inline void multiply_k_tiles(float (&sums)[S::ACCUMULATORS], u8 *shared, ConsumerState<S> &state, int lane, u32 place,
+                                        int stages) {
     const Pipelines<S> pipelines(shared);
     Operand a_operand(shared, lane, place);
     const u32 x_base = operand(shared + S::X_AT);
-    constexpr int K_TILES = SCALES_K_TILES / S::K_TEAMS;  // of a team in a stage of scales
     constexpr int CHUNKS = Operand::CHUNKS, CHUNK_K_BLOCKS = Operand::K_BLOCKS;
     u32 a[4 * CHUNK_K_BLOCKS];
     typename Operand::Loaded loaded;
@@ -90,17 +94,15 @@ __device__ inline void multiply_k_tiles(float (&sums)[S::ACCUMULATORS], u8 *shar
     PipelineState<S::SCALES_STAGES> &scales_state = state.scales;
     PipelineState<S::X_STAGES> &x_state = state.x;
 
-    // The codes and scales of chunk c of k-tile i of the team in a stage of scales.
+    // The codes and scales of chunk c of k-tile i of a stage of scales.
     const auto load = [&](int i, int c) {
         if (i == 0 && c == 0) {
             barrier_wait(&pipelines.scales_full[scales_state.stage], scales_state.phase);
         }
-        // Two teams take a half of each stage, one both halves after each other.
-        if ((S::K_TEAMS == 2 || (i & 1) == 0) && c == 0) {
+        if ((i & 1) == 0 && c == 0) {
             barrier_wait(&pipelines.codes_full[codes_state.stage], codes_state.phase);
         }
-        const u32 half = S::K_TEAMS == 2 ? u32(team) : u32(i & 1);
-        a_operand.load(loaded, codes_state.stage, half, scales_state.stage, S::K_TEAMS == 2 ? 2 * i + team : i, c);
+        a_operand.load(loaded, codes_state.stage, u32(i & 1), scales_state.stage, i, c);
     };
     // K-block q of what was loaded.
     const auto dequantize = [&](u32 *to, int i, int c, int q) {
@@ -108,14 +110,14 @@ __device__ inline void multiply_k_tiles(float (&sums)[S::ACCUMULATORS], u8 *shar
         if (c < CHUNKS - 1 || q < CHUNK_K_BLOCKS - 1) {
             return;
         }
-        if (S::K_TEAMS == 2 || (i & 1) == 1) {
+        if ((i & 1) == 1) {
             __syncwarp();
             if (lane == 0) {
                 barrier_arrive(&pipelines.codes_empty[codes_state.stage]);
             }
             codes_state.advance();
         }
-        if (i == K_TILES - 1) {
+        if (i == SCALES_K_TILES - 1) {
             if (lane == 0) {
                 barrier_arrive(&pipelines.scales_empty[scales_state.stage]);
             }
@@ -156,11 +158,11 @@ __device__ inline void multiply_k_tiles(float (&sums)[S::ACCUMULATORS], u8 *shar
             if (lane == 0) {
                 barrier_arrive(&pipelines.x_empty[x_state.stage]);
             }
-            x_state.advance(S::K_TEAMS);
+            x_state.advance();
         }
     };
     main_loop(true, 0);
-    constexpr int PAIRS = K_TILES / 2;
+    constexpr int PAIRS = SCALES_K_TILES / 2;
     for (int p = 1; p < stages * PAIRS; p++) {
         main_loop(false, p % PAIRS * 2);
     }

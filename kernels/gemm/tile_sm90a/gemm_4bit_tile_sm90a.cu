@@ -18,6 +18,6 @@ extern "C" __global__ void __launch_bounds__(Shape<GEMM_TOKENS>::THREADS, 1)
               const __grid_constant__ Scales scales, const __grid_constant__ Codebook codebook, const GEMM_ELEMENT *bias,
               GEMM_ELEMENT *y, int m, int n, int k, int block_shift, const __grid_constant__ LaunchConfig config,
               const __grid_constant__ Workspace workspace) {
-    gemm_4bit_tile_sm90a<GEMM_ELEMENT, GEMM_TOKENS>(&x, &codes, scales, codebook, bias, y, m, n, k, block_shift, config,
-                                                    workspace);
+    gemm_4bit_tile_sm90a<GEMM_ELEMENT, Shape<GEMM_TOKENS>>(&x, &codes, scales, codebook, bias, y, m, n, k, block_shift, config,
+                                                            workspace);
 }

@@ -1,6 +1,7 @@
 // gemm_4bit_tile_sm90a: y[M][N] = x[M][K] * W[N][K]^T + bias[N] for more than 32 rows of x, W in 4 bits.
 //
-// Problem. The products of prompts and batches, M from 33 to some 2048. x, bias and y are bfloat16 or float16, sums float32.
+// Problem. The products of prompts and batches, M from 65 to some 2048; and of fewer rows those of weights that
+//   gemm_4bit_block_sums_sm90a.cu does not take, which has another main loop. x, bias and y are bfloat16 or float16, sums float32.
 //   Any codebook and block size of the format, plain or nested scales; K a multiple of 32; x and codes aligned to 16 bytes;
 //   compute capability 9.0 alone (wgmma, TMA, setmaxnreg).
 //
@@ -50,7 +51,7 @@
 //     x          8 / 4 / 4 / 4 stages of TOKENS x 128 bytes, 128-byte swizzle    64 / 48, 64 / 96 / 128 KB
 //     table      256 bytes of codes x 32 lanes x two float32: a lane's entries are in banks of its own    64 KB, up to 128
 //     y          of half of the tokens, on its way to whole lines                                         24 / 32 KB, from 192
-//     codes      6 / 6 / 3 / 3 stages of 128 x 64 bytes, 64-byte swizzle                                 48 or 24 KB
+//     codes      8 / 8 / 3 / 3 stages of 128 x 64 bytes, 64-byte swizzle                                 64 or 24 KB
 //     scales     2 stages of [4 k-tiles][128 rows][2]                                                     8 KB, up to 128
 //     planes     4 stages of [2 halves][low, high][128 rows][16 bytes]                                    32 KB, from 192
 //     map        of nested scales                                                                         1 KB
@@ -83,8 +84,9 @@
 //   - Of more than 128 tokens, ranges where there are fewer tiles than multiprocessors: 54.0 in place of 50.0 us for 256 rows. Of
 //     512 rows they take 96.7 and not 101, of 1024 187 and not 213 to 220.
 //   - Copies of x for two blocks of a cluster at once (multicast): 30.4, 37.1 and 51.0 us for 64, 128 and 256 rows.
-//   - Scales for the sums instead of the weights, with 4 bytes of the table for a code: ptxas does not keep two sets of
-//     accumulators in registers, and makes the products wait for each other (C7512).
+//   - Scales for the sums instead of the weights, with 4 bytes of the table for a code, from 96 rows on: ptxas does not keep two
+//     sets of accumulators in registers, and makes the products wait for each other (C7512).
+//   - Stages that are known where the main loop is compiled (rounds.cuh): no difference from 96 rows on, where shared memory binds.
 #pragma once
 
 #include "gemm/tile_sm90a/consumer.cuh"
@@ -92,12 +94,14 @@
 #include "gemm/tile_sm90a/planes.cuh"
 #include "gemm/tile_sm90a/producer.cuh"
 #include "gemm/tile_sm90a/ranges.cuh"
+#include "gemm/tile_sm90a/rounds.cuh"
 
-template <typename T, int TOKENS>
+// `S`: the shape of a tile; `Operand`: what A is where there are two teams.
+template <typename T, typename S, typename Operand = RowsOperand<S>>
 __device__ inline void gemm_4bit_tile_sm90a(const TensorMap *x_map, const TensorMap *codes_map, const Scales &scales,
                                             const Codebook &codebook, const T *bias, T *y, int m, int n, int k,
                                             int block_shift, const LaunchConfig &config, const Workspace &workspace) {
-    using S = Shape<TOKENS>;
+    constexpr int TOKENS = S::TOKENS;
     DYNAMIC_SHARED_1024(shared);
     const int warp = __shfl_sync(ALL_LANES, int(threadIdx.x) / WARP, 0);
     if (threadIdx.x == 0) {
@@ -143,12 +147,10 @@ __device__ inline void gemm_4bit_tile_sm90a(const TensorMap *x_map, const Tensor
     const int lane = read_lane(), team = warp / TEAM_WARPS;
     const u32 my_row = u32(warp % TEAM_WARPS) * 16 + u32(lane) / 4;
     float sums[S::ACCUMULATORS];
-    ConsumerState<S> state(team);
     if constexpr (S::TEAMS == 2) {
         // The epilogue is where x was, so there is one tile.
-        fill_table<S>(shared, codebook, warp, lane);
-        const int stages = ProductWalk<TOKENS>(config, n, k).stages();
-        multiply_k_tiles<T, RowsOperand<S>>(sums, shared, state, lane, team, my_row, stages);
+        Operand::prepare(shared, codebook, warp, lane);
+        multiply_in_rounds<T, Operand, S>(sums, shared, lane, team, my_row, ProductWalk<TOKENS>(config, n, k).stages());
         let_next_start();
         exchange_sums<S>(sums, shared, team);
         if (team == 1) {
@@ -164,6 +166,7 @@ __device__ inline void gemm_4bit_tile_sm90a(const TensorMap *x_map, const Tensor
         collect_sums<S>(sums, shared, workspace, walk);
         write_tile<T, S>(sums, shared, bias, y, m, n, walk.tile(), walk.split(), config);
     } else {
+        ConsumerState<S> state;
         for (ProductWalk<TOKENS> walk(config, n, k); walk.there(); walk.advance()) {
             multiply_by_planes<T, S, TOKENS>(sums, shared, state, lane, my_row, walk.stages(), two_blocks);
             // No block of the next kernel has room beside this one: it is not too early before the last tile.

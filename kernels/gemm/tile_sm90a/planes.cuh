@@ -17,6 +17,8 @@ struct PlanesSink {
         if (two_blocks) {
             put_half(stage + PLANES_BYTES, row, second);
         }
+        // Between the rows of a thread: registers do not do for the planes of two at a time.
+        __syncwarp();
     }
     __device__ void put_half(u8 *half, int row, float scale) const {
         const Planes planes = scaled_planes<T>(codebook, scale);

@@ -70,11 +70,48 @@ __device__ inline float *fill_map(u8 *shared, int member) {
     return map;
 }
 
-// Whether blocks of scales lie by fours: one load of a row for a stage.
-__device__ inline bool lie_by_fours(const Scales &scales, int k, int block_shift) {
+// Whether each stage of each row has whole blocks of scales, or is within a block, and few loads bring them.
+__device__ inline bool are_in_stages(const Scales &scales, int k) {
     const void *const read = scales.absmax == nullptr ? static_cast<const void *>(scales.codes) : scales.absmax;
-    return block_shift == 6 && k % SCALES_K == 0 && is_aligned(read, 16);
+    return k % SCALES_K == 0 && is_aligned(read, 16);
 }
+
+// Scales of a row that are loaded at a time, or of nested ones their codes and their common second scale: of a stage, or in blocks
+// of 32 of half a stage. SHIFT: log2 of the block size, 7 for all from 128 on.
+template <int SHIFT>
+struct LoadedScales {
+    static constexpr int K_TILES = SHIFT == 5 ? SCALES_K_TILES / 2 : SCALES_K_TILES;
+    Floats4 scales;
+
+    // Those of the values from `first` on, at a multiple of K_TILES * K_TILE.
+    __device__ void load(const Scales &from, i64 first, int block_shift, bool nested) {
+        const i64 block = first >> (SHIFT < 7 ? SHIFT : block_shift);
+        const i64 second = (first + SCALES_K / 2) >> block_shift;
+        if (nested) {
+            if constexpr (SHIFT < 7) {
+                scales.value[0] = __uint_as_float(*reinterpret_cast<const u32 *>(from.codes + block));
+            } else {
+                scales.value[0] = __uint_as_float(from.codes[block]);
+                scales.value[2] = __uint_as_float(from.codes[second]);
+            }
+            scales.value[1] = from.absmax2[block >> NESTED_SHIFT];
+        } else if constexpr (SHIFT < 7) {
+            scales = *reinterpret_cast<const Floats4 *>(from.absmax + block);
+        } else {
+            scales.value[0] = from.absmax[block];
+            scales.value[2] = from.absmax[second];
+        }
+    }
+    // Of columns 32 * half and more of k-tile j.
+    __device__ float get(int j, int half, bool nested, const float *map, float offset) const {
+        const int at = SHIFT == 5 ? 2 * j + half : SHIFT == 6 ? j : j / 2 * 2;
+        if (nested) {
+            const u32 codes = __float_as_uint(scales.value[SHIFT < 7 ? 0 : at]);
+            return RawScale<true>{SHIFT < 7 ? codes >> 8 * at & 255 : codes, scales.value[1]}.value(map, offset);
+        }
+        return scales.value[at];
+    }
+};
 
 // Where scales go as float32: a stage is [SCALES_K_TILES][TILE_ROWS][2], of columns 0 to 31 of a k-tile and of the others.
 template <typename S>
@@ -86,69 +123,84 @@ struct ScalesSink {
     }
 };
 
+// The stages of scales that one who brings them fills.
+template <typename S, typename Sink>
+struct ScaleStages {
+    u8 *const shared;
+    PipelineState<S::SCALES_STAGES> &state;
+    const int lane;
+
+    // Around what is put for k-tile j.
+    __device__ u8 *enter(int j) const {
+        if (j % Sink::K_TILES == 0) {
+            barrier_wait(&Pipelines<S>(shared).scales_empty[state.stage], state.phase ^ 1);
+        }
+        return shared + S::SCALES_AT + state.stage * S::SCALES_BYTES;
+    }
+    __device__ void leave(int j) const {
+        if (j % Sink::K_TILES == Sink::K_TILES - 1) {
+            __syncwarp();
+            if (lane == 0) {
+                barrier_arrive(&Pipelines<S>(shared).scales_full[state.stage]);
+            }
+            state.advance();
+        }
+    }
+};
+
+// As `produce_scales`, where they are in stages.
+template <typename Loaded, typename S, typename Rows, typename Sink>
+__device__ inline void produce_in_stages(const ScaleStages<S, Sink> &to, const Rows &rows, const Sink &sink, const float *map,
+                                         int begin, int stages, int block_shift, int member) {
+    constexpr int MINE = S::TILE_ROWS / SCALE_PRODUCERS, K_TILES = Loaded::K_TILES;
+    Loaded values[MINE];
+    i64 first[MINE];
+#pragma unroll
+    for (int i = 0; i < MINE; i++) {
+        first[i] = rows.first(i) + i64(begin) * SCALES_K;
+    }
+    const auto load = [&](int which) {
+#pragma unroll
+        for (int i = 0; i < MINE; i++) {
+            values[i].load(rows.scales(i), first[i] + which * (K_TILES * K_TILE), block_shift, rows.nested);
+        }
+    };
+    const int count = stages * (SCALES_K_TILES / K_TILES);
+    load(0);
+#pragma unroll 1
+    for (int which = 0; which < count; which++) {
+#pragma unroll
+        for (int j = 0; j < K_TILES; j++) {
+            const int k_tile = K_TILES < SCALES_K_TILES ? which % 2 * K_TILES + j : j;
+            u8 *const stage = to.enter(k_tile);
+#pragma unroll
+            for (int i = 0; i < MINE; i++) {
+                const float scale = values[i].get(j, 0, rows.nested, map, rows.offset(i));
+                const float other = K_TILES < SCALES_K_TILES ? values[i].get(j, 1, rows.nested, map, rows.offset(i)) : scale;
+                sink.put(stage, k_tile % Sink::K_TILES, member + SCALE_PRODUCERS * i, scale, other);
+            }
+            to.leave(k_tile);
+        }
+        // The consumers are some k-tiles behind.
+        load(which + 1 < count ? which + 1 : which);
+    }
+}
+
 // Stages of scales, by SCALE_PRODUCERS threads of which this is `member`: it brings rows member + i * SCALE_PRODUCERS, and
 // `sink` puts them where the consumers want them. Of row i `rows.scales(i)`, `rows.offset(i)` and `rows.first(i)`, the values
-// of W before it; `rows.nested` and `rows.fours` hold for all. Scales are those of columns from stage `begin` on.
+// of W before it; `rows.nested` and `rows.in_stages` hold for all. Scales are those of columns from stage `begin` on.
 template <typename S, typename Rows, typename Sink>
 __device__ inline void produce_scales(u8 *shared, PipelineState<S::SCALES_STAGES> &state, const Rows &rows, const Sink &sink,
                                       const float *map, int begin, int stages, int k, int block_shift, int member, int lane) {
     constexpr int MINE = S::TILE_ROWS / SCALE_PRODUCERS;
-    const Pipelines<S> pipelines(shared);
+    const ScaleStages<S, Sink> to{shared, state, lane};
     const bool nested = rows.nested;
-    // Around what is put for k-tile j.
-    const auto enter = [&](int j) {
-        if (j % Sink::K_TILES == 0) {
-            barrier_wait(&pipelines.scales_empty[state.stage], state.phase ^ 1);
-        }
-        return shared + S::SCALES_AT + state.stage * S::SCALES_BYTES;
-    };
-    const auto leave = [&](int j) {
-        if (j % Sink::K_TILES == Sink::K_TILES - 1) {
-            __syncwarp();
-            if (lane == 0) {
-                barrier_arrive(&pipelines.scales_full[state.stage]);
-            }
-            state.advance();
-        }
-    };
-    if (rows.fours) {
-        // Of nested scales four codes in a word, and their common second scale.
-        Floats4 values[MINE];
-        i64 first_block[MINE];
-#pragma unroll
-        for (int i = 0; i < MINE; i++) {
-            first_block[i] = (rows.first(i) + i64(begin) * SCALES_K) >> 6;
-        }
-        const auto load = [&](int stage) {
-#pragma unroll
-            for (int i = 0; i < MINE; i++) {
-                const Scales scales = rows.scales(i);
-                const i64 block = first_block[i] + stage * SCALES_K_TILES;
-                if (nested) {
-                    values[i].value[0] = __uint_as_float(*reinterpret_cast<const u32 *>(scales.codes + block));
-                    values[i].value[1] = scales.absmax2[block >> NESTED_SHIFT];
-                } else {
-                    values[i] = *reinterpret_cast<const Floats4 *>(scales.absmax + block);
-                }
-            }
-        };
-        load(0);
-        for (int stage = 0; stage < stages; stage++) {
-#pragma unroll
-            for (int j = 0; j < SCALES_K_TILES; j++) {
-                u8 *const to = enter(j);
-#pragma unroll
-                for (int i = 0; i < MINE; i++) {
-                    const u32 code = __float_as_uint(values[i].value[0]) >> 8 * j & 255;
-                    const float scale =
-                        nested ? RawScale<true>{code, values[i].value[1]}.value(map, rows.offset(i)) : values[i].value[j];
-                    sink.put(to, j % Sink::K_TILES, member + SCALE_PRODUCERS * i, scale, scale);
-                }
-                leave(j);
-            }
-            // The consumers are some k-tiles behind.
-            load(stage + 1 < stages ? stage + 1 : stage);
-        }
+    if (rows.in_stages && block_shift == 6) {
+        produce_in_stages<LoadedScales<6>>(to, rows, sink, map, begin, stages, block_shift, member);
+    } else if (rows.in_stages && block_shift == 5) {
+        produce_in_stages<LoadedScales<5>>(to, rows, sink, map, begin, stages, block_shift, member);
+    } else if (rows.in_stages) {
+        produce_in_stages<LoadedScales<7>>(to, rows, sink, map, begin, stages, block_shift, member);
     } else {
         for (int stage = 0; stage < stages; stage++) {
             const int left = k - SCALE_SPAN - (begin + stage) * SCALES_K;
@@ -156,14 +208,17 @@ __device__ inline void produce_scales(u8 *shared, PipelineState<S::SCALES_STAGES
             constexpr int AT_ONCE = Sink::K_TILES;
 #pragma unroll 1
             for (int j = 0; j < SCALES_K_TILES; j += AT_ONCE) {
-                u8 *const to = enter(j);
+                u8 *const stage_at = to.enter(j);
 #pragma unroll 1
                 for (int i = 0; i < MINE; i++) {
                     const Scales scales = rows.scales(i);
                     const i64 first = rows.first(i) + i64(begin + stage) * SCALES_K;
-                    // Behind the last column that of the last: there x is zero.
+                    // Behind the last column nothing is added, whatever the last scale is.
                     const auto find = [&](int span) {
-                        const i64 block = (first + (span * SCALE_SPAN < left ? span * SCALE_SPAN : left)) >> block_shift;
+                        if (span * SCALE_SPAN > left) {
+                            return 0.0f;
+                        }
+                        const i64 block = (first + span * SCALE_SPAN) >> block_shift;
                         return nested ? ScaleReader<true>(scales, block)[0].value(map, rows.offset(i)) : scales.absmax[block];
                     };
                     Floats2 found[AT_ONCE];
@@ -173,10 +228,10 @@ __device__ inline void produce_scales(u8 *shared, PipelineState<S::SCALES_STAGES
                     }
 #pragma unroll
                     for (int more = 0; more < AT_ONCE; more++) {
-                        sink.put(to, more, member + SCALE_PRODUCERS * i, found[more].value[0], found[more].value[1]);
+                        sink.put(stage_at, more, member + SCALE_PRODUCERS * i, found[more].value[0], found[more].value[1]);
                     }
                 }
-                leave(j + AT_ONCE - 1);
+                to.leave(j + AT_ONCE - 1);
             }
         }
     }
@@ -186,7 +241,7 @@ __device__ inline void produce_scales(u8 *shared, PipelineState<S::SCALES_STAGES
 struct WeightRows {
     const Scales &weight;
     int row, n, k;  // of the thread's first row
-    bool nested, fours;
+    bool nested, in_stages;
     float shift;
 
     __device__ Scales scales(int) const { return weight; }
@@ -203,7 +258,7 @@ template <typename S, typename Sink>
 __device__ inline void produce_scales(u8 *shared, const Scales &scales, const Sink &sink, int n, int k, int block_shift,
                                       ProductWalk<S::TOKENS> walk, int member, int lane) {
     wait_for_previous();
-    WeightRows rows{scales, 0, n, k, scales.absmax == nullptr, lie_by_fours(scales, k, block_shift), 0.0f};
+    WeightRows rows{scales, 0, n, k, scales.absmax == nullptr, are_in_stages(scales, k), 0.0f};
     const float *map = nullptr;
     if (rows.nested) {
         map = fill_map<S>(shared, member);

@@ -50,12 +50,12 @@ struct Shape {
     // through a table. With 128 the A operand of a whole k-tile no longer fits beside them, and a k-tile is dequantized by
     // halves. One team has time for permutations, and shared memory for y in place of the table. With
     // COLUMNS it has the table too: a lane's four rows of W in a k-block would each need values of their own for permutations.
-    static constexpr int TEAMS = TOKENS <= 128 ? 2 : 1, K_TEAMS = TEAMS;
+    static constexpr int TEAMS = TOKENS <= 128 ? 2 : 1;
     static constexpr bool TABLE = TEAMS == 2 || COLUMNS;
     __device__ static constexpr int chunks(int tokens) { return tokens == 128 ? 2 : 1; }
     static constexpr int CONSUMERS = TEAMS * TEAM, CONSUMER_WARPS = CONSUMERS / WARP;
     static constexpr int THREADS = CONSUMERS + WARPGROUP;
-    static constexpr int CODES_STAGES = TOKENS > 128 ? 3 : 6;  // 24 or 48 KB
+    static constexpr int CODES_STAGES = TEAMS == 2 ? 8 : 3;    // of 8 KB; those of two rounds of two teams
     static constexpr int X_STAGES = TOKENS > 64 ? 4 : 8;       // two for each of two teams; twice that where they are small
     // Beside the table scales of some k-tiles, else the planes of one k-tile: see planes.cuh.
     static constexpr int SCALES_STAGES = TABLE ? 2 : 4;
@@ -146,12 +146,11 @@ struct Pipelines {
     }
 };
 
-// Where a consumer is in them; `turn`: the first k-tile that its team takes.
+// Where a consumer is in them.
 template <typename S>
 struct ConsumerState {
     PipelineState<S::CODES_STAGES> codes;
     PipelineState<S::SCALES_STAGES> scales;
     PipelineState<S::X_STAGES> x;
 
-    __device__ explicit ConsumerState(int turn) { x.stage = u32(turn); }
 };

@@ -240,11 +240,11 @@ def _kernel(
         that the launcher wants, or None when dequantize + matmul is faster.
     """
     reason = _slow(device, dtype, k, blocksize)
-    if reason is not None and dtype is not torch.float32:
+    kernel, workspace_of, _ = _linear(device, dtype, n, k, quant_type, blocksize, nested)
+    if reason is not None and dtype is not torch.float32 and workspace_of(1) is None:
         _logger.warning(
             "no fused 4-bit GEMM for weight %s in %s (%s); falling back to dequantize + matmul", [n, k], dtype, reason
         )
-    kernel, workspace_of, _ = _linear(device, dtype, n, k, quant_type, blocksize, nested)
     most = 0 if reason is not None else kernel.rows_at_once * _FUSED_LAUNCHES[n * k >= _LARGE]
     return kernel.launch, min(most, kernel.rows_without_workspace), workspace_of
 

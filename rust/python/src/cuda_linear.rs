@@ -68,7 +68,7 @@ impl CudaLinear {
     /// beyond those of `rows_at_once` being meant: the bytes of the workspace that it wants. `x` and the codes begin at
     /// multiples of 16 bytes.
     fn workspace(&self, m: usize) -> Option<usize> {
-        cuda::tile_pays(self.device, self.dtype, (m, self.n, self.k))
+        self.workspace_of(m)
     }
 
     /// Make one product on `stream`, with `m` rows of `x`. All others are addresses of memory of the device: of `x` and
@@ -94,7 +94,7 @@ impl CudaLinear {
             let (packed, scales) = self.weight(packed, absmax, absmax2, offset)?;
             let (x, y) = (rows("x", x, m, k, dtype)?, rows("y", y, m, n, dtype)?);
             let bias = if bias == 0 { None } else { Some(Memory::new("bias", bias, n, dtype)?) };
-            let bytes = if workspace == 0 { None } else { cuda::tile_pays(self.device, dtype, (m, n, k)) };
+            let bytes = if workspace == 0 { None } else { self.workspace_of(m) };
             let workspace = memory_of("workspace", workspace, bytes)?;
             let product = Gemm4bit {
                 x: &x,
@@ -162,6 +162,10 @@ impl CudaLinear {
 }
 
 impl CudaLinear {
+    fn workspace_of(&self, m: usize) -> Option<usize> {
+        cuda::tile_pays(self.device, self.dtype, self.blocksize, self.nested, (m, self.n, self.k))
+    }
+
     /// The codes and the scales at these addresses.
     fn weight(&self, packed: usize, absmax: usize, absmax2: usize, offset: usize) -> Result<(Memory, Scales)> {
         let blocks = self.blocksize.absmax_len(self.values);

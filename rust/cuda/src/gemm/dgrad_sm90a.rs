@@ -50,6 +50,7 @@ const FORMS: [Form; 3] = [
     Form {
         tokens: 64,
         several_tiles: false,
+        wave: 5.5,
         step: 0.428,
         shared: bf16_64::SHAPE_64_1_BYTES,
         bf16: &kernels::GEMM_4BIT_DGRAD_SM90A_BF16_64,
@@ -58,6 +59,7 @@ const FORMS: [Form; 3] = [
     Form {
         tokens: 128,
         several_tiles: false,
+        wave: 5.5,
         step: 0.525,
         shared: bf16_128::SHAPE_128_1_BYTES,
         bf16: &kernels::GEMM_4BIT_DGRAD_SM90A_BF16_128,
@@ -66,6 +68,7 @@ const FORMS: [Form; 3] = [
     Form {
         tokens: 256,
         several_tiles: false,
+        wave: 5.5,
         step: 0.766,
         shared: bf16_256::SHAPE_256_1_BYTES,
         bf16: &kernels::GEMM_4BIT_DGRAD_SM90A_BF16_256,

@@ -29,7 +29,9 @@ pub(super) struct Form {
     pub tokens: usize,
     /// Whether a block may go on with another tile, so that all blocks can share all tiles evenly.
     pub several_tiles: bool,
-    /// Microseconds of a step: 64 columns of a tile, all multiprocessors being busy. Measured on an H200.
+    /// Microseconds of a wave of tiles besides its steps, and of a step: 64 columns of a tile, all multiprocessors being busy.
+    /// Measured on an H200.
+    pub wave: f64,
     pub step: f64,
     /// The dynamic shared memory of a block.
     pub shared: usize,
@@ -54,17 +56,17 @@ pub(super) struct Config {
 }
 
 // Measured on an H200 (132 multiprocessors).
-/// Microseconds of a launch, and of a wave of tiles besides its steps.
+/// Microseconds of a launch.
 const LAUNCH: f64 = 1.3;
-const WAVE: f64 = 5.5;
 /// Of adding up the parts of K.
 const ADDING: f64 = 1.0;
 /// Of ranges: what each tile takes besides its steps, and what sums take that go through memory.
 const TILE: f64 = 1.0;
 const SHARING: f64 = 7.0;
-/// Of parts of a tile in ranges: what it takes to leave sums in memory, and to add those of one part, 128 rows of `x`.
+/// Of parts of a tile in ranges: what it takes to leave sums in memory, to add those of one part, and each row of `x` of them.
 const LEAVING: f64 = 1.3;
-const COLLECTING: f64 = 1.33;
+const COLLECTING: f64 = 0.25;
+const COLLECTING_ROW: f64 = 1.08 / 128.0;
 /// What is more than so many microseconds takes longer by so much: then power limits the clock.
 const LONG: f64 = 60.0;
 const LONGER: f64 = 1.2;
@@ -78,13 +80,13 @@ const DENSE_LAUNCHES: f64 = 4.0;
 const DENSE_LEAST: f64 = 12.0;
 
 /// Clusters of so many blocks that a device runs at a time: they do not lie across its groups of multiprocessors, of which
-/// some are smaller.
+/// some are smaller, and which ones differs from card to card.
 fn resident(multiprocessors: usize, split_k: usize) -> usize {
     let of_132 = match split_k {
         1 => 132,
-        2 => 66,
-        3 => 40,
-        _ => 30,
+        2 => 64,
+        3 => 38,
+        _ => 28,
     };
     (multiprocessors * of_132 / 132).max(1)
 }
@@ -168,7 +170,7 @@ impl Division {
                 let waves = tiles.div_ceil(resident(multiprocessors, split_k));
                 let adding = if split_k > 1 { ADDING } else { 0.0 };
                 let steps = (of_split * SCALES_K_TILES) as f64;
-                consider(of_split, split_k, 0, LAUNCH + waves as f64 * (WAVE + steps * form.step + adding));
+                consider(of_split, split_k, 0, LAUNCH + waves as f64 * (form.wave + steps * form.step + adding));
             }
             if !with_ranges {
                 continue;
@@ -177,15 +179,16 @@ impl Division {
                 let ranges = multiprocessors.min(tiles * units);
                 let steps = ((tiles * units).div_ceil(ranges.max(1)) * SCALES_K_TILES) as f64;
                 let tiles = tiles as f64 / ranges.max(1) as f64;
-                consider(0, 1, ranges, LAUNCH + WAVE + SHARING + steps * form.step + tiles * TILE);
+                consider(0, 1, ranges, LAUNCH + form.wave + SHARING + steps * form.step + tiles * TILE);
                 continue;
             }
             for parts in 2..=MAX_PARTS.min(units) {
                 // All at a time, or it is no better than clusters.
                 if tiles * parts <= multiprocessors {
                     let steps = (units.div_ceil(parts) * SCALES_K_TILES) as f64;
-                    let leaving = LEAVING + (parts - 1) as f64 * COLLECTING * form.tokens as f64 / 128.0;
-                    consider(0, 1, tiles * parts, LAUNCH + WAVE + leaving + steps * form.step);
+                    let of_part = COLLECTING + COLLECTING_ROW * form.tokens as f64;
+                    let leaving = LEAVING + (parts - 1) as f64 * of_part;
+                    consider(0, 1, tiles * parts, LAUNCH + form.wave + leaving + steps * form.step);
                 }
             }
         }

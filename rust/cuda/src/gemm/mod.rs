@@ -23,7 +23,7 @@ pub use dgrad_sm90a::{Dgrad4bit, dgrad_4bit, dgrad_workspace};
 pub use gemv::{Gemv, gemv};
 pub use small_m::rows_at_once;
 
-use small_m::{AnyConfig, BLOCK, FEW_ROWS, SmallM, suits_sm90};
+use small_m::{AnyConfig, FEW_ROWS, SmallM, suits_sm90};
 
 /// `y[m][n] = x[m][k] · W[n][k]ᵀ + bias[n]`, row-major.
 #[derive(Debug, Clone, Copy)]
@@ -63,7 +63,7 @@ impl Gemm4bit<'_> {
 
     /// A launch for `m` rows.
     fn small_m(&self, device: &Device, sm90: bool, m: usize) -> Option<SmallM> {
-        let suits = self.blocksize.get() >= BLOCK
+        let suits = small_m::takes(self.k, self.blocksize)
             && self.x.is_aligned(16)
             && self.packed.is_aligned(if sm90 { 16 } else { 8 })
             && (!sm90 || self.suits_sm90());
@@ -78,12 +78,19 @@ impl Gemm4bit<'_> {
         self.workspace.filter(|workspace| workspace.is_aligned(16)).map_or(0, Memory::count)
     }
 
-    /// The launch of the kernel for more than a few rows by warpgroups, when it takes the arguments.
-    fn tile_sm90a(&self, device: &Device) -> Option<tile_sm90a::Tile> {
+    /// The launch of a kernel for more than a few rows by warpgroups, when it takes the arguments; `always`, or where none for few
+    /// rows is better.
+    fn tile_sm90a(&self, device: &Device, always: bool) -> Option<tile_sm90a::Tile> {
         if !tile_sm90a::Tile::reaches(self.x.address(), self.packed.address()) {
             return None;
         }
-        tile_sm90a::Tile::new(device, self.x.dtype(), (self.m, self.n, self.k), self.workspace_bytes())
+        let few = !always && self.m <= FEW_ROWS && small_m::takes(self.k, self.blocksize);
+        if few && self.m < tile_sm90a::FEWEST_ROWS {
+            return None;
+        }
+        let shape = (self.m, self.n, self.k);
+        let tile = tile_sm90a::Tile::new(device, self.x.dtype(), self.blocksize, shape, self.workspace_bytes())?;
+        (!few || tile.beats_few(shape, self.scales.is_nested())).then_some(tile)
     }
 
     /// The same without warpgroups.
@@ -175,12 +182,13 @@ impl std::str::FromStr for Choice {
 
 /// Makes the product; gives the name of the kernel that it used (first).
 ///
-/// The matrix units take float16 and bfloat16 on devices of compute capability 8.0 and later, when `k` is a multiple of 64,
-/// the block size at least 64, and `x` and `packed` aligned to 16 bytes; with [`rows_at_once`](super::rows_at_once) rows of
-/// `x` in a launch, of which there are as many as it takes. There each weight is its codebook value rounded to the type of `x`,
-/// and the scale is applied in float32 to the sums of a block. More than 32 rows go to kernels that multiply what dequantizing
-/// gives: on devices of compute capability 9.0 one with warpgroup products, when `k` is a multiple of 32; on others of 8.0 and
-/// later some hundred rows to one with the products of warps, when it is a multiple of 64. Everything else goes to a plain kernel: correct, and slow for many rows.
+/// The matrix units take float16 and bfloat16 on devices of compute capability 8.0 and later. Up to 32 rows of `x`, and on 9.0
+/// up to 64, when `k` is a multiple of 64, the block size at least 64, and `x` and `packed` aligned to 16 bytes: there each
+/// weight is its codebook value rounded to the type of `x`, and the scale is applied in float32 to the sums of a block; with
+/// [`rows_at_once`](super::rows_at_once) rows in a launch, of which there are as many as it takes. More rows, and on 9.0 other
+/// weights whose `k` is a multiple of 32, go to kernels that multiply what dequantizing gives: on 9.0 with warpgroup products; on
+/// others some hundred rows with the products of warps, when `k` is a multiple of 64. Everything else goes to a plain kernel:
+/// correct, and slow for many rows.
 ///
 /// The result is the same from run to run on one device; sums are float32.
 ///
@@ -199,8 +207,8 @@ pub unsafe fn gemm_4bit(device: &Device, stream: Stream, product: &Gemm4bit<'_>,
     let quant_type = quant_type_parameter(product.quant_type);
     let packed = product.packed.address();
     let (m, n, k) = (product.m, product.n, product.k);
-    if (choice == Choice::TileSm90a || choice == Choice::Best && m > FEW_ROWS)
-        && let Some(tile) = product.tile_sm90a(device)
+    if matches!(choice, Choice::TileSm90a | Choice::Best)
+        && let Some(tile) = product.tile_sm90a(device, choice == Choice::TileSm90a)
     {
         let (x, y) = (product.x.address(), product.y.address());
         let (x, codes) = tile.maps(product.x.dtype(), (m, n, k), x, packed)?;
@@ -277,15 +285,27 @@ fn codebook(quant_type: QuantType) -> [f32; 16] {
     *quant_type.values()
 }
 
-/// If a kernel for more than a few rows is better than a dense copy of the weight and a product with that, for `m` rows of
-/// `x` and a weight `[n][k]`: the bytes of the workspace with which it is. `x` and the codes have to begin at multiples of 16
-/// bytes.
-pub fn tile_pays(device: &Device, dtype: DType, shape: (usize, usize, usize)) -> Option<usize> {
-    tile_sm90a::pays(device, dtype, shape).or_else(|| tile_sm80::pays(device, dtype, shape))
+/// If a kernel that reads the packed weight `[n][k]` is better than a dense copy of it and a product with that, for `m` rows of
+/// `x`, the bytes of the workspace with which it is. `x` and the codes have to begin at multiples of 16 bytes; `nested`: the
+/// scales. Up to [`rows_without_workspace`] only weights are meant that the kernels for few rows do not take.
+pub fn tile_pays(
+    device: &Device,
+    dtype: DType,
+    blocksize: BlockSize,
+    nested: bool,
+    shape: (usize, usize, usize),
+) -> Option<usize> {
+    let few = small_m::takes(shape.2, blocksize);
+    tile_sm90a::pays(device, dtype, (blocksize, nested), shape, few).or_else(|| tile_sm80::pays(device, dtype, shape))
 }
 
-/// Rows of `x` up to which no kernel wants a workspace.
+/// Rows of `x` up to which no kernel wants a workspace, if those for few rows take the weight.
 pub fn rows_without_workspace(device: &Device) -> usize {
-    let more = tile_sm90a::suits(device) || tile_sm80::prefers(device, FEW_ROWS + 1);
-    if more { FEW_ROWS } else { usize::MAX }
+    if tile_sm90a::suits(device) {
+        tile_sm90a::FEWEST_ROWS - 1
+    } else if tile_sm80::prefers(device, FEW_ROWS + 1) {
+        FEW_ROWS
+    } else {
+        usize::MAX
+    }
 }

@@ -2,6 +2,7 @@
 //! and how it divides the work.
 
 use halfbyte::dtype::DType;
+use halfbyte::geometry::BlockSize;
 
 use crate::driver::Device;
 use crate::kernels::{
@@ -40,6 +41,14 @@ const RESERVED_SHARED: usize = 1024;
 
 /// More rows than this go to a kernel for more rather than to those for few rows, which would be launched twice.
 pub(super) const FEW_ROWS: usize = 32;
+
+/// Microseconds of a launch for 17 to 32 rows, of a million values, and of a round of K beyond two; the columns of a round; and
+/// the part by which it takes longer with nested scales.
+const FEW_LAUNCH: f64 = 5.4;
+const FEW_VALUES: f64 = 0.315;
+const FEW_ROUND: f64 = 1.3;
+const ROUND: f64 = 2048.0;
+const FEW_NESTED: f64 = 1.15;
 
 /// What `LaunchConfig` is to gemm_4bit_small_m_sm80.
 #[repr(C)]
@@ -326,6 +335,18 @@ impl SmallM {
         let (config, blocks, shared) = sm80_config((m, n, k), multiprocessors, shared_per_block)?;
         Some(Self { kernel, config: AnyConfig::Sm80(config), blocks, shared })
     }
+}
+
+/// Whether the kernels for few rows take a weight `[n][k]`.
+pub(super) fn takes(k: usize, blocksize: BlockSize) -> bool {
+    k > 0 && k.is_multiple_of(BLOCK) && blocksize.get() >= BLOCK
+}
+
+/// Microseconds of 17 to 32 rows of `x` with a weight `[n][k]` by gemm_4bit_small_m_sm90: measured on an H200.
+pub(super) fn time((_, n, k): (usize, usize, usize), nested: bool) -> f64 {
+    let rounds = (k as f64 / ROUND - 2.0).max(0.0);
+    let plain = FEW_LAUNCH + FEW_VALUES * n as f64 * k as f64 / 1e6 + FEW_ROUND * rounds;
+    if nested { FEW_NESTED * plain } else { plain }
 }
 
 /// Whether the kernels of gemm_4bit_small_m_sm90 take a weight; `nested_codes`: how many codes of nested scales there are. These are

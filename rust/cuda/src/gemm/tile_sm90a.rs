@@ -1,24 +1,58 @@
 //! Products of more than a few rows with a 4-bit weight by warpgroups (kernels/gemm/tile_sm90a): which shapes they take, how
-//! the work is divided, and how long it takes beside a dense copy of the weight.
+//! the work is divided, and how long it takes beside the kernels for few rows and a dense copy of the weight.
 
 use halfbyte::dtype::DType;
 use halfbyte::error::Result;
+use halfbyte::geometry::BlockSize;
 
 use crate::capability::Capability;
 use crate::driver::{Device, TensorMap};
 use crate::gemm::division::{COLUMNS, Config, Division, Form, counts, dense_time, has, reaches};
-use crate::gemm::small_m::FEW_ROWS;
+use crate::gemm::small_m::{self, BLOCK, FEW_ROWS};
 use crate::gemm::workspace::Workspace;
 use crate::kernels::{
-    self, Kernel, gemm_4bit_tile_sm90a_bf16_64 as bf16_64, gemm_4bit_tile_sm90a_bf16_96 as bf16_96,
-    gemm_4bit_tile_sm90a_bf16_128 as bf16_128, gemm_4bit_tile_sm90a_bf16_192 as bf16_192,
-    gemm_4bit_tile_sm90a_bf16_256 as bf16_256,
+    self, Kernel, gemm_4bit_block_sums_sm90a_bf16_32 as sums_32, gemm_4bit_block_sums_sm90a_bf16_48 as sums_48,
+    gemm_4bit_block_sums_sm90a_bf16_64 as sums_64, gemm_4bit_tile_sm90a_bf16_64 as bf16_64,
+    gemm_4bit_tile_sm90a_bf16_96 as bf16_96, gemm_4bit_tile_sm90a_bf16_128 as bf16_128,
+    gemm_4bit_tile_sm90a_bf16_192 as bf16_192, gemm_4bit_tile_sm90a_bf16_256 as bf16_256,
 };
 
+/// For up to 64 rows, of weights of which a k-tile of a row is within a block: scales are for the sums of a block.
+const BLOCK_SUMS: [Form; 3] = [
+    Form {
+        tokens: 32,
+        several_tiles: false,
+        wave: 3.2,
+        step: 0.227,
+        shared: sums_32::SHAPE_32_0_BYTES,
+        bf16: &kernels::GEMM_4BIT_BLOCK_SUMS_SM90A_BF16_32,
+        f16: &kernels::GEMM_4BIT_BLOCK_SUMS_SM90A_F16_32,
+    },
+    Form {
+        tokens: 48,
+        several_tiles: false,
+        wave: 3.2,
+        step: 0.255,
+        shared: sums_48::SHAPE_48_0_BYTES,
+        bf16: &kernels::GEMM_4BIT_BLOCK_SUMS_SM90A_BF16_48,
+        f16: &kernels::GEMM_4BIT_BLOCK_SUMS_SM90A_F16_48,
+    },
+    Form {
+        tokens: 64,
+        several_tiles: false,
+        wave: 3.2,
+        step: 0.2875,
+        shared: sums_64::SHAPE_64_0_BYTES,
+        bf16: &kernels::GEMM_4BIT_BLOCK_SUMS_SM90A_BF16_64,
+        f16: &kernels::GEMM_4BIT_BLOCK_SUMS_SM90A_F16_64,
+    },
+];
+/// For any number of rows: what dequantizing gives is multiplied.
 const FORMS: [Form; 5] = [
     Form {
         tokens: 64,
         several_tiles: false,
+        wave: 5.5,
         step: 0.31,
         shared: bf16_64::SHAPE_64_0_BYTES,
         bf16: &kernels::GEMM_4BIT_TILE_SM90A_BF16_64,
@@ -27,6 +61,7 @@ const FORMS: [Form; 5] = [
     Form {
         tokens: 96,
         several_tiles: false,
+        wave: 5.5,
         step: 0.37,
         shared: bf16_96::SHAPE_96_0_BYTES,
         bf16: &kernels::GEMM_4BIT_TILE_SM90A_BF16_96,
@@ -35,6 +70,7 @@ const FORMS: [Form; 5] = [
     Form {
         tokens: 128,
         several_tiles: false,
+        wave: 5.5,
         step: 0.43,
         shared: bf16_128::SHAPE_128_0_BYTES,
         bf16: &kernels::GEMM_4BIT_TILE_SM90A_BF16_128,
@@ -43,6 +79,7 @@ const FORMS: [Form; 5] = [
     Form {
         tokens: 192,
         several_tiles: true,
+        wave: 5.5,
         step: 0.58,
         shared: bf16_192::SHAPE_192_0_BYTES,
         bf16: &kernels::GEMM_4BIT_TILE_SM90A_BF16_192,
@@ -51,6 +88,7 @@ const FORMS: [Form; 5] = [
     Form {
         tokens: 256,
         several_tiles: true,
+        wave: 5.5,
         step: 0.675,
         shared: bf16_256::SHAPE_256_0_BYTES,
         bf16: &kernels::GEMM_4BIT_TILE_SM90A_BF16_256,
@@ -70,24 +108,40 @@ const MARGIN: f64 = 0.96;
 /// Rows up to which the times were measured: for more the dense copy stays.
 const MEASURED_ROWS: usize = 1024;
 
-/// Whether a device has the kernel.
+/// Rows of `x` from which on these kernels may be faster than those for few rows, if these take the weight.
+pub(super) const FEWEST_ROWS: usize = 17;
+
+/// Whether a device has the kernels.
 pub(super) fn suits(device: &Device) -> bool {
     has(&FORMS, device.capability(), device.shared_per_block())
 }
 
-/// Whether a shape and a type are for the kernel at all.
+/// Whether a shape and a type are for the kernels at all.
 fn takes(capability: Capability, shared_per_block: u32, dtype: DType, shape: (usize, usize, usize)) -> bool {
     has(&FORMS, capability, shared_per_block) && counts(dtype, shape) && shape.2.is_multiple_of(COLUMNS)
+}
+
+/// Of the kernels those for so many rows with such a weight.
+fn forms(m: usize, k: usize, blocksize: BlockSize) -> &'static [Form] {
+    let most = BLOCK_SUMS[BLOCK_SUMS.len() - 1].tokens;
+    if m <= most && k.is_multiple_of(BLOCK) && blocksize.get() >= BLOCK { &BLOCK_SUMS } else { &FORMS }
 }
 
 impl Tile {
     /// The launch for a product of this shape with so many bytes of workspace at most, or `None` when the kernel does not take
     /// it on this device.
-    pub(super) fn new(device: &Device, dtype: DType, shape: (usize, usize, usize), workspace: usize) -> Option<Self> {
+    pub(super) fn new(
+        device: &Device,
+        dtype: DType,
+        blocksize: BlockSize,
+        shape: (usize, usize, usize),
+        workspace: usize,
+    ) -> Option<Self> {
         if !takes(device.capability(), device.shared_per_block(), dtype, shape) {
             return None;
         }
-        let division = Division::new(&FORMS, shape, device.multiprocessors() as usize, workspace);
+        let forms = forms(shape.0, shape.2, blocksize);
+        let division = Division::new(forms, shape, device.multiprocessors() as usize, workspace);
         Some(Self { kernel: division.form.kernel(dtype), division })
     }
 
@@ -121,15 +175,30 @@ impl Tile {
     ) -> Result<(TensorMap, TensorMap)> {
         self.division.maps(dtype, (x, m, k), (codes, n, k))
     }
+
+    /// Whether it takes less time than a kernel for few rows, which takes the product as well.
+    pub(super) fn beats_few(&self, shape: (usize, usize, usize), nested: bool) -> bool {
+        shape.0 >= FEWEST_ROWS && self.division.time < small_m::time(shape, nested)
+    }
 }
 
-/// If the kernel takes a product of `m` rows of `x` with a weight `[n][k]` in less time than a dense copy and a product with
-/// that, the bytes of the workspace with which it does. `x` and the codes have to begin at multiples of 16 bytes.
-pub(super) fn pays(device: &Device, dtype: DType, shape: (usize, usize, usize)) -> Option<usize> {
-    if !(FEW_ROWS + 1..=MEASURED_ROWS).contains(&shape.0) {
+/// If a kernel takes a product of `m` rows of `x` with a weight `[n][k]` in less time than a dense copy and a product with
+/// that, the bytes of the workspace with which it does: none where it is a kernel for few rows, which there is as well if
+/// `small_m`. `x` and the codes have to begin at multiples of 16 bytes.
+pub(super) fn pays(
+    device: &Device,
+    dtype: DType,
+    (blocksize, nested): (BlockSize, bool),
+    shape: (usize, usize, usize),
+    small_m: bool,
+) -> Option<usize> {
+    if shape.0 > MEASURED_ROWS {
         return None;
     }
-    let tile = Tile::new(device, dtype, shape, usize::MAX)?;
+    let tile = Tile::new(device, dtype, blocksize, shape, usize::MAX)?;
+    if small_m && shape.0 <= FEW_ROWS {
+        return Some(if tile.beats_few(shape, nested) { tile.division.workspace() } else { 0 });
+    }
     let dense = dense_time(shape, device.multiprocessors() as usize);
     (tile.division.time < MARGIN * dense).then(|| tile.division.workspace())
 }
@@ -162,7 +231,7 @@ mod tests {
     #[test]
     fn few_tiles_share_the_multiprocessors() {
         let split_k = |m, n, k| Division::new(&FORMS, (m, n, k), 132, 0).config.split_k;
-        assert_eq!(split_k(64, 4096, 4096), 3);
+        assert_eq!(split_k(65, 4096, 4096), 3);
         assert_eq!(split_k(256, 14336, 4096), 1);
         // Thirty-two clusters of four would run one after another.
         assert_eq!(split_k(128, 4096, 14336), 3);
@@ -240,6 +309,51 @@ mod tests {
     }
 
     #[test]
+    fn times_of_block_sums_agree_with_what_was_measured() {
+        // Microseconds on an H200 with bfloat16 and blocks of 64: this kernel, and that for few rows, 0 for more than it takes.
+        for (m, n, k, ours, few) in [
+            (32, 14336, 4096, 19.0, 21.7),
+            (48, 14336, 4096, 20.8, 0.0),
+            (64, 14336, 4096, 22.9, 0.0),
+            (32, 4096, 14336, 20.2, 27.6),
+            (48, 4096, 14336, 22.2, 0.0),
+            (64, 4096, 14336, 24.8, 0.0),
+            (32, 4096, 4096, 11.0, 9.9),
+            (64, 4096, 4096, 12.5, 0.0),
+            (32, 28672, 8192, 65.5, 71.5),
+            (64, 28672, 8192, 83.4, 0.0),
+            (32, 8192, 28672, 58.7, 86.6),
+            (32, 3072, 8192, 12.2, 17.2),
+            (32, 8192, 3072, 10.7, 13.2),
+            (32, 11008, 4096, 18.1, 19.7),
+            (32, 4096, 11008, 18.3, 22.5),
+            (32, 8192, 8192, 19.8, 25.9),
+            (64, 8192, 8192, 24.1, 0.0),
+            (32, 3072, 3072, 7.5, 8.6),
+            (32, 128_256, 4096, 146.9, 177.2),
+        ] {
+            let blocksize = BlockSize::new(64).unwrap();
+            let time = Division::new(forms(m, k, blocksize), (m, n, k), 132, usize::MAX).time;
+            assert!((time / ours - 1.0_f64).abs() < 0.2, "{m} {n} {k}: {time}");
+            if few > 0.0 {
+                let other = small_m::time((m, n, k), false);
+                assert!((other / few - 1.0_f64).abs() < 0.2, "{m} {n} {k}: {other}");
+                // Whichever was faster is the one that is taken.
+                assert_eq!(time < other, ours < few, "{m} {n} {k}: {time} {other}");
+            }
+        }
+    }
+
+    #[test]
+    fn which_kernels_take_a_weight() {
+        let blocksize = |values| BlockSize::new(values).unwrap();
+        let most = |m, k, values| forms(m, k, blocksize(values)).last().unwrap().tokens;
+        assert_eq!([most(17, 4096, 64), most(64, 64, 4096)], [64, 64]);
+        // More rows; blocks that end inside of a k-tile.
+        assert_eq!([most(65, 4096, 64), most(64, 4096, 32), most(64, 4128, 64)], [256, 256, 256]);
+    }
+
+    #[test]
     fn small_layers_are_the_kernels() {
         // A dense copy is two launches more: on the host they take longer than either way on the device.
         for (n, k) in [(64, 64), (256, 1024), (1024, 1024)] {
@@ -253,7 +367,7 @@ mod tests {
     fn shared_memory_is_what_a_block_may_have() {
         let bytes = FORMS.map(|form| form.shared);
         assert!(bytes.iter().all(|&bytes| bytes <= 232_448), "{bytes:?}");
-        assert_eq!(bytes[2], 4 * 16384 + 65536 + 6 * 8192 + 2 * 4096 + 1024 + 192);
+        assert_eq!(bytes[2], 4 * 16384 + 65536 + 8 * 8192 + 2 * 4096 + 1024 + 224);
         // y in place of the table, planes in that of scales.
         assert_eq!(bytes[4], 4 * 32768 + 32768 + 3 * 8192 + 4 * 8192 + 1024 + 176);
     }
