@@ -12,7 +12,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -141,16 +141,16 @@ def load_quantized(
         # In mapped memory all of this costs nothing: the model is touched when everything is there and fits.
         layers = _layers(model, source, plan, target, recipe)
         check_ties(model, source, plan)
-        compute_buffers(model, plan)
+        with buffers_computed(model, plan):
+            rest = [(name, tensor.to(target)) for entry in plan.entries for name, tensor in values(source, entry)]
         experts.keep()
         names = paths(model)
         result: nn.Module = model
         for old, new in layers:
             result = replace(result, names[old], new)
         holders = tensor_holders(result)
-        for entry in plan.entries:
-            for name, tensor in _values(source, entry):
-                assign(holders, name, tensor.to(target))
+        for name, tensor in rest:
+            assign(holders, name, tensor)
         finish(result, plan, target)
         if config is not None:
             notify(result, config)
@@ -259,7 +259,7 @@ def layer_shape(old: nn.Module) -> tuple[int, ...]:
     return tuple(weight.shape[::-1] if is_conv1d(type(old)) else weight.shape)
 
 
-def _values(source: Folder, entry: Entry, read: bool = False) -> Iterator[tuple[str, Tensor]]:
+def values(source: Folder, entry: Entry, read: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Tensors of the model by name, made of a checkpoint's; mapped, or with `read` in memory of their own."""
     get = source.read if read else source.view
     if entry.convert is None:
@@ -267,9 +267,6 @@ def _values(source: Folder, entry: Entry, read: bool = False) -> Iterator[tuple[
         yield target, get(name)
     else:
         yield from entry.convert({name: get(name) for name in entry.sources}).items()
-
-
-values = _values
 
 
 def check_ties(model: nn.Module, source: Folder, plan: Plan) -> None:
@@ -293,12 +290,24 @@ def check_ties(model: nn.Module, source: Folder, plan: Plan) -> None:
             )
 
 
-def compute_buffers(model: nn.Module, plan: Plan) -> None:
-    """Compute the buffers that no checkpoint holds.
+@contextmanager
+def buffers_computed(model: nn.Module, plan: Plan) -> Iterator[None]:
+    """Compute the buffers that no checkpoint holds. An error in the context takes them back to the meta device.
 
     Raises:
         ValueError: The model cannot.
     """
+    try:
+        _compute_buffers(model, plan)
+        yield
+    except BaseException:
+        for name, buffer in plan.buffers.items():
+            path, _, attribute = name.rpartition(".")
+            model.get_submodule(path)._buffers[attribute] = buffer
+        raise
+
+
+def _compute_buffers(model: nn.Module, plan: Plan) -> None:
     left = dict(plan.buffers)
     for path, module in model.named_modules():
         inside = {
