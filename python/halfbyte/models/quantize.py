@@ -1,7 +1,7 @@
 """`quantize_model` and `dequantize_model`: convert the linear layers of a model to 4 or 8 bits, and back.
 
-Weights are packed one after the other, so at most one dense weight exists beside the packed ones. Layers of a model that
-holds its weights are replaced one by one; those of a model that is filled from a checkpoint when all of it was read.
+Weights are packed one after the other, so at most one dense weight exists beside the packed ones. Layers of a model
+that holds its weights are replaced one by one; those of one that is filled from a checkpoint, when all of it was read.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from halfbyte.models.load import (
     values,
 )
 from halfbyte.models.observers import notify
+from halfbyte.models.packed import KEYS_8BIT
 from halfbyte.models.plan import Plan, make_plan, report
 from halfbyte.models.recipe import INT8, PACKED_LAYERS, PackedParameter, Recipe, bits_of, is_quantized, scales_of
 from halfbyte.models.replace import replace, to_dense, to_linear
@@ -143,8 +144,7 @@ def quantize_model(
         for note in choice.notes:
             _logger.warning("quantize_model: %s", note)
 
-        if checkpoint is None:
-            _check_int8(choice, recipe)
+        _check_int8(choice, recipe, values=checkpoint is None)
         experts.settle(name for layer in choice.layers for name in layer.names)
         swap = _Swap(model, choice, recipe, target)
         # From here on only `swap` knows the layers, and lets go of each as it is converted.
@@ -289,7 +289,7 @@ class _Swap:
                     show(self.done, self.total, layer.name)
                     for other in layer.names:
                         wanted.pop(join(other, "weight"), None)
-                    where = f"{source.file(entry.sources[0])}: {name}"
+                    where = f"{source.file(entry.sources[0])}: {entry.stored_as(name)}"
                     weights.append((layer, self._pack(layer, tensor, device, where)))
                     self.done += 1
                 del tensor, layer
@@ -310,8 +310,8 @@ class _Swap:
             for target, (_, dtype) in entry.targets.items():
                 if target in weights and dtype not in FLOAT_DTYPES:
                     raise CheckpointError(
-                        f"{source.file(entry.sources[0])}: {target}: the weight in the checkpoint must be float16, "
-                        f"bfloat16 or float32, got {dtype}"
+                        f"{source.file(entry.sources[0])}: {entry.stored_as(target)}: the weight in the checkpoint "
+                        f"must be float16, bfloat16 or float32, got {dtype}"
                     )
 
     def _pack(self, layer: Layer, dense: Tensor, device: torch.device, where: str) -> PackedParameter:
@@ -369,11 +369,20 @@ def _settings(config: object) -> BitsAndBytesConfig:
     return made
 
 
-def _check_int8(choice: Choice, recipe: Recipe) -> None:
-    """That LLM.int8() can take the weights it is to have; before anything is changed."""
+def _check_int8(choice: Choice, recipe: Recipe, values: bool) -> None:
+    """That LLM.int8() can take the layers it is to have, and the `values` of their weights; nothing is changed yet."""
     for layer in choice.layers:
-        weight = layer.module._parameters["weight"]
-        if layer.quant_type == INT8 and not recipe.has_fp16_weights and weight is not None and not weight.is_meta:
+        if layer.quant_type != INT8 or recipe.has_fp16_weights:
+            continue
+        module = layer.module
+        own = next((key for key in KEYS_8BIT if key in {**module._parameters, **module._buffers}), None)
+        if own is not None:
+            raise ValueError(
+                f"{layer.name}: has a tensor of its own called {own}, the name that a part of an 8-bit weight is saved "
+                f"under; keep the layer as it is: skip=[{layer.names[0]!r}]"
+            )
+        weight = module._parameters["weight"]
+        if values and weight is not None and not weight.is_meta:
             check_weight(weight, join(layer.names[0], "weight"))
 
 
