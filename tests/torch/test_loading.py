@@ -293,7 +293,7 @@ def reshape(state: dict[str, Any]) -> None:
         ),
         (
             lambda s: s.update({"0.SCB": torch.ones(96), "0.weight_format": torch.tensor(0).byte()}),
-            "0.weight: has the parts of 4 bits and of 8 bits: 0.weight.",
+            "0.weight: has the parts of 4 bits and of 8 bits: 0.",
         ),
         (lambda s: s.update({"0.SCB": torch.ones(96)}), "Sequential has no place for 0.SCB"),
         (lambda s: [s.pop(k) for k in list(s) if "weight" in k], "holds no 4-bit weight"),
@@ -312,7 +312,7 @@ def test_load_quantized_checkpoint_that_does_not_fit_changes_nothing(change: Any
     ("change", "text"),
     [
         (lambda scales: scales[:-1], r"nested_absmax: 0 elements, expected 1 for 96 nested scales"),
-        (lambda scales: scales.double(), r"nested_absmax: dtype torch\.float64 is not torch\.float32"),
+        (lambda scales: scales.int(), r"nested_absmax: dtype torch\.int32 is not torch\.float32"),
     ],
 )
 def test_load_quantized_nested_scales_are_called_as_in_the_file(change: Any, text: str, tmp_path: Path) -> None:

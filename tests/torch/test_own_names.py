@@ -1,4 +1,4 @@
-"""Dense models with tensors of their own that are called as parts of packed weights are: they are not taken for these."""
+"""Models with tensors of their own that are called as parts of packed weights are: they are not taken for these."""
 
 from __future__ import annotations
 

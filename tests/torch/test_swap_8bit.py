@@ -244,8 +244,8 @@ def test_load_quantized_embedding_of_8_bits(tmp_path: Path) -> None:
         (lambda s: s.update({"0.weight_format": torch.tensor(1)}), "weight_format must be 0 (rows), got 1"),
         (lambda s: s.update({"0.weight.absmax": torch.ones(96)}), "0.weight: has the parts of 4 bits and of 8 bits"),
         (
-            lambda s: s.update({"7.SCB": torch.ones(9)}),
-            "7.SCB is a part of a packed weight, but the checkpoint lacks 7.weight; it is incomplete",
+            lambda s: s.update({"7.SCB": torch.ones(9), "7.weight_format": torch.tensor(0).byte()}),
+            " is a part of a packed weight, but the checkpoint lacks 7.weight; it is incomplete",
         ),
     ],
 )
