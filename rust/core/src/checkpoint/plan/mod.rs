@@ -162,6 +162,7 @@ impl Plan {
         };
         let conv1d = source.conv1d_names();
         let mut joined = joinable(&source, &mut starts);
+        notes.extend(fused::unread_note(config, starts.values().map(Quantized::name)));
         let mut groups = Vec::with_capacity(source.order.len());
         for &at in &source.order {
             if let Some((name, fusion, experts)) = joined.remove(&at) {

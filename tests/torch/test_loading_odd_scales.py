@@ -83,7 +83,7 @@ NAN, INF = float("nan"), float("inf")
         (NF4, {f"{UP}.weight.absmax": NAN}, None),
     ],
 )
-def test_odd_scales_are_told_once(
+def test_loading_odd_scales_are_told_once(
     how: str,
     config: dict[str, Any],
     changes: dict[str, Any],
