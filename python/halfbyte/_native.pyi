@@ -830,6 +830,7 @@ class VerifyData(TypedDict):
     a: str
     b: str
     tensors: list[ComparisonData]
+    notes: list[str]
 
 @type_check_only
 class InspectedFile(TypedDict):

@@ -235,12 +235,14 @@ def test_verify_report_shows_what_differs():
 
     rows = [row(f"w.{i}", "differs", "nf4", 0.5) for i in range(60)]
     rows += [row("x", "equal-codes", "nf4", None), row("y", "missing", "", None)]
-    report = VerifyReport.of({"a": "a", "b": "b", "tensors": rows}, 1.0)
+    report = VerifyReport.of({"a": "a", "b": "b", "tensors": rows, "notes": []}, 1.0)
     assert not report.ok
     assert report.counts == {"differs": 60, "equal-codes": 1, "missing": 1}
     assert "… and 11 more" in str(report)
     assert "62 tensors: 60 differs, 1 equal-codes, 1 missing" in str(report)
-    assert VerifyReport.of({"a": "a", "b": "b", "tensors": rows[60:61]}, 1.0).ok
+    report = VerifyReport.of({"a": "a", "b": "b", "tensors": rows[60:61], "notes": ["b: a\nremark"]}, 1.0)
+    assert report.ok
+    assert str(report).endswith("\nnote: b: a\\nremark")
 
 
 def test_inspect_report_of_strange_config():

@@ -291,7 +291,11 @@ def reshape(state: dict[str, Any]) -> None:
             lambda s: s.pop(STATE),
             "0.weight.absmax is a part of a packed weight, but the checkpoint lacks 0.weight.quant_state",
         ),
-        (lambda s: s.update({"0.SCB": torch.ones(96)}), "8 bits"),
+        (
+            lambda s: s.update({"0.SCB": torch.ones(96), "0.weight_format": torch.tensor(0).byte()}),
+            "0.weight: has the parts of 4 bits and of 8 bits: 0.",
+        ),
+        (lambda s: s.update({"0.SCB": torch.ones(96)}), "Sequential has no place for 0.SCB"),
         (lambda s: [s.pop(k) for k in list(s) if "weight" in k], "holds no 4-bit weight"),
     ],
 )
@@ -302,6 +306,39 @@ def test_load_quantized_checkpoint_that_does_not_fit_changes_nothing(change: Any
         halfbyte.load_quantized(model, folder)
     assert str(folder) in str(caught.value)
     assert on_meta(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda scales: scales[:-1], r"nested_absmax: 0 elements, expected 1 for 96 nested scales"),
+        (lambda scales: scales.int(), r"nested_absmax: dtype torch\.int32 is not torch\.float32"),
+    ],
+)
+def test_load_quantized_nested_scales_are_called_as_in_the_file(change: Any, text: str, tmp_path: Path) -> None:
+    model = halfbyte.quantize_model(mlp(), {**NF4, "bnb_4bit_use_double_quant": True})
+    state = model.state_dict()
+    state["0.weight.nested_absmax"] = change(state["0.weight.nested_absmax"]).clone()
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(halfbyte.CheckpointError, match=text) as caught:
+        halfbyte.load_quantized(empty(mlp), tmp_path)
+    assert "absmax2" not in str(caught.value)
+    # A state dict has the same names.
+    with pytest.raises(RuntimeError, match=text):
+        model.load_state_dict(state)
+    if state["0.weight.nested_absmax"].dtype is torch.float32:
+        with pytest.raises(halfbyte.CheckpointError, match=r"0\.weight\.nested_absmax must "):
+            halfbyte.arrays.load_tensor(tmp_path, "0.weight")
+
+
+def test_load_quantized_tensors_are_called_as_in_the_file(tmp_path: Path) -> None:
+    body = transformers.BertModel(tiny_models.tiny_config("BertModel"))
+    halfbyte.quantize_model(body, NF4).save_pretrained(tmp_path)
+    name = "embeddings.LayerNorm.weight"
+    edit(tmp_path, lambda state: state.update({name: torch.ones(3)}))
+    model = transformers.BertForSequenceClassification(tiny_models.tiny_config("BertForSequenceClassification"))
+    with pytest.raises(halfbyte.CheckpointError, match=rf": {re.escape(name)} is \[3\], the model has "):
+        halfbyte.load_quantized(model, tmp_path, strict=False)
 
 
 def test_load_quantized_not_strict_says_what_it_leaves(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -131,13 +131,17 @@ def test_quantize_model_8bit_names_weights_that_are_not_finite_before_anything_c
     assert packed8(halfbyte.quantize_model(model, INT8, skip=["2"])) == ["0"]
 
 
-def test_quantize_model_8bit_names_a_weight_of_a_checkpoint_that_is_not_finite(tmp_path: Path) -> None:
+def test_quantize_model_8bit_weight_of_a_checkpoint_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
     model = mlp()
     with torch.no_grad():
         model[2].weight[1, 7] = float("nan")
     save_file(model.state_dict(), tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"^2: weight: contains nan at \[1, 7\]"):
-        halfbyte.quantize_model(empty(mlp), INT8, checkpoint=tmp_path)
+    model = empty(mlp)
+    with pytest.raises(ValueError, match=r"model\.safetensors: 2\.weight: contains nan at \[1, 7\]; legal are finite"):
+        halfbyte.quantize_model(model, INT8, checkpoint=tmp_path)
+    assert packed8(model) == []
+    assert all(p.is_meta for p in model.parameters())
+    assert packed8(halfbyte.quantize_model(model, INT8, checkpoint=tmp_path, skip=["2"])) == ["0"]
 
 
 def test_quantize_model_a_second_call_packs_the_rest_in_another_way() -> None:
@@ -240,8 +244,8 @@ def test_load_quantized_embedding_of_8_bits(tmp_path: Path) -> None:
         (lambda s: s.update({"0.weight_format": torch.tensor(1)}), "weight_format must be 0 (rows), got 1"),
         (lambda s: s.update({"0.weight.absmax": torch.ones(96)}), "0.weight: has the parts of 4 bits and of 8 bits"),
         (
-            lambda s: s.update({"7.SCB": torch.ones(9)}),
-            "7.SCB is a part of a packed weight, but the checkpoint lacks 7.weight; it is incomplete",
+            lambda s: s.update({"7.SCB": torch.ones(9), "7.weight_format": torch.tensor(0).byte()}),
+            " is a part of a packed weight, but the checkpoint lacks 7.weight; it is incomplete",
         ),
     ],
 )

@@ -16,8 +16,8 @@ from numpy.typing import DTypeLike
 from halfbyte import _native
 from halfbyte._native import CheckpointError
 from halfbyte.arrays.dtypes import FLOATS, Array, cast, widen
-from halfbyte.arrays.quantize import PackedArray, dequantize_4bit, dequantize_rowwise
-from halfbyte.geometry import BLOCK_SIZES, NESTED_BLOCKSIZE, PACKED_KEYS, packed_bytes
+from halfbyte.arrays.quantize import PackedArray, check_part, dequantize_4bit, dequantize_rowwise
+from halfbyte.geometry import BLOCK_SIZES, NESTED_BLOCKSIZE, PACKED_KEYS, blocks_of, packed_bytes
 from halfbyte.offline.shards import Entry, read_entries
 
 _MAX_STATE_BYTES = 2**16
@@ -231,7 +231,13 @@ def _packed(entries: Mapping[str, Entry], name: str) -> PackedArray:
         )
     nested: dict[str, Any] = {}
     if "nested_blocksize" in state:
-        nested = {"absmax2": part("nested_absmax").reshape(-1), "offset": float(np.float32(state["nested_offset"]))}
+        absmax2 = part("nested_absmax").reshape(-1)
+        scales = blocks_of(prod(state["shape"]), state["blocksize"])
+        try:
+            check_part("nested_absmax", absmax2, np.float32, blocks_of(scales, NESTED_BLOCKSIZE))
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{entry.file}: {name}.{error}") from None
+        nested = {"absmax2": absmax2, "offset": float(np.float32(state["nested_offset"]))}
         if f"{name}.nested_quant_map" in entries and not np.allclose(
             part("nested_quant_map"), _native.dynamic_map(), rtol=0, atol=1e-6
         ):

@@ -72,10 +72,10 @@ class PackedArray:
         nested = self.absmax2 is not None
         if nested != (self.offset is not None):
             raise ValueError("absmax2 and offset must be given both (nested scales) or neither, got one of them")
-        _check_part("codes", self.codes, np.uint8, packed_bytes(self.size))
-        _check_part("absmax", self.absmax, np.uint8 if nested else np.float32, blocks)
+        check_part("codes", self.codes, np.uint8, packed_bytes(self.size))
+        check_part("absmax", self.absmax, np.uint8 if nested else np.float32, blocks)
         if nested:
-            _check_part("absmax2", self.absmax2, np.float32, blocks_of(blocks, NESTED_BLOCKSIZE))
+            check_part("absmax2", self.absmax2, np.float32, blocks_of(blocks, NESTED_BLOCKSIZE))
 
     @property
     def nested(self) -> bool:
@@ -128,7 +128,8 @@ class PackedArray:
         return {**tensors, f"{name}.quant_state.bitsandbytes__{self.quant_type}": blob}
 
 
-def _check_part(argument: str, part: object, dtype: type[np.generic], size: int) -> None:
+def check_part(argument: str, part: object, dtype: type[np.generic], size: int) -> None:
+    """That a part of a packed weight is an array of this dtype and size. Errors call it `argument`."""
     if not isinstance(part, np.ndarray):
         raise TypeError(f"{argument} must be a numpy.ndarray, got {type(part).__name__}")
     if part.dtype != dtype:
@@ -231,7 +232,7 @@ def dequantize_blockwise(
     """Read back what `quantize_blockwise` gave: float32, shaped as `codes`."""
     _check_blocksize(blocksize)
     codes, absmax, code = as_native("codes", codes, np.uint8), as_native("absmax", absmax, np.float32), _map(code)
-    _check_part("absmax", absmax, np.float32, blocks_of(codes.size, blocksize))
+    check_part("absmax", absmax, np.float32, blocks_of(codes.size, blocksize))
     out = np.empty(codes.shape, np.float32)
     _native.dequantize_8bit(raw(codes), raw(absmax), raw(code), raw(out), blocksize)
     return out

@@ -6,6 +6,7 @@ A quantizer for diffusers' own table, put there when diffusers is imported; see
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ from halfbyte.integrations.recognition import serve_bitsandbytes
 from halfbyte.integrations.saved_config import keep_class_of_argument, with_compute_dtype
 from halfbyte.integrations.served import is_ours
 from halfbyte.models import packed
+from halfbyte.models.checkpoint_reader import dtypes_in
 from halfbyte.models.packed import Packed
 from halfbyte.models.recipe import INT8, PACKED_LAYERS, Recipe, bits_of
 from halfbyte.models.replace import SOURCE_CLASS, SOURCE_DTYPE
@@ -63,18 +65,21 @@ class _Quantizer:
         return max_memory
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: Sequence[str]) -> list[str]:
-        """Learn from a checkpoint's names which weights are packed, and how.
+        """Learn from a checkpoint's names and headers which weights are packed, and how.
 
         Raises:
             ValueError: A packed weight without all of its parts; the message names it.
         """
         super().maybe_update_loaded_keys(loaded_keys, checkpoint_files)  # type: ignore[misc]
         if self.pre_quantized:
-            found = packed.find(loaded_keys)
             names = set(loaded_keys)
+            dtypes = dtypes_in(map(os.fspath, checkpoint_files or ()))
+            # What no header tells may be codes.
+            found = packed.find(loaded_keys, lambda name: dtypes.get(name, torch.int8))
             for name, one in found.items():
                 missing = one.lacking(names)
-                if missing and (one.mark is not None or "quant_map" in one.parts):
+                lost = one.mark is not None or ("quant_map" in one.parts and one.weight in names)
+                if missing and lost:
                     raise ValueError(f"{name}: is packed, but the checkpoint lacks {', '.join(missing)}; {AGAIN}")
             self._packed = {name.rpartition(".")[0]: one for name, one in found.items() if one.mark is not None}
         return loaded_keys

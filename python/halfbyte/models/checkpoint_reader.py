@@ -7,7 +7,7 @@ gives a tensor memory of its own, which goes as soon as the tensor does.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,6 +33,20 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+
+def dtypes_in(files: Iterable[str]) -> dict[str, torch.dtype]:
+    """The dtypes of the tensors in safetensors files, from their headers; without rare ones, and other files."""
+    found: dict[str, torch.dtype] = {}
+    for file in files:
+        if not file.endswith(".safetensors"):
+            continue
+        with open_shard(Path(file), "pt") as handle:
+            for name in handle.keys():  # noqa: SIM118  (not a dict)
+                dtype = _DTYPES.get(handle.get_slice(name).get_dtype())
+                if dtype is not None:
+                    found[name] = dtype
+    return found
 
 
 class Folder:
@@ -105,6 +119,10 @@ class Folder:
         for name in hidden:
             del self._files[name]
         self.names = list(self._files)
+
+    def is_replaced(self, name: str) -> bool:
+        """Is a tensor one that was given to `replace`?"""
+        return name in self._instead
 
     def __contains__(self, name: str) -> bool:
         """Is there a tensor of this name?"""

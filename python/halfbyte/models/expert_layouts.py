@@ -62,11 +62,13 @@ class StandIns:
         tensors: By name: the tensor of the checkpoint that each is a part of, and itself.
         hidden: The tensors of the checkpoint that are not seen.
         dtype: That weights without a state are dequantized to.
+        odd: Of `halfbyte.models.packed.odd_scales`.
     """
 
     tensors: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
     hidden: set[str] = field(default_factory=set)
     dtype: torch.dtype = torch.float32
+    odd: list[str] = field(default_factory=list)
 
     def add(
         self, source: str, path: str, layer: Layer, expert: int, matrices: Mapping[int, tuple[Tensor, QuantState]]
@@ -100,7 +102,7 @@ def stand_ins(model: Any, source: Tensors, quant_type: str | None) -> StandIns:
     if not layers:
         return found
     try:
-        candidates = packed.find(source.names)
+        candidates = packed.find(source.names, lambda name: source.view(name).dtype)
     except ValueError as error:
         raise CheckpointError(str(error)) from None
     beside = {name for one in candidates.values() for name in one.parts.values()}
@@ -174,7 +176,7 @@ def _fused(source: Tensors, path: str, layer: Layer, candidates: Mapping[str, Pa
         name = f"{path}.{stacked.parameter}"
         one = candidates.get(name)
         if one is not None and one.bits == 4:
-            codes, state = _packed(source, one)
+            codes, state = _packed(source, one, found)
             with _named(source, name):
                 experts = stacked.split(codes, state)
             for index, matrices in enumerate(experts):
@@ -226,7 +228,7 @@ def _listed(source: Tensors, path: str, layer: Layer, candidates: Mapping[str, P
                     found.tensors[f"{path}.{layer.name(index, place)}"] = (name, dense[rows].contiguous())
                 found.hidden.add(name)
                 continue
-            codes, state = _packed(source, one)
+            codes, state = _packed(source, one, found)
             with _named(source, name):
                 matrices = stacked.split_one(codes, state)
             found.add(name, path, layer, index, matrices)
@@ -243,7 +245,7 @@ def _listed(source: Tensors, path: str, layer: Layer, candidates: Mapping[str, P
             found.hidden.add(name)
 
 
-def _packed(source: Tensors, one: Packed) -> tuple[Tensor, QuantState]:
+def _packed(source: Tensors, one: Packed, found: StandIns) -> tuple[Tensor, QuantState]:
     """Codes and state of a packed weight of a checkpoint."""
     missing = one.lacking(source.names)
     if missing:
@@ -252,11 +254,12 @@ def _packed(source: Tensors, one: Packed) -> tuple[Tensor, QuantState]:
             f"lacks {', '.join(missing)}; {AGAIN}"
         )
     with _named(source, one.weight):
-        weight = packed.parameter(
-            one.bits, source.view(one.weight), {key: source.view(name) for key, name in one.parts.items()}
-        )
+        parts = {key: source.view(name) for key, name in one.parts.items()}
+        weight = packed.parameter(one.bits, source.view(one.weight), parts)
         if not isinstance(weight, Params4bit) or weight.quant_state is None:
             raise ValueError(f"must be packed to 4 bits, got {one.bits}")
+        odd = packed.odd_scales(one, weight, parts)
+        found.odd += [] if odd is None else [odd]
     return weight.data, weight.quant_state
 
 

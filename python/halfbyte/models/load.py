@@ -12,7 +12,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -119,12 +119,14 @@ def load_quantized(
     with ExitStack() as stack:
         source = stack.enter_context(Folder(folder, Hub(revision, token, cache_dir)))
         config = _read_config(source)
+        odd: list[str] = []
         single = any(map(_SINGLE_EXPERT.search, source.names))
         wanted = any(_OF_AN_EXPERT.search(name) or is_other_layout(name) for name in source.names)
         experts = stack.enter_context(apart(model, wanted, single))
         if is_transformers_model(model):
             instead = stand_ins(model, source, config.bnb_4bit_quant_type if config and config.load_in_4bit else None)
             source.replace(instead.hidden, instead.tensors)
+            odd += instead.odd
         plan = make_plan(model, source)
         if not plan.packed:
             if plan.found:
@@ -139,23 +141,25 @@ def load_quantized(
             _check_experts(model, plan)
         recipe = _recipe(source, config)
         # In mapped memory all of this costs nothing: the model is touched when everything is there and fits.
-        layers = _layers(model, source, plan, target, recipe)
+        layers = _layers(model, source, plan, target, recipe, odd)
         check_ties(model, source, plan)
-        compute_buffers(model, plan)
+        with buffers_computed(model, plan):
+            rest = [(name, tensor.to(target)) for entry in plan.entries for name, tensor in values(source, entry)]
         experts.keep()
         names = paths(model)
         result: nn.Module = model
         for old, new in layers:
             result = replace(result, names[old], new)
         holders = tensor_holders(result)
-        for entry in plan.entries:
-            for name, tensor in _values(source, entry):
-                assign(holders, name, tensor.to(target))
+        for name, tensor in rest:
+            assign(holders, name, tensor)
         finish(result, plan, target)
         if config is not None:
             notify(result, config)
         if gpu is not None:
             offload_experts(result, gpu, resident_bytes=resident_expert_bytes or 0)
+    if odd:
+        _logger.warning("%s: %s", source.path, packed.odd_scales_note(odd, len(plan.packed)))
     _summary(result, source)
     return result  # type: ignore[return-value]
 
@@ -165,9 +169,9 @@ def load_quantized(
 
 
 def _layers(
-    model: nn.Module, source: Folder, plan: Plan, device: torch.device, recipe: Recipe
+    model: nn.Module, source: Folder, plan: Plan, device: torch.device, recipe: Recipe, odd: list[str]
 ) -> list[tuple[nn.Module, nn.Module]]:
-    """The packed layers that the checkpoint holds, each beside the layer that it replaces."""
+    """The packed layers that the checkpoint holds, each beside the layer that it replaces; `odd` scales are added."""
     found: dict[nn.Module, nn.Module] = {}
     dense: list[str] = []
     dtype = _float_dtype(plan)
@@ -190,6 +194,8 @@ def _layers(
             weight = packed.parameter(one.bits, source.view(one.weight), parts, device)
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{where}: {error}") from None
+        found_odd = None if source.is_replaced(one.weight) else packed.odd_scales(one, weight, parts)
+        odd += [] if found_odd is None else [found_odd]
         shape, expected = shape_of(weight), layer_shape(old)
         if shape != expected:
             raise CheckpointError(
@@ -259,7 +265,7 @@ def layer_shape(old: nn.Module) -> tuple[int, ...]:
     return tuple(weight.shape[::-1] if is_conv1d(type(old)) else weight.shape)
 
 
-def _values(source: Folder, entry: Entry, read: bool = False) -> Iterator[tuple[str, Tensor]]:
+def values(source: Folder, entry: Entry, read: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Tensors of the model by name, made of a checkpoint's; mapped, or with `read` in memory of their own."""
     get = source.read if read else source.view
     if entry.convert is None:
@@ -267,9 +273,6 @@ def _values(source: Folder, entry: Entry, read: bool = False) -> Iterator[tuple[
         yield target, get(name)
     else:
         yield from entry.convert({name: get(name) for name in entry.sources}).items()
-
-
-values = _values
 
 
 def check_ties(model: nn.Module, source: Folder, plan: Plan) -> None:
@@ -293,12 +296,24 @@ def check_ties(model: nn.Module, source: Folder, plan: Plan) -> None:
             )
 
 
-def compute_buffers(model: nn.Module, plan: Plan) -> None:
-    """Compute the buffers that no checkpoint holds.
+@contextmanager
+def buffers_computed(model: nn.Module, plan: Plan) -> Iterator[None]:
+    """Compute the buffers that no checkpoint holds. An error in the context takes them back to the meta device.
 
     Raises:
         ValueError: The model cannot.
     """
+    try:
+        _compute_buffers(model, plan)
+        yield
+    except BaseException:
+        for name, buffer in plan.buffers.items():
+            path, _, attribute = name.rpartition(".")
+            model.get_submodule(path)._buffers[attribute] = buffer
+        raise
+
+
+def _compute_buffers(model: nn.Module, plan: Plan) -> None:
     left = dict(plan.buffers)
     for path, module in model.named_modules():
         inside = {

@@ -7,7 +7,8 @@ tell them apart, so that a checkpoint may hold both.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -68,23 +69,49 @@ def beside(weight: str, key: str) -> str:
     return f"{weight.removesuffix('weight')}{key}"
 
 
-def find(names: Collection[str]) -> dict[str, Packed]:
+def find(names: Collection[str], dtype: Callable[[str], torch.dtype]) -> dict[str, Packed]:
     """The packed weights among the tensors of a checkpoint by their names, complete or not.
+
+    A module may have a tensor of its own that is called as a part of a packed weight is: see `_is_packed`.
+
+    Args:
+        names: Of all tensors.
+        dtype: Of a tensor.
 
     Raises:
         ValueError: A weight has the parts of 4 bits and those of 8; the message names both.
     """
-    found: dict[str, Packed] = {}
+    candidates: dict[tuple[str, int], Packed] = {}
     for name in names:
         weight, key, bits = _part(name)
-        if key is None:
+        if key is not None:
+            candidates.setdefault((weight, bits), Packed(weight, bits)).parts[key] = name
+    known = frozenset(names)
+    found: dict[str, Packed] = {}
+    for one in candidates.values():
+        if not _is_packed(one, dtype(one.weight) if one.weight in known else None):
             continue
-        one = found.setdefault(weight, Packed(weight, bits))
-        if one.bits != bits:
-            other = next(iter(one.parts.values()))
-            raise ValueError(f"{weight}: has the parts of 4 bits and of 8 bits: {other} and {name}")
-        one.parts[key] = name
+        other = found.setdefault(one.weight, one)
+        if other is not one:
+            first, second = (next(iter(each.parts.values())) for each in (other, one))
+            raise ValueError(f"{one.weight}: has the parts of 4 bits and of 8 bits: {first} and {second}")
     return found
+
+
+def _is_packed(one: Packed, dtype: torch.dtype | None) -> bool:
+    """Whether these are the parts of a packed weight; `dtype` is that of the weight, None where there is none.
+
+    4 bits: the JSON of a state tells; without it, only what stands beside a weight of floats is something else. 8 bits:
+    two of the codes, the scales and the mark.
+    """
+    if one.bits == 4:
+        return one.mark is not None or dtype is None or not dtype.is_floating_point
+    return dtype is torch.int8 or len(one.parts) == len(KEYS_8BIT)
+
+
+def is_called_a_part(name: str) -> bool:
+    """Whether a tensor has the name of what stands beside a packed weight."""
+    return _part(name)[1] is not None
 
 
 def _part(name: str) -> tuple[str, str | None, int]:
@@ -134,6 +161,47 @@ def _int8(data: Tensor, parts: Mapping[str, Tensor], device: torch.device) -> In
         requires_grad=False,
         has_fp16_weights=False,
         SCB=aligned(scales.detach()).to(device, torch.float32),
+    )
+
+
+def odd_scales(one: Packed, weight: PackedParameter, parts: Mapping[str, Tensor]) -> str | None:
+    """The part of a packed weight with scales that no finite weight has (NaN, infinite, negative), and how many.
+
+    Single scales of 4-bit weights are not looked at: there are so many that reading them would slow a load down.
+
+    Args:
+        one: The weight.
+        weight: The parameter made of it.
+        parts: What is beside its codes, on the CPU.
+
+    Returns:
+        The name of the tensor in the checkpoint, and what is wrong; None where nothing is.
+    """
+    key = SCB
+    if isinstance(weight, Params4bit):
+        state = weight.quant_state
+        if state is None or state.offset is None:
+            return None
+        offset = float(state.offset)
+        if not 0 <= offset < math.inf:
+            return f"{one.mark} (nested_offset is {offset})"
+        key = "nested_absmax"
+    scales = parts[key].detach()
+    if not scales.numel():
+        return None
+    low, high = (float(bound) for bound in scales.aminmax())
+    if low >= 0 and high < math.inf:
+        return None
+    odd = int((~((scales >= 0) & (scales < math.inf))).sum())
+    return f"{one.parts[key]} ({odd} of {scales.numel()})"
+
+
+def odd_scales_note(odd: Sequence[str], total: int) -> str:
+    """What to say of weights with such scales among all that are packed."""
+    named = ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
+    return (
+        f"{len(odd)} of {total} quantized weights have scales that no finite weight has (NaN, infinite or negative): "
+        f"{named}"
     )
 
 

@@ -76,10 +76,11 @@ def make_plan(model: nn.Module, source: Folder) -> Plan:
 def _packed_weights(source: Folder) -> dict[str, Packed]:
     """The packed weights of a checkpoint, each with its weight and what says how it is packed."""
     try:
-        candidates = packed.find(source.names)
+        candidates = packed.find(source.names, lambda name: source.facts(name)[1])
     except ValueError as error:
         raise CheckpointError(f"{source.path}: {error}") from None
     found = {}
+    names = frozenset(source.names)
     for weight, one in candidates.items():
         first = next(iter(one.parts.values()))
         if one.mark is None:
@@ -89,7 +90,7 @@ def _packed_weights(source: Folder) -> dict[str, Packed]:
                     f"{weight}.{PACKED_KEYS[0]}; {AGAIN}"
                 )
             continue
-        missing = weight if weight not in source else next(iter(one.lacking(source.names)), None)
+        missing = weight if weight not in source else next(iter(one.lacking(names)), None)
         if missing is not None and (one.bits == 8 or missing == weight):
             raise CheckpointError(
                 f"{source.file(first)}: {first} is a part of a packed weight, but the checkpoint lacks {missing}; "
@@ -166,12 +167,13 @@ def _check_tensors(source: Folder, plan: Plan, tensors: Mapping[str, Tensor]) ->
             held = tensors.get(name)
             if held is None or is_extra(name):
                 continue
+            stored = entry.stored_as(name)
             if shape != tuple(held.shape):
-                wrong.append(f"{name} is {list(shape)}, the model has {list(held.shape)}")
+                wrong.append(f"{stored} is {list(shape)}, the model has {list(held.shape)}")
             elif dtype is torch.int8 and held.is_floating_point() and name.rpartition(".")[2] == "weight":
-                wrong.append(f"{name} is torch.int8, but its scales {packed.beside(name, packed.SCB)} are missing")
+                wrong.append(f"{stored} is torch.int8, but its scales {packed.beside(stored, packed.SCB)} are missing")
             elif held.is_floating_point() and not (dtype.is_floating_point and dtype.itemsize > 1):
-                wrong.append(f"{name} is {dtype}, the model has {held.dtype}")
+                wrong.append(f"{stored} is {dtype}, the model has {held.dtype}")
     if wrong:
         raise CheckpointError(f"{source.path}: {some(wrong)}")
 

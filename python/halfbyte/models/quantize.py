@@ -1,6 +1,7 @@
 """`quantize_model` and `dequantize_model`: convert the linear layers of a model to 4 or 8 bits, and back.
 
-Layers are converted one after the other, in place, so at most one dense weight exists beside the packed ones.
+Weights are packed one after the other, so at most one dense weight exists beside the packed ones. Layers of a model
+that holds its weights are replaced one by one; those of one that is filled from a checkpoint, when all of it was read.
 """
 
 from __future__ import annotations
@@ -26,16 +27,17 @@ from halfbyte.models.experts import fuse
 from halfbyte.models.layers import join, paths
 from halfbyte.models.load import (
     assign,
+    buffers_computed,
     check_ties,
-    compute_buffers,
     finish,
     model_bytes,
     tensor_holders,
     values,
 )
 from halfbyte.models.observers import notify
+from halfbyte.models.packed import KEYS_8BIT
 from halfbyte.models.plan import Plan, make_plan, report
-from halfbyte.models.recipe import INT8, PACKED_LAYERS, PackedLinear, Recipe, bits_of, is_quantized, scales_of
+from halfbyte.models.recipe import INT8, PACKED_LAYERS, PackedParameter, Recipe, bits_of, is_quantized, scales_of
 from halfbyte.models.replace import replace, to_dense, to_linear
 from halfbyte.models.select import Choice, Layer, choose, skip_list
 from halfbyte.models.transformers_experts import apart
@@ -67,7 +69,7 @@ def quantize_model(
     token: str | bool | None = None,
     cache_dir: str | PathLike[str] | None = None,
 ) -> _Model:
-    """Replace the linear layers of a model by `Linear4bit` or `Linear8bitLt`, one after the other, in place.
+    """Replace the linear layers of a model by `Linear4bit` or `Linear8bitLt`, in place.
 
     Args:
         model: Any module. All `nn.Linear` and transformers' `Conv1D` modules in it are converted.
@@ -107,9 +109,10 @@ def quantize_model(
     `llm_int8_has_fp16_weight=True`, layers keep their float weights, which can be trained, and quantize them in each
     forward.
 
-    Layers that are packed already are skipped, so a second call converts what the first one kept. An error in the
-    middle (out of memory, an interrupt) leaves a working model with some layers packed. The number is logged, and the
-    same call continues.
+    Layers that are packed already are skipped, so a second call converts what the first one kept. Without `checkpoint`,
+    an error in the middle (out of memory, an interrupt) leaves a working model with some layers packed. The number is
+    logged, and the same call continues. With `checkpoint`, the model is filled when all of it has been read, and an
+    error before that leaves it unchanged.
 
     >>> import torch, halfbyte
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.GELU(), torch.nn.Linear(128, 64))
@@ -141,8 +144,7 @@ def quantize_model(
         for note in choice.notes:
             _logger.warning("quantize_model: %s", note)
 
-        if checkpoint is None:
-            _check_int8(choice, recipe)
+        _check_int8(choice, recipe, values=checkpoint is None)
         experts.settle(name for layer in choice.layers for name in layer.names)
         swap = _Swap(model, choice, recipe, target)
         # From here on only `swap` knows the layers, and lets go of each as it is converted.
@@ -225,7 +227,7 @@ class _Swap:
 
     def run(self, show: _Show) -> nn.Module:
         """Convert a model that holds its weights."""
-        with self._telling():
+        with self._telling("these are packed, the others as they were"):
             # Popped from the end: a list of all layers would keep every dense weight alive.
             self.layers.reverse()
             while self.layers:
@@ -233,7 +235,9 @@ class _Swap:
                 show(self.done, self.total, layer.name)
                 weight = layer.module._parameters["weight"]
                 assert weight is not None
-                self._convert(layer, weight.detach(), weight.device if self.device is None else self.device)
+                device = weight.device if self.device is None else self.device
+                self._put(layer, self._pack(layer, weight.detach(), device, join(layer.names[0], "weight")))
+                self.done += 1
                 del layer, weight
             show(self.total, self.total, "")
             if self.device is not None:
@@ -253,35 +257,44 @@ class _Swap:
             self._check_dense(source, plan)
             report(self.model, source, plan, strict=True, unexpected=False)
             check_ties(self.model, source, plan)
-            compute_buffers(self.model, plan)
-            begin()
-            wanted = {join(name, "weight"): layer for layer in self.layers for name in layer.names}
-            self.layers = []
-            holders = tensor_holders(self.model)
-            order = {name: index for index, name in enumerate(source.names)}
-            plan.entries.sort(key=lambda entry: order[entry.sources[0]])
-            with self._telling():
-                for entry in plan.entries:
-                    for name, tensor in values(source, entry, read=True):
-                        layer = wanted.pop(name, None)
-                        if layer is None:
-                            assign(holders, name, tensor.to(device))
-                        else:
-                            show(self.done, self.total, layer.name)
-                            for other in layer.names:
-                                wanted.pop(join(other, "weight"), None)
-                            new = self._convert(layer, tensor, device)
-                            for attribute in new._parameters:
-                                # What comes later goes into the new layer.
-                                places = holders.get(join(layer.names[0], attribute), [])
-                                places[:] = [(new if m is layer.module else m, a) for m, a in places]
-                            del new
-                        del tensor, layer
-                show(self.total, self.total, "")
-                finish(self.model, plan, device)
+            with buffers_computed(self.model, plan), self._telling("the model is unchanged"):
+                weights, rest = self._read(source, plan, device, show)
+        begin()
+        self.layers = []
+        for layer, weight in weights:
+            self._put(layer, weight)
+        holders = tensor_holders(self.model)
+        for name, tensor in rest:
+            assign(holders, name, tensor)
+        finish(self.model, plan, device)
         # What the model would have been.
         self.before = self.bytes_of_dense + model_bytes(self.model) - self.bytes_held
         return self.model
+
+    def _read(
+        self, source: Folder, plan: Plan, device: torch.device, show: _Show
+    ) -> tuple[list[tuple[Layer, PackedParameter]], list[tuple[str, Tensor]]]:
+        """All that a checkpoint has for the model, on the device: packed weights and their layers, other tensors."""
+        wanted = {join(name, "weight"): layer for layer in self.layers for name in layer.names}
+        weights: list[tuple[Layer, PackedParameter]] = []
+        rest: list[tuple[str, Tensor]] = []
+        order = {name: index for index, name in enumerate(source.names)}
+        plan.entries.sort(key=lambda entry: order[entry.sources[0]])
+        for entry in plan.entries:
+            for name, tensor in values(source, entry, read=True):
+                layer = wanted.pop(name, None)
+                if layer is None:
+                    rest.append((name, tensor.to(device)))
+                else:
+                    show(self.done, self.total, layer.name)
+                    for other in layer.names:
+                        wanted.pop(join(other, "weight"), None)
+                    where = f"{source.file(entry.sources[0])}: {entry.stored_as(name)}"
+                    weights.append((layer, self._pack(layer, tensor, device, where)))
+                    self.done += 1
+                del tensor, layer
+        show(self.total, self.total, "")
+        return weights, rest
 
     def _check_dense(self, source: Folder, plan: Plan) -> None:
         """That a checkpoint to be quantized is not quantized already, and its weights are of a dtype that can be."""
@@ -297,43 +310,41 @@ class _Swap:
             for target, (_, dtype) in entry.targets.items():
                 if target in weights and dtype not in FLOAT_DTYPES:
                     raise CheckpointError(
-                        f"{source.file(entry.sources[0])}: {target}: the weight in the checkpoint must be float16, "
-                        f"bfloat16 or float32, got {dtype}"
+                        f"{source.file(entry.sources[0])}: {entry.stored_as(target)}: the weight in the checkpoint "
+                        f"must be float16, bfloat16 or float32, got {dtype}"
                     )
 
-    def _convert(self, layer: Layer, dense: Tensor, device: torch.device) -> PackedLinear:
-        """Quantize one weight and put the new layer in place."""
-        self.bytes_of_dense += dense.numel() * dense.element_size()
-        if layer.transpose:
-            dense = dense.t()
-        recipe = self.recipe.with_type(layer.quant_type)
+    def _pack(self, layer: Layer, dense: Tensor, device: torch.device, where: str) -> PackedParameter:
+        """Quantize the weight of a layer; `where` it is, for messages."""
         old = layer.module._parameters["weight"]
         trained = old is not None and old.requires_grad
+        recipe = self.recipe.with_type(layer.quant_type)
+        moved = (dense.t() if layer.transpose else dense).to(device)
         try:
-            weight = recipe.parameter(dense.to(device), requires_grad=trained).to(device)
+            packed = recipe.parameter(moved, requires_grad=trained).to(device)
         except ValueError as error:
-            raise ValueError(f"{layer.name}: {error}") from error
-        new = to_linear(layer.module, weight, recipe)
-        self.model = replace(self.model, layer.names, new)
-        self.done += 1
+            raise ValueError(f"{where}: {str(error).removeprefix('weight: ')}") from error
+        self.bytes_of_dense += dense.numel() * dense.element_size()
         self.weights += dense.numel()
+        return packed
+
+    def _put(self, layer: Layer, weight: PackedParameter) -> None:
+        """Put a layer with a packed weight in the place of one."""
+        new = to_linear(layer.module, weight, self.recipe.with_type(layer.quant_type))
+        self.model = replace(self.model, layer.names, new)
         # The map of a 4-bit weight is the same for all, and does not count.
         state = weight.quant_state if isinstance(weight, Params4bit) else None
         needed = scales_of(new) if state is None else [state.absmax, *([state.state2.absmax] if state.state2 else [])]
         self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in (weight, *needed))
         self.bytes_held += sum(t.numel() * t.element_size() for t in (weight, *scales_of(new)))
-        return new
 
     @contextlib.contextmanager
-    def _telling(self) -> Iterator[None]:
-        """Say how far it came when it does not come to the end."""
+    def _telling(self, state: str) -> Iterator[None]:
+        """Say how far it came, and in what `state` the model is, when it does not come to the end."""
         try:
             yield
         except BaseException as error:
-            message = (
-                f"quantize_model stopped after {self.done} of {self.total} layers: these are packed, the others as "
-                "they were"
-            )
+            message = f"quantize_model stopped after {self.done} of {self.total} layers: {state}"
             _logger.error("%s", message)
             if hasattr(error, "add_note"):
                 error.add_note(message)
@@ -358,11 +369,20 @@ def _settings(config: object) -> BitsAndBytesConfig:
     return made
 
 
-def _check_int8(choice: Choice, recipe: Recipe) -> None:
-    """That LLM.int8() can take the weights it is to have; before anything is changed."""
+def _check_int8(choice: Choice, recipe: Recipe, values: bool) -> None:
+    """That LLM.int8() can take the layers it is to have, and the `values` of their weights; nothing is changed yet."""
     for layer in choice.layers:
-        weight = layer.module._parameters["weight"]
-        if layer.quant_type == INT8 and not recipe.has_fp16_weights and weight is not None and not weight.is_meta:
+        if layer.quant_type != INT8 or recipe.has_fp16_weights:
+            continue
+        module = layer.module
+        own = next((key for key in KEYS_8BIT if key in {**module._parameters, **module._buffers}), None)
+        if own is not None:
+            raise ValueError(
+                f"{layer.name}: has a tensor of its own called {own}, the name that a part of an 8-bit weight is saved "
+                f"under; keep the layer as it is: skip=[{layer.names[0]!r}]"
+            )
+        weight = module._parameters["weight"]
+        if values and weight is not None and not weight.is_meta:
             check_weight(weight, join(layer.names[0], "weight"))
 
 

@@ -34,6 +34,10 @@ class Entry:
     convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
     """Where it is more than a change of name: sources by name to targets by name."""
 
+    def stored_as(self, target: str) -> str:
+        """The name in the checkpoint of what becomes `target`, which is itself where it is put together or split."""
+        return self.sources[0] if self.convert is None else target
+
 
 def entries(model: PreTrainedModel, names: Iterable[str], facts: Facts) -> tuple[list[Entry], list[str]]:
     """What each tensor of a checkpoint becomes, by transformers' own tables; and those that become nothing.

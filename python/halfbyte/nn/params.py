@@ -30,14 +30,15 @@ _SPLITTERS = (torch.chunk, torch.split, Tensor.chunk, Tensor.split)
 
 
 def check_state(packed: Tensor, state: QuantState) -> None:
-    """That packed bytes and a 4-bit state fit each other, wherever they are."""
+    """That packed bytes and a 4-bit state fit each other, wherever they are. Errors have the names of a state dict."""
     shape, blocksize, quant_type = state.weight()
     absmax, absmax2, offset = state.scales()
     check_blocksize(blocksize)
     check_quant_type(quant_type)
     n = prod(shape)
     check_packed_length("weight", packed, n)
-    check_scales(absmax, absmax2, offset, blocks_of(n, blocksize), absmax.device)
+    blocks = blocks_of(n, blocksize)
+    check_scales(absmax, absmax2, offset, blocks, absmax.device, ("nested_absmax", "nested_offset"))
 
 
 def _is_dense(data: Tensor, state: QuantState) -> bool:

@@ -20,7 +20,8 @@ def inspect_checkpoint(
 ) -> InspectReport:
     """What a folder or a ``.safetensors`` file holds: which weights are quantized, how, and how large.
 
-    Only headers and quantization states are read. The checkpoint may be of any origin.
+    Only headers, quantization states and the scales that are few (rows' and nested ones) are read. The checkpoint may
+    be of any origin.
 
     Args:
         path: A folder, a file, or a name on the hub.

@@ -158,12 +158,14 @@ class VerifyReport(_Report):
         b: The second folder.
         tensors: Every tensor of both.
         seconds: Wall time.
+        notes: What else there is to say of either; none of it makes them differ.
     """
 
     a: str
     b: str
     tensors: tuple[TensorComparison, ...]
     seconds: float
+    notes: tuple[str, ...] = ()
 
     # The text lists that many tensors that differ; the dict has all.
     MOST_ROWS: ClassVar[int] = 50
@@ -184,7 +186,7 @@ class VerifyReport(_Report):
             )
             for t in data["tensors"]
         )
-        return cls(data["a"], data["b"], tensors, seconds)
+        return cls(data["a"], data["b"], tensors, seconds, tuple(data["notes"]))
 
     def to_dict(self) -> dict[str, Any]:
         """The report in types that JSON has, with the verdict and the count of each status."""
@@ -236,6 +238,7 @@ class VerifyReport(_Report):
                 f"{plural(len(measured), f'{bits}-bit weight')}: rmse up to {_number(worst.rmse)} "
                 f"({printable(worst.name)}), error up to {_number(max(t.max_error or 0.0 for t in measured))}"
             )
+        lines += [f"note: {printable(note)}" for note in self.notes]
         return "\n".join(lines)
 
 

@@ -117,16 +117,31 @@ def check_quantize(input: Tensor, blocksize: int, quant_type: str) -> None:
 
 
 def check_scales(
-    absmax: Tensor, absmax2: Tensor | None, offset: Tensor | None, blocks: int, device: torch.device
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    blocks: int,
+    device: torch.device,
+    arguments: tuple[str, str] = ("absmax2", "offset"),
 ) -> None:
-    """Scales of `blocks` blocks: float32, or 8-bit codes with scales and an offset of their own."""
+    """Scales of `blocks` blocks: float32, or 8-bit codes with scales and an offset of their own.
+
+    Args:
+        absmax: The scales.
+        absmax2: The scales of the scales.
+        offset: Their offset.
+        blocks: How many there are.
+        device: Where all of them must be.
+        arguments: What the caller calls `absmax2` and `offset`.
+    """
+    second, mean = arguments
     check_tensor("absmax", absmax)
     same_device("absmax", absmax, "packed", device)
     if absmax.numel() != blocks:
         raise ValueError(f"absmax: {absmax.numel()} scales do not fit; shape and blocksize make {blocks} blocks")
     if absmax2 is None or offset is None:
         if absmax2 is not None or offset is not None:
-            missing, given = ("absmax2", "offset") if absmax2 is None else ("offset", "absmax2")
+            missing, given = (second, mean) if absmax2 is None else (mean, second)
             raise ValueError(f"{missing}: None, but {given} is given; nested scales have both, plain scales neither")
         if absmax.dtype is not torch.float32:
             raise DTypeError(f"absmax: dtype {absmax.dtype} is not torch.float32 (or torch.uint8 for nested scales)")
@@ -134,8 +149,8 @@ def check_scales(
     if absmax.dtype is not torch.uint8:
         raise DTypeError(f"absmax: dtype {absmax.dtype} is not torch.uint8, which nested scales are")
     for argument, tensor, count in (
-        ("absmax2", absmax2, blocks_of(blocks, NESTED_BLOCKSIZE)),
-        ("offset", offset, 1),
+        (second, absmax2, blocks_of(blocks, NESTED_BLOCKSIZE)),
+        (mean, offset, 1),
     ):
         check_tensor(argument, tensor)
         same_device(argument, tensor, "packed", device)

@@ -7,6 +7,7 @@ not find starts at random. Here the headers and the small parts beside the weigh
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -32,6 +33,8 @@ from halfbyte.models.transformers_experts import mapping_for
 from halfbyte.offline.shards import AGAIN, not_whole
 from halfbyte.offline.transformers_names import renamed
 
+_logger = logging.getLogger(__name__)
+
 
 class Found(NamedTuple):
     """The packed weights of a checkpoint.
@@ -40,10 +43,13 @@ class Found(NamedTuple):
         layers: By the paths of their layers.
         of_experts: Where several matrices of experts are one weight in the files: the dtype of those that do not say
             it. None where each matrix is a weight.
+        own: Names, in the files and in the model, of tensors that are called as parts of packed weights are, and are
+            none.
     """
 
     layers: dict[str, Packed]
     of_experts: torch.dtype | None
+    own: frozenset[str]
 
 
 def packed_in(
@@ -74,11 +80,14 @@ def packed_in(
         beside = {name for one in found.values() for name in one.parts.values()}
         targets: dict[str, str] = {}
         merged: list[str] = []
+        own: set[str] = set()
         for name, target, _, converter in renamed(
             model, [name for name in checkpoint.files if name not in beside], _mapping(model)
         ):
             if target is None:
                 continue
+            if packed.is_called_a_part(name):
+                own |= {name, target}
             if name not in found:
                 targets[target] = name
                 if converter is not None:
@@ -95,10 +104,13 @@ def packed_in(
         _check_complete(model, checkpoint, targets, merged, keep)
         _check_codes(model, checkpoint, targets, found)
         here = {target: found[name] for target, name in targets.items() if name in found}
+        odd = list(instead.odd)
         for target, one in here.items():
-            _check_weight(model, checkpoint, target, one)
+            odd += _check_weight(model, checkpoint, target, one)
+        if odd:
+            _logger.warning("%s: %s", checkpoint.where, packed.odd_scales_note(odd, len(here)))
     layers = {target.rpartition(".")[0]: one for target, one in here.items()}
-    return Found(layers, instead.dtype if instead.hidden else None)
+    return Found(layers, instead.dtype if instead.hidden else None, frozenset(own))
 
 
 def check_dense(model: Any, files: Sequence[str], paths: Sequence[str]) -> None:
@@ -201,6 +213,10 @@ class _Checkpoint:
         for name in hidden:
             del self.files[name]
 
+    def is_replaced(self, name: str) -> bool:
+        """Is a tensor one that was given to `replace`?"""
+        return name in self._instead
+
     def view(self, name: str) -> torch.Tensor:
         """A tensor, in mapped memory."""
         if name in self._instead:
@@ -223,7 +239,7 @@ class _Checkpoint:
 def _candidates(checkpoint: _Checkpoint) -> dict[str, Packed]:
     """What may be packed weights, by their names."""
     try:
-        return packed.find(checkpoint.files)
+        return packed.find(checkpoint.files, lambda name: checkpoint.facts(name)[1])
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.where}: {error}") from None
 
@@ -273,8 +289,8 @@ def _check_codes(
             )
 
 
-def _check_weight(model: nn.Module, checkpoint: _Checkpoint, target: str, one: Packed) -> None:
-    """A packed weight and its parts fit together, and the model."""
+def _check_weight(model: nn.Module, checkpoint: _Checkpoint, target: str, one: Packed) -> list[str]:
+    """A packed weight and its parts fit together, and the model. Returns what is odd about its scales."""
     where = f"{checkpoint.files[one.weight]}: {one.weight}"
     parts = {key: checkpoint.view(name) for key, name in one.parts.items()}
     try:
@@ -290,6 +306,8 @@ def _check_weight(model: nn.Module, checkpoint: _Checkpoint, target: str, one: P
             f"{where}: the checkpoint holds a weight {list(shape)}, the model has {list(expected)}; load it with the "
             "config.json that it was saved with"
         )
+    odd = None if checkpoint.is_replaced(one.weight) else packed.odd_scales(one, weight, parts)
+    return [] if odd is None else [odd]
 
 
 # ---- layers that are not there ---------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ themselves instead. Operations of other releases are called with other keywords,
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +37,7 @@ class Quantizer(Protocol):
     config: BitsAndBytesConfig
     recipe: Recipe
     problems: list[str]
+    own: frozenset[str]
 
     def param_needs_quantization(self, model: Any, param_name: str) -> bool:
         """Whether this is the dense weight of a packed layer."""
@@ -101,12 +103,20 @@ class Gather(WeightConverter):
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         """The name of the weight that a tensor belongs to, and what it is; or the name as it is, and None."""
+        if source_key in self._own():
+            return source_key, None
         for part in self.source_patterns:
             if f".{source_key}".endswith(f".{part}"):
                 # transformers keeps account of converters that were of use.
                 self._was_used = True
                 return source_key.removesuffix(part) + WEIGHT, part
         return source_key, None
+
+    def _own(self) -> Collection[str]:
+        """What is called as a part of a packed weight is, and is a tensor of its own."""
+        (operation,) = self.operations
+        assert isinstance(operation, Operation)
+        return operation.hf_quantizer.own
 
 
 class Deserialize(Operation):

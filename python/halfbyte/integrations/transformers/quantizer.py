@@ -77,6 +77,7 @@ class _Quantizer:
         self.config = coerced
         self.recipe = Recipe.from_config(coerced)
         self.problems: list[str] = []
+        self.own: frozenset[str] = frozenset()
         self._device_map: Mapping[str, Any] = {}
         self._fused: dict[str, nn.Module] = {}
         self._merges: list[Any] = []
@@ -234,7 +235,7 @@ class _Quantizer:
             self._fused = {path: module for path, module in self._fused.items() if path not in whole}
         if found is None:
             return None
-        self._of_experts = found.of_experts
+        self._of_experts, self.own = found.of_experts, found.own
         recipes = {path: self._recipe_of(one) for path, one in found.layers.items()}
         if floats:
             keep = self.get_modules_to_not_convert(model, skip, kept)

@@ -14,7 +14,7 @@ use serde_json::Value;
 use super::dtype::is_float;
 use super::matrix::{MXFP4_GROUP, Matrix, Part};
 use super::reader::{Checkpoint, TensorRef};
-use super::selection::{Experts, Projections, experts_of};
+use super::selection::{Experts, Projections, experts_of, merges_experts, split_expert};
 use crate::error::{Error, Result};
 
 /// The entry of `__metadata__` that says which weights were parts of which tensors.
@@ -284,6 +284,26 @@ fn logical_shape(source: &Checkpoint, at: TensorRef) -> Result<([usize; 3], Opti
         )));
     }
     Ok(([experts, rows, groups * MXFP4_GROUP], Some(scales)))
+}
+
+/// What to say of quantized weights of experts that come back under names which transformers reads from quantized
+/// checkpoints only; nothing where there are none. `names` are those of weights that nothing puts together.
+pub fn unread_note<'n>(config: Option<&Value>, names: impl Iterator<Item = &'n str>) -> Option<String> {
+    let single = matches!(experts_of(config), Experts::Named(_)) && !merges_experts(config);
+    let mut unread = names.filter(|name| is_listed(name) || (single && split_expert(name).is_some()));
+    let first = unread.next()?;
+    Some(format!(
+        "{} weights of experts keep names that transformers does not read from a 16-bit checkpoint of this architecture, \
+         such as {first}: for one that it reads, load the quantized checkpoint, and save what model.dequantize() gives",
+        1 + unread.count()
+    ))
+}
+
+/// Whether a name is that of one expert in a list of each projection, as Unsloth has gpt-oss: no 16-bit checkpoint has it.
+fn is_listed(name: &str) -> bool {
+    let lists = [".gate_up_projs.", ".up_projs.", ".down_projs."];
+    let number = lists.iter().find_map(|list| name.split_once(list)?.1.strip_suffix(".weight"));
+    number.is_some_and(|number| !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit()))
 }
 
 /// The tensors that weights of a quantized checkpoint were parts of, as the checkpoint says itself.

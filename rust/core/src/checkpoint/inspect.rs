@@ -6,6 +6,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::dtype::torch_name;
+use super::odd_scales::{self, Which};
 use super::reader::{Checkpoint, TensorRef};
 use super::weights::{Quantized, find_quantized};
 use crate::error::Result;
@@ -26,7 +27,7 @@ pub struct InspectReport<'a> {
     /// Sums over all tensors.
     pub totals: InspectTotals,
     /// Remarks for the reader.
-    pub notes: &'a [String],
+    pub notes: Vec<String>,
 }
 
 /// One file of weights.
@@ -115,6 +116,8 @@ fn bits(bytes: u64, values: u64) -> f64 {
 /// Describes a checkpoint; `config` is its config.json, where it is known.
 pub fn inspect<'c>(checkpoint: &'c Checkpoint, config: Option<&Value>) -> Result<InspectReport<'c>> {
     let weights = find_quantized(checkpoint, config)?;
+    let mut notes = checkpoint.notes.clone();
+    notes.extend(odd_scales::note(checkpoint, &weights, Which::Few)?);
     let parts: HashSet<TensorRef> = weights.iter().flat_map(|w| w.parts().iter().copied()).collect();
     let mut rows = Vec::new();
     let mut groups: BTreeMap<String, (u64, u64, u64)> = BTreeMap::new();
@@ -185,7 +188,7 @@ pub fn inspect<'c>(checkpoint: &'c Checkpoint, config: Option<&Value>) -> Result
             quantized_tensors: weights.len(),
             bits_per_weight: bits(bytes, values),
         },
-        notes: &checkpoint.notes,
+        notes,
     })
 }
 

@@ -14,6 +14,7 @@ pub mod fused;
 pub mod inspect;
 pub mod job;
 pub mod matrix;
+pub mod odd_scales;
 pub mod options;
 pub mod plan;
 pub mod quantized;

@@ -12,19 +12,18 @@ use super::dtype::is_float;
 use super::file_names::CONFIG_FILE;
 use super::fused::FusedExperts;
 use super::reader::{ADAPTER, Checkpoint};
+use super::rows;
 use super::state;
 use crate::error::{Error, Result};
 
 const BITSANDBYTES: &str = "bitsandbytes, 4-bit";
 const INT8: &str = "LLM.int8(), 8-bit";
 
-/// Ends of the names of what stands beside a quantized weight and nowhere else, and whose they are.
+/// Ends of the names of what stands beside a quantized weight, and whose they are.
 const COMPANIONS: &[(&str, &str)] = &[
     (state::ABSMAX, BITSANDBYTES),
     (state::QUANT_MAP, BITSANDBYTES),
     (state::NESTED_ABSMAX, BITSANDBYTES),
-    (".SCB", INT8),
-    (".weight_format", INT8),
     ("_scale_inv", "FP8 with scales of blocks"),
     ("weight_scale", "FP8, int8 or FP4 with scales"),
     ("weight_scale_2", "FP4 with scales"),
@@ -126,10 +125,13 @@ fn companion(dtype_of: &impl Fn(&str) -> Option<Dtype>, name: &str, dtype: Dtype
     if name.contains(state::STATE_INFIX) {
         return Some(BITSANDBYTES);
     }
-    // A dense weight may have a companion of its own under such a name; where it is in the way, another error says so.
-    let is_dense = |end: &str| name.strip_suffix(end).and_then(dtype_of).is_some_and(is_float);
+    if rows::is_beside_rows(name, dtype_of) {
+        return Some(INT8);
+    }
+    // A dense model may have tensors of its own under such a name: they tell something beside packed codes only.
+    let has_codes = |end: &str| name.strip_suffix(end).and_then(dtype_of).is_some_and(is_packed);
     let known =
-        COMPANIONS.iter().find(|(end, method)| name.ends_with(end) && !(*method == BITSANDBYTES && is_dense(end)));
+        COMPANIONS.iter().find(|(end, method)| name.ends_with(end) && (*method != BITSANDBYTES || has_codes(end)));
     known.map(|(_, method)| *method).or_else(|| {
         PAIRS.iter().find_map(|(end, other, method)| {
             let module = name.strip_suffix(end).filter(|_| is_packed(dtype))?;
@@ -201,12 +203,20 @@ mod tests {
             ("c.codebooks", Dtype::F16),
             ("d.codes", Dtype::I16),
             ("e.bias", Dtype::F16),
+            ("f.weight", Dtype::I8),
+            ("f.SCB", Dtype::F32),
+            ("g.weight", Dtype::U8),
+            ("g.weight.absmax", Dtype::F32),
+            ("h.SCB", Dtype::F32),
+            ("h.weight_format", Dtype::U8),
         ];
         let found = companions(&tensors.map(|(name, dtype)| (name.to_owned(), dtype)))
             .into_iter()
             .map(|(name, _)| name.to_owned())
             .collect::<Vec<_>>();
-        assert_eq!(found, ["a.weight_scale_inv", "b.qweight", "c.codes"]);
+        let expected =
+            ["a.weight_scale_inv", "b.qweight", "c.codes", "f.SCB", "g.weight.absmax", "h.SCB", "h.weight_format"];
+        assert_eq!(found, expected);
     }
 
     #[test]

@@ -6,7 +6,8 @@
 //! | `SCB` | float32 `[rows]` |
 //! | `weight_format` | uint8, 0: rows in their order; not in every checkpoint |
 //!
-//! The keys stand beside each other in one module: `mlp.up_proj.SCB` belongs to `mlp.up_proj.weight`.
+//! The keys stand beside each other in one module: `mlp.up_proj.SCB` belongs to `mlp.up_proj.weight`. A dense model may
+//! have a tensor of its own under one of these names, so that it takes two of the three to tell an 8-bit weight.
 
 use safetensors::Dtype;
 
@@ -54,11 +55,26 @@ pub fn beside(weight: &str, leaf: &str) -> Option<String> {
     module(weight, WEIGHT).map(|start| format!("{start}{leaf}"))
 }
 
+/// Whether a tensor of this name stands beside an 8-bit weight; `dtype_of` gives the dtype of the tensor of a name.
+///
+/// It does where the weight is int8, or where the scales and the number of the order are both there.
+pub fn is_beside_rows(name: &str, dtype_of: &impl Fn(&str) -> Option<Dtype>) -> bool {
+    [(SCALES, FORMAT), (FORMAT, SCALES)].into_iter().any(|(leaf, other)| {
+        module(name, leaf).is_some_and(|start| {
+            dtype_of(&format!("{start}{WEIGHT}")) == Some(Dtype::I8) || dtype_of(&format!("{start}{other}")).is_some()
+        })
+    })
+}
+
 /// The 8-bit weights of a checkpoint, each checked: its codes and scales are there and fit each other.
 pub fn find_rows(source: &Checkpoint) -> Result<Vec<RowsSource>> {
+    let dtype_of = |name: &str| source.find(name).map(|at| source.tensor(at).dtype);
     let mut found = Vec::new();
     for &at in &source.order {
         let name = &source.tensor(at).name;
+        if !is_beside_rows(name, &dtype_of) {
+            continue;
+        }
         if let Some(start) = module(name, SCALES) {
             found.push(read(source, at, start)?);
         } else if let Some(start) = module(name, FORMAT) {

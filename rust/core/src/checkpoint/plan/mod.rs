@@ -19,6 +19,7 @@ use self::types::{Group, Kind};
 use super::bare;
 use super::dtype::config_dtype;
 use super::fused::{self, FUSED_KEY, FusedExperts, FusedTensor, Fusion};
+use super::odd_scales::{self, Which};
 use super::options::{DequantizeOptions, QuantizeOptions, Selected, Selector};
 use super::quantized;
 use super::reader::{CONV1D_KEY, Checkpoint, TensorRef};
@@ -129,7 +130,7 @@ impl Plan {
     }
 
     /// Plans the reverse: every quantized weight becomes a dense one. An 8-bit one, which does not say what it was made
-    /// of, gets the dtype that config.json names, else float16, which it was rounded to.
+    /// of, gets the dtype that config.json names, else float16, which it was rounded to. Scales are read, too.
     pub fn dequantize(source: Checkpoint, config: Option<&Value>, options: &DequantizeOptions) -> Result<Self> {
         let weights = find_quantized(&source, config)?;
         if weights.is_empty() {
@@ -147,6 +148,8 @@ impl Plan {
                 ),
             ));
         }
+        let mut notes = source.notes.clone();
+        notes.extend(odd_scales::note(&source, &weights, Which::All)?);
         let mut starts: BTreeMap<TensorRef, Quantized> = BTreeMap::new();
         let mut parts: HashSet<TensorRef> = HashSet::new();
         for weight in weights {
@@ -159,6 +162,7 @@ impl Plan {
         };
         let conv1d = source.conv1d_names();
         let mut joined = joinable(&source, &mut starts);
+        notes.extend(fused::unread_note(config, starts.values().map(Quantized::name)));
         let mut groups = Vec::with_capacity(source.order.len());
         for &at in &source.order {
             if let Some((name, fusion, experts)) = joined.remove(&at) {
@@ -185,7 +189,7 @@ impl Plan {
             operation: Operation::Dequantize,
             shards,
             tensors,
-            notes: source.notes.clone(),
+            notes,
             architecture: config.and_then(|c| c["architectures"][0].as_str()).map(str::to_owned),
             known_architecture: true,
             skip_modules: None,

@@ -76,6 +76,18 @@ static TABLE: &[(&Projections, &[&str])] = &[
 /// Architectures whose experts transformers makes in other ways, or computes in other classes.
 static UNREADABLE: &[&str] = &["ernie4_5_vl_moe", "inkling2", "inkling2_text", "inkling_mm_model"];
 
+/// Architectures whose 16-bit checkpoints have single matrices, which transformers merges while it loads one. It was asked
+/// for its conversions of each architecture above.
+#[rustfmt::skip]
+static MERGED: &[&str] = &[
+    "afmoe", "axk1", "axk2", "bailing_hybrid", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32",
+    "deepseek_v4", "ernie4_5_moe", "exaone_moe", "flex_olmo", "flint", "glm4_moe", "glm4_moe_lite", "glm4v_moe",
+    "glm5_next", "glm5_next_text", "glm_moe_dsa", "hunyuan_v1_moe", "hy_v3", "jamba", "kimi_linear", "kolibri1", "laguna",
+    "mellum", "mimo_v2_flash", "minimax", "minimax_m2", "minimax_m3_vl", "mistral_large4_text", "mixtral", "nemotron_h",
+    "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "qwen3_omni_moe_thinker",
+    "qwen4_exp_text", "solar_open",
+];
+
 /// Fields of `config.json` that hold the number of experts of a layer.
 const COUNTS: [&str; 5] =
     ["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts"];
@@ -94,6 +106,15 @@ pub fn experts_of(config: Option<&Value>) -> Experts {
         TABLE.iter().find(|(_, names)| names.contains(name)).map(|(found, _)| Experts::Named(found))
     };
     model_types.iter().find_map(known).unwrap_or(Experts::Unknown)
+}
+
+/// Whether transformers reads single matrices of experts from a 16-bit checkpoint of the model of a `config.json`.
+pub fn merges_experts(config: Option<&Value>) -> bool {
+    let mut model_types = Vec::new();
+    if let Some(config) = config {
+        collect_model_types(config, 0, &mut model_types);
+    }
+    model_types.iter().any(|name| MERGED.contains(name))
 }
 
 /// The parts of the name of a weight of one of several experts: path of their list, number, and projection.
@@ -243,6 +264,16 @@ mod tests {
             assert!(problem.tensor.ends_with(tensor) && problem.words.contains(word), "{problem:?}");
             assert!(problem.words.contains(&format!("there are {count} experts")), "{problem:?}");
         }
+    }
+
+    #[test]
+    fn merged_architectures_are_known_ones() {
+        for name in MERGED {
+            let config = serde_json::json!({"model_type": name});
+            assert!(matches!(experts_of(Some(&config)), Experts::Named(_)) && merges_experts(Some(&config)), "{name}");
+        }
+        assert!(!merges_experts(Some(&serde_json::json!({"model_type": "gpt_oss"}))));
+        assert!(!merges_experts(None));
     }
 
     #[test]

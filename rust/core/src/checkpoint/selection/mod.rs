@@ -23,7 +23,7 @@ mod select;
 mod tests;
 
 pub use self::evidence::Code;
-pub use self::experts::{Experts, Projections, check_experts, experts_of};
+pub use self::experts::{Experts, Projections, check_experts, experts_of, merges_experts, split_expert};
 pub use self::facts::TensorFacts;
 pub use self::modules::{Match, match_components, match_names, named_as_output, skip_modules};
 pub use self::rules::Rule;

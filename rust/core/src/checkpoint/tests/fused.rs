@@ -394,6 +394,40 @@ fn experts_that_do_not_fit_are_named_before_anything_is_written() {
 }
 
 #[test]
+fn names_that_no_16_bit_loader_reads_are_told() {
+    let notes = |model_type: &str, weight: &str| {
+        let folder = tempdir().unwrap();
+        let scales = weight.replace(".weight", ".SCB");
+        let tensors = [(weight, "I8", vec![2, 64], vec![1; 128]), (&scales, "F32", vec![2], vec![0; 8])];
+        let config = write(folder.path(), model_type, 1, &tensors);
+        Plan::dequantize(Checkpoint::open(folder.path()).unwrap(), Some(&config), &dequantize_options(1 << 30))
+            .unwrap()
+            .notes
+    };
+    for (model_type, name) in [
+        ("gpt_oss", "0.up_proj"),
+        ("gpt_oss", "gate_up_projs.0"),
+        ("qwen3_moe", "down_projs.31"),
+        ("granitemoe", "0.down_proj"),
+        ("llama4", "0.gate_proj"),
+    ] {
+        let weight = format!("{EXPERTS}.{name}.weight");
+        let found = notes(model_type, &weight);
+        assert!(found.len() == 1 && found[0].starts_with("1 weights of experts keep names"), "{found:?}");
+        assert!(found[0].contains(&weight) && found[0].contains("model.dequantize()"), "{found:?}");
+    }
+    for (model_type, name) in [
+        ("qwen3_moe", format!("{EXPERTS}.0.up_proj.weight")),
+        ("mixtral", format!("{EXPERTS}.0.w1.weight")),
+        ("something", format!("{EXPERTS}.0.up_proj.weight")),
+        ("gpt_oss", "model.layers.0.self_attn.q_proj.weight".to_owned()),
+        ("gpt_oss", "model.layers.0.down_projs.x.weight".to_owned()),
+    ] {
+        assert!(notes(model_type, &name).is_empty(), "{model_type} {name}");
+    }
+}
+
+#[test]
 fn what_a_file_says_of_fused_experts_is_not_trusted() {
     let home = tempdir().unwrap();
     let folder = home.path();

@@ -290,11 +290,11 @@ fn parts_that_do_not_fit_are_refused_by_name() {
     let cases: Vec<(Vec<Named<'_>>, &str, &str)> = vec![
         (vec![codes()], NAME, "SCB"),
         (vec![codes(), (FORMAT, "U8", vec![], vec![0])], FORMAT, "SCB"),
-        (vec![scales()], SCALES, NAME),
+        (vec![scales(), (FORMAT, "U8", vec![], vec![0])], SCALES, NAME),
         (vec![codes(), (SCALES, "F32", vec![3], vec![0; 12])], SCALES, "[4]"),
         (vec![codes(), (SCALES, "F16", vec![4], vec![0; 8])], SCALES, "F32"),
         (vec![codes(), (SCALES, "F32", vec![], vec![0; 4])], SCALES, "[4]"),
-        (vec![scales(), (NAME, "BF16", vec![4, 8], vec![0; 64])], NAME, "I8"),
+        (vec![scales(), (NAME, "BF16", vec![4, 8], vec![0; 64]), (FORMAT, "U8", vec![], vec![0])], NAME, "I8"),
         (vec![scales(), (NAME, "I8", vec![32], vec![0; 32])], NAME, "two dimensions"),
         (vec![codes(), scales(), (FORMAT, "U8", vec![], vec![1])], FORMAT, "is 1"),
         (vec![codes(), scales(), (FORMAT, "U8", vec![2], vec![0; 2])], FORMAT, "one U8"),

@@ -3,6 +3,7 @@
 use safetensors::Dtype;
 
 use super::super::verify::Status;
+use super::super::weights::find_quantized;
 use super::*;
 
 const Q: &str = "model.layers.0.self_attn.q_proj";
@@ -22,15 +23,11 @@ fn tensors_beside_quantized_weights_are_refused_by_name() {
         ("weight_scale_inv", "F32", 4),
         ("weight_scale", "BF16", 2),
         ("weight_scale_2", "F32", 4),
-        ("SCB", "F32", 4),
-        ("weight_format", "U8", 1),
         ("weight_packed", "I32", 4),
         ("qweight", "I32", 4),
         ("qzeros", "I32", 4),
         ("g_idx", "I32", 4),
         ("W_q", "U8", 1),
-        ("weight.absmax", "F32", 4),
-        ("weight.quant_map", "F32", 4),
         ("weight.quant_state.bitsandbytes__nf4", "U8", 1),
         ("weight._data", "I8", 1),
     ] {
@@ -41,6 +38,61 @@ fn tensors_beside_quantized_weights_are_refused_by_name() {
             assert!(text.contains(&name) && text.contains("already"), "{text}");
         }
     }
+}
+
+#[test]
+fn tensors_beside_packed_codes_are_refused_by_name() {
+    for (companion, dtype, codes) in [
+        ("SCB", "F32", "I8"),
+        ("weight_format", "U8", "I8"),
+        ("weight.absmax", "F32", "U8"),
+        ("weight.quant_map", "F32", "U8"),
+        ("weight.nested_absmax", "F32", "I16"),
+    ] {
+        let (weight, name) = (format!("{Q}.weight"), format!("{Q}.{companion}"));
+        let size = if dtype == "F32" { 4 } else { 1 };
+        let beside = (name.as_str(), dtype, vec![16, 1], vec![0; 16 * size]);
+        // One dimension, so that the weight is none that is refused by itself.
+        let item = if codes == "I16" { 2 } else { 1 };
+        let folder = checkpoint_with(&[(&weight, codes, vec![16], vec![0; 16 * item]), beside]);
+        let text = message(plan(folder.path(), 1 << 30), "model.safetensors");
+        assert!(text.contains(&name) && text.contains("already"), "{text}");
+    }
+}
+
+#[test]
+fn tensors_of_a_dense_model_may_have_the_names_of_companions() {
+    let own = |name| (name, "F32", vec![16], vec![0; 64]);
+    let tensors = [
+        ("fc.weight", "BF16", vec![16, 64], weights(16 * 64, 1)),
+        own("fc.SCB"),
+        own("fc.absmax"),
+        own("fc.quant_map"),
+        own("observer.absmax"),
+        own("observer.quant_map"),
+        own("observer.nested_absmax"),
+        own("observer.SCB"),
+        own("other.weight_format"),
+    ];
+    let folder = checkpoint_with(&tensors);
+    let planned = plan(folder.path(), 1 << 30).unwrap();
+    let kept: Vec<_> = planned.tensors.iter().filter(|t| t.to == "keep").map(|t| t.name.as_str()).collect();
+    assert_eq!(kept.len(), tensors.len() - 1, "{kept:?}");
+    assert!(find_quantized(&Checkpoint::open(folder.path()).unwrap(), None).unwrap().is_empty());
+    // In the output they stand beside packed weights, and are still what they were.
+    let place = tempfile::tempdir().unwrap();
+    let out = place.path().join("out");
+    convert(&planned, &out).unwrap();
+    let names: Vec<String> = find_quantized(&Checkpoint::open(&out).unwrap(), None)
+        .unwrap()
+        .iter()
+        .map(|weight| weight.name().to_owned())
+        .collect();
+    assert_eq!(names, ["fc.weight", "model.layers.0.mlp.up_proj.weight"]);
+    // One that a part of the packed weight would need is in the way.
+    let folder = checkpoint_with(&[tensors[0].clone(), own("fc.weight.absmax")]);
+    let text = message(plan(folder.path(), 1 << 30), folder.path().to_str().unwrap());
+    assert!(text.contains("\"fc.weight.absmax\"") && !text.contains("already"), "{text}");
 }
 
 #[test]

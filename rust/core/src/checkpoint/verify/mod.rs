@@ -22,6 +22,7 @@ use super::dtype::{config_dtype, is_float, with_element};
 use super::fused::FusedExperts;
 use super::job::Progress;
 use super::matrix::Matrix;
+use super::odd_scales::{self, Which};
 use super::plan::groups::dtype_of as weight_dtype;
 use super::reader::{Checkpoint, TensorRef};
 use super::rows::RowsSource;
@@ -69,9 +70,12 @@ pub fn verify(
     threads: usize,
     progress: &Progress,
 ) -> Result<VerifyReport> {
-    let weights =
+    let mut notes = Vec::new();
+    let mut weights =
         |c: &Checkpoint, config: Option<&Value>| -> Result<(HashMap<String, Quantized>, HashSet<TensorRef>)> {
             let found = find_quantized(c, config)?;
+            let odd = odd_scales::note(c, &found, Which::All)?;
+            notes.extend(odd.map(|note| format!("{}: {note}", c.folder.display())));
             let parts = found.iter().flat_map(|w| w.parts().iter().copied()).collect();
             Ok((found.into_iter().map(|w| (w.name().to_owned(), w)).collect(), parts))
         };
@@ -215,6 +219,7 @@ pub fn verify(
         a: a.folder.to_string_lossy().into_owned(),
         b: b.folder.to_string_lossy().into_owned(),
         tensors: rows,
+        notes,
     })
 }
 

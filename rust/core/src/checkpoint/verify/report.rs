@@ -11,6 +11,8 @@ pub struct VerifyReport {
     pub b: String,
     /// Every tensor of both, sorted by name.
     pub tensors: Vec<Comparison>,
+    /// Remarks for the reader.
+    pub notes: Vec<String>,
 }
 
 /// How one tensor of two checkpoints compares.

@@ -125,8 +125,12 @@ fn same_nested(x: &Nested, y: &Nested) -> bool {
 
 /// Whether the means, and what is left of the largest scales without them, differ by rounding only.
 fn near_statistics(x: &Nested, y: &Nested) -> bool {
-    let slack = |size: f32| MEAN_SLACK * size.max(x.offset.abs());
-    (x.offset - y.offset).abs() <= slack(0.0)
+    // An infinity is near nothing but itself.
+    let near = |a: f32, b: f32| {
+        let size = a.abs().max(x.offset.abs());
+        a == b || size.is_finite() && (a - b).abs() <= MEAN_SLACK * size
+    };
+    near(x.offset, y.offset)
         && x.absmax.len() == y.absmax.len()
-        && x.absmax.iter().zip(&y.absmax).all(|(&x, &y)| (x - y).abs() <= slack(x.abs()))
+        && x.absmax.iter().zip(&y.absmax).all(|(&x, &y)| near(x, y))
 }
