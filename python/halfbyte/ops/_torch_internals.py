@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ try:
     """The innermost transform of `torch.func`, or None."""
     tracing: Callable[[], Any] = torch._C._get_tracing_state
     """The state of `torch.jit.trace`, or None."""
-    forward_ad: Any = torch.autograd.forward_ad
-    """Its `_current_level` is that of forward-mode derivatives, and negative outside of them."""
+    forward_ad_level: Callable[[], int] = partial(getattr, torch.autograd.forward_ad, "_current_level")
+    """The level of forward-mode derivatives, and negative outside of them."""
     _ = dispatch_modes(), function_modes(), transforms(), tracing(), torch.autograd.forward_ad._current_level
 except (AttributeError, TypeError):
 
@@ -45,10 +46,9 @@ except (AttributeError, TypeError):
         """None known."""
         return None
 
-    class forward_ad:  # type: ignore[no-redef]
+    def forward_ad_level() -> int:
         """Outside of forward-mode derivatives, as far as is known."""
-
-        _current_level = -1
+        return -1
 
 
 try:
@@ -75,6 +75,18 @@ except AttributeError:
         """Nothing: modes stay active."""
         return contextlib.nullcontext()
 
+
+def _public_empty_cpu(sizes: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(sizes, strides, dtype=dtype, device="cpu")
+
+
+try:
+    empty_cpu: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor] = (
+        torch._C._dynamo.guards._empty_strided_cpu
+    )
+    """A new CPU tensor of these sizes, strides and dtype. No mode hears of it."""
+except AttributeError:
+    empty_cpu = _public_empty_cpu
 
 any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 """Whether `torch.autocast` may be active, on whatever device."""

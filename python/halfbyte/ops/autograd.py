@@ -18,6 +18,7 @@ from torch.library import register_vmap
 from halfbyte.ops._torch_internals import any_autocast, transforms
 from halfbyte.ops.checks import DTypeError, check_out
 from halfbyte.ops.dispatch import kernels_of, needs_op
+from halfbyte.ops.dispatch import linear_4bit as linear_4bit_directly
 from halfbyte.ops.packed import PackedWeight, Packing, packed_weight, plain_weight
 from halfbyte.ops.registry import flatten, unflatten
 from halfbyte.state import QuantState
@@ -102,11 +103,9 @@ torch.library.register_autograd(
 
 def product_now(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """`product` within an autograd.Function, where the derivative is being taken care of."""
-    direct = kernels_of(x, bias, weight)
-    if direct is None:
-        y: Tensor = _ops.linear_4bit(*flatten("linear_4bit", (x, weight, bias)))
-    else:
-        y = direct.linear_4bit(x, weight, bias)
+    y = linear_4bit_directly(x, weight, bias)
+    if y is None:
+        y = _ops.linear_4bit(*flatten("linear_4bit", (x, weight, bias)))
     return y
 
 
@@ -186,11 +185,10 @@ class _FuncInputGradient(torch.autograd.Function):
 
 def product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """`x @ W.T + bias` by the way that is right now; differentiable."""
-    direct = kernels_of(x, bias, weight)
-    y: Tensor
-    if direct is not None:
-        y = direct.linear_4bit(x, weight, bias)
-    elif needs_op():
+    y = linear_4bit_directly(x, weight, bias)
+    if y is not None:
+        return y
+    if needs_op():
         y = _ops.linear_4bit(*flatten("linear_4bit", (x, weight, bias)))
     elif transforms() is None:
         y = _Linear4bit.apply(x, bias, weight)

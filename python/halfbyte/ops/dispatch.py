@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.backends import cpu
+from halfbyte import _native
 from halfbyte.ops._torch_internals import (
     dispatch_modes,
-    forward_ad,
+    empty_cpu,
+    forward_ad_level,
     function_modes,
     functionalizing,
     tracing,
@@ -30,20 +31,27 @@ _ops = torch.ops.halfbyte
 # Tensors that have nothing to say about operations on them. `halfbyte.nn` adds its parameters.
 PLAIN_TYPES: set[type] = {torch.Tensor, torch.nn.Parameter, type(None)}
 
-_is_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
+
+# Asked in one native call: from here, the questions would take longer than a small product. Compilers understand none of
+# them: they are told `_is_compiling()` before.
+_direct = _native.DirectCalls(
+    plain_types=PLAIN_TYPES,
+    kernels=KERNELS,
+    transforms=(dispatch_modes, transforms, tracing),
+    function_modes=function_modes,
+    # Tensors with a tangent look like others.
+    forward_ad_level=forward_ad_level,
+    is_grad_enabled=torch.is_grad_enabled,
+    empty=empty_cpu,
+    get_num_threads=torch.get_num_threads,
+)
+_transformed, _kernels, _linear_4bit = _direct.transformed, _direct.kernels, _direct.linear_4bit
 
 
 def transformed() -> bool:
     """Whether something traces or transforms what is called now, or listens to its operations."""
-    return bool(
-        _is_compiling()
-        or dispatch_modes()
-        or transforms() is not None
-        or tracing() is not None
-        # Forward-mode derivatives: tensors with a tangent look like others.
-        or forward_ad._current_level >= 0
-    )
+    return _is_compiling() or _transformed()
 
 
 def needs_op() -> bool:
@@ -56,34 +64,11 @@ def kernels(x: Tensor, factor: Tensor | None = None, *constants: Tensor | None) 
 
     Derivatives are taken with regard to `x` and `factor`; all others are constants.
     """
-    found = _kernels(x, factor)
+    found = None if _is_compiling() else _kernels(x, factor)
     # Afterwards: compilers of old releases of torch do not understand this question.
     if found is not None and any(type(constant) not in PLAIN_TYPES for constant in constants):
         return None
     return found
-
-
-def _kernels(x: Tensor, factor: Tensor | None) -> ModuleType | None:
-    # As in `transformed`, whose call would cost as much as its questions.
-    if (
-        _is_compiling()
-        or dispatch_modes()
-        or transforms() is not None
-        or tracing() is not None
-        or forward_ad._current_level >= 0
-        or function_modes()
-        or type(x) not in PLAIN_TYPES
-        or x.is_neg()
-    ):
-        return None
-    if factor is not None and (
-        type(factor) not in PLAIN_TYPES or factor.is_neg() or (factor.requires_grad and _is_grad_enabled())
-    ):
-        return None
-    if x.requires_grad and _is_grad_enabled():
-        return None
-    # The device's name takes longer than this question.
-    return cpu if x.is_cpu else KERNELS.get(x.device.type)
 
 
 def kernels_of(x: Tensor, factor: Tensor | None, weight: PackedWeight, *constants: Tensor | None) -> ModuleType | None:
@@ -91,13 +76,24 @@ def kernels_of(x: Tensor, factor: Tensor | None, weight: PackedWeight, *constant
     codes, packing = weight
     memo = packing.memo
     if memo is not None and memo.plain and not constants:
-        found = _kernels(x, factor)
-        return found if found is None or type(codes) in PLAIN_TYPES else None
+        return None if _is_compiling() else _kernels(x, factor, codes)
     absmax, absmax2, offset, *_ = packing
     found = kernels(x, factor, codes, absmax, absmax2, offset, *constants)
     if found is not None and memo is not None:
         memo.plain = True
     return found
+
+
+def linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor | None:
+    """`x @ W.T + bias` by the kernels of the device, or None where only the dispatcher does right."""
+    memo = weight.packing.memo
+    y: Tensor | None
+    if memo is not None and memo.plain:
+        y = None if _is_compiling() else _linear_4bit(x, weight, bias, memo.linear)
+    else:
+        direct = kernels_of(x, bias, weight)
+        y = None if direct is None else direct.linear_4bit(x, weight, bias)
+    return y
 
 
 def call(name: str, *args: Any) -> Any:

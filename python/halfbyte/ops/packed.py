@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
+from halfbyte import _native
 from halfbyte.ops._torch_internals import DisableTorchFunctionSubclass
 
 Tensors: TypeAlias = "tuple[Tensor, Tensor, Tensor | None, Tensor | None]"
@@ -24,17 +25,17 @@ class Memo:
         addresses: Of `absmax`, `absmax2` and `offset` when they were checked; 0 where there is none.
         sizes: Their numbers of elements.
         codes: What was checked of the codes: number, dtype, and the index of their device, None for the CPU.
-        kernels: What a back end found for products with such a weight, by the dtypes of the other operands.
+        linear: The CPU's products with such a weight, once there was one.
     """
 
-    __slots__ = ("addresses", "codes", "kernels", "plain", "sizes")
+    __slots__ = ("addresses", "codes", "linear", "plain", "sizes")
 
     def __init__(self) -> None:
         self.plain = False
         self.addresses: tuple[int, int, int] | None = None
         self.sizes = (0, 0, 0)
         self.codes: tuple[object, ...] = ()
-        self.kernels: dict[Any, Any] = {}
+        self.linear: _native.CpuLinear | None = None
 
 
 class Packing(NamedTuple):

@@ -1,0 +1,148 @@
+//! Whether a call may go straight to a device's kernels: the questions before each call, asked without Python in between.
+
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PySet, PyTuple};
+
+use super::gemm::CpuLinear;
+
+/// What decides about direct calls. None of the answers is remembered: they change from one call to the next.
+#[pyclass(frozen, module = "halfbyte._native")]
+pub struct DirectCalls {
+    plain_types: Py<PySet>,
+    kernels: Py<PyDict>,
+    transforms: Vec<Py<PyAny>>,
+    function_modes: Py<PyAny>,
+    forward_ad_level: Py<PyAny>,
+    is_grad_enabled: Py<PyAny>,
+    empty: Py<PyAny>,
+    get_num_threads: Py<PyAny>,
+}
+
+#[pymethods]
+impl DirectCalls {
+    /// Keep the questions.
+    #[new]
+    #[pyo3(signature = (
+        *, plain_types, kernels, transforms, function_modes, forward_ad_level, is_grad_enabled, empty, get_num_threads
+    ))]
+    #[allow(clippy::too_many_arguments, reason = "there are that many questions")]
+    fn new(
+        plain_types: Py<PySet>,
+        kernels: Py<PyDict>,
+        transforms: Vec<Py<PyAny>>,
+        function_modes: Py<PyAny>,
+        forward_ad_level: Py<PyAny>,
+        is_grad_enabled: Py<PyAny>,
+        empty: Py<PyAny>,
+        get_num_threads: Py<PyAny>,
+    ) -> Self {
+        Self {
+            plain_types,
+            kernels,
+            transforms,
+            function_modes,
+            forward_ad_level,
+            is_grad_enabled,
+            empty,
+            get_num_threads,
+        }
+    }
+
+    /// Whether something traces or transforms what is called now, or listens to its operations.
+    fn transformed(&self, py: Python<'_>) -> PyResult<bool> {
+        for question in &self.transforms {
+            if yes(question.bind(py))? {
+                return Ok(true);
+            }
+        }
+        Ok(self.forward_ad_level.bind(py).call0()?.extract::<i64>()? >= 0)
+    }
+
+    /// The kernels for a call with these tensors, or `None` where only torch's dispatcher does right.
+    #[pyo3(signature = (x, factor = None, constant = None))]
+    fn kernels<'py>(
+        &self,
+        x: &Bound<'py, PyAny>,
+        factor: Option<&Bound<'py, PyAny>>,
+        constant: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        if self.may(x, factor, constant.map(Bound::as_borrowed))? { self.kernels_for(x) } else { Ok(None) }
+    }
+
+    /// The product with a packed weight, or `None` where only torch's dispatcher does right. `kernel` makes it where it
+    /// takes these tensors, else the kernels of their device.
+    fn linear_4bit<'py>(
+        &self,
+        x: &Bound<'py, PyAny>,
+        weight: &Bound<'py, PyTuple>,
+        bias: Option<&Bound<'py, PyAny>>,
+        kernel: Option<&Bound<'py, CpuLinear>>,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let py = x.py();
+        let codes = weight.get_borrowed_item(0)?;
+        if !self.may(x, bias, Some(codes))? {
+            return Ok(None);
+        }
+        if let Some(kernel) = kernel {
+            let packing = weight.get_borrowed_item(1)?;
+            let packing = packing.cast::<PyTuple>()?;
+            let [absmax, absmax2, offset] = [0, 1, 2].map(|part| packing.get_borrowed_item(part));
+            let parts = [codes, absmax?, absmax2?, offset?];
+            let (empty, threads) = (self.empty.bind(py), self.get_num_threads.bind(py));
+            let done = kernel.get().forward_tensors(x, parts, bias, empty, threads)?;
+            if done.is_some() {
+                return Ok(done);
+            }
+        }
+        let Some(kernels) = self.kernels_for(x)? else {
+            return Ok(None);
+        };
+        kernels.call_method1(intern!(py, "linear_4bit"), (x, weight, bias)).map(Some)
+    }
+}
+
+impl DirectCalls {
+    /// Whether kernels may be called directly: derivatives could be taken with regard to `x` and `factor`.
+    fn may(
+        &self,
+        x: &Bound<'_, PyAny>,
+        factor: Option<&Bound<'_, PyAny>>,
+        constant: Option<Borrowed<'_, '_, PyAny>>,
+    ) -> PyResult<bool> {
+        let py = x.py();
+        Ok(!self.transformed(py)?
+            && !yes(self.function_modes.bind(py))?
+            && self.takes(x)?
+            && factor.map_or(Ok(true), |factor| self.takes(factor))?
+            && constant.map_or(Ok(true), |constant| self.is_plain(&constant))?)
+    }
+
+    /// The kernels of the device of `x`.
+    fn kernels_for<'py>(&self, x: &Bound<'py, PyAny>) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let py = x.py();
+        let kernels = self.kernels.bind(py);
+        // The device's name takes longer than this question.
+        if x.getattr(intern!(py, "is_cpu"))?.is_truthy()? {
+            return kernels.get_item(intern!(py, "cpu"));
+        }
+        kernels.get_item(x.getattr(intern!(py, "device"))?.getattr(intern!(py, "type"))?)
+    }
+
+    /// Whether kernels may read a tensor that a derivative could be taken with regard to.
+    fn takes(&self, tensor: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let py = tensor.py();
+        Ok(self.is_plain(tensor)?
+            && !tensor.call_method0(intern!(py, "is_neg"))?.is_truthy()?
+            && !(tensor.getattr(intern!(py, "requires_grad"))?.is_truthy()? && yes(self.is_grad_enabled.bind(py))?))
+    }
+
+    fn is_plain(&self, object: &Bound<'_, PyAny>) -> PyResult<bool> {
+        self.plain_types.bind(object.py()).contains(object.get_type())
+    }
+}
+
+/// The answer: no is False, None or 0.
+fn yes(question: &Bound<'_, PyAny>) -> PyResult<bool> {
+    question.call0()?.is_truthy()
+}
