@@ -264,17 +264,19 @@ class DirectCalls:
         kernels: dict[str, ModuleType],
         transforms: tuple[Callable[[], object], ...],
         function_modes: Callable[[], object],
-        forward_ad_level: Callable[[], int],
+        forward_ad_level: tuple[object, str],
         is_grad_enabled: Callable[[], bool],
         empty: Callable[[tuple[int, ...], tuple[int, ...], Any], Any],
         get_num_threads: Callable[[], int],
+        packed_weight: Callable[[tuple[Any, Any]], object],
     ) -> DirectCalls:
         """Keep the questions.
 
         `plain_types` are classes of tensors that have nothing to say about operations on them, and `kernels` those of
         each type of device. `transforms` and `function_modes` say yes, by anything true, where something listens,
-        traces or transforms; `forward_ad_level` is negative outside of forward-mode derivatives. `empty` makes a CPU
-        tensor of sizes, strides and a dtype.
+        traces or transforms; `forward_ad_level` is an attribute, by its owner and its name, which is negative outside of
+        forward-mode derivatives. `empty` makes a CPU tensor of sizes, strides and a dtype, and
+        `packed_weight` one value of codes and their packing, for the kernels.
         """
 
     def transformed(self) -> bool:
@@ -287,9 +289,9 @@ class DirectCalls:
         """
 
     def linear_4bit(
-        self, x: object, weight: tuple[object, tuple[object, ...]], bias: object, kernel: CpuLinear | None
+        self, x: object, codes: object, packing: tuple[object, ...], bias: object, kernel: CpuLinear | None
     ) -> Any | None:
-        """The product of `x` and a `PackedWeight`, or None where only torch's dispatcher does right.
+        """The product of `x` and a packed weight, or None where only torch's dispatcher does right.
 
         `kernel` is one for weights of this kind, with whatever dtypes. It makes the product where all tensors are
         contiguous, on the CPU, not empty, and of the dtype and the size that they should have, and where

@@ -19,7 +19,7 @@ from halfbyte.geometry import NESTED_BLOCKSIZE, QUANT_TYPES
 from halfbyte.geometry import PACKED_KEYS as PACKED_KEYS
 from halfbyte.geometry import TENSOR_KEYS as TENSOR_KEYS
 from halfbyte.ops.checks import FLOAT_DTYPES, check_blocksize, check_quant_type
-from halfbyte.ops.packed import Memo, PackedWeight, Packing, Scalars, packed_pair
+from halfbyte.ops.packed import Memo, PackedWeight, Packing, Scalars
 
 _SCALAR_KEYS = (
     "quant_type",
@@ -56,6 +56,7 @@ class QuantState:
     valid_quant_types = QUANT_TYPES
     valid_qs_type_keys: ClassVar = [f"bitsandbytes__{quant_type}" for quant_type in QUANT_TYPES]
     valid_qs_keys: ClassVar = [*TENSOR_KEYS, "quant_state", *_SCALAR_KEYS]
+    _packing: Packing | None = None
 
     def __init__(
         self,
@@ -84,9 +85,8 @@ class QuantState:
         if name in ("absmax", "offset") and isinstance(value, Tensor) and value.dtype in _CONVERTED:
             value = value.to(torch.float32)
         object.__setattr__(self, name, value)
-        if "_packing" in self.__dict__:
-            # It was derived from the old ones.
-            del self.__dict__["_packing"]
+        # It was derived from the old ones.
+        self.__dict__.pop("_packing", None)
 
     def __getstate__(self) -> dict[str, Any]:
         """The attributes, without what is derived from them."""
@@ -153,18 +153,21 @@ class QuantState:
 
     def packed(self, codes: Tensor) -> PackedWeight:
         """The codes of a 4-bit weight and this state as one value, as the operations take them."""
+        return PackedWeight(codes, self.packing())
+
+    def packing(self) -> Packing:
+        """How the codes of a 4-bit weight are read."""
         if _is_compiling():
             # Graphs are not to depend on what is remembered here.
-            return PackedWeight(codes, Packing(*self.scales(), *self.weight()))
-        known: Packing | None = self.__dict__.get("_packing")
-        second = self.state2
+            return Packing(*self.scales(), *self.weight())
+        known, second = self._packing, self.state2
         if known is None or (
             known.absmax2 is not None
             if second is None
             else (known.absmax2 is not second.absmax or second.blocksize != NESTED_BLOCKSIZE)
         ):
             known = self.__dict__["_packing"] = Packing(*self.scales(), *self.weight(), Memo())
-        return packed_pair((codes, known))
+        return known
 
     # ---- devices -----------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,8 +24,8 @@ try:
     """The innermost transform of `torch.func`, or None."""
     tracing: Callable[[], Any] = torch._C._get_tracing_state
     """The state of `torch.jit.trace`, or None."""
-    forward_ad_level: Callable[[], int] = partial(getattr, torch.autograd.forward_ad, "_current_level")
-    """The level of forward-mode derivatives, and negative outside of them."""
+    forward_ad_level: tuple[object, str] = torch.autograd.forward_ad, "_current_level"
+    """Where the level of forward-mode derivatives is found, which is negative outside of them."""
     _ = dispatch_modes(), function_modes(), transforms(), tracing(), torch.autograd.forward_ad._current_level
 except (AttributeError, TypeError):
 
@@ -46,9 +45,12 @@ except (AttributeError, TypeError):
         """None known."""
         return None
 
-    def forward_ad_level() -> int:
-        """Outside of forward-mode derivatives, as far as is known."""
-        return -1
+    class _Outside:
+        """Of forward-mode derivatives, as far as is known."""
+
+        level = -1
+
+    forward_ad_level = _Outside, "level"
 
 
 try:

@@ -23,7 +23,7 @@ from halfbyte.ops._torch_internals import (
     tracing,
     transforms,
 )
-from halfbyte.ops.packed import PackedWeight, plain, plain_weight
+from halfbyte.ops.packed import PackedWeight, Packing, packed_pair, plain, plain_weight
 from halfbyte.ops.registry import KERNELS, flatten
 
 _ops = torch.ops.halfbyte
@@ -45,6 +45,7 @@ _direct = _native.DirectCalls(
     is_grad_enabled=torch.is_grad_enabled,
     empty=empty_cpu,
     get_num_threads=torch.get_num_threads,
+    packed_weight=packed_pair,
 )
 _transformed, _kernels, _linear_4bit = _direct.transformed, _direct.kernels, _direct.linear_4bit
 
@@ -84,13 +85,17 @@ def kernels_of(x: Tensor, factor: Tensor | None, weight: PackedWeight, *constant
     return found
 
 
-def linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor | None:
-    """`x @ W.T + bias` by the kernels of the device, or None where only the dispatcher does right."""
-    memo = weight.packing.memo
+def linear_4bit(x: Tensor, codes: Tensor, packing: Packing, bias: Tensor | None) -> Tensor | None:
+    """`x @ W.T + bias` straight by the kernels of the device, or None where only the dispatcher does right.
+
+    The two parts of the weight: to make one value of them takes a while, which the compiled core does without.
+    """
+    memo = packing.memo
     y: Tensor | None
     if memo is not None and memo.plain:
-        y = None if _is_compiling() else _linear_4bit(x, weight, bias, memo.linear)
+        y = None if _is_compiling() else _linear_4bit(x, codes, packing, bias, memo.linear)
     else:
+        weight = PackedWeight(codes, packing)
         direct = kernels_of(x, bias, weight)
         y = None if direct is None else direct.linear_4bit(x, weight, bias)
     return y

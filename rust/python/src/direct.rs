@@ -2,7 +2,7 @@
 
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PySet, PyTuple};
+use pyo3::types::{PyDict, PySet, PyString, PyTuple};
 
 use super::gemm::CpuLinear;
 
@@ -13,10 +13,11 @@ pub struct DirectCalls {
     kernels: Py<PyDict>,
     transforms: Vec<Py<PyAny>>,
     function_modes: Py<PyAny>,
-    forward_ad_level: Py<PyAny>,
+    forward_ad_level: (Py<PyAny>, Py<PyString>),
     is_grad_enabled: Py<PyAny>,
     empty: Py<PyAny>,
     get_num_threads: Py<PyAny>,
+    packed_weight: Py<PyAny>,
 }
 
 #[pymethods]
@@ -24,7 +25,9 @@ impl DirectCalls {
     /// Keep the questions.
     #[new]
     #[pyo3(signature = (
-        *, plain_types, kernels, transforms, function_modes, forward_ad_level, is_grad_enabled, empty, get_num_threads
+        *,
+        plain_types, kernels, transforms, function_modes, forward_ad_level, is_grad_enabled,
+        empty, get_num_threads, packed_weight
     ))]
     #[allow(clippy::too_many_arguments, reason = "there are that many questions")]
     fn new(
@@ -32,10 +35,11 @@ impl DirectCalls {
         kernels: Py<PyDict>,
         transforms: Vec<Py<PyAny>>,
         function_modes: Py<PyAny>,
-        forward_ad_level: Py<PyAny>,
+        forward_ad_level: (Py<PyAny>, Py<PyString>),
         is_grad_enabled: Py<PyAny>,
         empty: Py<PyAny>,
         get_num_threads: Py<PyAny>,
+        packed_weight: Py<PyAny>,
     ) -> Self {
         Self {
             plain_types,
@@ -46,6 +50,7 @@ impl DirectCalls {
             is_grad_enabled,
             empty,
             get_num_threads,
+            packed_weight,
         }
     }
 
@@ -56,7 +61,8 @@ impl DirectCalls {
                 return Ok(true);
             }
         }
-        Ok(self.forward_ad_level.bind(py).call0()?.extract::<i64>()? >= 0)
+        let (owner, name) = &self.forward_ad_level;
+        Ok(owner.bind(py).getattr(name)?.extract::<i64>()? >= 0)
     }
 
     /// The kernels for a call with these tensors, or `None` where only torch's dispatcher does right.
@@ -67,7 +73,7 @@ impl DirectCalls {
         factor: Option<&Bound<'py, PyAny>>,
         constant: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
-        if self.may(x, factor, constant.map(Bound::as_borrowed))? { self.kernels_for(x) } else { Ok(None) }
+        if self.may(x, factor, constant)? { self.kernels_for(x) } else { Ok(None) }
     }
 
     /// The product with a packed weight, or `None` where only torch's dispatcher does right. `kernel` makes it where it
@@ -75,22 +81,20 @@ impl DirectCalls {
     fn linear_4bit<'py>(
         &self,
         x: &Bound<'py, PyAny>,
-        weight: &Bound<'py, PyTuple>,
+        codes: &Bound<'py, PyAny>,
+        packing: &Bound<'py, PyTuple>,
         bias: Option<&Bound<'py, PyAny>>,
         kernel: Option<&Bound<'py, CpuLinear>>,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
         let py = x.py();
-        let codes = weight.get_borrowed_item(0)?;
         if !self.may(x, bias, Some(codes))? {
             return Ok(None);
         }
         if let Some(kernel) = kernel {
-            let packing = weight.get_borrowed_item(1)?;
-            let packing = packing.cast::<PyTuple>()?;
             let [absmax, absmax2, offset] = [0, 1, 2].map(|part| packing.get_borrowed_item(part));
-            let parts = [codes, absmax?, absmax2?, offset?];
+            let weight = [codes.as_borrowed(), absmax?, absmax2?, offset?];
             let (empty, threads) = (self.empty.bind(py), self.get_num_threads.bind(py));
-            let done = kernel.get().forward_tensors(x, parts, bias, empty, threads)?;
+            let done = kernel.get().forward_tensors(x, weight, bias, empty, threads)?;
             if done.is_some() {
                 return Ok(done);
             }
@@ -98,6 +102,7 @@ impl DirectCalls {
         let Some(kernels) = self.kernels_for(x)? else {
             return Ok(None);
         };
+        let weight = self.packed_weight.bind(py).call1(((codes, packing),))?;
         kernels.call_method1(intern!(py, "linear_4bit"), (x, weight, bias)).map(Some)
     }
 }
@@ -108,14 +113,14 @@ impl DirectCalls {
         &self,
         x: &Bound<'_, PyAny>,
         factor: Option<&Bound<'_, PyAny>>,
-        constant: Option<Borrowed<'_, '_, PyAny>>,
+        constant: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<bool> {
         let py = x.py();
         Ok(!self.transformed(py)?
             && !yes(self.function_modes.bind(py))?
             && self.takes(x)?
             && factor.map_or(Ok(true), |factor| self.takes(factor))?
-            && constant.map_or(Ok(true), |constant| self.is_plain(&constant))?)
+            && constant.map_or(Ok(true), |constant| self.is_plain(constant))?)
     }
 
     /// The kernels of the device of `x`.

@@ -120,7 +120,12 @@ impl CpuLinear {
             threads::follow(threads).map_err(to_py)?;
             threads
         };
-        let kernel = Self { dtype, compute: dtype.as_str().parse().map_err(to_py)?, bias: bias.map(|(_, dtype)| dtype), ..*self };
+        let kernel = Self {
+            dtype,
+            compute: dtype.as_str().parse().map_err(to_py)?,
+            bias: bias.map(|(_, dtype)| dtype),
+            ..*self
+        };
         let Addresses { packed, absmax, absmax2, offset } = weight;
         let bias = bias.map_or(0, |(address, _)| address);
         kernel.forward(py, m, from, packed, absmax, absmax2, offset, bias, made.address, threads)?;
@@ -164,14 +169,9 @@ impl CpuLinear {
 
     /// Sizes and strides of the result, whose last dimension has `n` elements in place of that of x.
     fn layout<'py>(&self, py: Python<'py>, x: &[i64]) -> PyResult<[Bound<'py, PyTuple>; 2]> {
-        let mut sizes = x.to_vec();
-        let mut strides = vec![1; x.len()];
-        if let Some(last) = sizes.last_mut() {
-            *last = self.n as i64;
-        }
-        for dim in (1..sizes.len()).rev() {
-            strides[dim - 1] = strides[dim] * sizes[dim];
-        }
+        let size = |dim: usize| if dim + 1 == x.len() { self.n as i64 } else { x[dim] };
+        let sizes = (0..x.len()).map(size);
+        let strides = (0..x.len()).map(|dim| (dim + 1..x.len()).map(size).product::<i64>());
         Ok([PyTuple::new(py, sizes)?, PyTuple::new(py, strides)?])
     }
 }
