@@ -282,21 +282,22 @@ class DirectCalls:
     def transformed(self) -> bool:
         """Whether one of the transforms says yes, or forward-mode derivatives are taken."""
 
-    def kernels(self, x: object, factor: object = None, constant: object = None) -> ModuleType | None:
+    def kernels(self, x: object, factor: object = None, *constants: object) -> ModuleType | None:
         """The kernels for a call with these tensors, or None where only torch's dispatcher does right.
 
-        Derivatives may be taken with regard to `x` and `factor`; of `constant`, the class alone counts.
+        Derivatives may be taken with regard to `x` and `factor`; of the constants, the classes alone count.
         """
 
-    def linear_4bit(
-        self, x: object, codes: object, packing: tuple[object, ...], bias: object, kernel: CpuLinear | None
-    ) -> Any | None:
+    def kernels_of(self, x: object, factor: object, codes: object, packing: tuple[object, ...]) -> ModuleType | None:
+        """The same for a call with a packed weight, whose tensors are constants; `packing` is a `Packing`."""
+
+    def linear_4bit(self, x: object, codes: object, packing: tuple[object, ...], bias: object) -> Any | None:
         """The product of `x` and a packed weight, or None where only torch's dispatcher does right.
 
-        `kernel` is one for weights of this kind, with whatever dtypes. It makes the product where all tensors are
-        contiguous, on the CPU, not empty, and of the dtype and the size that they should have, and where
-        `read_tensors_of` gave True. Otherwise `linear_4bit` of the device's kernels makes it. How many threads work is
-        asked for large products only, and those of the core become as many, as `follow_threads` makes them.
+        The `CpuLinear` that the memo of the packing has as `linear` makes the product, with whatever dtypes,
+        where all tensors are contiguous, on the CPU, not empty, and of the dtype and the size that they should have,
+        and where `read_tensors_of` gave True. Otherwise `linear_4bit` of the device's kernels makes it. How many threads
+        work is asked for large products only, and those of the core become as many, as `follow_threads` makes them.
         """
 
 def dynamic_map() -> list[float]:

@@ -19,7 +19,7 @@ from halfbyte.geometry import NESTED_BLOCKSIZE, QUANT_TYPES
 from halfbyte.geometry import PACKED_KEYS as PACKED_KEYS
 from halfbyte.geometry import TENSOR_KEYS as TENSOR_KEYS
 from halfbyte.ops.checks import FLOAT_DTYPES, check_blocksize, check_quant_type
-from halfbyte.ops.packed import Memo, PackedWeight, Packing, Scalars
+from halfbyte.ops.packed import Memo, PackedWeight, Packing, Scalars, packed_pair
 
 _SCALAR_KEYS = (
     "quant_type",
@@ -153,13 +153,13 @@ class QuantState:
 
     def packed(self, codes: Tensor) -> PackedWeight:
         """The codes of a 4-bit weight and this state as one value, as the operations take them."""
-        return PackedWeight(codes, self.packing())
+        if _is_compiling():
+            # Graphs are not to depend on what is remembered.
+            return PackedWeight(codes, Packing(*self.scales(), *self.weight()))
+        return packed_pair((codes, self.packing()))
 
     def packing(self) -> Packing:
-        """How the codes of a 4-bit weight are read."""
-        if _is_compiling():
-            # Graphs are not to depend on what is remembered here.
-            return Packing(*self.scales(), *self.weight())
+        """How the codes of a 4-bit weight are read, remembered until the state changes; not for compilers."""
         known, second = self._packing, self.state2
         if known is None or (
             known.absmax2 is not None

@@ -103,7 +103,7 @@ torch.library.register_autograd(
 
 def product_now(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """`product` within an autograd.Function, where the derivative is being taken care of."""
-    y = linear_4bit_directly(x, *weight, bias)
+    y = None if _is_compiling() else linear_4bit_directly(x, *weight, bias)
     if y is None:
         y = _ops.linear_4bit(*flatten("linear_4bit", (x, weight, bias)))
     return y
@@ -185,7 +185,7 @@ class _FuncInputGradient(torch.autograd.Function):
 
 def product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """`x @ W.T + bias` by the way that is right now; differentiable."""
-    y = linear_4bit_directly(x, *weight, bias)
+    y = None if _is_compiling() else linear_4bit_directly(x, *weight, bias)
     return _product_of_torch(x, weight, bias) if y is None else y
 
 
@@ -328,9 +328,10 @@ def linear_4bit(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | Non
 
     `packed` and `state` are the weight `[out_features, in_features]`; `x` is `[..., in_features]`.
     """
-    packing = state.packing()
-    y = linear_4bit_directly(x, packed, packing, bias)
-    return _product_of_torch(x, PackedWeight(packed, packing), bias) if y is None else y
+    y: Tensor | None = None
+    if not _is_compiling():
+        y = linear_4bit_directly(x, packed, state.packing(), bias)
+    return _product_of_torch(x, state.packed(packed), bias) if y is None else y
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:

@@ -7,6 +7,7 @@ negated views, and where a derivative is to be taken. Whether that is so is aske
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -47,7 +48,14 @@ _direct = _native.DirectCalls(
     get_num_threads=torch.get_num_threads,
     packed_weight=packed_pair,
 )
-_transformed, _kernels, _linear_4bit = _direct.transformed, _direct.kernels, _direct.linear_4bit
+_transformed, _kernels, _kernels_of = _direct.transformed, _direct.kernels, _direct.kernels_of
+
+linear_4bit: Callable[[Tensor, Tensor, Packing, Tensor | None], Tensor | None] = _direct.linear_4bit
+"""`x @ W.T + bias` straight by the kernels of the device, or None where only the dispatcher does right.
+
+Of `x`, codes, their packing and the bias, never within a compiler. A packed weight is two arguments here: to make one
+value of them takes as long as some of the questions.
+"""
 
 
 def transformed() -> bool:
@@ -65,40 +73,16 @@ def kernels(x: Tensor, factor: Tensor | None = None, *constants: Tensor | None) 
 
     Derivatives are taken with regard to `x` and `factor`; all others are constants.
     """
-    found = None if _is_compiling() else _kernels(x, factor)
-    # Afterwards: compilers of old releases of torch do not understand this question.
-    if found is not None and any(type(constant) not in PLAIN_TYPES for constant in constants):
-        return None
-    return found
+    return None if _is_compiling() else _kernels(x, factor, *constants)
 
 
 def kernels_of(x: Tensor, factor: Tensor | None, weight: PackedWeight, *constants: Tensor | None) -> ModuleType | None:
     """`kernels` of a call with a packed weight. They take the weight's codes as a plain tensor: `plain_weight`."""
+    if _is_compiling():
+        return None
     codes, packing = weight
-    memo = packing.memo
-    if memo is not None and memo.plain and not constants:
-        return None if _is_compiling() else _kernels(x, factor, codes)
-    absmax, absmax2, offset, *_ = packing
-    found = kernels(x, factor, codes, absmax, absmax2, offset, *constants)
-    if found is not None and memo is not None:
-        memo.plain = True
-    return found
-
-
-def linear_4bit(x: Tensor, codes: Tensor, packing: Packing, bias: Tensor | None) -> Tensor | None:
-    """`x @ W.T + bias` straight by the kernels of the device, or None where only the dispatcher does right.
-
-    The two parts of the weight: to make one value of them takes a while, which the compiled core does without.
-    """
-    memo = packing.memo
-    y: Tensor | None
-    if memo is not None and memo.plain:
-        y = None if _is_compiling() else _linear_4bit(x, codes, packing, bias, memo.linear)
-    else:
-        weight = PackedWeight(codes, packing)
-        direct = kernels_of(x, bias, weight)
-        y = None if direct is None else direct.linear_4bit(x, weight, bias)
-    return y
+    found = _kernels_of(x, factor, codes, packing)
+    return None if constants and any(type(constant) not in PLAIN_TYPES for constant in constants) else found
 
 
 def call(name: str, *args: Any) -> Any:

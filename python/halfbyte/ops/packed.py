@@ -21,17 +21,15 @@ class Memo:
     Nothing is remembered of strides: back ends make contiguous what native code reads, in each call.
 
     Attributes:
-        plain: Whether the tensors of the packing are plain ones, none of a subclass with a say.
         addresses: Of `absmax`, `absmax2` and `offset` when they were checked; 0 where there is none.
         sizes: Their numbers of elements.
         codes: What was checked of the codes: number, dtype, and the index of their device, None for the CPU.
         linear: The CPU's products with such a weight, once there was one.
     """
 
-    __slots__ = ("addresses", "codes", "linear", "plain", "sizes")
+    __slots__ = ("addresses", "codes", "linear", "sizes")
 
     def __init__(self) -> None:
-        self.plain = False
         self.addresses: tuple[int, int, int] | None = None
         self.sizes = (0, 0, 0)
         self.codes: tuple[object, ...] = ()
@@ -39,7 +37,7 @@ class Memo:
 
 
 class Packing(NamedTuple):
-    """How codes are read: everything of a packed weight but the codes.
+    """How codes are read: everything of a packed weight but the codes. The compiled core knows the order.
 
     Attributes:
         absmax: Scales, float32 `[blocks]`; or uint8 codes of them when they are nested.

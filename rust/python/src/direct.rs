@@ -4,7 +4,13 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PySet, PyString, PyTuple};
 
-use super::gemm::CpuLinear;
+use super::gemm::{CpuLinear, WeightTensors};
+
+/// Where a `Packing` of Python's has these.
+const ABSMAX: usize = 0;
+const ABSMAX2: usize = 1;
+const OFFSET: usize = 2;
+const MEMO: usize = 6;
 
 /// What decides about direct calls. None of the answers is remembered: they change from one call to the next.
 #[pyclass(frozen, module = "halfbyte._native")]
@@ -66,33 +72,47 @@ impl DirectCalls {
     }
 
     /// The kernels for a call with these tensors, or `None` where only torch's dispatcher does right.
-    #[pyo3(signature = (x, factor = None, constant = None))]
+    #[pyo3(signature = (x, factor = None, *constants))]
     fn kernels<'py>(
         &self,
         x: &Bound<'py, PyAny>,
         factor: Option<&Bound<'py, PyAny>>,
-        constant: Option<&Bound<'py, PyAny>>,
+        constants: &Bound<'py, PyTuple>,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
-        if self.may(x, factor, constant)? { self.kernels_for(x) } else { Ok(None) }
+        let may = self.may(x, factor)? && self.are_plain(constants.iter_borrowed())?;
+        if may { self.kernels_for(x) } else { Ok(None) }
     }
 
-    /// The product with a packed weight, or `None` where only torch's dispatcher does right. `kernel` makes it where it
-    /// takes these tensors, else the kernels of their device.
+    /// The same for a call with a packed weight.
+    fn kernels_of<'py>(
+        &self,
+        x: &Bound<'py, PyAny>,
+        factor: Option<&Bound<'py, PyAny>>,
+        codes: &Bound<'py, PyAny>,
+        packing: &Bound<'py, PyTuple>,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let may = self.may(x, factor)? && self.are_plain(tensors(codes, packing)?)?;
+        if may { self.kernels_for(x) } else { Ok(None) }
+    }
+
+    /// The product with a packed weight, or `None` where only torch's dispatcher does right. What the weight's memo has as
+    /// `linear` makes it where it takes these tensors, else the kernels of their device.
     fn linear_4bit<'py>(
         &self,
         x: &Bound<'py, PyAny>,
         codes: &Bound<'py, PyAny>,
         packing: &Bound<'py, PyTuple>,
         bias: Option<&Bound<'py, PyAny>>,
-        kernel: Option<&Bound<'py, CpuLinear>>,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
         let py = x.py();
-        if !self.may(x, bias, Some(codes))? {
+        let weight = tensors(codes, packing)?;
+        if !self.may(x, bias)? || !self.are_plain(weight)? {
             return Ok(None);
         }
-        if let Some(kernel) = kernel {
-            let [absmax, absmax2, offset] = [0, 1, 2].map(|part| packing.get_borrowed_item(part));
-            let weight = [codes.as_borrowed(), absmax?, absmax2?, offset?];
+        let memo = packing.get_borrowed_item(MEMO)?;
+        if !memo.is_none()
+            && let Ok(kernel) = memo.getattr(intern!(py, "linear"))?.cast_into::<CpuLinear>()
+        {
             let (empty, threads) = (self.empty.bind(py), self.get_num_threads.bind(py));
             let done = kernel.get().forward_tensors(x, weight, bias, empty, threads)?;
             if done.is_some() {
@@ -108,19 +128,13 @@ impl DirectCalls {
 }
 
 impl DirectCalls {
-    /// Whether kernels may be called directly: derivatives could be taken with regard to `x` and `factor`.
-    fn may(
-        &self,
-        x: &Bound<'_, PyAny>,
-        factor: Option<&Bound<'_, PyAny>>,
-        constant: Option<&Bound<'_, PyAny>>,
-    ) -> PyResult<bool> {
+    /// Whether kernels may be called directly, as far as these two decide; derivatives could be taken with regard to them.
+    fn may(&self, x: &Bound<'_, PyAny>, factor: Option<&Bound<'_, PyAny>>) -> PyResult<bool> {
         let py = x.py();
         Ok(!self.transformed(py)?
             && !yes(self.function_modes.bind(py))?
             && self.takes(x)?
-            && factor.map_or(Ok(true), |factor| self.takes(factor))?
-            && constant.map_or(Ok(true), |constant| self.is_plain(constant))?)
+            && factor.map_or(Ok(true), |factor| self.takes(factor))?)
     }
 
     /// The kernels of the device of `x`.
@@ -137,14 +151,32 @@ impl DirectCalls {
     /// Whether kernels may read a tensor that a derivative could be taken with regard to.
     fn takes(&self, tensor: &Bound<'_, PyAny>) -> PyResult<bool> {
         let py = tensor.py();
-        Ok(self.is_plain(tensor)?
+        Ok(self.is_plain(tensor.as_borrowed())?
             && !tensor.call_method0(intern!(py, "is_neg"))?.is_truthy()?
             && !(tensor.getattr(intern!(py, "requires_grad"))?.is_truthy()? && yes(self.is_grad_enabled.bind(py))?))
     }
 
-    fn is_plain(&self, object: &Bound<'_, PyAny>) -> PyResult<bool> {
+    fn are_plain<'a, 'py: 'a>(&self, tensors: impl IntoIterator<Item = Borrowed<'a, 'py, PyAny>>) -> PyResult<bool> {
+        for tensor in tensors {
+            if !self.is_plain(tensor)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn is_plain(&self, object: Borrowed<'_, '_, PyAny>) -> PyResult<bool> {
         self.plain_types.bind(object.py()).contains(object.get_type())
     }
+}
+
+/// The tensors of a packed weight.
+fn tensors<'a, 'py>(
+    codes: &'a Bound<'py, PyAny>,
+    packing: &'a Bound<'py, PyTuple>,
+) -> PyResult<WeightTensors<'a, 'py>> {
+    let part = |index| packing.get_borrowed_item(index);
+    Ok([codes.as_borrowed(), part(ABSMAX)?, part(ABSMAX2)?, part(OFFSET)?])
 }
 
 /// The answer: no is False, None or 0.
