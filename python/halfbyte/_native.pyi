@@ -274,9 +274,9 @@ class DirectCalls:
 
         `plain_types` are classes of tensors that have nothing to say about operations on them, and `kernels` those of
         each type of device. `transforms` and `function_modes` say yes, by anything true, where something listens,
-        traces or transforms; `forward_ad_level` is an attribute, by its owner and its name, which is negative outside of
-        forward-mode derivatives. `empty` makes a CPU tensor of sizes, strides and a dtype, and
-        `packed_weight` one value of codes and their packing, for the kernels.
+        traces or transforms; `forward_ad_level` is an attribute, by its owner and its name, which is negative outside
+        of forward-mode derivatives. `empty` makes a CPU tensor of sizes, strides and a dtype, and `packed_weight` one
+        value of codes and their packing, for the kernels.
         """
 
     def transformed(self) -> bool:
@@ -294,10 +294,10 @@ class DirectCalls:
     def linear_4bit(self, x: object, codes: object, packing: tuple[object, ...], bias: object) -> Any | None:
         """The product of `x` and a packed weight, or None where only torch's dispatcher does right.
 
-        The `CpuLinear` that the memo of the packing has as `linear` makes the product, with whatever dtypes,
-        where all tensors are contiguous, on the CPU, not empty, and of the dtype and the size that they should have,
-        and where `read_tensors_of` gave True. Otherwise `linear_4bit` of the device's kernels makes it. How many threads
-        work is asked for large products only, and those of the core become as many, as `follow_threads` makes them.
+        The `CpuLinear` that the memo of the packing has as `linear` makes the product, with whatever dtypes, where all
+        tensors are contiguous, on the CPU, not empty, and of the dtype and the size that they should have, and where
+        `read_tensors_of` gave True. Otherwise `linear_4bit` of the device's kernels makes it. How many threads work is
+        asked for large products only, and those of the core become as many, as `follow_threads` makes them.
         """
 
 def dynamic_map() -> list[float]:
@@ -312,7 +312,8 @@ def cpu_features() -> list[str]:
 def read_tensors_of(cls: type) -> bool:
     """From now on, read tensors of this class and of those derived from it directly, by DLPack's C interface.
 
-    False where the class has no such interface (torch before 2.10); `DirectCalls.linear_4bit` then leaves products to the kernels of Python.
+    False where the class has no such interface (torch before 2.10); `DirectCalls.linear_4bit` then leaves all products
+    to the kernels that Python has.
     """
 
 def set_threads(threads: int) -> None:

@@ -185,8 +185,11 @@ def test_direct_call_hands_the_parts_on() -> None:
     direct = questions(kernels={"cpu": SimpleNamespace(linear_4bit=lambda *call: seen.append(call) or "done")})
     assert product(direct, given, None) == "done"
     ((x, handed, bias),) = seen
-    assert x is given["x"] and bias is given["bias"] and type(handed) is PackedWeight
-    assert handed.codes is given["codes"] and handed.packing[:3] == (given["absmax"], given["absmax2"], given["offset"])
+    assert x is given["x"]
+    assert bias is given["bias"]
+    assert type(handed) is PackedWeight
+    assert handed.codes is given["codes"]
+    assert handed.packing[:3] == (given["absmax"], given["absmax2"], given["offset"])
 
 
 @reads_tensors
@@ -230,7 +233,8 @@ def test_direct_call_asks_for_threads_where_they_help() -> None:
         assert not asked
         given["x"] = torch.randn(64, K)
         found = product(direct, given, kernel())
-        assert asked and _native.get_threads() == 3
+        assert asked
+        assert _native.get_threads() == 3
         assert torch.equal(found, by_addresses(given, True))
         # What others say stays until torch's number changes.
         _native.set_threads(2)
@@ -284,7 +288,8 @@ YES: dict[str, dict[str, Any]] = {
 def test_direct_call_asks_each_question(change: str) -> None:
     x = torch.randn(3, K)
     quiet, heard = questions(), questions(**YES[change])
-    assert quiet.kernels(x) is not None and not quiet.transformed()
+    assert quiet.kernels(x) is not None
+    assert not quiet.transformed()
     assert heard.kernels(x) is None
     assert heard.transformed() is (change != "a function mode")
     assert product(heard, arguments(), kernel()) is None
@@ -354,7 +359,8 @@ class FunctionMode(TorchFunctionMode):
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace:FutureWarning", "ignore:`torch.jit.trace:DeprecationWarning")
 def test_direct_call_is_asked_of_torch_itself() -> None:
     x = torch.randn(3, K)
-    assert dispatch.kernels(x) is cpu and not dispatch.transformed()
+    assert dispatch.kernels(x) is cpu
+    assert not dispatch.transformed()
     found: list[Any] = []
 
     def ask(y: Tensor) -> Tensor:
@@ -367,9 +373,11 @@ def test_direct_call_is_asked_of_torch_itself() -> None:
         ask(x)
     with DispatchMode():
         ask(x)
-    assert len(found) >= 4 and all(answer == (None, True) for answer in found)
+    assert len(found) >= 4
+    assert all(answer == (None, True) for answer in found)
     del found[:]
     with FunctionMode():
         ask(x)
     assert found == [(None, False)]
-    assert dispatch.kernels(x) is cpu and not dispatch.transformed()
+    assert dispatch.kernels(x) is cpu
+    assert not dispatch.transformed()

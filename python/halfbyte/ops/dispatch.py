@@ -34,8 +34,8 @@ PLAIN_TYPES: set[type] = {torch.Tensor, torch.nn.Parameter, type(None)}
 
 _is_compiling = torch.compiler.is_compiling
 
-# Asked in one native call: from here, the questions would take longer than a small product. Compilers understand none of
-# them: they are told `_is_compiling()` before.
+# Asked in one native call: from here, the questions would take longer than a small product. Compilers understand none
+# of them: for those, `_is_compiling()` goes before.
 _direct = _native.DirectCalls(
     plain_types=PLAIN_TYPES,
     kernels=KERNELS,
