@@ -82,13 +82,10 @@ def _public_empty_cpu(sizes: tuple[int, ...], strides: tuple[int, ...], dtype: t
     return torch.empty_strided(sizes, strides, dtype=dtype, device="cpu")
 
 
-try:
-    empty_cpu: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor] = (
-        torch._C._dynamo.guards._empty_strided_cpu
-    )
-    """A new CPU tensor of these sizes, strides and dtype. No mode hears of it."""
-except AttributeError:
-    empty_cpu = _public_empty_cpu
+empty_cpu: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor] = getattr(
+    torch._C._dynamo.guards, "_empty_strided_cpu", _public_empty_cpu
+)
+"""A new CPU tensor of these sizes, strides and dtype. Modes of torch do not hear of it."""
 
 any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 """Whether `torch.autocast` may be active, on whatever device."""
