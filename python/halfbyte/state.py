@@ -85,8 +85,9 @@ class QuantState:
         if name in ("absmax", "offset") and isinstance(value, Tensor) and value.dtype in _CONVERTED:
             value = value.to(torch.float32)
         object.__setattr__(self, name, value)
-        # It was derived from the old ones.
-        self.__dict__.pop("_packing", None)
+        if "_packing" in self.__dict__:
+            # It was derived from the old ones.
+            del self.__dict__["_packing"]
 
     def __getstate__(self) -> dict[str, Any]:
         """The attributes, without what is derived from them."""

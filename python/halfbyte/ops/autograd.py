@@ -24,7 +24,9 @@ from halfbyte.ops.registry import flatten, unflatten
 from halfbyte.state import QuantState
 
 _ops = torch.ops.halfbyte
-_is_compiling = torch.compiler.is_compiling
+# In half the time of `is_compiling`: Dynamo alone cannot trace the questions that follow. Other tracers run them, and have
+# modes, which the answers name.
+_is_compiling = torch.compiler.is_dynamo_compiling
 
 
 # ---- derivatives -----------------------------------------------------------------------------------------------------
