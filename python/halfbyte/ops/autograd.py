@@ -24,8 +24,8 @@ from halfbyte.ops.registry import flatten, unflatten
 from halfbyte.state import QuantState
 
 _ops = torch.ops.halfbyte
-# In half the time of `is_compiling`: Dynamo alone cannot trace the questions that follow. Other tracers run them, and have
-# modes, which the answers name.
+# Takes half as long as `is_compiling`. Dynamo alone cannot trace the questions that follow; other tracers run them, with
+# modes that the answers tell of.
 _is_compiling = torch.compiler.is_dynamo_compiling
 
 
