@@ -24,7 +24,7 @@ from halfbyte.ops.registry import flatten, unflatten
 from halfbyte.state import QuantState
 
 _ops = torch.ops.halfbyte
-# Takes half as long as `is_compiling`. Dynamo alone cannot trace the questions that follow; other tracers run them, with
+# Takes half as long as `is_compiling`. Dynamo alone cannot trace the questions that follow; others run them, with
 # modes that the answers tell of.
 _is_compiling = torch.compiler.is_dynamo_compiling
 
