@@ -1,6 +1,7 @@
 """The compiled core."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any, Generic, Literal, TypeAlias, TypedDict, TypeVar, final, type_check_only
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "CudaExperts",
     "CudaLinear",
     "CudaLinear8",
+    "DirectCalls",
     "Job",
     "NoCudaDriverError",
     "Plan",
@@ -49,6 +51,7 @@ __all__ = [
     "dequantize_rows",
     "dynamic_map",
     "expand_absmax",
+    "follow_threads",
     "get_threads",
     "inspect",
     "int8_matmul",
@@ -168,23 +171,6 @@ class CpuLinear:
         where there is one, else of a pool.
         """
 
-    def forward_tensors(
-        self,
-        x: object,
-        packed: object,
-        absmax: object,
-        absmax2: object,
-        offset: object,
-        bias: object,
-        out: object,
-        threads: int,
-    ) -> bool:
-        """`forward` of tensors of torch, or None; `m` is what the size of `x` says.
-
-        False, and nothing is done, where a tensor is empty, not contiguous, not on the CPU, or not of the dtype and the
-        size that it should have, and where `read_tensors_of` gave False.
-        """
-
     def backward(
         self,
         m: int,
@@ -267,6 +253,53 @@ def codebook(quant_type: str) -> list[float]:
 def quant_map(quant_type: str) -> list[float]:
     """The codebook as it is stored beside a weight: without a negative zero."""
 
+@final
+class DirectCalls:
+    """Decides which calls go straight to a device's kernels; everything is asked anew in each call."""
+
+    def __new__(
+        cls,
+        *,
+        plain_types: set[type],
+        kernels: dict[str, ModuleType],
+        transforms: tuple[Callable[[], object], ...],
+        function_modes: Callable[[], object],
+        forward_ad_level: tuple[object, str],
+        is_grad_enabled: Callable[[], bool],
+        empty: Callable[[tuple[int, ...], tuple[int, ...], Any], Any],
+        get_num_threads: Callable[[], int],
+        packed_weight: Callable[[tuple[Any, Any]], object],
+    ) -> DirectCalls:
+        """Keep the questions.
+
+        `plain_types` are classes of tensors that have nothing to say about operations on them, and `kernels` those of
+        each type of device. `transforms` and `function_modes` say yes, by anything true, where something listens,
+        traces or transforms; `forward_ad_level` is an attribute, by its owner and its name, which is negative outside
+        of forward-mode derivatives. `empty` makes a CPU tensor of sizes, strides and a dtype, and `packed_weight` one
+        value of codes and their packing, for the kernels.
+        """
+
+    def transformed(self) -> bool:
+        """Whether one of the transforms says yes, or forward-mode derivatives are taken."""
+
+    def kernels(self, x: object, factor: object = None, *constants: object) -> ModuleType | None:
+        """The kernels for a call with these tensors, or None where only torch's dispatcher does right.
+
+        Derivatives may be taken with regard to `x` and `factor`; of the constants, the classes alone count.
+        """
+
+    def kernels_of(self, x: object, factor: object, codes: object, packing: tuple[object, ...]) -> ModuleType | None:
+        """The same for a call with a packed weight, whose tensors are constants; `packing` is a `Packing`."""
+
+    def linear_4bit(self, x: object, codes: object, packing: tuple[object, ...], bias: object) -> Any | None:
+        """The product of `x` and a packed weight, or None where only torch's dispatcher does right.
+
+        The `CpuLinear` that the memo of the packing has as `linear` makes the product, with whatever dtypes, where all
+        tensors are contiguous, on the CPU, not empty, and of the dtype and the size that they should have, and where
+        `read_tensors_of` gave True. Otherwise `linear_4bit` of the device's kernels makes it. How many threads work is
+        asked for large products only, and those of the core become as many, as `follow_threads` makes them.
+        """
+
 def dynamic_map() -> list[float]:
     """The 256 values of the signed 8-bit dynamic map, ascending, as float32."""
 
@@ -279,11 +312,15 @@ def cpu_features() -> list[str]:
 def read_tensors_of(cls: type) -> bool:
     """From now on, read tensors of this class and of those derived from it directly, by DLPack's C interface.
 
-    False where the class has no such interface (torch before 2.10); `CpuLinear.forward_tensors` then gives False.
+    False where the class has no such interface (torch before 2.10); `DirectCalls.linear_4bit` then leaves all products
+    to the kernels that Python has.
     """
 
 def set_threads(threads: int) -> None:
     """Use 1 to 4096 threads from now on."""
+
+def follow_threads(threads: int) -> None:
+    """Use as many threads as torch, whose number this is; one that `set_threads` was given stays until it changes."""
 
 def get_threads() -> int:
     """The number of threads in use: at first RAYON_NUM_THREADS, or as many as the machine runs at once."""

@@ -56,6 +56,7 @@ class QuantState:
     valid_quant_types = QUANT_TYPES
     valid_qs_type_keys: ClassVar = [f"bitsandbytes__{quant_type}" for quant_type in QUANT_TYPES]
     valid_qs_keys: ClassVar = [*TENSOR_KEYS, "quant_state", *_SCALAR_KEYS]
+    _packing: Packing | None = None
 
     def __init__(
         self,
@@ -154,17 +155,20 @@ class QuantState:
     def packed(self, codes: Tensor) -> PackedWeight:
         """The codes of a 4-bit weight and this state as one value, as the operations take them."""
         if _is_compiling():
-            # Graphs are not to depend on what is remembered here.
+            # Graphs are not to depend on what is remembered.
             return PackedWeight(codes, Packing(*self.scales(), *self.weight()))
-        known: Packing | None = self.__dict__.get("_packing")
-        second = self.state2
+        return packed_pair((codes, self.packing()))
+
+    def packing(self) -> Packing:
+        """How the codes of a 4-bit weight are read, remembered until the state changes; not for compilers."""
+        known, second = self._packing, self.state2
         if known is None or (
             known.absmax2 is not None
             if second is None
             else (known.absmax2 is not second.absmax or second.blocksize != NESTED_BLOCKSIZE)
         ):
             known = self.__dict__["_packing"] = Packing(*self.scales(), *self.weight(), Memo())
-        return packed_pair((codes, known))
+        return known
 
     # ---- devices -----------------------------------------------------------------------------------------------------
 

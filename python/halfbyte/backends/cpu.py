@@ -79,16 +79,13 @@ def readable(tensor: Tensor) -> Tensor:
 
 _native.read_tensors_of(Tensor)
 
-_threads = 0
+_get_num_threads = torch.get_num_threads
 
 
 def _follow_threads() -> int:
     """Give the core as many threads as torch uses, and return their number."""
-    global _threads
-    threads = torch.get_num_threads()
-    if threads != _threads:
-        _native.set_threads(threads)
-        _threads = threads
+    threads = _get_num_threads()
+    _native.follow_threads(threads)
     return threads
 
 
@@ -177,29 +174,18 @@ _kernel_of_kind = functools.lru_cache(maxsize=4096)(_native.CpuLinear)
 
 def linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """`x @ W.T + bias` with the packed `W` [out_features, in_features]; computed in the dtype of `x`."""
-    codes, (absmax, absmax2, offset, shape, _, _, memo) = weight
-    kind = x.dtype, None if bias is None else bias.dtype
-    kernel: _native.CpuLinear | None = None if memo is None else memo.kernels.get(kind)
-    if kernel is not None:
-        # The core reads the tensors itself, in less time than one of them takes to be asked here. What it leaves,
-        # or refuses for its address, goes the long way: to be made readable, or to be told what is wrong.
-        out = _for_rows(x, shape[0])
-        try:
-            if kernel.forward_tensors(x, codes, absmax, absmax2, offset, bias, out, _follow_threads()):
-                return out
-        except ValueError:
-            pass  # `contextlib.suppress` would cost a microsecond of every call
     weight = plain_weight(weight)
     check_weight(weight)
     check_product(x, "x", bias, weight, 1)
-    if kernel is None:
-        kernel = _kernel(x, weight, bias)
-        if memo is not None:
-            memo.kernels[kind] = kernel
+    kernel = _kernel(x, weight, bias)
+    memo = weight.packing.memo
+    if memo is not None:
+        # It takes the next product, unless a tensor of that has to be made readable, or is wrong.
+        memo.linear = kernel
     x, codes = readable(x), readable(weight.codes)
     absmax, absmax2, offset = _scales(weight)
     bias = None if bias is None else readable(bias)
-    out = _for_rows(x, shape[0])
+    out = _for_rows(x, weight.packing.shape[0])
     kernel.forward(
         prod(x.shape[:-1]),
         x.data_ptr(),

@@ -109,7 +109,7 @@ class Linear4bit(Quantized, torch.nn.Linear):
         state = getattr(weight, "quant_state", None) or self._state(weight)
         dtype = x.dtype
         compute = autocast_dtype(x) or self.compute_dtype or dtype
-        if self._casts_bias and bias is not None:
+        if bias is not None and self._casts_bias:
             cast_bias(bias, self.compute_dtype or dtype)
         if dtype is compute and dtype is not torch.float64:
             return linear_4bit(x, weight, state, bias)

@@ -24,8 +24,8 @@ try:
     """The innermost transform of `torch.func`, or None."""
     tracing: Callable[[], Any] = torch._C._get_tracing_state
     """The state of `torch.jit.trace`, or None."""
-    forward_ad: Any = torch.autograd.forward_ad
-    """Its `_current_level` is that of forward-mode derivatives, and negative outside of them."""
+    forward_ad_level: tuple[object, str] = torch.autograd.forward_ad, "_current_level"
+    """Where the level of forward-mode derivatives is found, which is negative outside of them."""
     _ = dispatch_modes(), function_modes(), transforms(), tracing(), torch.autograd.forward_ad._current_level
 except (AttributeError, TypeError):
 
@@ -45,10 +45,12 @@ except (AttributeError, TypeError):
         """None known."""
         return None
 
-    class forward_ad:  # type: ignore[no-redef]
-        """Outside of forward-mode derivatives, as far as is known."""
+    class _Outside:
+        """Of forward-mode derivatives, as far as is known."""
 
-        _current_level = -1
+        level = -1
+
+    forward_ad_level = _Outside, "level"
 
 
 try:
@@ -75,6 +77,15 @@ except AttributeError:
         """Nothing: modes stay active."""
         return contextlib.nullcontext()
 
+
+def _public_empty_cpu(sizes: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(sizes, strides, dtype=dtype, device="cpu")
+
+
+empty_cpu: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor] = getattr(
+    torch._C._dynamo.guards, "_empty_strided_cpu", _public_empty_cpu
+)
+"""A new CPU tensor of these sizes, strides and dtype. Modes of torch do not hear of it."""
 
 any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 """Whether `torch.autocast` may be active, on whatever device."""

@@ -18,12 +18,15 @@ from torch.library import register_vmap
 from halfbyte.ops._torch_internals import any_autocast, transforms
 from halfbyte.ops.checks import DTypeError, check_out
 from halfbyte.ops.dispatch import kernels_of, needs_op
+from halfbyte.ops.dispatch import linear_4bit as linear_4bit_directly
 from halfbyte.ops.packed import PackedWeight, Packing, packed_weight, plain_weight
 from halfbyte.ops.registry import flatten, unflatten
 from halfbyte.state import QuantState
 
 _ops = torch.ops.halfbyte
-_is_compiling = torch.compiler.is_compiling
+# Takes half as long as `is_compiling`. Dynamo alone cannot trace the questions that follow; others run them, with
+# modes that the answers tell of.
+_is_compiling = torch.compiler.is_dynamo_compiling
 
 
 # ---- derivatives -----------------------------------------------------------------------------------------------------
@@ -102,11 +105,9 @@ torch.library.register_autograd(
 
 def product_now(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """`product` within an autograd.Function, where the derivative is being taken care of."""
-    direct = kernels_of(x, bias, weight)
-    if direct is None:
-        y: Tensor = _ops.linear_4bit(*flatten("linear_4bit", (x, weight, bias)))
-    else:
-        y = direct.linear_4bit(x, weight, bias)
+    y = None if _is_compiling() else linear_4bit_directly(x, *weight, bias)
+    if y is None:
+        y = _ops.linear_4bit(*flatten("linear_4bit", (x, weight, bias)))
     return y
 
 
@@ -186,11 +187,13 @@ class _FuncInputGradient(torch.autograd.Function):
 
 def product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """`x @ W.T + bias` by the way that is right now; differentiable."""
-    direct = kernels_of(x, bias, weight)
+    y = None if _is_compiling() else linear_4bit_directly(x, *weight, bias)
+    return _product_of_torch(x, weight, bias) if y is None else y
+
+
+def _product_of_torch(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     y: Tensor
-    if direct is not None:
-        y = direct.linear_4bit(x, weight, bias)
-    elif needs_op():
+    if needs_op():
         y = _ops.linear_4bit(*flatten("linear_4bit", (x, weight, bias)))
     elif transforms() is None:
         y = _Linear4bit.apply(x, bias, weight)
@@ -327,7 +330,10 @@ def linear_4bit(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | Non
 
     `packed` and `state` are the weight `[out_features, in_features]`; `x` is `[..., in_features]`.
     """
-    return product(x, state.packed(packed), bias)
+    y: Tensor | None = None
+    if not _is_compiling():
+        y = linear_4bit_directly(x, packed, state.packing(), bias)
+    return _product_of_torch(x, state.packed(packed), bias) if y is None else y
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:

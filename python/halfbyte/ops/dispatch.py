@@ -7,22 +7,24 @@ negated views, and where a derivative is to be taken. Whether that is so is aske
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from halfbyte.backends import cpu
+from halfbyte import _native
 from halfbyte.ops._torch_internals import (
     dispatch_modes,
-    forward_ad,
+    empty_cpu,
+    forward_ad_level,
     function_modes,
     functionalizing,
     tracing,
     transforms,
 )
-from halfbyte.ops.packed import PackedWeight, plain, plain_weight
+from halfbyte.ops.packed import PackedWeight, Packing, packed_pair, plain, plain_weight
 from halfbyte.ops.registry import KERNELS, flatten
 
 _ops = torch.ops.halfbyte
@@ -30,20 +32,35 @@ _ops = torch.ops.halfbyte
 # Tensors that have nothing to say about operations on them. `halfbyte.nn` adds its parameters.
 PLAIN_TYPES: set[type] = {torch.Tensor, torch.nn.Parameter, type(None)}
 
-_is_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
+
+# Asked in one native call: from here, the questions would take longer than a small product. Compilers understand none
+# of them: for those, `_is_compiling()` goes before.
+_direct = _native.DirectCalls(
+    plain_types=PLAIN_TYPES,
+    kernels=KERNELS,
+    transforms=(dispatch_modes, transforms, tracing),
+    function_modes=function_modes,
+    # Tensors with a tangent look like others.
+    forward_ad_level=forward_ad_level,
+    is_grad_enabled=torch.is_grad_enabled,
+    empty=empty_cpu,
+    get_num_threads=torch.get_num_threads,
+    packed_weight=packed_pair,
+)
+_transformed, _kernels, _kernels_of = _direct.transformed, _direct.kernels, _direct.kernels_of
+
+linear_4bit: Callable[[Tensor, Tensor, Packing, Tensor | None], Tensor | None] = _direct.linear_4bit
+"""`x @ W.T + bias` straight by the kernels of the device, or None where only the dispatcher does right.
+
+Of `x`, codes, their packing and the bias, never within a compiler. A packed weight is two arguments here: to make one
+value of them takes as long as some of the questions.
+"""
 
 
 def transformed() -> bool:
     """Whether something traces or transforms what is called now, or listens to its operations."""
-    return bool(
-        _is_compiling()
-        or dispatch_modes()
-        or transforms() is not None
-        or tracing() is not None
-        # Forward-mode derivatives: tensors with a tangent look like others.
-        or forward_ad._current_level >= 0
-    )
+    return _is_compiling() or _transformed()
 
 
 def needs_op() -> bool:
@@ -56,48 +73,16 @@ def kernels(x: Tensor, factor: Tensor | None = None, *constants: Tensor | None) 
 
     Derivatives are taken with regard to `x` and `factor`; all others are constants.
     """
-    found = _kernels(x, factor)
-    # Afterwards: compilers of old releases of torch do not understand this question.
-    if found is not None and any(type(constant) not in PLAIN_TYPES for constant in constants):
-        return None
-    return found
-
-
-def _kernels(x: Tensor, factor: Tensor | None) -> ModuleType | None:
-    # As in `transformed`, whose call would cost as much as its questions.
-    if (
-        _is_compiling()
-        or dispatch_modes()
-        or transforms() is not None
-        or tracing() is not None
-        or forward_ad._current_level >= 0
-        or function_modes()
-        or type(x) not in PLAIN_TYPES
-        or x.is_neg()
-    ):
-        return None
-    if factor is not None and (
-        type(factor) not in PLAIN_TYPES or factor.is_neg() or (factor.requires_grad and _is_grad_enabled())
-    ):
-        return None
-    if x.requires_grad and _is_grad_enabled():
-        return None
-    # The device's name takes longer than this question.
-    return cpu if x.is_cpu else KERNELS.get(x.device.type)
+    return None if _is_compiling() else _kernels(x, factor, *constants)
 
 
 def kernels_of(x: Tensor, factor: Tensor | None, weight: PackedWeight, *constants: Tensor | None) -> ModuleType | None:
     """`kernels` of a call with a packed weight. They take the weight's codes as a plain tensor: `plain_weight`."""
+    if _is_compiling():
+        return None
     codes, packing = weight
-    memo = packing.memo
-    if memo is not None and memo.plain and not constants:
-        found = _kernels(x, factor)
-        return found if found is None or type(codes) in PLAIN_TYPES else None
-    absmax, absmax2, offset, *_ = packing
-    found = kernels(x, factor, codes, absmax, absmax2, offset, *constants)
-    if found is not None and memo is not None:
-        memo.plain = True
-    return found
+    found = _kernels_of(x, factor, codes, packing)
+    return None if constants and any(type(constant) not in PLAIN_TYPES for constant in constants) else found
 
 
 def call(name: str, *args: Any) -> Any:

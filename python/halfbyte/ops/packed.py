@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
+from halfbyte import _native
 from halfbyte.ops._torch_internals import DisableTorchFunctionSubclass
 
 Tensors: TypeAlias = "tuple[Tensor, Tensor, Tensor | None, Tensor | None]"
@@ -20,25 +21,23 @@ class Memo:
     Nothing is remembered of strides: back ends make contiguous what native code reads, in each call.
 
     Attributes:
-        plain: Whether the tensors of the packing are plain ones, none of a subclass with a say.
         addresses: Of `absmax`, `absmax2` and `offset` when they were checked; 0 where there is none.
         sizes: Their numbers of elements.
         codes: What was checked of the codes: number, dtype, and the index of their device, None for the CPU.
-        kernels: What a back end found for products with such a weight, by the dtypes of the other operands.
+        linear: The CPU's products with such a weight, once there was one.
     """
 
-    __slots__ = ("addresses", "codes", "kernels", "plain", "sizes")
+    __slots__ = ("addresses", "codes", "linear", "sizes")
 
     def __init__(self) -> None:
-        self.plain = False
         self.addresses: tuple[int, int, int] | None = None
         self.sizes = (0, 0, 0)
         self.codes: tuple[object, ...] = ()
-        self.kernels: dict[Any, Any] = {}
+        self.linear: _native.CpuLinear | None = None
 
 
 class Packing(NamedTuple):
-    """How codes are read: everything of a packed weight but the codes.
+    """How codes are read: everything of a packed weight but the codes. The compiled core knows the order.
 
     Attributes:
         absmax: Scales, float32 `[blocks]`; or uint8 codes of them when they are nested.

@@ -70,21 +70,27 @@ static READER: OnceLock<Reader> = OnceLock::new();
 
 /// A contiguous tensor with elements, in memory of the processor.
 #[derive(Clone, Copy)]
-pub struct Tensor {
+pub struct Tensor<'a> {
     pub address: usize,
     pub count: usize,
-    /// None for one that is not taken here, such as float64.
-    pub dtype: Option<DType>,
-    /// Bytes of an element.
-    pub size: usize,
-    /// The length of the last dimension; 1 where there is none.
-    pub last: usize,
+    pub dtype: DType,
+    /// The lengths of the dimensions: torch's own memory, to be read before anything of Python's runs.
+    pub shape: &'a [i64],
 }
 
-impl Tensor {
-    /// Whether it has so many elements of that dtype.
+impl Tensor<'_> {
+    /// Whether it has so many elements of that dtype, at an address that suits it.
     pub fn is(&self, count: usize, dtype: DType) -> bool {
-        self.count == count && self.dtype == Some(dtype)
+        self.count == count && self.dtype == dtype && self.is_aligned()
+    }
+
+    /// Whether it has floats, at an address that suits them.
+    pub fn is_float(&self) -> bool {
+        DType::FLOATS.contains(&self.dtype) && self.is_aligned()
+    }
+
+    fn is_aligned(&self) -> bool {
+        self.address.is_multiple_of(self.dtype.size())
     }
 }
 
@@ -113,9 +119,9 @@ pub fn read_tensors_of(class: Bound<'_, PyType>) -> bool {
     }
 }
 
-/// The tensor, or `None` if it has to be asked by Python: one that is not contiguous or empty, that is elsewhere, or
-/// whose class has nothing to do with the one that [`read_tensors_of`] knows.
-pub fn tensor(object: &Bound<'_, PyAny>) -> Option<Tensor> {
+/// The tensor, or `None` if it has to be asked by Python: one that is not contiguous or empty, that is elsewhere or of a
+/// dtype that packed weights are not stored in, or whose class has nothing to do with the one that [`read_tensors_of`] knows.
+pub fn tensor<'a>(object: Borrowed<'a, '_, PyAny>) -> Option<Tensor<'a>> {
     let reader = READER.get()?;
     let mut found = DLTensor {
         data: std::ptr::null_mut(),
@@ -141,19 +147,15 @@ pub fn tensor(object: &Bound<'_, PyAny>) -> Option<Tensor> {
         return None;
     }
     let dims = usize::try_from(found.ndim).ok()?;
+    // SAFETY: it has `ndim` elements, which live as long as the object.
+    let shape = if dims == 0 { &[] } else { unsafe { std::slice::from_raw_parts(found.shape, dims) } };
     let mut count = 1usize;
-    let mut last = 1;
     for dim in (0..dims).rev() {
-        // SAFETY: both have `ndim` elements, which live as long as the object.
-        let (length, stride) = unsafe {
-            let stride = if found.strides.is_null() { None } else { Some(*found.strides.add(dim)) };
-            (usize::try_from(*found.shape.add(dim)).ok()?, stride)
-        };
+        let length = usize::try_from(shape[dim]).ok()?;
+        // SAFETY: as of the shape.
+        let stride = if found.strides.is_null() { None } else { Some(unsafe { *found.strides.add(dim) }) };
         if length != 1 && stride.is_some_and(|stride| usize::try_from(stride) != Ok(count)) {
             return None;
-        }
-        if dim + 1 == dims {
-            last = length;
         }
         count = count.checked_mul(length)?;
     }
@@ -161,13 +163,14 @@ pub fn tensor(object: &Bound<'_, PyAny>) -> Option<Tensor> {
         return None;
     }
     let dtype = match (found.dtype.code, found.dtype.bits) {
-        (INT, 8) => Some(DType::I8),
-        (UINT, 8) => Some(DType::U8),
-        (FLOAT, 16) => Some(DType::F16),
-        (BFLOAT, 16) => Some(DType::Bf16),
-        (FLOAT, 32) => Some(DType::F32),
-        _ => None,
+        (INT, 8) => DType::I8,
+        (UINT, 8) => DType::U8,
+        (FLOAT, 16) => DType::F16,
+        (BFLOAT, 16) => DType::Bf16,
+        (FLOAT, 32) => DType::F32,
+        (FLOAT, 64) => DType::F64,
+        _ => return None,
     };
     let address = (found.data as usize).checked_add(usize::try_from(found.byte_offset).ok()?)?;
-    Some(Tensor { address, count, dtype, size: usize::from(found.dtype.bits) / 8, last })
+    Some(Tensor { address, count, dtype, shape })
 }

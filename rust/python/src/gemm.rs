@@ -6,7 +6,9 @@ use halfbyte::dtype::DType;
 use halfbyte::error::{Error, Result};
 use halfbyte::gemm::{self, Compute, Floats, FloatsMut, Path, Scales, Weight, Workers};
 use halfbyte::geometry::{BlockSize, NESTED_BLOCK_SIZE, packed_len, weight_count};
+use pyo3::intern;
 use pyo3::prelude::*;
+use pyo3::types::PyTuple;
 
 use super::buffer::{Buffer, check_disjoint};
 use super::dlpack;
@@ -24,7 +26,7 @@ pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
 
 /// Products with weights of one shape and kind: what does not change from call to call is checked once.
 #[pyclass(frozen, module = "halfbyte._native")]
-struct CpuLinear {
+pub struct CpuLinear {
     dtype: DType,
     compute: Compute,
     n: usize,
@@ -76,27 +78,81 @@ impl CpuLinear {
     }
 }
 
-/// The tensors of a product: x, packed, absmax, absmax2, offset, bias, out.
-type Tensors<'a, 'py> = [&'a Bound<'py, PyAny>; 7];
+/// The tensors of a packed weight: codes, absmax, absmax2, offset.
+pub type WeightTensors<'a, 'py> = [Borrowed<'a, 'py, PyAny>; 4];
 
 impl CpuLinear {
-    /// The rows of x, and the addresses of all tensors, 0 for those that are None; or `None` if one is not as it should be.
-    fn addresses(
+    /// The product of tensors with a weight of this kind, of whatever dtypes x and the bias are, as a new one that `empty`
+    /// makes. `None`, and nothing is done, where one of them is not contiguous, on the processor, and of the size and a
+    /// dtype that it should have. How many threads work is asked for large products only.
+    pub fn forward_tensors<'py>(
         &self,
-        [x, packed, absmax, absmax2, offset, bias, out]: Tensors<'_, '_>,
-    ) -> Option<(usize, [usize; 7])> {
-        let x = dlpack::tensor(x)?;
-        let m = x.count / self.k;
-        if x.last != self.k || x.dtype != Some(self.dtype) {
-            return None;
-        }
-        let of = |object: &Bound<'_, PyAny>, count: usize, dtype: DType| {
+        x: &Bound<'py, PyAny>,
+        weight: WeightTensors<'_, 'py>,
+        bias: Option<&Bound<'py, PyAny>>,
+        empty: &Bound<'py, PyAny>,
+        get_num_threads: &Bound<'py, PyAny>,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let py = x.py();
+        let read = || {
+            let x = dlpack::tensor(x.as_borrowed())?;
+            let m = self.rows(&x)?;
+            let count = m.checked_mul(self.n).filter(|&count| i64::try_from(count).is_ok())?;
+            let bias = match bias {
+                Some(bias) => Some(self.shift(bias)?),
+                None => None,
+            };
+            Some((x, m, count, self.addresses(weight)?, bias))
+        };
+        let Some((rows, m, count, weight, bias)) = read() else {
+            return Ok(None);
+        };
+        let (from, dtype) = (rows.address, rows.dtype);
+        let [sizes, strides] = self.layout(py, rows.shape)?;
+        let out = empty.call1((sizes, strides, x.getattr(intern!(py, "dtype"))?))?;
+        let Some(made) = dlpack::tensor(out.as_borrowed()).filter(|made| made.is(count, dtype)) else {
+            return Ok(None);
+        };
+        let threads = if is_small([m, self.n, self.k]) {
+            1
+        } else {
+            let threads = get_num_threads.call0()?.extract()?;
+            threads::follow(threads).map_err(to_py)?;
+            threads
+        };
+        let kernel = Self {
+            dtype,
+            compute: dtype.as_str().parse().map_err(to_py)?,
+            bias: bias.map(|(_, dtype)| dtype),
+            ..*self
+        };
+        let Addresses { packed, absmax, absmax2, offset } = weight;
+        let bias = bias.map_or(0, |(address, _)| address);
+        kernel.forward(py, m, from, packed, absmax, absmax2, offset, bias, made.address, threads)?;
+        Ok(Some(out))
+    }
+
+    /// The rows of x.
+    fn rows(&self, x: &dlpack::Tensor<'_>) -> Option<usize> {
+        let (&last, _) = x.shape.split_last()?;
+        // Of a tensor with elements: `k` is not 0.
+        (usize::try_from(last) == Ok(self.k) && x.is_float()).then(|| x.count / self.k)
+    }
+
+    /// Address and dtype of a bias.
+    fn shift(&self, bias: &Bound<'_, PyAny>) -> Option<(usize, DType)> {
+        let bias = dlpack::tensor(bias.as_borrowed())?;
+        (bias.shape.len() == 1 && bias.count == self.n && bias.is_float()).then_some((bias.address, bias.dtype))
+    }
+
+    fn addresses(&self, [codes, absmax, absmax2, offset]: WeightTensors<'_, '_>) -> Option<Addresses> {
+        let of = |object: Borrowed<'_, '_, PyAny>, count: usize, dtype: DType| {
             let tensor = dlpack::tensor(object)?;
             tensor.is(count, dtype).then_some(tensor.address)
         };
         let blocks = self.blocksize.absmax_len(self.values);
-        let packed = dlpack::tensor(packed)?;
-        if packed.count.checked_mul(packed.size)? != packed_len(self.values) {
+        let codes = dlpack::tensor(codes)?;
+        if codes.count.checked_mul(codes.dtype.size())? != packed_len(self.values) {
             return None;
         }
         let (absmax, absmax2, offset) = if self.nested {
@@ -108,12 +164,15 @@ impl CpuLinear {
         } else {
             (of(absmax, blocks, DType::F32)?, 0, 0)
         };
-        let bias = match self.bias {
-            Some(dtype) => of(bias, self.n, dtype)?,
-            None => 0,
-        };
-        let out = of(out, m.checked_mul(self.n)?, self.dtype)?;
-        Some((m, [x.address, packed.address, absmax, absmax2, offset, bias, out]))
+        Some(Addresses { packed: codes.address, absmax, absmax2, offset })
+    }
+
+    /// Sizes and strides of the result, whose last dimension has `n` elements in place of that of x.
+    fn layout<'py>(&self, py: Python<'py>, x: &[i64]) -> PyResult<[Bound<'py, PyTuple>; 2]> {
+        let size = |dim: usize| if dim + 1 == x.len() { self.n as i64 } else { x[dim] };
+        let sizes = (0..x.len()).map(size);
+        let strides = (0..x.len()).map(|dim| (dim + 1..x.len()).map(size).product::<i64>());
+        Ok([PyTuple::new(py, sizes)?, PyTuple::new(py, strides)?])
     }
 }
 
@@ -199,30 +258,6 @@ impl CpuLinear {
         })
     }
 
-    /// The same of tensors; false, and nothing is done, where one of them is not contiguous, on the processor, and of the
-    /// dtype and size that it should have.
-    #[allow(clippy::too_many_arguments, reason = "a product has that many")]
-    fn forward_tensors(
-        &self,
-        py: Python<'_>,
-        x: &Bound<'_, PyAny>,
-        packed: &Bound<'_, PyAny>,
-        absmax: &Bound<'_, PyAny>,
-        absmax2: &Bound<'_, PyAny>,
-        offset: &Bound<'_, PyAny>,
-        bias: &Bound<'_, PyAny>,
-        out: &Bound<'_, PyAny>,
-        threads: usize,
-    ) -> PyResult<bool> {
-        match self.addresses([x, packed, absmax, absmax2, offset, bias, out]) {
-            Some((m, [x, packed, absmax, absmax2, offset, bias, out])) => {
-                self.forward(py, m, x, packed, absmax, absmax2, offset, bias, out, threads)?;
-                Ok(true)
-            }
-            None => Ok(false),
-        }
-    }
-
     /// `out[m, k] = grad[m, n] · weight[n, k]`; all but `m` and `threads` are addresses.
     #[allow(clippy::too_many_arguments, reason = "a product has that many")]
     fn backward(
@@ -277,6 +312,11 @@ pub(super) unsafe fn floats_mut<'a>(buffer: &Buffer) -> Result<FloatsMut<'a>> {
     }
 }
 
+/// Whether the work is done before others could help.
+fn is_small(multiplications: [usize; 3]) -> bool {
+    multiplications.into_iter().fold(1usize, usize::saturating_mul) <= SMALL_WORK
+}
+
 /// Runs `work` with its threads; small work on this one, and without letting go of the GIL.
 pub(super) fn run(
     py: Python<'_>,
@@ -284,8 +324,7 @@ pub(super) fn run(
     threads: usize,
     work: impl FnOnce(Workers<'_>) -> Result<()> + Send,
 ) -> PyResult<()> {
-    let amount = multiplications.into_iter().fold(1usize, usize::saturating_mul);
-    if amount <= SMALL_WORK {
+    if is_small(multiplications) {
         return work(Workers::serial()).map_err(to_py);
     }
     py.detach(|| {

@@ -11,6 +11,7 @@ mod cuda_experts;
 mod cuda_int8;
 #[cfg(feature = "cuda")]
 mod cuda_linear;
+mod direct;
 mod dlpack;
 mod error;
 mod experts;
@@ -40,6 +41,7 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     cuda_int8::register(m)?;
     checkpoint::register(m)?;
     m.add_function(wrap_pyfunction!(dlpack::read_tensors_of, m)?)?;
+    m.add_class::<direct::DirectCalls>()?;
     gemm::register(m)?;
     experts::register(m)?;
     int8::register(m)?;

@@ -30,6 +30,7 @@ pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(simd, m)?)?;
     m.add_function(wrap_pyfunction!(cpu_features, m)?)?;
     m.add_function(wrap_pyfunction!(set_threads, m)?)?;
+    m.add_function(wrap_pyfunction!(follow_threads, m)?)?;
     m.add_function(wrap_pyfunction!(get_threads, m)?)
 }
 
@@ -232,6 +233,12 @@ fn cpu_features() -> Vec<&'static str> {
 #[pyfunction]
 fn set_threads(threads: usize) -> PyResult<()> {
     threads::set_threads(threads).map_err(to_py)
+}
+
+/// Use as many threads as torch, whose number this is, until it changes.
+#[pyfunction]
+fn follow_threads(threads: usize) -> PyResult<()> {
+    threads::follow(threads).map_err(to_py)
 }
 
 /// How many threads are used.

@@ -1,5 +1,6 @@
 //! The threads that calls from Python work on.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use halfbyte::error::{Error, Result};
@@ -26,6 +27,20 @@ pub fn set_threads(threads: usize) -> Result<()> {
     }
     let pool = build(threads)?;
     replace(&mut POOL.lock().unwrap_or_else(PoisonError::into_inner), pool);
+    Ok(())
+}
+
+/// Has the pool as many threads as torch uses, which are `threads`. A number that others gave with [`set_threads`] stays
+/// until torch's own changes.
+///
+/// # Errors
+/// As [`set_threads`].
+pub fn follow(threads: usize) -> Result<()> {
+    static FOLLOWED: AtomicUsize = AtomicUsize::new(0);
+    if FOLLOWED.load(Ordering::Relaxed) != threads {
+        set_threads(threads)?;
+        FOLLOWED.store(threads, Ordering::Relaxed);
+    }
     Ok(())
 }
 
