@@ -30,7 +30,7 @@ def main(*, reads_ahead: bool, tiles: bool) -> None:
                 how = {"quant_type": quant_type, "compress_statistics": nested, "blocksize": blocksize}
                 packed, state = F.quantize_4bit(values, **how)
                 F.dequantize_4bit(packed, state)
-                for m in (1, 9, 30):
+                for m in (1, 9, 30 if tiles else 16):
                     F.matmul_4bit(torch.randn(m, k, dtype=dtype, device="cuda"), packed, state)
                 indices = torch.tensor([0, n - 1, n, -1], device="cuda")
                 arguments = state.packed(packed), dtype
@@ -47,6 +47,7 @@ def main(*, reads_ahead: bool, tiles: bool) -> None:
         packed, state = F.quantize_4bit(values, quant_type="nf4", compress_statistics=nested)
         for m in (2, 8, 16):
             F.matmul_4bit(torch.randn(m, 4096, dtype=torch.bfloat16, device="cuda"), packed, state)
+    few_rows()
     if tiles:
         several_rows()
     int8(reads_ahead)
@@ -56,18 +57,28 @@ def main(*, reads_ahead: bool, tiles: bool) -> None:
     torch.cuda.synchronize()
 
 
+def few_rows() -> None:
+    """As many rows as the kernels for few of them take, by these themselves."""
+    major, _ = torch.cuda.get_device_capability()
+    values = torch.randn(80, 320, dtype=torch.bfloat16, device="cuda")
+    for make in (quantize, quantize_nested):
+        for kernel in [*(["small_m_sm80"] if major >= 8 else []), *(["small_m_sm90"] if major in (9, 10) else [])]:
+            x = torch.randn(30, 320, dtype=torch.bfloat16, device="cuda")
+            product(x, make(values.view(-1), "nf4", 64), 80, "nf4", 64, kernel=kernel)
+
+
 def several_rows() -> None:
     """Products for more rows: each form, parts of K, and tiles that blocks share."""
     if torch.cuda.get_device_capability() < (8, 0):
         return
     kernels = ["tile_sm80", *(["tile_sm90a"] if torch.cuda.get_device_capability() == (9, 0) else [])]
     for dtype in (torch.bfloat16, torch.float16):
-        for n, columns, rows in ((144, 576, (40, 90, 120, 180, 250)), (9000, 576, (1000,))):
+        for n, columns, rows in ((144, 576, (40, 20, 60, 90, 120, 180, 250)), (9000, 576, (1000,))):
             values = torch.randn(n * columns, dtype=dtype, device="cuda")
             for make in (quantize, quantize_nested):
                 weight = make(values, "nf4", 64)
                 # Each form once: synccheck has memory for some hundred launches with barriers.
-                for m in rows[::2] if len(kernels) > 1 else ():
+                for m in rows[::3] if len(kernels) > 1 else ():
                     dy = torch.randn(m, n, dtype=dtype, device="cuda")
                     dgrad(dy, weight, columns, "nf4", 64, workspace=make is quantize)
                 for m in rows:

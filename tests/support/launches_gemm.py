@@ -283,7 +283,7 @@ class Tile:
 
 def tile_shared(tokens: int, dgrad: bool = False) -> int:
     """The dynamic shared memory of a block of the kernel for products or gradients, as rust/cuda/src/gemm has it."""
-    x, codes = 4 if tokens > 64 else 8, 3 if tokens > 128 else 8
+    x, codes = 4 if tokens > 64 else 8, 3 if tokens > 128 else 4
     # y and planes, or a table and scales.
     scales, of_stage, other = (4, 8192, tokens * 128) if tokens > 128 and not dgrad else (2, 4096, 65536)
     return x * tokens * 128 + other + codes * 8192 + scales * of_stage + 1024 + 2 * (codes + x + scales) * 8

@@ -6,16 +6,16 @@
 //
 // Roofline. Bytes as there: 9.2 us for codes and scales of 14336 x 4096 in blocks of 64, on an H200. In microseconds:
 //     rows of x                      32     48     64
-//     measured                     19.0   20.8   22.9
-//     floor / measured             48 %   44 %   40 %
+//     measured                     18.3   20.1   21.6
+//     floor / measured             50 %   46 %   43 %
 //     cuBLAS, weight in 16 bits    31.9   31.4   33.5
 //   Clocks for 128 rows of W by 64 columns, at 128 bytes a clock of shared memory and 25 from the second-level cache:
 //     rows of x                      32     48     64
 //     matrix units                  128    192    256
 //     shared memory                 305    340    375     table 128, codes 32 + 64, x 3 for each row, scales 16
-//     instructions, of a quarter    183    204    240     8 warps of 92, 102 and 120, of a multiprocessor's quarters
+//     instructions, of a quarter    178    197    207     8 warps of 89, 99 and 104, of a multiprocessor's quarters
 //     second-level cache            350    430    500     codes and scales 4.5 KB, x 128 bytes for each row
-//     what follows from the times   400    450    500
+//     what follows from the times   385    435    475
 //   With 64 rows the second-level cache is the bound: each multiprocessor fetches all of x for 128 rows of W.
 //
 // Tile. As in gemm_4bit_tile_sm90a.cuh, with two teams. W goes into the products as it is in the codebook, rounded to 16 bits: the
@@ -23,8 +23,8 @@
 //   of its block, TOKENS / 2 of a thread for each k-tile, in float32; with more tokens than 64 it would cost more than scaling each
 //   weight, and registers have no room for two sets of accumulators.
 //
-// Shared memory, with 32 / 48 / 64 tokens: x 32 / 48 / 64 KB, the table 64 KB of which half is used, codes 64 KB, scales 8 KB. All
-//   stages are those of two rounds, see rounds.cuh.
+// Shared memory, with 32 / 48 / 64 tokens: x 32 / 48 / 64 KB, the table 64 KB of which half is used, codes 32 KB, scales 8 KB: the
+//   stages of a round, see rounds.cuh. More codes on the way hold up the first x and scales: with 64 KB 19.3, 20.7 and 22.9 us.
 //
 // Tried on an H200, 14336 x 4096: the look-ups of the next half of a k-tile while products are made, 19.5 and not 20.1 us with 32
 //   rows, but with 64 rows registers do not do; tiles of 16 tokens, 17.7 us, and no faster than gemm_4bit_small_m_sm90 at 4096 x

@@ -51,7 +51,7 @@
 //     x          8 / 4 / 4 / 4 stages of TOKENS x 128 bytes, 128-byte swizzle    64 / 48, 64 / 96 / 128 KB
 //     table      256 bytes of codes x 32 lanes x two float32: a lane's entries are in banks of its own    64 KB, up to 128
 //     y          of half of the tokens, on its way to whole lines                                         24 / 32 KB, from 192
-//     codes      8 / 8 / 3 / 3 stages of 128 x 64 bytes, 64-byte swizzle                                 64 or 24 KB
+//     codes      4 / 4 / 3 / 3 stages of 128 x 64 bytes, 64-byte swizzle                                 32 or 24 KB
 //     scales     2 stages of [4 k-tiles][128 rows][2]                                                     8 KB, up to 128
 //     planes     4 stages of [2 halves][low, high][128 rows][16 bytes]                                    32 KB, from 192
 //     map        of nested scales                                                                         1 KB
@@ -60,7 +60,7 @@
 //   that of a cluster the sums of its other blocks.
 //
 // Budget. A consumer has 104 registers where there are two teams (TOKENS / 2 accumulators, 16 or 8 of A, codes and scales), 208
-//   or 216 where there is one; producers give theirs away (setmaxnreg). In flight: all stages, 104 to 160 KB for each
+//   or 216 where there is one; producers give theirs away (setmaxnreg). In flight: all stages, 88 to 160 KB for each
 //   multiprocessor. One block on a multiprocessor, 640 or 384 threads.
 //
 // Determinism. A tile's products are added in the order of k-tiles, then of teams. Of the blocks of a cluster each adds up a range

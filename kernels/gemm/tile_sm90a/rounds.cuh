@@ -2,9 +2,8 @@
 // dequantize W into the A operand of wgmma and multiply, a team while the other works.
 //
 // A block of threads has one tile, which begins with stage 0 of all pipelines, and a round of the loop goes once or twice through all
-// stages of x and of scales, and through half of those of codes: so most of what is where is known to the compiler. With stages that
-// were counted while it ran, a warp had 144 instructions for a k-tile of 16 tokens in place of 81,
-// and with rounds of half the length 120 in place of 91 for one of 32.
+// stages of each: so what is where is known to the compiler. With stages that were counted while it ran, a warp had 144 instructions
+// for a k-tile of 16 tokens in place of 81, and with rounds of half the length 120 in place of 91 for one of 32.
 #pragma once
 
 #include "gemm/tile_sm90a/consumer.cuh"
@@ -19,7 +18,7 @@ __device__ inline void multiply_in_rounds(float (&sums)[S::ACCUMULATORS], u8 *sh
     constexpr int CHUNKS = Operand::CHUNKS, CHUNK_K_BLOCKS = Operand::K_BLOCKS;
     static_assert(TURNS == X_TURNS || TURNS == 2 * X_TURNS, "all stages of x in a round, or twice");
     static_assert(S::SCALES_STAGES * SCALES_K_TILES == 2 * TURNS, "all stages of scales");
-    static_assert(S::CODES_STAGES == 2 * TURNS, "half of the stages of codes");
+    static_assert(S::CODES_STAGES == TURNS, "all stages of codes");
     const Pipelines<S> pipelines(shared);
     const Operand a_operand(shared, lane, place);
     const u32 x_base = operand(shared + S::X_AT) + u32(team) * (S::X_BYTES >> 4);
@@ -33,13 +32,12 @@ __device__ inline void multiply_in_rounds(float (&sums)[S::ACCUMULATORS], u8 *sh
         sums[i] = 0.0f;
     }
     for (int round = 0; 2 * round < stages; round++) {
-        const u32 parity = u32(round) & 1, codes_phase = u32(round) >> 1 & 1;
+        const u32 parity = u32(round) & 1;
 #pragma unroll
         for (int turn = 0; turn < TURNS; turn++) {
             if (turn == TURNS / 2 && 2 * round + 1 >= stages) {
                 break;
             }
-            const u32 codes_stage = parity * TURNS + u32(turn);
             const int scales_stage = turn / 2, x_stage = 2 * (turn % X_TURNS) + team, k_tile = turn % 2 * 2 + team;
             const auto wait_for_scales = [&]() {
                 if (turn % 2 == 0) {
@@ -55,12 +53,12 @@ __device__ inline void multiply_in_rounds(float (&sums)[S::ACCUMULATORS], u8 *sh
             if constexpr (!Operand::BLOCK_SUMS) {
                 wait_for_scales();
             }
-            barrier_wait(&pipelines.codes_full[codes_stage], codes_phase);
+            barrier_wait(&pipelines.codes_full[turn], parity);
             float products[S::ACCUMULATORS];
 #pragma unroll
             for (int c = 0; c < CHUNKS; c++) {
                 typename Operand::Loaded loaded;
-                a_operand.load(loaded, codes_stage, u32(team), u32(scales_stage), k_tile, c);
+                a_operand.load(loaded, u32(turn), u32(team), u32(scales_stage), k_tile, c);
                 u32 a[4 * CHUNK_K_BLOCKS];
 #pragma unroll
                 for (int q = 0; q < CHUNK_K_BLOCKS; q++) {
@@ -68,7 +66,7 @@ __device__ inline void multiply_in_rounds(float (&sums)[S::ACCUMULATORS], u8 *sh
                 }
                 if (c == CHUNKS - 1) {
                     __syncwarp();
-                    arrive(&pipelines.codes_empty[codes_stage]);
+                    arrive(&pipelines.codes_empty[turn]);
                     if constexpr (!Operand::BLOCK_SUMS) {
                         scales_read();
                     }

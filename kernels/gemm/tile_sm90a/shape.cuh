@@ -55,7 +55,7 @@ struct Shape {
     __device__ static constexpr int chunks(int tokens) { return tokens == 128 ? 2 : 1; }
     static constexpr int CONSUMERS = TEAMS * TEAM, CONSUMER_WARPS = CONSUMERS / WARP;
     static constexpr int THREADS = CONSUMERS + WARPGROUP;
-    static constexpr int CODES_STAGES = TEAMS == 2 ? 8 : 3;    // of 8 KB; those of two rounds of two teams
+    static constexpr int CODES_STAGES = TEAMS == 2 ? 4 : 3;    // of 8 KB; those of a round of two teams
     static constexpr int X_STAGES = TOKENS > 64 ? 4 : 8;       // two for each of two teams; twice that where they are small
     // Beside the table scales of some k-tiles, else the planes of one k-tile: see planes.cuh.
     static constexpr int SCALES_STAGES = TABLE ? 2 : 4;

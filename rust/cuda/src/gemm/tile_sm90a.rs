@@ -367,7 +367,7 @@ mod tests {
     fn shared_memory_is_what_a_block_may_have() {
         let bytes = FORMS.map(|form| form.shared);
         assert!(bytes.iter().all(|&bytes| bytes <= 232_448), "{bytes:?}");
-        assert_eq!(bytes[2], 4 * 16384 + 65536 + 8 * 8192 + 2 * 4096 + 1024 + 224);
+        assert_eq!(bytes[2], 4 * 16384 + 65536 + 4 * 8192 + 2 * 4096 + 1024 + 160);
         // y in place of the table, planes in that of scales.
         assert_eq!(bytes[4], 4 * 32768 + 32768 + 3 * 8192 + 4 * 8192 + 1024 + 176);
     }
