@@ -54,12 +54,13 @@ __device__ inline void multiply_in_rounds(float (&sums)[S::ACCUMULATORS], u8 *sh
                 wait_for_scales();
             }
             barrier_wait(&pipelines.codes_full[turn], parity);
+            // Until the wait for the products these are theirs.
+            u32 a[4 * CHUNK_K_BLOCKS];
             float products[S::ACCUMULATORS];
 #pragma unroll
             for (int c = 0; c < CHUNKS; c++) {
                 typename Operand::Loaded loaded;
                 a_operand.load(loaded, u32(turn), u32(team), u32(scales_stage), k_tile, c);
-                u32 a[4 * CHUNK_K_BLOCKS];
 #pragma unroll
                 for (int q = 0; q < CHUNK_K_BLOCKS; q++) {
                     a_operand.template dequantize<T>(a, loaded, c, q);
