@@ -142,7 +142,9 @@ def test_scales_of_any_alignment() -> None:
         check.against(run_both_ways(source, check.case))
 
 
-@pytest.mark.parametrize("plan", [*map(Tile, TOKENS), *(Tile(tokens, block_sums=True) for tokens in BLOCK_SUMS)], ids=str)
+@pytest.mark.parametrize(
+    "plan", [*map(Tile, TOKENS), *(Tile(tokens, block_sums=True) for tokens in BLOCK_SUMS)], ids=str
+)
 def test_what_is_not_there_is_not_written(plan: Tile) -> None:
     """Neither rows of y beyond M nor columns beyond N: a run for part of the blocks leaves the others alone."""
     source, tokens = library(plan.source), plan.tokens
