@@ -21,7 +21,7 @@ def changed(folder: Path, name: str, change: Any) -> None:
     """Let a function change a tensor of a checkpoint, an array or the JSON of a state."""
     path = folder / "model.safetensors"
     with safe_open(path, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
     if "quant_state" in name:
         text = json.dumps(change(json.loads(bytes(tensors[name].tolist())))).encode()
         found = {name: np.frombuffer(text, np.uint8)}

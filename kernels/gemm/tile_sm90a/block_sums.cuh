@@ -16,19 +16,9 @@ struct CodebookOperand {
         Words4 words[2][2];
     };
 
-    // The table: entry `byte` of a lane is the two values of its codes in T, in rows of 256 bytes of which half is used: then one
-    // permutation makes the offset of an entry. By all consumers.
+    // The table with values in T: four bytes for an entry, and half of each row is unused.
     __device__ static void prepare(u8 *shared, const Codebook &codebook, int warp, int lane) {
-        u32 *const table = reinterpret_cast<u32 *>(shared + S::TABLE_AT) + lane;
-#pragma unroll 2
-        for (int high = warp; high < 16; high += S::CONSUMER_WARPS) {
-            const float first = codebook.value[high];
-#pragma unroll
-            for (int low = 0; low < 16; low++) {
-                table[(16 * high + low) * LANE_TABLE_ROW] = pack2<T>(first, codebook.value[low]);
-            }
-        }
-        meet<1, S::CONSUMERS>();
+        fill_table<S>(shared, codebook, warp, lane, [](float first, float second) { return pack2<T>(first, second); });
     }
 
     // `my_row`: of the tile's rows the lane's first.

@@ -5,19 +5,26 @@
 
 #include "gemm/tile_sm90a/shape.cuh"
 
-// The table: entry `byte` of a lane is the two values of its codes as float32. By all consumers.
-template <typename S>
-__device__ inline void fill_table(u8 *shared, const Codebook &codebook, int warp, int lane) {
-    Floats2 *const table = reinterpret_cast<Floats2 *>(shared + S::TABLE_AT) + lane;
+// The table: entry `byte` of a lane is what `entry` makes of the two values of its codes. Entries of a byte are in a row of 256 bytes,
+// so that one permutation of bytes makes the offset of an entry. By all consumers.
+template <typename S, typename Entry>
+__device__ inline void fill_table(u8 *shared, const Codebook &codebook, int warp, int lane, const Entry &entry) {
+    using Value = decltype(entry(0.0f, 0.0f));
+    Value *const table = reinterpret_cast<Value *>(shared + S::TABLE_AT) + lane;
 #pragma unroll 2
     for (int high = warp; high < 16; high += S::CONSUMER_WARPS) {
         const float first = codebook.value[high];
 #pragma unroll
         for (int low = 0; low < 16; low++) {
-            table[(16 * high + low) * WARP] = {first, codebook.value[low]};
+            table[(16 * high + low) * (256 / int(sizeof(Value)))] = entry(first, codebook.value[low]);
         }
     }
     meet<1, S::CONSUMERS>();
+}
+// The same with float32 values.
+template <typename S>
+__device__ inline void fill_table(u8 *shared, const Codebook &codebook, int warp, int lane) {
+    fill_table<S>(shared, codebook, warp, lane, [](float first, float second) { return Floats2{first, second}; });
 }
 
 // Rows of W as the rows of A: two to a lane. What it dequantizes are chunks of a k-tile: spans of 32 columns, and k-blocks of

@@ -1,4 +1,4 @@
-// gemm_4bit_tile_sm90a: y[M][N] = x[M][K] * W[N][K]^T + bias[N] for more than 32 rows of x, W in 4 bits.
+// gemm_4bit_tile_sm90a: y[M][N] = x[M][K] * W[N][K]^T + bias[N] for many rows of x, W in 4 bits.
 //
 // Problem. The products of prompts and batches, M from 65 to some 2048; and of fewer rows those of weights that
 //   gemm_4bit_block_sums_sm90a.cu does not take, which has another main loop. x, bias and y are bfloat16 or float16, sums float32.

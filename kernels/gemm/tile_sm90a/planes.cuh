@@ -17,7 +17,7 @@ struct PlanesSink {
         if (two_blocks) {
             put_half(stage + PLANES_BYTES, row, second);
         }
-        // Between the rows of a thread: registers do not do for the planes of two at a time.
+        // Keeps ptxas from making the planes of two rows at a time, for which there are not enough registers.
         __syncwarp();
     }
     __device__ void put_half(u8 *half, int row, float scale) const {

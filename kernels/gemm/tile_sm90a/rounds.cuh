@@ -2,8 +2,8 @@
 // dequantize W into the A operand of wgmma and multiply, a team while the other works.
 //
 // A block of threads has one tile, which begins with stage 0 of all pipelines, and a round of the loop goes once or twice through all
-// stages of each: so what is where is known to the compiler. With stages that were counted while it ran, a warp had 144 instructions
-// for a k-tile of 16 tokens in place of 81, and with rounds of half the length 120 in place of 91 for one of 32.
+// stages of each: so the compiler knows the address of every stage. With stages that were counted at run time, a warp had 144
+// instructions for a k-tile of 16 tokens in place of 81; with rounds of half the length, 120 in place of 91 for one of 32.
 #pragma once
 
 #include "gemm/tile_sm90a/consumer.cuh"
@@ -54,7 +54,7 @@ __device__ inline void multiply_in_rounds(float (&sums)[S::ACCUMULATORS], u8 *sh
                 wait_for_scales();
             }
             barrier_wait(&pipelines.codes_full[turn], parity);
-            // Until the wait for the products these are theirs.
+            // The matrix units read A and write the products until the wait for them.
             u32 a[4 * CHUNK_K_BLOCKS];
             float products[S::ACCUMULATORS];
 #pragma unroll

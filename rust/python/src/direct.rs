@@ -35,7 +35,7 @@ impl DirectCalls {
         plain_types, kernels, transforms, function_modes, forward_ad_level, is_grad_enabled,
         empty, get_num_threads, packed_weight
     ))]
-    #[allow(clippy::too_many_arguments, reason = "there are that many questions")]
+    #[allow(clippy::too_many_arguments, reason = "keyword arguments of Python, each with a name")]
     fn new(
         plain_types: Py<PySet>,
         kernels: Py<PyDict>,
