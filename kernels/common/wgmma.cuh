@@ -41,6 +41,9 @@ __device__ inline void fetch_box(const TensorMap *map, int column, int row) {
     asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(u64(map)), "r"(column), "r"(row));
 }
 
+// Has what copies read of a map itself fetched, which is in memory.
+__device__ inline void fetch_map(const TensorMap *map) { asm volatile("prefetch.tensormap [%0];" ::"l"(u64(map))); }
+
 // One arrival, and so many bytes more to be received before the phase ends.
 __device__ inline void barrier_arrive_expecting(Barrier *barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(u32(__cvta_generic_to_shared(barrier))), "r"(bytes)

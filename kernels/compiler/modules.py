@@ -149,10 +149,11 @@ MODULES = (
     Module("experts/experts_dequantize", "80", _SINCE_AMPERE),
     # Products of warpgroups, and what brings tokens together for them.
     Module("experts/experts_gather", "90", ("90",)),
+    Module("experts/experts_gather_few", "90", ("90",)),
     *(_tile(element, tokens) for element in ("Bf16", "F16") for tokens in (64, 96, 128, 192, 256)),
     *(_block_sums(element, tokens) for element in ("Bf16", "F16") for tokens in (32, 48, 64)),
     *(_dgrad(element, tokens) for element in ("Bf16", "F16") for tokens in (64, 128, 256)),
-    *(_experts_tile(element, tokens) for element in ("Bf16", "F16") for tokens in (32, 64, 128)),
+    *(_experts_tile(element, tokens) for element in ("Bf16", "F16") for tokens in (16, 32, 64, 128)),
     *(_int8_tile(tokens) for tokens in (64, 128, 256)),
 )
 

@@ -22,6 +22,7 @@ inline void copy_box_to(u32 ranks, void *shared, const TensorMap *map, int colum
 inline void fetch_box(const TensorMap *map, int, int, emulator::Site site = emulator::Site::here()) {
     emulator::check_box(map, 2, site);
 }
+inline void fetch_map(const TensorMap *map, emulator::Site site = emulator::Site::here()) { fetch_box(map, 0, 0, site); }
 inline void barrier_arrive_expecting(Barrier *barrier, u32 bytes, emulator::Site site = emulator::Site::here()) {
     (void)*static_cast<volatile u64 *>(&barrier->state);
     emulator::expect(barrier, bytes, site);

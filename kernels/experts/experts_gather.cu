@@ -1,16 +1,11 @@
-// experts_gather: out[i] = x[order[i] / top_k], the rows of the tokens sorted by expert, for products by tiles: the copy engine
-// brings rows that lie together.
+// experts_gather: out[i] = x[order[i] / top_k], the rows of the tokens sorted by expert, for products by tiles.
 //
 // Problem. Rows of whole 16 bytes, aligned to 16.
 //
 // Roofline. Memory: each row is written once and read back by the product, mostly from the second-level cache.
 //
-// Tile. A warp copies a row; as many of its pieces are on their way at a time as a thread has registers for.
-#include "common/types.cuh"
-
-constexpr int THREADS = 256;
-constexpr int WARPS = THREADS / WARP;
-constexpr int AT_ONCE = 8;
+// Tile. A warp copies a row.
+#include "experts/gather.cuh"
 
 // x:      [tokens][pieces] of 16 bytes
 // order:  [slots], slots sorted by expert
@@ -19,28 +14,10 @@ constexpr int AT_ONCE = 8;
 // Grid: ceil(slots / WARPS) blocks of THREADS.
 extern "C" __global__ void __launch_bounds__(THREADS)
     experts_gather(const Words4 *x, const int *order, const int *count, Words4 *out, int top_k, int pieces) {
-    const int lane = int(threadIdx.x % WARP);
     const i64 row = i64(blockIdx.x) * WARPS + threadIdx.x / WARP;
     wait_for_previous();
     let_next_start();
-    if (row >= *count) {
-        return;
-    }
-    const Words4 *const from = x + i64(order[row] / top_k) * pieces;
-    Words4 *const to = out + row * pieces;
-    for (int begin = lane; begin < pieces; begin += AT_ONCE * WARP) {
-        Words4 words[AT_ONCE];
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) {
-            if (begin + i * WARP < pieces) {
-                words[i] = load_stream_after(from + begin + i * WARP);
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) {
-            if (begin + i * WARP < pieces) {
-                store_words(to + begin + i * WARP, words[i]);
-            }
-        }
+    if (row < *count) {
+        copy_row(out + row * pieces, x + i64(order[row] / top_k) * pieces, pieces);
     }
 }

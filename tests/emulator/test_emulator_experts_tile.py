@@ -7,20 +7,23 @@ import itertools
 import build_emulator
 import experts_tiles
 import pytest
+from experts import Choices
 from experts_tiles import Tile, Tokens
 from harness import built, library, run_both_ways
 from thorough import thorough
 
-TOKENS = (32, 64, 128)
+TOKENS = (16, 32, 64, 128)
 # Tokens of each expert, n, k and the block size: experts with none, with one, with more than a tile; rows that end
 # inside of a tile and a team's part of it; K of one unit and several, the last one short.
 SHAPES = [
     ((0, 40, 0, 1, 200), 136, 256, 64),
-    ((5,), 300, 288, 32),
-    ((0, 0, 33, 0), 64, 544, 128),
-    ((129, 0, 0, 3, 64, 0, 0, 31), 40, 96, 4096),
+    ((5,), 300, 320, 64),
+    ((0, 0, 33, 0), 64, 576, 128),
+    ((129, 0, 0, 3, 64, 0, 0, 31), 40, 192, 4096),
     ((17, *[0] * 60, 9), 256, 768, 64),
 ]
+# For the kernel that dequantizes weights before they are multiplied: blocks that end inside of a k-tile.
+SMALL_BLOCKS = [((5,), 300, 288, 32), ((129, 0, 0, 3, 64, 0, 0, 31), 40, 96, 4096)]
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -28,12 +31,13 @@ SHAPES = [
 def test_products(dtype: str, nested: bool) -> None:
     """Within the bound of the arithmetic, each row where it belongs, nothing else written; the same in both orders."""
     source = library("experts_tile_sm90a")
-    for i, (counts, n, k, blocksize) in enumerate(SHAPES):
+    shapes = [(shape, TOKENS[(i + nested) % 4]) for i, shape in enumerate(SHAPES)]
+    for i, ((counts, n, k, blocksize), tokens) in enumerate([*shapes, *((shape, 128) for shape in SMALL_BLOCKS)]):
         job = Tokens.random(
             counts, n, k, dtype, ("nf4", "fp4")[i % 2], blocksize, nested=(i % 2 == 1) != nested, bias=i % 3 != 0,
             beyond=i % 2 * 3,
         )  # fmt: skip
-        plan = Tile(TOKENS[i % 3], (1, 3, 7)[i % 3], ordered=i % 2 == 0, more=(0, 8, 3)[i % 3], shift=i % 2 * 2)
+        plan = Tile(tokens, (1, 3, 7)[i % 3], ordered=i % 2 == 0, more=(0, 8, 3)[i % 3], shift=i % 2 * 2)
         check = experts_tiles.tile(source, job, plan)
         check.against(run_both_ways(source, check.case))
 
@@ -44,7 +48,7 @@ def test_gates(dtype: str, activation: str) -> None:
     source = library("experts_tile_sm90a")
     for i, (counts, n, k, blocksize) in enumerate(SHAPES[:4]):
         job = Tokens.random(counts, n, k, dtype, "nf4", blocksize, gated=True, nested=i % 2 == 0, bias=i % 2 == 1)
-        check = experts_tiles.tile(source, job, Tile(TOKENS[(i + len(dtype)) % 3], 2 + i, activation=activation))
+        check = experts_tiles.tile(source, job, Tile(TOKENS[(i + len(dtype)) % 4], 2 + i, activation=activation))
         check.against(run_both_ways(source, check.case))
 
 
@@ -62,9 +66,9 @@ def test_without_a_gate() -> None:
 def test_an_identity_gives_the_dequantized_weight(dtype: str, quant_type: str, nested: bool) -> None:
     """Bit for bit: unpacked as dequantizing does it, each value of each expert at its place."""
     source = library("experts_tile_sm90a")
-    for tokens, (n, k, blocksize) in zip(TOKENS, [(264, 96, 32), (130, 256, 64), (72, 288, 128)], strict=True):
+    for n, k, blocksize in [(264, 96, 32), (130, 256, 64), (72, 288, 128)]:
         job = Tokens.random((k, 0, 50), n, k, dtype, quant_type, blocksize, nested=nested, identity=True)
-        check = experts_tiles.tile(source, job, Tile(tokens, ordered=True), exact=True)
+        check = experts_tiles.tile(source, job, Tile(128, ordered=True), exact=True)
         check.against(run_both_ways(source, check.case))
 
 
@@ -101,4 +105,15 @@ def test_rows_are_gathered(tokens: int, top_k: int, columns: int, missing: int) 
     """The token's row for each slot that has an expert; those of others are left alone."""
     source = library("experts_gather")
     check = experts_tiles.gather(source, tokens, top_k, columns, missing)
+    check.against(run_both_ways(source, check.case))
+
+
+@pytest.mark.parametrize(
+    ("counts", "top_k", "none"),
+    [((3, 0, 9), 1, ()), ((1,), 1, ()), ((200, 0, 56), 8, ()), ((*[1] * 100, *[0] * 411, 20), 4, (-1, 512, 1 << 40, 600))],
+)  # fmt: skip
+def test_few_slots_are_sorted_and_gathered(counts: tuple[int, ...], top_k: int, none: tuple[int, ...]) -> None:
+    """As many as there may be; more experts than threads; slots of no expert."""
+    source = library("experts_gather_few")
+    check = experts_tiles.gather_few(source, Choices.of_counts(counts, top_k, none), 264)
     check.against(run_both_ways(source, check.case))

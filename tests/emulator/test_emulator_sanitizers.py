@@ -294,8 +294,8 @@ def of_int8_plain(source: Described) -> Iterator[Check]:
 def of_experts_tile_sm90a(source: Described) -> Iterator[Check]:
     """Every kernel: experts with nothing, more than a tile, rows and columns that are not there, with a gate."""
     for dtype in ("bf16", "f16"):
-        for tokens, gated in ((32, True), (64, False), (128, True)):
-            job = experts_tiles.Tokens.random((0, tokens + 3, 1), 136, 288, dtype, gated=gated, nested=gated, bias=True)
+        for tokens, gated in ((16, False), (32, True), (64, False), (128, True)):
+            job = experts_tiles.Tokens.random((0, tokens + 3, 1), 136, 320, dtype, gated=gated, nested=gated, bias=True)
             plan = experts_tiles.Tile(tokens, 2, "silu" if gated else "none", ordered=True)
             yield experts_tiles.tile(source, job, plan)
 
@@ -304,6 +304,12 @@ def of_experts_gather(source: Described) -> Iterator[Check]:
     """Slots without an expert; rows that are no multiple of what a warp copies at a time."""
     for tokens, top_k, columns, missing in ((9, 3, 64, 5), (5, 1, 2120, 0)):
         yield experts_tiles.gather(source, tokens, top_k, columns, missing)
+
+
+def of_experts_gather_few(source: Described) -> Iterator[Check]:
+    """As many slots as there may be, some without an expert."""
+    for counts, none in (((100, 0, 150), (-1, 3, 9, 7, 3, 3)), ((5,), ())):
+        yield experts_tiles.gather_few(source, experts.Choices.of_counts(counts, none=none), 2120)
 
 
 def of_experts_route(source: Described) -> Iterator[Check]:
@@ -349,6 +355,7 @@ FAMILIES = {
     "experts_dequantize": of_experts_dequantize,
     "experts_tile_sm90a": of_experts_tile_sm90a,
     "experts_gather": of_experts_gather,
+    "experts_gather_few": of_experts_gather_few,
     "experts_route": of_experts_route,
     "experts_few": of_experts_few,
     "experts_sum": of_experts_sum,

@@ -9,18 +9,19 @@ from dataclasses import dataclass
 import native
 import numpy as np
 import reference
-from experts import ACTIVATIONS, activated
+from experts import ACTIVATIONS, Choices, activated
 from harness import Argument, Buffer, Case, Launch, int32, pointers, tensor_map
 from launches import Check, Described, Scales, bits, filled, near
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A quantized weight, and its values in x's type."""
+    """A quantized weight, its values in x's type, and its rounded codebook values with scales that are not rounded."""
 
     packed: native.Bytes
     scales: Scales
     dense: np.ndarray
+    scaled: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,10 @@ def _matrix(
     packed, absmax = native.quantize(w, "f32", quant_type, blocksize)
     scales = Scales.nested(absmax) if nested else Scales.plain(absmax)
     dense = native.dequantize(packed, scales.absmax, n * k, dtype, quant_type, blocksize)
-    return Matrix(packed, scales, dense.reshape(n, k))
+    unscaled = native.dequantize(packed, np.ones_like(scales.absmax), n * k, dtype, quant_type, blocksize)
+    by = np.repeat(scales.absmax.astype(np.float64), blocksize)[: n * k]
+    scaled = native.to_float32(unscaled, dtype).astype(np.float64) * by
+    return Matrix(packed, scales, dense.reshape(n, k), scaled.reshape(n, k))
 
 
 @dataclass(frozen=True)
@@ -83,10 +87,16 @@ class Tile:
     more: int = 0
     shift: int = 0
 
+    @property
+    def block_sums(self) -> bool:
+        """Whether scales are for the sums of a block."""
+        return self.tokens <= 64
+
 
 def tile_shared(tokens: int) -> int:
     """The dynamic shared memory of a block, as rust/cuda/src/experts/tile.rs has it."""
-    return 4 * 128 * tokens + 65536 + 4 * 16384 + 2 * 8192 + 2 * 8192 + 8 * tokens + 1024 + 2 * (4 + 4 + 2) * 8
+    x, scales = 8 if tokens <= 64 else 4, 4 if tokens <= 32 else 2
+    return x * 128 * tokens + 65536 + 4 * 16384 + scales * 8192 + 2 * 8192 + 8 * tokens + 1024 + 2 * (4 + x + scales) * 8
 
 
 def _wanted(job: Tokens, plan: Tile, order: np.ndarray, exact: bool) -> Callable[[np.ndarray], str]:
@@ -98,13 +108,14 @@ def _wanted(job: Tokens, plan: Tile, order: np.ndarray, exact: bool) -> Callable
         rows = x[begin : begin + count]
         products, sizes = [], []
         for projection, matrices in enumerate(job.weights):
-            w = native.to_float32(matrices[expert].dense, job.dtype).astype(np.float64)
+            matrix = matrices[expert]
+            w = matrix.scaled if plan.block_sums else native.to_float32(matrix.dense, job.dtype).astype(np.float64)
             added = np.zeros(n)
             if job.bias is not None:
                 bias = native.to_float32(job.bias, job.dtype).astype(np.float64)
                 added = bias[expert, projection * n : (projection + 1) * n]
             products.append(rows @ w.T + added)
-            sizes.append((np.abs(rows) @ np.abs(w).T + np.abs(added)) * (k / 16 + 3) * 2.0**-24)
+            sizes.append((np.abs(rows) @ np.abs(w).T + np.abs(added)) * (k / 16 + 2 * k / 64 + 3) * 2.0**-24)
         gate, up = products[0], products[-1] if len(products) == 2 else np.ones_like(products[0])
         made = activated(plan.activation, gate, up)
         y[begin : begin + count] = made
@@ -163,7 +174,7 @@ def tile(source: Described, job: Tokens, plan: Tile, exact: bool = False) -> Che
                              ACTIVATIONS[plan.activation], columns, (1 + gated) * n)),
     ]  # fmt: skip
     arguments = [
-        tensor_map(Buffer(job.x), 2, (k, slots), (2 * k,), (constants["K_TILE"], constants["STEP_TOKENS"]), 128),
+        tensor_map(Buffer(job.x), 2, (k, slots), (2 * k,), (constants["K_TILE"], min(constants["STEP_TOKENS"], plan.tokens)), 128),
         Argument(b"".join(part.data for part in product), product[0].addresses),
         Argument(reference.CODEBOOKS[job.quant_type].astype(np.float32).tobytes()),
         pointers(None if job.bias is None else Buffer(job.bias)),
@@ -196,3 +207,23 @@ def gather(source: Described, tokens: int, top_k: int, columns: int, missing: in
     launch = Launch("experts_gather", blocks, source.threads["experts_gather"], arguments)
     name = f"experts_gather, {tokens} x {columns}, {top_k} each"
     return Check(name, Case([launch]), [(out, bits(wanted))])
+
+
+def gather_few(source: Described, choices: Choices, columns: int) -> Check:
+    """Few slots sorted, and the rows of x in that order; those of slots without an expert stay as they are."""
+    tokens, top_k = choices.ids.shape
+    random = np.random.default_rng([tokens, columns])
+    x = random.integers(0, 1 << 16, (tokens, columns), np.uint16)
+    wanted = np.resize(filled(1, np.uint16), (tokens * top_k, columns))
+    out = Buffer(wanted.copy())
+    there = choices.offsets[-1]
+    wanted[:there] = x[choices.order[:there] // top_k]
+    offsets, order = (Buffer(np.full_like(of, -7)) for of in (choices.offsets, choices.order))
+    arguments = [
+        pointers(Buffer(x)), pointers(Buffer(choices.ids.reshape(-1))), int32(tokens * top_k), int32(choices.experts),
+        pointers(offsets), pointers(order), pointers(out), int32(top_k), int32(columns // 8),
+    ]  # fmt: skip
+    blocks = -(-tokens * top_k // source.constants["WARPS"])
+    launch = Launch("experts_gather_few", blocks, source.threads["experts_gather_few"], arguments)
+    results = [(offsets, bits(choices.offsets)), (order, bits(choices.order)), (out, bits(wanted))]
+    return Check(f"experts_gather_few, {choices.ids.shape} of {choices.experts}", Case([launch]), results)

@@ -37,19 +37,20 @@ __device__ inline float seldom(u32 activation, float gate, float up) {
     return activation == ACTIVATION_GELU ? activated(ACTIVATION_GELU, gate, up) : activated(ACTIVATION_RELU2, gate, up);
 }
 
-// What becomes of the products of two tokens with rows g and g + 8 of a warp, those of a gate and of up: `d` as wgmma has it,
-// biases already added. The kinds are told apart outside of what is unrolled, so that what runs is short.
-template <typename T>
-__device__ inline void gate_step(u32 (&words)[4], const float (&d)[STEP_TOKENS / 2], u32 activation) {
+// What becomes of the products of a step of tokens with rows g and g + 8 of a warp, those of a gate and of up: `d` as wgmma has
+// it, biases already added; a word for two tokens, zero for those that a tile does not have. The kinds are told apart outside of
+// what is unrolled, so that what runs is short.
+template <typename T, int STEP>
+__device__ inline void gate_step(u32 (&words)[4], const float (&d)[STEP / 2], u32 activation) {
     if (activation == ACTIVATION_GELU || activation == ACTIVATION_RELU2) {
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < STEP / 8; i++) {
             words[i] = pack2<T>(seldom(activation, d[4 * i], d[4 * i + 2]), seldom(activation, d[4 * i + 1], d[4 * i + 3]));
         }
     } else {
         const Sigmoid how = sigmoid_of(activation);
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < STEP / 8; i++) {
             words[i] = pack2<T>(activate(how, d[4 * i], d[4 * i + 2]), activate(how, d[4 * i + 1], d[4 * i + 3]));
         }
     }
@@ -82,40 +83,41 @@ __device__ inline void write_tile(const float (&sums)[S::ACCUMULATORS], u8 *out,
         biases[0] = to_f32(mine[first < n ? first : n - 1]);
         biases[1] = to_f32(mine[(second < n ? second : n - 1) + (gated ? n : 0)]);
     }
-    const int left = walk.tokens - walk.token;
+    constexpr int TOKENS = S::TOKENS, STEP = S::STEP;
+    const int left = walk.tokens - walk.token < TOKENS ? walk.tokens - walk.token : TOKENS;
     const bool whole = product.pitch % 8 == 0 && n % 8 == 0 && is_aligned(y, 16);
     // [token][row], the 16-byte piece c of a token at place c ^ token % 8: 64 rows where there is a gate, else 128.
     const u32 place = gated ? u32(lane) * 128 + (u32(team_warp) ^ (u32(lane) & 7)) * 16
                             : u32(lane / 16 * 8 + lane % 8) * 256 + (u32(team_warp + lane / 8 % 2 * 8) ^ (u32(lane) & 7)) * 16;
     const int piece = member & ((1 << pieces_shift) - 1), of_row = column + piece * 8;
-    if (member < S::ACCUMULATORS * 2) {
-        rows[member] = y_row;
-    }
 #pragma unroll
-    for (int step = 0; step < S::ACCUMULATORS * 2 / STEP_TOKENS; step++) {
-        if (step * STEP_TOKENS >= left) {
+    for (int step = 0; step < TOKENS / STEP; step++) {
+        if (step * STEP >= left) {
             break;
         }
-        float d[STEP_TOKENS / 2];
+        float d[STEP / 2];
 #pragma unroll
-        for (int i = 0; i < STEP_TOKENS / 2; i++) {
-            d[i] = sums[step * (STEP_TOKENS / 2) + i] + biases[i / 2 % 2];
+        for (int i = 0; i < STEP / 2; i++) {
+            d[i] = sums[step * (STEP / 2) + i] + biases[i / 2 % 2];
         }
-        // Nobody reads the tokens before any more.
+        // Nobody reads the tokens before any more, nor where they go: a warp may be a short tile ahead of another.
         meet_team();
+        if (step == 0 && member < TOKENS) {
+            rows[member] = y_row;
+        }
         if (gated) {
-            u32 words[4];
-            gate_step<T>(words, d, product.activation);
+            u32 words[4] = {};
+            gate_step<T, STEP>(words, d, product.activation);
             store_transposed(out + place, words[0], words[1], words[2], words[3]);
         } else {
             if (product.activation == ACTIVATION_RELU2) {
 #pragma unroll
-                for (int i = 0; i < STEP_TOKENS / 2; i++) {
+                for (int i = 0; i < STEP / 2; i++) {
                     d[i] = activated(ACTIVATION_RELU2, d[i], 1.0f);
                 }
             }
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
+            for (int i = 0; i < STEP / 16; i++) {
                 const float *const e = d + 8 * i;
                 store_transposed(out + place + i * 16 * 256, pack2<T>(e[0], e[1]), pack2<T>(e[2], e[3]), pack2<T>(e[4], e[5]),
                                  pack2<T>(e[6], e[7]));
@@ -126,11 +128,11 @@ __device__ inline void write_tile(const float (&sums)[S::ACCUMULATORS], u8 *out,
         for (int j = 0; j < 2; j++) {
             const int at = j * (STEP_TOKENS / 2) + (member >> pieces_shift);
             // Where there is a gate a step has half as many pieces.
-            if (step * STEP_TOKENS + at >= left || of_row >= n || (j == 1 && gated)) {
+            if (step * STEP + at >= left || of_row >= n || (j == 1 && gated)) {
                 continue;
             }
             const u8 *const from = out + (at << (pieces_shift + 4)) + (piece ^ (at & 7)) * 16;
-            T *const target = y + (i64(rows[step * STEP_TOKENS + at]) * product.pitch + of_row);
+            T *const target = y + (i64(rows[step * STEP + at]) * product.pitch + of_row);
             if (whole) {
                 store_words(reinterpret_cast<Words4 *>(target), *reinterpret_cast<const Words4 *>(from));
             } else {

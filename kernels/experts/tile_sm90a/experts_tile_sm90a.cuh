@@ -68,7 +68,18 @@
 
 #include "experts/tile_sm90a/epilogue.cuh"
 #include "experts/tile_sm90a/producer.cuh"
-#include "gemm/tile_sm90a/consumer.cuh"
+#include "gemm/tile_sm90a/block_sums.cuh"
+#include "gemm/tile_sm90a/rounds.cuh"
+
+// What A is.
+template <typename T, typename S, bool BLOCK_SUMS = S::BLOCK_SUMS>
+struct OperandOf {
+    using Type = CodebookOperand<T, S>;
+};
+template <typename T, typename S>
+struct OperandOf<T, S, false> {
+    using Type = RowsOperand<S>;
+};
 
 template <typename T, int TOKENS>
 __device__ inline void experts_tile_sm90a(const TensorMap *x_map, const ExpertsProduct &product, const Codebook &codebook,
@@ -89,11 +100,11 @@ __device__ inline void experts_tile_sm90a(const TensorMap *x_map, const ExpertsP
         const int role = warp - S::CONSUMER_WARPS, member = thread - (S::THREADS - SCALE_PRODUCERS);
         if (role == 0) {
             if (lane == 0) {
-                produce_codes<S>(shared, product, walk);
+                produce_codes<S>(shared, x_map, product, walk);
             }
             __syncwarp();
         } else if (role == 1) {
-            if (lane == 0) {
+            if (lane == 0 && !S::X_WITH_CODES) {
                 produce_x<S>(shared, x_map, product, walk);
             }
             __syncwarp();
@@ -107,15 +118,16 @@ __device__ inline void experts_tile_sm90a(const TensorMap *x_map, const ExpertsP
     const int team = warp / TEAM_WARPS, team_warp = warp % TEAM_WARPS;
     const u32 my_row = u32(team) * (2 * QUARTER_ROWS) + u32(team_warp) * 8 + u32(lane) / 4;
     const int stages = (product.k + SCALES_K - 1) / SCALES_K;
-    fill_table<S>(shared, codebook, warp, lane);
+    using Operand = typename OperandOf<T, S>::Type;
+    Operand::prepare(shared, codebook, warp, lane);
     wait_for_previous();
-    ConsumerState<S> state;
+    u32 rounds = 0;
     for (TileWalk<TOKENS> walk(product, lane); walk.left > 0; walk.advance()) {
         // Asked for early: behind the products nothing would hide the wait.
         const int row = walk.begin + walk.token + thread % TOKENS;
         const int y_row = product.order == nullptr || walk.token + thread % TOKENS >= walk.tokens ? row : product.order[row];
         float sums[S::ACCUMULATORS];
-        multiply_k_tiles<T, RowsOperand<S>>(sums, shared, state, lane, my_row, stages);
+        multiply_in_rounds<T, Operand, S, TeamsBeside<S>>(sums, shared, lane, team, my_row, stages, rounds);
         if (walk.left == 1) {
             let_next_start();
         }

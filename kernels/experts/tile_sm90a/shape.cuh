@@ -5,7 +5,7 @@
 
 constexpr int QUARTER_ROWS = 64;  // rows of one weight that a copy brings: wgmma has eight of them in a warp beside eight others
 constexpr int QUARTERS = 4;       // of a tile: two for each team
-constexpr int STEP_TOKENS = 32;   // that a copy brings, and that a team puts together before it writes whole lines
+constexpr int STEP_TOKENS = 32;   // that a copy brings at most, and that a team puts together before it writes whole lines
 
 // A tile is 256 rows of W by TOKENS tokens of one expert, or as many as are left. See gemm/tile_sm90a/shape.cuh for what is not said here. The
 // launcher takes BYTES from here.
@@ -14,10 +14,16 @@ struct ExpertShape {
     static constexpr int TOKENS = TOKENS_;
     // Both teams take every k-tile, each for rows of its own: they share x, and one writes a tile while the other multiplies.
     static constexpr int TEAMS = 2;
+    // Whether scales are for the sums of a block and not for its weights: where registers have room for two sets of accumulators.
+    static constexpr bool BLOCK_SUMS = TOKENS <= 64;
+    // Whether x comes with the codes of the same columns, by the same thread: there is room for as many stages.
+    static constexpr bool X_WITH_CODES = BLOCK_SUMS;
+    // Tokens that a copy brings.
+    static constexpr int STEP = TOKENS < STEP_TOKENS ? TOKENS : STEP_TOKENS;
     __device__ static constexpr int chunks(int tokens) { return tokens > 64 ? 2 : 1; }
     static constexpr int CONSUMERS = TEAMS * TEAM, CONSUMER_WARPS = CONSUMERS / WARP;
     static constexpr int THREADS = CONSUMERS + WARPGROUP;
-    static constexpr int CODES_STAGES = 4, X_STAGES = 4, SCALES_STAGES = 2;
+    static constexpr int CODES_STAGES = 4, X_STAGES = X_WITH_CODES ? 8 : 4, SCALES_STAGES = TOKENS <= 32 ? 4 : 2;
     static constexpr int ACCUMULATORS = TOKENS / 2;
     static constexpr int TILE_ROWS = QUARTERS * QUARTER_ROWS;
     static constexpr int SECOND_ROW = QUARTER_ROWS;
@@ -114,7 +120,8 @@ struct TileWalk {
     // Tokens of this tile that are brought: whole steps. What products make of others is not written.
     __device__ int width() const {
         const int there = tokens - token;
-        return there < TOKENS ? (there + STEP_TOKENS - 1) / STEP_TOKENS * STEP_TOKENS : TOKENS;
+        constexpr int STEP = TOKENS < STEP_TOKENS ? TOKENS : STEP_TOKENS;
+        return there < TOKENS ? (there + STEP - 1) / STEP * STEP : TOKENS;
     }
     __device__ void advance() {
         left--;

@@ -227,8 +227,8 @@ impl Experts {
             let gathered = workspace + parts.out as u64;
             // SAFETY: the caller's.
             return unsafe {
-                route::route(self, stream, choices, chunks::COLUMNS, &routed)?;
-                tile.up(self, stream, choices, matrices, activation, x, &routed, gathered, y)
+                route::gather(self, stream, choices, chunks::COLUMNS, x, &routed, gathered)?;
+                tile.up(self, stream, choices, matrices, activation, gathered, &routed, y)
             };
         }
         let few = Few::new(self);

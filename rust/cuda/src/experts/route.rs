@@ -1,5 +1,5 @@
-//! Before and behind the products: slots to experts (kernels/experts/experts_route.cu), and the weighted sum
-//! (kernels/experts/experts_sum.cu).
+//! Before and behind the products: slots to experts (kernels/experts/experts_route.cu), rows of tokens brought together
+//! (experts_gather.cu, experts_gather_few.cu), and the weighted sum (experts_sum.cu).
 
 use halfbyte::dtype::DType;
 use halfbyte::error::Result;
@@ -7,7 +7,7 @@ use halfbyte::error::Result;
 use super::layer::{Choices, Experts, Weights};
 use super::workspace::Workspace;
 use crate::driver::Stream;
-use crate::kernels::{self, experts_route, experts_sum};
+use crate::kernels::{self, experts_gather, experts_gather_few, experts_route, experts_sum};
 use crate::launch::parameters;
 
 /// Where what `route` makes is; zeros where a product makes it itself.
@@ -52,6 +52,38 @@ pub(super) unsafe fn route(
     let parameters = parameters![ids, slots, count, columns, offsets, order, chunk_count, chunks];
     // SAFETY: the kernel's parameters in its order; it waits before it touches memory, the rest is the caller's.
     unsafe { experts.device.launch_early(stream, &kernels::EXPERTS_ROUTE, 1, shared, parameters) }
+}
+
+/// Sorts slots by expert, and brings the rows of x together in that order: `gathered[slots][hidden]`. Chunks of up to `columns`
+/// slots are listed where slots are not few.
+///
+/// # Safety
+/// As [`Experts::launch`].
+pub(super) unsafe fn gather(
+    experts: &Experts,
+    stream: Stream,
+    choices: &Choices,
+    columns: usize,
+    x: u64,
+    to: &Routed,
+    gathered: u64,
+) -> Result<()> {
+    let (slots, top_k, pieces) = (choices.slots(), choices.top_k as i32, (experts.hidden * 2 / 16) as i32);
+    let blocks = slots.div_ceil(experts_gather::WARPS) as u64;
+    let &Routed { offsets, order, .. } = to;
+    if slots <= experts_gather_few::FEW {
+        let (ids, slots, count) = (choices.ids, slots as i32, experts.experts as i32);
+        let parameters = parameters![x, ids, slots, count, offsets, order, gathered, top_k, pieces];
+        // SAFETY: the kernel's parameters in its order; it waits before it touches memory, the rest is the caller's.
+        return unsafe { experts.device.launch_early(stream, &kernels::EXPERTS_GATHER_FEW, blocks, 0, parameters) };
+    }
+    let count = offsets + (experts.experts * size_of::<i32>()) as u64;
+    let parameters = parameters![x, order, count, gathered, top_k, pieces];
+    // SAFETY: as above.
+    unsafe {
+        route(experts, stream, choices, columns, to)?;
+        experts.device.launch_early(stream, &kernels::EXPERTS_GATHER, blocks, 0, parameters)
+    }
 }
 
 /// Adds up what each token's choices came to, in their order.

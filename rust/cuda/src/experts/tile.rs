@@ -7,7 +7,7 @@ use super::layer::{ALIGNMENT, Activation, Choices, Experts, Matrices};
 use super::route::Routed;
 use crate::driver::{Device, Stream, TensorMap, TileType};
 use crate::kernels::{
-    self, Kernel, experts_gather as gather, experts_tile_sm90a_bf16_32 as source,
+    self, Kernel, experts_tile_sm90a_bf16_16 as source, experts_tile_sm90a_bf16_32 as source_32,
     experts_tile_sm90a_bf16_64 as source_64, experts_tile_sm90a_bf16_128 as source_128,
 };
 use crate::launch::parameters;
@@ -27,27 +27,39 @@ struct Form {
     /// 128 experts of 2048 x 768 took, in microseconds on an H200, by tokens of a tile:
     /// 32: 185, 188, 278, 457, 846, 1677; 64: 217, 219, 233, 349, 569, 1098; 128: 291, 297, 309, 339, 513, 941.
     slots: usize,
+    /// Tokens that the copy engine brings at a time.
+    step: usize,
     /// The dynamic shared memory of a block.
     shared: usize,
     bf16: &'static Kernel,
     f16: &'static Kernel,
 }
 
-const FORMS: [Form; 3] = [
+const FORMS: [Form; 4] = [
+    Form {
+        slots: 8,
+        step: 16,
+        shared: source::EXPERTSHAPE_16_BYTES,
+        bf16: &kernels::EXPERTS_TILE_SM90A_BF16_16,
+        f16: &kernels::EXPERTS_TILE_SM90A_F16_16,
+    },
     Form {
         slots: 24,
-        shared: source::EXPERTSHAPE_32_BYTES,
+        step: source::STEP_TOKENS,
+        shared: source_32::EXPERTSHAPE_32_BYTES,
         bf16: &kernels::EXPERTS_TILE_SM90A_BF16_32,
         f16: &kernels::EXPERTS_TILE_SM90A_F16_32,
     },
     Form {
         slots: 60,
+        step: source::STEP_TOKENS,
         shared: source_64::EXPERTSHAPE_64_BYTES,
         bf16: &kernels::EXPERTS_TILE_SM90A_BF16_64,
         f16: &kernels::EXPERTS_TILE_SM90A_F16_64,
     },
     Form {
         slots: usize::MAX,
+        step: source::STEP_TOKENS,
         shared: source_128::EXPERTSHAPE_128_BYTES,
         bf16: &kernels::EXPERTS_TILE_SM90A_BF16_128,
         f16: &kernels::EXPERTS_TILE_SM90A_F16_128,
@@ -101,7 +113,7 @@ impl Tile {
     }
 
     /// Gate and up, or up alone: `y[slots][intermediate]` in the order, without an activation `[slots][2 or 1][intermediate]`.
-    /// Rows of x are brought together in `gathered`, `[slots][hidden]`.
+    /// `gathered`: `[slots][hidden]`, rows of x in the order.
     ///
     /// # Safety
     /// As [`Experts::launch`].
@@ -113,18 +125,11 @@ impl Tile {
         choices: &Choices,
         matrices: &Matrices,
         activation: Option<Activation>,
-        x: u64,
-        routed: &Routed,
         gathered: u64,
+        routed: &Routed,
         y: u64,
     ) -> Result<&'static str> {
-        let (slots, order) = (choices.slots(), routed.order);
-        let count = routed.offsets + (experts.experts * size_of::<i32>()) as u64;
-        let (top_k, pieces) = (choices.top_k as i32, (experts.hidden * 2 / 16) as i32);
-        let blocks = slots.div_ceil(gather::WARPS) as u64;
-        let gathering = parameters![x, order, count, gathered, top_k, pieces];
-        // SAFETY: the kernel's parameters in its order; it waits before it touches memory, the rest is the caller's.
-        unsafe { experts.device.launch_early(stream, &kernels::EXPERTS_GATHER, blocks, 0, gathering) }?;
+        let slots = choices.slots();
         let (n, k) = (experts.intermediate, experts.hidden);
         let projections = experts.projections();
         let joint = activation.is_some() || projections == 1;
@@ -187,7 +192,7 @@ impl Tile {
         y: u64,
     ) -> Result<()> {
         let kind = if experts.dtype == DType::F16 { TileType::F16 } else { TileType::Bf16 };
-        let map = TensorMap::new(kind, x, (slots, product.k as usize), (source::STEP_TOKENS, source::K_TILE))?;
+        let map = TensorMap::new(kind, x, (slots, product.k as usize), (self.form.step, source::K_TILE))?;
         let (product, codebook) = (*product, *experts.quant_type.values());
         let blocks = u64::from(experts.device.multiprocessors());
         let parameters = parameters![map, product, codebook, bias, y];
@@ -206,6 +211,9 @@ fn suits(device: &Device) -> bool {
 
 /// The fastest form for so many slots of an expert.
 fn form_for(slots: usize) -> Option<Form> {
+    if let Ok(which) = std::env::var("HB_FORM") {
+        return which.parse::<usize>().ok().map(|i| FORMS[i]);
+    }
     if slots < SLOTS { None } else { FORMS.into_iter().find(|form| slots <= form.slots) }
 }
 
@@ -281,7 +289,10 @@ mod tests {
     fn shared_memory_is_what_a_block_may_have() {
         let bytes = FORMS.map(|form| form.shared);
         assert!(bytes.iter().all(|&bytes| bytes <= 232_448), "{bytes:?}");
-        let of = |tokens: usize| 4 * 128 * tokens + 65536 + 4 * 16384 + 4 * 8192 + 8 * tokens + 1024 + 160;
-        assert_eq!(bytes, [of(32), of(64), of(128)]);
+        let of = |tokens: usize, x: usize, scales: usize| {
+            let stages = x * 128 * tokens + 4 * 16384 + scales * 8192;
+            stages + 65536 + 2 * 8192 + 8 * tokens + 1024 + 16 * (4 + x + scales)
+        };
+        assert_eq!(bytes, [of(16, 8, 4), of(32, 8, 4), of(64, 8, 2), of(128, 4, 2)]);
     }
 }
