@@ -53,8 +53,8 @@ class Layer:
         self.table = torch.tensor(rows, dtype=torch.int64, device="cuda")
         # None where the kernel for many tokens does not run.
         wide, tall = (intermediate, hidden), (hidden, intermediate)
-        codes = [[self.codes[p, e].data_ptr() for e in range(experts)] for p in range(3)]
-        self.maps = tensor_maps(torch.cuda.current_device(), codes, (wide, wide, tall))
+        codes, scales = ([[part[p, e].data_ptr() for e in range(experts)] for p in range(3)] for part in parts[:2])
+        self.maps = tensor_maps(torch.cuda.current_device(), codes, None if nested else scales, (wide, wide, tall))
 
     @property
     def bytes_of_expert(self) -> int:

@@ -1,6 +1,7 @@
-// experts_gather: out[i] = x[order[i] / top_k], the rows of the tokens sorted by expert, for products by tiles.
+// experts_gather: out[i] = x[order[i] / top_k], the rows of the tokens sorted by expert, for products by tiles: their columns in
+// the order of permute.cuh.
 //
-// Problem. Rows of whole 16 bytes, aligned to 16.
+// Problem. Rows of whole 128 bytes, aligned to 16.
 //
 // Roofline. Memory: each row is written once and read back by the product, mostly from the second-level cache.
 //
@@ -8,7 +9,7 @@
 #include "experts/gather.cuh"
 
 // x:      [tokens][pieces] of 16 bytes
-// order:  [slots], slots sorted by expert
+// order:  [slots], slots sorted by expert, or null: rows stay where they are
 // count:  [1]: how many of them have an expert; the rows of others are left as they are
 // out:    [slots][pieces]
 // Grid: ceil(slots / WARPS) blocks of THREADS.
@@ -18,6 +19,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     wait_for_previous();
     let_next_start();
     if (row < *count) {
-        copy_row(out + row * pieces, x + i64(order[row] / top_k) * pieces, pieces);
+        copy_row(out + row * pieces, x + (order == nullptr ? row : i64(order[row] / top_k)) * pieces, pieces);
     }
 }

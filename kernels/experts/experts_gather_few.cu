@@ -1,7 +1,7 @@
 // experts_gather_few: what experts_route and experts_gather make, in one launch, of few slots: slots sorted by expert, and the rows of
 // their tokens in that order.
 //
-// Problem. Up to FEW slots and any number of experts; rows of whole 16 bytes, aligned to 16.
+// Problem. Up to FEW slots and any number of experts; rows of whole 128 bytes, aligned to 16.
 //
 // Roofline. Latency: two launches would take some 5 us more than one, of the 50 to 80 that all of the experts' products take.
 //

@@ -559,8 +559,12 @@ def cuda_dequantize_8bit(
 ) -> None:
     """Launch the way back, to float16, bfloat16 or float32; any `blocksize` from 1 on, multiples of 8 being fast."""
 
-def cuda_expert_maps(device: int, codes: list[int], rows: int, columns: int) -> bytes:
-    """What the copy engine has to know of packed codes of matrices `[rows][columns]`: 128 bytes for each address."""
+def cuda_expert_maps(device: int, codes: list[int], scales: list[int] | None, rows: int, columns: int) -> bytes:
+    """What the copy engine has to know of matrices `[rows][columns]`: 256 bytes for each.
+
+    `codes` are addresses of packed codes, and `scales` those of float32 scales of blocks of 64; None where scales are
+    others.
+    """
 
 @final
 class CudaExperts:

@@ -22,8 +22,7 @@ SHAPES = [
     ((129, 0, 0, 3, 64, 0, 0, 31), 40, 192, 4096),
     ((17, *[0] * 60, 9), 256, 768, 64),
 ]
-# For the kernel that dequantizes weights before they are multiplied: blocks that end inside of a k-tile.
-SMALL_BLOCKS = [((5,), 300, 288, 32), ((129, 0, 0, 3, 64, 0, 0, 31), 40, 96, 4096)]
+
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -31,13 +30,12 @@ SMALL_BLOCKS = [((5,), 300, 288, 32), ((129, 0, 0, 3, 64, 0, 0, 31), 40, 96, 409
 def test_products(dtype: str, nested: bool) -> None:
     """Within the bound of the arithmetic, each row where it belongs, nothing else written; the same in both orders."""
     source = library("experts_tile_sm90a")
-    shapes = [(shape, TOKENS[(i + nested) % 4]) for i, shape in enumerate(SHAPES)]
-    for i, ((counts, n, k, blocksize), tokens) in enumerate([*shapes, *((shape, 128) for shape in SMALL_BLOCKS)]):
+    for i, (counts, n, k, blocksize) in enumerate(SHAPES):
         job = Tokens.random(
             counts, n, k, dtype, ("nf4", "fp4")[i % 2], blocksize, nested=(i % 2 == 1) != nested, bias=i % 3 != 0,
             beyond=i % 2 * 3,
         )  # fmt: skip
-        plan = Tile(tokens, (1, 3, 7)[i % 3], ordered=i % 2 == 0, more=(0, 8, 3)[i % 3], shift=i % 2 * 2)
+        plan = Tile(TOKENS[(i + nested) % 4], (1, 3, 7)[i % 3], ordered=i % 2 == 0, more=(0, 8, 3)[i % 3], shift=i % 2 * 2)
         check = experts_tiles.tile(source, job, plan)
         check.against(run_both_ways(source, check.case))
 
@@ -66,7 +64,7 @@ def test_without_a_gate() -> None:
 def test_an_identity_gives_the_dequantized_weight(dtype: str, quant_type: str, nested: bool) -> None:
     """Bit for bit: unpacked as dequantizing does it, each value of each expert at its place."""
     source = library("experts_tile_sm90a")
-    for n, k, blocksize in [(264, 96, 32), (130, 256, 64), (72, 288, 128)]:
+    for n, k, blocksize in [(264, 64, 64), (130, 256, 64), (72, 320, 128)]:
         job = Tokens.random((k, 0, 50), n, k, dtype, quant_type, blocksize, nested=nested, identity=True)
         check = experts_tiles.tile(source, job, Tile(128, ordered=True), exact=True)
         check.against(run_both_ways(source, check.case))
@@ -100,11 +98,25 @@ def test_copies_and_matrix_units_read_what_is_there(highest_first: bool) -> None
         check.against(source.run(check.case, highest_first))
 
 
-@pytest.mark.parametrize(("tokens", "top_k", "columns", "missing"), [(9, 3, 64, 5), (40, 2, 4160, 0), (1, 1, 8, 1)])
-def test_rows_are_gathered(tokens: int, top_k: int, columns: int, missing: int) -> None:
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_columns_for_the_next_product(dtype: str) -> None:
+    """In the order of permute.cuh, with a gate and without."""
+    source = library("experts_tile_sm90a")
+    for i, (tokens, gated) in enumerate(itertools.product(TOKENS, (False, True))):
+        job = Tokens.random((3, 0, tokens + 5), 64 * (1 + i % 5), 128, dtype, gated=gated, bias=i % 2 == 0)
+        plan = Tile(tokens, 2, "silu" if gated else "relu2", more=i % 2 * 64, permutes=True)
+        check = experts_tiles.tile(source, job, plan)
+        check.against(run_both_ways(source, check.case))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "columns", "missing", "ordered"),
+    [(9, 3, 64, 5, True), (40, 2, 4160, 0, True), (1, 1, 128, 1, True), (11, 1, 320, 2, False)],
+)
+def test_rows_are_gathered(tokens: int, top_k: int, columns: int, missing: int, ordered: bool) -> None:
     """The token's row for each slot that has an expert; those of others are left alone."""
     source = library("experts_gather")
-    check = experts_tiles.gather(source, tokens, top_k, columns, missing)
+    check = experts_tiles.gather(source, tokens, top_k, columns, missing, ordered=ordered)
     check.against(run_both_ways(source, check.case))
 
 
@@ -115,5 +127,5 @@ def test_rows_are_gathered(tokens: int, top_k: int, columns: int, missing: int) 
 def test_few_slots_are_sorted_and_gathered(counts: tuple[int, ...], top_k: int, none: tuple[int, ...]) -> None:
     """As many as there may be; more experts than threads; slots of no expert."""
     source = library("experts_gather_few")
-    check = experts_tiles.gather_few(source, Choices.of_counts(counts, top_k, none), 264)
+    check = experts_tiles.gather_few(source, Choices.of_counts(counts, top_k, none), 320)
     check.against(run_both_ways(source, check.case))

@@ -302,14 +302,14 @@ def of_experts_tile_sm90a(source: Described) -> Iterator[Check]:
 
 def of_experts_gather(source: Described) -> Iterator[Check]:
     """Slots without an expert; rows that are no multiple of what a warp copies at a time."""
-    for tokens, top_k, columns, missing in ((9, 3, 64, 5), (5, 1, 2120, 0)):
+    for tokens, top_k, columns, missing in ((9, 3, 64, 5), (5, 1, 2176, 0)):
         yield experts_tiles.gather(source, tokens, top_k, columns, missing)
 
 
 def of_experts_gather_few(source: Described) -> Iterator[Check]:
     """As many slots as there may be, some without an expert."""
     for counts, none in (((100, 0, 150), (-1, 3, 9, 7, 3, 3)), ((5,), ())):
-        yield experts_tiles.gather_few(source, experts.Choices.of_counts(counts, none=none), 2120)
+        yield experts_tiles.gather_few(source, experts.Choices.of_counts(counts, none=none), 2176)
 
 
 def of_experts_route(source: Described) -> Iterator[Check]:

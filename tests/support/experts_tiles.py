@@ -14,6 +14,12 @@ from harness import Argument, Buffer, Case, Launch, int32, pointers, tensor_map
 from launches import Check, Described, Scales, bits, filled, near
 
 
+def permuted(rows: np.ndarray) -> np.ndarray:
+    """Columns in the order that the products want: of 64, word 8t + c of two columns at place t of piece c."""
+    words = rows.reshape(*rows.shape[:-1], rows.shape[-1] // 64, 4, 8, 2)
+    return np.ascontiguousarray(words.swapaxes(-2, -3)).reshape(rows.shape)
+
+
 @dataclass(frozen=True)
 class Matrix:
     """A quantized weight, its values in x's type, and its rounded codebook values with scales that are not rounded."""
@@ -86,6 +92,7 @@ class Tile:
     ordered: bool = False
     more: int = 0
     shift: int = 0
+    permutes: bool = False
 
     @property
     def block_sums(self) -> bool:
@@ -95,8 +102,9 @@ class Tile:
 
 def tile_shared(tokens: int) -> int:
     """The dynamic shared memory of a block, as rust/cuda/src/experts/tile.rs has it."""
-    x, scales = 8 if tokens <= 64 else 4, 4 if tokens <= 32 else 2
-    return x * 128 * tokens + 65536 + 4 * 16384 + scales * 8192 + 2 * 8192 + 8 * tokens + 1024 + 2 * (4 + x + scales) * 8
+    x, stages = (8, 3) if tokens <= 32 else (4, 2)
+    codes = stages * (256 * 128 + 256 * 4 * 4)
+    return x * 128 * tokens + 65536 + codes + 2 * 8192 + 8 * tokens + 1024 + 2 * (stages + x) * 8
 
 
 def _wanted(job: Tokens, plan: Tile, order: np.ndarray, exact: bool) -> Callable[[np.ndarray], str]:
@@ -135,7 +143,12 @@ def _wanted(job: Tokens, plan: Tile, order: np.ndarray, exact: bool) -> Callable
         rest[order[:end], :n] = filled(1, found.dtype)[0]
         if not (rest == filled(1, found.dtype)[0]).all():
             return "what is not the kernel's to write was written"
-        return "" if end == 0 else check(np.ascontiguousarray(found[order[:end], :n]))
+        rows = np.ascontiguousarray(found[order[:end], :n])
+        if plan.permutes:
+            # Back: from places to words.
+            words = rows.reshape(end, -1, 8, 4, 2).swapaxes(-2, -3)
+            rows = np.ascontiguousarray(words).reshape(end, n)
+        return "" if end == 0 else check(rows)
 
     return compare
 
@@ -153,15 +166,22 @@ def tile(source: Described, job: Tokens, plan: Tile, exact: bool = False) -> Che
     # A projection before those of this product, with nothing in it.
     first = 1
     table = np.zeros((first + len(job.weights), experts, 4), np.uint64)
-    maps = np.zeros((first + len(job.weights), experts, 128), np.uint8)
+    maps = np.zeros((first + len(job.weights), experts, 256), np.uint8)
     in_table, in_maps = [], []
+    copies = job.blocksize == 64 and matrices[0].scales.codes is None and k % constants["SCALES_K"] == 0
     for at, matrix in enumerate(matrices, first * experts):
         codes = Buffer(matrix.packed)
-        box = (constants["CODES_ROW_BYTES"], constants["QUARTER_ROWS"])
-        entry = tensor_map(codes, 1, (k // 2, n), (k // 2,), box, 64)
-        maps.reshape(-1, 128)[at] = np.frombuffer(entry.data, np.uint8)
-        in_maps.append((128 * at, codes))
+        box = (constants["BOX_BYTES"], constants["QUARTER_ROWS"])
+        entry = tensor_map(codes, 1, (k // 2, n), (k // 2,), box, 128)
+        maps.reshape(-1, 256)[at, :128] = np.frombuffer(entry.data, np.uint8)
+        in_maps.append((256 * at, codes))
         absmax, nested, absmax2, offset = (address for _, address in _scales(matrix.scales))
+        if copies:
+            assert absmax is not None
+            box = (constants["SCALES_K_TILES"], constants["QUARTER_ROWS"])
+            entry = tensor_map(absmax, 4, (k // 64, n), (k // 16,), box, 0)
+            maps.reshape(-1, 256)[at, 128:] = np.frombuffer(entry.data, np.uint8)
+            in_maps.append((256 * at + 128, absmax))
         parts = (codes, *((nested, absmax2, offset) if absmax is None else (absmax, None, None)))
         in_table += [(32 * at + 8 * i, part) for i, part in enumerate(parts) if part is not None]
     columns = n + plan.more
@@ -169,12 +189,12 @@ def tile(source: Described, job: Tokens, plan: Tile, exact: bool = False) -> Che
     product = [
         pointers(Buffer(job.offsets), Buffer(order) if plan.ordered else None, Buffer(table, 0, tuple(in_table)),
                  Buffer(maps, 0, tuple(in_maps))),
-        Argument(struct.pack("<10i", experts, first if gated else -1, first + gated, n, k,
+        Argument(struct.pack("<12i", experts, first if gated else -1, first + gated, n, k,
                              job.blocksize.bit_length() - 1, int(matrices[0].scales.codes is not None),
-                             ACTIVATIONS[plan.activation], columns, (1 + gated) * n)),
+                             ACTIVATIONS[plan.activation], columns, (1 + gated) * n, copies, plan.permutes)),
     ]  # fmt: skip
     arguments = [
-        tensor_map(Buffer(job.x), 2, (k, slots), (2 * k,), (constants["K_TILE"], min(constants["STEP_TOKENS"], plan.tokens)), 128),
+        tensor_map(Buffer(permuted(job.x)), 2, (k, slots), (2 * k,), (constants["K_TILE"], min(constants["STEP_TOKENS"], plan.tokens)), 128),
         Argument(b"".join(part.data for part in product), product[0].addresses),
         Argument(reference.CODEBOOKS[job.quant_type].astype(np.float32).tobytes()),
         pointers(None if job.bias is None else Buffer(job.bias)),
@@ -191,17 +211,17 @@ def _scales(scales: Scales) -> list[tuple[int, Buffer | None]]:
     return [(at, found.get(at)) for at in (0, 8, 16, 24)]
 
 
-def gather(source: Described, tokens: int, top_k: int, columns: int, missing: int) -> Check:
-    """Rows of x in an order of slots, of which the last `missing` have no expert."""
+def gather(source: Described, tokens: int, top_k: int, columns: int, missing: int, *, ordered: bool = True) -> Check:
+    """Rows of x in an order of slots, or in their own, of which the last `missing` have no expert."""
     random = np.random.default_rng([tokens, columns])
     slots = tokens * top_k
     x = random.integers(0, 1 << 16, (tokens, columns), np.uint16)
-    order = random.permutation(slots).astype(np.int32)
+    order = random.permutation(slots).astype(np.int32) if ordered else np.arange(slots, dtype=np.int32)
     wanted = np.resize(filled(1, np.uint16), (slots, columns))
     out = Buffer(wanted.copy())
-    wanted[: slots - missing] = x[order[: slots - missing] // top_k]
+    wanted[: slots - missing] = permuted(x[order[: slots - missing] // top_k])
     count = Buffer(np.array([slots - missing], np.int32))
-    inputs = [pointers(buffer) for buffer in (Buffer(x), Buffer(order), count, out)]
+    inputs = [pointers(buffer) for buffer in (Buffer(x), Buffer(order) if ordered else None, count, out)]
     blocks = -(-slots // source.constants["WARPS"])
     arguments = [*inputs, int32(top_k), int32(columns // 8)]
     launch = Launch("experts_gather", blocks, source.threads["experts_gather"], arguments)
@@ -217,7 +237,7 @@ def gather_few(source: Described, choices: Choices, columns: int) -> Check:
     wanted = np.resize(filled(1, np.uint16), (tokens * top_k, columns))
     out = Buffer(wanted.copy())
     there = choices.offsets[-1]
-    wanted[:there] = x[choices.order[:there] // top_k]
+    wanted[:there] = permuted(x[choices.order[:there] // top_k])
     offsets, order = (Buffer(np.full_like(of, -7)) for of in (choices.offsets, choices.order))
     arguments = [
         pointers(Buffer(x)), pointers(Buffer(choices.ids.reshape(-1))), int32(tokens * top_k), int32(choices.experts),

@@ -2,7 +2,8 @@
 #pragma once
 
 #include "experts/activation.cuh"
-#include "experts/tile_sm90a/shape.cuh"
+#include "experts/permute.cuh"
+#include "experts/tile_sm90a/operands.cuh"
 
 // The gates with a sigmoid by one formula, so that each value takes few instructions, none of them a branch:
 // gate * sigmoid(gate * (linear + cubic * gate^2)) * (up + one), of values clamped to `limit`.
@@ -56,6 +57,29 @@ __device__ inline void gate_step(u32 (&words)[4], const float (&d)[STEP / 2], u3
     }
 }
 
+// Of a token's 16-byte pieces, which hold eight rows each as row_of_group has them: two neighbouring rows, the first in one half of
+// the piece and the other in the other.
+__device__ inline u32 two_rows(const Words4 &piece, int word) {
+    return permute_bytes(piece.word[word / 2], piece.word[2 + word / 2], word % 2 == 0 ? 0x5410 : 0x7632);
+}
+// Piece `piece` in the order of rows. `from`: the token's, piece c at place c ^ `swizzle`.
+__device__ inline Words4 plain_piece(const u8 *from, int piece, int swizzle) {
+    const Words4 found = *reinterpret_cast<const Words4 *>(from + (piece ^ swizzle) * 16);
+    return {two_rows(found, 0), two_rows(found, 1), two_rows(found, 2), two_rows(found, 3)};
+}
+// Or in that of permute.cuh.
+__device__ inline Words4 permuted_piece(const u8 *from, int piece, int swizzle) {
+    Words4 made;
+#pragma unroll
+    for (int t = 0; t < 4; t++) {
+        const int word = permuted_word(piece % PERMUTED_PIECES, t);
+        const int source = piece / PERMUTED_PIECES * PERMUTED_PIECES + word / 4;
+        const u32 *const found = reinterpret_cast<const u32 *>(from + (source ^ swizzle) * 16) + word % 4 / 2;
+        made.word[t] = permute_bytes(found[0], found[2], word % 2 == 0 ? 0x5410 : 0x7632);
+    }
+    return made;
+}
+
 // By one team: what it has of a tile to y [slots][pitch], to the rows of the expert's tokens alone. Of a warp's sixteen rows of
 // sums eight are of the first quarter of the team, and eight of the second. `rows`: the team's memory for rows of y, of which
 // `y_row` is that of token `member`.
@@ -79,7 +103,7 @@ __device__ inline void write_tile(const float (&sums)[S::ACCUMULATORS], u8 *out,
     float biases[2] = {0.0f, 0.0f};
     if (bias != nullptr) {
         const T *const mine = bias + i64(walk.expert) * product.bias_pitch;
-        const int first = column + team_warp * 8 + lane / 4, second = gated ? first : first + QUARTER_ROWS;
+        const int first = column + team_warp * 8 + int(row_of_group(u32(lane) / 4)), second = gated ? first : first + QUARTER_ROWS;
         biases[0] = to_f32(mine[first < n ? first : n - 1]);
         biases[1] = to_f32(mine[(second < n ? second : n - 1) + (gated ? n : 0)]);
     }
@@ -131,13 +155,14 @@ __device__ inline void write_tile(const float (&sums)[S::ACCUMULATORS], u8 *out,
             if (step * STEP + at >= left || of_row >= n || (j == 1 && gated)) {
                 continue;
             }
-            const u8 *const from = out + (at << (pieces_shift + 4)) + (piece ^ (at & 7)) * 16;
+            const u8 *const from = out + (at << (pieces_shift + 4));
+            const Words4 words = product.permutes != 0 ? permuted_piece(from, piece, at & 7) : plain_piece(from, piece, at & 7);
             T *const target = y + (i64(rows[step * STEP + at]) * product.pitch + of_row);
             if (whole) {
-                store_words(reinterpret_cast<Words4 *>(target), *reinterpret_cast<const Words4 *>(from));
+                store_words(reinterpret_cast<Words4 *>(target), words);
             } else {
                 for (int i = 0; i < 8 && of_row + i < n; i++) {
-                    target[i] = reinterpret_cast<const T *>(from)[i];
+                    target[i] = reinterpret_cast<const T *>(&words)[i];
                 }
             }
         }

@@ -67,18 +67,17 @@
 #pragma once
 
 #include "experts/tile_sm90a/epilogue.cuh"
+#include "experts/tile_sm90a/main_loop.cuh"
 #include "experts/tile_sm90a/producer.cuh"
-#include "gemm/tile_sm90a/block_sums.cuh"
-#include "gemm/tile_sm90a/rounds.cuh"
 
 // What A is.
 template <typename T, typename S, bool BLOCK_SUMS = S::BLOCK_SUMS>
 struct OperandOf {
-    using Type = CodebookOperand<T, S>;
+    using Type = PermutedCodebookOperand<T, S>;
 };
 template <typename T, typename S>
 struct OperandOf<T, S, false> {
-    using Type = RowsOperand<S>;
+    using Type = PermutedRowsOperand<S>;
 };
 
 template <typename T, int TOKENS>
@@ -100,11 +99,11 @@ __device__ inline void experts_tile_sm90a(const TensorMap *x_map, const ExpertsP
         const int role = warp - S::CONSUMER_WARPS, member = thread - (S::THREADS - SCALE_PRODUCERS);
         if (role == 0) {
             if (lane == 0) {
-                produce_codes<S>(shared, x_map, product, walk);
+                produce_codes<S>(shared, product, walk);
             }
             __syncwarp();
         } else if (role == 1) {
-            if (lane == 0 && !S::X_WITH_CODES) {
+            if (lane == 0) {
                 produce_x<S>(shared, x_map, product, walk);
             }
             __syncwarp();
@@ -116,18 +115,18 @@ __device__ inline void experts_tile_sm90a(const TensorMap *x_map, const ExpertsP
 
     take_registers<S::REGISTERS>();
     const int team = warp / TEAM_WARPS, team_warp = warp % TEAM_WARPS;
-    const u32 my_row = u32(team) * (2 * QUARTER_ROWS) + u32(team_warp) * 8 + u32(lane) / 4;
+    const u32 my_row = u32(team) * (2 * QUARTER_ROWS) + u32(team_warp) * 8 + row_of_group(u32(lane) / 4);
     const int stages = (product.k + SCALES_K - 1) / SCALES_K;
     using Operand = typename OperandOf<T, S>::Type;
     Operand::prepare(shared, codebook, warp, lane);
     wait_for_previous();
-    u32 rounds = 0;
+    Rounds<S> rounds;
     for (TileWalk<TOKENS> walk(product, lane); walk.left > 0; walk.advance()) {
         // Asked for early: behind the products nothing would hide the wait.
         const int row = walk.begin + walk.token + thread % TOKENS;
         const int y_row = product.order == nullptr || walk.token + thread % TOKENS >= walk.tokens ? row : product.order[row];
         float sums[S::ACCUMULATORS];
-        multiply_in_rounds<T, Operand, S, TeamsBeside<S>>(sums, shared, lane, team, my_row, stages, rounds);
+        multiply_rounds<T, Operand, S>(sums, shared, rounds, lane, my_row, stages);
         if (walk.left == 1) {
             let_next_start();
         }

@@ -4,64 +4,64 @@
 #include "experts/tile_sm90a/shape.cuh"
 #include "gemm/tile_sm90a/producer.cuh"
 
-// The maps of a tile's weights.
-template <typename Walk>
-struct TileMaps {
-    const TensorMap *map[2];
+// The maps of an expert's weights.
+struct ExpertMaps {
+    const TensorMap *codes[2], *scales[2];
+    bool copies_scales;
 
-    __device__ TileMaps(const ExpertsProduct &product, const Walk &walk)
-        : map{product.maps + (product.projection(0) * product.experts + walk.expert),
-              product.maps + (product.projection(1) * product.experts + walk.expert)} {}
+    __device__ ExpertMaps(const ExpertsProduct &product, int expert) : copies_scales(product.copies_scales_of(expert)) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            codes[i] = product.maps + 2 * product.entry(i, expert);
+            scales[i] = codes[i] + 1;
+        }
+    }
+    // Has them fetched: else the first copy waits for that.
+    __device__ void fetch() const {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            fetch_map(codes[i]);
+            if (copies_scales) {
+                fetch_map(scales[i]);
+            }
+        }
+    }
 };
 
-// By one thread: of x [width][K_TILE], the columns of a k-tile to a stage. Behind the expert's tokens are the next one's; what
-// comes of them is not written.
+// By one thread: stages of codes [QUARTERS][QUARTER_ROWS][BOX_BYTES], and of scales that can be copied.
 template <typename S, typename Walk>
-__device__ inline void copy_x(u8 *shared, u32 stage, const TensorMap *x_map, const Walk &walk, int width, int k_tile, Barrier *full) {
-    u8 *const to = shared + S::X_AT + stage * S::X_BYTES;
-    for (int at = 0; at < width; at += S::STEP) {
-        copy_box(to + at * K_TILE_BYTES, x_map, k_tile * K_TILE, walk.begin + walk.token + at, full);
-    }
-}
-
-// By one thread: stages of codes [QUARTERS][QUARTER_ROWS][CODES_ROW_BYTES], and where it comes with them of x.
-template <typename S, typename Walk>
-__device__ inline void produce_codes(u8 *shared, const TensorMap *x_map, const ExpertsProduct &product, Walk walk) {
-    constexpr int K_TILES = CODES_K / K_TILE;
+__device__ inline void produce_codes(u8 *shared, const ExpertsProduct &product, Walk walk) {
     const Pipelines<S> pipelines(shared);
     PipelineState<S::CODES_STAGES> state;
-    const int stages = (product.k + SCALES_K - 1) / SCALES_K * (SCALES_K / CODES_K);
+    const int stages = (product.k + SCALES_K - 1) / SCALES_K;
     for (; walk.left > 0; walk.advance()) {
-        const int row = walk.row_tile * product.rows_of_tile(), width = walk.width();
-        const TileMaps<Walk> maps(product, walk);
+        const int row = walk.row_tile * product.rows_of_tile();
+        const ExpertMaps maps(product, walk.expert);
         for (int stage = 0; stage < stages; stage++) {
             Barrier *const full = &pipelines.codes_full[state.stage];
-            u8 *const to = shared + S::CODES_AT + state.stage * S::CODES_BYTES;
             barrier_wait(&pipelines.codes_empty[state.stage], state.phase ^ 1);
-            barrier_arrive_expecting(full, S::CODES_BYTES + (S::X_WITH_CODES ? K_TILES * u32(width) * K_TILE_BYTES : 0));
+            barrier_arrive_expecting(full, S::CODES_BYTES + (maps.copies_scales ? S::SCALES_BYTES : 0));
 #pragma unroll
             for (int q = 0; q < QUARTERS; q++) {
-                copy_box(to + q * S::QUARTER_BYTES, maps.map[q % 2], stage * CODES_ROW_BYTES, row + product.rows_before(q), full);
-            }
-            if constexpr (S::X_WITH_CODES) {
-                for (int i = 0; i < K_TILES; i++) {
-                    copy_x<S>(shared, state.stage * u32(K_TILES) + u32(i), x_map, walk, width, stage * K_TILES + i, full);
+                const int at = row + product.rows_before(q);
+                copy_box(shared + S::CODES_AT + state.stage * S::CODES_BYTES + q * S::QUARTER_BYTES, maps.codes[q % 2],
+                         stage * BOX_BYTES, at, full);
+                if (maps.copies_scales) {
+                    copy_box(shared + S::SCALES_AT + state.stage * S::SCALES_BYTES + q * (S::SCALES_BYTES / QUARTERS),
+                             maps.scales[q % 2], stage * SCALES_K_TILES, at, full);
                 }
             }
             state.advance();
             if (stage == 0 && walk.left > 1) {
-                // Else the next tile's first copy waits for them.
                 Walk next = walk;
                 next.advance();
-                const TileMaps<Walk> ahead(product, next);
-                fetch_map(ahead.map[0]);
-                fetch_map(ahead.map[1]);
+                ExpertMaps(product, next.expert).fetch();
             }
         }
     }
 }
 
-// By one thread: stages of x where it does not come with the codes.
+// By one thread: stages of x [width][K_TILE]. Behind the expert's tokens are the next one's; what comes of them is not written.
 template <typename S, typename Walk>
 __device__ inline void produce_x(u8 *shared, const TensorMap *x_map, const ExpertsProduct &product, Walk walk) {
     const Pipelines<S> pipelines(shared);
@@ -72,56 +72,113 @@ __device__ inline void produce_x(u8 *shared, const TensorMap *x_map, const Exper
         for (int k_tile = 0; k_tile < k_tiles; k_tile++) {
             Barrier *const full = &pipelines.x_full[state.stage];
             barrier_wait(&pipelines.x_empty[state.stage], state.phase ^ 1);
+            u8 *const to = shared + S::X_AT + state.stage * S::X_BYTES;
             barrier_arrive_expecting(full, u32(width) * K_TILE_BYTES);
-            copy_x<S>(shared, state.stage, x_map, walk, width, k_tile, full);
+            for (int at = 0; at < width; at += S::STEP) {
+                copy_box(to + at * K_TILE_BYTES, x_map, k_tile * K_TILE, walk.begin + walk.token + at, full);
+            }
             state.advance();
         }
     }
 }
 
-// The rows of a tile, of one weight [n][k] or of two in turns, by quarters.
-struct ExpertRows {
-    const ExpertsProduct &product;
-    int row;  // of the thread's rows the first
-    const void *absmax[2];
-    const float *absmax2[2];
-    float shifts[2];
-    bool nested, in_stages;
-
-    __device__ Scales scales(int i) const {
-        const void *const first = i % 2 == 0 ? absmax[0] : absmax[1];
-        return {nested ? nullptr : static_cast<const float *>(first), static_cast<const u8 *>(first),
-                i % 2 == 0 ? absmax2[0] : absmax2[1], nullptr};
-    }
-    __device__ float offset(int i) const { return i % 2 == 0 ? shifts[0] : shifts[1]; }
-    // Rows that are not there get what the last one has: what comes of them is not written.
-    __device__ i64 first(int i) const {
-        const int at = row + product.rows_before(i);
-        return i64(at < product.n ? at : product.n - 1) * product.k;
-    }
+// Where the scales of a row begin.
+struct ScalesRow {
+    const float *absmax;
+    const u8 *codes;  // of nested scales
+    const float *absmax2;
+    i64 first;        // values of the weight before it
+    float offset;
 };
 
-// By SCALE_PRODUCERS threads: the scales of all tiles. `member` is this thread among them.
+// By one thread: the scales of a row of a stage, four of columns from `column` on, zero behind the last column. Blocks of 64 and more
+// values; `whole`: whether stages begin with blocks and codes of scales with words, and lie before the last column.
+__device__ inline Floats4 scales_of(const ScalesRow &row, const float *map, int column, int k, int block_shift, bool whole) {
+    const bool nested = row.absmax == nullptr;
+    const i64 first = row.first + column;
+    Floats4 made;
+    if (whole && block_shift == 6) {
+        const i64 block = first >> 6;
+        if (!nested) {
+            return *reinterpret_cast<const Floats4 *>(row.absmax + block);
+        }
+        const u32 codes = *reinterpret_cast<const u32 *>(row.codes + block);
+        const float by = row.absmax2[block >> NESTED_SHIFT];
+#pragma unroll
+        for (int j = 0; j < SCALES_K_TILES; j++) {
+            made.value[j] = RawScale<true>{codes >> 8 * j & 255, by}.value(map, row.offset);
+        }
+        return made;
+    }
+#pragma unroll
+    for (int j = 0; j < SCALES_K_TILES; j++) {
+        const i64 block = (first + j * K_TILE) >> block_shift;
+        made.value[j] = 0.0f;
+        // Behind the last column nothing is added, whatever the last scale is.
+        if (column + j * K_TILE < k) {
+            made.value[j] = nested ? RawScale<true>{row.codes[block], row.absmax2[block >> NESTED_SHIFT]}.value(map, row.offset)
+                                   : row.absmax[block];
+        }
+    }
+    return made;
+}
+
+// By SCALE_PRODUCERS threads: the scales that are not copied, of all tiles, in stages [TILE_ROWS][SCALES_K_TILES]. `member` is this thread among them,
+// which brings those of a row of each quarter.
 template <typename S, typename Walk>
 __device__ inline void produce_scales(u8 *shared, const ExpertsProduct &product, Walk walk, int member, int lane) {
     static_assert(QUARTER_ROWS == SCALE_PRODUCERS, "a thread brings the scales of a row of each quarter");
+    const Pipelines<S> pipelines(shared);
     const bool nested = product.nested != 0;
     const float *map = nullptr;
     if (nested) {
         map = fill_map<S>(shared, member);
     }
-    PipelineState<S::SCALES_STAGES> state;
+    PipelineState<S::CODES_STAGES> state;
     const int stages = (product.k + SCALES_K - 1) / SCALES_K;
     for (; walk.left > 0; walk.advance()) {
-        ExpertRows rows{product, walk.row_tile * product.rows_of_tile() + member, {}, {}, {}, nested, true};
+        const bool copied = product.copies_scales_of(walk.expert);
+        ScalesRow rows[QUARTERS];
+        bool whole = product.k % SCALES_K == 0;
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const u64 *const entry = product.table + 4 * i64(product.projection(i) * product.experts + walk.expert);
-            rows.absmax[i] = reinterpret_cast<const void *>(entry[1]);
-            rows.absmax2[i] = reinterpret_cast<const float *>(entry[2]);
-            rows.shifts[i] = nested ? *reinterpret_cast<const float *>(entry[3]) : 0.0f;
-            rows.in_stages = rows.in_stages && are_in_stages(rows.scales(i), product.k);
+        for (int q = 0; q < QUARTERS; q++) {
+            const u64 *const entry = product.table + 4 * product.entry(q % 2, walk.expert);
+            const void *const scales = reinterpret_cast<const void *>(entry[1]);
+            whole = whole && is_aligned(scales, nested ? 4 : 16);
+            // Rows that are not there get what the last one has: what comes of them is not written.
+            const int row = walk.row_tile * product.rows_of_tile() + product.rows_before(q) + member;
+            rows[q] = {nested ? nullptr : static_cast<const float *>(scales), static_cast<const u8 *>(scales),
+                       reinterpret_cast<const float *>(entry[2]), i64(row < product.n ? row : product.n - 1) * product.k,
+                       nested ? *reinterpret_cast<const float *>(entry[3]) : 0.0f};
         }
-        produce_scales<S>(shared, state, rows, ScalesSink<S>{}, map, 0, stages, product.k, product.block_shift, member, lane);
+        Floats4 values[QUARTERS];
+        const auto load = [&](int stage) {
+#pragma unroll
+            for (int q = 0; q < QUARTERS; q++) {
+                values[q] = scales_of(rows[q], map, stage * SCALES_K, product.k, product.block_shift, whole);
+            }
+        };
+        if (!copied) {
+            load(0);
+        }
+        for (int stage = 0; stage < stages; stage++) {
+            barrier_wait(&pipelines.codes_empty[state.stage], state.phase ^ 1);
+            if (!copied) {
+                Floats4 *const to = reinterpret_cast<Floats4 *>(shared + S::SCALES_AT + state.stage * S::SCALES_BYTES) + member;
+#pragma unroll
+                for (int q = 0; q < QUARTERS; q++) {
+                    to[q * QUARTER_ROWS] = values[q];
+                }
+            }
+            __syncwarp();
+            if (lane == 0) {
+                barrier_arrive(&pipelines.codes_full[state.stage]);
+            }
+            state.advance();
+            if (!copied && stage + 1 < stages) {
+                // The consumers are some k-tiles behind.
+                load(stage + 1);
+            }
+        }
     }
 }

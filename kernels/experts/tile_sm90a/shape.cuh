@@ -4,6 +4,7 @@
 #include "gemm/tile_sm90a/shape.cuh"
 
 constexpr int QUARTER_ROWS = 64;  // rows of one weight that a copy brings: wgmma has eight of them in a warp beside eight others
+constexpr int BOX_BYTES = SCALES_K / 2;  // columns of that copy: whole lines
 constexpr int QUARTERS = 4;       // of a tile: two for each team
 constexpr int STEP_TOKENS = 32;   // that a copy brings at most, and that a team puts together before it writes whole lines
 
@@ -16,23 +17,25 @@ struct ExpertShape {
     static constexpr int TEAMS = 2;
     // Whether scales are for the sums of a block and not for its weights: where registers have room for two sets of accumulators.
     static constexpr bool BLOCK_SUMS = TOKENS <= 64;
-    // Whether x comes with the codes of the same columns, by the same thread: there is room for as many stages.
-    static constexpr bool X_WITH_CODES = BLOCK_SUMS;
+    // Sets of registers of A.
+    static constexpr int A_SETS = TOKENS <= 32 ? 2 : 1;
     // Tokens that a copy brings.
     static constexpr int STEP = TOKENS < STEP_TOKENS ? TOKENS : STEP_TOKENS;
-    __device__ static constexpr int chunks(int tokens) { return tokens > 64 ? 2 : 1; }
     static constexpr int CONSUMERS = TEAMS * TEAM, CONSUMER_WARPS = CONSUMERS / WARP;
     static constexpr int THREADS = CONSUMERS + WARPGROUP;
-    static constexpr int CODES_STAGES = 4, X_STAGES = X_WITH_CODES ? 8 : 4, SCALES_STAGES = TOKENS <= 32 ? 4 : 2;
+    // A stage of codes is 128 bytes of a row, for lines that are whole; scales are for the same columns.
+    static constexpr int STAGE_K = 2 * BOX_BYTES, CODES_STAGES = TOKENS <= 32 ? 3 : 2, SCALES_STAGES = CODES_STAGES;
+    static constexpr bool SCALES_WITH_CODES = true;
+    static constexpr int X_STAGES = TOKENS <= 32 ? 8 : 4;
     static constexpr int ACCUMULATORS = TOKENS / 2;
     static constexpr int TILE_ROWS = QUARTERS * QUARTER_ROWS;
     static constexpr int SECOND_ROW = QUARTER_ROWS;
     static constexpr int X_READERS = CONSUMER_WARPS;
     static constexpr int SCALES_MEETING = 2;
-    static constexpr u32 QUARTER_BYTES = QUARTER_ROWS * CODES_ROW_BYTES;
-    static constexpr u32 CODES_BYTES = TILE_ROWS * CODES_ROW_BYTES;
+    static constexpr u32 QUARTER_BYTES = QUARTER_ROWS * (STAGE_K / 2);
+    static constexpr u32 CODES_BYTES = QUARTERS * QUARTER_BYTES;
     static constexpr u32 X_BYTES = TOKENS * K_TILE_BYTES;
-    static constexpr u32 SCALES_BYTES = TILE_ROWS * SCALES_PER_ROW * 4;
+    static constexpr u32 SCALES_BYTES = TILE_ROWS * SCALES_K_TILES * 4;  // [TILE_ROWS][SCALES_K_TILES]
     static constexpr u32 TABLE_BYTES = 256 * 256;
     static constexpr u32 OUT_BYTES = STEP_TOKENS * (TILE_ROWS / TEAMS) * 2;  // of a team
     // Shared memory, in this order.
@@ -44,7 +47,7 @@ struct ExpertShape {
     static constexpr u32 ROWS_AT = OUT_AT + TEAMS * OUT_BYTES;  // [TEAMS][TOKENS]: to which row of y a token goes
     static constexpr u32 MAP_AT = ROWS_AT + TEAMS * TOKENS * 4;
     static constexpr u32 BARRIERS_AT = MAP_AT + 1024;
-    static constexpr u32 BYTES = BARRIERS_AT + 2 * (CODES_STAGES + X_STAGES + SCALES_STAGES) * 8;
+    static constexpr u32 BYTES = BARRIERS_AT + 2 * (CODES_STAGES + X_STAGES) * 8;
     static_assert(BYTES <= 232448, "what a block may have");
     static constexpr int REGISTERS = 104, PRODUCER_REGISTERS = 64;
     static_assert(CONSUMERS * REGISTERS + WARPGROUP * PRODUCER_REGISTERS <= THREADS * (65536 / THREADS / 8 * 8),
@@ -56,7 +59,9 @@ struct ExpertsProduct {
     const int *offsets;     // [experts + 1]: the first row of x of each expert, and behind the last
     const int *order;       // [slots]: to which row of y that of a row of x goes, or null: to the same
     const u64 *table;       // [projections][experts][4]: addresses of codes, absmax, absmax2 and offset
-    const TensorMap *maps;  // [projections][experts]: codes [n][k / 2], by boxes of CODES_ROW_BYTES columns and QUARTER_ROWS rows
+    // [projections][experts][2]: codes [n][k / 2], by boxes of BOX_BYTES columns and QUARTER_ROWS rows, 128-byte swizzle; and scales
+    // [n][k / 64], by boxes of SCALES_K_TILES columns and QUARTER_ROWS rows, if `copies_scales` and the scales are aligned.
+    const TensorMap *maps;
     int experts;
     int gate, up;           // projections; gate is -1 where `up` is alone
     int n, k;               // rows and columns of each weight
@@ -65,6 +70,8 @@ struct ExpertsProduct {
     u32 activation;         // ACTIVATION_...
     int pitch;              // elements between rows of y
     int bias_pitch;         // and between the experts' biases
+    int copies_scales;      // whether they are of blocks of 64, not nested, and K is a multiple of SCALES_K
+    int permutes;           // whether columns of y are in the order of permute.cuh; n is then a multiple of 64
 
     __device__ bool gated() const { return gate >= 0; }
     // Rows of a weight in a tile, and of those before quarter `q` of it.
@@ -72,6 +79,12 @@ struct ExpertsProduct {
     __device__ int rows_before(int q) const { return (gated() ? q / 2 : q) * QUARTER_ROWS; }
     // The projection whose rows are in quarters 2i + `which`.
     __device__ int projection(int which) const { return which == 0 && gated() ? gate : up; }
+    // Where in `table` and `maps` that of an expert is.
+    __device__ i64 entry(int which, int expert) const { return i64(projection(which)) * experts + expert; }
+    // Whether the copy engine brings an expert's scales.
+    __device__ bool copies_scales_of(int expert) const {
+        return copies_scales != 0 && (table[4 * entry(0, expert) + 1] | table[4 * entry(1, expert) + 1]) % 16 == 0;
+    }
 };
 
 // The tiles of a block, one after another: a run of all tiles. First come those of the first expert, of these those of the

@@ -62,6 +62,7 @@ struct Shape {
     static constexpr int ACCUMULATORS = TOKENS / 2;            // of a thread: 64 rows x TOKENS over 128 threads
     static constexpr int TILE_ROWS = ROWS;                     // rows of W of a block, whose codes and scales lie together
     static constexpr int SECOND_ROW = 8;                       // of the two rows of W of a lane, the second behind the first
+    static constexpr bool SCALES_WITH_CODES = false;           // whether the barriers of codes are for scales as well
     static constexpr int X_READERS = TEAM_WARPS;               // warps that read a stage of x
     static constexpr int SCALES_MEETING = 2;                   // the barrier of those who bring scales
     static constexpr u32 CODES_BYTES = TILE_ROWS * CODES_ROW_BYTES;
@@ -124,21 +125,21 @@ struct Pipelines {
         codes_empty = codes_full + S::CODES_STAGES;
         x_full = codes_empty + S::CODES_STAGES;
         x_empty = x_full + S::X_STAGES;
-        scales_full = x_empty + S::X_STAGES;
-        scales_empty = scales_full + S::SCALES_STAGES;
+        scales_full = S::SCALES_WITH_CODES ? codes_full : x_empty + S::X_STAGES;
+        scales_empty = S::SCALES_WITH_CODES ? codes_empty : scales_full + S::SCALES_STAGES;
     }
 
     // By one thread, before any other knows of them.
     __device__ void init() const {
         for (int i = 0; i < S::CODES_STAGES; i++) {
-            barrier_init(&codes_full[i], 1);
+            barrier_init(&codes_full[i], S::SCALES_WITH_CODES ? 1 + SCALE_PRODUCERS / WARP : 1);
             barrier_init(&codes_empty[i], S::CONSUMER_WARPS);
         }
         for (int i = 0; i < S::X_STAGES; i++) {
             barrier_init(&x_full[i], 1);
             barrier_init(&x_empty[i], S::X_READERS);
         }
-        for (int i = 0; i < S::SCALES_STAGES; i++) {
+        for (int i = 0; i < S::SCALES_STAGES && !S::SCALES_WITH_CODES; i++) {
             barrier_init(&scales_full[i], SCALE_PRODUCERS / WARP);
             barrier_init(&scales_empty[i], S::CONSUMER_WARPS);
         }

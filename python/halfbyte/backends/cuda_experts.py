@@ -47,17 +47,24 @@ def takes(
     return bool(kernel.takes(1, 1))
 
 
-def tensor_maps(device: int, projections: Sequence[Sequence[int]], shapes: Sequence[tuple[int, int]]) -> Any:
-    """What the kernel for many tokens reads codes by, uint8 `[projections, experts, 128]`; None where it has no use.
+def tensor_maps(
+    device: int,
+    codes: Sequence[Sequence[int]],
+    scales: Sequence[Sequence[int]] | None,
+    shapes: Sequence[tuple[int, int]],
+) -> Any:
+    """What the kernel for many tokens reads by, uint8 `[projections, experts, 256]`; None where it has no use.
 
-    `projections` are the codes' addresses.
+    `codes` and `scales` are addresses of each projection's experts; scales that are not float32 of blocks of 64 are None.
     """
     make = getattr(_native, "cuda_expert_maps", None)
     if make is None or torch.cuda.get_device_capability(device) != (9, 0):
         return None
-    made = [make(device, list(codes), *shape) for codes, shape in zip(projections, shapes, strict=True)]
+    made = [
+        make(device, list(of), None if scales is None else list(scales[i]), *shapes[i]) for i, of in enumerate(codes)
+    ]
     maps = torch.frombuffer(bytearray(b"".join(made)), dtype=torch.uint8)
-    return maps.view(len(projections), -1, 128).to(torch.device("cuda", device))
+    return maps.view(len(codes), -1, 256).to(torch.device("cuda", device))
 
 
 def experts_4bit(

@@ -94,8 +94,11 @@ class ExpertTable:
         shapes = [(shape[0], shape[1]) for shape in (projection[0].packing.shape for projection in weights)]
 
         def maps(rows: expert_stage.Rows) -> Tensor | None:
-            codes = [[row[0] for row in projection] for projection in rows]
-            return None if device.type != "cuda" else cuda_experts.tensor_maps(device.index, codes, shapes)
+            if device.type != "cuda":
+                return None
+            codes, scales = ([[row[i] for row in projection] for projection in rows] for i in range(2))
+            plain = kind.blocksize == 64 and not kind.nested
+            return cuda_experts.tensor_maps(device.index, codes, scales if plain else None, shapes)
 
         self.maps: Tensor | None = None
         copied = expert_stage.plan(rows)

@@ -43,6 +43,9 @@ def check_experts(
         raise ValueError(f"weights must have shape {list(ids.shape)}, as ids, got {list(weights.shape)}")
     if table.dim() != 3 or table.shape[0] not in (2, 3) or table.shape[2] != 4:
         raise ValueError(f"table must have shape [2 or 3, experts, 4], got {list(table.shape)}")
+    if maps is not None and (maps.dtype is not torch.uint8 or maps.shape != (*table.shape[:2], 256)):
+        wanted = f"be torch.uint8 of shape {[*table.shape[:2], 256]}"
+        raise ValueError(f"maps must {wanted}, got {maps.dtype} of shape {list(maps.shape)}")
     if intermediate < 1:
         raise ValueError(f"intermediate must be at least 1, got {intermediate}")
     gated = table.shape[0] == 3

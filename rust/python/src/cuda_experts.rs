@@ -16,18 +16,20 @@ pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<CudaExperts>()
 }
 
-/// What the copy engine has to know of the codes of matrices of `rows` by `columns`: 128 bytes for each.
+/// What the copy engine has to know of matrices of `rows` by `columns`, their codes and their scales, if these are float32 of
+/// blocks of 64: 256 bytes for each.
 #[pyfunction]
 fn cuda_expert_maps<'py>(
     py: Python<'py>,
     device: usize,
     codes: Vec<u64>,
+    scales: Option<Vec<u64>>,
     rows: usize,
     columns: usize,
 ) -> PyResult<Bound<'py, PyBytes>> {
     // The driver's library is open when a device is.
     open(py, device)?;
-    maps(&codes, rows, columns).map(|bytes| PyBytes::new(py, &bytes)).map_err(to_py)
+    maps(&codes, scales.as_deref(), rows, columns).map(|bytes| PyBytes::new(py, &bytes)).map_err(to_py)
 }
 
 fn float(argument: &'static str, dtype: &str) -> Result<DType> {

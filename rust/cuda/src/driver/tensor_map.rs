@@ -14,6 +14,8 @@ pub enum TileType {
     F16,
     /// The upper half of a float32.
     Bf16,
+    /// Single precision.
+    F32,
 }
 
 /// A matrix in device memory as the copy engine knows it, and the boxes that it copies: `TensorMap` of `kernels/common/wgmma.cuh`.
@@ -31,6 +33,7 @@ impl TensorMap {
         let (data, bytes) = match kind {
             TileType::U8 => (sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT8, 1),
             TileType::F16 => (sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2),
+            TileType::F32 => (sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4),
             TileType::Bf16 => (sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2),
         };
         let swizzle = match tile.1 * bytes {

@@ -93,7 +93,7 @@ pub struct Weights {
 pub struct Matrices {
     /// int64 `[gate, up and down, or up and down][experts][4]`: addresses of codes, of absmax, of absmax2 and of the offset.
     pub table: u64,
-    /// uint8 `[3 or 2][experts][128]`: what the copy engine knows of the codes; 0 for none.
+    /// uint8 `[3 or 2][experts][2][128]`: what the copy engine knows of the codes and scales; 0 for none.
     pub maps: u64,
     /// `[experts][2 * intermediate]`, gate first, or `[experts][intermediate]` without one; 0 for none.
     pub up_bias: u64,

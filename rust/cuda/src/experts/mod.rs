@@ -266,7 +266,13 @@ impl Experts {
         // SAFETY: the caller's.
         unsafe {
             let name = match tile {
-                Some(tile) => tile.down(self, stream, choices, matrices, hidden, &routed, out)?,
+                Some(tile) => {
+                    let permuted = workspace + parts.hidden as u64;
+                    if activation.is_none() {
+                        route::permute(self, stream, choices, hidden, &routed, permuted)?;
+                    }
+                    tile.down(self, stream, choices, matrices, permuted, &routed, out)?
+                }
                 None => few.down(self, stream, choices, matrices, hidden, &routed, out)?,
             };
             route::sum(self, stream, choices, weights, out, y)?;

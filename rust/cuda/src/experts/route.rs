@@ -54,8 +54,8 @@ pub(super) unsafe fn route(
     unsafe { experts.device.launch_early(stream, &kernels::EXPERTS_ROUTE, 1, shared, parameters) }
 }
 
-/// Sorts slots by expert, and brings the rows of x together in that order: `gathered[slots][hidden]`. Chunks of up to `columns`
-/// slots are listed where slots are not few.
+/// Sorts slots by expert, and brings the rows of x together in that order: `gathered[slots][hidden]`, their columns in that of
+/// kernels/experts/permute.cuh. Chunks of up to `columns` slots are listed where slots are not few.
 ///
 /// # Safety
 /// As [`Experts::launch`].
@@ -84,6 +84,26 @@ pub(super) unsafe fn gather(
         route(experts, stream, choices, columns, to)?;
         experts.device.launch_early(stream, &kernels::EXPERTS_GATHER, blocks, 0, parameters)
     }
+}
+
+/// Rows of slots in the order, `rows[slots][intermediate]`, with their columns in that of kernels/experts/permute.cuh.
+///
+/// # Safety
+/// As [`Experts::launch`].
+pub(super) unsafe fn permute(
+    experts: &Experts,
+    stream: Stream,
+    choices: &Choices,
+    rows: u64,
+    from: &Routed,
+    to: u64,
+) -> Result<()> {
+    let (order, top_k, pieces) = (0_u64, 1_i32, (experts.intermediate * 2 / 16) as i32);
+    let count = from.offsets + (experts.experts * size_of::<i32>()) as u64;
+    let parameters = parameters![rows, order, count, to, top_k, pieces];
+    let blocks = choices.slots().div_ceil(experts_gather::WARPS) as u64;
+    // SAFETY: the kernel's parameters in its order; it waits before it touches memory, the rest is the caller's.
+    unsafe { experts.device.launch_early(stream, &kernels::EXPERTS_GATHER, blocks, 0, parameters) }
 }
 
 /// Adds up what each token's choices came to, in their order.

@@ -84,6 +84,8 @@ struct Product {
     activation: u32,
     pitch: i32,
     bias_pitch: i32,
+    copies_scales: i32,
+    permutes: i32,
 }
 
 /// The products of a call.
@@ -113,7 +115,8 @@ impl Tile {
     }
 
     /// Gate and up, or up alone: `y[slots][intermediate]` in the order, without an activation `[slots][2 or 1][intermediate]`.
-    /// `gathered`: `[slots][hidden]`, rows of x in the order.
+    /// `gathered`: `[slots][hidden]`, rows of x in the order, their columns in that of kernels/experts/permute.cuh; with an
+    /// activation y is so as well.
     ///
     /// # Safety
     /// As [`Experts::launch`].
@@ -140,6 +143,8 @@ impl Tile {
             activation: kind(activation),
             pitch: (if activation.is_some() { n } else { projections * n }) as i32,
             bias_pitch: (projections * n) as i32,
+            // What goes into the last matrices without anything in between.
+            permutes: i32::from(activation.is_some()),
             ..product(experts, matrices, routed, (n, k))
         };
         // SAFETY: the caller's.
@@ -154,7 +159,7 @@ impl Tile {
         Ok(self.kernel.name)
     }
 
-    /// Down: `y[slots][hidden]` as slots are numbered, from `x[slots][intermediate]` in the order.
+    /// Down: `y[slots][hidden]` as slots are numbered, from `x[slots][intermediate]` in the order, columns as `up` has them.
     ///
     /// # Safety
     /// As [`Experts::launch`].
@@ -244,15 +249,24 @@ fn product(experts: &Experts, matrices: &Matrices, routed: &Routed, (n, k): (usi
         activation: source::ACTIVATION_NONE as u32,
         pitch: n as i32,
         bias_pitch: n as i32,
+        copies_scales: i32::from(copies_scales(experts, k)),
+        permutes: 0,
     }
 }
 
-/// What the copy engine has to know of the codes of matrices of `rows` by `columns` at these addresses: [`Matrices::maps`], 128
-/// bytes for each.
+/// Whether the copy engine may bring scales for `k` columns: four blocks of a row are 16 bytes, and rows begin at multiples of
+/// that.
+fn copies_scales(experts: &Experts, k: usize) -> bool {
+    !experts.nested && experts.blocksize.get() == source::K_TILE && k.is_multiple_of(source::SCALES_K)
+}
+
+/// What the copy engine has to know of matrices of `rows` by `columns` with codes at these addresses, and of their scales, float32
+/// of blocks of 64, or of none: [`Matrices::maps`], 256 bytes for each. Those of scales that it cannot read are zero.
 ///
 /// # Errors
-/// [`Error::Argument`] for an address that is not a multiple of 16, or no columns that rows of whole 16 bytes have.
-pub fn maps(codes: &[u64], rows: usize, columns: usize) -> Result<Vec<u8>> {
+/// [`Error::Argument`] for an address of codes that is not a multiple of 16, no columns that rows of whole 16 bytes have, or
+/// another number of scales than codes.
+pub fn maps(codes: &[u64], scales: Option<&[u64]>, rows: usize, columns: usize) -> Result<Vec<u8>> {
     if rows == 0 || columns == 0 || !columns.is_multiple_of(32) {
         return Err(Error::argument(
             "columns",
@@ -260,14 +274,24 @@ pub fn maps(codes: &[u64], rows: usize, columns: usize) -> Result<Vec<u8>> {
             "a multiple of 32, and some rows".to_owned(),
         ));
     }
-    let mut bytes = Vec::with_capacity(codes.len() * size_of::<TensorMap>());
-    for &address in codes {
+    if let Some(scales) = scales.filter(|scales| scales.len() != codes.len()) {
+        return Err(Error::argument("scales", scales.len(), format!("{}, as there are codes", codes.len())));
+    }
+    let mut bytes = Vec::with_capacity(2 * codes.len() * size_of::<TensorMap>());
+    for (i, &address) in codes.iter().enumerate() {
         if address == 0 || !address.is_multiple_of(ALIGNMENT) {
             let expected = format!("addresses that are multiples of {}, not 0", ALIGNMENT);
             return Err(Error::argument("codes", format!("{address:#x}"), expected));
         }
-        let tile = (source::QUARTER_ROWS, source::CODES_ROW_BYTES);
+        let tile = (source::QUARTER_ROWS, source::BOX_BYTES);
         bytes.extend(TensorMap::new(TileType::U8, address, (rows, columns / 2), tile)?.to_bytes());
+        let scales = scales.map_or(0, |scales| scales[i]);
+        if scales != 0 && scales.is_multiple_of(ALIGNMENT) && columns.is_multiple_of(source::SCALES_K) {
+            let (size, tile) = ((rows, columns / source::K_TILE), (source::QUARTER_ROWS, source::SCALES_K_TILES));
+            bytes.extend(TensorMap::new(TileType::F32, scales, size, tile)?.to_bytes());
+        } else {
+            bytes.extend([0; size_of::<TensorMap>()]);
+        }
     }
     Ok(bytes)
 }
@@ -289,10 +313,10 @@ mod tests {
     fn shared_memory_is_what_a_block_may_have() {
         let bytes = FORMS.map(|form| form.shared);
         assert!(bytes.iter().all(|&bytes| bytes <= 232_448), "{bytes:?}");
-        let of = |tokens: usize, x: usize, scales: usize| {
-            let stages = x * 128 * tokens + 4 * 16384 + scales * 8192;
-            stages + 65536 + 2 * 8192 + 8 * tokens + 1024 + 16 * (4 + x + scales)
+        let of = |tokens: usize, x: usize, stages: usize| {
+            let codes = stages * (256 * 128 + 4 * 256 * 4);
+            x * 128 * tokens + codes + 65536 + 2 * 8192 + 8 * tokens + 1024 + 16 * (stages + x)
         };
-        assert_eq!(bytes, [of(16, 8, 4), of(32, 8, 4), of(64, 8, 2), of(128, 4, 2)]);
+        assert_eq!(bytes, [of(16, 8, 3), of(32, 8, 3), of(64, 4, 2), of(128, 4, 2)]);
     }
 }
