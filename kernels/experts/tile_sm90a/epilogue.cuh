@@ -81,12 +81,13 @@ __device__ inline Words4 permuted_piece(const u8 *from, int piece, int swizzle) 
 }
 
 // By one team: what it has of a tile to y [slots][pitch], to the rows of the expert's tokens alone. Of a warp's sixteen rows of
-// sums eight are of the first quarter of the team, and eight of the second. `rows`: the team's memory for rows of y, of which
-// `y_row` is that of token `member`.
+// sums eight are of the first quarter of the team, and eight of the second. `y_row`: where the tile's token `member` goes.
 template <typename T, typename S, typename Walk>
-__device__ inline void write_tile(const float (&sums)[S::ACCUMULATORS], u8 *out, const T *bias, T *y,
-                                  const ExpertsProduct &product, const Walk &walk, int *rows, int y_row, int team,
-                                  int team_warp, int lane, int member) {
+__device__ inline void write_tile(const float (&sums)[S::ACCUMULATORS], u8 *shared, const T *bias, T *y,
+                                  const ExpertsProduct &product, const Walk &walk, int y_row, int team, int team_warp) {
+    const int lane = read_lane(), member = team_warp * WARP + lane;
+    u8 *const out = shared + S::OUT_AT + team * S::OUT_BYTES;
+    int *const rows = reinterpret_cast<int *>(shared + S::ROWS_AT) + team * S::TOKENS;
     const auto meet_team = [&]() {
         if (team == 0) {
             meet<3, TEAM>();
@@ -148,7 +149,7 @@ __device__ inline void write_tile(const float (&sums)[S::ACCUMULATORS], u8 *out,
             }
         }
         meet_team();
-#pragma unroll
+#pragma unroll 1
         for (int j = 0; j < 2; j++) {
             const int at = j * (STEP_TOKENS / 2) + (member >> pieces_shift);
             // Where there is a gate a step has half as many pieces.
@@ -161,8 +162,11 @@ __device__ inline void write_tile(const float (&sums)[S::ACCUMULATORS], u8 *out,
             if (whole) {
                 store_words(reinterpret_cast<Words4 *>(target), words);
             } else {
-                for (int i = 0; i < 8 && of_row + i < n; i++) {
-                    target[i] = reinterpret_cast<const T *>(&words)[i];
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    if (of_row + i < n) {
+                        reinterpret_cast<u16 *>(target)[i] = u16(words.word[i / 2] >> 16 * (i % 2));
+                    }
                 }
             }
         }

@@ -114,24 +114,26 @@ __device__ inline void experts_tile_sm90a(const TensorMap *x_map, const ExpertsP
     }
 
     take_registers<S::REGISTERS>();
-    const int team = warp / TEAM_WARPS, team_warp = warp % TEAM_WARPS;
-    const u32 my_row = u32(team) * (2 * QUARTER_ROWS) + u32(team_warp) * 8 + row_of_group(u32(lane) / 4);
-    const int stages = (product.k + SCALES_K - 1) / SCALES_K;
+    const u32 my_row = u32(warp / TEAM_WARPS) * (2 * QUARTER_ROWS) + u32(warp % TEAM_WARPS) * 8 + row_of_group(u32(lane) / 4);
     using Operand = typename OperandOf<T, S>::Type;
     Operand::prepare(shared, codebook, warp, lane);
     wait_for_previous();
     Rounds<S> rounds;
     for (TileWalk<TOKENS> walk(product, lane); walk.left > 0; walk.advance()) {
-        // Asked for early: behind the products nothing would hide the wait.
-        const int row = walk.begin + walk.token + thread % TOKENS;
-        const int y_row = product.order == nullptr || walk.token + thread % TOKENS >= walk.tokens ? row : product.order[row];
+        const auto find_y_row = [&]() {
+            const int slot = walk.token + thread % TOKENS, row = walk.begin + slot;
+            return product.order == nullptr || slot >= walk.tokens ? row : product.order[row];
+        };
+        // Asked for early where there is a register for it: behind the products nothing hides the wait.
+        int y_row = S::TIGHT ? 0 : find_y_row();
         float sums[S::ACCUMULATORS];
-        multiply_rounds<T, Operand, S>(sums, shared, rounds, lane, my_row, stages);
+        multiply_rounds<T, Operand, S>(sums, shared, rounds, lane, my_row, stages_of(product));
+        if constexpr (S::TIGHT) {
+            y_row = find_y_row();
+        }
         if (walk.left == 1) {
             let_next_start();
         }
-        int *const rows = reinterpret_cast<int *>(shared + S::ROWS_AT) + team * TOKENS;
-        write_tile<T, S>(sums, shared + S::OUT_AT + team * S::OUT_BYTES, bias, y, product, walk, rows, y_row, team, team_warp,
-                         lane, thread % TEAM);
+        write_tile<T, S>(sums, shared, bias, y, product, walk, y_row, warp / TEAM_WARPS, warp % TEAM_WARPS);
     }
 }

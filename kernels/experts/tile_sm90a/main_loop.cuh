@@ -22,8 +22,8 @@ struct Rounds {
 };
 
 // The products of the k-tiles in `stages` stages become `sums`, the accumulators: [64 rows][TOKENS] of a warpgroup, as wgmma has
-// them. `Operand`: what A is, and `my_row` the first of the lane's rows; with Operand::BLOCK_SUMS a scale is applied to the sums of
-// a k-tile, and while one is multiplied the next one's A is made, where there are registers for two.
+// them. `Operand`: what A is, and `my_row` the first of the lane's rows; with Operand::BLOCK_SUMS a scale is applied to the sums of a k-tile, and while one is multiplied the
+// next one's A is made, where there are registers for two.
 template <typename T, typename Operand, typename S>
 __device__ inline void multiply_rounds(float (&sums)[S::ACCUMULATORS], u8 *shared, Rounds<S> &at, int lane, u32 my_row, int stages) {
     constexpr int CHUNKS = Operand::CHUNKS, K_BLOCKS = Operand::K_BLOCKS, SETS = S::A_SETS;

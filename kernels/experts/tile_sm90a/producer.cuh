@@ -33,7 +33,7 @@ template <typename S, typename Walk>
 __device__ inline void produce_codes(u8 *shared, const ExpertsProduct &product, Walk walk) {
     const Pipelines<S> pipelines(shared);
     PipelineState<S::CODES_STAGES> state;
-    const int stages = (product.k + SCALES_K - 1) / SCALES_K;
+    const int stages = stages_of(product);
     for (; walk.left > 0; walk.advance()) {
         const int row = walk.row_tile * product.rows_of_tile();
         const ExpertMaps maps(product, walk.expert);
@@ -66,7 +66,7 @@ template <typename S, typename Walk>
 __device__ inline void produce_x(u8 *shared, const TensorMap *x_map, const ExpertsProduct &product, Walk walk) {
     const Pipelines<S> pipelines(shared);
     PipelineState<S::X_STAGES> state;
-    const int k_tiles = (product.k + SCALES_K - 1) / SCALES_K * SCALES_K_TILES;
+    const int k_tiles = stages_of(product) * SCALES_K_TILES;
     for (; walk.left > 0; walk.advance()) {
         const int width = walk.width();
         for (int k_tile = 0; k_tile < k_tiles; k_tile++) {
@@ -82,31 +82,30 @@ __device__ inline void produce_x(u8 *shared, const TensorMap *x_map, const Exper
     }
 }
 
-// Where the scales of a row begin.
-struct ScalesRow {
-    const float *absmax;
-    const u8 *codes;  // of nested scales
-    const float *absmax2;
-    i64 first;        // values of the weight before it
+// The scales of an expert's weight.
+struct WeightScales {
+    const void *first;     // float32, or codes of nested ones
+    const float *absmax2;  // of nested ones
     float offset;
 };
 
-// By one thread: the scales of a row of a stage, four of columns from `column` on, zero behind the last column. Blocks of 64 and more
-// values; `whole`: whether stages begin with blocks and codes of scales with words, and lie before the last column.
-__device__ inline Floats4 scales_of(const ScalesRow &row, const float *map, int column, int k, int block_shift, bool whole) {
-    const bool nested = row.absmax == nullptr;
-    const i64 first = row.first + column;
+// By one thread: the scales of a row of a stage, four of the values from `first` on, of which `left` are in the row; zero behind the
+// last column. Blocks of 64 and more values; `whole`: whether they are of blocks of 64, and one load brings all four.
+__device__ inline Floats4 scales_of(const WeightScales &of, const float *map, i64 first, int left, int block_shift, bool nested,
+                                    bool whole) {
+    const float *const absmax = static_cast<const float *>(of.first);
+    const u8 *const codes = static_cast<const u8 *>(of.first);
+    if (whole && !nested) {
+        return *reinterpret_cast<const Floats4 *>(absmax + (first >> 6));
+    }
     Floats4 made;
-    if (whole && block_shift == 6) {
+    if (whole) {
         const i64 block = first >> 6;
-        if (!nested) {
-            return *reinterpret_cast<const Floats4 *>(row.absmax + block);
-        }
-        const u32 codes = *reinterpret_cast<const u32 *>(row.codes + block);
-        const float by = row.absmax2[block >> NESTED_SHIFT];
+        const u32 four = *reinterpret_cast<const u32 *>(codes + block);
+        const float by = of.absmax2[block >> NESTED_SHIFT];
 #pragma unroll
         for (int j = 0; j < SCALES_K_TILES; j++) {
-            made.value[j] = RawScale<true>{codes >> 8 * j & 255, by}.value(map, row.offset);
+            made.value[j] = RawScale<true>{four >> 8 * j & 255, by}.value(map, of.offset);
         }
         return made;
     }
@@ -115,9 +114,9 @@ __device__ inline Floats4 scales_of(const ScalesRow &row, const float *map, int 
         const i64 block = (first + j * K_TILE) >> block_shift;
         made.value[j] = 0.0f;
         // Behind the last column nothing is added, whatever the last scale is.
-        if (column + j * K_TILE < k) {
-            made.value[j] = nested ? RawScale<true>{row.codes[block], row.absmax2[block >> NESTED_SHIFT]}.value(map, row.offset)
-                                   : row.absmax[block];
+        if (j * K_TILE < left) {
+            made.value[j] = nested ? RawScale<true>{codes[block], of.absmax2[block >> NESTED_SHIFT]}.value(map, of.offset)
+                                   : absmax[block];
         }
     }
     return made;
@@ -135,27 +134,27 @@ __device__ inline void produce_scales(u8 *shared, const ExpertsProduct &product,
         map = fill_map<S>(shared, member);
     }
     PipelineState<S::CODES_STAGES> state;
-    const int stages = (product.k + SCALES_K - 1) / SCALES_K;
+    const int stages = stages_of(product);
     for (; walk.left > 0; walk.advance()) {
         const bool copied = product.copies_scales_of(walk.expert);
-        ScalesRow rows[QUARTERS];
-        bool whole = product.k % SCALES_K == 0;
+        // Of quarters 2i and 2i + 1.
+        WeightScales weights[2];
+        bool whole = product.k % SCALES_K == 0 && product.block_shift == 6;
 #pragma unroll
-        for (int q = 0; q < QUARTERS; q++) {
-            const u64 *const entry = product.table + 4 * product.entry(q % 2, walk.expert);
-            const void *const scales = reinterpret_cast<const void *>(entry[1]);
-            whole = whole && is_aligned(scales, nested ? 4 : 16);
-            // Rows that are not there get what the last one has: what comes of them is not written.
-            const int row = walk.row_tile * product.rows_of_tile() + product.rows_before(q) + member;
-            rows[q] = {nested ? nullptr : static_cast<const float *>(scales), static_cast<const u8 *>(scales),
-                       reinterpret_cast<const float *>(entry[2]), i64(row < product.n ? row : product.n - 1) * product.k,
-                       nested ? *reinterpret_cast<const float *>(entry[3]) : 0.0f};
+        for (int i = 0; i < 2; i++) {
+            const u64 *const entry = product.table + 4 * product.entry(i, walk.expert);
+            weights[i] = {reinterpret_cast<const void *>(entry[1]), reinterpret_cast<const float *>(entry[2]),
+                          nested ? *reinterpret_cast<const float *>(entry[3]) : 0.0f};
+            whole = whole && is_aligned(weights[i].first, nested ? 4 : 16);
         }
         Floats4 values[QUARTERS];
         const auto load = [&](int stage) {
 #pragma unroll
             for (int q = 0; q < QUARTERS; q++) {
-                values[q] = scales_of(rows[q], map, stage * SCALES_K, product.k, product.block_shift, whole);
+                // Rows that are not there get what the last one has: what comes of them is not written.
+                const int row = walk.row_tile * product.rows_of_tile() + product.rows_before(q) + member;
+                const i64 first = i64(row < product.n ? row : product.n - 1) * product.k + stage * SCALES_K;
+                values[q] = scales_of(weights[q % 2], map, first, product.k - stage * SCALES_K, product.block_shift, nested, whole);
             }
         };
         if (!copied) {

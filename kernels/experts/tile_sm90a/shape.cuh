@@ -18,7 +18,9 @@ struct ExpertShape {
     // Whether scales are for the sums of a block and not for its weights: where registers have room for two sets of accumulators.
     static constexpr bool BLOCK_SUMS = TOKENS <= 64;
     // Sets of registers of A.
-    static constexpr int A_SETS = TOKENS <= 32 ? 2 : 1;
+    static constexpr int A_SETS = TOKENS <= 16 ? 2 : 1;
+    // Whether two sets of accumulators and one of A leave hardly any others.
+    static constexpr bool TIGHT = TOKENS == 64;
     // Tokens that a copy brings.
     static constexpr int STEP = TOKENS < STEP_TOKENS ? TOKENS : STEP_TOKENS;
     static constexpr int CONSUMERS = TEAMS * TEAM, CONSUMER_WARPS = CONSUMERS / WARP;
@@ -87,19 +89,20 @@ struct ExpertsProduct {
     }
 };
 
+// Stages of a tile.
+__device__ inline int stages_of(const ExpertsProduct &product) { return (product.k + SCALES_K - 1) / SCALES_K; }
+
 // The tiles of a block, one after another: a run of all tiles. First come those of the first expert, of these those of the
 // first rows of W; the tiles of its tokens follow each other. By whole warps up to the loop.
 template <int TOKENS>
 struct TileWalk {
-    const int *offsets;
-    int row_tiles;
+    const ExpertsProduct &product;
     int left;           // tiles to go, this one with them
     int expert;
     int begin, tokens;  // the expert's first row of x, and how many it has
     int row_tile, token;
 
-    __device__ TileWalk(const ExpertsProduct &product, int lane)
-        : offsets(product.offsets), row_tiles((product.n + product.rows_of_tile() - 1) / product.rows_of_tile()) {
+    __device__ TileWalk(const ExpertsProduct &product, int lane) : product(product) {
         // Tiles of tokens of so many experts for each lane, and of those up to it.
         const int each = (product.experts + WARP - 1) / WARP;
         int mine = 0;
@@ -111,10 +114,10 @@ struct TileWalk {
             const int other = __shfl_up_sync(ALL_LANES, up_to, u32(by));
             up_to += lane >= by ? other : 0;
         }
-        const i64 all = i64(__shfl_sync(ALL_LANES, up_to, WARP - 1)) * row_tiles;
+        const i64 all = i64(__shfl_sync(ALL_LANES, up_to, WARP - 1)) * row_tiles();
         const int first = int(all * blockIdx.x / gridDim.x), end = int(all * (blockIdx.x + 1) / gridDim.x);
         left = end - first;
-        const int unit = left > 0 ? first / row_tiles : 0;
+        const int unit = left > 0 ? first / row_tiles() : 0;
         const int lanes = __popc(__ballot_sync(ALL_LANES, up_to <= unit));
         int before = __shfl_sync(ALL_LANES, up_to - mine, lanes % WARP);
         expert = 0;
@@ -125,7 +128,7 @@ struct TileWalk {
                 before += token_tiles(expert);
             }
             enter();
-            const int tiles = token_tiles(expert), rest = first - before * row_tiles;
+            const int tiles = token_tiles(expert), rest = first - before * row_tiles();
             row_tile = rest / tiles;
             token = rest % tiles * TOKENS;
         }
@@ -144,7 +147,7 @@ struct TileWalk {
         }
         token = 0;
         row_tile++;
-        if (row_tile < row_tiles || left == 0) {
+        if (row_tile < row_tiles() || left == 0) {
             return;
         }
         row_tile = 0;
@@ -155,9 +158,12 @@ struct TileWalk {
     }
 
   private:
+    __device__ int row_tiles() const { return (product.n + product.rows_of_tile() - 1) / product.rows_of_tile(); }
     __device__ void enter() {
-        begin = offsets[expert];
-        tokens = offsets[expert + 1] - begin;
+        begin = product.offsets[expert];
+        tokens = product.offsets[expert + 1] - begin;
     }
-    __device__ int token_tiles(int of) const { return (offsets[of + 1] - offsets[of] + TOKENS - 1) / TOKENS; }
+    __device__ int token_tiles(int of) const {
+        return (product.offsets[of + 1] - product.offsets[of] + TOKENS - 1) / TOKENS;
+    }
 };
