@@ -84,6 +84,14 @@ __device__ inline void wait_for_signal(const u64 *at, u64 value) {
     } while (found != value);
 }
 
+// The same by all lanes of a warp, which stay together: around a loop of single lanes ptxas keeps nothing in registers of warps.
+__device__ inline void wait_for_signal_by_warp(const u64 *at, u64 value) {
+    u64 found;
+    do {
+        asm volatile("ld.acquire.gpu.global.b64 %0, [%1];" : "=l"(found) : "l"(at) : "memory");
+    } while (__any_sync(ALL_LANES, found != value));
+}
+
 // ---- bytes ---------------------------------------------------------------------------------------------------------
 
 // Byte i of the result is byte `selector >> 4i & 7` of the eight in (a, b), a's four first.

@@ -21,3 +21,12 @@ __device__ inline void wait_for_sums(const Workspace &workspace, i64 place) {
     // So that a graph that is launched again finds none.
     workspace.signals[place] = 0;
 }
+
+// The same by a warp.
+__device__ inline void wait_for_sums_by_warp(const Workspace &workspace, i64 place, int lane) {
+    wait_for_signal_by_warp(workspace.signals + place, workspace.token);
+    __syncwarp();
+    if (lane == 0) {
+        workspace.signals[place] = 0;
+    }
+}

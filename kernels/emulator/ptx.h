@@ -63,6 +63,9 @@ inline void wait_for_signal(const u64 *at, u64 value, emulator::Site site = emul
         emulator::fail(site, "a block waits for a signal of one that has not run");
     }
 }
+inline void wait_for_signal_by_warp(const u64 *at, u64 value, emulator::Site site = emulator::Site::here()) {
+    wait_for_signal(at, value, site);
+}
 
 // ---- bytes ---------------------------------------------------------------------------------------------------------
 

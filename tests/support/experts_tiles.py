@@ -93,6 +93,7 @@ class Tile:
     more: int = 0
     shift: int = 0
     permutes: bool = False
+    shares: bool = False
 
     @property
     def block_sums(self) -> bool:
@@ -123,7 +124,7 @@ def _wanted(job: Tokens, plan: Tile, order: np.ndarray, exact: bool) -> Callable
                 bias = native.to_float32(job.bias, job.dtype).astype(np.float64)
                 added = bias[expert, projection * n : (projection + 1) * n]
             products.append(rows @ w.T + added)
-            sizes.append((np.abs(rows) @ np.abs(w).T + np.abs(added)) * (k / 16 + 2 * k / 64 + 3) * 2.0**-24)
+            sizes.append((np.abs(rows) @ np.abs(w).T + np.abs(added)) * (k / 16 + 2 * k / 64 + 3 + plan.blocks * plan.shares) * 2.0**-24)
         gate, up = products[0], products[-1] if len(products) == 2 else np.ones_like(products[0])
         made = activated(plan.activation, gate, up)
         y[begin : begin + count] = made
@@ -151,6 +152,15 @@ def _wanted(job: Tokens, plan: Tile, order: np.ndarray, exact: bool) -> Callable
         return "" if end == 0 else check(rows)
 
     return compare
+
+
+def _workspace(plan: Tile, rows: int) -> Argument:
+    """Sums and signals of blocks; what is there before is of no account."""
+    if not plan.shares:
+        return Argument(bytes(24))
+    sums = Buffer(np.full((plan.blocks, rows * plan.tokens), np.nan, np.float32))
+    signals = Buffer(np.random.default_rng(plan.blocks).integers(1, 1 << 60, 2 * plan.blocks, np.uint64))
+    return Argument(struct.pack("<3Q", 0, 0, 1 << 63 | plan.blocks), ((0, sums), (8, signals)))
 
 
 def tile(source: Described, job: Tokens, plan: Tile, exact: bool = False) -> Check:
@@ -189,9 +199,9 @@ def tile(source: Described, job: Tokens, plan: Tile, exact: bool = False) -> Che
     product = [
         pointers(Buffer(job.offsets), Buffer(order) if plan.ordered else None, Buffer(table, 0, tuple(in_table)),
                  Buffer(maps, 0, tuple(in_maps))),
-        Argument(struct.pack("<12i", experts, first if gated else -1, first + gated, n, k,
+        Argument(struct.pack("<13i4x", experts, first if gated else -1, first + gated, n, k,
                              job.blocksize.bit_length() - 1, int(matrices[0].scales.codes is not None),
-                             ACTIVATIONS[plan.activation], columns, (1 + gated) * n, copies, plan.permutes)),
+                             ACTIVATIONS[plan.activation], columns, (1 + gated) * n, copies, plan.shares, plan.permutes)),
     ]  # fmt: skip
     arguments = [
         tensor_map(Buffer(permuted(job.x)), 2, (k, slots), (2 * k,), (constants["K_TILE"], min(constants["STEP_TOKENS"], plan.tokens)), 128),
@@ -199,8 +209,11 @@ def tile(source: Described, job: Tokens, plan: Tile, exact: bool = False) -> Che
         Argument(reference.CODEBOOKS[job.quant_type].astype(np.float32).tobytes()),
         pointers(None if job.bias is None else Buffer(job.bias)),
         pointers(y),
+        _workspace(plan, constants["QUARTERS"] * constants["QUARTER_ROWS"]),
     ]
-    launch = Launch(kernel, plan.blocks, source.threads[kernel], arguments, tile_shared(plan.tokens))
+    launch = Launch(
+        kernel, plan.blocks, source.threads[kernel], arguments, tile_shared(plan.tokens), in_order=plan.shares
+    )
     name = f"{kernel}, {job.counts} x {n} x {k}, {job.quant_type} in {job.blocksize}, {plan}"
     return Check(name, Case([launch]), [(y, _wanted(job, plan, order, exact))])
 

@@ -4,6 +4,7 @@
 #include "experts/activation.cuh"
 #include "experts/permute.cuh"
 #include "experts/tile_sm90a/operands.cuh"
+#include "experts/tile_sm90a/shared_tiles.cuh"
 
 // The gates with a sigmoid by one formula, so that each value takes few instructions, none of them a branch:
 // gate * sigmoid(gate * (linear + cubic * gate^2)) * (up + one), of values clamped to `limit`.
@@ -88,13 +89,6 @@ __device__ inline void write_tile(const float (&sums)[S::ACCUMULATORS], u8 *shar
     const int lane = read_lane(), member = team_warp * WARP + lane;
     u8 *const out = shared + S::OUT_AT + team * S::OUT_BYTES;
     int *const rows = reinterpret_cast<int *>(shared + S::ROWS_AT) + team * S::TOKENS;
-    const auto meet_team = [&]() {
-        if (team == 0) {
-            meet<3, TEAM>();
-        } else {
-            meet<4, TEAM>();
-        }
-    };
     const bool gated = product.gated();
     const int n = product.n;
     // Columns of y of the team, and 16-byte pieces of them.
@@ -126,7 +120,7 @@ __device__ inline void write_tile(const float (&sums)[S::ACCUMULATORS], u8 *shar
             d[i] = sums[step * (STEP / 2) + i] + biases[i / 2 % 2];
         }
         // Nobody reads the tokens before any more, nor where they go: a warp may be a short tile ahead of another.
-        meet_team();
+        meet_team(team);
         if (step == 0 && member < TOKENS) {
             rows[member] = y_row;
         }
@@ -148,7 +142,7 @@ __device__ inline void write_tile(const float (&sums)[S::ACCUMULATORS], u8 *shar
                                  pack2<T>(e[6], e[7]));
             }
         }
-        meet_team();
+        meet_team(team);
 #pragma unroll 1
         for (int j = 0; j < 2; j++) {
             const int at = j * (STEP_TOKENS / 2) + (member >> pieces_shift);

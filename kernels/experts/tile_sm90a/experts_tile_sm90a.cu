@@ -9,6 +9,7 @@
 // Grid: any number of blocks, of ExpertShape::THREADS; ExpertShape::BYTES of dynamic shared memory.
 extern "C" __global__ void __launch_bounds__(ExpertShape<EXPERTS_TOKENS>::THREADS, 1)
     EXPERTS_NAME(const __grid_constant__ TensorMap x, const __grid_constant__ ExpertsProduct product,
-                 const __grid_constant__ Codebook codebook, const EXPERTS_ELEMENT *bias, EXPERTS_ELEMENT *y) {
-    experts_tile_sm90a<EXPERTS_ELEMENT, EXPERTS_TOKENS>(&x, product, codebook, bias, y);
+                 const __grid_constant__ Codebook codebook, const EXPERTS_ELEMENT *bias, EXPERTS_ELEMENT *y,
+                 const __grid_constant__ Workspace workspace) {
+    experts_tile_sm90a<EXPERTS_ELEMENT, EXPERTS_TOKENS>(&x, product, codebook, bias, y, workspace);
 }

@@ -82,7 +82,7 @@ struct OperandOf<T, S, false> {
 
 template <typename T, int TOKENS>
 __device__ inline void experts_tile_sm90a(const TensorMap *x_map, const ExpertsProduct &product, const Codebook &codebook,
-                                          const T *bias, T *y) {
+                                          const T *bias, T *y, const Workspace &workspace) {
     using S = ExpertShape<TOKENS>;
     DYNAMIC_SHARED_1024(shared);
     const int thread = int(threadIdx.x), lane = thread % WARP;
@@ -95,7 +95,7 @@ __device__ inline void experts_tile_sm90a(const TensorMap *x_map, const ExpertsP
     if (warp >= S::CONSUMER_WARPS) {
         give_registers<S::PRODUCER_REGISTERS>();
         wait_for_previous();
-        const TileWalk<TOKENS> walk(product, lane);
+        const TileWalk<S> walk(product, lane);
         const int role = warp - S::CONSUMER_WARPS, member = thread - (S::THREADS - SCALE_PRODUCERS);
         if (role == 0) {
             if (lane == 0) {
@@ -104,7 +104,7 @@ __device__ inline void experts_tile_sm90a(const TensorMap *x_map, const ExpertsP
             __syncwarp();
         } else if (role == 1) {
             if (lane == 0) {
-                produce_x<S>(shared, x_map, product, walk);
+                produce_x<S>(shared, x_map, walk);
             }
             __syncwarp();
         } else {
@@ -119,7 +119,7 @@ __device__ inline void experts_tile_sm90a(const TensorMap *x_map, const ExpertsP
     Operand::prepare(shared, codebook, warp, lane);
     wait_for_previous();
     Rounds<S> rounds;
-    for (TileWalk<TOKENS> walk(product, lane); walk.left > 0; walk.advance()) {
+    for (TileWalk<S> walk(product, lane); walk.left > 0; walk.advance()) {
         const auto find_y_row = [&]() {
             const int slot = walk.token + thread % TOKENS, row = walk.begin + slot;
             return product.order == nullptr || slot >= walk.tokens ? row : product.order[row];
@@ -127,13 +127,21 @@ __device__ inline void experts_tile_sm90a(const TensorMap *x_map, const ExpertsP
         // Asked for early where there is a register for it: behind the products nothing hides the wait.
         int y_row = S::TIGHT ? 0 : find_y_row();
         float sums[S::ACCUMULATORS];
-        multiply_rounds<T, Operand, S>(sums, shared, rounds, lane, my_row, stages_of(product));
+        multiply_rounds<T, Operand, S>(sums, shared, rounds, lane, my_row, walk.stages());
         if constexpr (S::TIGHT) {
             y_row = find_y_row();
         }
-        if (walk.left == 1) {
+        if (walk.is_last()) {
             let_next_start();
         }
-        write_tile<T, S>(sums, shared, bias, y, product, walk, y_row, warp / TEAM_WARPS, warp % TEAM_WARPS);
+        const int team = warp / TEAM_WARPS, team_warp = warp % TEAM_WARPS;
+        if constexpr (S::SHARES) {
+            if (walk.first_stage() > 0) {
+                leave_sums<S>(sums, workspace, walk.range(), team, team_warp);
+                continue;
+            }
+            collect_sums<S>(sums, workspace, walk, team, team_warp);
+        }
+        write_tile<T, S>(sums, shared, bias, y, product, walk, y_row, team, team_warp);
     }
 }

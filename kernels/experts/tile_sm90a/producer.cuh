@@ -33,11 +33,11 @@ template <typename S, typename Walk>
 __device__ inline void produce_codes(u8 *shared, const ExpertsProduct &product, Walk walk) {
     const Pipelines<S> pipelines(shared);
     PipelineState<S::CODES_STAGES> state;
-    const int stages = stages_of(product);
     for (; walk.left > 0; walk.advance()) {
+        const int first = walk.first_stage(), end = first + walk.stages();
         const int row = walk.row_tile * product.rows_of_tile();
         const ExpertMaps maps(product, walk.expert);
-        for (int stage = 0; stage < stages; stage++) {
+        for (int stage = first; stage < end; stage++) {
             Barrier *const full = &pipelines.codes_full[state.stage];
             barrier_wait(&pipelines.codes_empty[state.stage], state.phase ^ 1);
             barrier_arrive_expecting(full, S::CODES_BYTES + (maps.copies_scales ? S::SCALES_BYTES : 0));
@@ -52,7 +52,7 @@ __device__ inline void produce_codes(u8 *shared, const ExpertsProduct &product, 
                 }
             }
             state.advance();
-            if (stage == 0 && walk.left > 1) {
+            if (stage == first && !walk.is_last()) {
                 Walk next = walk;
                 next.advance();
                 ExpertMaps(product, next.expert).fetch();
@@ -63,13 +63,12 @@ __device__ inline void produce_codes(u8 *shared, const ExpertsProduct &product, 
 
 // By one thread: stages of x [width][K_TILE]. Behind the expert's tokens are the next one's; what comes of them is not written.
 template <typename S, typename Walk>
-__device__ inline void produce_x(u8 *shared, const TensorMap *x_map, const ExpertsProduct &product, Walk walk) {
+__device__ inline void produce_x(u8 *shared, const TensorMap *x_map, Walk walk) {
     const Pipelines<S> pipelines(shared);
     PipelineState<S::X_STAGES> state;
-    const int k_tiles = stages_of(product) * SCALES_K_TILES;
     for (; walk.left > 0; walk.advance()) {
-        const int width = walk.width();
-        for (int k_tile = 0; k_tile < k_tiles; k_tile++) {
+        const int width = walk.width(), first = walk.first_stage() * SCALES_K_TILES, end = first + walk.stages() * SCALES_K_TILES;
+        for (int k_tile = first; k_tile < end; k_tile++) {
             Barrier *const full = &pipelines.x_full[state.stage];
             barrier_wait(&pipelines.x_empty[state.stage], state.phase ^ 1);
             u8 *const to = shared + S::X_AT + state.stage * S::X_BYTES;
@@ -90,33 +89,40 @@ struct WeightScales {
 };
 
 // By one thread: the scales of a row of a stage, four of the values from `first` on, of which `left` are in the row; zero behind the
-// last column. Blocks of 64 and more values; `whole`: whether they are of blocks of 64, and one load brings all four.
+// last column, whatever the last scale is. Blocks of 64 and more values; `together`: how many a load brings, 4, 2 or 1.
 __device__ inline Floats4 scales_of(const WeightScales &of, const float *map, i64 first, int left, int block_shift, bool nested,
-                                    bool whole) {
+                                    int together) {
     const float *const absmax = static_cast<const float *>(of.first);
     const u8 *const codes = static_cast<const u8 *>(of.first);
-    if (whole && !nested) {
+    if (together == 4 && !nested) {
         return *reinterpret_cast<const Floats4 *>(absmax + (first >> 6));
     }
-    Floats4 made;
-    if (whole) {
-        const i64 block = first >> 6;
-        const u32 four = *reinterpret_cast<const u32 *>(codes + block);
-        const float by = of.absmax2[block >> NESTED_SHIFT];
+    Floats4 made = {};
 #pragma unroll
-        for (int j = 0; j < SCALES_K_TILES; j++) {
-            made.value[j] = RawScale<true>{four >> 8 * j & 255, by}.value(map, of.offset);
+    for (int j = 0; j < SCALES_K_TILES; j += 2) {
+        if (j * K_TILE >= left) {
+            break;
         }
-        return made;
-    }
-#pragma unroll
-    for (int j = 0; j < SCALES_K_TILES; j++) {
-        const i64 block = (first + j * K_TILE) >> block_shift;
-        made.value[j] = 0.0f;
-        // Behind the last column nothing is added, whatever the last scale is.
-        if (j * K_TILE < left) {
-            made.value[j] = nested ? RawScale<true>{codes[block], of.absmax2[block >> NESTED_SHIFT]}.value(map, of.offset)
-                                   : absmax[block];
+        const i64 block = (first + j * K_TILE) >> block_shift, next = (first + (j + 1) * K_TILE) >> block_shift;
+        const bool there = (j + 1) * K_TILE < left;
+        if (nested) {
+            u32 two;
+            if (together > 1) {
+                two = *reinterpret_cast<const u16 *>(codes + block);
+            } else {
+                two = codes[block] | u32(there ? codes[next] : 0) << 8;
+            }
+            made.value[j] = RawScale<true>{two & 255, of.absmax2[block >> NESTED_SHIFT]}.value(map, of.offset);
+            if (there) {
+                made.value[j + 1] = RawScale<true>{two >> 8, of.absmax2[next >> NESTED_SHIFT]}.value(map, of.offset);
+            }
+        } else if (together > 1) {
+            const Floats2 two = *reinterpret_cast<const Floats2 *>(absmax + block);
+            made.value[j] = two.value[0];
+            made.value[j + 1] = two.value[1];
+        } else {
+            made.value[j] = absmax[block];
+            made.value[j + 1] = there ? absmax[next] : 0.0f;
         }
     }
     return made;
@@ -134,18 +140,21 @@ __device__ inline void produce_scales(u8 *shared, const ExpertsProduct &product,
         map = fill_map<S>(shared, member);
     }
     PipelineState<S::CODES_STAGES> state;
-    const int stages = stages_of(product);
     for (; walk.left > 0; walk.advance()) {
+        const int begin = walk.first_stage(), end = begin + walk.stages();
         const bool copied = product.copies_scales_of(walk.expert);
         // Of quarters 2i and 2i + 1.
         WeightScales weights[2];
-        bool whole = product.k % SCALES_K == 0 && product.block_shift == 6;
+        const int aligned = product.k % SCALES_K == 0 ? 4 : product.k % (SCALES_K / 2) == 0 ? 2 : 1;
+        int together = product.block_shift == 6 ? aligned : 1;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const u64 *const entry = product.table + 4 * product.entry(i, walk.expert);
             weights[i] = {reinterpret_cast<const void *>(entry[1]), reinterpret_cast<const float *>(entry[2]),
                           nested ? *reinterpret_cast<const float *>(entry[3]) : 0.0f};
-            whole = whole && is_aligned(weights[i].first, nested ? 4 : 16);
+            if (!is_aligned(weights[i].first, (nested ? 1 : 4) * together)) {
+                together = 1;
+            }
         }
         Floats4 values[QUARTERS];
         const auto load = [&](int stage) {
@@ -154,13 +163,13 @@ __device__ inline void produce_scales(u8 *shared, const ExpertsProduct &product,
                 // Rows that are not there get what the last one has: what comes of them is not written.
                 const int row = walk.row_tile * product.rows_of_tile() + product.rows_before(q) + member;
                 const i64 first = i64(row < product.n ? row : product.n - 1) * product.k + stage * SCALES_K;
-                values[q] = scales_of(weights[q % 2], map, first, product.k - stage * SCALES_K, product.block_shift, nested, whole);
+                values[q] = scales_of(weights[q % 2], map, first, product.k - stage * SCALES_K, product.block_shift, nested, together);
             }
         };
         if (!copied) {
-            load(0);
+            load(begin);
         }
-        for (int stage = 0; stage < stages; stage++) {
+        for (int stage = begin; stage < end; stage++) {
             barrier_wait(&pipelines.codes_empty[state.stage], state.phase ^ 1);
             if (!copied) {
                 Floats4 *const to = reinterpret_cast<Floats4 *>(shared + S::SCALES_AT + state.stage * S::SCALES_BYTES) + member;
@@ -174,7 +183,7 @@ __device__ inline void produce_scales(u8 *shared, const ExpertsProduct &product,
                 barrier_arrive(&pipelines.codes_full[state.stage]);
             }
             state.advance();
-            if (!copied && stage + 1 < stages) {
+            if (!copied && stage + 1 < end) {
                 // The consumers are some k-tiles behind.
                 load(stage + 1);
             }

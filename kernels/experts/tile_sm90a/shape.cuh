@@ -1,6 +1,7 @@
 // The shape of a tile of experts_tile_sm90a, what its product is, and which tiles a block makes.
 #pragma once
 
+#include "common/workspace.cuh"
 #include "gemm/tile_sm90a/shape.cuh"
 
 constexpr int QUARTER_ROWS = 64;  // rows of one weight that a copy brings: wgmma has eight of them in a warp beside eight others
@@ -17,6 +18,8 @@ struct ExpertShape {
     static constexpr int TEAMS = 2;
     // Whether scales are for the sums of a block and not for its weights: where registers have room for two sets of accumulators.
     static constexpr bool BLOCK_SUMS = TOKENS <= 64;
+    // Whether blocks can share tiles: where there are few of them.
+    static constexpr bool SHARES = TOKENS <= 32;
     // Sets of registers of A.
     static constexpr int A_SETS = TOKENS <= 16 ? 2 : 1;
     // Whether two sets of accumulators and one of A leave hardly any others.
@@ -73,6 +76,7 @@ struct ExpertsProduct {
     int pitch;              // elements between rows of y
     int bias_pitch;         // and between the experts' biases
     int copies_scales;      // whether they are of blocks of 64, not nested, and K is a multiple of SCALES_K
+    int shares;             // whether blocks share all tiles evenly, so that several may have parts of one (stream-K)
     int permutes;           // whether columns of y are in the order of permute.cuh; n is then a multiple of 64
 
     __device__ bool gated() const { return gate >= 0; }
@@ -92,15 +96,19 @@ struct ExpertsProduct {
 // Stages of a tile.
 __device__ inline int stages_of(const ExpertsProduct &product) { return (product.k + SCALES_K - 1) / SCALES_K; }
 
-// The tiles of a block, one after another: a run of all tiles. First come those of the first expert, of these those of the
-// first rows of W; the tiles of its tokens follow each other. By whole warps up to the loop.
-template <int TOKENS>
+// The tiles of a block, one after another: a range of all tiles' stages. First come those of the first expert, of these those of the
+// first rows of W; the tiles of its tokens follow each other. By whole warps up to the loop. Where blocks share tiles a range may begin
+// and end in the middle of one, else it is of whole ones.
+template <typename S>
 struct TileWalk {
+    static constexpr int TOKENS = S::TOKENS;
     const ExpertsProduct &product;
-    int left;           // tiles to go, this one with them
+    i64 all;            // tiles
+    int left;           // stages to go, those of this tile with them; or tiles, where blocks never share any
     int expert;
     int begin, tokens;  // the expert's first row of x, and how many it has
     int row_tile, token;
+    int begin_stage;    // the first of this tile's stages, where it may be another than 0
 
     __device__ TileWalk(const ExpertsProduct &product, int lane) : product(product) {
         // Tiles of tokens of so many experts for each lane, and of those up to it.
@@ -114,9 +122,19 @@ struct TileWalk {
             const int other = __shfl_up_sync(ALL_LANES, up_to, u32(by));
             up_to += lane >= by ? other : 0;
         }
-        const i64 all = i64(__shfl_sync(ALL_LANES, up_to, WARP - 1)) * row_tiles();
-        const int first = int(all * blockIdx.x / gridDim.x), end = int(all * (blockIdx.x + 1) / gridDim.x);
-        left = end - first;
+        all = i64(__shfl_sync(ALL_LANES, up_to, WARP - 1)) * row_tiles();
+        const int stages = stages_of(product);
+        int first;
+        begin_stage = 0;
+        if (S::SHARES && product.shares != 0) {
+            const int from = first_shared(range());
+            left = first_shared(range() + 1) - from;
+            first = from / stages;
+            begin_stage = from - first * stages;
+        } else {
+            first = int(all * range() / gridDim.x);
+            left = (int(all * (range() + 1) / gridDim.x) - first) * (S::SHARES ? stages : 1);
+        }
         const int unit = left > 0 ? first / row_tiles() : 0;
         const int lanes = __popc(__ballot_sync(ALL_LANES, up_to <= unit));
         int before = __shfl_sync(ALL_LANES, up_to - mine, lanes % WARP);
@@ -133,14 +151,26 @@ struct TileWalk {
             token = rest % tiles * TOKENS;
         }
     }
+    // Which range is this block's: the last is that of the first block, as a block must not wait for one that starts later.
+    __device__ int range() const { return int(gridDim.x) - 1 - int(blockIdx.x); }
+    // The first stage of a range, of those of all tiles, where blocks share tiles: as they are few, 32 bits do.
+    __device__ int first_shared(int which) const {
+        return int(u32(all) * u32(stages_of(product)) * u32(which) / gridDim.x);
+    }
+    // The first stage of this tile that the block makes, and how many.
+    __device__ int first_stage() const { return S::SHARES ? begin_stage : 0; }
+    __device__ int stages() const {
+        const int there = stages_of(product) - first_stage();
+        return S::SHARES && left < there ? left : there;
+    }
     // Tokens of this tile that are brought: whole steps. What products make of others is not written.
     __device__ int width() const {
         const int there = tokens - token;
-        constexpr int STEP = TOKENS < STEP_TOKENS ? TOKENS : STEP_TOKENS;
-        return there < TOKENS ? (there + STEP - 1) / STEP * STEP : TOKENS;
+        return there < TOKENS ? (there + S::STEP - 1) / S::STEP * S::STEP : TOKENS;
     }
     __device__ void advance() {
-        left--;
+        left -= S::SHARES ? stages() : 1;
+        begin_stage = 0;
         token += TOKENS;
         if (token < tokens) {
             return;
@@ -156,6 +186,8 @@ struct TileWalk {
             enter();
         } while (tokens == 0);
     }
+    // Whether this is the block's last tile.
+    __device__ bool is_last() const { return left <= (S::SHARES ? stages() : 1); }
 
   private:
     __device__ int row_tiles() const { return (product.n + product.rows_of_tile() - 1) / product.rows_of_tile(); }

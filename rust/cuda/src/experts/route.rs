@@ -17,6 +17,8 @@ pub(super) struct Routed {
     pub order: u64,
     pub chunks: u64,
     pub chunk_count: u64,
+    /// What blocks of a product leave each other.
+    pub sums: u64,
 }
 
 impl Routed {
@@ -30,6 +32,7 @@ impl Routed {
             order: at(parts.order),
             chunks: at(parts.chunks),
             chunk_count: at(parts.chunk_count),
+            sums: at(parts.sums),
         }
     }
 }
@@ -46,7 +49,7 @@ pub(super) unsafe fn route(
     to: &Routed,
 ) -> Result<()> {
     let shared = (experts_route::WARPS * (experts.experts + 1) * size_of::<i32>()) as u32;
-    let &Routed { offsets, order, chunks, chunk_count } = to;
+    let &Routed { offsets, order, chunks, chunk_count, .. } = to;
     let (ids, slots, columns) = (choices.ids, choices.slots() as i32, columns as i32);
     let count = experts.experts as i32;
     let parameters = parameters![ids, slots, count, columns, offsets, order, chunk_count, chunks];

@@ -6,6 +6,7 @@ use halfbyte::error::{Error, Result};
 use super::layer::{ALIGNMENT, Activation, Choices, Experts, Matrices};
 use super::route::Routed;
 use crate::driver::{Device, Stream, TensorMap, TileType};
+use crate::gemm::workspace::{self, Workspace as Sums};
 use crate::kernels::{
     self, Kernel, experts_tile_sm90a_bf16_16 as source, experts_tile_sm90a_bf16_32 as source_32,
     experts_tile_sm90a_bf16_64 as source_64, experts_tile_sm90a_bf16_128 as source_128,
@@ -20,6 +21,11 @@ const MOST_PITCH: usize = 1 << 40;
 /// these 200 with 16, where the tiles are as many as with fewer.
 const SLOTS: usize = 6;
 
+/// Consumers of a block that have rows of their own, and so sums of their own.
+const TEAMS: usize = 2;
+/// Tiles of each block up to which blocks share all of them.
+const FEW_TILES: usize = 8;
+
 /// The forms of the kernel.
 #[derive(Debug, Clone, Copy)]
 struct Form {
@@ -27,8 +33,11 @@ struct Form {
     /// 128 experts of 2048 x 768 took, in microseconds on an H200, by tokens of a tile:
     /// 32: 185, 188, 278, 457, 846, 1677; 64: 217, 219, 233, 349, 569, 1098; 128: 291, 297, 309, 339, 513, 941.
     slots: usize,
-    /// Tokens that the copy engine brings at a time.
+    /// Tokens of a tile, and those that the copy engine brings at a time.
+    tokens: usize,
     step: usize,
+    /// Whether blocks can share tiles.
+    shares: bool,
     /// The dynamic shared memory of a block.
     shared: usize,
     bf16: &'static Kernel,
@@ -38,28 +47,36 @@ struct Form {
 const FORMS: [Form; 4] = [
     Form {
         slots: 8,
+        tokens: 16,
         step: 16,
+        shares: true,
         shared: source::EXPERTSHAPE_16_BYTES,
         bf16: &kernels::EXPERTS_TILE_SM90A_BF16_16,
         f16: &kernels::EXPERTS_TILE_SM90A_F16_16,
     },
     Form {
         slots: 24,
+        tokens: 32,
         step: source::STEP_TOKENS,
+        shares: true,
         shared: source_32::EXPERTSHAPE_32_BYTES,
         bf16: &kernels::EXPERTS_TILE_SM90A_BF16_32,
         f16: &kernels::EXPERTS_TILE_SM90A_F16_32,
     },
     Form {
         slots: 60,
+        tokens: 64,
         step: source::STEP_TOKENS,
+        shares: false,
         shared: source_64::EXPERTSHAPE_64_BYTES,
         bf16: &kernels::EXPERTS_TILE_SM90A_BF16_64,
         f16: &kernels::EXPERTS_TILE_SM90A_F16_64,
     },
     Form {
         slots: usize::MAX,
+        tokens: 128,
         step: source::STEP_TOKENS,
+        shares: false,
         shared: source_128::EXPERTSHAPE_128_BYTES,
         bf16: &kernels::EXPERTS_TILE_SM90A_BF16_128,
         f16: &kernels::EXPERTS_TILE_SM90A_F16_128,
@@ -85,6 +102,7 @@ struct Product {
     pitch: i32,
     bias_pitch: i32,
     copies_scales: i32,
+    shares: i32,
     permutes: i32,
 }
 
@@ -148,13 +166,13 @@ impl Tile {
             ..product(experts, matrices, routed, (n, k))
         };
         // SAFETY: the caller's.
-        unsafe { self.launch(experts, stream, slots, gathered, &product, matrices.up_bias, y) }?;
+        unsafe { self.launch(experts, stream, slots, gathered, &product, matrices.up_bias, y, routed.sums) }?;
         if !joint {
             let behind = (n * 2) as u64;
             let bias = if matrices.up_bias == 0 { 0 } else { matrices.up_bias + behind };
             let product = Product { up: 1, ..product };
             // SAFETY: the caller's; what this one writes the one before does not.
-            unsafe { self.launch(experts, stream, slots, gathered, &product, bias, y + behind) }?;
+            unsafe { self.launch(experts, stream, slots, gathered, &product, bias, y + behind, routed.sums) }?;
         }
         Ok(self.kernel.name)
     }
@@ -181,7 +199,7 @@ impl Tile {
             ..product(experts, matrices, routed, (n, k))
         };
         // SAFETY: the caller's.
-        unsafe { self.launch(experts, stream, choices.slots(), x, &product, matrices.down_bias, y) }?;
+        unsafe { self.launch(experts, stream, choices.slots(), x, &product, matrices.down_bias, y, routed.sums) }?;
         Ok(self.kernel.name)
     }
 
@@ -195,12 +213,17 @@ impl Tile {
         product: &Product,
         bias: u64,
         y: u64,
+        shared: u64,
     ) -> Result<()> {
         let kind = if experts.dtype == DType::F16 { TileType::F16 } else { TileType::Bf16 };
         let map = TensorMap::new(kind, x, (slots, product.k as usize), (self.form.step, source::K_TILE))?;
-        let (product, codebook) = (*product, *experts.quant_type.values());
+        let shares = self.form.shares
+            && shares(experts, self.form.tokens, slots, product)
+            && std::env::var("HB_NOSHARE").is_err();
+        let (product, codebook) = (Product { shares: i32::from(shares), ..*product }, *experts.quant_type.values());
         let blocks = u64::from(experts.device.multiprocessors());
-        let parameters = parameters![map, product, codebook, bias, y];
+        let sums = Sums::new(shared, sums(experts, self.form.tokens));
+        let parameters = parameters![map, product, codebook, bias, y, sums];
         // SAFETY: the kernel's parameters in its order; it waits before it touches what earlier ones write, the rest is the
         // caller's.
         unsafe { experts.device.launch_early(stream, self.kernel, blocks, self.form.shared as u32, parameters) }
@@ -250,8 +273,34 @@ fn product(experts: &Experts, matrices: &Matrices, routed: &Routed, (n, k): (usi
         pitch: n as i32,
         bias_pitch: n as i32,
         copies_scales: i32::from(copies_scales(experts, k)),
+        shares: 0,
         permutes: 0,
     }
+}
+
+/// Bytes of the sums that blocks leave each other.
+fn sums(experts: &Experts, tokens: usize) -> usize {
+    experts.device.multiprocessors() as usize * source::QUARTERS * source::QUARTER_ROWS * tokens * size_of::<f32>()
+}
+
+/// The memory that products of so many slots want for these.
+pub(super) fn workspace(experts: &Experts, slots: usize) -> usize {
+    match form_for(slots / experts.experts).filter(|form| form.shares && suits(experts.device)) {
+        Some(form) => workspace::bytes(sums(experts, form.tokens), TEAMS * experts.device.multiprocessors() as usize),
+        None => 0,
+    }
+}
+
+/// Whether blocks share tiles: where there may be so few that with whole ones some would have much more to do than others.
+fn shares(experts: &Experts, tokens: usize, slots: usize, product: &Product) -> bool {
+    let of_tile = source::QUARTER_ROWS * if product.gate < 0 { source::QUARTERS } else { source::QUARTERS / 2 };
+    let row_tiles = (product.n as usize).div_ceil(of_tile);
+    let most = (slots.min(experts.experts) + slots / tokens) * row_tiles;
+    let (stages, blocks) = ((product.k as usize).div_ceil(source::SCALES_K), experts.device.multiprocessors() as usize);
+    // The kernel counts in 32 bits.
+    let counts =
+        most.checked_mul(stages).and_then(|all| all.checked_mul(blocks)).is_some_and(|all| u32::try_from(all).is_ok());
+    counts && most < FEW_TILES * blocks
 }
 
 /// Whether the copy engine may bring scales for `k` columns: four blocks of a row are 16 bytes, and rows begin at multiples of

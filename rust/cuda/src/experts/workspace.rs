@@ -2,6 +2,7 @@
 
 use super::chunks::{CHUNK_BYTES, most_chunks};
 use super::layer::Experts;
+use super::tile;
 
 /// Where each part begins.
 const PART: usize = 256;
@@ -21,6 +22,8 @@ pub(super) struct Workspace {
     pub hidden: usize,
     /// 16-bit `[slots][hidden]`: what comes out of them.
     pub out: usize,
+    /// What blocks of products for many slots leave each other.
+    pub sums: usize,
     /// In all.
     pub bytes: usize,
 }
@@ -40,6 +43,7 @@ impl Workspace {
         let chunks = part(most_chunks(experts.experts, slots) * CHUNK_BYTES);
         let hidden = part(slots * experts.intermediate * 2);
         let out = part(slots * experts.hidden * 2);
-        Self { offsets, order, chunk_count, chunks, hidden, out, bytes: end }
+        let sums = part(tile::workspace(experts, slots));
+        Self { offsets, order, chunk_count, chunks, hidden, out, sums, bytes: end }
     }
 }

@@ -17,7 +17,7 @@ mod simt;
 mod small_m;
 mod tile_sm80;
 mod tile_sm90a;
-mod workspace;
+pub(crate) mod workspace;
 
 pub use dgrad_sm90a::{Dgrad4bit, dgrad_4bit, dgrad_workspace};
 pub use gemv::{Gemv, gemv};

@@ -1,5 +1,5 @@
-//! Memory in which blocks of a launch leave their sums for others (kernels/gemm/tile_sm90a/ranges.cuh and
-//! tile_sm80/epilogue.cuh). It may hold anything before.
+//! Memory in which blocks of a launch leave their sums for others (kernels/gemm/tile_sm90a/ranges.cuh, tile_sm80/epilogue.cuh and
+//! kernels/experts/tile_sm90a/shared_tiles.cuh). It may hold anything before.
 
 use std::hash::{BuildHasher as _, RandomState};
 use std::sync::LazyLock;
@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// What `Workspace` is to the kernels: addresses, and the number that a signal has once sums are there.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Workspace {
+pub(crate) struct Workspace {
     sums: u64,
     signals: u64,
     token: u64,
@@ -16,13 +16,13 @@ pub(super) struct Workspace {
 
 impl Workspace {
     /// For one launch: so many bytes of sums at `address`, and the signals behind them.
-    pub(super) fn new(address: u64, sums: usize) -> Self {
+    pub(crate) fn new(address: u64, sums: usize) -> Self {
         Self { sums: address, signals: address + sums as u64, token: token() }
     }
 }
 
 /// The bytes of a workspace.
-pub(super) fn bytes(sums: usize, signals: usize) -> usize {
+pub(crate) fn bytes(sums: usize, signals: usize) -> usize {
     sums + signals * size_of::<u64>()
 }
 
