@@ -83,7 +83,7 @@ def test_blocks_share_the_tiles() -> None:
 def test_blocks_share_parts_of_tiles(dtype: str) -> None:
     """More blocks than tiles, so that several have parts of one; blocks that end in the middle of a tile; some with nothing."""
     source = library("experts_tile_sm90a")
-    cases = [((3, 0, 5), 130, 1024, 7), ((1,), 100, 2304, 5), ((2, 40, 0, 1), 256, 576, 9), ((1,), 64, 256, 3)]
+    cases = [((3, 0, 5), 130, 1024, 7), ((1,), 100, 2304, 5), ((2, 40, 0, 1), 256, 576, 9), ((1,), 64, 1024, 11), ((1,), 64, 256, 3)]
     for i, (counts, n, k, blocks) in enumerate(cases):
         gated = i % 2 == 0
         job = Tokens.random(counts, n, k, dtype, gated=gated, nested=i == 2, bias=i % 2 == 1)

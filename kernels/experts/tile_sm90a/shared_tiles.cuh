@@ -50,6 +50,10 @@ __device__ inline void collect_sums(float (&sums)[S::ACCUMULATORS], const Worksp
     const int end = walk.first_shared(range + 1) - walk.left + stages_of(walk.product);
     while (walk.first_shared(range + 1) < end) {
         range++;
+        // Where there are fewer stages than ranges some have none.
+        if (walk.first_shared(range) == walk.first_shared(range + 1)) {
+            continue;
+        }
         if (team_warp == 0) {
             wait_for_sums_by_warp(workspace, range * S::TEAMS + team, member);
         }
