@@ -89,13 +89,18 @@ struct WeightScales {
 };
 
 // By one thread: the scales of a row of a stage, four of the values from `first` on, of which `left` are in the row; zero behind the
-// last column, whatever the last scale is. Blocks of 64 and more values; `together`: how many a load brings, 4, 2 or 1.
-__device__ inline Floats4 scales_of(const WeightScales &of, const float *map, i64 first, int left, int block_shift, bool nested,
-                                    int together) {
+// last column, whatever the last scale is. Blocks of 64 and more values; `together`: how many a load brings, 4, 2 or 1. With four
+// nested ones they are what `values_of` wants, so that the loads can be on their way.
+__device__ inline Floats4 load_scales(const WeightScales &of, const float *map, i64 first, int left, int block_shift, bool nested,
+                                      int together) {
     const float *const absmax = static_cast<const float *>(of.first);
     const u8 *const codes = static_cast<const u8 *>(of.first);
-    if (together == 4 && !nested) {
-        return *reinterpret_cast<const Floats4 *>(absmax + (first >> 6));
+    if (together == 4) {
+        const i64 block = first >> 6;
+        if (!nested) {
+            return *reinterpret_cast<const Floats4 *>(absmax + block);
+        }
+        return {__uint_as_float(*reinterpret_cast<const u32 *>(codes + block)), of.absmax2[block >> NESTED_SHIFT]};
     }
     Floats4 made = {};
 #pragma unroll
@@ -107,7 +112,7 @@ __device__ inline Floats4 scales_of(const WeightScales &of, const float *map, i6
         const bool there = (j + 1) * K_TILE < left;
         if (nested) {
             u32 two;
-            if (together > 1) {
+            if (together == 2) {
                 two = *reinterpret_cast<const u16 *>(codes + block);
             } else {
                 two = codes[block] | u32(there ? codes[next] : 0) << 8;
@@ -116,7 +121,7 @@ __device__ inline Floats4 scales_of(const WeightScales &of, const float *map, i6
             if (there) {
                 made.value[j + 1] = RawScale<true>{two >> 8, of.absmax2[next >> NESTED_SHIFT]}.value(map, of.offset);
             }
-        } else if (together > 1) {
+        } else if (together == 2) {
             const Floats2 two = *reinterpret_cast<const Floats2 *>(absmax + block);
             made.value[j] = two.value[0];
             made.value[j + 1] = two.value[1];
@@ -124,6 +129,18 @@ __device__ inline Floats4 scales_of(const WeightScales &of, const float *map, i6
             made.value[j] = absmax[block];
             made.value[j + 1] = there ? absmax[next] : 0.0f;
         }
+    }
+    return made;
+}
+__device__ inline Floats4 values_of(const Floats4 &loaded, const WeightScales &of, const float *map, bool nested, int together) {
+    if (!nested || together < 4) {
+        return loaded;
+    }
+    const u32 codes = __float_as_uint(loaded.value[0]);
+    Floats4 made;
+#pragma unroll
+    for (int j = 0; j < SCALES_K_TILES; j++) {
+        made.value[j] = RawScale<true>{codes >> 8 * j & 255, loaded.value[1]}.value(map, of.offset);
     }
     return made;
 }
@@ -163,7 +180,7 @@ __device__ inline void produce_scales(u8 *shared, const ExpertsProduct &product,
                 // Rows that are not there get what the last one has: what comes of them is not written.
                 const int row = walk.row_tile * product.rows_of_tile() + product.rows_before(q) + member;
                 const i64 first = i64(row < product.n ? row : product.n - 1) * product.k + stage * SCALES_K;
-                values[q] = scales_of(weights[q % 2], map, first, product.k - stage * SCALES_K, product.block_shift, nested, together);
+                values[q] = load_scales(weights[q % 2], map, first, product.k - stage * SCALES_K, product.block_shift, nested, together);
             }
         };
         if (!copied) {
@@ -175,7 +192,7 @@ __device__ inline void produce_scales(u8 *shared, const ExpertsProduct &product,
                 Floats4 *const to = reinterpret_cast<Floats4 *>(shared + S::SCALES_AT + state.stage * S::SCALES_BYTES) + member;
 #pragma unroll
                 for (int q = 0; q < QUARTERS; q++) {
-                    to[q * QUARTER_ROWS] = values[q];
+                    to[q * QUARTER_ROWS] = values_of(values[q], weights[q % 2], map, nested, together);
                 }
             }
             __syncwarp();

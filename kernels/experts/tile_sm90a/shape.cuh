@@ -19,7 +19,7 @@ struct ExpertShape {
     // Whether scales are for the sums of a block and not for its weights: where registers have room for two sets of accumulators.
     static constexpr bool BLOCK_SUMS = TOKENS <= 64;
     // Whether blocks can share tiles: where there are few of them.
-    static constexpr bool SHARES = TOKENS <= 32;
+    static constexpr bool SHARES = TOKENS <= 16;
     // Sets of registers of A.
     static constexpr int A_SETS = TOKENS <= 16 ? 2 : 1;
     // Whether two sets of accumulators and one of A leave hardly any others.

@@ -16,10 +16,13 @@ use crate::memory::block_shift;
 
 /// What `Experts::takes` allows beyond is not for the copy engine.
 const MOST_PITCH: usize = 1 << 40;
-/// From so many slots of an expert on, on average, these products are faster than those for few slots. Blocks of 128 experts
-/// of 2048 x 768 took, in microseconds on an H200, with 4, 6 and 8 slots: 173, 197 and 243 by those for few slots; by
-/// these 200 with 16, where the tiles are as many as with fewer.
+/// From so many slots of an expert on, on average, these products are faster than those for few slots, ...
 const SLOTS: usize = 6;
+/// ... or from so many bytes of codes of the chosen experts on, for each multiprocessor. On an H200, with blocks of 64 and bfloat16,
+/// by those for few slots and by these, in microseconds: 128 experts of 2048 x 768, 8 for each token, 6 tokens 58 and 59, 8 tokens
+/// 69 and 68, 16 tokens 104 and 91; 60 of 2048 x 1408, 4 for each, 8 tokens 64 and 62; 32 of 2880 x 2880, 4 for each, 2 tokens 63
+/// and 67, 4 tokens 103 and 97; 8 of 4096 x 14336, 2 for each, 1 token 85 and 80, 8 tokens 280 and 229.
+const FEWEST_BYTES: f64 = 0.9e6;
 
 /// Consumers of a block that have rows of their own, and so sums of their own.
 const TEAMS: usize = 2;
@@ -29,9 +32,10 @@ const FEW_TILES: usize = 8;
 /// The forms of the kernel.
 #[derive(Debug, Clone, Copy)]
 struct Form {
-    /// Slots of an expert, on average, up to which it is the fastest. For 8, 16, 32, 64, 128 and 256 slots both products of
-    /// 128 experts of 2048 x 768 took, in microseconds on an H200, by tokens of a tile:
-    /// 32: 185, 188, 278, 457, 846, 1677; 64: 217, 219, 233, 349, 569, 1098; 128: 291, 297, 309, 339, 513, 941.
+    /// Slots of an expert, on average, up to which it is the fastest. With 8, 12, 16, 24, 32, 48, 64, 96, 128 and 256 slots a block
+    /// of 128 experts of 2048 x 768 took, in microseconds on an H200, by tokens of a tile:
+    /// 16: 132, 152, 187, 247, 298, 419, 554, 766, 1028, 1924; 32: 154, 158, 160, 177, 232, 320, 410, 559, 712, 1373;
+    /// 64: 182, 186, 192, 214, 226, 241, 344, 476, 588, 1117; 128: 292, 298, 303, 317, 352, 358, 371, 403, 592, 1058.
     slots: usize,
     /// Tokens of a tile, and those that the copy engine brings at a time.
     tokens: usize,
@@ -46,7 +50,7 @@ struct Form {
 
 const FORMS: [Form; 4] = [
     Form {
-        slots: 8,
+        slots: 12,
         tokens: 16,
         step: 16,
         shares: true,
@@ -55,16 +59,16 @@ const FORMS: [Form; 4] = [
         f16: &kernels::EXPERTS_TILE_SM90A_F16_16,
     },
     Form {
-        slots: 24,
+        slots: 28,
         tokens: 32,
         step: source::STEP_TOKENS,
-        shares: true,
+        shares: false,
         shared: source_32::EXPERTSHAPE_32_BYTES,
         bf16: &kernels::EXPERTS_TILE_SM90A_BF16_32,
         f16: &kernels::EXPERTS_TILE_SM90A_F16_32,
     },
     Form {
-        slots: 60,
+        slots: 72,
         tokens: 64,
         step: source::STEP_TOKENS,
         shares: false,
@@ -122,7 +126,7 @@ impl Tile {
         matrices: &Matrices,
         activation: Option<Activation>,
     ) -> Option<Self> {
-        let form = form_for(slots / experts.experts)?;
+        let form = form_for(experts, slots)?;
         let kernel = if experts.dtype == DType::F16 { form.f16 } else { form.bf16 };
         let suits = suits(experts.device)
             && matrices.maps != 0
@@ -217,9 +221,7 @@ impl Tile {
     ) -> Result<()> {
         let kind = if experts.dtype == DType::F16 { TileType::F16 } else { TileType::Bf16 };
         let map = TensorMap::new(kind, x, (slots, product.k as usize), (self.form.step, source::K_TILE))?;
-        let shares = self.form.shares
-            && shares(experts, self.form.tokens, slots, product)
-            && std::env::var("HB_NOSHARE").is_err();
+        let shares = self.form.shares && shares(experts, self.form.tokens, slots, product);
         let (product, codebook) = (Product { shares: i32::from(shares), ..*product }, *experts.quant_type.values());
         let blocks = u64::from(experts.device.multiprocessors());
         let sums = Sums::new(shared, sums(experts, self.form.tokens));
@@ -237,12 +239,19 @@ fn suits(device: &Device) -> bool {
         && FORMS.iter().all(|form| form.shared <= device.shared_per_block() as usize)
 }
 
-/// The fastest form for so many slots of an expert.
-fn form_for(slots: usize) -> Option<Form> {
-    if let Ok(which) = std::env::var("HB_FORM") {
-        return which.parse::<usize>().ok().map(|i| FORMS[i]);
-    }
-    if slots < SLOTS { None } else { FORMS.into_iter().find(|form| slots <= form.slots) }
+/// The fastest form for so many slots, or `None` where the products for few slots are faster.
+fn form_for(experts: &Experts, slots: usize) -> Option<Form> {
+    let codes = (experts.projections() + 1) * experts.hidden * experts.intermediate / 2;
+    fastest(experts.experts, codes, slots, experts.device.multiprocessors() as usize)
+}
+
+/// The same for so many experts, each with so many bytes of codes.
+fn fastest(experts: usize, codes: usize, slots: usize, multiprocessors: usize) -> Option<Form> {
+    let of_each = slots / experts;
+    // Of the experts those that are chosen, if each choice may be any of them.
+    let chosen = experts as f64 * (1.0 - (1.0 - 1.0 / experts as f64).powi(slots as i32));
+    let few = of_each < SLOTS && chosen * (codes as f64) < FEWEST_BYTES * multiprocessors as f64;
+    if few { None } else { FORMS.into_iter().find(|form| of_each <= form.slots) }
 }
 
 fn kind(activation: Option<Activation>) -> u32 {
@@ -285,7 +294,7 @@ fn sums(experts: &Experts, tokens: usize) -> usize {
 
 /// The memory that products of so many slots want for these.
 pub(super) fn workspace(experts: &Experts, slots: usize) -> usize {
-    match form_for(slots / experts.experts).filter(|form| form.shares && suits(experts.device)) {
+    match form_for(experts, slots).filter(|form| form.shares && suits(experts.device)) {
         Some(form) => workspace::bytes(sums(experts, form.tokens), TEAMS * experts.device.multiprocessors() as usize),
         None => 0,
     }
@@ -351,11 +360,21 @@ mod tests {
 
     #[test]
     fn more_slots_have_wider_tiles() {
-        let name = |slots| form_for(slots).map(|form| form.bf16.name);
-        assert_eq!(name(SLOTS - 1), None);
-        assert_eq!(name(16), Some("experts_tile_sm90a_bf16_32"));
-        assert_eq!(name(32), Some("experts_tile_sm90a_bf16_64"));
-        assert_eq!(name(128), Some("experts_tile_sm90a_bf16_128"));
+        let tokens = |slots| fastest(128, 3 * 2048 * 768 / 2, 128 * slots, 132).map(|form| form.tokens);
+        assert_eq!([1, 12, 13, 28, 29, 72, 73, 1000].map(tokens), [16, 16, 32, 32, 64, 64, 128, 128].map(Some));
+    }
+
+    #[test]
+    fn few_bytes_are_for_the_other_products() {
+        let wide = |experts, hidden, intermediate, slots| {
+            fastest(experts, 3 * hidden * intermediate / 2, slots, 132).is_some()
+        };
+        // As measured: 128 experts of 2048 x 768 with 8 choices for each token, 60 of 2048 x 1408 with 4, 8 of 4096 x 14336 with 2.
+        assert_eq!([1, 4, 8, 16].map(|tokens| wide(128, 2048, 768, 8 * tokens)), [false, false, true, true]);
+        assert_eq!([2, 4, 16].map(|tokens| wide(60, 2048, 1408, 4 * tokens)), [false, false, true]);
+        assert!(wide(8, 4096, 14336, 2));
+        // Small experts, of which each has many slots.
+        assert!(!wide(8, 128, 256, 8 * SLOTS - 1) && wide(8, 128, 256, 8 * SLOTS));
     }
 
     #[test]
