@@ -109,10 +109,10 @@ def int8(reads_ahead: bool) -> None:
 
 
 def experts() -> None:
-    """A block of experts: a slot for each, and many."""
+    """A block of experts: a slot for each, and many, for every width of the kernel for these."""
     for nested in (False, True):
         block = Experts.random(4, 256, 192, nested=nested)
-        for tokens in (1, 9, 200):
+        for tokens in (1, 9, 16, 40, 100, 200):
             x = torch.randn(tokens, 256, dtype=torch.bfloat16, device="cuda")
             block(x, *choices(tokens, 2, 4))
 

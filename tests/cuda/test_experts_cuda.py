@@ -30,6 +30,8 @@ class Experts:
     """Of each projection `[experts][n][k]`."""
     held: list[k.Quantized]
     dtype: torch.dtype
+    maps: torch.Tensor | None
+    """With them the kernel for many tokens takes part."""
 
     @staticmethod
     def random(
@@ -42,12 +44,14 @@ class Experts:
         nested: bool = False,
         quant_type: str = "nf4",
         blocksize: int = 64,
+        tiles: bool = True,
     ) -> Experts:
         torch.manual_seed(experts * hidden + intermediate)
-        rows, held, dense = [], [], []
+        rows, held, dense, shapes = [], [], [], []
         for p in range(3 if gated else 2):
             shape = (hidden, intermediate) if p == (2 if gated else 1) else (intermediate, hidden)
             matrices = []
+            shapes.append(shape)
             for _ in range(experts):
                 values = torch.randn(shape, device="cuda") / shape[1] ** 0.5
                 make = k.quantize_nested if nested else k.quantize
@@ -68,7 +72,19 @@ class Experts:
             blocksize,
             nested,
         )
-        return Experts(native, torch.tensor(rows, dtype=torch.int64, device="cuda"), dense, held, dtype)
+        maps = None
+        if tiles:
+            codes, scales = (
+                [[row[i] for row in rows[p * experts : (p + 1) * experts]] for p in range(len(dense))] for i in range(2)
+            )
+            plain = blocksize == 64 and not nested
+            maps = cuda_experts.tensor_maps(torch.cuda.current_device(), codes, scales if plain else None, shapes)
+        return Experts(native, torch.tensor(rows, dtype=torch.int64, device="cuda"), dense, held, dtype, maps)
+
+    @property
+    def tensor_maps(self) -> int:
+        """Their address, or 0."""
+        return 0 if self.maps is None else self.maps.data_ptr()
 
     def __call__(
         self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, activation: str = "silu"
@@ -79,7 +95,8 @@ class Experts:
         workspace = torch.empty(self.native.workspace(tokens, top_k), dtype=torch.uint8, device="cuda")
         names = self.native.launch(
             torch.cuda.current_stream().cuda_stream, tokens, top_k, x.data_ptr(), ids.data_ptr(), weights.data_ptr(),
-            NAMES[weights.dtype], self.table.data_ptr(), 0, 0, 0, activation, workspace.data_ptr(), y.data_ptr(),
+            NAMES[weights.dtype], self.table.data_ptr(), self.tensor_maps, 0, 0, activation, workspace.data_ptr(),
+            y.data_ptr(),
         )  # fmt: skip
         assert len(names.split()) == 2
         return y
@@ -112,21 +129,37 @@ def near(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> Non
     assert error < 0.75 * torch.finfo(dtype).eps, error
 
 
+@pytest.mark.parametrize("tiles", [False, True])
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("experts", "hidden", "intermediate"), [(16, 1024, 768), (8, 2048, 1408), (4, 2880, 2880)])
-def test_a_block_of_experts(experts: int, hidden: int, intermediate: int, dtype: torch.dtype, nested: bool) -> None:
-    """Few tokens and many: slots sorted by each block, and by a launch."""
-    made = Experts.random(experts, hidden, intermediate, dtype, nested=nested, quant_type="fp4" if nested else "nf4")
-    for tokens in (1, 8, 40, 300):
+def test_a_block_of_experts(
+    experts: int, hidden: int, intermediate: int, dtype: torch.dtype, nested: bool, tiles: bool
+) -> None:
+    """Few tokens and many: slots sorted by each block, and by a launch; every width of the kernel for many."""
+    quant_type = "fp4" if nested else "nf4"
+    made = Experts.random(experts, hidden, intermediate, dtype, nested=nested, quant_type=quant_type, tiles=tiles)
+    for tokens in (1, 8, 40, 100, 200, 300):
         ids, weights = choices(tokens, 4, experts)
         x = torch.randn(tokens, hidden, dtype=dtype, device="cuda")
         for kind in (torch.float32, dtype):
             near(made(x, ids, weights.to(kind)), made.expected(x, ids, weights.to(kind)), dtype)
 
 
-def test_without_a_gate_one_expert_for_all_and_none() -> None:
-    made = Experts.random(8, 512, 256, gated=False, blocksize=128)
+def test_few_tokens_of_large_experts() -> None:
+    """They are many bytes, so that the kernel for many tokens takes them, with parts of tiles for each block."""
+    made = Experts.random(8, 2048, 8192)
+    for tokens in (3, 5, 8, 17):
+        ids, weights = choices(tokens, 2, 8)
+        x = torch.randn(tokens, 2048, dtype=torch.bfloat16, device="cuda")
+        y = made(x, ids, weights)
+        near(y, made.expected(x, ids, weights), torch.bfloat16)
+        assert all(torch.equal(made(x, ids, weights), y) for _ in range(10))
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_without_a_gate_one_expert_for_all_and_none(tiles: bool) -> None:
+    made = Experts.random(8, 512, 256, gated=False, blocksize=128, tiles=tiles)
     ids, weights = choices(33, 3, 8)
     ids[:, 0] = 5
     ids[::2, 1] = 8
@@ -137,9 +170,10 @@ def test_without_a_gate_one_expert_for_all_and_none() -> None:
     assert (y[0] == 0).all()
 
 
-def test_the_same_bits_from_run_to_run_and_in_a_graph() -> None:
-    made = Experts.random(32, 1024, 512, nested=True)
-    for tokens in (1, 6, 64):
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_same_bits_from_run_to_run_and_in_a_graph(nested: bool) -> None:
+    made = Experts.random(32, 1024, 512, nested=nested)
+    for tokens in (1, 6, 32, 64, 100, 200, 400):
         ids, weights = choices(tokens, 8, 32)
         x = torch.randn(tokens, 1024, dtype=torch.bfloat16, device="cuda")
         first = made(x, ids, weights)
@@ -158,15 +192,16 @@ def test_the_same_bits_from_run_to_run_and_in_a_graph() -> None:
             assert torch.equal(y, made(x, ids, weights))
 
 
-def test_an_activation_of_ones_own() -> None:
-    made = Experts.random(8, 512, 320)
-    for tokens in (3, 50):
+@pytest.mark.parametrize("intermediate", [320, 512])
+def test_an_activation_of_ones_own(intermediate: int) -> None:
+    made = Experts.random(8, 512, intermediate)
+    for tokens in (3, 30, 50, 150, 400):
         ids, weights = choices(tokens, 2, 8)
         x = torch.randn(tokens, 512, dtype=torch.bfloat16, device="cuda")
         stream, native = torch.cuda.current_stream().cuda_stream, made.native
         workspace = torch.empty(native.workspace(tokens, 2), dtype=torch.uint8, device="cuda")
-        products = torch.empty(tokens * 2, 2, 320, dtype=torch.bfloat16, device="cuda")
-        addresses = (made.table.data_ptr(), 0, 0, workspace.data_ptr())
+        products = torch.empty(tokens * 2, 2, intermediate, dtype=torch.bfloat16, device="cuda")
+        addresses = (made.table.data_ptr(), made.tensor_maps, 0, workspace.data_ptr())
         native.up(stream, tokens, 2, x.data_ptr(), ids.data_ptr(), *addresses, products.data_ptr())
         hidden = (torch.nn.functional.silu(products[:, 0].float()) * products[:, 1].float()).bfloat16()
         y = torch.empty_like(x)

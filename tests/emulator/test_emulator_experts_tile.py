@@ -24,7 +24,6 @@ SHAPES = [
 ]
 
 
-
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
 def test_products(dtype: str, nested: bool) -> None:
@@ -35,7 +34,9 @@ def test_products(dtype: str, nested: bool) -> None:
             counts, n, k, dtype, ("nf4", "fp4")[i % 2], blocksize, nested=(i % 2 == 1) != nested, bias=i % 3 != 0,
             beyond=i % 2 * 3,
         )  # fmt: skip
-        plan = Tile(TOKENS[(i + nested) % 4], (1, 3, 7)[i % 3], ordered=i % 2 == 0, more=(0, 8, 3)[i % 3], shift=i % 2 * 2)
+        plan = Tile(
+            TOKENS[(i + nested) % 4], (1, 3, 7)[i % 3], ordered=i % 2 == 0, more=(0, 8, 3)[i % 3], shift=i % 2 * 2
+        )
         check = experts_tiles.tile(source, job, plan)
         check.against(run_both_ways(source, check.case))
 
@@ -81,9 +82,15 @@ def test_blocks_share_the_tiles() -> None:
 
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
 def test_blocks_share_parts_of_tiles(dtype: str) -> None:
-    """More blocks than tiles, so that several have parts of one; blocks that end in the middle of a tile; some with nothing."""
+    """More blocks than tiles, so that several have parts of one; blocks that end inside of one; some with nothing."""
     source = library("experts_tile_sm90a")
-    cases = [((3, 0, 5), 130, 1024, 7), ((1,), 100, 2304, 5), ((2, 40, 0, 1), 256, 576, 9), ((1,), 64, 1024, 11), ((1,), 64, 256, 3)]
+    cases = [
+        ((3, 0, 5), 130, 1024, 7),
+        ((1,), 100, 2304, 5),
+        ((2, 40, 0, 1), 256, 576, 9),
+        ((1,), 64, 1024, 11),
+        ((1,), 64, 256, 3),
+    ]
     for i, (counts, n, k, blocks) in enumerate(cases):
         gated = i % 2 == 0
         job = Tokens.random(counts, n, k, dtype, gated=gated, nested=i == 2, bias=i % 2 == 1)
@@ -135,7 +142,12 @@ def test_rows_are_gathered(tokens: int, top_k: int, columns: int, missing: int, 
 
 @pytest.mark.parametrize(
     ("counts", "top_k", "none"),
-    [((3, 0, 9), 1, ()), ((1,), 1, ()), ((200, 0, 56), 8, ()), ((*[1] * 100, *[0] * 411, 20), 4, (-1, 512, 1 << 40, 600))],
+    [
+        ((3, 0, 9), 1, ()),
+        ((1,), 1, ()),
+        ((200, 0, 56), 8, ()),
+        ((*[1] * 100, *[0] * 411, 20), 4, (-1, 512, 1 << 40, 600)),
+    ],
 )  # fmt: skip
 def test_few_slots_are_sorted_and_gathered(counts: tuple[int, ...], top_k: int, none: tuple[int, ...]) -> None:
     """As many as there may be; more experts than threads; slots of no expert."""

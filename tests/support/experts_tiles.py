@@ -124,7 +124,11 @@ def _wanted(job: Tokens, plan: Tile, order: np.ndarray, exact: bool) -> Callable
                 bias = native.to_float32(job.bias, job.dtype).astype(np.float64)
                 added = bias[expert, projection * n : (projection + 1) * n]
             products.append(rows @ w.T + added)
-            sizes.append((np.abs(rows) @ np.abs(w).T + np.abs(added)) * (k / 16 + 2 * k / 64 + 3 + plan.blocks * plan.shares) * 2.0**-24)
+            sizes.append(
+                (np.abs(rows) @ np.abs(w).T + np.abs(added))
+                * (k / 16 + 2 * k / 64 + 3 + plan.blocks * plan.shares)
+                * 2.0**-24
+            )
         gate, up = products[0], products[-1] if len(products) == 2 else np.ones_like(products[0])
         made = activated(plan.activation, gate, up)
         y[begin : begin + count] = made
@@ -194,17 +198,18 @@ def tile(source: Described, job: Tokens, plan: Tile, exact: bool = False) -> Che
             in_maps.append((256 * at + 128, absmax))
         parts = (codes, *((nested, absmax2, offset) if absmax is None else (absmax, None, None)))
         in_table += [(32 * at + 8 * i, part) for i, part in enumerate(parts) if part is not None]
-    columns = n + plan.more
+    columns, step = n + plan.more, min(constants["STEP_TOKENS"], plan.tokens)
     y = Buffer(filled(slots * columns, job.x.dtype).reshape(slots, columns), plan.shift)
     product = [
         pointers(Buffer(job.offsets), Buffer(order) if plan.ordered else None, Buffer(table, 0, tuple(in_table)),
                  Buffer(maps, 0, tuple(in_maps))),
         Argument(struct.pack("<13i4x", experts, first if gated else -1, first + gated, n, k,
                              job.blocksize.bit_length() - 1, int(matrices[0].scales.codes is not None),
-                             ACTIVATIONS[plan.activation], columns, (1 + gated) * n, copies, plan.shares, plan.permutes)),
+                             ACTIVATIONS[plan.activation], columns, (1 + gated) * n, copies, plan.shares,
+                             plan.permutes)),
     ]  # fmt: skip
     arguments = [
-        tensor_map(Buffer(permuted(job.x)), 2, (k, slots), (2 * k,), (constants["K_TILE"], min(constants["STEP_TOKENS"], plan.tokens)), 128),
+        tensor_map(Buffer(permuted(job.x)), 2, (k, slots), (2 * k,), (constants["K_TILE"], step), 128),
         Argument(b"".join(part.data for part in product), product[0].addresses),
         Argument(reference.CODEBOOKS[job.quant_type].astype(np.float32).tobytes()),
         pointers(None if job.bias is None else Buffer(job.bias)),

@@ -55,7 +55,8 @@ def tensor_maps(
 ) -> Any:
     """What the kernel for many tokens reads by, uint8 `[projections, experts, 256]`; None where it has no use.
 
-    `codes` and `scales` are addresses of each projection's experts; scales that are not float32 of blocks of 64 are None.
+    `codes` and `scales` are addresses of each projection's experts; `scales` is None where they are not float32 of
+    blocks of 64.
     """
     make = getattr(_native, "cuda_expert_maps", None)
     if make is None or torch.cuda.get_device_capability(device) != (9, 0):

@@ -98,7 +98,8 @@ class ExpertTable:
                 return None
             codes, scales = ([[row[i] for row in projection] for projection in rows] for i in range(2))
             plain = kind.blocksize == 64 and not kind.nested
-            return cuda_experts.tensor_maps(device.index, codes, scales if plain else None, shapes)
+            made: Tensor | None = cuda_experts.tensor_maps(device.index, codes, scales if plain else None, shapes)
+            return made
 
         self.maps: Tensor | None = None
         copied = expert_stage.plan(rows)
