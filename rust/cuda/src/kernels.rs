@@ -108,11 +108,14 @@ impl Image {
     /// The code, unpacked: PTX with a zero at its end, or a cubin.
     ///
     /// # Errors
-    /// In words, when this build has none, or when it is not what the compiler gave.
+    /// In words that go on after "it", when this build has none, or when it is not what the compiler gave.
     pub fn code(&self) -> Result<&'static [u8], String> {
-        let family = FAMILIES.get(self.family).filter(|_| self.is_built()).ok_or("this build has none")?;
-        let code = family.code(CODE)?.get(self.at..).and_then(|rest| rest.get(..self.size));
-        let code = code.ok_or("it is shorter than it should be")?;
-        if crc32fast::hash(code) == self.crc32 { Ok(code) } else { Err("its checksum is wrong".to_owned()) }
+        let Some(family) = FAMILIES.get(self.family).filter(|_| self.is_built()) else {
+            return Err("is not in this build".to_owned());
+        };
+        let damaged = |why: &str| format!("is damaged in this build, install halfbyte again: {why}");
+        let code = family.code(CODE).map_err(damaged)?.get(self.at..).and_then(|rest| rest.get(..self.size));
+        let code = code.ok_or_else(|| damaged("it is shorter than it should be"))?;
+        if crc32fast::hash(code) == self.crc32 { Ok(code) } else { Err(damaged("its checksum is wrong")) }
     }
 }

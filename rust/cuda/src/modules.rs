@@ -129,9 +129,7 @@ pub(super) fn load<M>(
     for (form, image) in images {
         let code = match image.code() {
             Ok(code) => code,
-            Err(why) => {
-                return fail(format!("its {} in this build is damaged, install halfbyte again: {why}", form.as_str()));
-            }
+            Err(why) => return fail(format!("its {} {why}", form.as_str())),
         };
         match load(code) {
             Ok(module) => return Ok(Loaded { module, form, refused }),
