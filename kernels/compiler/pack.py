@@ -1,9 +1,8 @@
 """Packing the code of kernels: what resembles each other goes into one compressed stream.
 
 The instances of a template differ in few places, so that a stream for each source takes about a third of what a stream
-for each kernel takes (3.0 and 8.4 MiB with zlib's, 5.9 with LZMA's). A stream is unpacked as a whole when the first of
-its kernels is used, which is why there is none for a whole architecture: that would save another 10 % and take 50 ms in
-place of 7.
+for each kernel takes. A stream is unpacked as a whole when the first of its kernels is used, which is why there is none
+for a whole architecture (benches/RESULTS.md, "CUDA: first use", has what was compared).
 """
 
 from __future__ import annotations
