@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import lzma
 import os
 import re
 import stat
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import build_kernels
 import pytest
-from compiler import build, ptx, tools
+from compiler import build, pack, ptx, tools
 from compiler.modules import KERNELS, MODULES, SHIPPED
 
 ROOT = KERNELS.parent
@@ -202,6 +204,54 @@ def test_cubins_with_serialized_products_are_an_error(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(tools.CompileError, match=r"two: .*sm_90a: \(C7510\) Potential Performance Loss"):
             builder.assemble_all([(ptx.split(PTX)[0], "90a")])
+
+
+IMAGES = [
+    pack.Image("one_f16", "gemm/one", "ptx", "75", b"one for all\0"),
+    pack.Image("one_bf16", "gemm/one", "ptx", "80", b"one for most\0"),
+    pack.Image("two", "gemm/two", "ptx", "80", b"two\0" * 2000),
+    pack.Image("one_f16", "gemm/one", "cubin", "75", bytes(range(256)) * 32),
+    pack.Image("one_f16", "gemm/one", "cubin", "80", bytes(64)),
+    pack.Image("one_bf16", "gemm/one", "cubin", "80", bytes(range(128))),
+]
+
+
+def test_packed_families_are_ptx_of_a_source_and_cubins_of_a_source_for_a_machine() -> None:
+    assert pack.group(IMAGES) == [IMAGES[:2], IMAGES[2:3], IMAGES[3:4], IMAGES[4:]]
+    assert pack.group([]) == []
+    assert pack.index([], []) == {"families": [], "images": []}
+
+
+def test_packed_images_are_where_the_index_says(tmp_path: Path) -> None:
+    builder = build.Builder(tools.Tools(tmp_path, tmp_path, tmp_path), tmp_path / "cache", jobs=1)
+    families = pack.group(IMAGES)
+    streams = builder.pack_all(families)
+    index, packed = pack.index(families, streams), b"".join(streams)
+    unpacked = []
+    for family, images in zip(index["families"], families, strict=True):
+        stream = packed[family["at"] : family["at"] + family["bytes"]]
+        filters = pack.filters(images[0].kind, family["size"])
+        unpacked.append(lzma.decompress(stream, format=lzma.FORMAT_RAW, filters=filters))
+    assert [family["size"] for family in index["families"]] == list(map(len, unpacked))
+    for image, place in zip(IMAGES, index["images"], strict=True):
+        content = unpacked[place["family"]][place["at"] : place["at"] + place["size"]]
+        assert content == image.content
+        assert place["crc32"] == zlib.crc32(image.content)
+        assert (place["kernel"], place["kind"], place["arch"]) == (image.kernel, image.kind, image.arch)
+
+
+def test_packed_families_are_made_once(tmp_path: Path) -> None:
+    builder = build.Builder(tools.Tools(tmp_path, tmp_path, tmp_path), tmp_path / "cache", jobs=1)
+    families = pack.group(IMAGES)
+    made = builder.pack_all(families)
+    kept = sorted((tmp_path / "cache").iterdir())
+    assert len(kept) == len(families)
+    for path in kept:
+        path.write_bytes(b"kept")
+    assert builder.pack_all(families) == [b"kept"] * len(families)
+    # The same bytes of another kind are packed in another way.
+    (other,) = builder.pack_all([[pack.Image("two", "gemm/two", "cubin", "80", IMAGES[2].content)]])
+    assert other not in (made[1], b"kept")
 
 
 def test_cache_that_was_not_used_for_a_month_is_removed(tmp_path: Path) -> None:

@@ -8,12 +8,11 @@ import json
 import os
 import re
 import time
-import zlib
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import ptx, tools
+from . import pack, ptx, tools
 from .modules import MODULES, Module, digest, place_of, sources_of
 
 _KEPT_SECONDS = 30 * 24 * 3600
@@ -60,6 +59,11 @@ class Builder:
             work = functools.partial(_assemble, ptxas or self.tools.ptxas, self.cache)
             return list(pool.map(work, *zip(*jobs, strict=True), chunksize=4))
 
+    def pack_all(self, families: list[list[pack.Image]]) -> list[bytes]:
+        """A stream for each family."""
+        with ProcessPoolExecutor(self.jobs) as pool:
+            return list(pool.map(functools.partial(_pack, self.cache), families))
+
 
 def _compile(found: tools.Tools, cache: Path, module: Module) -> Compiled:
     key = _key("ptx", digest(sources_of(module.path)), *module.flags, *sorted(tools.pinned().items()))
@@ -101,6 +105,18 @@ def _assemble(ptxas: Path, cache: Path, kernel: ptx.Kernel, machine: str) -> Ass
         spills=number(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"),
         shared=number(r"(\d+) bytes smem"),
     )
+
+
+def _pack(cache: Path, family: list[pack.Image]) -> bytes:
+    content, kind = b"".join(image.content for image in family), family[0].kind
+    key = _key("lzma2", pack.filters(kind, len(content)), hashlib.sha256(content).hexdigest())
+    path = cache / f"{key}.lzma2"
+    if path.exists():
+        os.utime(path)
+        return path.read_bytes()
+    stream = pack.compress(kind, content)
+    _write(path, stream)
+    return stream
 
 
 @functools.cache
@@ -165,30 +181,30 @@ def describe(compiled: list[Compiled]) -> dict[str, object]:
 def write_build(builder: Builder, out: Path, *, for_tests: bool, capabilities: set[tuple[int, int]] | None) -> str:
     """Write what rust/cuda/build.rs embeds to `out`; gives a line for people.
 
-    kernels.json is what `describe` gives. kernels.bin holds one zlib stream after another, and images.json lists them:
-    PTX (that ends with a zero, as the driver wants it) and cubins: for all machines, or for those of `capabilities`.
+    kernels.json is what `describe` gives. kernels.bin holds one packed family after another, and images.json lists what
+    is where: PTX (that ends with a zero, as the driver wants it) and cubins: for all machines, or for those of
+    `capabilities`.
     """
     compiled = builder.compile_all()
     every = [(one.module, kernel) for one in compiled for kernel in one.kernels]
     shipped = [(module, kernel) for module, kernel in every if not module.is_for_tests(kernel.name)]
     wanted = every if for_tests else shipped
     # What is for tests alone may take its time to load.
-    pairs = [(k, machine) for m, k in shipped for machine in m.cubins if is_for(machine, capabilities)]
-    cubins = builder.assemble_all(pairs)
-    parts = [(k.name, "ptx", m.arch, k.ptx.encode() + b"\0") for m, k in wanted]
-    parts += [(k.name, "cubin", machine, made.cubin) for (k, machine), made in zip(pairs, cubins, strict=True)]
-    images, blob = [], bytearray()
-    for kernel, kind, arch, content in parts:
-        packed = zlib.compress(content, 9)
-        place = {"at": len(blob), "bytes": len(packed), "size": len(content)}
-        images.append({"kernel": kernel, "kind": kind, "arch": arch, **place})
-        blob += packed
+    pairs = [(m, k, machine) for m, k in shipped for machine in m.cubins if is_for(machine, capabilities)]
+    cubins = builder.assemble_all([(k, machine) for _, k, machine in pairs])
+    images = [pack.Image(k.name, m.source, "ptx", m.arch, k.ptx.encode() + b"\0") for m, k in wanted]
+    images += [
+        pack.Image(k.name, m.source, "cubin", machine, made.cubin)
+        for (m, k, machine), made in zip(pairs, cubins, strict=True)
+    ]
+    families = pack.group(images)
+    streams = builder.pack_all(families)
     out.mkdir(parents=True, exist_ok=True)
-    _write(out / "kernels.bin", bytes(blob))
-    _write(out / "images.json", json.dumps(images).encode())
+    _write(out / "kernels.bin", b"".join(streams))
+    _write(out / "images.json", json.dumps(pack.index(families, streams)).encode())
     _write(out / "kernels.json", json.dumps(describe(compiled)).encode())
-    raw = sum(len(content) for *_, content in parts)
-    return f"{len(wanted)} kernels, {len(cubins)} cubins: {raw >> 10} KiB, {len(blob) >> 10} KiB packed"
+    raw, packed = sum(len(image.content) for image in images), sum(map(len, streams))
+    return f"{len(wanted)} kernels, {len(cubins)} cubins: {raw >> 10} KiB, {packed >> 10} KiB packed"
 
 
 def is_for(machine: str, capabilities: set[tuple[int, int]] | None) -> bool:

@@ -11,7 +11,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// What `kernels/build_kernels.py` ends with when the packages are not there.
 const MISSING_TOOLS: i32 = 3;
@@ -44,14 +44,14 @@ fn main() -> Result<()> {
         println!("cargo:rerun-if-env-changed=PYTHONPATH");
         println!("cargo:rerun-if-env-changed=VIRTUAL_ENV");
     }
-    let (description, images) = match built {
+    let (description, packed) = match built {
         Ok(()) => (out.join("kernels.json"), read(&out.join("images.json"))?),
         Err(_) => {
             fs::write(out.join("kernels.bin"), [])?;
-            (root.join("kernels/kernels.lock.json"), Value::Array(Vec::new()))
+            (root.join("kernels/kernels.lock.json"), json!({"families": [], "images": []}))
         }
     };
-    fs::write(out.join("kernels.rs"), generate(&read(&description)?, &images)?)?;
+    fs::write(out.join("kernels.rs"), generate(&read(&description)?, &packed)?)?;
     Ok(())
 }
 
@@ -97,13 +97,22 @@ struct Kernel {
     cubins: Vec<String>,
 }
 
-fn generate(description: &Value, images: &Value) -> Result<String> {
-    let absent = || "kernels.json lacks a field";
+/// Where an image is: the number of its family, its place and length in that one's code, and its checksum.
+type Place = [u64; 4];
+
+fn generate(description: &Value, packed: &Value) -> Result<String> {
+    let absent = || "kernels.json or images.json lacks a field";
+    let number = |value: &Value, name: &str| value[name].as_u64().ok_or_else(absent);
+    let mut families = Vec::new();
+    for family in packed["families"].as_array().ok_or_else(absent)? {
+        let (at, bytes, size) = (number(family, "at")?, number(family, "bytes")?, number(family, "size")?);
+        families.push(format!("Family::new({at}, {bytes}, {size})"));
+    }
     let mut code = BTreeMap::new();
-    for image in images.as_array().ok_or_else(absent)? {
+    for image in packed["images"].as_array().ok_or_else(absent)? {
         let text = |name: &str| image[name].as_str().map(str::to_owned).ok_or_else(absent);
-        let number = |name: &str| image[name].as_u64().ok_or_else(absent);
-        let place = (number("at")?, number("bytes")?, number("size")?);
+        let number = |name: &str| number(image, name);
+        let place: Place = [number("family")?, number("at")?, number("size")?, number("crc32")?];
         code.insert((text("kernel")?, text("kind")?, text("arch")?), place);
     }
     let mut kernels: BTreeMap<String, Kernel> = BTreeMap::new();
@@ -125,7 +134,8 @@ fn generate(description: &Value, images: &Value) -> Result<String> {
     let mut text = String::new();
     let bytes = if code.is_empty() { "&[]" } else { "include_bytes!(concat!(env!(\"OUT_DIR\"), \"/kernels.bin\"))" };
     writeln!(text, "/// Whether this build has code.\npub const BUILT: bool = {};", !code.is_empty())?;
-    writeln!(text, "static CODE: &[u8] = {bytes};\n")?;
+    writeln!(text, "static CODE: &[u8] = {bytes};")?;
+    writeln!(text, "static FAMILIES: [Family; {}] = [{}];\n", families.len(), families.join(", "))?;
     for (index, (name, kernel)) in kernels.iter().enumerate() {
         let list = |kind: &str, architectures: &[String]| -> Result<String> {
             let mut list = Vec::new();
@@ -165,11 +175,12 @@ fn number_of(arch: &str) -> Result<i32> {
     Ok(arch.trim_end_matches('a').parse()?)
 }
 
-fn image(arch: &str, place: Option<(u64, u64, u64)>) -> Result<String> {
+fn image(arch: &str, place: Option<Place>) -> Result<String> {
     let (number, exact) = (number_of(arch)?, arch.ends_with('a'));
-    let (at, bytes, size) = place.unwrap_or_default();
+    let [family, at, size, crc32] = place.unwrap_or_default();
     Ok(format!(
-        "Image {{ capability: Capability({}, {}), exact: {exact}, at: {at}, bytes: {bytes}, size: {size} }}",
+        "Image {{ capability: Capability({}, {}), exact: {exact}, family: {family}, at: {at}, size: {size}, \
+         crc32: {crc32} }}",
         number / 10,
         number % 10
     ))

@@ -2,9 +2,8 @@
 //!
 //! The build script writes what is known of each kernel: see `build.rs` and `kernels/build_kernels.py`.
 
-use std::io::Read as _;
-
 use super::capability::Capability;
+use super::family::Family;
 
 /// A kernel of `kernels/`, which is a module of its own.
 #[derive(Debug, PartialEq, Eq)]
@@ -20,21 +19,23 @@ pub struct Kernel {
     /// Whether it is for tests and benches, which builds leave out without the feature `test-kernels`.
     pub for_tests: bool,
     /// For virtual architectures, the older first.
-    ptx: &'static [Image],
+    pub(super) ptx: &'static [Image],
     /// Assembled for GPUs, the older first.
-    cubins: &'static [Image],
+    pub(super) cubins: &'static [Image],
 }
 
 /// One kernel for one architecture.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Image {
-    capability: Capability,
+    pub(super) capability: Capability,
     /// Whether it is for its capability alone, not for later ones: those with warpgroup products are.
-    exact: bool,
-    /// Where its zlib stream is in `CODE`, how long that is, and how long the code; 0 in a build without it.
-    at: usize,
-    bytes: usize,
-    size: usize,
+    pub(super) exact: bool,
+    /// Which of `FAMILIES` it is part of, where it is in that one's code, how long, and its checksum; 0 in a build
+    /// without it.
+    pub(super) family: usize,
+    pub(super) at: usize,
+    pub(super) size: usize,
+    pub(super) crc32: u32,
 }
 
 /// What an image holds.
@@ -101,14 +102,20 @@ impl Image {
 
     /// Whether this build has it.
     pub fn is_built(&self) -> bool {
-        self.bytes > 0
+        self.size > 0
     }
 
-    /// The code, unpacked: PTX with a zero at its end, or a cubin; `None` in a build without it.
-    pub fn code(&self) -> Option<Vec<u8>> {
-        let packed = CODE.get(self.at..self.at + self.bytes).filter(|packed| !packed.is_empty())?;
-        let mut code = Vec::with_capacity(self.size);
-        flate2::read::ZlibDecoder::new(packed).read_to_end(&mut code).ok()?;
-        (code.len() == self.size).then_some(code)
+    /// The code, unpacked: PTX with a zero at its end, or a cubin.
+    ///
+    /// # Errors
+    /// In words that go on after "it", when this build has none, or when it is not what the compiler gave.
+    pub fn code(&self) -> Result<&'static [u8], String> {
+        let Some(family) = FAMILIES.get(self.family).filter(|_| self.is_built()) else {
+            return Err("is not in this build".to_owned());
+        };
+        let damaged = |why: &str| format!("is damaged in this build, install halfbyte again: {why}");
+        let code = family.code(CODE).map_err(damaged)?.get(self.at..).and_then(|rest| rest.get(..self.size));
+        let code = code.ok_or_else(|| damaged("it is shorter than it should be"))?;
+        if crc32fast::hash(code) == self.crc32 { Ok(code) } else { Err(damaged("its checksum is wrong")) }
     }
 }

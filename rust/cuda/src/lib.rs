@@ -10,6 +10,7 @@ mod dequantize_absmax;
 pub mod driver;
 mod embedding;
 pub mod experts;
+mod family;
 mod gemm;
 pub mod int8;
 mod int8_rowwise;

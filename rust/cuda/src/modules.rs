@@ -91,7 +91,7 @@ pub(super) struct Loaded<M> {
 /// alone. `words` names the device.
 ///
 /// # Errors
-/// [`Error::Cuda`] when there is no image for the device, none in this build, and in the driver's words.
+/// [`Error::Cuda`] when there is no image for the device, none in this build, a damaged one, and in the driver's words.
 pub(super) fn load<M>(
     kernel: &'static Kernel,
     capability: Capability,
@@ -127,10 +127,11 @@ pub(super) fn load<M>(
     }
     let mut refused = None;
     for (form, image) in images {
-        let Some(code) = image.code() else {
-            return Err(Error::Bug { words: format!("the code of kernel {} does not unpack", kernel.name) });
+        let code = match image.code() {
+            Ok(code) => code,
+            Err(why) => return fail(format!("its {} {why}", form.as_str())),
         };
-        match load(&code) {
+        match load(code) {
             Ok(module) => return Ok(Loaded { module, form, refused }),
             Err(Refusal::Unfit(error)) if form == Form::Cubin && only.is_none() => refused = Some(error),
             Err(Refusal::Unfit(error) | Refusal::Failed(error)) => return Err(error),

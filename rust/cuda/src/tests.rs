@@ -80,15 +80,57 @@ fn every_kernel_that_is_shipped_has_code_for_every_gpu_that_it_is_for() {
         if !has_code {
             continue;
         }
-        let ptx = kernel.image(Form::Ptx, HOPPER).and_then(Image::code).unwrap();
-        let text = std::str::from_utf8(&ptx).unwrap();
+        let ptx = kernel.image(Form::Ptx, HOPPER).unwrap().code().unwrap();
+        let text = std::str::from_utf8(ptx).unwrap();
         assert!(text.starts_with(".version 8.0\n") && text.ends_with("}\n\0"), "{}", kernel.name);
         assert_eq!(text.matches(".entry").count(), 1, "{}", kernel.name);
         assert!(text.contains(&format!(".entry {}(", kernel.name)), "{}", kernel.name);
-        if !kernel.for_tests {
-            let cubin = kernel.image(Form::Cubin, HOPPER).and_then(Image::code).unwrap();
-            assert!(cubin.starts_with(b"\x7fELF"), "{}", kernel.name);
+        // Each is what the compiler gave: its checksum was made of that.
+        for (form, images) in [(Form::Ptx, kernel.ptx), (Form::Cubin, kernel.cubins)] {
+            for image in images.iter().filter(|image| image.is_built()) {
+                let words = format!("{} as {} for {}", kernel.name, form.as_str(), image.architecture());
+                let code = image.code().unwrap_or_else(|why| panic!("{words}: {why}"));
+                assert_eq!(code.starts_with(b"\x7fELF"), form == Form::Cubin, "{words}");
+                assert_eq!(code.starts_with(b".version 8.0\n"), form == Form::Ptx, "{words}");
+            }
         }
+        // A build for the GPUs of this machine has other cubins, or none.
+        if !kernel.for_tests && option_env!("HALFBYTE_CUBINS").unwrap_or("all") == "all" {
+            assert!(kernel.cubins.iter().all(Image::is_built), "{}", kernel.name);
+        }
+    }
+}
+
+/// A kernel like GEMV_4BIT_BF16 on Hopper, whose cubin is not as the build packed it.
+fn damaged(damage: impl FnOnce(Image) -> Image) -> &'static Kernel {
+    let kernel = &kernels::GEMV_4BIT_BF16;
+    let copy = |form| kernel.image(form, HOPPER).map(|image| Image { ..*image }).unwrap();
+    let (ptx, cubin) = (copy(Form::Ptx), damage(copy(Form::Cubin)));
+    Box::leak(Box::new(Kernel { ptx: Box::leak(Box::new([ptx])), cubins: Box::leak(Box::new([cubin])), ..*kernel }))
+}
+
+#[test]
+fn damaged_code_is_an_error_that_names_the_kernel_and_reaches_no_driver() {
+    if !kernels::GEMV_4BIT_BF16.image(Form::Cubin, HOPPER).is_some_and(Image::is_built) {
+        return;
+    }
+    let (given, loaded) = driver(damaged(|image| image), HOPPER, None, &[]);
+    assert_eq!((given, loaded.unwrap().form), (vec![Form::Cubin], Form::Cubin));
+
+    let checksum = "is damaged in this build, install halfbyte again: its checksum is wrong";
+    let short = "is damaged in this build, install halfbyte again: it is shorter than it should be";
+    for (kernel, why) in [
+        (damaged(|image| Image { crc32: image.crc32 ^ 1, ..image }), checksum),
+        (damaged(|image| Image { at: image.at + 16, ..image }), checksum),
+        (damaged(|image| Image { at: usize::MAX, ..image }), short),
+        (damaged(|image| Image { size: usize::MAX, ..image }), short),
+        (damaged(|image| Image { family: usize::MAX, ..image }), "is not in this build"),
+    ] {
+        let (given, loaded) = driver(kernel, HOPPER, None, &[]);
+        assert!(given.is_empty());
+        let words = loaded.unwrap_err().to_string();
+        assert!(words.contains("kernel gemv_4bit_bf16 on device 0 (a card)"), "{words}");
+        assert!(words.contains(&format!("its cubin {why}")), "{words}");
     }
 }
 

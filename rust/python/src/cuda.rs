@@ -98,10 +98,11 @@ fn cuda_kernel_ptx<'py>(py: Python<'py>, kernel: &str, capability: (i32, i32)) -
         to_py(Error::argument("kernel", format!("{kernel:?}"), expected))
     })?;
     let image = found.image(cuda::Form::Ptx, cuda::Capability(capability.0, capability.1));
-    let code = image.and_then(|image| image.code()).ok_or_else(|| {
+    let image = image.ok_or_else(|| {
         to_py(Error::argument("capability", format!("{capability:?}"), "one that the kernel is compiled for"))
     })?;
-    Ok(PyBytes::new(py, code.strip_suffix(b"\0").unwrap_or(&code)))
+    let code = image.code().map_err(|why| to_py(Error::cuda(format!("kernel {kernel}"), format!("its PTX {why}"))))?;
+    Ok(PyBytes::new(py, code.strip_suffix(b"\0").unwrap_or(code)))
 }
 
 /// Load every kernel that the device takes.
