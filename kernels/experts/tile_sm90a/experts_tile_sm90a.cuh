@@ -1,69 +1,77 @@
 // experts_tile_sm90a: for each expert y[slots][N] = gate(x[slots][K] * W[N][K]^T + bias[N]), its slots being consecutive rows of
-// x, its weight in 4 bits; one launch for all experts. The products of prompts and of training.
+// x, its weight in 4 bits; one launch for all experts. The products of batches, of prompts and of training.
 //
 // Problem. Up to 512 experts with any number of rows, none among them; which are whose the device alone knows (`offsets`). x,
-//   biases and y are bfloat16 or float16, sums float32. Two weights of one expert, a gate's and another, or one weight; then
-//   silu(gate) * up, gpt-oss's clamped form, gelu, the square of relu, or the products themselves. Any codebook and block size
-//   of the format, plain or nested scales; K a multiple of 32; x and codes aligned to 16 bytes; compute capability 9.0 alone.
+//   biases and y are bfloat16 or float16, sums float32; the columns of x in the order of permute.cuh. Two weights of one expert, a
+//   gate's and another, or one weight; then silu(gate) * up, gpt-oss's clamped form, gelu, the square of relu, or the products
+//   themselves. Blocks of 64 and more, any codebook, plain or nested scales; K a multiple of 64; x and codes aligned to 16 bytes;
+//   compute capability 9.0 alone.
 //
-// Roofline. 128 experts of 2048 x 768 with 8 choices for each token, bfloat16, blocks of 64, on an H200, in microseconds: what
-//   this kernel took for gate and up, and for down, by tokens of a tile; the codes and scales alone take 51 and 26.
-//     tokens             128           256           512          1024          2048          4096
-//     32 in a tile   122,  64      124,  64      184,  95      304, 153      567, 279     1141, 536
-//     64             143,  74      144,  75      154,  80      230, 119      381, 189      708, 390
-//     128            193,  99      194, 103      205, 105      224, 115      336, 177      613, 328
-//   Not memory is the bound but the multiprocessor's shared memory: all experts with the same weights, in the second-level
-//   cache, took as long. Clocks for 256 rows of W by 64 columns, at 128 bytes a clock:
-//     tokens of a tile                        32     64    128
-//     matrix units                           256    512   1024
-//     their reads of x, 4 warpgroups         128    256    512
-//     the table: 8 bytes a code              512    512    512
-//     x coming in                             32     64    128
-//     codes and scales in and out            208    208    208
-//     all of shared memory                   880   1040   1360
-//   A k-tile took 0.62, 0.71 and 0.96 us, some 90 % of that at the clock that power allows.
+// Roofline. 128 experts of 2048 x 768 with 8 choices for each token, bfloat16, blocks of 64, on an H200, in microseconds: what a
+//   block of experts took, sorting and the weighted sum included, by tokens of a tile; all codes and scales alone take 76.
+//     tokens              32     64    128    256    512   1024   2048   4096
+//     16 in a tile       117    128    132    187    298    554   1028   1924
+//     32                        145    154    160    232    410    712   1373
+//     64                        176    182    192    226    344    588   1117
+//     128                       276    292    303    352    371    592   1058
+//   Not memory is the bound but the multiprocessor: with the same weights for all experts, which are then in the second-level
+//   cache, 128 tokens took 111 us in place of 123 by tiles of 16. Clocks for 256 rows of W by 64 columns, at 128 bytes a clock:
+//     tokens of a tile                        16     32     64    128
+//     matrix units                           128    256    512   1024
+//     their reads of x, 4 warpgroups          64    128    256    512
+//     look-ups in the table                  256    256    256    512
+//     codes, scales and x in and out         190    206    238    302
+//     all of shared memory                   510    590    750   1326
+//     instructions, of a quarter             330    350    400    480    16 warps of 82, 88, 101 and 121, of four quarters
+//     what follows from 128 tokens' times    730    865   1040   1700    at 1.755 GHz, without 12 us besides the products
 //
-// Tile. gemm/tile_sm90a's main loop, with its two teams of two warpgroups beside instead of behind each other: each team takes
-//   every k-tile, for rows of its own, so x comes in once for 256 rows of W, no sums have to be exchanged, and one team
-//   multiplies while the other writes.
+// Tile. Two teams of two warpgroups: each team takes every k-tile, for rows of its own, so x comes in once for 256 rows of W, no
+//   sums have to be exchanged, and one team multiplies while the other writes.
 //
 //   CTA tile 256 rows of W x TOKENS rows of x, by quarters of 64 rows          a warp's 16 rows of products, lane 4g + t
-//                       with a gate             without                          rows 0-7     quarter 2 team,     row 8 warp + g
-//     team 0   quarter 0   gate rows 0-63       rows 0-63                        rows 8-15    quarter 2 team + 1, row 8 warp + g
-//              quarter 1   up rows 0-63         rows 64-127
+//                       with a gate             without                          rows 0-7     quarter 2 team,     row 8 warp + r(g)
+//     team 0   quarter 0   gate rows 0-63       rows 0-63                        rows 8-15    quarter 2 team + 1, row 8 warp + r(g)
+//              quarter 1   up rows 0-63         rows 64-127                      r: row_of_group
 //     team 1   quarter 2   gate rows 64-127     rows 128-191
 //              quarter 3   up rows 64-127       rows 192-255
 //   So a lane has the gate and what is gated in its own accumulators.
+//   With up to 64 tokens in a tile W goes into the products as it is in the codebook, rounded to 16 bits, and scales are for the
+//   sums of a block, as in gemm_4bit_block_sums_sm90a.cu; with 128 registers have no room for that, and W is dequantized.
 //   Blocks stay. Each makes a run of consecutive tiles, equal parts of them all: first those of the first expert, of these
 //   those of the first rows of W, those of one range of rows for all its tokens after each other, so that W comes from memory
-//   once. A warp finds its block's first tile by adding up the experts' tiles; from there on it counts.
-//   Producers: a thread that has the copy engine bring codes, one that has it bring x, two warps for scales. They run ahead of
-//   the consumers into the next tiles.
+//   once. A warp finds its block's first tile by adding up the experts' tiles; from there on it counts. With 16 tokens in a tile,
+//   and few tiles, the parts are equal to the stage, and a tile may be of several blocks: see shared_tiles.cuh.
+//   Producers: a thread that has the copy engine bring codes and plain scales of blocks of 64, one that has it bring x, two warps for
+//   other scales. They run ahead of the consumers into the next tiles.
 //
-// Shared memory, with 32 / 64 / 128 tokens:
-//     x          4 stages of TOKENS x 128 bytes, 128-byte swizzle                                    16 / 32 / 64 KB
-//     table      256 bytes of codes x 32 lanes x two float32                                                   64 KB
-//     codes      4 stages of 256 x 64 bytes, 64-byte swizzle                                                   64 KB
-//     scales     2 stages of [4 k-tiles][256 rows][2]                                                          16 KB
+// Shared memory, with 16 / 32 / 64 / 128 tokens:
+//     x          8 / 8 / 4 / 4 stages of TOKENS x 128 bytes, 128-byte swizzle                   16 / 32 / 32 / 64 KB
+//     table      256 bytes of codes x 32 lanes x two values, half of it unused up to 64                         64 KB
+//     codes      3 / 3 / 2 / 2 stages of 256 x 128 bytes, 128-byte swizzle                               96 or 64 KB
+//     scales     as many stages of [256 rows][4 k-tiles]                                                  12 or 8 KB
 //     y          of each team 32 tokens x 128 rows on their way to whole lines                                 16 KB
-//     rows       of y, for each team's tokens                                                            1/4 to 1 KB
+//     rows       of y, for each team's tokens                                                            1/8 to 1 KB
 //     map        of nested scales                                                                               1 KB
-//     barriers   full and empty, of each stage
+//     barriers   full and empty, of each stage; those of codes are for scales as well
 //
-// Budget. 640 threads; a consumer has 104 registers (TOKENS / 2 accumulators, 16 or 8 of A, codes, scales, where it is), a
-//   producer 64. One block on a multiprocessor.
+// Budget. 640 threads; a consumer has 104 registers (TOKENS / 2 accumulators, up to 64 tokens twice, 16 or 8 of A, with 16 tokens 32,
+//   codes, scales, where it is), a producer 64. One block on a multiprocessor.
 //
-// Determinism. A row's products are added in the order of k-tiles, whatever block makes them and whatever the others' rows are.
-//   Each weight is its codebook value times its scale in float32, rounded once: the bits of dequantize. The sum of one value
-//   is that value, so x = identity gives the dequantized weights.
+// Determinism. A row's products are added in the order of k-tiles; where blocks share tiles, in parts that depend on how many tiles
+//   there are in all. The same inputs give the same bits on one device. With 128 tokens in a tile each weight is its codebook value
+//   times its scale in float32, rounded once, the bits of dequantize, and x = identity gives the dequantized weights.
 //
-// Tried, on an H200, and no faster:
-//   - The k-tile after the next dequantized while the matrix units work, with two sets of A: 2 % slower with 32 tokens, 14 %
-//     with 64.
-//   - As many columns as a tile has tokens, by steps of 32 in one kernel: ptxas runs out of registers (C7512), and it took what
-//     this takes with 128 tokens at 2048 and more, 3 % more below.
-//   - All kinds of gates in one switch for each value: code so long that fetching it took 3 us for every 32 tokens, 248 instead
-//     of 177 us for down with 2048 tokens.
+// Tried, on an H200, and no faster; in microseconds for 128 tokens by tiles of 16, where nothing else is said:
+//   - Scales for the weights with up to 64 tokens: 200 for 256 tokens by tiles of 32.
+//   - Codes in boxes of 64 bytes of a row: as fast, with columns in their own order, which take two loads of twice the size (138).
+//   - x with the barriers of codes: 140 in place of 138, as codes are then held longer.
+//   - Scales of blocks of 64 loaded by threads and not copied: 127 in place of 123; each load has 32 lines.
+//   - One set of A with 16 tokens: 132 in place of 127; two with 32 tokens: 166 in place of 153.
+//   - Boxes of codes fetched to the second level three stages ahead: 134 in place of 127. 256 bytes at a time from memory: no
+//     difference.
+//   - Shared tiles with 32 tokens: no difference.
+//   - As many columns as a tile has tokens, by steps of 32 in one kernel: ptxas runs out of registers (C7512).
+//   - All kinds of gates in one switch for each value: code so long that fetching it took 3 us for every 32 tokens.
 #pragma once
 
 #include "experts/tile_sm90a/epilogue.cuh"
