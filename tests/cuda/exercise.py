@@ -51,7 +51,7 @@ def main(*, reads_ahead: bool, tiles: bool) -> None:
     if tiles:
         several_rows()
     int8(reads_ahead)
-    experts()
+    experts(tiles=tiles)
     # More scales than one group of groups.
     F.quantize_4bit(torch.randn(2**21 + 3, device="cuda"), quant_type="nf4", blocksize=32, compress_statistics=True)
     torch.cuda.synchronize()
@@ -108,10 +108,10 @@ def int8(reads_ahead: bool) -> None:
                 torch.ops.halfbyte.linear_8bit(x, codes, scales, None, threshold)
 
 
-def experts() -> None:
+def experts(*, tiles: bool) -> None:
     """A block of experts: a slot for each, and many, for every width of the kernel for these."""
     for nested in (False, True):
-        block = Experts.random(4, 256, 192, nested=nested)
+        block = Experts.random(4, 256, 192, nested=nested, tiles=tiles)
         for tokens in (1, 9, 16, 40, 100, 200):
             x = torch.randn(tokens, 256, dtype=torch.bfloat16, device="cuda")
             block(x, *choices(tokens, 2, 4))
