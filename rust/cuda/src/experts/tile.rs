@@ -360,13 +360,13 @@ mod tests {
 
     #[test]
     fn more_slots_have_wider_tiles() {
-        let tokens = |slots| fastest(128, 3 * 2048 * 768 / 2, 128 * slots, 132).map(|form| form.tokens);
+        let tokens = |slots: usize| fastest(128, 3 * 2048 * 768 / 2, 128 * slots, 132).map(|form| form.tokens);
         assert_eq!([1, 12, 13, 28, 29, 72, 73, 1000].map(tokens), [16, 16, 32, 32, 64, 64, 128, 128].map(Some));
     }
 
     #[test]
     fn few_bytes_are_for_the_other_products() {
-        let wide = |experts, hidden, intermediate, slots| {
+        let wide = |experts: usize, hidden: usize, intermediate: usize, slots: usize| {
             fastest(experts, 3 * hidden * intermediate / 2, slots, 132).is_some()
         };
         // As measured: 128 experts of 2048 x 768 with 8 choices for each token, 60 of 2048 x 1408 with 4, 8 of 4096 x 14336 with 2.
