@@ -22,8 +22,8 @@ struct Rounds {
 };
 
 // The products of the k-tiles in `stages` stages become `sums`, the accumulators: [64 rows][TOKENS] of a warpgroup, as wgmma has
-// them. `Operand`: what A is, and `my_row` the first of the lane's rows; with Operand::BLOCK_SUMS a scale is applied to the sums of a k-tile, and while one is multiplied the
-// next one's A is made, where there are registers for two.
+// them. `Operand`: what A is, and `my_row` the first of the lane's rows; with Operand::BLOCK_SUMS a scale is applied to the sums of
+// a k-tile, and while one is multiplied the next one's A is made, where there are registers for two.
 template <typename T, typename Operand, typename S>
 __device__ inline void multiply_rounds(float (&sums)[S::ACCUMULATORS], u8 *shared, Rounds<S> &at, int lane, u32 my_row, int stages) {
     constexpr int CHUNKS = Operand::CHUNKS, K_BLOCKS = Operand::K_BLOCKS, SETS = S::A_SETS;
@@ -41,7 +41,7 @@ __device__ inline void multiply_rounds(float (&sums)[S::ACCUMULATORS], u8 *share
     float products[S::ACCUMULATORS];
     const auto make = [&](u32 (&to)[4 * K_BLOCKS], u32 stage, int k_tile, int c) {
         typename Operand::Loaded loaded;
-        a_operand.load(loaded, stage, u32(k_tile), stage, k_tile, c);
+        a_operand.load(loaded, stage, k_tile, c);
 #pragma unroll
         for (int q = 0; q < K_BLOCKS; q++) {
             a_operand.template dequantize<T>(to, loaded, c, q);

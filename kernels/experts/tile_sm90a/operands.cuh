@@ -25,9 +25,9 @@ struct PermutedRows {
           at_lane(u32(lane) * entry),
           piece((u32(lane) % 4 / 2) ^ (my_row & 7)) {}
 
-    // Where the lane's codes of k-tile `part` of a stage are, of its first or its second row.
-    __device__ const u8 *codes(u32 codes_stage, u32 part, int r) const {
-        return my_codes + codes_stage * S::CODES_BYTES + r * S::SECOND_ROW * (S::STAGE_K / 2) + ((part * 2) ^ piece) * 16;
+    // Where the lane's codes of a k-tile of a stage are, of its first or its second row.
+    __device__ const u8 *codes(u32 stage, int k_tile, int r) const {
+        return my_codes + stage * S::CODES_BYTES + r * S::SECOND_ROW * (S::STAGE_K / 2) + ((u32(k_tile) * 2) ^ piece) * 16;
     }
     // The offset in the table of byte `byte` of a word of codes: 256 times that, and where this lane's entries begin.
     __device__ u32 entry(u32 word, int byte) const { return permute_bytes(at_lane, word, 0x1100u | (4u + u32(byte)) << 4); }
@@ -52,10 +52,10 @@ struct PermutedCodebookOperand : PermutedRows<S> {
     }
     __device__ PermutedCodebookOperand(const u8 *shared, int lane, u32 my_row) : PermutedRows<S>(shared, lane, my_row, 4) {}
 
-    __device__ void load(Loaded &to, u32 codes_stage, u32 part, u32, int, int) const {
+    __device__ void load(Loaded &to, u32 stage, int k_tile, int) const {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            to.words[r] = *reinterpret_cast<const Words2 *>(this->codes(codes_stage, part, r));
+            to.words[r] = *reinterpret_cast<const Words2 *>(this->codes(stage, k_tile, r));
         }
     }
     template <typename>
@@ -86,11 +86,11 @@ struct PermutedRowsOperand : PermutedRows<S> {
     }
     __device__ PermutedRowsOperand(const u8 *shared, int lane, u32 my_row) : PermutedRows<S>(shared, lane, my_row, 8) {}
 
-    __device__ void load(Loaded &to, u32 codes_stage, u32 part, u32 scales_stage, int k_tile, int c) const {
-        to.scale = this->scales(scales_stage, k_tile);
+    __device__ void load(Loaded &to, u32 stage, int k_tile, int c) const {
+        to.scale = this->scales(stage, k_tile);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            to.words[r] = *reinterpret_cast<const u32 *>(this->codes(codes_stage, part, r) + c * 4);
+            to.words[r] = *reinterpret_cast<const u32 *>(this->codes(stage, k_tile, r) + c * 4);
         }
     }
     template <typename T>

@@ -145,8 +145,8 @@ __device__ inline Floats4 values_of(const Floats4 &loaded, const WeightScales &o
     return made;
 }
 
-// By SCALE_PRODUCERS threads: the scales that are not copied, of all tiles, in stages [TILE_ROWS][SCALES_K_TILES]. `member` is this thread among them,
-// which brings those of a row of each quarter.
+// By SCALE_PRODUCERS threads: the scales that are not copied, of all tiles, in stages [TILE_ROWS][SCALES_K_TILES]. `member` is this
+// thread among them, which brings those of a row of each quarter.
 template <typename S, typename Walk>
 __device__ inline void produce_scales(u8 *shared, const ExpertsProduct &product, Walk walk, int member, int lane) {
     static_assert(QUARTER_ROWS == SCALE_PRODUCERS, "a thread brings the scales of a row of each quarter");
@@ -180,7 +180,8 @@ __device__ inline void produce_scales(u8 *shared, const ExpertsProduct &product,
                 // Rows that are not there get what the last one has: what comes of them is not written.
                 const int row = walk.row_tile * product.rows_of_tile() + product.rows_before(q) + member;
                 const i64 first = i64(row < product.n ? row : product.n - 1) * product.k + stage * SCALES_K;
-                values[q] = load_scales(weights[q % 2], map, first, product.k - stage * SCALES_K, product.block_shift, nested, together);
+                const int left = product.k - stage * SCALES_K;
+                values[q] = load_scales(weights[q % 2], map, first, left, product.block_shift, nested, together);
             }
         };
         if (!copied) {

@@ -5,12 +5,14 @@
 #include "gemm/tile_sm90a/shape.cuh"
 
 constexpr int QUARTER_ROWS = 64;  // rows of one weight that a copy brings: wgmma has eight of them in a warp beside eight others
-constexpr int BOX_BYTES = SCALES_K / 2;  // columns of that copy: whole lines
+constexpr int BOX_BYTES = 128;    // of these rows' codes: whole lines
 constexpr int QUARTERS = 4;       // of a tile: two for each team
 constexpr int STEP_TOKENS = 32;   // that a copy brings at most, and that a team puts together before it writes whole lines
 
-// A tile is 256 rows of W by TOKENS tokens of one expert, or as many as are left. See gemm/tile_sm90a/shape.cuh for what is not said here. The
-// launcher takes BYTES from here.
+static_assert(2 * BOX_BYTES == SCALES_K, "a stage of codes has the columns of a stage of scales");
+
+// A tile is 256 rows of W by TOKENS tokens of one expert, or as many as are left. See gemm/tile_sm90a/shape.cuh for what is not said
+// here. The launcher takes BYTES from here.
 template <int TOKENS_>
 struct ExpertShape {
     static constexpr int TOKENS = TOKENS_;
