@@ -92,7 +92,8 @@ impl Experts {
             );
             return Err(Error::argument("tokens", found, expected));
         }
-        Ok(Workspace::new(self, tokens * top_k))
+        let slots = tokens * top_k;
+        Ok(Workspace::new(self, slots, tile::workspace(self, slots)))
     }
 
     fn projections(&self) -> usize {

@@ -2,7 +2,6 @@
 
 use super::chunks::{CHUNK_BYTES, most_chunks};
 use super::layer::Experts;
-use super::tile;
 
 /// Where each part begins.
 const PART: usize = 256;
@@ -29,8 +28,8 @@ pub(super) struct Workspace {
 }
 
 impl Workspace {
-    /// For so many slots, which are few enough for these numbers.
-    pub(super) fn new(experts: &Experts, slots: usize) -> Self {
+    /// For so many slots, which are few enough for these numbers, with so many bytes of sums.
+    pub(super) fn new(experts: &Experts, slots: usize, sums: usize) -> Self {
         let mut end = 0;
         let mut part = |bytes: usize| {
             let begin = end;
@@ -43,7 +42,7 @@ impl Workspace {
         let chunks = part(most_chunks(experts.experts, slots) * CHUNK_BYTES);
         let hidden = part(slots * experts.intermediate * 2);
         let out = part(slots * experts.hidden * 2);
-        let sums = part(tile::workspace(experts, slots));
+        let sums = part(sums);
         Self { offsets, order, chunk_count, chunks, hidden, out, sums, bytes: end }
     }
 }
