@@ -84,7 +84,7 @@ __device__ inline void wait_for_signal(const u64 *at, u64 value) {
     } while (found != value);
 }
 
-// The same by all lanes of a warp, which stay together: around a loop of single lanes ptxas keeps nothing in registers of warps.
+// The same by all lanes of a warp, together. If one lane waited alone, ptxas would not use uniform registers around its loop.
 __device__ inline void wait_for_signal_by_warp(const u64 *at, u64 value) {
     u64 found;
     do {

@@ -41,7 +41,7 @@ __device__ inline void fetch_box(const TensorMap *map, int column, int row) {
     asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(u64(map)), "r"(column), "r"(row));
 }
 
-// Has what copies read of a map itself fetched, which is in memory.
+// Prefetches a tensor map that lies in memory, so that the first copy by it does not wait for the map.
 __device__ inline void fetch_map(const TensorMap *map) { asm volatile("prefetch.tensormap [%0];" ::"l"(u64(map))); }
 
 // One arrival, and so many bytes more to be received before the phase ends.

@@ -330,6 +330,7 @@ def test_opcheck_experts() -> None:
         (1, torch.zeros(6, 2, dtype=torch.int64), r"ids must have shape \[7, k\]"),
         (2, torch.zeros(7, 3), r"weights must have shape \[7, 2\]"),
         (3, torch.zeros(3, 5, dtype=torch.int64), "table must have shape"),
+        (4, torch.zeros(3, 5, 128, dtype=torch.uint8), "maps must be torch.uint8 of shape"),
         (5, torch.zeros(5, 7), r"up_bias must have shape \[5, 192\]"),
         (6, torch.zeros(5, 64, dtype=torch.float16), "down_bias must have dtype"),
         (7, 0, "intermediate must be at least 1"),

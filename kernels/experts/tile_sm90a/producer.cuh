@@ -16,7 +16,7 @@ struct ExpertMaps {
             scales[i] = codes[i] + 1;
         }
     }
-    // Has them fetched: else the first copy waits for that.
+    // Prefetches the maps: the first copy by a map otherwise waits for it.
     __device__ void fetch() const {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -88,9 +88,10 @@ struct WeightScales {
     float offset;
 };
 
-// By one thread: the scales of a row of a stage, four of the values from `first` on, of which `left` are in the row; zero behind the
-// last column, whatever the last scale is. Blocks of 64 and more values; `together`: how many a load brings, 4, 2 or 1. With four
-// nested ones they are what `values_of` wants, so that the loads can be on their way.
+// By one thread: the four scales of a row of a stage, one for each k-tile. `first`: which value of the weight the stage begins with,
+// and `left`: how many values the row has from there on; behind the last column scales are zero, whatever the last one is. Blocks
+// have 64 values or more. `together`: how many scales a load brings, 4, 2 or 1. Four nested scales are given as they are in memory,
+// codes and second scale, for `values_of` to compute later: so nothing waits here for the loads.
 __device__ inline Floats4 load_scales(const WeightScales &of, const float *map, i64 first, int left, int block_shift, bool nested,
                                       int together) {
     const float *const absmax = static_cast<const float *>(of.first);
@@ -132,6 +133,7 @@ __device__ inline Floats4 load_scales(const WeightScales &of, const float *map, 
     }
     return made;
 }
+// The scales themselves.
 __device__ inline Floats4 values_of(const Floats4 &loaded, const WeightScales &of, const float *map, bool nested, int together) {
     if (!nested || together < 4) {
         return loaded;

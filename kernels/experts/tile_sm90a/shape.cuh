@@ -24,7 +24,7 @@ struct ExpertShape {
     static constexpr bool SHARES = TOKENS <= 16;
     // Sets of registers of A.
     static constexpr int A_SETS = TOKENS <= 16 ? 2 : 1;
-    // Whether two sets of accumulators and one of A leave hardly any others.
+    // Whether hardly any registers are left beside two sets of accumulators and A.
     static constexpr bool TIGHT = TOKENS == 64;
     // Tokens that a copy brings.
     static constexpr int STEP = TOKENS < STEP_TOKENS ? TOKENS : STEP_TOKENS;

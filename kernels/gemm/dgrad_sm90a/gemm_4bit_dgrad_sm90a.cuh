@@ -47,6 +47,7 @@
 #pragma once
 
 #include "gemm/dgrad_sm90a/columns.cuh"
+#include "gemm/dgrad_sm90a/one_team.cuh"
 #include "gemm/tile_sm90a/epilogue.cuh"
 #include "gemm/tile_sm90a/ranges.cuh"
 #include "gemm/tile_sm90a/rounds.cuh"

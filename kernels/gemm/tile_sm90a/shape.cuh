@@ -41,7 +41,7 @@ __device__ constexpr u32 larger(u32 a, u32 b) { return a > b ? a : b; }
 // What a block of threads is made of, and how much of everything is in its shared memory. The launcher takes BYTES from here.
 // With COLUMNS it is the shape of gemm_4bit_dgrad_sm90a, which swaps the roles of rows and columns of W: where this file says
 // rows of W, read columns of W there, and for K the rows of W that are summed over.
-// experts/tile_sm90a has a shape of its own, for the same main loop.
+// experts/tile_sm90a has a shape and a main loop of its own, for the same pipelines.
 template <int TOKENS_, bool COLUMNS_ = false>
 struct Shape {
     static constexpr int TOKENS = TOKENS_;

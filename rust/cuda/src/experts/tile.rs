@@ -16,10 +16,10 @@ use crate::memory::block_shift;
 
 /// What `Experts::takes` allows beyond is not for the copy engine.
 const MOST_PITCH: usize = 1 << 40;
-/// From so many slots of an expert on, on average, these products are faster than those for few slots, ...
+/// From so many slots of an expert on, on average, these products are faster than those for few slots.
 const SLOTS: usize = 6;
-/// ... or from so many bytes of codes of the chosen experts on, for each multiprocessor. On an H200, with blocks of 64 and bfloat16,
-/// by those for few slots and by these, in microseconds: 128 experts of 2048 x 768, 8 for each token, 6 tokens 58 and 59, 8 tokens
+/// With fewer slots they are faster if the chosen experts have so many bytes of codes for each multiprocessor. Measured on an H200,
+/// with blocks of 64 and bfloat16, in microseconds, first by the products for few slots, then by these: 128 experts of 2048 x 768, 8 for each token, 6 tokens 58 and 59, 8 tokens
 /// 69 and 68, 16 tokens 104 and 91; 60 of 2048 x 1408, 4 for each, 8 tokens 64 and 62; 32 of 2880 x 2880, 4 for each, 2 tokens 63
 /// and 67, 4 tokens 103 and 97; 8 of 4096 x 14336, 2 for each, 1 token 85 and 80, 8 tokens 280 and 229.
 const FEWEST_BYTES: f64 = 0.9e6;
