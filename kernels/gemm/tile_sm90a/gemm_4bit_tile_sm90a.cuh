@@ -86,6 +86,11 @@
 //   - Copies of x for two blocks of a cluster at once (multicast): 30.4, 37.1 and 51.0 us for 64, 128 and 256 rows.
 //   - Scales for the sums instead of the weights, with 4 bytes of the table for a code, from 96 rows on: ptxas does not keep two
 //     sets of accumulators in registers, and makes the products wait for each other (C7512).
+//   - The same with tiles of 256 rows of W by 96 or 128 of x, where each of two warpgroups has 128 rows and products of one of 64 rows
+//     by half of the tokens at a time: 32.6 and 38.9 us in place of 29.5 and 33.7 for 96 and 128 rows. Less of shared memory and of
+//     the second level, but look-ups, products and sums of a warpgroup are one chain of 420 clocks for 128 of its matrix units.
+//   - Blocks that begin with different columns: 35.2 in place of 33.7 us for 128 rows, 21.8 and 23.9 in place of 18.3 and 21.6 for 32
+//     and 64. Multiprocessors that read the same part of x at the same time help each other.
 //   - Stages that are known where the main loop is compiled (rounds.cuh): no difference from 96 rows on, where shared memory binds.
 #pragma once
 
