@@ -147,6 +147,8 @@ MODULES = (
     ),
     # For training.
     Module("experts/experts_dequantize", "80", _SINCE_AMPERE),
+    Module("lora/lora_down", "80", _SINCE_AMPERE),
+    Module("lora/lora_up", "80", _SINCE_AMPERE),
     # Products of warpgroups, and what brings tokens together for them.
     Module("experts/experts_gather", "90", ("90",)),
     Module("experts/experts_gather_few", "90", ("90",)),

@@ -39,6 +39,9 @@ __all__ = [
     "cuda_kernel_form",
     "cuda_kernel_ptx",
     "cuda_kernels",
+    "cuda_lora_down",
+    "cuda_lora_ranks",
+    "cuda_lora_up",
     "cuda_matmul_4bit",
     "cuda_prepare",
     "cuda_quantize_4bit",
@@ -683,6 +686,45 @@ class CudaLinear8:
         kernel: str = "best",
     ) -> str:
         """Make one product of `m` rows; gives the name of its kernel. All others are addresses; 0 is no bias."""
+
+def cuda_lora_ranks(device: int) -> int:
+    """The largest rank that `cuda_lora_down` and `cuda_lora_up` have kernels for on a device; 0 if it has none."""
+
+def cuda_lora_down(
+    device: int,
+    stream: int,
+    x: _Buffer,
+    factor: _Buffer,
+    cast: _Buffer | None,
+    h: _Buffer,
+    rows: int,
+    columns: int,
+    rank: int,
+) -> None:
+    """Launch `h [rows, rank] = x [rows, columns] @ factor.T`, float16 or bfloat16.
+
+    `x` and `factor [rank, columns]` are float32 or of that dtype; `cast` becomes `x` in it, where that is float32.
+    """
+
+def cuda_lora_up(
+    device: int,
+    stream: int,
+    y: _Buffer | None,
+    h: _Buffer,
+    factor: _Buffer,
+    transposed: bool,
+    scaling: float,
+    out: _Buffer,
+    turned: _Buffer | None,
+    rows: int,
+    columns: int,
+    rank: int,
+) -> None:
+    """Launch `out = y [rows, columns] + scaling * h [rows, rank] @ factor`; `out` may be `y`.
+
+    `y` and `out` are float32 or of the dtype of `h`, None is zeros. The factor is as for `cuda_lora_down`, or with
+    `transposed` the other way round; `turned` becomes the factor as for `cuda_lora_down`, in the dtype of `h`.
+    """
 
 def cuda_int8_workspace(device: int, rows: int, columns: int) -> int:
     """Bytes of the workspace of `cuda_quantize_rows_outliers`, which begins at a multiple of 256."""

@@ -16,6 +16,7 @@ import int8
 import int8_tiles
 import launches
 import launches_gemm
+import launches_lora
 import native
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ import values
 from harness import program
 from launches import Check, Described, Scales
 from launches_gemm import Product
+from launches_lora import Shape
 from native import QUANT_TYPES, STORED
 
 
@@ -351,7 +353,26 @@ def of_experts_dequantize(source: Described) -> Iterator[Check]:
             yield experts.dequantize(source, [0, 2, 0, 1], 192 * 64, dtype, "nf4", 64, nested)
 
 
+def of_lora_down(source: Described) -> Iterator[Check]:
+    """Every kernel: rows, columns and ranks that are not full."""
+    for dtype in ("bf16", "f16"):
+        for first, second in itertools.product((dtype, "f32"), repeat=2):
+            for rank, row_tiles in ((6, 1), (16, 2), (24, 1), (50, 1)):
+                yield launches_lora.down(source, Shape(35, 552, rank, dtype, first, second), row_tiles)
+
+
+def of_lora_up(source: Described) -> Iterator[Check]:
+    """The same, the factor either way round."""
+    for dtype in ("bf16", "f16"):
+        for first, second in ((dtype, dtype), (dtype, "f32"), ("f32", "f32")):
+            for rank, transposed in ((6, True), (24, False), (50, True)):
+                shape = Shape(35, 296, rank, dtype, first, second)
+                yield launches_lora.up(source, shape, transposed, 32, ("f32", dtype)[rank == 24], zeros=rank == 24)
+
+
 FAMILIES = {
+    "lora_down": of_lora_down,
+    "lora_up": of_lora_up,
     "experts_dequantize": of_experts_dequantize,
     "experts_tile_sm90a": of_experts_tile_sm90a,
     "experts_gather": of_experts_gather,

@@ -10,14 +10,16 @@ factor of that accumulation:
     gh = g B           gx += s · gh A                         backward, after gx = g W
                        gB  = s · gᵀ h         gA = s · ghᵀ x
 
-What changes dtype is A and B, which are small. x and g are cast where the base product casts them anyway.
+On a GPU each of the four products of rows is one launch, together with the casts around it and the addition
+(`halfbyte.backends.cuda_lora`); elsewhere what changes dtype is A and B, which are small. x and g are cast where the
+base product casts them anyway.
 
 **Precision.** Sums are kept in the dtype of the output, not of the products: with a float32 residual stream under
 autocast, contributions of an adapter that is new would vanish in a 16-bit sum. Gradients of A and B leave the products
 in the dtype of A and B where the device can do that.
 
 **Memory.** For backward are kept x in the dtype of the product (once for all layers that read the same x), h, and the
-casts of A and B. The weight stays packed.
+casts of A and B where there are any. The weight stays packed.
 """
 
 from __future__ import annotations
@@ -25,13 +27,14 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from halfbyte.backends import cuda_lora
 from halfbyte.ops._torch_internals import any_autocast, current_stream
 from halfbyte.ops.autograd import input_gradient_now, keep, kept_by, linear_4bit, product_now
 from halfbyte.ops.dispatch import PLAIN_TYPES, transformed
@@ -96,8 +99,14 @@ def lora_linear_4bit(
         return _traceable(x, packed, state, bias, adapters, compute_dtype, low)
     factors = [tensor for adapter in adapters for tensor in (adapter.x, adapter.A, adapter.B)]
     weight = state.packed(packed)
-    call = _Call(low, [adapter.scaling for adapter in adapters])
-    cast = _cast_once(x, compute_dtype)
+    kernels = [cuda_lora.takes(adapter.A, adapter.B, low) for adapter in adapters]
+    first = None
+    if adapters and kernels[0] and adapters[0].x is None:
+        # Where x is still to be cast, the first product comes with that.
+        cast, first = _cast_and_down(x, adapters[0].A, low)
+    else:
+        cast = _cast_once(x, compute_dtype)
+    call = _Call(low, [adapter.scaling for adapter in adapters], kernels, first)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (bias is not None and bias.requires_grad)
@@ -105,7 +114,7 @@ def lora_linear_4bit(
     ):
         y: Tensor = _LoraLinear4bit.apply(x, cast, call, weight, bias, *factors)
         return y
-    y, _ = _products(x, cast, call, weight, bias, *factors)
+    y, _ = _products(x, cast, call, False, weight, bias, *factors)
     return y
 
 
@@ -114,6 +123,10 @@ class _Call(NamedTuple):
 
     low: torch.dtype
     scalings: list[float]
+    kernels: list[bool]
+    """Of each adapter, whether `cuda_lora` has kernels for it."""
+    first: Tensor | None
+    """The first adapter's `x Aᵀ`, if that is known."""
 
 
 def _low_dtype(x: Tensor, compute_dtype: torch.dtype) -> torch.dtype:
@@ -148,11 +161,15 @@ def _products(
     x: Tensor,
     cast: Tensor,
     call: _Call,
+    keeps: bool,
     weight: PackedWeight,
     bias: Tensor | None,
     *factors: Tensor | None,
-) -> tuple[Tensor, list[Tensor]]:
-    """The output, and for each adapter its input, A and B in the dtype of its products, and `x Aᵀ`."""
+) -> tuple[Tensor, list[Any]]:
+    """The output, and for each adapter its input, A and B in the dtype of its products, and `x Aᵀ`.
+
+    By `cuda_lora`, A is in its own dtype, and B the other way round, if it `keeps` them for a backward pass.
+    """
     y = product_now(cast, weight, bias)
     dtype, low = x.dtype, call.low
     summed = _sum_dtype(cast.dtype, dtype)
@@ -163,16 +180,25 @@ def _products(
         given: Any
         A: Any
         B: Any
+        h: Tensor
         given, A, B = factors[3 * i : 3 * i + 3]
         if given is not None:
-            given = _rows(_to(given, low))
+            given = _rows(given if call.kernels[i] else _to(given, low))
         else:
             if shared is None:
                 shared = _rows(cast if cast.dtype is low else _to(x, low))
             given = shared
-        A, B = _to(A, low), _to(B, low)
-        h = _product(given, A.t())
-        total = _add_product(total, h, B.t(), scaling, summed)
+        if call.kernels[i]:
+            if i > 0 or call.first is None:
+                given, h = cuda_lora.down(given, A, low)
+            else:
+                h = call.first
+            turned = B.new_empty(B.shape[1], B.shape[0], dtype=low) if keeps else None
+            total, B = cuda_lora.up(total, h, B, True, scaling, summed, turned), turned
+        else:
+            A, B = _to(A, low), _to(B, low)
+            h = _product(given, A.t())
+            total = _add_product(total, h, B.t(), scaling, summed)
         kept += [given, A, B, h]
     if total is rows:
         return _to(y, dtype), kept
@@ -188,16 +214,16 @@ class _LoraLinear4bit(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, cast: Tensor, call: _Call, weight: PackedWeight, bias: Tensor | None, *factors: Any
     ) -> Tensor:
-        y, kept = _products(x, cast, call, weight, bias, *factors)
+        y, kept = _products(x, cast, call, True, weight, bias, *factors)
         needs = ctx.needs_input_grad
         for i in range(len(call.scalings)):
             # The input is wanted by the gradient of A alone, `x Aᵀ` by that of B.
             if not needs[6 + 3 * i]:
-                kept[4 * i] = None  # type: ignore[call-overload]
+                kept[4 * i] = None
             if not needs[7 + 3 * i]:
-                kept[4 * i + 3] = None  # type: ignore[call-overload]
+                kept[4 * i + 3] = None
         dtypes = [None if tensor is None else tensor.dtype for tensor in (x, cast, bias, *factors)]
-        ctx.known = call, x.shape, dtypes
+        ctx.known = call._replace(first=None), x.shape, dtypes
         keep(ctx, weight, *kept)
         return y
 
@@ -214,8 +240,14 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     call: _Call
     call, shape, (dtype, compute, bias_dtype, *dtypes) = ctx.known
     low, needs = call.low, ctx.needs_input_grad
-    cast = _to(grad, compute).contiguous()
-    g = _rows(cast if low is compute else _to(grad, low))
+    first = None
+    if call.kernels and call.kernels[0] and (needs[0] or needs[5] or needs[6]):
+        # `compute` is `low`.
+        g, first = cuda_lora.down(_rows(grad), kept[2], low)
+        cast = g if grad.dim() == 2 else g.view(grad.shape)
+    else:
+        cast = _to(grad, compute).contiguous()
+        g = _rows(cast if low is compute else _to(grad, low))
     grad_x = grad_bias = None
     if needs[0]:
         grad_x = _rows(input_gradient_now(cast, weight))
@@ -230,15 +262,27 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         into_x = own_dtype is None and grad_x is not None
         own = grad_A = grad_B = None
         if needs_A or needs_own or into_x:
-            gh = _product(g, B)
+            if not call.kernels[i]:
+                gh = _product(g, B)
+            elif i == 0 and first is not None:
+                gh = first
+            else:
+                gh = cuda_lora.down(g, B, low)[1]
             if grad_x is not None and into_x:
-                grad_x = _add_product(grad_x, gh, A, scaling, summed)
+                if call.kernels[i]:
+                    grad_x = cuda_lora.up(grad_x, gh, A, False, scaling, summed)
+                else:
+                    grad_x = _add_product(grad_x, gh, A, scaling, summed)
             if needs_own:
-                own = _to(_product(gh, A, scaling), own_dtype).view(*shape)
+                if call.kernels[i]:
+                    own = cuda_lora.product(gh, A, False, scaling, _sum_dtype(low, own_dtype))
+                else:
+                    own = _product(gh, A, scaling)
+                own = _to(own, own_dtype).view(*shape)
             if needs_A:
                 grad_A = _product(gh.t(), given, scaling, A_dtype, A)
         if needs_B:
-            grad_B = _product(g.t(), h, scaling, B_dtype, B)
+            grad_B = _product(g.t(), h, scaling, B_dtype, B.t() if call.kernels[i] else B)
         grads += [own, grad_A, grad_B]
     if grad_x is not None:
         grad_x = _to(grad_x, dtype).view(shape)
@@ -275,9 +319,11 @@ def _sum_dtype(compute: torch.dtype, result: torch.dtype) -> torch.dtype:
 def _product(
     a: Tensor, b: Tensor, scaling: float = 1.0, dtype: torch.dtype | None = None, like: Tensor | None = None
 ) -> Tensor:
-    """`scaling · a @ b`, in `dtype` where given; `like` is any tensor of the result's shape and the dtype of `a`."""
+    """`scaling · a @ b`, in `dtype` where given; `like` is any tensor of the result's shape."""
     if dtype is torch.float32 and like is not None and _widens(a):
-        return _wide_addmm(like, a, b, 0, scaling)
+        return _wide_addmm(
+            like if like.dtype is a.dtype else like.new_empty(like.shape, dtype=a.dtype), a, b, 0, scaling
+        )
     if scaling == 1.0 and (not any_autocast() or torch.get_autocast_dtype(a.device.type) is a.dtype):
         result = torch.mm(a, b)
     else:
@@ -338,8 +384,25 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def _cast_once(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` in `dtype`; layers that read the same `x` one after the other share one cast.
+def _cast_and_down(x: Tensor, A: Tensor, low: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`_cast_once`, and the rows of `x` times `Aᵀ`."""
+    found = None
+
+    def cast(x: Tensor) -> Tensor:
+        nonlocal found
+        result, found = cuda_lora.down(_rows(x), A, low)
+        return result if x.dim() == 2 else result.view(x.shape)
+
+    cast_x = _cast_once(x, low, cast)
+    return cast_x, cuda_lora.down(_rows(cast_x), A, low)[1] if found is None else found
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.detach().to(dtype)
+
+
+def _cast_once(x: Tensor, dtype: torch.dtype, cast: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """`x` in `dtype`, by `cast` where given; layers that read the same `x` one after the other share one cast.
 
     Sharing saves most where activations are kept for backward: the query, key and value layers keep one tensor. It is
     restricted to results of autograd, whose every change has to be counted in their version; and to what runs at once,
@@ -352,8 +415,9 @@ def _cast_once(x: Tensor, dtype: torch.dtype) -> Tensor:
     if shared and x.is_cuda:
         stream = current_stream(x.get_device())
         shared = not torch.cuda.is_current_stream_capturing()
+    cast = cast or functools.partial(_cast, dtype=dtype)
     if not shared:
-        return x.detach().to(dtype)
+        return cast(x)
     last = _thread.last
     if (
         last.source is not None
@@ -364,7 +428,7 @@ def _cast_once(x: Tensor, dtype: torch.dtype) -> Tensor:
         and last.cast.dtype is dtype
     ):
         return last.cast
-    last.cast = x.detach().to(dtype)
+    last.cast = cast(x)
     last.version, last.stream = x._version, stream
     # The cast lives as long as its source, if no gradient needs it longer.
     last.source = weakref.ref(x, functools.partial(_forget, last))

@@ -11,6 +11,8 @@ mod cuda_experts;
 mod cuda_int8;
 #[cfg(feature = "cuda")]
 mod cuda_linear;
+#[cfg(feature = "cuda")]
+mod cuda_lora;
 mod direct;
 mod dlpack;
 mod error;
@@ -39,6 +41,8 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     cuda_experts::register(m)?;
     #[cfg(feature = "cuda")]
     cuda_int8::register(m)?;
+    #[cfg(feature = "cuda")]
+    cuda_lora::register(m)?;
     checkpoint::register(m)?;
     m.add_function(wrap_pyfunction!(dlpack::read_tensors_of, m)?)?;
     m.add_class::<direct::DirectCalls>()?;

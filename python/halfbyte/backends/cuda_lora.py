@@ -1,0 +1,117 @@
+"""The products of LoRA adapters on a GPU: each with the casts and the addition around it in one launch.
+
+For rows `[rows, columns]` and a factor of an adapter `[rank, columns]`: A as it is, in the dtype that training keeps it
+in, and B the other way round, which `up` reads as it is, and turns for `down` on the way. Nothing here is known to
+autograd.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from halfbyte import _native
+from halfbyte.backends.cuda_memory import ALIGNMENT, NAMES, Raw, here, raw, raw_or_none
+from halfbyte.ops.dispatch import PLAIN_TYPES
+
+_COLUMNS = 8
+"""What columns are a multiple of."""
+
+
+@functools.lru_cache(maxsize=64)
+def _ranks(device: int) -> int:
+    """The largest rank that the device has kernels for, or 0."""
+    return _native.cuda_lora_ranks(device)
+
+
+def takes(A: Tensor, B: Tensor, low: torch.dtype) -> bool:
+    """Whether there are kernels for the adapter `[rank, in_features]`, `[out_features, rank]`, multiplied in `low`."""
+    if not A.is_cuda or low is torch.float32:
+        return False
+    rank, columns = A.shape
+    return (
+        rank % 2 == 0
+        and 0 < rank <= _ranks(A.get_device())
+        and columns % _COLUMNS == 0
+        and B.shape[0] % _COLUMNS == 0
+        and columns > 0
+        and B.shape[0] > 0
+        and A.dtype in (torch.float32, low)
+        and B.dtype in (torch.float32, low)
+        and type(A) in PLAIN_TYPES
+        and type(B) in PLAIN_TYPES
+        and A.is_contiguous()
+        and B.is_contiguous()
+    )
+
+
+def down(x: Tensor, factor: Tensor, low: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The product of `x` with a factor, in the dtype `low`.
+
+    Args:
+        x: Float `[rows, columns]`.
+        factor: Float32 or `low` `[rank, columns]`, contiguous.
+        low: float16 or bfloat16.
+
+    Returns:
+        `x` in `low`, contiguous; and the product `[rows, rank]`.
+    """
+    if x.dtype is not low and x.dtype is not torch.float32:
+        x = x.to(low)
+    x, factor = _aligned(x), _aligned(factor)
+    rows, columns = x.shape
+    rank = factor.shape[0]
+    cast = None if x.dtype is low else x.new_empty(rows, columns, dtype=low)
+    h = x.new_empty(rows, rank, dtype=low)
+    given = None if cast is None else (cast.data_ptr(), rows * columns, NAMES[low])
+    _native.cuda_lora_down(*here(x), raw(x), raw(factor), given, raw(h), rows, columns, rank)
+    return (x if cast is None else cast), h
+
+
+def up(
+    y: Tensor,
+    h: Tensor,
+    factor: Tensor,
+    transposed: bool,
+    scaling: float,
+    dtype: torch.dtype,
+    turned: Tensor | None = None,
+) -> Tensor:
+    """`y + scaling · h @ factor` in `dtype`; `y` is overwritten where it can hold that.
+
+    Args:
+        y: Float32 or the dtype of `h` `[rows, columns]`.
+        h: float16 or bfloat16 `[rows, rank]`, contiguous.
+        factor: Float32 or the dtype of `h` `[rank, columns]`, or with `transposed` `[columns, rank]`, contiguous.
+        transposed: How the factor lies.
+        scaling: The adapter's.
+        dtype: Float32, or that of `h`; float32 where `y` is.
+        turned: Of the dtype of `h` `[rank, columns]`: becomes the factor, as `down` takes it.
+    """
+    y = _aligned(y)
+    out = y if y.dtype is dtype else torch.empty_like(y, dtype=dtype)
+    _add(raw(y), h, factor, transposed, scaling, out, turned)
+    return out
+
+
+def product(h: Tensor, factor: Tensor, transposed: bool, scaling: float, dtype: torch.dtype) -> Tensor:
+    """`scaling · h @ factor` in `dtype`; as `up`."""
+    out = h.new_empty(h.shape[0], factor.shape[0 if transposed else 1], dtype=dtype)
+    _add(None, h, factor, transposed, scaling, out, None)
+    return out
+
+
+def _add(
+    y: Raw | None, h: Tensor, factor: Tensor, transposed: bool, scaling: float, out: Tensor, turned: Tensor | None
+) -> None:
+    rows, columns = out.shape
+    _native.cuda_lora_up(
+        *here(h), y, raw(h), raw(factor), transposed, scaling, raw(out), raw_or_none(turned), rows, columns, h.shape[1]
+    )
+
+
+def _aligned(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % ALIGNMENT else x
