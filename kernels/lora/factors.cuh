@@ -39,19 +39,26 @@ struct Factor {
     }
 };
 
-// Four values as they are in memory.
-template <typename T>
-struct Four {
-    u32 words[sizeof(T)];
+// Values as they are in memory, 8, 16 or 32 bytes of them.
+template <typename T, int COUNT>
+struct Values {
+    static constexpr int WORDS = COUNT * int(sizeof(T)) / 4;
+    u32 words[WORDS];
 
-    // Those from `input` on, at a multiple of four values.
+    // Those from `input` on, which lies at a multiple of all their bytes, or of 16.
     __device__ void load(const T *input) {
-        if constexpr (sizeof(T) == 4) {
-            const Words4 four = *reinterpret_cast<const Words4 *>(input);
-            words[0] = four.word[0], words[1] = four.word[1], words[2] = four.word[2], words[3] = four.word[3];
-        } else {
+        if constexpr (WORDS == 2) {
             const Words2 two = *reinterpret_cast<const Words2 *>(input);
             words[0] = two.word[0], words[1] = two.word[1];
+        } else {
+#pragma unroll
+            for (int i = 0; i < WORDS; i += 4) {
+                const Words4 four = reinterpret_cast<const Words4 *>(input)[i / 4];
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    words[i + j] = four.word[j];
+                }
+            }
         }
     }
     __device__ float operator[](int k) const {

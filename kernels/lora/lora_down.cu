@@ -8,7 +8,7 @@
 // Roofline. Memory: x is read once, and written once where it is cast. 4096 x 3072 in float32 are 75 MB, 18 us at 4.2 TB/s. The
 //   factor comes from the second-level cache, once for each block: half as many bytes as x with 16 ranks, if both are of one type.
 //
-// Tile. A block has ROWS * ROW_TILES rows and all columns, so that no sums leave it. Its 16 warps, or 8 with 64 ranks, take steps of 32 columns in turn:
+// Tile. A block has ROWS * ROW_TILES rows and all columns, so that no sums leave it. Its 16 warps, or 8 with more than 16 ranks, take steps of 32 columns in turn:
 //
 //   x: 16 rows, 32 columns a step          lane 4g + t: columns 8t ... 8t + 7 of rows g and g + 8, each in one or two 16-byte loads
 //   factor: 8 ranks, the same columns      lane 4g + t: the same columns of rank g
@@ -16,14 +16,14 @@
 //   lane's four are the first product's k, pairs 2 and 3 the second's.
 //   The loads of two steps are under way at a time, where registers do.
 //
-// Shared memory: half of the warps' sums, [8 or 4][ROW_TILES][RANK_TILES][WARP][4] float32, 8 to 16 KB.
+// Shared memory: half of the warps' sums, [8 or 4][ROW_TILES][RANK_TILES][WARP][4] float32, 8 to 32 KB.
 //
-// Budget. 512 threads of up to 128 registers, or 256 of more; in flight 64 to 128 bytes of x a lane, 32 to 64 KB for a block.
+// Budget. 512 threads of up to 128 registers, or 256 of more; in flight 64 to 256 bytes of x a lane, 32 to 64 KB for a block.
 //
 // Determinism. The warps' sums are added as a tree, the same from run to run.
 #include "lora/factors.cuh"
 
-// Of a block: with the most ranks a thread needs more than 128 registers.
+// Of a block: with more than 16 ranks a thread needs more than 128 registers.
 constexpr int THREADS = 512;
 constexpr int THREADS_64 = 256;
 constexpr int STEP = 32;  // columns of a warp at a time
@@ -33,11 +33,11 @@ constexpr int RANKS = 8;
 // X: the type of x, F: of the factor.
 template <typename T, typename X, typename F, int RANK_TILES, int ROW_TILES>
 __device__ inline void lora_down(const X *x, const Factor &factor, T *cast, T *h, i64 m, int columns) {
-    constexpr int WARPS = (RANK_TILES == 8 ? THREADS_64 : THREADS) / WARP;
+    constexpr int WARPS = (RANK_TILES > 2 ? THREADS_64 : THREADS) / WARP;
     SHARED_ARRAY(Floats4, others, [WARPS / 2][ROW_TILES][RANK_TILES][WARP]);
     // Registers of a step's values.
     constexpr int OF_STEP = ROW_TILES * 4 * int(sizeof(X)) + RANK_TILES * 2 * int(sizeof(F));
-    constexpr int TOGETHER = OF_STEP <= 32 ? 2 : 1;
+    constexpr int TOGETHER = OF_STEP <= (RANK_TILES > 2 ? 64 : 32) ? 2 : 1;
     const int warp = int(threadIdx.x) / WARP, lane = int(threadIdx.x) % WARP, g = lane / 4, t = lane % 4;
     const i64 first_row = i64(blockIdx.x) * (ROWS * ROW_TILES);
     // Of a row or a rank that is not there, another is read: what comes of it is not written. A column that is not there is zero.
@@ -155,11 +155,11 @@ __device__ inline void lora_down(const X *x, const Factor &factor, T *cast, T *h
         lora_down<T, X, F, rank_tiles, row_tiles>(x, factor, cast, h, m, columns);                                    \
     }
 
-#define INSTANCES(name, T, X, F)           \
-    INSTANCE(name, T, X, F, 2, 1, THREADS) \
-    INSTANCE(name, T, X, F, 2, 2, THREADS) \
-    INSTANCE(name, T, X, F, 4, 1, THREADS) \
-    INSTANCE(name, T, X, F, 8, 1, THREADS_64)
+#define INSTANCES(name, T, X, F)              \
+    INSTANCE(name, T, X, F, 2, 1, THREADS)    \
+    INSTANCE(name, T, X, F, 2, 2, THREADS)    \
+    INSTANCE(name, T, X, F, 4, 2, THREADS_64) \
+    INSTANCE(name, T, X, F, 8, 2, THREADS_64)
 
 // Named by the types of the products, of x and of the factor.
 #define TYPES(name, T)                          \

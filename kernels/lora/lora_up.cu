@@ -7,10 +7,10 @@
 //
 // Roofline. Memory: y is read and `out` written once. 4096 x 8192 from bfloat16 to float32 are 201 MB, 48 us at 4.2 TB/s.
 //
-// Tile. A block has 256 columns and some rows, a warp 32 of these columns: it keeps the factor of them in registers, and goes from 16
-//   rows to the next 16. mma.m16n8k16 with the rows of h as A. Lane 4g + t has columns 4t ... 4t + 3 and 16 + 4t ... 16 + 4t + 3 of rows
-//   g and g + 8, so that what a warp reads or writes of a row in one instruction is together: hence column 2t + e of product j of four
-//   is the warp's column 16 (j / 2) + 4t + 2 (j % 2) + e. Rows are divided such that all blocks run at once.
+// Tile. A block has 8 warps side by side and some rows. A warp has 32 columns, or 64 where `out` is of 16 bits: it keeps the factor of
+//   them in registers, and goes from 16 rows to the next 16. mma.m16n8k16 with the rows of h as A. Lane 4g + t reads and writes pieces
+//   of 4 or 8 columns of rows g and g + 8, such that four lanes have 64 bytes of a row together; of which products they are follows.
+//   Rows are divided such that all blocks run at once.
 //
 // Budget. 256 threads, two or three blocks on a multiprocessor; 8 registers of the factor for each 16 ranks; no shared memory. In
 //   flight 32 to 64 bytes of y a lane, twice that where it is float32.
@@ -21,26 +21,21 @@
 constexpr int WARPS = 8;
 constexpr int THREADS = WARPS * WARP;
 constexpr int ROWS = 16;       // of mma
-constexpr int COLUMNS = 32;    // of a warp
-constexpr int PRODUCTS = COLUMNS / 8;
+constexpr int COLUMNS = 32;    // of a warp, where `out` is float32 or ranks are more than 32; else twice as many
 constexpr int RANKS = 16;      // of mma
-
-__device__ inline void store_four(float *to, const float (&from)[4]) {
-    *reinterpret_cast<Floats4 *>(to) = {from[0], from[1], from[2], from[3]};
-}
-template <typename T>
-__device__ inline void store_four(T *to, const float (&from)[4]) {
-    *reinterpret_cast<Words2 *>(to) = {pack2<T>(from[0], from[1]), pack2<T>(from[2], from[3])};
-}
 
 // Y: the type of y, O: of out.
 template <typename T, typename Y, typename O, int STEPS>
 __device__ inline void lora_up(const Y *y, const T *h, const Factor &factor, float scaling, O *out, T *turned, i64 m, int columns,
                                int rows) {
+    // Values of `out` that a lane writes at a time, how many of these it has of a row, and products of mma for the warp's columns.
+    constexpr int PIECE = 16 / int(sizeof(O)), PIECES = sizeof(O) == 2 && STEPS == 4 ? 1 : 2;
+    constexpr int ACROSS = 4 * PIECE * PIECES, PRODUCTS = ACROSS / 8, OF_PIECE = PIECE / 2;
+    static_assert(ACROSS == (sizeof(O) == 2 && STEPS < 4 ? 2 : 1) * COLUMNS, "as the launcher counts");
     constexpr int TOGETHER = STEPS == 1 && sizeof(Y) == 2 ? 2 : 1;  // tiles of rows whose loads are under way at a time
     const int warp = int(threadIdx.x) / WARP, lane = int(threadIdx.x) % WARP, g = lane / 4, t = lane % 4;
-    const int across = (columns + WARPS * COLUMNS - 1) / (WARPS * COLUMNS);
-    const int first_column = int(blockIdx.x % u32(across)) * (WARPS * COLUMNS) + warp * COLUMNS;
+    const int across = (columns + WARPS * ACROSS - 1) / (WARPS * ACROSS);
+    const int first_column = int(blockIdx.x % u32(across)) * (WARPS * ACROSS) + warp * ACROSS;
     const i64 first_row = i64(blockIdx.x / u32(across)) * rows, last_row = first_row + rows < m ? first_row + rows : m;
     if (first_column >= columns) {
         return;
@@ -52,7 +47,7 @@ __device__ inline void lora_up(const Y *y, const T *h, const Factor &factor, flo
     for (int s = 0; s < STEPS; s++) {
 #pragma unroll
         for (int j = 0; j < PRODUCTS; j++) {
-            const int column = first_column + j / 2 * 16 + g / 2 * 4 + j % 2 * 2 + g % 2;
+            const int column = first_column + (j / OF_PIECE * 4 + g / 2) * PIECE + j % OF_PIECE * 2 + g % 2;
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 const int from = RANKS * s + 2 * t + 8 * i;
@@ -64,10 +59,10 @@ __device__ inline void lora_up(const Y *y, const T *h, const Factor &factor, flo
             }
         }
     }
-    const int column = first_column + 4 * t;
-    const bool there[2] = {column < columns, column + 16 < columns};
+    // The first of a piece.
+    const auto column_of = [&](int piece) { return first_column + (4 * piece + t) * PIECE; };
     for (i64 begin = first_row; begin < last_row; begin += TOGETHER * ROWS) {
-        Four<Y> values[TOGETHER][2][2];
+        Values<Y, PIECE> values[TOGETHER][2][PIECES];
         u32 a[TOGETHER][STEPS][4];
 #pragma unroll
         for (int u = 0; u < TOGETHER; u++) {
@@ -76,10 +71,10 @@ __device__ inline void lora_up(const Y *y, const T *h, const Factor &factor, flo
                 // Of a row that is not there, another is read: what comes of it is not written.
                 const i64 row = begin + u * ROWS + g + 8 * r, read = row < last_row ? row : last_row - 1;
 #pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    values[u][r][half] = {};
-                    if (y != nullptr && there[half]) {
-                        values[u][r][half].load(y + (read * columns + column + 16 * half));
+                for (int p = 0; p < PIECES; p++) {
+                    values[u][r][p] = {};
+                    if (y != nullptr && column_of(p) < columns) {
+                        values[u][r][p].load(y + (read * columns + column_of(p)));
                     }
                 }
 #pragma unroll
@@ -103,14 +98,14 @@ __device__ inline void lora_up(const Y *y, const T *h, const Factor &factor, flo
             for (int r = 0; r < 2; r++) {
                 const i64 row = begin + u * ROWS + g + 8 * r;
 #pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    float made[4];
+                for (int p = 0; p < PIECES; p++) {
+                    float made[PIECE];
 #pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        made[i] = __fmaf_rn(scaling, sums[2 * half + i / 2][2 * r + i % 2], values[u][r][half][i]);
+                    for (int i = 0; i < PIECE; i++) {
+                        made[i] = __fmaf_rn(scaling, sums[p * OF_PIECE + i / 2][2 * r + i % 2], values[u][r][p][i]);
                     }
-                    if (row < last_row && there[half]) {
-                        store_four(out + (row * columns + column + 16 * half), made);
+                    if (row < last_row && column_of(p) < columns) {
+                        store_values(out + (row * columns + column_of(p)), made);
                     }
                 }
             }
@@ -125,24 +120,24 @@ __device__ inline void lora_up(const Y *y, const T *h, const Factor &factor, flo
 // turned:  [rank][columns], or null: what the factor is in the products' type, for lora_down
 // columns: a multiple of 8
 // rows:    of a block, a multiple of ROWS
-// Grid: ceil(m / rows) * ceil(columns / (WARPS * COLUMNS)) blocks of THREADS.
-#define INSTANCE(name, T, Y, O, steps)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS, steps == 4 ? 2 : 3)                                                                   \
+// Grid: ceil(m / rows) * ceil(columns / (WARPS * COLUMNS)) blocks of THREADS, or of twice as many columns.
+#define INSTANCE(name, T, Y, O, steps, blocks)                                                                                \
+    extern "C" __global__ void __launch_bounds__(THREADS, blocks)                                                             \
         lora_up_##name##_##steps(const Y *y, const T *h, Factor factor, float scaling, O *out, T *turned, i64 m, int columns, \
                                  int rows) {                                                                                  \
         lora_up<T, Y, O, steps>(y, h, factor, scaling, out, turned, m, columns, rows);                                        \
     }
 
-#define INSTANCES(name, T, Y, O)  \
-    INSTANCE(name, T, Y, O, 1)    \
-    INSTANCE(name, T, Y, O, 2)    \
-    INSTANCE(name, T, Y, O, 4)
+#define INSTANCES(name, T, Y, O, blocks)  \
+    INSTANCE(name, T, Y, O, 1, blocks)    \
+    INSTANCE(name, T, Y, O, 2, blocks)    \
+    INSTANCE(name, T, Y, O, 4, 2)
 
 // Named by the types of the products, of y and of out.
-#define TYPES(name, T)                           \
-    INSTANCES(name##_f32_f32, T, float, float)   \
-    INSTANCES(name##_##name##_f32, T, T, float)  \
-    INSTANCES(name##_##name##_##name, T, T, T)
+#define TYPES(name, T)                              \
+    INSTANCES(name##_f32_f32, T, float, float, 3)   \
+    INSTANCES(name##_##name##_f32, T, T, float, 3)  \
+    INSTANCES(name##_##name##_##name, T, T, T, 2)
 
 TYPES(bf16, Bf16)
 TYPES(f16, F16)

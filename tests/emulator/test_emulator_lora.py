@@ -22,7 +22,7 @@ def test_down(dtype: str) -> None:
     source = library("lora_down")
     types = itertools.cycle(itertools.product((dtype, "f32"), repeat=2))
     for rows, columns, rank in SHAPES:
-        for row_tiles in (1, 2) if rank <= 16 else (1,):
+        for row_tiles in (1, 2) if rank <= 16 else (2,):
             for _ in range(3):
                 shape = Shape(rows, columns, rank, dtype, *next(types))
                 check = launches_lora.down(source, shape, row_tiles)

@@ -78,7 +78,8 @@ def up(
     kernel = f"lora_up_{dtype}_{shape.first}_{shape.second}_{steps}"
     out = Buffer(filled(rows * columns, _type(shape.second)).reshape(rows, columns))
     turned = Buffer(filled(rank * columns, _type(dtype)).reshape(rank, columns))
-    across = ceil_div(columns, source.constants["WARPS"] * source.constants["COLUMNS"])
+    twice = 1 if shape.second == "f32" or rank > 32 else 2
+    across = ceil_div(columns, source.constants["WARPS"] * source.constants["COLUMNS"] * twice)
     scaling = 0.75
     arguments = [
         pointers(None if zeros else Buffer(y)), pointers(Buffer(h)),

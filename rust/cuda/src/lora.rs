@@ -18,8 +18,8 @@ const COLUMNS: usize = 8;
 const ALIGNMENT: u64 = 16;
 /// Blocks of threads of `lora_up` for each multiprocessor: as many as it takes at once, since each reads the factor anew.
 const UP_BLOCKS: u64 = 3;
-/// The same with more than 32 ranks.
-const UP_BLOCKS_64: u64 = 2;
+/// The same where a thread has more registers: with more than 32 ranks, or twice as many columns.
+const UP_BLOCKS_LARGE: u64 = 2;
 
 /// A factor of an adapter, by which `[rows][columns]` becomes `[rows][rank]`, or the other way round.
 #[derive(Debug, Clone, Copy)]
@@ -78,7 +78,7 @@ fn matrix(memory: &Memory, argument: &'static str, dtype: DType, rows: usize, co
 }
 
 /// Tiles of ranks and of rows in the kernels of lora_down, for each of the types of the products, of `x` and of the factor.
-const DOWN: [(usize, usize); 4] = [(2, 1), (2, 2), (4, 1), (8, 1)];
+const DOWN: [(usize, usize); 4] = [(2, 1), (2, 2), (4, 2), (8, 2)];
 /// Tiles of ranks in those of lora_up, for each of the types of the products, and of `y` and `out` together.
 const UP: [usize; 3] = [1, 2, 4];
 
@@ -215,8 +215,10 @@ pub unsafe fn lora_up(
     if rows == 0 {
         return Ok(());
     }
-    let across = columns.div_ceil(up::WARPS * up::COLUMNS);
-    let resident = u64::from(device.multiprocessors()) * if factor.rank > 32 { UP_BLOCKS_64 } else { UP_BLOCKS };
+    let twice = if out.dtype() == DType::F32 || factor.rank > 32 { 1 } else { 2 };
+    let across = columns.div_ceil(up::WARPS * up::COLUMNS * twice);
+    let large = factor.rank > 32 || out.dtype() != DType::F32;
+    let resident = u64::from(device.multiprocessors()) * if large { UP_BLOCKS_LARGE } else { UP_BLOCKS };
     let down = (resident / across as u64).max(1) as usize;
     let of_block = rows.div_ceil(down).next_multiple_of(up::ROWS);
     let blocks = (rows.div_ceil(of_block) * across) as u64;
