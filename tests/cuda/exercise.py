@@ -13,6 +13,7 @@ import halfbyte.functional as F
 import torch
 from halfbyte import _native
 from halfbyte.backends import cuda as _cuda
+from halfbyte.backends import cuda_lora
 from test_experts_cuda import Experts, choices
 
 from kernels import dgrad, here, product, quantize, quantize_nested, raw
@@ -52,6 +53,7 @@ def main(*, reads_ahead: bool, tiles: bool) -> None:
         several_rows()
     int8(reads_ahead)
     experts(tiles=tiles)
+    adapters()
     # More scales than one group of groups.
     F.quantize_4bit(torch.randn(2**21 + 3, device="cuda"), quant_type="nf4", blocksize=32, compress_statistics=True)
     torch.cuda.synchronize()
@@ -115,6 +117,23 @@ def experts(*, tiles: bool) -> None:
         for tokens in (1, 9, 16, 40, 100, 200):
             x = torch.randn(tokens, 256, dtype=torch.bfloat16, device="cuda")
             block(x, *choices(tokens, 2, 4))
+
+
+def adapters() -> None:
+    """The products of LoRA adapters: every kernel."""
+    for dtype in (torch.bfloat16, torch.float16):
+        for rows, columns, rank in ((37, 264, 6), (37, 552, 24), (20, 264, 50), (2200, 40, 16)):
+            for kind in (torch.float32, dtype):
+                factor = torch.randn(rank, columns, device="cuda").to(kind)
+                for x in (
+                    torch.randn(rows, columns, device="cuda"),
+                    torch.randn(rows, columns, device="cuda").to(dtype),
+                ):
+                    cast, h = cuda_lora.down(x, factor, dtype)
+                    cuda_lora.up(
+                        x, h, factor.t().contiguous(), True, 0.5, torch.float32, torch.empty_like(factor, dtype=dtype)
+                    )
+                    cuda_lora.up(cast, h, factor, False, 0.5, dtype)
 
 
 def past_the_end() -> None:

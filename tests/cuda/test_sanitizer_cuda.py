@@ -19,7 +19,7 @@ def watched(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [TOOL, "--tool", tool, "--error-exitcode", "9"]
     if tool != "initcheck":
         # Only our kernels: those of torch are many, and not ours to judge. What they write, initcheck must know.
-        kernels = "|".join(("quantize", "gemm_4bit", "embedding_4bit", "int8", "experts"))
+        kernels = "|".join(("quantize", "gemm_4bit", "embedding_4bit", "int8", "experts", "lora"))
         command += ["--kernel-name", f"regex={kernels}"]
     if tool in ("racecheck", "synccheck"):
         # Room for barriers in shared memory: what the tool guesses is too low for the 64 of a block of threads.

@@ -372,7 +372,7 @@ def linear_4bit_backward(grad: Tensor, weight: PackedWeight) -> Tensor:
     m = grad.numel() // n if n else prod(grad.shape[:-1])
     if m == 0 or k == 0 or n == 0:
         return out.zero_()
-    grad = grad.contiguous().view(m, n)
+    grad = grad.contiguous()
     device, codes = grad.get_device(), packed.contiguous()
     kernel, _, workspace_of = _linear(device, grad.dtype, n, k, quant_type, blocksize, absmax2 is not None)
     workspace = workspace_of(m)
@@ -392,6 +392,7 @@ def linear_4bit_backward(grad: Tensor, weight: PackedWeight) -> Tensor:
             place = 0 if scratch is None else scratch.data_ptr()
             kernel.dgrad(current_stream(device), m, grad.data_ptr(), codes.data_ptr(), *scales, out.data_ptr(), place)
             return out
+    grad = grad.view(m, n)
     unpacked = _Weight(weight)
     parts = unpacked.parts(grad.element_size())
     buffer = grad.new_empty(parts[0][1], k)

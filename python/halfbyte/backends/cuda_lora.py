@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from halfbyte import _native
-from halfbyte.backends.cuda_memory import ALIGNMENT, NAMES, Raw, here, raw, raw_or_none
+from halfbyte.backends.cuda_memory import ALIGNMENT, Raw, here, raw, raw_or_none
 from halfbyte.ops.dispatch import PLAIN_TYPES
 
 _COLUMNS = 8
@@ -51,7 +51,7 @@ def down(x: Tensor, factor: Tensor, low: torch.dtype) -> tuple[Tensor, Tensor]:
     """The product of `x` with a factor, in the dtype `low`.
 
     Args:
-        x: Float `[rows, columns]`.
+        x: Float `[..., columns]`; its rows are counted through.
         factor: Float32 or `low` `[rank, columns]`, contiguous.
         low: float16 or bfloat16.
 
@@ -61,13 +61,15 @@ def down(x: Tensor, factor: Tensor, low: torch.dtype) -> tuple[Tensor, Tensor]:
     if x.dtype is not low and x.dtype is not torch.float32:
         x = x.to(low)
     x, factor = _aligned(x), _aligned(factor)
-    rows, columns = x.shape
-    rank = factor.shape[0]
-    cast = None if x.dtype is low else x.new_empty(rows, columns, dtype=low)
+    rank, columns = factor.shape
+    rows = x.numel() // columns
     h = x.new_empty(rows, rank, dtype=low)
-    given = None if cast is None else (cast.data_ptr(), rows * columns, NAMES[low])
+    cast, given = x, None
+    if x.dtype is not low:
+        cast = torch.empty_like(x, dtype=low)
+        given = raw(cast)
     _native.cuda_lora_down(*here(x), raw(x), raw(factor), given, raw(h), rows, columns, rank)
-    return (x if cast is None else cast), h
+    return cast, h
 
 
 def up(
@@ -82,7 +84,7 @@ def up(
     """`y + scaling · h @ factor` in `dtype`; `y` is overwritten where it can hold that.
 
     Args:
-        y: Float32 or the dtype of `h` `[rows, columns]`.
+        y: Float32 or the dtype of `h` `[..., columns]`.
         h: float16 or bfloat16 `[rows, rank]`, contiguous.
         factor: Float32 or the dtype of `h` `[rank, columns]`, or with `transposed` `[columns, rank]`, contiguous.
         transposed: How the factor lies.
@@ -106,9 +108,10 @@ def product(h: Tensor, factor: Tensor, transposed: bool, scaling: float, dtype: 
 def _add(
     y: Raw | None, h: Tensor, factor: Tensor, transposed: bool, scaling: float, out: Tensor, turned: Tensor | None
 ) -> None:
-    rows, columns = out.shape
+    rows, rank = h.shape
+    columns = factor.shape[0 if transposed else 1]
     _native.cuda_lora_up(
-        *here(h), y, raw(h), raw(factor), transposed, scaling, raw(out), raw_or_none(turned), rows, columns, h.shape[1]
+        *here(h), y, raw(h), raw(factor), transposed, scaling, raw(out), raw_or_none(turned), rows, columns, rank
     )
 
 

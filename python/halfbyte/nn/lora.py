@@ -170,10 +170,9 @@ def _products(
 
     By `cuda_lora`, A is in its own dtype, and B the other way round, if it `keeps` them for a backward pass.
     """
-    y = product_now(cast, weight, bias)
+    y = total = product_now(cast, weight, bias)
     dtype, low = x.dtype, call.low
     summed = _sum_dtype(cast.dtype, dtype)
-    rows = total = _rows(y)
     shared = None
     kept = []
     for i, scaling in enumerate(call.scalings):
@@ -182,29 +181,27 @@ def _products(
         B: Any
         h: Tensor
         given, A, B = factors[3 * i : 3 * i + 3]
-        if given is not None:
-            given = _rows(given if call.kernels[i] else _to(given, low))
-        else:
-            if shared is None:
-                shared = _rows(cast if cast.dtype is low else _to(x, low))
-            given = shared
         if call.kernels[i]:
-            if i > 0 or call.first is None:
-                given, h = cuda_lora.down(given, A, low)
+            if i == 0 and call.first is not None:
+                given, h = cast, call.first
             else:
-                h = call.first
+                given, h = cuda_lora.down(cast if given is None else given, A, low)
             turned = B.new_empty(B.shape[1], B.shape[0], dtype=low) if keeps else None
             total, B = cuda_lora.up(total, h, B, True, scaling, summed, turned), turned
         else:
+            if given is not None:
+                given = _rows(_to(given, low))
+            else:
+                if shared is None:
+                    shared = _rows(cast if cast.dtype is low else _to(x, low))
+                given = shared
             A, B = _to(A, low), _to(B, low)
             h = _product(given, A.t())
-            total = _add_product(total, h, B.t(), scaling, summed)
+            total = _add_product(_rows(total), h, B.t(), scaling, summed)
         kept += [given, A, B, h]
-    if total is rows:
-        return _to(y, dtype), kept
     total = _to(total, dtype)
     # Not a view to autograd, since those that autograd.Function returns must not be changed in place.
-    return total if y.dim() == 2 else _unsafe_view(total, y.shape), kept
+    return total if total.dim() == y.dim() else _unsafe_view(total, y.shape), kept
 
 
 class _LoraLinear4bit(torch.autograd.Function):
@@ -243,14 +240,14 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     first = None
     if call.kernels and call.kernels[0] and (needs[0] or needs[5] or needs[6]):
         # `compute` is `low`.
-        g, first = cuda_lora.down(_rows(grad), kept[2], low)
-        cast = g if grad.dim() == 2 else g.view(grad.shape)
+        cast, first = cuda_lora.down(grad, kept[2], low)
+        g = _rows(cast)
     else:
         cast = _to(grad, compute).contiguous()
         g = _rows(cast if low is compute else _to(grad, low))
     grad_x = grad_bias = None
     if needs[0]:
-        grad_x = _rows(input_gradient_now(cast, weight))
+        grad_x = input_gradient_now(cast, weight)
     if needs[4]:
         grad_bias = _rows(grad).sum(0, dtype=bias_dtype)
     summed = _sum_dtype(compute, dtype)
@@ -267,12 +264,12 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
             elif i == 0 and first is not None:
                 gh = first
             else:
-                gh = cuda_lora.down(g, B, low)[1]
+                gh = cuda_lora.down(cast, B, low)[1]
             if grad_x is not None and into_x:
                 if call.kernels[i]:
                     grad_x = cuda_lora.up(grad_x, gh, A, False, scaling, summed)
                 else:
-                    grad_x = _add_product(grad_x, gh, A, scaling, summed)
+                    grad_x = _add_product(_rows(grad_x), gh, A, scaling, summed)
             if needs_own:
                 if call.kernels[i]:
                     own = cuda_lora.product(gh, A, False, scaling, _sum_dtype(low, own_dtype))
@@ -280,12 +277,14 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
                     own = _product(gh, A, scaling)
                 own = _to(own, own_dtype).view(*shape)
             if needs_A:
-                grad_A = _product(gh.t(), given, scaling, A_dtype, A)
+                grad_A = _product(gh.t(), _rows(given), scaling, A_dtype, A)
         if needs_B:
             grad_B = _product(g.t(), h, scaling, B_dtype, B.t() if call.kernels[i] else B)
         grads += [own, grad_A, grad_B]
     if grad_x is not None:
-        grad_x = _to(grad_x, dtype).view(shape)
+        grad_x = _to(grad_x, dtype)
+        if grad_x.dim() != len(shape):
+            grad_x = grad_x.view(shape)
     return grad_x, None, None, None, grad_bias, *grads
 
 
@@ -390,11 +389,11 @@ def _cast_and_down(x: Tensor, A: Tensor, low: torch.dtype) -> tuple[Tensor, Tens
 
     def cast(x: Tensor) -> Tensor:
         nonlocal found
-        result, found = cuda_lora.down(_rows(x), A, low)
-        return result if x.dim() == 2 else result.view(x.shape)
+        result, found = cuda_lora.down(x, A, low)
+        return result
 
     cast_x = _cast_once(x, low, cast)
-    return cast_x, cuda_lora.down(_rows(cast_x), A, low)[1] if found is None else found
+    return cast_x, cuda_lora.down(cast_x, A, low)[1] if found is None else found
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
