@@ -693,37 +693,45 @@ def cuda_lora_ranks(device: int) -> int:
 def cuda_lora_down(
     device: int,
     stream: int,
-    x: _Buffer,
-    factor: _Buffer,
-    cast: _Buffer | None,
-    h: _Buffer,
+    dtype: str,
+    x: int,
+    x_is_float: bool,
+    factor: int,
+    factor_is_float: bool,
+    cast: int,
+    h: int,
     rows: int,
     columns: int,
     rank: int,
 ) -> None:
-    """Launch `h [rows, rank] = x [rows, columns] @ factor.T`, float16 or bfloat16.
+    """Launch `h [rows, rank] = x [rows, columns] @ factor.T` in `dtype`, "float16" or "bfloat16".
 
-    `x` and `factor [rank, columns]` are float32 or of that dtype; `cast` becomes `x` in it, where that is float32.
+    Addresses: of `x` and `factor [rank, columns]`, float32 or of that dtype; of `cast`, or 0, which becomes `x` in that
+    dtype where it is float32.
     """
 
 def cuda_lora_up(
     device: int,
     stream: int,
-    y: _Buffer | None,
-    h: _Buffer,
-    factor: _Buffer,
+    dtype: str,
+    y: int,
+    y_is_float: bool,
+    h: int,
+    factor: int,
+    factor_is_float: bool,
     transposed: bool,
     scaling: float,
-    out: _Buffer,
-    turned: _Buffer | None,
+    out: int,
+    out_is_float: bool,
+    turned: int,
     rows: int,
     columns: int,
     rank: int,
 ) -> None:
-    """Launch `out = y [rows, columns] + scaling * h [rows, rank] @ factor`; `out` may be `y`.
+    """Launch `out = y [rows, columns] + scaling * h [rows, rank] @ factor`; `out` may be `y`, and `y` zeros, as 0.
 
-    `y` and `out` are float32 or of the dtype of `h`, None is zeros. The factor is as for `cuda_lora_down`, or with
-    `transposed` the other way round; `turned` becomes the factor as for `cuda_lora_down`, in the dtype of `h`.
+    Addresses: of `y`, `factor` and `out`, float32 or of `dtype`, that of `h`. The factor is as for `cuda_lora_down`, or
+    with `transposed` the other way round; `turned`, or 0, becomes the factor as for `cuda_lora_down`, in `dtype`.
     """
 
 def cuda_int8_workspace(device: int, rows: int, columns: int) -> int:

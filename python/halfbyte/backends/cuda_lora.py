@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from halfbyte import _native
-from halfbyte.backends.cuda_memory import ALIGNMENT, Raw, here, raw, raw_or_none
+from halfbyte.backends.cuda_memory import ALIGNMENT, NAMES
+from halfbyte.ops._torch_internals import current_stream
 from halfbyte.ops.dispatch import PLAIN_TYPES
 
 _COLUMNS = 8
@@ -64,11 +65,16 @@ def down(x: Tensor, factor: Tensor, low: torch.dtype) -> tuple[Tensor, Tensor]:
     rank, columns = factor.shape
     rows = x.numel() // columns
     h = x.new_empty(rows, rank, dtype=low)
-    cast, given = x, None
-    if x.dtype is not low:
+    cast, place = x, 0
+    x_is_float = x.dtype is not low
+    if x_is_float:
         cast = torch.empty_like(x, dtype=low)
-        given = raw(cast)
-    _native.cuda_lora_down(*here(x), raw(x), raw(factor), given, raw(h), rows, columns, rank)
+        place = cast.data_ptr()
+    device = x.get_device()
+    _native.cuda_lora_down(
+        device, current_stream(device), NAMES[low], x.data_ptr(), x_is_float, factor.data_ptr(),
+        factor.dtype is not low, place, h.data_ptr(), rows, columns, rank,
+    )  # fmt: skip
     return cast, h
 
 
@@ -94,7 +100,7 @@ def up(
     """
     y = _aligned(y)
     out = y if y.dtype is dtype else torch.empty_like(y, dtype=dtype)
-    _add(raw(y), h, factor, transposed, scaling, out, turned)
+    _add(y, h, factor, transposed, scaling, out, turned)
     return out
 
 
@@ -106,13 +112,22 @@ def product(h: Tensor, factor: Tensor, transposed: bool, scaling: float, dtype: 
 
 
 def _add(
-    y: Raw | None, h: Tensor, factor: Tensor, transposed: bool, scaling: float, out: Tensor, turned: Tensor | None
+    y: Tensor | None,
+    h: Tensor,
+    factor: Tensor,
+    transposed: bool,
+    scaling: float,
+    out: Tensor,
+    turned: Tensor | None,
 ) -> None:
     rows, rank = h.shape
     columns = factor.shape[0 if transposed else 1]
+    device, low = h.get_device(), h.dtype
     _native.cuda_lora_up(
-        *here(h), y, raw(h), raw(factor), transposed, scaling, raw(out), raw_or_none(turned), rows, columns, rank
-    )
+        device, current_stream(device), NAMES[low], 0 if y is None else y.data_ptr(),
+        y is not None and y.dtype is not low, h.data_ptr(), factor.data_ptr(), factor.dtype is not low, transposed,
+        scaling, out.data_ptr(), out.dtype is not low, 0 if turned is None else turned.data_ptr(), rows, columns, rank,
+    )  # fmt: skip
 
 
 def _aligned(x: Tensor) -> Tensor:

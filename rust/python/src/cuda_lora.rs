@@ -1,10 +1,11 @@
-//! The products of LoRA adapters on device memory of Python's.
+//! The products of LoRA adapters on device memory of Python's. Numbers alone come in: a training step makes hundreds of these calls.
 
-use halfbyte_cuda::{self as cuda, Factor, Stream};
+use halfbyte::dtype::DType;
+use halfbyte::error::{Error, Result};
+use halfbyte_cuda::{self as cuda, Factor, Memory, Stream};
 use pyo3::prelude::*;
 
-use super::buffer::RawBuffer;
-use super::cuda::{memory, open};
+use super::cuda::open;
 use super::error::to_py;
 
 /// Adds this room's functions to the module.
@@ -20,65 +21,104 @@ fn cuda_lora_ranks(py: Python<'_>, device: usize) -> PyResult<usize> {
     open(py, device).map(cuda::lora_ranks)
 }
 
-/// Multiply `x` `[rows, columns]` by a factor `[rank, columns]`: `h` `[rows, rank]`; `cast` becomes `x` in the dtype of `h`.
+/// The type of the products.
+fn products(dtype: &str) -> Result<DType> {
+    let legal = [DType::F16, DType::Bf16];
+    legal.into_iter().find(|d| d.as_str() == dtype).ok_or_else(|| Error::dtype("dtype", dtype, &legal))
+}
+
+fn float_or(is_float: bool, dtype: DType) -> DType {
+    if is_float { DType::F32 } else { dtype }
+}
+
+/// A matrix, or `None` for the null address.
+fn matrix(argument: &'static str, address: usize, rows: usize, columns: usize, dtype: DType) -> Result<Option<Memory>> {
+    let Some(count) = rows.checked_mul(columns) else {
+        return Err(Error::argument(argument, format!("{rows} x {columns}"), "less than 2^63 elements"));
+    };
+    if address == 0 { Ok(None) } else { Memory::new(argument, address, count, dtype).map(Some) }
+}
+
+/// The same of one that there has to be.
+fn given(argument: &'static str, address: usize, rows: usize, columns: usize, dtype: DType) -> Result<Memory> {
+    match matrix(argument, address, rows, columns, dtype)? {
+        Some(memory) => Ok(memory),
+        None => Memory::new(argument, address, rows * columns, dtype),
+    }
+}
+
+/// Multiply `x` `[rows, columns]` by a factor `[rank, columns]`: `h` `[rows, rank]`; `cast` becomes `x` in the dtype of `h`. All are
+/// addresses, of float32 where that is said; `cast` may be 0.
 #[pyfunction]
-#[pyo3(signature = (device, stream, x, factor, cast, h, rows, columns, rank))]
+#[pyo3(signature = (device, stream, dtype, x, x_is_float, factor, factor_is_float, cast, h, rows, columns, rank))]
 #[allow(clippy::too_many_arguments)] // Python's arguments
 fn cuda_lora_down(
     py: Python<'_>,
     device: usize,
     stream: usize,
-    x: RawBuffer,
-    factor: RawBuffer,
-    cast: Option<RawBuffer>,
-    h: RawBuffer,
+    dtype: &str,
+    x: usize,
+    x_is_float: bool,
+    factor: usize,
+    factor_is_float: bool,
+    cast: usize,
+    h: usize,
     rows: usize,
     columns: usize,
     rank: usize,
 ) -> PyResult<()> {
-    let check = || {
-        let cast = cast.map(|cast| memory("cast", cast)).transpose()?;
-        Ok((memory("x", x)?, memory("factor", factor)?, cast, memory("h", h)?))
-    };
-    let (x, values, cast, h) = check().map_err(to_py)?;
     let device = open(py, device)?;
-    let factor = Factor { values: &values, rank, columns, transposed: false };
-    // SAFETY: the Python caller's to keep.
-    py.detach(|| unsafe { cuda::lora_down(device, Stream(stream), &x, &factor, cast.as_ref(), &h, rows) })
-        .map_err(to_py)
+    let call = || {
+        let dtype = products(dtype)?;
+        let x = given("x", x, rows, columns, float_or(x_is_float, dtype))?;
+        let values = given("factor", factor, rank, columns, float_or(factor_is_float, dtype))?;
+        let cast = matrix("cast", cast, rows, columns, dtype)?;
+        let h = given("h", h, rows, rank, dtype)?;
+        let factor = Factor { values: &values, rank, columns, transposed: false };
+        // SAFETY: the Python caller's to keep.
+        unsafe { cuda::lora_down(device, Stream(stream), &x, &factor, cast.as_ref(), &h, rows) }
+    };
+    py.detach(call).map_err(to_py)
 }
 
-/// Add `scaling · h · factor` to `y` `[rows, columns]`, or to zeros: `out`, which may be `y`. `turned` becomes the factor
-/// `[rank, columns]` in the dtype of `h`.
+/// Add `scaling · h · factor` to `y` `[rows, columns]`, or to zeros where it is 0: `out`, which may be `y`. `turned`, or 0, becomes the
+/// factor `[rank, columns]` in the dtype of `h`. All are addresses, of float32 where that is said.
 #[pyfunction]
-#[pyo3(signature = (device, stream, y, h, factor, transposed, scaling, out, turned, rows, columns, rank))]
+#[pyo3(signature = (
+    device, stream, dtype, y, y_is_float, h, factor, factor_is_float, transposed, scaling, out, out_is_float, turned, rows, columns,
+    rank
+))]
 #[allow(clippy::too_many_arguments)] // Python's arguments
 fn cuda_lora_up(
     py: Python<'_>,
     device: usize,
     stream: usize,
-    y: Option<RawBuffer>,
-    h: RawBuffer,
-    factor: RawBuffer,
+    dtype: &str,
+    y: usize,
+    y_is_float: bool,
+    h: usize,
+    factor: usize,
+    factor_is_float: bool,
     transposed: bool,
     scaling: f32,
-    out: RawBuffer,
-    turned: Option<RawBuffer>,
+    out: usize,
+    out_is_float: bool,
+    turned: usize,
     rows: usize,
     columns: usize,
     rank: usize,
 ) -> PyResult<()> {
-    let check = || {
-        let y = y.map(|y| memory("y", y)).transpose()?;
-        let turned = turned.map(|turned| memory("turned", turned)).transpose()?;
-        Ok((y, memory("h", h)?, memory("factor", factor)?, memory("out", out)?, turned))
-    };
-    let (y, h, values, out, turned) = check().map_err(to_py)?;
     let device = open(py, device)?;
-    let factor = Factor { values: &values, rank, columns, transposed };
-    // SAFETY: the Python caller's to keep.
-    py.detach(|| unsafe {
-        cuda::lora_up(device, Stream(stream), y.as_ref(), &h, &factor, scaling, &out, turned.as_ref(), rows)
-    })
-    .map_err(to_py)
+    let call = || {
+        let dtype = products(dtype)?;
+        let y = matrix("y", y, rows, columns, float_or(y_is_float, dtype))?;
+        let h = given("h", h, rows, rank, dtype)?;
+        let values = given("factor", factor, rank, columns, float_or(factor_is_float, dtype))?;
+        let out = given("out", out, rows, columns, float_or(out_is_float, dtype))?;
+        let turned = matrix("turned", turned, rank, columns, dtype)?;
+        let factor = Factor { values: &values, rank, columns, transposed };
+        // SAFETY: the Python caller's to keep.
+        unsafe { cuda::lora_up(device, Stream(stream), y.as_ref(), &h, &factor, scaling, &out, turned.as_ref(), rows) }
+    };
+    py.detach(call).map_err(to_py)
 }
