@@ -138,6 +138,13 @@ def test_inputs_that_lie_anywhere() -> None:
             assert error(y, exact) < 0.01
 
 
+def test_adapters_on_another_device_are_refused() -> None:
+    case = Case(4, torch.float32)
+    case.adapter = case.adapter._replace(A=case.adapter.A.detach().cpu())
+    with pytest.raises(ValueError, match="A is on cpu"):
+        case(torch.bfloat16)
+
+
 def test_lora_small_adapter_survives_a_float32_stream_on_a_gpu() -> None:
     case = Case(300, torch.float32)
     difference = case(torch.bfloat16, 2.0**-12) - case(torch.bfloat16, 0.0)

@@ -383,3 +383,21 @@ def test_lora_in_torch_func() -> None:
     tangent = torch.randn_like(first.A)
     _, forward = torch.func.jvp(lambda A: loss(A, x.detach()), (first.A.detach(),), (tangent,))
     torch.testing.assert_close(forward, (expected * tangent).sum(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"A": (4, K + 8)}, "A is .4, 104., not .rank, 96."),
+        ({"A": (4,)}, "A is .4., not"),
+        ({"B": (N + 8, 4)}, "B is .88, 4., not .80, 4."),
+        ({"B": (N, 8)}, "B is .80, 8., not .80, 4."),
+        ({"x": (3, K)}, "x is .3, 96., not .2, 96."),
+    ],
+    ids=str,
+)
+def test_adapters_that_do_not_fit_are_refused(wrong: dict[str, tuple[int, ...]], named: str) -> None:
+    """Before anything is computed: a kernel would read and write what is not there."""
+    given = adapter(4, torch.float32, 1.0)._replace(**{name: torch.zeros(shape) for name, shape in wrong.items()})
+    with pytest.raises(ValueError, match=named):
+        layer()(inputs((2, K), torch.float32), [given], torch.float32)

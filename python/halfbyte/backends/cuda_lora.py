@@ -15,7 +15,6 @@ from torch import Tensor
 from halfbyte import _native
 from halfbyte.backends.cuda_memory import ALIGNMENT, NAMES
 from halfbyte.ops._torch_internals import current_stream
-from halfbyte.ops.dispatch import PLAIN_TYPES
 
 _COLUMNS = 8
 """What columns are a multiple of."""
@@ -41,8 +40,6 @@ def takes(A: Tensor, B: Tensor, low: torch.dtype) -> bool:
         and B.shape[0] > 0
         and A.dtype in (torch.float32, low)
         and B.dtype in (torch.float32, low)
-        and type(A) in PLAIN_TYPES
-        and type(B) in PLAIN_TYPES
         and A.is_contiguous()
         and B.is_contiguous()
     )

@@ -83,7 +83,7 @@ def lora_linear_4bit(
         `[..., out_features]` in the dtype of `x`.
 
     Raises:
-        ValueError: Shapes or devices of `x` and the weight do not fit each other.
+        ValueError: Shapes or devices of `x`, the weight and the adapters do not fit each other.
 
     >>> import torch
     >>> from halfbyte.functional import dequantize_4bit, quantize_4bit
@@ -93,13 +93,16 @@ def lora_linear_4bit(
     >>> y = lora_linear_4bit(x, packed, state, None, [Adapter(a, b, 0.5)], torch.float32)
     >>> torch.testing.assert_close(y, x @ (dequantize_4bit(packed, state) + 0.5 * b @ a).T)
     """
+    _check(x, state, adapters)
     low = _low_dtype(x, compute_dtype)
     # Nothing of all this has a rule for autograd.Function as it is used here.
     if transformed() or type(x) not in PLAIN_TYPES:
         return _traceable(x, packed, state, bias, adapters, compute_dtype, low)
     factors = [tensor for adapter in adapters for tensor in (adapter.x, adapter.A, adapter.B)]
     weight = state.packed(packed)
-    kernels = [cuda_lora.takes(adapter.A, adapter.B, low) for adapter in adapters]
+    kernels = [
+        type(A) in PLAIN_TYPES and type(B) in PLAIN_TYPES and cuda_lora.takes(A, B, low) for A, B, _, _ in adapters
+    ]
     first = None
     if adapters and kernels[0] and adapters[0].x is None:
         # Where x is still to be cast, the first product comes with that.
@@ -116,6 +119,24 @@ def lora_linear_4bit(
         return y
     y, _ = _products(x, cast, call, False, weight, bias, *factors)
     return y
+
+
+def _check(x: Tensor, state: QuantState, adapters: Sequence[Adapter]) -> None:
+    shape = state.shape
+    if shape is None or len(shape) != 2:
+        return  # The product says so.
+    for A, B, _, own in adapters:
+        if A.dim() != 2 or A.shape[1] != shape[1]:
+            raise ValueError(f"adapters: A is {list(A.shape)}, not [rank, {shape[1]}] as the weight wants it")
+        if B.shape != (shape[0], A.shape[0]):
+            raise ValueError(
+                f"adapters: B is {list(B.shape)}, not {[shape[0], A.shape[0]]} as the weight and A want it"
+            )
+        if own is not None and own.shape != x.shape:
+            raise ValueError(f"adapters: x is {list(own.shape)}, not {list(x.shape)} as the input of the layer")
+        device = x.get_device()
+        if not device == A.get_device() == B.get_device() == (device if own is None else own.get_device()):
+            raise ValueError(f"adapters: A is on {A.device} and B on {B.device}, not on {x.device} as the input")
 
 
 class _Call(NamedTuple):
