@@ -57,7 +57,7 @@ def down(x: Tensor, factor: Tensor, low: torch.dtype) -> tuple[Tensor, Tensor]:
         `x` in `low`, contiguous; and the product `[rows, rank]`.
     """
     if x.dtype is not low and x.dtype is not torch.float32:
-        x = x.to(low)
+        x = x.detach().to(low)
     x, factor = _aligned(x), _aligned(factor)
     rank, columns = factor.shape
     rows = x.numel() // columns

@@ -219,8 +219,8 @@ pub unsafe fn lora_up(
     let across = columns.div_ceil(up::WARPS * up::COLUMNS * twice);
     let large = factor.rank > 32 || out.dtype() != DType::F32;
     let resident = u64::from(device.multiprocessors()) * if large { UP_BLOCKS_LARGE } else { UP_BLOCKS };
-    let down = (resident / across as u64).max(1) as usize;
-    let of_block = rows.div_ceil(down).next_multiple_of(up::ROWS);
+    let parts = (resident / across as u64).max(1) as usize;
+    let of_block = rows.div_ceil(parts).next_multiple_of(up::ROWS);
     let blocks = (rows.div_ceil(of_block) * across) as u64;
     let kernel = up_kernel(dtype, y_dtype, out.dtype(), factor.rank);
     let (h, m, columns, of_block) = (h.address(), rows as i64, columns as i32, of_block as i32);
