@@ -10,7 +10,8 @@
 //   factor comes from the second-level cache, once for each block: half as many bytes as x with 16 ranks, if both are of one type.
 //   With few rows there are few blocks, each of which fetches all of its rows by itself: 10.0 us for 512 rows of 3072.
 //
-// Tile. A block has ROWS * ROW_TILES rows and all columns, so that no sums leave it. Its 16 warps, or 8 with more than 16 ranks, take steps of 32 columns in turn:
+// Tile. A block has ROWS * ROW_TILES rows and all columns, so that no sums leave it. Its 16 warps, or 8 with more than 16 ranks, take
+//   steps of 32 columns in turn:
 //
 //   x: 16 rows, 32 columns a step          lane 4g + t: columns 8t ... 8t + 7 of rows g and g + 8, each in one or two 16-byte loads
 //   factor: 8 ranks, the same columns      lane 4g + t: the same columns of rank g
@@ -30,7 +31,7 @@
 
 // Of a block: with more than 16 ranks a thread needs more than 128 registers.
 constexpr int THREADS = 512;
-constexpr int THREADS_64 = 256;
+constexpr int FEWER_THREADS = 256;
 constexpr int STEP = 32;  // columns of a warp at a time
 constexpr int ROWS = 16;  // of mma
 constexpr int RANKS = 8;
@@ -38,7 +39,7 @@ constexpr int RANKS = 8;
 // X: the type of x, F: of the factor.
 template <typename T, typename X, typename F, int RANK_TILES, int ROW_TILES>
 __device__ inline void lora_down(const X *x, const Factor &factor, T *cast, T *h, i64 m, int columns) {
-    constexpr int WARPS = (RANK_TILES > 2 ? THREADS_64 : THREADS) / WARP;
+    constexpr int WARPS = (RANK_TILES > 2 ? FEWER_THREADS : THREADS) / WARP;
     SHARED_ARRAY(Floats4, others, [WARPS / 2][ROW_TILES][RANK_TILES][WARP]);
     // Registers of a step's values.
     constexpr int OF_STEP = ROW_TILES * 4 * int(sizeof(X)) + RANK_TILES * 2 * int(sizeof(F));
@@ -153,18 +154,18 @@ __device__ inline void lora_down(const X *x, const Factor &factor, T *cast, T *h
 // cast:    [m][columns]: x in the products' type, if it is float32; else not looked at
 // h:       [m][rank]
 // columns: a multiple of 8
-// Grid: ceil(m / (ROWS * tiles of rows)) blocks of THREADS, or THREADS_64.
+// Grid: ceil(m / (ROWS * tiles of rows)) blocks of THREADS, or FEWER_THREADS.
 #define INSTANCE(name, T, X, F, rank_tiles, row_tiles, threads)                                                       \
     extern "C" __global__ void __launch_bounds__(threads, 1)                                                          \
         lora_down_##name##_##rank_tiles##_##row_tiles(const X *x, Factor factor, T *cast, T *h, i64 m, int columns) { \
         lora_down<T, X, F, rank_tiles, row_tiles>(x, factor, cast, h, m, columns);                                    \
     }
 
-#define INSTANCES(name, T, X, F)              \
-    INSTANCE(name, T, X, F, 2, 1, THREADS)    \
-    INSTANCE(name, T, X, F, 2, 2, THREADS)    \
-    INSTANCE(name, T, X, F, 4, 2, THREADS_64) \
-    INSTANCE(name, T, X, F, 8, 2, THREADS_64)
+#define INSTANCES(name, T, X, F)                 \
+    INSTANCE(name, T, X, F, 2, 1, THREADS)       \
+    INSTANCE(name, T, X, F, 2, 2, THREADS)       \
+    INSTANCE(name, T, X, F, 4, 2, FEWER_THREADS) \
+    INSTANCE(name, T, X, F, 8, 2, FEWER_THREADS)
 
 // Named by the types of the products, of x and of the factor.
 #define TYPES(name, T)                          \
