@@ -4,7 +4,7 @@
 #include "common/vectors.cuh"
 
 // A factor of an adapter, rank x columns, where it lies: element (r, c) is `rank_stride * r + column_stride * c` elements behind
-// `values`; one of the strides is 1. For x A^T that is A itself, for h B^T it is B transposed, and nothing is moved for it. There are
+// `values`; one of the strides is 1. For x A^T that is A itself, for h B^T it is B transposed; neither is copied. There are
 // less than 2^31 elements.
 struct Factor {
     const void *values;

@@ -6,12 +6,12 @@
 //   bfloat16 or float16, or float32, and so is `out`; it may be y where they are of one type. Sums are float32, and rounded once.
 //
 // Roofline. Memory: y is read and `out` written once. 4096 x 8192 from bfloat16 to float32 are 201 MB, 47.9 us at 4.2 TB/s; on an H200 it
-//   takes 68.0 with 16 ranks, 79.7 with 64 (benches/RESULTS.md). The product with an addition that torch has for it takes a cast of y
-//   first, 98 and 107 us.
+//   takes 68.0 with 16 ranks, 79.7 with 64 (benches/RESULTS.md). torch takes two launches for it, a cast of y
+//   and a product that adds, of 98 and 107 us.
 //
 // Tile. A block has 8 warps side by side and some rows. A warp has 32 columns, or 64 where `out` is of 16 bits: it keeps the factor of
 //   them in registers, and goes from 16 rows to the next 16. mma.m16n8k16 with the rows of h as A. Lane 4g + t reads and writes pieces
-//   of 4 or 8 columns of rows g and g + 8, such that four lanes have 64 bytes of a row together; of which products they are follows.
+//   of 4 or 8 columns of rows g and g + 8, so that four lanes have 64 bytes of a row together, and takes the factor's columns in the same order.
 //   Rows are divided such that all blocks run at once.
 //
 // Budget. 256 threads, two or three blocks on a multiprocessor; 8 registers of the factor for each 16 ranks; no shared memory. In
@@ -126,7 +126,7 @@ __device__ inline void lora_up(const Y *y, const T *h, const Factor &factor, flo
 // turned:  [rank][columns], or null: what the factor is in the products' type, for lora_down
 // columns: a multiple of 8
 // rows:    of a block, a multiple of ROWS
-// Grid: ceil(m / rows) * ceil(columns / (WARPS * COLUMNS)) blocks of THREADS, or of twice as many columns.
+// Grid: ceil(m / rows) * ceil(columns / (WARPS * COLUMNS)) blocks of THREADS; COLUMNS twice as many where that says so.
 #define INSTANCE(name, T, Y, O, steps, blocks)                                                                                \
     extern "C" __global__ void __launch_bounds__(THREADS, blocks)                                                             \
         lora_up_##name##_##steps(const Y *y, const T *h, Factor factor, float scaling, O *out, T *turned, i64 m, int columns, \

@@ -728,10 +728,11 @@ def cuda_lora_up(
     columns: int,
     rank: int,
 ) -> None:
-    """Launch `out = y [rows, columns] + scaling * h [rows, rank] @ factor`; `out` may be `y`, and `y` zeros, as 0.
+    """Launch `out = y [rows, columns] + scaling * h [rows, rank] @ factor`.
 
-    Addresses: of `y`, `factor` and `out`, float32 or of `dtype`, that of `h`. The factor is as for `cuda_lora_down`, or
-    with `transposed` the other way round; `turned`, or 0, becomes the factor as for `cuda_lora_down`, in `dtype`.
+    `out` may be `y`; a `y` of 0 stands for zeros. Addresses: of `y`, `factor` and `out`, float32 or of `dtype`, that of
+    `h`. The factor is as for `cuda_lora_down`, or with `transposed` the other way round; `turned`, or 0, becomes the
+    factor as for `cuda_lora_down`, in `dtype`.
     """
 
 def cuda_int8_workspace(device: int, rows: int, columns: int) -> int:

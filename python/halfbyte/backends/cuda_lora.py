@@ -1,8 +1,8 @@
 """The products of LoRA adapters on a GPU: each with the casts and the addition around it in one launch.
 
-For rows `[rows, columns]` and a factor of an adapter `[rank, columns]`: A as it is, in the dtype that training keeps it
-in, and B the other way round, which `up` reads as it is, and turns for `down` on the way. Nothing here is known to
-autograd.
+`down` multiplies rows `[rows, columns]` by a factor `[rank, columns]`, and `up` multiplies back. A has that shape. B is
+transposed: `up` reads it as it is, and can write a copy `[rank, columns]` for a later `down`, in the backward pass.
+Factors stay in the dtype that training keeps them in. Autograd does not see these functions.
 """
 
 from __future__ import annotations

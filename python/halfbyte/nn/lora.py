@@ -134,9 +134,9 @@ def _check(x: Tensor, state: QuantState, adapters: Sequence[Adapter]) -> None:
             )
         if own is not None and own.shape != x.shape:
             raise ValueError(f"adapters: x is {list(own.shape)}, not {list(x.shape)} as the input of the layer")
-        device = x.get_device()
-        if not device == A.get_device() == B.get_device() == (device if own is None else own.get_device()):
-            raise ValueError(f"adapters: A is on {A.device} and B on {B.device}, not on {x.device} as the input")
+        for name, part in (("A", A), ("B", B), ("x", own)):
+            if part is not None and part.get_device() != x.get_device():
+                raise ValueError(f"adapters: {name} is on {part.device}, not on {x.device} as the input of the layer")
 
 
 class _Call(NamedTuple):
@@ -298,9 +298,9 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
                     own = _product(gh, A, scaling)
                 own = _to(own, own_dtype).view(*shape)
             if needs_A:
-                grad_A = _product(gh.t(), _rows(given), scaling, A_dtype, A)
+                grad_A = _product(gh.t(), _rows(given), scaling, A_dtype)
         if needs_B:
-            grad_B = _product(g.t(), h, scaling, B_dtype, B.t() if call.kernels[i] else B)
+            grad_B = _product(g.t(), h, scaling, B_dtype)
         grads += [own, grad_A, grad_B]
     if grad_x is not None:
         grad_x = _to(grad_x, dtype)
@@ -336,14 +336,11 @@ def _sum_dtype(compute: torch.dtype, result: torch.dtype) -> torch.dtype:
     return torch.float32 if torch.float32 in (compute, result) else compute
 
 
-def _product(
-    a: Tensor, b: Tensor, scaling: float = 1.0, dtype: torch.dtype | None = None, like: Tensor | None = None
-) -> Tensor:
-    """`scaling · a @ b`, in `dtype` where given; `like` is any tensor of the result's shape."""
-    if dtype is torch.float32 and like is not None and _widens(a):
-        return _wide_addmm(
-            like if like.dtype is a.dtype else like.new_empty(like.shape, dtype=a.dtype), a, b, 0, scaling
-        )
+def _product(a: Tensor, b: Tensor, scaling: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+    """`scaling · a @ b`, in `dtype` where given."""
+    if dtype is torch.float32 and _widens(a):
+        # What it is added to is not read, but has to be there.
+        return _wide_addmm(a.new_empty(a.shape[0], b.shape[1]), a, b, 0, scaling)
     if scaling == 1.0 and (not any_autocast() or torch.get_autocast_dtype(a.device.type) is a.dtype):
         result = torch.mm(a, b)
     else:

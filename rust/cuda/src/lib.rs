@@ -35,7 +35,7 @@ pub use gemm::{
 pub use int8_rowwise::{dequantize_rows, quantize_rows};
 pub use kernels::{Form, Kernel};
 pub use launch::Variant;
-pub use lora::{Factor, lora_down, lora_ranks, lora_up};
+pub use lora::{Factor, LoraDown, LoraUp, lora_down, lora_ranks, lora_up};
 pub use memory::{Memory, Scales};
 pub use modules::NO_KERNELS;
 pub use notice::listen;

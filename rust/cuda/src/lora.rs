@@ -131,7 +131,41 @@ pub fn lora_ranks(device: &Device) -> usize {
     if kernels::LORA_UP_BF16_F32_F32_1.suits(device.capability()) { MOST_RANK } else { 0 }
 }
 
-/// `h[rows][rank] = x · factorᵀ` in the type of `h`, float16 or bfloat16; and `cast`, if there is one, becomes `x` in that type.
+/// `h[rows][rank] = x · factorᵀ`.
+#[derive(Debug, Clone, Copy)]
+pub struct LoraDown<'a> {
+    /// `[rows][columns]`: float32, or of the type of `h`.
+    pub x: &'a Memory,
+    /// By which it is multiplied.
+    pub factor: &'a Factor<'a>,
+    /// `[rows][columns]`, where `x` is float32: becomes `x` in the type of `h`.
+    pub cast: Option<&'a Memory>,
+    /// `[rows][rank]`: float16 or bfloat16, the type of the product.
+    pub h: &'a Memory,
+    /// Rows of `x`.
+    pub rows: usize,
+}
+
+/// `out[rows][columns] = y + scaling · h · factor`.
+#[derive(Debug, Clone, Copy)]
+pub struct LoraUp<'a> {
+    /// `[rows][columns]`: float32, or of the type of `h`; zeros if there is none.
+    pub y: Option<&'a Memory>,
+    /// `[rows][rank]`: float16 or bfloat16, the type of the product.
+    pub h: &'a Memory,
+    /// By which it is multiplied; of an even rank.
+    pub factor: &'a Factor<'a>,
+    /// The adapter's.
+    pub scaling: f32,
+    /// `[rows][columns]`: float32, or of the type of `h` where `y` is. It may be `y`.
+    pub out: &'a Memory,
+    /// `[rank][columns]`, of the type of `h`: becomes the factor, as [`lora_down`] takes it.
+    pub turned: Option<&'a Memory>,
+    /// Rows of `y`.
+    pub rows: usize,
+}
+
+/// Launches the first product of an adapter.
 ///
 /// # Errors
 /// [`Error::Argument`] for a dtype, a length or an alignment that does not fit; [`Error::Cuda`] when the launch fails.
@@ -139,15 +173,8 @@ pub fn lora_ranks(device: &Device) -> usize {
 /// # Safety
 /// The memory is of this device, stays valid until the kernel has ended on `stream`, and is not written by others; `cast` and `h`
 /// are neither read nor written by others, and share nothing with each other or the inputs. The stream is of this device.
-pub unsafe fn lora_down(
-    device: &Device,
-    stream: Stream,
-    x: &Memory,
-    factor: &Factor<'_>,
-    cast: Option<&Memory>,
-    h: &Memory,
-    rows: usize,
-) -> Result<()> {
+pub unsafe fn lora_down(device: &Device, stream: Stream, product: &LoraDown<'_>) -> Result<()> {
+    let LoraDown { x, factor, cast, h, rows } = *product;
     let dtype = h.of(&[DType::F16, DType::Bf16])?.dtype();
     let parameter = factor.parameter(dtype)?;
     if factor.transposed || !factor.values.is_aligned(ALIGNMENT) {
@@ -173,9 +200,7 @@ pub unsafe fn lora_down(
     unsafe { device.launch(stream, kernel, blocks, 0, parameters![x_address, parameter, cast, h, m, columns]) }
 }
 
-/// `out[rows][columns] = y + scaling · h · factor`, `h` being `[rows][rank]` in float16 or bfloat16, and `y` and `out` of that type
-/// or float32; without `y` it is zeros. `turned[rank][columns]`, if there is one, becomes the factor in the products' type, as
-/// [`lora_down`] wants it.
+/// Launches the second product of an adapter.
 ///
 /// # Errors
 /// [`Error::Argument`] for a dtype, a length or an alignment that does not fit, and for an odd rank; [`Error::Cuda`] when the launch
@@ -183,18 +208,8 @@ pub unsafe fn lora_down(
 ///
 /// # Safety
 /// As [`lora_down`]; but `out` may be `y`, if they are of one type.
-#[allow(clippy::too_many_arguments)] // what the kernel needs, each with a meaning of its own
-pub unsafe fn lora_up(
-    device: &Device,
-    stream: Stream,
-    y: Option<&Memory>,
-    h: &Memory,
-    factor: &Factor<'_>,
-    scaling: f32,
-    out: &Memory,
-    turned: Option<&Memory>,
-    rows: usize,
-) -> Result<()> {
+pub unsafe fn lora_up(device: &Device, stream: Stream, product: &LoraUp<'_>) -> Result<()> {
+    let LoraUp { y, h, factor, scaling, out, turned, rows } = *product;
     let dtype = h.of(&[DType::F16, DType::Bf16])?.dtype();
     let parameter = factor.parameter(dtype)?;
     if !factor.rank.is_multiple_of(2) {
@@ -259,8 +274,11 @@ mod tests {
 
     #[test]
     fn every_rank_has_kernels() {
-        let name =
-            |dtype: DType| if dtype == DType::F32 { "f32" } else { if dtype == DType::F16 { "f16" } else { "bf16" } };
+        let name = |dtype| match dtype {
+            DType::F16 => "f16",
+            DType::Bf16 => "bf16",
+            _ => "f32",
+        };
         for rank in 1..=MOST_RANK {
             for dtype in [DType::Bf16, DType::F16] {
                 for (first, second) in

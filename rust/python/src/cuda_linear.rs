@@ -183,7 +183,7 @@ impl CudaLinear {
 }
 
 /// `m` rows of so many columns at an address.
-fn rows(argument: &'static str, address: usize, m: usize, columns: usize, dtype: DType) -> Result<Memory> {
+pub(super) fn rows(argument: &'static str, address: usize, m: usize, columns: usize, dtype: DType) -> Result<Memory> {
     let count =
         m.checked_mul(columns).ok_or_else(|| Error::argument("m", m, "a number of rows of less than 2^63 elements"))?;
     Memory::new(argument, address, count, dtype)

@@ -2,10 +2,11 @@
 
 use halfbyte::dtype::DType;
 use halfbyte::error::{Error, Result};
-use halfbyte_cuda::{self as cuda, Factor, Memory, Stream};
+use halfbyte_cuda::{self as cuda, Factor, LoraDown, LoraUp, Memory, Stream};
 use pyo3::prelude::*;
 
 use super::cuda::open;
+use super::cuda_linear::rows as rows_at;
 use super::error::to_py;
 
 /// Adds this room's functions to the module.
@@ -31,20 +32,15 @@ fn float_or(is_float: bool, dtype: DType) -> DType {
     if is_float { DType::F32 } else { dtype }
 }
 
-/// A matrix, or `None` for the null address.
-fn matrix(argument: &'static str, address: usize, rows: usize, columns: usize, dtype: DType) -> Result<Option<Memory>> {
-    let Some(count) = rows.checked_mul(columns) else {
-        return Err(Error::argument(argument, format!("{rows} x {columns}"), "less than 2^63 elements"));
-    };
-    if address == 0 { Ok(None) } else { Memory::new(argument, address, count, dtype).map(Some) }
-}
-
-/// The same of one that there has to be.
-fn given(argument: &'static str, address: usize, rows: usize, columns: usize, dtype: DType) -> Result<Memory> {
-    match matrix(argument, address, rows, columns, dtype)? {
-        Some(memory) => Ok(memory),
-        None => Memory::new(argument, address, rows * columns, dtype),
-    }
+/// Rows at an address, or `None` where that is 0.
+fn rows_or_none(
+    argument: &'static str,
+    address: usize,
+    m: usize,
+    columns: usize,
+    dtype: DType,
+) -> Result<Option<Memory>> {
+    (address != 0).then(|| rows_at(argument, address, m, columns, dtype)).transpose()
 }
 
 /// Multiply `x` `[rows, columns]` by a factor `[rank, columns]`: `h` `[rows, rank]`; `cast` becomes `x` in the dtype of `h`. All are
@@ -70,13 +66,14 @@ fn cuda_lora_down(
     let device = open(py, device)?;
     let call = || {
         let dtype = products(dtype)?;
-        let x = given("x", x, rows, columns, float_or(x_is_float, dtype))?;
-        let values = given("factor", factor, rank, columns, float_or(factor_is_float, dtype))?;
-        let cast = matrix("cast", cast, rows, columns, dtype)?;
-        let h = given("h", h, rows, rank, dtype)?;
+        let x = rows_at("x", x, rows, columns, float_or(x_is_float, dtype))?;
+        let values = rows_at("factor", factor, rank, columns, float_or(factor_is_float, dtype))?;
+        let cast = rows_or_none("cast", cast, rows, columns, dtype)?;
+        let h = rows_at("h", h, rows, rank, dtype)?;
         let factor = Factor { values: &values, rank, columns, transposed: false };
+        let product = LoraDown { x: &x, factor: &factor, cast: cast.as_ref(), h: &h, rows };
         // SAFETY: the Python caller's to keep.
-        unsafe { cuda::lora_down(device, Stream(stream), &x, &factor, cast.as_ref(), &h, rows) }
+        unsafe { cuda::lora_down(device, Stream(stream), &product) }
     };
     py.detach(call).map_err(to_py)
 }
@@ -111,14 +108,16 @@ fn cuda_lora_up(
     let device = open(py, device)?;
     let call = || {
         let dtype = products(dtype)?;
-        let y = matrix("y", y, rows, columns, float_or(y_is_float, dtype))?;
-        let h = given("h", h, rows, rank, dtype)?;
-        let values = given("factor", factor, rank, columns, float_or(factor_is_float, dtype))?;
-        let out = given("out", out, rows, columns, float_or(out_is_float, dtype))?;
-        let turned = matrix("turned", turned, rank, columns, dtype)?;
+        let y = rows_or_none("y", y, rows, columns, float_or(y_is_float, dtype))?;
+        let h = rows_at("h", h, rows, rank, dtype)?;
+        let values = rows_at("factor", factor, rank, columns, float_or(factor_is_float, dtype))?;
+        let out = rows_at("out", out, rows, columns, float_or(out_is_float, dtype))?;
+        let turned = rows_or_none("turned", turned, rank, columns, dtype)?;
         let factor = Factor { values: &values, rank, columns, transposed };
+        let (y, turned) = (y.as_ref(), turned.as_ref());
+        let product = LoraUp { y, h: &h, factor: &factor, scaling, out: &out, turned, rows };
         // SAFETY: the Python caller's to keep.
-        unsafe { cuda::lora_up(device, Stream(stream), y.as_ref(), &h, &factor, scaling, &out, turned.as_ref(), rows) }
+        unsafe { cuda::lora_up(device, Stream(stream), &product) }
     };
     py.detach(call).map_err(to_py)
 }
