@@ -75,7 +75,8 @@ def several_rows() -> None:
         return
     kernels = ["tile_sm80", *(["tile_sm90a"] if torch.cuda.get_device_capability() == (9, 0) else [])]
     for dtype in (torch.bfloat16, torch.float16):
-        for n, columns, rows in ((144, 576, (40, 20, 60, 90, 120, 180, 250)), (9000, 576, (1000,))):
+        sizes = ((144, 576, (40, 20, 60, 90, 120, 180, 250)), (9000, 576, (1000,)), (17000, 512, (40, 90)))
+        for n, columns, rows in sizes:
             values = torch.randn(n * columns, dtype=dtype, device="cuda")
             for make in (quantize, quantize_nested):
                 weight = make(values, "nf4", 64)

@@ -87,9 +87,18 @@ def test_blocks_that_share_all_tiles(n: int, columns: int, blocksize: int, dtype
         gemm(m, n, columns, dtype, blocksize=blocksize, nested=nested, bias=m == 300, workspace=workspace)
 
 
-def test_blocks_share_tiles_in_a_graph_that_runs_again() -> None:
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("n", "columns"), [(11008, 4096), (17000, 1024), (18944, 3584), (34001, 512)])
+def test_two_teams_share_all_tiles(n: int, columns: int, dtype: torch.dtype) -> None:
+    """The same for up to 128 rows: fewer tiles than multiprocessors, a few more, and twice as many."""
+    for i, m in enumerate((20, 48, 64, 90, 128)):
+        workspace = torch.randint(0, 256, (1 << 25,), dtype=torch.uint8, device="cuda")
+        gemm(m, n, columns, dtype, blocksize=128 if m == 48 else 64, nested=i % 2 == 0, bias=m > 50, workspace=workspace)
+
+
+@pytest.mark.parametrize(("n", "columns", "m"), [(14336, 2048, 700), (17000, 1024, 100), (17000, 1024, 40)])
+def test_blocks_share_tiles_in_a_graph_that_runs_again(n: int, columns: int, m: int) -> None:
     """Each replay is a launch with the same token: signals of the one before are gone."""
-    n, columns, m = 14336, 2048, 700
     weight, _ = weight_of(n, columns, "nf4", 64, nested=False)
     x = torch.randn(m, columns, dtype=torch.bfloat16, device="cuda")
     workspace = torch.zeros(1 << 25, dtype=torch.uint8, device="cuda")

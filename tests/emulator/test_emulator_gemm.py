@@ -103,6 +103,16 @@ def test_parts_with_scales_for_sums(dtype: str, tokens: int) -> None:
     check_ranges(dtype, Tile(tokens, block_sums=True), shapes)
 
 
+@pytest.mark.parametrize("plan", [*(Tile(tokens) for tokens in (64, 96, 128)), *(Tile(t, block_sums=True) for t in BLOCK_SUMS)])
+@pytest.mark.parametrize("dtype", thorough(["bf16", "f16"], quick=("bf16",)))
+def test_ranges_of_two_teams(dtype: str, plan: Tile) -> None:
+    """Blocks with whole tiles, with parts of two, with a whole one between, and several that share one."""
+    shapes = [
+        (9, 130, 512, 64, 1), (5, 300, 1024, 128, 2), (plan.tokens + 3, 200, 1536, 64, 5), (7, 257, 2048, 4096, 7),
+    ]  # fmt: skip
+    check_ranges(dtype, replace(plan, range_unit=2), shapes)
+
+
 def test_a_block_that_is_waited_for_comes_first() -> None:
     """The other way round, a device with room for few blocks would wait for ever."""
     source = library("gemm_4bit_tile_sm90a")

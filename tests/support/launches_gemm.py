@@ -266,13 +266,14 @@ def floor_read(source: Described, words: np.ndarray, grid: int, wanted: int) -> 
 class Tile:
     """How gemm_4bit_tile_sm90a divides a product: rows of x in a tile, and parts of K, or ranges of all tiles.
 
-    `block_sums`: gemm_4bit_block_sums_sm90a does. `scale_shift` is in bytes.
+    `range_unit`: of the columns of a range, in SCALES_K. `block_sums`: gemm_4bit_block_sums_sm90a does. `scale_shift` is in bytes.
     """
 
     tokens: int
     parts: int = 1
     scale_shift: int = 0
     ranges: int = 0
+    range_unit: int = 1
     block_sums: bool = False
 
     @property
@@ -286,7 +287,8 @@ def tile_shared(tokens: int, dgrad: bool = False) -> int:
     x, codes = 4 if tokens > 64 else 8, 3 if tokens > 128 else 4
     # y and planes, or a table and scales.
     scales, of_stage, other = (4, 8192, tokens * 128) if tokens > 128 and not dgrad else (2, 4096, 65536)
-    return x * tokens * 128 + other + codes * 8192 + scales * of_stage + 1024 + 2 * (codes + x + scales) * 8
+    barriers = 2 * (codes + x + scales) + (tokens <= 128 and not dgrad)
+    return x * tokens * 128 + other + codes * 8192 + scales * of_stage + 1024 + barriers * 8
 
 
 def _workspace(plan: Tile, rows: int) -> Argument:
@@ -315,11 +317,12 @@ def tile_sm90a(source: Described, product: Product, plan: Tile, exact: bool = Fa
         product.scales.argument(plan.scale_shift), Argument(codebook.tobytes()),
         pointers(None if product.bias is None else Buffer(product.bias)), pointers(y),
         int32(m), int32(n), int32(k), size_argument(product.blocksize),
-        Argument(struct.pack("<4i", tiles, of_part, plan.parts, plan.ranges)),
+        Argument(struct.pack("<5i", tiles, of_part, plan.parts, plan.ranges, plan.range_unit)),
         _workspace(plan, rows),
     ]  # fmt: skip
     blocks = plan.ranges or tiles * ceil_div(n, rows) * plan.parts
-    assert plan.ranges <= units * tiles * ceil_div(n, rows), "a range with nothing"
+    assert plan.ranges <= units // plan.range_unit * tiles * ceil_div(n, rows), "a range with nothing"
+    assert units % plan.range_unit == 0, "a range that ends inside of a tile's last unit"
     launch = Launch(
         kernel, blocks, source.threads[kernel], arguments, tile_shared(plan.tokens),
         cluster=plan.parts, in_order=plan.ranges > 0,
@@ -354,7 +357,7 @@ def dgrad_sm90a(
         tensor_map(Buffer(product.x), 2, (n, m), (2 * n,), (step, tokens), 128),
         tensor_map(Buffer(product.packed), 1, (k // 2, n), (k // 2,), (constants["CODES_ROW_BYTES"], columns), 64),
         product.scales.argument(0), Argument(codebook.tobytes()), pointers(dx), int32(m), int32(n), int32(k),
-        size_argument(product.blocksize), Argument(struct.pack("<4i", token_tiles, of_part, parts, ranges)),
+        size_argument(product.blocksize), Argument(struct.pack("<5i", token_tiles, of_part, parts, ranges, 1)),
         _workspace(Tile(tokens, ranges=ranges), columns),
     ]  # fmt: skip
     assert ranges % tiles == 0, "a range of more than one tile"

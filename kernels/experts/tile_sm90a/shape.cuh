@@ -32,6 +32,7 @@ struct ExpertShape {
     static constexpr int THREADS = CONSUMERS + WARPGROUP;
     // A stage of codes is 128 bytes of a row, for lines that are whole; scales are for the same columns.
     static constexpr int STAGE_K = 2 * BOX_BYTES, CODES_STAGES = TOKENS <= 32 ? 3 : 2, SCALES_STAGES = CODES_STAGES;
+    static constexpr bool SEVERAL_TILES = false;
     static constexpr bool SCALES_WITH_CODES = true;
     static constexpr int X_STAGES = TOKENS <= 32 ? 8 : 4;
     static constexpr int ACCUMULATORS = TOKENS / 2;

@@ -98,7 +98,8 @@ __device__ inline void gemm_4bit_dgrad_sm90a(const TensorMap *dy_map, const Tens
     fill_table<S>(shared, codebook, warp, lane);
     const int stages = ProductWalk<TOKENS>(config, k, n).stages();
     if constexpr (S::TEAMS == 2) {
-        multiply_in_rounds<T, ColumnsOperand<S>, S>(sums, shared, lane, team, u32(warp % TEAM_WARPS), stages);
+        u32 rounds = 0;
+        multiply_in_rounds<T, ColumnsOperand<S>, S>(sums, shared, lane, team, u32(warp % TEAM_WARPS), stages, rounds);
     } else {
         ConsumerState<S> state;
         multiply_k_tiles<T, ColumnsOperand<S>>(sums, shared, state, lane, u32(warp), stages);

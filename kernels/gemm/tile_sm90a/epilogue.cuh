@@ -15,6 +15,10 @@ __device__ inline void exchange_sums(const float (&sums)[S::ACCUMULATORS], u8 *s
         for (int i = 0; i < S::ACCUMULATORS / 4; i++) {
             theirs[i * TEAM] = {sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]};
         }
+        if constexpr (S::SEVERAL_TILES) {
+            // x may come there again.
+            stores_before_units();
+        }
     }
     meet<1, S::CONSUMERS>();
 }

@@ -153,23 +153,47 @@ __device__ inline void gemm_4bit_tile_sm90a(const TensorMap *x_map, const Tensor
     const u32 my_row = u32(warp % TEAM_WARPS) * 16 + u32(lane) / 4;
     float sums[S::ACCUMULATORS];
     if constexpr (S::TEAMS == 2) {
-        // The epilogue is where x was, so there is one tile.
         Operand::prepare(shared, codebook, warp, lane);
-        multiply_in_rounds<T, Operand, S>(sums, shared, lane, team, my_row, ProductWalk<TOKENS>(config, n, k).stages());
-        let_next_start();
-        exchange_sums<S>(sums, shared, team);
+        u32 rounds = 0;
+        // Where it is in its walk is found anew, as registers do not do for that beside the sums.
+        int at = ProductWalk<TOKENS>(config, n, k).at;
+        for (;;) {
+            const auto here = [&]() {
+                ProductWalk<TOKENS> walk(config, n, k);
+                walk.at = at;
+                return walk;
+            };
+            multiply_in_rounds<T, Operand, S>(sums, shared, lane, team, my_row, here().stages(), rounds);
+            let_next_start();
+            // What the epilogue leaves is in the place of x.
+            exchange_sums<S>(sums, shared, team);
+            const ProductWalk<TOKENS> walk = here();
+            const bool more = at + walk.stages() < walk.end;
+            if (team == 0) {
+                wait_for_previous();
+                if (finishes_elsewhere(walk)) {
+                    leave_sums<S>(sums, shared, workspace, walk.range());
+                } else {
+                    collect_sums<S>(sums, shared, workspace, walk);
+                    write_tile<T, S>(sums, shared, bias, y, m, n, walk.tile(), walk.split(), config);
+                }
+            }
+            if (!more) {
+                break;
+            }
+            at += walk.stages();
+            if (team == 0) {
+                // x may come there again.
+                stores_before_units();
+                meet<3, TEAM>();
+                if (team_member() == 0) {
+                    barrier_arrive(Pipelines<S>(shared).epilogue);
+                }
+            }
+        }
         if (team == 1) {
             pass_by_reduction();
-            return;
         }
-        wait_for_previous();
-        const ProductWalk<TOKENS> walk(config, n, k);
-        if (finishes_elsewhere(walk)) {
-            leave_sums<S>(sums, shared, workspace, walk.range());
-            return;
-        }
-        collect_sums<S>(sums, shared, workspace, walk);
-        write_tile<T, S>(sums, shared, bias, y, m, n, walk.tile(), walk.split(), config);
     } else {
         ConsumerState<S> state;
         for (ProductWalk<TOKENS> walk(config, n, k); walk.there(); walk.advance()) {

@@ -46,9 +46,14 @@ __device__ inline void produce_x(u8 *shared, const TensorMap *map, ProductWalk<S
     const Pipelines<S> pipelines(shared);
     wait_for_previous();
     PipelineState<S::X_STAGES> state;
+    u32 parity = 1;  // of the epilogue that is over when the next tile begins: there is none before the first
     for (; walk.there(); walk.advance()) {
         const Tile tile = walk.tile();
         const int end = (tile.begin + tile.stages) * SCALES_K;
+        if constexpr (S::SEVERAL_TILES) {
+            barrier_wait(pipelines.epilogue, parity);
+            parity ^= 1;
+        }
         for (int column = tile.begin * SCALES_K; column < end; column += K_TILE) {
             Barrier *const full = &pipelines.x_full[state.stage];
             barrier_wait(&pipelines.x_empty[state.stage], state.phase ^ 1);

@@ -1,8 +1,8 @@
 // The main loop of the kernels of two teams, gemm_4bit_tile_sm90a, gemm_4bit_block_sums_sm90a and gemm_4bit_dgrad_sm90a: consumers
 // dequantize W into the A operand of wgmma and multiply, a team while the other works.
 //
-// A block of threads has one tile, which begins with stage 0 of all pipelines, and a round of the loop goes once or twice through all
-// stages of each: so the compiler knows the address of every stage. With stages that were counted at run time, a warp had 144
+// What a block of threads has of a tile begins with stage 0 of all pipelines, and a round of the loop goes once or twice through all
+// stages of each: so the compiler knows the address of every stage. Where something follows, it is of whole rounds. With stages that were counted at run time, a warp had 144
 // instructions for a k-tile of 16 tokens in place of 81; with rounds of half the length, 120 in place of 91 for one of 32.
 #pragma once
 
@@ -10,9 +10,10 @@
 
 // The products of this team's k-tiles in `stages` stages of scales become `sums`, the accumulators: [64 rows][TOKENS] of a
 // warpgroup, as wgmma has them. `Operand`: what A is, and `place` where of it this lane's part is; with `Operand::BLOCK_SUMS` a
-// scale is applied to the sums of a k-tile.
+// scale is applied to the sums of a k-tile. `rounds`: of the loop, those before; and then those after.
 template <typename T, typename Operand, typename S>
-__device__ inline void multiply_in_rounds(float (&sums)[S::ACCUMULATORS], u8 *shared, int lane, int team, u32 place, int stages) {
+__device__ inline void multiply_in_rounds(float (&sums)[S::ACCUMULATORS], u8 *shared, int lane, int team, u32 place, int stages,
+                                          u32 &rounds) {
     constexpr int TURNS = 4;                    // k-tiles of a team in a round
     constexpr int X_TURNS = S::X_STAGES / 2;    // after which x begins again with the same stage
     constexpr int CHUNKS = Operand::CHUNKS, CHUNK_K_BLOCKS = Operand::K_BLOCKS;
@@ -31,11 +32,11 @@ __device__ inline void multiply_in_rounds(float (&sums)[S::ACCUMULATORS], u8 *sh
     for (int i = 0; i < S::ACCUMULATORS; i++) {
         sums[i] = 0.0f;
     }
-    for (int round = 0; 2 * round < stages; round++) {
-        const u32 parity = u32(round) & 1;
+    for (int left = stages; left > 0; left -= 2, rounds++) {
+        const u32 parity = rounds & 1;
 #pragma unroll
         for (int turn = 0; turn < TURNS; turn++) {
-            if (turn == TURNS / 2 && 2 * round + 1 >= stages) {
+            if (turn == TURNS / 2 && left < 2) {
                 break;
             }
             const int scales_stage = turn / 2, x_stage = 2 * (turn % X_TURNS) + team, k_tile = turn % 2 * 2 + team;

@@ -29,6 +29,7 @@ struct LaunchConfig {
     int scales_stages;  // of K, in a split; the last split may have fewer
     int split_k;        // blocks of a cluster that share a tile, 1 to MAX_SPLIT_K
     int ranges;         // blocks, of which each takes as many stages of all tiles as another (stream-K); 0: one tile each
+    int range_unit;     // stages that what a range has of a tile is a multiple of, as is a tile
 };
 
 // Of the tokens of a tile, how many a block of a cluster adds up, at most; and the bytes of their sums from all splits.
@@ -79,7 +80,10 @@ struct Shape {
     static constexpr u32 SCALES_AT = CODES_AT + CODES_STAGES * CODES_BYTES;
     static constexpr u32 MAP_AT = SCALES_AT + SCALES_STAGES * SCALES_BYTES;
     static constexpr u32 BARRIERS_AT = MAP_AT + 1024;
-    static constexpr u32 BYTES = BARRIERS_AT + 2 * (CODES_STAGES + X_STAGES + SCALES_STAGES) * 8;
+    // Whether two teams may go on with another tile, or part of one: then x waits for the epilogue of the one before.
+    static constexpr bool SEVERAL_TILES = TEAMS == 2 && !COLUMNS;
+    static constexpr u32 BYTES =
+        BARRIERS_AT + (2 * (CODES_STAGES + X_STAGES + SCALES_STAGES) + (SEVERAL_TILES ? 1 : 0)) * 8;
     static_assert(BYTES <= 232448, "what a block may have");
     // In the epilogue: the other team's accumulators, or those of all splits of K, and behind these y of a split.
     static_assert(TEAMS == 1 || TEAM * ACCUMULATORS * 4 <= X_STAGES * X_BYTES, "the other team's sums take the place of x");
@@ -119,6 +123,7 @@ struct PipelineState {
 template <typename S>
 struct Pipelines {
     Barrier *codes_full, *codes_empty, *x_full, *x_empty, *scales_full, *scales_empty;
+    Barrier *epilogue;  // of two teams: over when nothing of an epilogue is in the place of x any more
 
     __device__ explicit Pipelines(unsigned char *shared) {
         codes_full = reinterpret_cast<Barrier *>(shared + S::BARRIERS_AT);
@@ -127,6 +132,7 @@ struct Pipelines {
         x_empty = x_full + S::X_STAGES;
         scales_full = S::SCALES_WITH_CODES ? codes_full : x_empty + S::X_STAGES;
         scales_empty = S::SCALES_WITH_CODES ? codes_empty : scales_full + S::SCALES_STAGES;
+        epilogue = x_empty + S::X_STAGES + (S::SCALES_WITH_CODES ? 0 : 2 * S::SCALES_STAGES);
     }
 
     // By one thread, before any other knows of them.
@@ -142,6 +148,9 @@ struct Pipelines {
         for (int i = 0; i < S::SCALES_STAGES && !S::SCALES_WITH_CODES; i++) {
             barrier_init(&scales_full[i], SCALE_PRODUCERS / WARP);
             barrier_init(&scales_empty[i], S::CONSUMER_WARPS);
+        }
+        if (S::SEVERAL_TILES) {
+            barrier_init(epilogue, 1);
         }
         barriers_made();
     }

@@ -41,7 +41,8 @@ struct ProductWalk {
     // Of a range, the first stage.
     __device__ int first_of(int range) const {
         const int tiles = (n + ROWS - 1) / ROWS * config.token_tiles;
-        return int(i64(tiles) * of_tile() * range / config.ranges);
+        const i64 units = i64(tiles) * (of_tile() / config.range_unit);
+        return int(units * range / config.ranges) * config.range_unit;
     }
 
     __device__ bool there() const { return at < end; }

@@ -8,7 +8,7 @@ use halfbyte::geometry::{BlockSize, packed_len};
 
 use crate::capability::Capability;
 use crate::driver::{Device, Stream};
-use crate::gemm::division::{ALIGNMENT, COLUMNS, Division, Form, counts, dense_time, has, reaches};
+use crate::gemm::division::{ALIGNMENT, COLUMNS, Division, Form, ONE_TILE, counts, dense_time, has, reaches};
 use crate::gemm::workspace::Workspace;
 use crate::kernels::{
     self, gemm_4bit_dgrad_sm90a_bf16_64 as bf16_64, gemm_4bit_dgrad_sm90a_bf16_128 as bf16_128,
@@ -49,7 +49,7 @@ const ROW_MULTIPLE: usize = 8;
 const FORMS: [Form; 3] = [
     Form {
         tokens: 64,
-        several_tiles: false,
+        range_unit: ONE_TILE,
         wave: 5.5,
         step: 0.428,
         shared: bf16_64::SHAPE_64_1_BYTES,
@@ -58,7 +58,7 @@ const FORMS: [Form; 3] = [
     },
     Form {
         tokens: 128,
-        several_tiles: false,
+        range_unit: ONE_TILE,
         wave: 5.5,
         step: 0.525,
         shared: bf16_128::SHAPE_128_1_BYTES,
@@ -67,7 +67,7 @@ const FORMS: [Form; 3] = [
     },
     Form {
         tokens: 256,
-        several_tiles: false,
+        range_unit: ONE_TILE,
         wave: 5.5,
         step: 0.766,
         shared: bf16_256::SHAPE_256_1_BYTES,

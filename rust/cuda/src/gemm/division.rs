@@ -22,13 +22,20 @@ pub(super) const COLUMNS: usize = 32;
 /// Blocks that share a tile through memory, at most.
 const MAX_PARTS: usize = 8;
 
+/// Stages of scales that a range is a multiple of, by the consumers of a block: two teams go on with a tile after whole rounds of
+/// their main loop (kernels/gemm/tile_sm90a/rounds.cuh).
+pub(super) const ONE_TILE: usize = 0;
+pub(super) const ONE_TEAM: usize = 1;
+pub(super) const TWO_TEAMS: usize = 2;
+
 /// A form of a kernel.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Form {
     /// Rows of `x` in a tile.
     pub tokens: usize,
-    /// Whether a block may go on with another tile, so that all blocks can share all tiles evenly.
-    pub several_tiles: bool,
+    /// Where a block may go on with another tile, so that all blocks can share all tiles evenly: the stages of scales of which it
+    /// takes a multiple, [`ONE_TEAM`] or [`TWO_TEAMS`]. [`ONE_TILE`] where it may not.
+    pub range_unit: usize,
     /// Microseconds of a wave of tiles besides its steps, and of a step: 64 columns of a tile, all multiprocessors being busy.
     /// Measured on an H200.
     pub wave: f64,
@@ -53,6 +60,7 @@ pub(super) struct Config {
     pub scales_stages: i32,
     pub split_k: i32,
     pub ranges: i32,
+    pub range_unit: i32,
 }
 
 // Measured on an H200 (132 multiprocessors).
@@ -63,6 +71,11 @@ const ADDING: f64 = 1.0;
 /// Of ranges: what each tile takes besides its steps, and what sums take that go through memory.
 const TILE: f64 = 1.0;
 const SHARING: f64 = 7.0;
+/// The latter with two teams, besides collecting; and what every further tile of a range takes, whose `x` waits for the epilogue
+/// of the one before.
+const SHARING_TEAMS: f64 = 3.0;
+const FURTHER_TILE: f64 = 3.0;
+const FURTHER_TILE_ROW: f64 = 10.0 / 128.0;
 /// Of parts of a tile in ranges: what it takes to leave sums in memory, to add those of one part, and each row of `x` of them.
 const LEAVING: f64 = 1.3;
 const COLLECTING: f64 = 0.25;
@@ -142,25 +155,27 @@ impl Division {
     /// The same, into ranges only where that is wanted.
     fn best(forms: &[Form], (m, n, k): (usize, usize, usize), multiprocessors: usize, with_ranges: bool) -> Self {
         let units = k.div_ceil(SCALES_K);
-        let no_config = Config { token_tiles: 1, scales_stages: 0, split_k: 1, ranges: 0 };
+        let no_config = Config { token_tiles: 1, scales_stages: 0, split_k: 1, ranges: 0, range_unit: 1 };
         // One part is always possible, but for no columns at all, which nobody asks for.
         let mut best = Self { form: forms[0], config: no_config, blocks: 0, time: f64::INFINITY };
         for &form in forms {
             let token_tiles = m.div_ceil(form.tokens);
             let tiles = token_tiles * n.div_ceil(ROWS);
-            let mut consider = |scales_stages: usize, split_k: usize, ranges: usize, time: f64| {
-                let time = heated(time);
-                if time < best.time {
-                    let config = Config {
-                        token_tiles: token_tiles as i32,
-                        scales_stages: scales_stages as i32,
-                        split_k: split_k as i32,
-                        ranges: ranges as i32,
-                    };
-                    let blocks = if ranges > 0 { ranges } else { tiles * split_k } as u64;
-                    best = Self { form, config, blocks, time };
-                }
-            };
+            let mut consider =
+                |scales_stages: usize, split_k: usize, (ranges, range_unit): (usize, usize), time: f64| {
+                    let time = heated(time);
+                    if time < best.time {
+                        let config = Config {
+                            token_tiles: token_tiles as i32,
+                            scales_stages: scales_stages as i32,
+                            split_k: split_k as i32,
+                            ranges: ranges as i32,
+                            range_unit: range_unit as i32,
+                        };
+                        let blocks = if ranges > 0 { ranges } else { tiles * split_k } as u64;
+                        best = Self { form, config, blocks, time };
+                    }
+                };
             for split_k in 1..=MAX_SPLIT_K {
                 let of_split = units.div_ceil(split_k);
                 // The last part has something to do.
@@ -170,16 +185,24 @@ impl Division {
                 let waves = tiles.div_ceil(resident(multiprocessors, split_k));
                 let adding = if split_k > 1 { ADDING } else { 0.0 };
                 let steps = (of_split * SCALES_K_TILES) as f64;
-                consider(of_split, split_k, 0, LAUNCH + waves as f64 * (form.wave + steps * form.step + adding));
+                consider(of_split, split_k, (0, 1), LAUNCH + waves as f64 * (form.wave + steps * form.step + adding));
             }
             if !with_ranges {
                 continue;
             }
-            if form.several_tiles {
-                let ranges = multiprocessors.min(tiles * units);
-                let steps = ((tiles * units).div_ceil(ranges.max(1)) * SCALES_K_TILES) as f64;
-                let tiles = tiles as f64 / ranges.max(1) as f64;
-                consider(0, 1, ranges, LAUNCH + form.wave + SHARING + steps * form.step + tiles * TILE);
+            let unit = form.range_unit;
+            if unit != ONE_TILE && units.is_multiple_of(unit) {
+                let all = tiles * units / unit;
+                let ranges = multiprocessors.min(all);
+                let steps = (all.div_ceil(ranges.max(1)) * unit * SCALES_K_TILES) as f64;
+                let (of_each, rows) = (tiles as f64 / ranges.max(1) as f64, form.tokens as f64);
+                let further = (of_each - 1.0).max(0.0) * (FURTHER_TILE + FURTHER_TILE_ROW * rows);
+                let parts = (1.0 / of_each).max(1.0);
+                let of_teams = SHARING_TEAMS + parts * (COLLECTING + COLLECTING_ROW * rows) + further;
+                let sharing = if unit == ONE_TEAM { SHARING } else { of_teams };
+                consider(0, 1, (ranges, unit), LAUNCH + form.wave + sharing + steps * form.step + of_each * TILE);
+            }
+            if unit == ONE_TEAM {
                 continue;
             }
             for parts in 2..=MAX_PARTS.min(units) {
@@ -188,7 +211,7 @@ impl Division {
                     let steps = (units.div_ceil(parts) * SCALES_K_TILES) as f64;
                     let of_part = COLLECTING + COLLECTING_ROW * form.tokens as f64;
                     let leaving = LEAVING + (parts - 1) as f64 * of_part;
-                    consider(0, 1, tiles * parts, LAUNCH + form.wave + leaving + steps * form.step);
+                    consider(0, 1, (tiles * parts, 1), LAUNCH + form.wave + leaving + steps * form.step);
                 }
             }
         }

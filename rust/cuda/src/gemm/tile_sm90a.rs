@@ -7,7 +7,7 @@ use halfbyte::geometry::BlockSize;
 
 use crate::capability::Capability;
 use crate::driver::{Device, TensorMap};
-use crate::gemm::division::{COLUMNS, Config, Division, Form, counts, dense_time, has, reaches};
+use crate::gemm::division::{COLUMNS, Config, Division, Form, ONE_TEAM, TWO_TEAMS, counts, dense_time, has, reaches};
 use crate::gemm::small_m::{self, BLOCK, FEW_ROWS};
 use crate::gemm::workspace::Workspace;
 use crate::kernels::{
@@ -21,7 +21,7 @@ use crate::kernels::{
 const BLOCK_SUMS: [Form; 3] = [
     Form {
         tokens: 32,
-        several_tiles: false,
+        range_unit: TWO_TEAMS,
         wave: 3.2,
         step: 0.227,
         shared: sums_32::SHAPE_32_0_BYTES,
@@ -30,7 +30,7 @@ const BLOCK_SUMS: [Form; 3] = [
     },
     Form {
         tokens: 48,
-        several_tiles: false,
+        range_unit: TWO_TEAMS,
         wave: 3.2,
         step: 0.255,
         shared: sums_48::SHAPE_48_0_BYTES,
@@ -39,7 +39,7 @@ const BLOCK_SUMS: [Form; 3] = [
     },
     Form {
         tokens: 64,
-        several_tiles: false,
+        range_unit: TWO_TEAMS,
         wave: 3.2,
         step: 0.2875,
         shared: sums_64::SHAPE_64_0_BYTES,
@@ -51,7 +51,7 @@ const BLOCK_SUMS: [Form; 3] = [
 const FORMS: [Form; 5] = [
     Form {
         tokens: 64,
-        several_tiles: false,
+        range_unit: TWO_TEAMS,
         wave: 5.5,
         step: 0.31,
         shared: bf16_64::SHAPE_64_0_BYTES,
@@ -60,7 +60,7 @@ const FORMS: [Form; 5] = [
     },
     Form {
         tokens: 96,
-        several_tiles: false,
+        range_unit: TWO_TEAMS,
         wave: 5.5,
         step: 0.37,
         shared: bf16_96::SHAPE_96_0_BYTES,
@@ -69,7 +69,7 @@ const FORMS: [Form; 5] = [
     },
     Form {
         tokens: 128,
-        several_tiles: false,
+        range_unit: TWO_TEAMS,
         wave: 5.5,
         step: 0.43,
         shared: bf16_128::SHAPE_128_0_BYTES,
@@ -78,7 +78,7 @@ const FORMS: [Form; 5] = [
     },
     Form {
         tokens: 192,
-        several_tiles: true,
+        range_unit: ONE_TEAM,
         wave: 5.5,
         step: 0.58,
         shared: bf16_192::SHAPE_192_0_BYTES,
@@ -87,7 +87,7 @@ const FORMS: [Form; 5] = [
     },
     Form {
         tokens: 256,
-        several_tiles: true,
+        range_unit: ONE_TEAM,
         wave: 5.5,
         step: 0.675,
         shared: bf16_256::SHAPE_256_0_BYTES,
@@ -239,19 +239,37 @@ mod tests {
 
     #[test]
     fn ranges_cover_all_stages_and_fit_in_their_workspace() {
-        for (m, n, k) in
-            [(256, 14336, 4096), (512, 14336, 4096), (1024, 4096, 14336), (200, 128, 256), (1024, 28672, 8192)]
-        {
+        for (m, n, k) in [
+            (256, 14336, 4096),
+            (512, 14336, 4096),
+            (1024, 4096, 14336),
+            (200, 128, 256),
+            (128, 18944, 3584),
+            (64, 9, 256),
+        ] {
             let division @ Division { form, config, blocks, time } = Division::new(&FORMS, (m, n, k), 132, usize::MAX);
             let stages = m.div_ceil(form.tokens) * n.div_ceil(ROWS) * k.div_ceil(SCALES_K);
             assert!(time <= Division::new(&FORMS, (m, n, k), 132, 0).time);
             if config.ranges > 0 {
+                assert!(k.div_ceil(SCALES_K).is_multiple_of(config.range_unit as usize), "{m} {n} {k}");
                 assert_eq!(blocks, config.ranges as u64);
                 assert!((1..=stages.min(132)).contains(&(config.ranges as usize)), "{m} {n} {k}");
                 assert!(division.sums().is_multiple_of(256));
             }
         }
         assert!(Division::new(&FORMS, (512, 14336, 4096), 132, usize::MAX).config.ranges == 132);
+        // Two teams: a few more tiles than multiprocessors, which have whole rounds of the main loop or no ranges.
+        for (m, n, k, ranges) in [
+            (128, 18944, 3584, 132),
+            (32, 18944, 3584, 132),
+            (128, 11008, 4096, 132),
+            (32, 18944, 3840, 0),
+            (64, 14336, 4096, 0),
+        ] {
+            let forms = forms(m, k, BlockSize::new(64).unwrap());
+            let Config { ranges: found, range_unit, .. } = Division::new(forms, (m, n, k), 132, usize::MAX).config;
+            assert_eq!((found, found > 0 && range_unit != 2), (ranges, false), "{m} {n} {k}");
+        }
         // No more memory than there is.
         assert!(Division::new(&FORMS, (512, 14336, 4096), 132, 1000).config.ranges == 0);
     }
@@ -294,7 +312,12 @@ mod tests {
             (256, 4096, 14336, 60.3, 90.6),
             (512, 4096, 14336, 99.0, 117.6),
             (1024, 4096, 14336, 195.3, 208.3),
-            (128, 28672, 8192, 134.2, 0.0),
+            (96, 18944, 3584, 34.5, 0.0),
+            (128, 18944, 3584, 39.3, 0.0),
+            (96, 28672, 8192, 111.4, 0.0),
+            (128, 28672, 8192, 128.9, 0.0),
+            (128, 27648, 5120, 81.6, 0.0),
+            (128, 11008, 4096, 32.9, 0.0),
             (256, 28672, 8192, 205.0, 345.4),
         ] {
             let Division { time, .. } = Division::new(&FORMS, (m, n, k), 132, usize::MAX);
@@ -320,8 +343,13 @@ mod tests {
             (64, 4096, 14336, 24.8, 0.0),
             (32, 4096, 4096, 11.0, 9.9),
             (64, 4096, 4096, 12.5, 0.0),
-            (32, 28672, 8192, 65.5, 71.5),
-            (64, 28672, 8192, 83.4, 0.0),
+            (32, 28672, 8192, 62.3, 71.5),
+            (64, 28672, 8192, 86.3, 0.0),
+            (32, 18944, 3584, 23.0, 0.0),
+            (48, 18944, 3584, 25.0, 0.0),
+            (64, 18944, 3584, 27.3, 0.0),
+            (32, 27648, 5120, 39.5, 0.0),
+            (64, 27648, 5120, 51.5, 0.0),
             (32, 8192, 28672, 58.7, 86.6),
             (32, 3072, 8192, 12.2, 17.2),
             (32, 8192, 3072, 10.7, 13.2),
@@ -367,7 +395,7 @@ mod tests {
     fn shared_memory_is_what_a_block_may_have() {
         let bytes = FORMS.map(|form| form.shared);
         assert!(bytes.iter().all(|&bytes| bytes <= 232_448), "{bytes:?}");
-        assert_eq!(bytes[2], 4 * 16384 + 65536 + 4 * 8192 + 2 * 4096 + 1024 + 160);
+        assert_eq!(bytes[2], 4 * 16384 + 65536 + 4 * 8192 + 2 * 4096 + 1024 + 168);
         // y in place of the table, planes in that of scales.
         assert_eq!(bytes[4], 4 * 32768 + 32768 + 3 * 8192 + 4 * 8192 + 1024 + 176);
     }
