@@ -93,7 +93,9 @@ def test_two_teams_share_all_tiles(n: int, columns: int, dtype: torch.dtype) -> 
     """The same for up to 128 rows: fewer tiles than multiprocessors, a few more, and twice as many."""
     for i, m in enumerate((20, 48, 64, 90, 128)):
         workspace = torch.randint(0, 256, (1 << 25,), dtype=torch.uint8, device="cuda")
-        gemm(m, n, columns, dtype, blocksize=128 if m == 48 else 64, nested=i % 2 == 0, bias=m > 50, workspace=workspace)
+        gemm(
+            m, n, columns, dtype, blocksize=128 if m == 48 else 64, nested=i % 2 == 0, bias=m > 50, workspace=workspace
+        )
 
 
 @pytest.mark.parametrize(("n", "columns", "m"), [(14336, 2048, 700), (17000, 1024, 100), (17000, 1024, 40)])

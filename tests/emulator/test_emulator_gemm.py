@@ -103,7 +103,9 @@ def test_parts_with_scales_for_sums(dtype: str, tokens: int) -> None:
     check_ranges(dtype, Tile(tokens, block_sums=True), shapes)
 
 
-@pytest.mark.parametrize("plan", [*(Tile(tokens) for tokens in (64, 96, 128)), *(Tile(t, block_sums=True) for t in BLOCK_SUMS)])
+@pytest.mark.parametrize(
+    "plan", [*(Tile(tokens) for tokens in (64, 96, 128)), *(Tile(t, block_sums=True) for t in BLOCK_SUMS)]
+)
 @pytest.mark.parametrize("dtype", thorough(["bf16", "f16"], quick=("bf16",)))
 def test_ranges_of_two_teams(dtype: str, plan: Tile) -> None:
     """Blocks with whole tiles, with parts of two, with a whole one between, and several that share one."""

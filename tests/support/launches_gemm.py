@@ -266,7 +266,8 @@ def floor_read(source: Described, words: np.ndarray, grid: int, wanted: int) -> 
 class Tile:
     """How gemm_4bit_tile_sm90a divides a product: rows of x in a tile, and parts of K, or ranges of all tiles.
 
-    `range_unit`: of the columns of a range, in SCALES_K. `block_sums`: gemm_4bit_block_sums_sm90a does. `scale_shift` is in bytes.
+    `range_unit`: of the columns of a range, in SCALES_K. `block_sums`: gemm_4bit_block_sums_sm90a does. `scale_shift`
+    is in bytes.
     """
 
     tokens: int

@@ -43,9 +43,10 @@
 //   scales to float32 (256 columns a stage), or to planes: the sixteen values of a block in 16 bits (64 columns a stage).
 //
 // Division. A block makes one tile. Where tiles are too few for the device, blocks share them: up to four of a cluster, or, since
-//   clusters of four take 120 of 132 multiprocessors at a time, two to eight that leave their sums in memory. Of more than 128
-//   tokens a tile, where there are a few more tiles than multiprocessors, all blocks share all tiles evenly (stream-K): the end
-//   of one tile and the start of the next then overlap, as producers go on. See walk.cuh and ranges.cuh.
+//   clusters of four take 120 of 132 multiprocessors at a time, two to eight that leave their sums in memory. Where multiprocessors
+//   would have no tile in the last turn, all blocks share all tiles evenly (stream-K). Of more than 128 tokens a tile the end of
+//   one tile and the start of the next then overlap, as producers go on. Of fewer, x waits for the epilogue, which is in its place,
+//   and what a block has of a tile is whole rounds of the main loop: 512 columns. See walk.cuh and ranges.cuh.
 //
 // Shared memory, with 64 / 96, 128 / 192 / 256 tokens:
 //     x          8 / 4 / 4 / 4 stages of TOKENS x 128 bytes, 128-byte swizzle    64 / 48, 64 / 96 / 128 KB
@@ -91,6 +92,11 @@
 //     the second level, but look-ups, products and sums of a warpgroup are one chain of 420 clocks for 128 of its matrix units.
 //   - Blocks that begin with different columns: 35.2 in place of 33.7 us for 128 rows, 21.8 and 23.9 in place of 18.3 and 21.6 for 32
 //     and 64. Multiprocessors that read the same part of x at the same time help each other.
+//   - From 256 rows on, W made dense in memory by three warps of each block, by units of 64 rows and 128 columns in the order in which
+//     they are wanted, and from there by the copy engine to products of two operands from shared memory, tiles of 256 rows of W by
+//     128 of x in clusters of two: 93, 129, 231 and 399 us for 256, 512, 1024 and 2048 rows, where a dense copy and cuBLAS take 84,
+//     139, 222 and 402. Up to 512 rows three warps do not make W dense fast enough, and there are no registers for more; from 1024
+//     rows on power limits the clock, and dequantizing takes its part of that whenever it is done.
 //   - Stages that are known where the main loop is compiled (rounds.cuh): no difference from 96 rows on, where shared memory binds.
 #pragma once
 

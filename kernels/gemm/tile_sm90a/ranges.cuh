@@ -1,6 +1,6 @@
 // Tiles of gemm_4bit_tile_sm90a and gemm_4bit_dgrad_sm90a that several blocks share, each over a range of K (stream-K): the one
-// with the first columns finishes it, the others leave their sums in memory. Where the table is, a block has one tile or a
-// part of one, so that ranges are as many as tiles or a multiple.
+// with the first columns finishes it, the others leave their sums in memory. With two teams these and those of the second team
+// go through the place of x, which the copy engine leaves alone meanwhile.
 //
 // A block makes its part of a tile that another finishes first of all, and finishes a tile itself last of all: nobody waits,
 // but for a tile longer than a range. The sums are added in the order of the ranges.
