@@ -2,8 +2,9 @@
 // dequantize W into the A operand of wgmma and multiply, a team while the other works.
 //
 // What a block of threads has of a tile begins with stage 0 of all pipelines, and a round of the loop goes once or twice through all
-// stages of each: so the compiler knows the address of every stage. Where something follows, it is of whole rounds. With stages that were counted at run time, a warp had 144
-// instructions for a k-tile of 16 tokens in place of 81; with rounds of half the length, 120 in place of 91 for one of 32.
+// stages of each: so the compiler knows the address of every stage. Where another tile follows, it is of whole rounds. With stages
+// that were counted at run time, a warp had 144 instructions for a k-tile of 16 tokens in place of 81; with rounds of half the length,
+// 120 in place of 91 for one of 32.
 #pragma once
 
 #include "gemm/tile_sm90a/consumer.cuh"
