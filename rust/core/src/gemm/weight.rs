@@ -2,9 +2,10 @@
 
 use std::ops::Range;
 
-use crate::codebook::{QuantType, dynamic_map};
+use crate::codebook::QuantType;
 use crate::error::{Error, Result};
 use crate::geometry::{BlockSize, NESTED_BLOCK_SIZE, check_length, packed_len};
+use crate::quant::absmax::dequantize_group;
 
 /// Bytes of a cache line.
 const LINE: usize = 64;
@@ -97,18 +98,37 @@ impl<'a> Weight<'a> {
         match self.scales {
             Scales::Plain(absmax) => &absmax[blocks],
             Scales::Nested { codes, absmax, offset } => {
-                buffer.clear();
-                let map = dynamic_map();
+                if buffer.len() < blocks.len() {
+                    buffer.resize(blocks.len(), 0.0);
+                }
                 let mut at = blocks.start;
                 while at < blocks.end {
                     let stop = ((at / NESTED_BLOCK_SIZE + 1) * NESTED_BLOCK_SIZE).min(blocks.end);
-                    let scale = absmax[at / NESTED_BLOCK_SIZE];
-                    buffer.extend(codes[at..stop].iter().map(|&code| map[usize::from(code)] * scale + offset));
+                    let out = &mut buffer[at - blocks.start..stop - blocks.start];
+                    dequantize_group(&codes[at..stop], absmax[at / NESTED_BLOCK_SIZE], offset, out);
                     at = stop;
                 }
-                buffer
+                &buffer[..blocks.len()]
             }
         }
+    }
+
+    /// The float32 scales of the values `flat`, one for each `piece` of them, all of which are within a block.
+    pub(super) fn scales_of_pieces<'s>(
+        &'s self,
+        flat: Range<usize>,
+        piece: usize,
+        [expanded, pieces]: &'s mut [Vec<f32>; 2],
+    ) -> &'s [f32] {
+        let blocks = self.blocks_of(flat.clone());
+        let origin = blocks.start * self.blocksize();
+        let scales = self.scales(blocks, expanded);
+        if self.blocksize() == piece {
+            return scales;
+        }
+        pieces.clear();
+        pieces.extend(flat.step_by(piece).map(|at| scales[(at - origin) / self.blocksize()]));
+        pieces
     }
 
     /// Asks for the codes and scales of columns `cols` of some rows, which are needed soon: they are a few cache lines
@@ -168,6 +188,18 @@ pub(super) fn prefetch(at: *const u8) {
     // SAFETY: an address that cannot be read is passed over; every x86-64 processor has the instruction.
     unsafe {
         std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
+/// The same as far as the second-level cache, where more fits while it is waited for.
+#[inline(always)]
+pub(super) fn prefetch_to_second_level(at: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: as above.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(at.cast());
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = at;

@@ -29,12 +29,20 @@ const PART: usize = 32 << 10;
 /// Rows of the weight in a task, at most.
 const TASK: usize = 32;
 
-/// Words of the sums of two rows of the weight: a register of 16 for each of both and each lane.
-const SUMS: usize = 2 * LANES * 16;
+/// Bytes of codes in a task, at most: those of two tasks are in the second-level cache.
+const TASK_BYTES: usize = 256 << 10;
 
-/// Pairs of rows from codes to those that are asked for meanwhile. The processor's own prefetching ends with every page
-/// of 4096 bytes; with this, reading from memory is three times as fast.
-const AHEAD_PAIRS: usize = 4;
+/// Rows of the weight that are multiplied together, at most.
+pub const ROWS: usize = 4;
+
+/// Words of the sums of one row of the weight: a register of 16 for each lane.
+const SUMS: usize = LANES * 16;
+
+/// Bytes from the codes that are multiplied to those that are prefetched meanwhile, at least, and beyond the last row of a
+/// band. Codes are prefetched in the order in which they lie in memory, into the second-level cache: a processor reads one
+/// such stream at full speed, and the rows of a band, which are several short ones, at a third of it.
+const AHEAD: usize = 16 << 10;
+const AHEAD_OF_BAND: usize = 8 << 10;
 
 /// Columns that a stripe is made of: they are in one block.
 pub const PIECE: usize = GROUP / 2;
@@ -48,8 +56,8 @@ const STRIPE_COLS: usize = 1024;
 /// Rows of activations that are multiplied with the same look-ups.
 pub const LANES: usize = 4;
 
-/// The products of two rows of the weight with some rows of activations.
-pub type PairProduct = unsafe fn(&Pair) -> [[f32; LANES]; 2];
+/// The products of a band of the weight with some rows of activations.
+pub type BandProduct = unsafe fn(&Band) -> [[f32; LANES]; ROWS];
 
 /// A path's direct product.
 #[derive(Clone, Copy)]
@@ -63,11 +71,12 @@ pub struct Direct {
     /// # Safety
     /// The machine has the path.
     pub prepare: unsafe fn(Matrix<'_>, row: usize, out: &mut [u32]),
-    /// The products of two rows of the weight with 1 to [`LANES`] rows of activations, by the number of these.
+    /// The products of some rows of the weight, at most [`ROWS`], with 1 to [`LANES`] rows of activations, by the number of
+    /// these: first how many rows of the weight.
     ///
     /// # Safety
-    /// The machine has the path; all of `Pair` is readable, and its sums writable.
-    pub pair: [PairProduct; LANES],
+    /// The machine has the path; all of `Band` is readable, and its sums writable.
+    pub bands: [(usize, BandProduct); LANES],
     /// Up to so many rows of gradients are multiplied by [`Direct::stripe`].
     pub backward_rows: usize,
     /// Adds the products of one stripe of the weight with 1 to [`LANES`] rows of gradients to the sums, by the number of
@@ -78,16 +87,12 @@ pub struct Direct {
     pub stripe: [unsafe fn(&Stripe); LANES],
 }
 
-/// What a product of two rows of a weight reads.
-pub struct Pair {
-    /// The packed rows, which may be the same one.
-    pub codes: [*const u8; 2],
-    /// The scales of the rows' blocks.
-    pub scales: [*const f32; 2],
-    /// Where in its first block each row begins.
-    pub offsets: [usize; 2],
-    /// The base-2 logarithm of the block size.
-    pub shift: u32,
+/// What a product of a band, some rows of a weight, reads.
+pub struct Band {
+    /// The packed rows. Behind the last of the weight there is that one again.
+    pub codes: [*const u8; ROWS],
+    /// The scales of the rows' halves of groups.
+    pub scales: [*const f32; ROWS],
     /// The codebook.
     pub values: &'static [f32; 16],
     /// Whole groups in a row.
@@ -96,9 +101,9 @@ pub struct Pair {
     pub part: Range<usize>,
     /// Whether half a group follows, now.
     pub half: bool,
-    /// Bytes from codes to those that are asked for meanwhile.
-    pub ahead: usize,
-    /// Sums of the parts before this one, unless it is the first; of this one too when it is not the last.
+    /// The codes that are prefetched meanwhile: a cache line for each row and group of this part, any address.
+    pub ahead: *const u8,
+    /// `[rows][lanes]`: sums of the parts before this one, unless it is the first; of this one too when it is not the last.
     pub sums: *mut [f32; 16],
     /// Whether this is the first part.
     pub first: bool,
@@ -128,20 +133,6 @@ pub struct Stripe {
     pub sums: *mut f32,
 }
 
-impl Pair {
-    /// The scales of both halves of a group of row `r`.
-    ///
-    /// # Safety
-    /// The group is within the row, and so is its second half, unless it is the last and `half`.
-    #[inline(always)]
-    pub unsafe fn scales_of(&self, r: usize, group: usize) -> [f32; 2] {
-        let at = self.offsets[r] + group * GROUP;
-        let second = if group < self.groups { at + GROUP / 2 } else { at };
-        // SAFETY: the caller's.
-        unsafe { [*self.scales[r].add(at >> self.shift), *self.scales[r].add(second >> self.shift)] }
-    }
-}
-
 /// Whether the direct product takes this weight.
 pub fn takes(weight: &Weight<'_>) -> bool {
     weight.cols().is_multiple_of(GROUP / 2) && weight.blocksize() >= GROUP / 2 && weight.cols() > 0
@@ -164,34 +155,35 @@ pub fn forward(direct: Direct, x: Matrix<'_>, m: usize, weight: &Weight<'_>, out
         unsafe { (direct.prepare)(x, row, words) }
     }
     let prepared = prepared.as_slice();
-    let task_rows = n.div_ceil(8 * workers.threads()).next_multiple_of(16).min(TASK);
+    let most_rows = (TASK_BYTES / (k / 2) / ROWS * ROWS).clamp(ROWS, TASK);
+    let task_rows = n.div_ceil(8 * workers.threads()).next_multiple_of(16).min(most_rows);
     workers.for_each(n.div_ceil(task_rows), |task| {
         let rows = wanted.start + task * task_rows..wanted.end.min(wanted.start + (task + 1) * task_rows);
         Scratch::with(|scratch| {
             let results: &mut [f32] = bytemuck::cast_slice_mut(scratch.tile.at_least(m * TASK));
-            let sums = scratch.sums.at_least(TASK / 2 * SUMS);
-            let blocks = weight.blocks_of(rows.start * k..rows.end * k);
-            let origin = blocks.start * weight.blocksize();
-            let scales = weight.scales(blocks, &mut scratch.scales[0]);
+            let sums = scratch.sums.at_least(TASK * SUMS);
+            let scales = weight.scales_of_pieces(rows.start * k..rows.end * k, PIECE, &mut scratch.scales);
             for first_lane in (0..m).step_by(LANES) {
                 let count = LANES.min(m - first_lane);
+                let (band_rows, product) = direct.bands[count - 1];
                 let groups = k / GROUP;
                 let part = PART / (count * direct.group_words * size_of::<u32>());
+                // In parts, a task is multiplied while the next one is prefetched.
+                let lead =
+                    if groups > part { rows.len() * k / 2 } else { AHEAD.max((band_rows - 1) * k / 2 + AHEAD_OF_BAND) };
+                let mut ahead = (&raw const weight.packed()[rows.start * k / 2]).wrapping_add(lead);
                 for start in (0..groups.max(1)).step_by(part) {
                     let end = groups.min(start + part);
-                    for (row, sums) in rows.clone().step_by(2).zip(sums.chunks_exact_mut(SUMS)) {
-                        let both = [row, (row + 1).min(rows.end - 1)];
-                        let starts = both.map(|row| row * k - origin);
-                        let pair = Pair {
-                            codes: both.map(|row| &raw const weight.packed()[row * k / 2]),
-                            scales: starts.map(|start| &raw const scales[start / weight.blocksize()]),
-                            offsets: starts.map(|start| start % weight.blocksize()),
-                            shift: weight.blocksize().trailing_zeros(),
+                    for (row, sums) in rows.clone().step_by(band_rows).zip(sums.chunks_exact_mut(band_rows * SUMS)) {
+                        let all = std::array::from_fn(|i| (row + i.min(band_rows - 1)).min(rows.end - 1));
+                        let band = Band {
+                            codes: all.map(|row| &raw const weight.packed()[row * k / 2]),
+                            scales: all.map(|row| &raw const scales[(row - rows.start) * (k / PIECE)]),
                             values: weight.values(),
                             groups,
                             part: start..end,
                             half: end == groups && !k.is_multiple_of(GROUP),
-                            ahead: AHEAD_PAIRS * k, // `k` bytes are two rows
+                            ahead,
                             sums: sums.as_mut_ptr().cast(),
                             first: start == 0,
                             last: end == groups,
@@ -199,11 +191,13 @@ pub fn forward(direct: Direct, x: Matrix<'_>, m: usize, weight: &Weight<'_>, out
                             x_stride: stride,
                         };
                         // SAFETY: the path is available; rows, scales and activations are as long as `k` says.
-                        let result = unsafe { (direct.pair[count - 1])(&pair) };
-                        if !pair.last {
+                        let result = unsafe { product(&band) };
+                        ahead = ahead
+                            .wrapping_add(band_rows * ((end - start) * GROUP / 2 + usize::from(band.half) * GROUP / 4));
+                        if !band.last {
                             continue;
                         }
-                        for (row, result) in both.into_iter().zip(result) {
+                        for (row, result) in (row..rows.end).zip(result).take(band_rows) {
                             for (lane, result) in result.into_iter().enumerate().take(count) {
                                 results[(first_lane + lane) * TASK + row - rows.start] = result;
                             }

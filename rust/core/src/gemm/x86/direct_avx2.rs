@@ -6,15 +6,15 @@
 use std::arch::x86_64::*;
 
 use super::avx2::{Planes, planes, values_of};
-use crate::gemm::direct::{Direct, GROUP, LANES, PIECE, Pair, STRIPE_ROWS, Stripe, value_at};
+use crate::gemm::direct::{Band, Direct, GROUP, LANES, PIECE, ROWS, STRIPE_ROWS, Stripe, value_at};
 use crate::gemm::matrix::Matrix;
-use crate::gemm::weight::prefetch;
+use crate::gemm::weight::prefetch_to_second_level;
 
 pub const DIRECT: Direct = Direct {
     rows: 8,
     group_words: GROUP,
     prepare,
-    pair: [rows::<1>, rows::<2>, rows::<3>, rows::<4>],
+    bands: [(1, row::<1>), (1, row::<2>), (1, row::<3>), (1, row::<4>)],
     backward_rows: 4,
     stripe: STRIPE,
 };
@@ -35,41 +35,39 @@ unsafe fn prepare(x: Matrix<'_>, row: usize, out: &mut [u32]) {
     }
 }
 
+/// A band of one row: there are no registers for the sums of more.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn rows<const M: usize>(pair: &Pair) -> [[f32; LANES]; 2] {
-    let planes = planes(pair.values);
-    let mut out = [[0.0; LANES]; 2];
-    // SAFETY: what `Pair` describes.
+unsafe fn row<const M: usize>(band: &Band) -> [[f32; LANES]; ROWS] {
+    let planes = planes(band.values);
+    let mut out = [[0.0; LANES]; ROWS];
+    // SAFETY: what `Band` describes.
     unsafe {
-        // One row after the other: there are no registers for the sums of both.
-        for (r, out) in out.iter_mut().enumerate() {
-            let mut sums = [_mm256_setzero_ps(); M];
-            if !pair.first {
-                for (m, sum) in sums.iter_mut().enumerate() {
-                    *sum = _mm256_loadu_ps(pair.sums.add(r * M + m).cast());
-                }
+        let mut sums = [_mm256_setzero_ps(); M];
+        if !band.first {
+            for (m, sum) in sums.iter_mut().enumerate() {
+                *sum = _mm256_loadu_ps(band.sums.add(m).cast());
             }
-            for group in pair.part.clone() {
-                prefetch(pair.codes[r].wrapping_add(group * PIECE + pair.ahead));
-                let scales = pair.scales_of(r, group);
-                multiply(pair, r, 2 * group, scales[0], planes, &mut sums);
-                multiply(pair, r, 2 * group + 1, scales[1], planes, &mut sums);
+        }
+        let mut ahead = band.ahead;
+        for group in band.part.clone() {
+            prefetch_to_second_level(ahead);
+            ahead = ahead.wrapping_add(GROUP / 2);
+            multiply(band, 2 * group, planes, &mut sums);
+            multiply(band, 2 * group + 1, planes, &mut sums);
+        }
+        if band.half {
+            multiply(band, 2 * band.groups, planes, &mut sums);
+        }
+        if !band.last {
+            for (m, &sum) in sums.iter().enumerate() {
+                _mm256_storeu_ps(band.sums.add(m).cast(), sum);
             }
-            if pair.half {
-                let group = pair.groups;
-                multiply(pair, r, 2 * group, pair.scales_of(r, group)[0], planes, &mut sums);
-            }
-            if !pair.last {
-                for (m, &sum) in sums.iter().enumerate() {
-                    _mm256_storeu_ps(pair.sums.add(r * M + m).cast(), sum);
-                }
-                continue;
-            }
-            for (out, sum) in out.iter_mut().zip(sums) {
-                let sum = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps::<1>(sum));
-                let sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
-                *out = _mm_cvtss_f32(_mm_add_ss(sum, _mm_shuffle_ps::<1>(sum, sum)));
-            }
+            return out;
+        }
+        for (out, sum) in out[0].iter_mut().zip(sums) {
+            let sum = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps::<1>(sum));
+            let sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+            *out = _mm_cvtss_f32(_mm_add_ss(sum, _mm_shuffle_ps::<1>(sum, sum)));
         }
     }
     out
@@ -78,28 +76,21 @@ unsafe fn rows<const M: usize>(pair: &Pair) -> [[f32; LANES]; 2] {
 /// Adds the products of half a group.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn multiply<const M: usize>(
-    pair: &Pair,
-    r: usize,
-    piece: usize,
-    scale: f32,
-    planes: Planes,
-    sums: &mut [__m256; M],
-) {
+unsafe fn multiply<const M: usize>(band: &Band, piece: usize, planes: Planes, sums: &mut [__m256; M]) {
     // SAFETY: the caller's.
     unsafe {
-        let codes = _mm256_loadu_si256(pair.codes[r].add(piece * HALF).cast());
-        let x = pair.x.add(piece * PIECE).cast::<f32>();
+        let codes = _mm256_loadu_si256(band.codes[0].add(piece * HALF).cast());
+        let x = band.x.add(piece * PIECE).cast::<f32>();
         let mut blocks = [_mm256_setzero_ps(); M];
         for (half, codes) in nibbles(codes).into_iter().enumerate() {
             for (q, weight) in values_of(planes, codes).into_iter().enumerate() {
                 for m in 0..M {
-                    let x = _mm256_loadu_ps(x.add(m * pair.x_stride + half * HALF + 8 * q));
+                    let x = _mm256_loadu_ps(x.add(m * band.x_stride + half * HALF + 8 * q));
                     blocks[m] = _mm256_fmadd_ps(x, weight, blocks[m]);
                 }
             }
         }
-        let scale = _mm256_set1_ps(scale);
+        let scale = _mm256_broadcast_ss(&*band.scales[0].add(piece));
         for m in 0..M {
             sums[m] = _mm256_fmadd_ps(blocks[m], scale, sums[m]);
         }

@@ -7,16 +7,16 @@ use std::arch::x86_64::*;
 
 use super::avx512::{bits, pairs};
 use super::direct_avx2::STRIPE;
-use crate::gemm::direct::{Direct, GROUP, LANES, ORDER, Pair};
+use crate::gemm::direct::{Band, Direct, GROUP, LANES, ORDER, ROWS};
 use crate::gemm::matrix::Matrix;
-use crate::gemm::weight::prefetch;
+use crate::gemm::weight::prefetch_to_second_level;
 
 /// In float32.
 pub const F32: Direct = Direct {
     rows: 20,
     group_words: GROUP,
     prepare: prepare_f32,
-    pair: [rows_f32::<1>, rows_f32::<2>, rows_f32::<3>, rows_f32::<4>],
+    bands: [(4, band_f32::<4, 1>), (2, band_f32::<2, 2>), (2, band_f32::<2, 3>), (2, band_f32::<2, 4>)],
     backward_rows: 1,
     stripe: STRIPE,
 };
@@ -26,7 +26,7 @@ pub const BF16: Direct = Direct {
     rows: 20,
     group_words: GROUP / 2,
     prepare: prepare_bf16,
-    pair: [rows_bf16::<1>, rows_bf16::<2>, rows_bf16::<3>, rows_bf16::<4>],
+    bands: [(4, band_bf16::<4, 1>), (2, band_bf16::<2, 2>), (2, band_bf16::<2, 3>), (2, band_bf16::<2, 4>)],
     backward_rows: 1,
     stripe: STRIPE,
 };
@@ -77,55 +77,57 @@ unsafe fn prepare_bf16(x: Matrix<'_>, row: usize, out: &mut [u32]) {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,f16c,fma")]
-unsafe fn rows_f32<const M: usize>(pair: &Pair) -> [[f32; LANES]; 2] {
+unsafe fn band_f32<const R: usize, const M: usize>(band: &Band) -> [[f32; LANES]; ROWS] {
     // SAFETY: the caller's.
-    unsafe { rows::<InF32, M>(pair) }
+    unsafe { product::<InF32, R, M>(band) }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn rows_bf16<const M: usize>(pair: &Pair) -> [[f32; LANES]; 2] {
+unsafe fn band_bf16<const R: usize, const M: usize>(band: &Band) -> [[f32; LANES]; ROWS] {
     // SAFETY: the caller's.
-    unsafe { rows::<InBf16, M>(pair) }
+    unsafe { product::<InBf16, R, M>(band) }
 }
 
-/// The products of two rows of the weight with `M` rows of activations. Inlined into a function of each of both that
+/// The products of `R` rows of the weight with `M` rows of activations. Inlined into a function of each of both that
 /// enables its instructions.
 ///
 /// # Safety
-/// As [`Direct::pair`].
+/// As [`Direct::bands`].
 #[inline(always)]
-unsafe fn rows<P: Products, const M: usize>(pair: &Pair) -> [[f32; LANES]; 2] {
-    // SAFETY: what `Pair` describes.
+unsafe fn product<P: Products, const R: usize, const M: usize>(band: &Band) -> [[f32; LANES]; ROWS] {
+    // SAFETY: what `Band` describes.
     unsafe {
-        let table = P::table(pair.values);
-        let mut sums = [[_mm512_setzero_ps(); M]; 2];
-        if !pair.first {
+        let table = P::table(band.values);
+        let mut sums = [[_mm512_setzero_ps(); M]; R];
+        if !band.first {
             for (i, sum) in sums.as_flattened_mut().iter_mut().enumerate() {
-                *sum = _mm512_loadu_ps(pair.sums.add(i).cast());
+                *sum = _mm512_loadu_ps(band.sums.add(i).cast());
             }
         }
-        let [a, b] = pair.codes;
-        for group in pair.part.clone() {
+        let mut ahead = band.ahead;
+        let mut codes = [_mm512_setzero_si512(); R];
+        for group in band.part.clone() {
             let at = group * (GROUP / 2);
-            prefetch(a.wrapping_add(at + pair.ahead));
-            prefetch(b.wrapping_add(at + pair.ahead));
-            let codes = [_mm512_loadu_si512(a.add(at).cast()), _mm512_loadu_si512(b.add(at).cast())];
-            P::multiply(pair, group, codes, table, &mut sums);
+            for r in 0..R {
+                prefetch_to_second_level(ahead);
+                ahead = ahead.wrapping_add(GROUP / 2);
+                codes[r] = _mm512_loadu_si512(band.codes[r].add(at).cast());
+            }
+            P::multiply(band, group, 1, codes, table, &mut sums);
         }
-        if pair.half {
-            let group = pair.groups;
+        if band.half {
+            let group = band.groups;
             let at = group * (GROUP / 2);
             // Codes of zeros that are multiplied with zeros.
-            let codes = [
-                _mm512_zextsi256_si512(_mm256_loadu_si256(a.add(at).cast())),
-                _mm512_zextsi256_si512(_mm256_loadu_si256(b.add(at).cast())),
-            ];
-            P::multiply(pair, group, codes, table, &mut sums);
+            for r in 0..R {
+                codes[r] = _mm512_zextsi256_si512(_mm256_loadu_si256(band.codes[r].add(at).cast()));
+            }
+            P::multiply(band, group, 0, codes, table, &mut sums);
         }
-        let mut out = [[0.0; LANES]; 2];
-        if !pair.last {
+        let mut out = [[0.0; LANES]; ROWS];
+        if !band.last {
             for (i, &sum) in sums.as_flattened().iter().enumerate() {
-                _mm512_storeu_ps(pair.sums.add(i).cast(), sum);
+                _mm512_storeu_ps(band.sums.add(i).cast(), sum);
             }
             return out;
         }
@@ -147,16 +149,17 @@ trait Products {
     /// The machine has the path.
     unsafe fn table(values: &[f32; 16]) -> Self::Table;
 
-    /// Adds the products of one group.
+    /// Adds the products of one group. The scale of its second half is `second` (0 or 1) behind that of the first.
     ///
     /// # Safety
-    /// The machine has the path, and the group is within what `Pair` describes.
-    unsafe fn multiply<const M: usize>(
-        pair: &Pair,
+    /// The machine has the path, and the group is within what `Band` describes.
+    unsafe fn multiply<const R: usize, const M: usize>(
+        band: &Band,
         group: usize,
-        codes: [__m512i; 2],
+        second: usize,
+        codes: [__m512i; R],
         table: Self::Table,
-        sums: &mut [[__m512; M]; 2],
+        sums: &mut [[__m512; M]; R],
     );
 }
 
@@ -174,16 +177,17 @@ impl Products for InF32 {
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,f16c,fma")]
-    unsafe fn multiply<const M: usize>(
-        pair: &Pair,
+    unsafe fn multiply<const R: usize, const M: usize>(
+        band: &Band,
         group: usize,
-        codes: [__m512i; 2],
+        second: usize,
+        codes: [__m512i; R],
         table: __m512,
-        sums: &mut [[__m512; M]; 2],
+        sums: &mut [[__m512; M]; R],
     ) {
         // SAFETY: the caller's.
         unsafe {
-            for r in 0..2 {
+            for r in 0..R {
                 // The look-up uses the low four bits of each 32.
                 let weights = [
                     _mm512_permutexvar_ps(codes[r], table),
@@ -195,11 +199,11 @@ impl Products for InF32 {
                     _mm512_permutexvar_ps(_mm512_srli_epi32::<24>(codes[r]), table),
                     _mm512_permutexvar_ps(_mm512_srli_epi32::<28>(codes[r]), table),
                 ];
-                let [first, second] = pair.scales_of(r, group);
+                let scale = band.scales[r].add(2 * group);
                 // The first 32 bytes, and so the lower lanes, are the first half.
-                let scale = _mm512_mask_mov_ps(_mm512_set1_ps(first), 0xff00, _mm512_set1_ps(second));
+                let scale = _mm512_mask_mov_ps(_mm512_set1_ps(*scale), 0xff00, _mm512_set1_ps(*scale.add(second)));
                 for m in 0..M {
-                    let x = pair.x.add(m * pair.x_stride + group * GROUP).cast::<f32>();
+                    let x = band.x.add(m * band.x_stride + group * GROUP).cast::<f32>();
                     let mut block = _mm512_mul_ps(_mm512_loadu_ps(x), weights[0]);
                     for (j, &weight) in weights.iter().enumerate().skip(1) {
                         block = _mm512_fmadd_ps(_mm512_loadu_ps(x.add(16 * j)), weight, block);
@@ -226,22 +230,23 @@ impl Products for InBf16 {
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-    unsafe fn multiply<const M: usize>(
-        pair: &Pair,
+    unsafe fn multiply<const R: usize, const M: usize>(
+        band: &Band,
         group: usize,
-        codes: [__m512i; 2],
+        second: usize,
+        codes: [__m512i; R],
         table: __m512i,
-        sums: &mut [[__m512; M]; 2],
+        sums: &mut [[__m512; M]; R],
     ) {
         // SAFETY: the caller's.
         unsafe {
             // No closures here: they would be compiled apart from this function's instructions.
-            let mut scales = [_mm512_setzero_ps(); 2];
-            let mut weights = [[_mm512_setzero_si512(); 4]; 2];
-            for r in 0..2 {
-                let [first, second] = pair.scales_of(r, group);
+            let mut scales = [_mm512_setzero_ps(); R];
+            let mut weights = [[_mm512_setzero_si512(); 4]; R];
+            for r in 0..R {
+                let scale = band.scales[r].add(2 * group);
                 // The first 32 bytes, and so the lower lanes, are the first half.
-                scales[r] = _mm512_mask_mov_ps(_mm512_set1_ps(first), 0xff00, _mm512_set1_ps(second));
+                scales[r] = _mm512_mask_mov_ps(_mm512_set1_ps(*scale), 0xff00, _mm512_set1_ps(*scale.add(second)));
                 // The look-up uses the low five bits of each 16, and the fifth does not matter: the table is there twice.
                 weights[r] = [
                     _mm512_permutexvar_epi16(codes[r], table),
@@ -251,17 +256,17 @@ impl Products for InBf16 {
                 ];
             }
             // Sums that do not wait for each other stand side by side.
-            let mut blocks = [[_mm512_setzero_ps(); M]; 2];
+            let mut blocks = [[_mm512_setzero_ps(); M]; R];
             for j in 0..4 {
                 for m in 0..M {
-                    let x = pair.x.add(m * pair.x_stride + group * (GROUP / 2) + 16 * j);
+                    let x = band.x.add(m * band.x_stride + group * (GROUP / 2) + 16 * j);
                     let x = pairs(_mm512_loadu_si512(x.cast()));
-                    for r in 0..2 {
+                    for r in 0..R {
                         blocks[r][m] = _mm512_dpbf16_ps(blocks[r][m], x, pairs(weights[r][j]));
                     }
                 }
             }
-            for r in 0..2 {
+            for r in 0..R {
                 for m in 0..M {
                     sums[r][m] = _mm512_fmadd_ps(blocks[r][m], scales[r], sums[r][m]);
                 }
