@@ -235,11 +235,19 @@ class CpuExperts:
 class Unchanged:
     """Entries of dictionaries as they were when this was made, and how many some dictionaries have."""
 
-    def __new__(cls, entries: list[tuple[dict[str, Any], str, Any]], sizes: list[dict[str, Any]]) -> Unchanged:
-        """Remember that each dictionary has this object under this name, and the sizes of others."""
+    def __new__(
+        cls,
+        entries: list[tuple[dict[str, Any], str, Any]],
+        sizes: list[dict[str, Any]],
+        bounds: list[tuple[int, int]],
+    ) -> Unchanged:
+        """Remember that each dictionary has this object under this name, and the sizes of others.
 
-    def holds(self) -> bool:
-        """Whether all is as it was."""
+        Expert `i` has the part of both lists from `bounds[i]` to `bounds[i + 1]`; the rest belongs to all experts.
+        """
+
+    def holds(self, experts: list[int] | None = None) -> bool:
+        """Whether all is as it was; with `experts`, what belongs to these and to all."""
 
 def matmul_path() -> str:
     """The instructions that products use: "scalar", "avx2", "avx512", "avx512bf16" or "amx"."""

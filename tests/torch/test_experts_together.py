@@ -206,9 +206,11 @@ def test_layers_of_other_kinds_have_experts_one_by_one() -> None:
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 
-def test_the_table_follows_its_layers() -> None:
+@pytest.mark.parametrize("tokens", [1, 7], ids=["few", "many"])
+def test_the_table_follows_its_layers(tokens: int) -> None:
+    """Of few tokens it looks at their experts alone."""
     module = layer()
-    x, ids, weights = inputs()
+    x, ids, weights = inputs(tokens)
     ids[:] = torch.tensor([0, 2])
     before = module(x, ids, weights)
     first = table(module)
@@ -249,6 +251,32 @@ def test_the_table_follows_its_layers() -> None:
     replace_module()
     assert module._held.table is None
     close(module(x, ids, weights), module._one_by_one(x, ids, weights))
+
+
+def test_the_table_follows_an_expert_once_it_is_asked_for() -> None:
+    module = layer()
+    x, ids, weights = inputs(tokens=1)
+    ids[:] = torch.tensor([0, 4])
+    before = module(x, ids, weights)
+    first = table(module)
+    changed: Any = module._modules["3"].down_proj  # type: ignore[union-attr]
+    changed.weight.data = changed.weight.data.flip(0)
+    assert torch.equal(module(x, ids, weights), before)
+    assert table(module) is first
+    assert not first.holds()
+    assert first.holds(ids)
+    # A number of no expert is asked for nothing.
+    assert first.holds(torch.tensor([[5, -1]]))
+    ids[0, 1] = 3
+    close(module(x, ids, weights), module._one_by_one(x, ids, weights))
+    assert table(module) is not first
+    heard: list[Any] = []
+    module._modules["1"].register_forward_hook(lambda *_: heard.append(1))  # type: ignore[union-attr]
+    module(x, ids, weights)
+    assert not heard
+    ids[0, 1] = 1
+    close(module(x, ids, weights), module._one_by_one(x, ids, weights))
+    assert module._held.table is None
 
 
 def test_copies_have_tables_of_their_own() -> None:

@@ -2,7 +2,7 @@
 
 A table holds aliases of the tensors whose addresses it has, so an address never dangles. Nothing moves, and nothing is
 shared with other tables. It is made when it is first used, and again when something of what it was made of has been
-replaced: `ExpertTable.holds` asks so before each use.
+replaced: `ExpertTable.holds` asks so before each use, of few tokens on the CPU for the experts that they go to.
 """
 
 from __future__ import annotations
@@ -122,19 +122,33 @@ class ExpertTable:
         self.trains = any(bias.requires_grad for bias, _ in self._biases)
         self._weights = weights
         self.adapters = found.adapters if any(adapters[0] for adapters in found.adapters) else None
-        self._unchanged = _native.Unchanged(found.entries, found.sizes)
+        self._unchanged = _native.Unchanged(found.entries, found.sizes, found.bounds)
         self._parameters = found.parameters
         self._pointers = _addresses(found.parameters)
         # Compilers of older torch cannot ask a method of an object.
         self.dtypes = tuple(dtype for dtype in FLOAT_DTYPES if self._takes(dtype))
 
-    def holds(self) -> bool:
-        """Whether all that the table was made of is as it was."""
-        return (
-            self._unchanged.holds()
-            and _addresses(self._parameters) == self._pointers
-            and all(bias._version == version for bias, version in self._biases)
-        )
+    def holds(self, ids: Tensor | None = None) -> bool:
+        """Whether all that the table was made of is as it was; with the experts of some tokens, of these alone."""
+        chosen = None if ids is None else self._few(ids)
+        if chosen is None:
+            same = self._unchanged.holds() and _addresses(self._parameters) == self._pointers
+        else:
+            same = self._unchanged.holds(chosen)
+            if same:
+                # Of an expert, as many as there are projections follow each other.
+                count = len(self._weights)
+                places = [place for expert in chosen for place in range(expert * count, (expert + 1) * count)]
+                parameters = [self._parameters[place] for place in places]
+                same = _addresses(parameters) == [self._pointers[place] for place in places]
+        return same and all(bias._version == version for bias, version in self._biases)
+
+    def _few(self, ids: Tensor) -> list[int] | None:
+        """The experts that are asked for, where they are few and known without waiting for a GPU."""
+        experts = self.addresses.shape[1]
+        if not ids.is_cpu or type(ids) is not Tensor or 2 * ids.numel() > experts:
+            return None
+        return [expert for expert in {*ids.reshape(-1).tolist()} if 0 <= expert < experts]
 
     def _takes(self, dtype: torch.dtype) -> bool:
         if self.addresses.is_cpu:
@@ -155,6 +169,11 @@ class _Found:
         self.parameters: list[Params4bit] = []
         self.entries: list[tuple[dict[str, Any], str, Any]] = []
         self.sizes: list[dict[str, Any]] = list(_GLOBAL_HOOKS)
+        self.bounds: list[tuple[int, int]] = []
+
+    def bound(self) -> None:
+        """Here an expert begins, or the last one ends."""
+        self.bounds.append((len(self.entries), len(self.sizes)))
 
     def is_bare(self, module: nn.Module) -> bool:
         """Whether nobody listens to a module, or has put a forward of their own on it; and see to it in future."""
@@ -209,6 +228,7 @@ def table_of(experts: Any) -> ExpertTable | None:
     found.adapters = [[] for _ in projections]
     kinds: set[Any] = set()
     for index in range(experts.num_experts):
+        found.bound()
         expert = experts._modules.get(str(index))
         if expert is None or not found.is_bare(expert):
             return None
@@ -226,6 +246,7 @@ def table_of(experts: Any) -> ExpertTable | None:
                 (name == down, shape, blocksize, quant_type, state.nested, packed.codes.device, layer.compute_dtype)
             )
             found.weights[place].append(packed)
+    found.bound()
     if len(kinds) != 2:
         return None
     (_, ups, *how), (_, downs, *how_down) = sorted(kinds, key=lambda kind: kind[0])

@@ -170,7 +170,7 @@ class Experts4bit(nn.Module):
                 table = self._held.traced
         elif transforms() is not None or tracing() is not None or x.is_meta:
             return None
-        elif table is None or not table.holds():
+        elif table is None or not table.holds(ids):
             table = table_of(self)
             self._held.hold(table)
         if table is None or (torch.is_grad_enabled() and table.trains):

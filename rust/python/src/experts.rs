@@ -157,27 +157,37 @@ impl CpuExperts {
     }
 }
 
-/// What was there when this was made, and is asked for again and again: entries of dictionaries, and how many they have.
+/// What was there when this was made, and is asked for again and again: entries of dictionaries, and how many they have. Some
+/// of it belongs to one expert, the rest to all.
 #[pyclass(frozen, module = "halfbyte._native")]
 pub struct Unchanged {
     entries: Vec<(Py<pyo3::types::PyDict>, Py<pyo3::types::PyString>, Py<PyAny>)>,
     sizes: Vec<(Py<pyo3::types::PyDict>, usize)>,
+    /// Where in both lists each expert begins, and where the last one ends.
+    bounds: Vec<(usize, usize)>,
 }
 
 #[pymethods]
 impl Unchanged {
-    /// Remember that each dictionary has this object under this name; and how many entries others have now.
+    /// Remember that each dictionary has this object under this name; and how many entries others have now. Expert `i` has the
+    /// part of both lists from `bounds[i]` to `bounds[i + 1]`, what is before and behind belongs to all.
     #[new]
     fn new(
         py: Python<'_>,
         entries: Vec<(Py<pyo3::types::PyDict>, Py<pyo3::types::PyString>, Py<PyAny>)>,
         sizes: Vec<Py<pyo3::types::PyDict>>,
-    ) -> Self {
+        bounds: Vec<(usize, usize)>,
+    ) -> PyResult<Self> {
+        let ends = std::iter::once((0, 0)).chain(bounds.iter().copied()).chain([(entries.len(), sizes.len())]);
+        if !ends.is_sorted_by(|a, b| a.0 <= b.0 && a.1 <= b.1) {
+            let message = format!("bounds must ascend up to ({}, {}), got {bounds:?}", entries.len(), sizes.len());
+            return Err(pyo3::exceptions::PyValueError::new_err(message));
+        }
         let sizes = sizes.into_iter().map(|dict| {
             let len = dict.bind(py).len();
             (dict, len)
         });
-        Self { sizes: sizes.collect(), entries }
+        Ok(Self { sizes: sizes.collect(), entries, bounds })
     }
 
     /// What is remembered refers back to who remembers it: a model that is deleted would otherwise never be freed.
@@ -194,20 +204,35 @@ impl Unchanged {
         Ok(())
     }
 
-    /// Whether all is as it was.
-    fn holds(&self, py: Python<'_>) -> PyResult<bool> {
-        for (dict, len) in &self.sizes {
-            if dict.bind(py).len() != *len {
+    /// Whether all is as it was; with `experts`, what belongs to these and to all.
+    #[pyo3(signature = (experts=None))]
+    fn holds(&self, py: Python<'_>, experts: Option<Vec<usize>>) -> PyResult<bool> {
+        let whole = ((0, 0), (self.entries.len(), self.sizes.len()));
+        let part = |from: (usize, usize), to: (usize, usize)| self.part_holds(py, from, to);
+        let (Some(experts), [first, .., last]) = (experts, &self.bounds[..]) else {
+            return Ok(part(whole.0, whole.1));
+        };
+        for expert in experts {
+            let Some(&[from, to]) = self.bounds.get(expert..expert + 2).and_then(|both| both.as_array()) else {
+                let message = format!("experts must be below {}, got {expert}", self.bounds.len() - 1);
+                return Err(pyo3::exceptions::PyValueError::new_err(message));
+            };
+            if !part(from, to) {
                 return Ok(false);
             }
         }
-        for (dict, name, value) in &self.entries {
-            // SAFETY: all are objects of these types, and what is borrowed is only compared.
-            let found = unsafe { pyo3::ffi::PyDict_GetItemWithError(dict.as_ptr(), name.as_ptr()) };
-            if found != value.as_ptr() {
-                return Ok(false);
-            }
-        }
-        Ok(true)
+        Ok(part(whole.0, *first) && part(*last, whole.1))
+    }
+}
+
+impl Unchanged {
+    /// Whether a part of both lists is as it was.
+    fn part_holds(&self, py: Python<'_>, from: (usize, usize), to: (usize, usize)) -> bool {
+        self.sizes[from.1..to.1].iter().all(|(dict, len)| dict.bind(py).len() == *len)
+            && self.entries[from.0..to.0].iter().all(|(dict, name, value)| {
+                // SAFETY: all are objects of these types, and what is borrowed is only compared.
+                let found = unsafe { pyo3::ffi::PyDict_GetItemWithError(dict.as_ptr(), name.as_ptr()) };
+                found == value.as_ptr()
+            })
     }
 }
