@@ -13,7 +13,7 @@ pub const MXFP4_GROUP: usize = 32;
 
 /// Bytes of a strip of a transposed matrix: rows of the result are columns of the tensor, and a strip that is wide takes
 /// few, long reads. Tests have small matrices, and want strips of them too.
-const STRIP_BYTES: usize = if cfg!(test) { 4 << 10 } else { 4 << 20 };
+const STRIP_BYTES: usize = if cfg!(test) { 4 << 10 } else { 8 << 20 };
 
 /// Columns of a transposed matrix that are read together: the values of a row that they give fill a cache line.
 const GROUP: usize = 32;
@@ -161,8 +161,74 @@ fn spread<const SIZE: usize>(from: &[u8], into: &mut [u8], run: usize, step: usi
     let (from, _) = from.as_chunks::<SIZE>();
     let (into, _) = into.as_chunks_mut::<SIZE>();
     let group = from.len() / run;
-    for (row, into) in into.chunks_mut(columns).enumerate() {
+    let rows = into.len() / columns;
+    // Squares by the processor's shuffles; what is left over, one by one.
+    let mut done = 0;
+    if SIZE == 2 && group.is_multiple_of(SQUARE) && (1..=2).contains(&step) {
+        let (from, into) =
+            (bytemuck::cast_slice(from.as_flattened()), bytemuck::cast_slice_mut(into.as_flattened_mut()));
+        // With a step, a square reads the value behind its last one, which is there for all but the last rows.
+        let whole = if step == 1 { rows } else { rows.saturating_sub(1) } / SQUARE * SQUARE;
+        for row in (0..whole).step_by(SQUARE) {
+            for column in (0..group).step_by(SQUARE) {
+                let from: &[u16] = &from[column * run + row * step..];
+                let into: &mut [u16] = &mut into[row * columns + first + column..];
+                transpose_square(from, run, step, into, columns);
+            }
+        }
+        done = whole;
+    }
+    for (row, into) in into.chunks_mut(columns).enumerate().skip(done) {
         for (column, place) in into[first..first + group].iter_mut().enumerate() {
+            *place = from[column * run + row * step];
+        }
+    }
+}
+
+/// Rows and columns of a square: values of 16 bits that fill a register of 128.
+const SQUARE: usize = 8;
+
+/// Writes eight columns, of which every `step`-th value counts (1 or 2), to eight rows; they are `run` and `columns` values apart.
+fn transpose_square(from: &[u16], run: usize, step: usize, into: &mut [u16], columns: usize) {
+    // Checked once, and what the intrinsics need.
+    let (from, into) = (&from[..(SQUARE - 1) * run + SQUARE * step], &mut into[..(SQUARE - 1) * columns + SQUARE]);
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::*;
+        // SAFETY: every x86-64 processor has SSE2; lengths are checked above.
+        unsafe {
+            let load = |column: usize| {
+                let at = from.as_ptr().add(column * run).cast::<__m128i>();
+                let low = _mm_loadu_si128(at);
+                if step == 1 {
+                    return low;
+                }
+                // Every other one. Sign-extended, they are packed as they are.
+                let even = |v| _mm_srai_epi32::<16>(_mm_slli_epi32::<16>(v));
+                _mm_packs_epi32(even(low), even(_mm_loadu_si128(at.add(1))))
+            };
+            let into = into.as_mut_ptr();
+            let v: [__m128i; SQUARE] = std::array::from_fn(load);
+            // Pairs of columns, then four, then all eight.
+            let two = |i: usize, j: usize| [_mm_unpacklo_epi16(v[i], v[j]), _mm_unpackhi_epi16(v[i], v[j])];
+            let (a, b, c, d) = (two(0, 1), two(2, 3), two(4, 5), two(6, 7));
+            for half in 0..2 {
+                let four = |p: [__m128i; 2], q: [__m128i; 2]| {
+                    [_mm_unpacklo_epi32(p[half], q[half]), _mm_unpackhi_epi32(p[half], q[half])]
+                };
+                let (left, right) = (four(a, b), four(c, d));
+                for pair in 0..2 {
+                    let row = 4 * half + 2 * pair;
+                    let at = |row: usize| into.add(row * columns).cast::<__m128i>();
+                    _mm_storeu_si128(at(row), _mm_unpacklo_epi64(left[pair], right[pair]));
+                    _mm_storeu_si128(at(row + 1), _mm_unpackhi_epi64(left[pair], right[pair]));
+                }
+            }
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    for (row, into) in into.chunks_mut(columns).enumerate() {
+        for (column, place) in into[..SQUARE].iter_mut().enumerate() {
             *place = from[column * run + row * step];
         }
     }
@@ -192,6 +258,32 @@ pub fn decode_mxfp4(codes: &[u8], exponents: &[u8], into: &mut [u8]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn columns_become_rows_whatever_their_number() {
+        fn check<const SIZE: usize>(rows: usize, columns: usize, first: usize, group: usize, step: usize) {
+            let run = (rows - 1) * step + 1;
+            let from: Vec<u8> = (0..group * run * SIZE).map(|i| (i * 7 + i / 251) as u8).collect();
+            let mut into = vec![0xa5u8; rows * columns * SIZE];
+            spread::<SIZE>(&from, &mut into, run, step, columns, first);
+            for (place, found) in into.chunks(SIZE).enumerate() {
+                let (row, column) = (place / columns, place % columns);
+                let expected = match column.checked_sub(first).filter(|column| *column < group) {
+                    Some(column) => &from[(column * run + row * step) * SIZE..][..SIZE],
+                    None => &[0xa5; SIZE][..],
+                };
+                assert_eq!(found, expected, "{row} {column} of {rows} {columns} {first} {group} {step}");
+            }
+        }
+        for rows in [1, 2, 7, 8, 9, 16, 17, 40] {
+            for (columns, first, group) in [(8, 0, 8), (40, 3, 32), (33, 1, 32), (64, 32, 32), (9, 0, 9), (5, 2, 3)] {
+                for step in [1, 2, 3] {
+                    check::<2>(rows, columns, first, group, step);
+                    check::<4>(rows, columns, first, group, step);
+                }
+            }
+        }
+    }
 
     #[test]
     fn mxfp4_codes_are_exact_in_bfloat16() {
