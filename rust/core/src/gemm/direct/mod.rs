@@ -13,7 +13,7 @@ use std::ops::Range;
 use super::matrix::Matrix;
 use super::out::Out;
 use super::scratch::{Scratch, Words};
-use super::weight::Weight;
+use super::weight::{Weight, lead_of};
 use super::workers::Workers;
 
 /// Values of a group.
@@ -37,12 +37,6 @@ pub const ROWS: usize = 4;
 
 /// Words of the sums of one row of the weight: a register of 16 for each lane.
 const SUMS: usize = LANES * 16;
-
-/// Bytes from the codes that are multiplied to those that are prefetched meanwhile, at least, and beyond the last row of a
-/// band. Codes are prefetched in the order in which they lie in memory, into the second-level cache: a processor reads one
-/// such stream at full speed, and the rows of a band, which are several short ones, at a third of it.
-const AHEAD: usize = 16 << 10;
-const AHEAD_OF_BAND: usize = 8 << 10;
 
 /// Columns that a stripe is made of: they are in one block.
 pub const PIECE: usize = GROUP / 2;
@@ -169,8 +163,7 @@ pub fn forward(direct: Direct, x: Matrix<'_>, m: usize, weight: &Weight<'_>, out
                 let groups = k / GROUP;
                 let part = PART / (count * direct.group_words * size_of::<u32>());
                 // In parts, a task is multiplied while the next one is prefetched.
-                let lead =
-                    if groups > part { rows.len() * k / 2 } else { AHEAD.max((band_rows - 1) * k / 2 + AHEAD_OF_BAND) };
+                let lead = if groups > part { rows.len() * k / 2 } else { lead_of((band_rows - 1) * k / 2) };
                 let mut ahead = (&raw const weight.packed()[rows.start * k / 2]).wrapping_add(lead);
                 for start in (0..groups.max(1)).step_by(part) {
                     let end = groups.min(start + part);

@@ -4,7 +4,6 @@ use std::arch::x86_64::*;
 
 use super::kernel::{Kernel, LANES, Pair, PairProduct, STEP, Sums};
 use crate::gemm::blocked::kernel::Rows;
-use crate::gemm::weight::prefetch;
 
 /// AVX2.
 pub struct Avx2;
@@ -92,7 +91,7 @@ unsafe fn pair<const N: usize>(pair: &Pair) -> [[i32; LANES]; 2] {
         // SAFETY: the caller's.
         unsafe {
             let rows = pair.rows.map(|row| row.add(step * STEP));
-            rows.iter().for_each(|row| prefetch(row.cast::<u8>().wrapping_add(pair.ahead)));
+            pair.prefetch(step);
             add::<N>(rows, pair.x.add(step * STEP / 2), pair.x_stride, &mut sums);
         }
     }

@@ -4,7 +4,6 @@ use std::arch::x86_64::*;
 
 use super::kernel::{Kernel, LANES, Pair, PairProduct, STEP, Sums};
 use crate::gemm::blocked::kernel::Rows;
-use crate::gemm::weight::prefetch;
 
 /// AVX-512 F, BW and VL.
 pub struct Avx512;
@@ -172,7 +171,7 @@ unsafe fn pair_wide<const N: usize>(pair: &Pair) -> [[i32; LANES]; 2] {
         // SAFETY: the caller's.
         unsafe {
             let rows = pair.rows.map(|row| row.add(step * STEP));
-            rows.iter().for_each(|row| prefetch(row.cast::<u8>().wrapping_add(pair.ahead)));
+            pair.prefetch(step);
             add_wide::<N>(rows, pair.x.add(step * STEP / 2), pair.x_stride, &mut sums);
         }
     }
@@ -216,7 +215,7 @@ unsafe fn pair_bytes<const N: usize>(pair: &Pair) -> [[i32; LANES]; 2] {
         // SAFETY: the caller's.
         unsafe {
             let rows = pair.rows.map(|row| row.add(step * STEP));
-            rows.iter().for_each(|row| prefetch(row.cast::<u8>().wrapping_add(pair.ahead)));
+            pair.prefetch(step);
             add_bytes::<N>(rows, pair.x.add(step * STEP / 4), pair.x_stride, &mut sums);
         }
     }

@@ -4,14 +4,11 @@ use super::codes::Codes;
 use super::finish::{Finish, Outliers, SIDE};
 use super::kernel::{Kernel, LANES, Pair, STEP, words};
 use crate::gemm::scratch::{Scratch, Words};
+use crate::gemm::weight::lead_of;
 use crate::gemm::workers::Workers;
 
 /// Rows of the weight in a task, at most.
 const TASK: usize = 32;
-
-/// Rows from codes to those that are asked for meanwhile. The processor's own prefetching ends with every page of 4096
-/// bytes.
-const AHEAD_ROWS: usize = 4;
 
 /// `a[m, k] · b[n, k]ᵀ`. Neither is empty.
 pub fn forward<K: Kernel>(a: Codes<'_>, b: Codes<'_>, finish: &Finish<'_>, workers: Workers<'_>) {
@@ -37,7 +34,7 @@ pub fn forward<K: Kernel>(a: Codes<'_>, b: Codes<'_>, finish: &Finish<'_>, worke
                     let pair = Pair {
                         rows: both.map(|row| b.row(row).as_ptr()),
                         len: k,
-                        ahead: AHEAD_ROWS * b.pitch,
+                        ahead: b.row(row).as_ptr().cast::<u8>().wrapping_add(lead_of(b.pitch)),
                         x: &raw const x[first_lane * stride],
                         x_stride: stride,
                     };

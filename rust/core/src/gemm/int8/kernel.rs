@@ -4,6 +4,7 @@
 //! of 16 bits, or four of 8 bits. Sums are int32 and wrap: where the result fits, it is exact, whatever the order.
 
 use crate::gemm::blocked::kernel::Rows;
+use crate::gemm::weight::prefetch_to_second_level;
 
 /// The words of a chunk: a panel of 32 lanes and that many words fills the first-level cache.
 pub const CHUNK: usize = 256;
@@ -31,8 +32,8 @@ pub struct Pair {
     pub rows: [*const i8; 2],
     /// Codes in each.
     pub len: usize,
-    /// Bytes from codes to those that are asked for meanwhile.
-    pub ahead: usize,
+    /// The codes that are prefetched meanwhile: two cache lines for each step, any address.
+    pub ahead: *const u8,
     /// Words of activations, zeros up to a multiple of [`STEP`] codes.
     pub x: *const u32,
     /// Words from one row of activations to the next.
@@ -40,6 +41,14 @@ pub struct Pair {
 }
 
 impl Pair {
+    /// Prefetches what belongs to a step.
+    #[inline(always)]
+    pub fn prefetch(&self, step: usize) {
+        let at = self.ahead.wrapping_add(2 * step * STEP);
+        prefetch_to_second_level(at);
+        prefetch_to_second_level(at.wrapping_add(STEP));
+    }
+
     /// The last codes, which are no whole step, of both rows: zeros behind them.
     ///
     /// # Safety
