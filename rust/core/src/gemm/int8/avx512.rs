@@ -63,7 +63,7 @@ impl Kernel for Vnni {
     const ROWS: usize = 12;
     const ROW_STEP: usize = 4;
     const TILE_ROWS: usize = 48;
-    const FEW_ROWS: usize = 8;
+    const FEW_ROWS: usize = 20;
     const OFFSET: bool = true;
     const PAIRS: [PairProduct; LANES] = [pair_bytes::<1>, pair_bytes::<2>, pair_bytes::<3>, pair_bytes::<4>];
 
