@@ -173,7 +173,9 @@ def main() -> None:
     parser.add_argument("--shapes", default="", help="NxK,... instead of the usual ones")
     parser.add_argument("--no-peers", action="store_true", help="neither bitsandbytes nor humming nor cuBLAS")
     parser.add_argument(
-        "--kernel", default="best", help="best, small_m_sm90, small_m_sm80, tile_sm90a, tile_sm80 or simt"
+        "--kernel",
+        default="best",
+        help="best, small_m_sm90, small_m_sm80, small_m_sm75, tile_sm90a, tile_sm80, tile_sm75 or simt",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows to a file, for benches/plot.py")
     arguments = parser.parse_args()

@@ -125,6 +125,9 @@ MODULES = (
     Module("int8/int8_rowwise", "80", _SINCE_AMPERE),
     Module("gemm/simt/gemm_4bit_simt", "75", _ALL),
     Module("gemm/simt/gemv_4bit", "75", _ALL),
+    # The matrix units of compute capability 7.5, which have no bfloat16.
+    Module("gemm/small_m_sm75/gemm_4bit_small_m_sm75", "75", ("75",)),
+    Module("gemm/tile_sm75/gemm_4bit_tile_sm75", "75", ("75",)),
     # mma.m16n8k16 of bfloat16.
     Module("gemm/small_m_sm80/gemm_4bit_small_m_sm80", "80", _SINCE_AMPERE),
     Module("gemm/tile_sm80/gemm_4bit_tile_sm80", "80", _SINCE_AMPERE),

@@ -1,12 +1,13 @@
-// What gemm_4bit_small_m_sm80 and _sm90 share: y[M][N] = x[M][K] * W[N][K]^T + bias[N] for few rows of x, W in 4 bits, the
-// products of token-by-token generation. They are bound by reading W once.
+// What gemm_4bit_small_m_sm75, _sm80 and _sm90 share: y[M][N] = x[M][K] * W[N][K]^T + bias[N] for few rows of x, W in 4 bits,
+// the products of token-by-token generation. They are bound by reading W once.
 //
 // What the layout of the format gives for free:
 //   - A block of 64 values of a row of W is 32 consecutive bytes. Each lane of a quad takes 8 of them, 16 values; K of x is
 //     permuted the same way. Then one packed byte is one register of the A operand of mma.m16n8k16, so that W is dequantized
 //     by one look-up for two weights. W is the operand of 16 rows and x that of 8 columns: M <= 8 costs what M = 1 does.
 //   - The look-up table has an entry for each byte, the two unscaled values in T. Lane l has a copy in bank l of shared
-//     memory, 256 bytes apart: PRMT puts the byte and the lane together to an address, and no two lanes conflict.
+//     memory, 256 bytes apart: PRMT puts the byte and the lane together to an address, and no two lanes conflict. On 7.5, where
+//     shared memory has no room for it, the values are planes of bytes in registers (common/planes.cuh).
 //   - The scale is applied in float32 to the sums of a block, once for 64 products.
 //
 //   fragment, m16n8k16                             x^T [K][8 columns]: column g, k = 16 t ... of each block
@@ -22,6 +23,7 @@
 // to run on one device, which decides how many rows a block has. Each weight is its codebook value rounded to T.
 #pragma once
 
+#include "common/planes.cuh"
 #include "common/scales.cuh"
 
 // Rows of W in a tile, and columns of the product in a fragment: those of mma.m16n8k16.
@@ -95,16 +97,29 @@ __device__ inline void load_x(u32 (&words)[K_TILE][FRAGMENTS][8], const T *x, in
     load_x_rows<FRAGMENTS, K_TILE>(words, row_of, begin, blocks, g, t);
 }
 
+// The A operand of the weights of bytes 2 * PAIR and 2 * PAIR + 1 of `low`, in row g, and of `high`, in row g + 8.
+template <int PAIR, typename Table>
+__device__ inline void look_up_pair(u32 (&a)[4], const Table &table, u32 low, u32 high) {
+    a[0] = look_up<2 * PAIR>(table, low);
+    a[1] = look_up<2 * PAIR>(table, high);
+    a[2] = look_up<2 * PAIR + 1>(table, low);
+    a[3] = look_up<2 * PAIR + 1>(table, high);
+}
+template <int PAIR>
+__device__ inline void look_up_pair(u32 (&a)[4], const Planes &planes, u32 low, u32 high) {
+    look_up(planes, low >> (16 * PAIR), a[0], a[2]);
+    look_up(planes, high >> (16 * PAIR), a[1], a[3]);
+}
+
 // products += those of one block, without its scales.
 template <typename T, int FRAGMENTS, typename Table>
 __device__ inline void add_products(float (&products)[FRAGMENTS][4], const Table &table, const Words2 &low, const Words2 &high,
                                     const u32 (&x)[FRAGMENTS][8]) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        const u32 a[2][4] = {{look_up<0>(table, low.word[i]), look_up<0>(table, high.word[i]),
-                              look_up<1>(table, low.word[i]), look_up<1>(table, high.word[i])},
-                             {look_up<2>(table, low.word[i]), look_up<2>(table, high.word[i]),
-                              look_up<3>(table, low.word[i]), look_up<3>(table, high.word[i])}};
+        u32 a[2][4];
+        look_up_pair<0>(a[0], table, low.word[i], high.word[i]);
+        look_up_pair<1>(a[1], table, low.word[i], high.word[i]);
 #pragma unroll
         for (int f = 0; f < FRAGMENTS; f++) {
             mma_m16n8k16(T{}, products[f], a[0], x[f][4 * i], x[f][4 * i + 1]);

@@ -821,11 +821,11 @@ def cuda_matmul_4bit(
     """Launch `y [m, n] = x [m, k] @ weight [n, k].T + bias [n]`; gives the name of the (first) kernel.
 
     "gemm_4bit_small_m_..." are for few rows: float16 and bfloat16, k a multiple of 64, blocksize >= 64, x and packed
-    aligned to 16 bytes, compute capability 8.0; launched for 16 or 32 rows of x each. "gemm_4bit_tile_..." and
-    "gemm_4bit_block_sums_..." are for more, the latter for up to 64 on compute capability 9.0; `workspace`, of as many
-    bytes as `CudaLinear.workspace` says, lets them be faster. "gemm_4bit_simt_..." takes everything, slowly. `kernel`
-    insists on "small_m_sm90", "small_m_sm80", "tile_sm90a", "tile_sm80" or "simt"; ValueError when that one does not
-    take the arguments.
+    aligned to 16 bytes, compute capability 8.0, and float16 on 7.5; launched for 16 or 32 rows of x each.
+    "gemm_4bit_tile_..." and "gemm_4bit_block_sums_..." are for more, the latter for up to 64 on compute capability 9.0;
+    `workspace`, of as many bytes as `CudaLinear.workspace` says, lets them be faster. "gemm_4bit_simt_..." takes
+    everything, slowly. `kernel` insists on "small_m_sm90", "small_m_sm80", "small_m_sm75", "tile_sm90a", "tile_sm80",
+    "tile_sm75" or "simt"; ValueError when that one does not take the arguments.
     """
 
 class CheckpointError(ValueError):

@@ -64,6 +64,9 @@ def few_rows() -> None:
     major, _ = torch.cuda.get_device_capability()
     values = torch.randn(80, 320, dtype=torch.bfloat16, device="cuda")
     for make in (quantize, quantize_nested):
+        for kernel in ("small_m_sm75", "tile_sm75"):
+            x = torch.randn(30, 320, dtype=torch.float16, device="cuda")
+            product(x, make(values.view(-1), "nf4", 64), 80, "nf4", 64, kernel=kernel)
         for kernel in [*(["small_m_sm80"] if major >= 8 else []), *(["small_m_sm90"] if major in (9, 10) else [])]:
             x = torch.randn(30, 320, dtype=torch.bfloat16, device="cuda")
             product(x, make(values.view(-1), "nf4", 64), 80, "nf4", 64, kernel=kernel)

@@ -15,6 +15,10 @@ import kernels as k  # noqa: E402
 # What the names of kernels begin with.
 SIMT, SMALL_M, BLOCK_SUMS, TILE = "gemm_4bit_simt", "gemm_4bit_small_m", "gemm_4bit_block_sums", "gemm_4bit_tile"
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+# On compute capability 7.5 the matrix units have float16 alone, and more than 16 rows go to other kernels.
+TURING = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)
+HALVES = [torch.float16] if TURING else [torch.bfloat16, torch.float16]
+HALF, BY_REGISTERS, FEW = HALVES[0], "small_m_sm75" if TURING else "small_m_sm80", 16 if TURING else 32
 
 
 @functools.lru_cache(maxsize=32)
@@ -53,29 +57,30 @@ def check(
     return kernel
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("m", [*range(1, 18), 24, 31, 32, 33, 48, 65])
 def test_few_rows(m: int, dtype: torch.dtype) -> None:
     for n, columns in ((4096, 4096), (1000, 320), (17, 64), (1, 128), (133, 11008)):
         for nested in (False, True):
             best = check(m, n, columns, dtype, nested=nested, bias=m % 2 == 0)
             few = (SMALL_M,) if m <= 16 or not HOPPER else (SMALL_M, BLOCK_SUMS)
-            assert best.startswith(few if m <= 32 else (TILE, BLOCK_SUMS)), best
-            check(m, n, columns, dtype, nested=nested, kernel="small_m_sm80")
+            assert best.startswith(few if m <= FEW else (TILE, BLOCK_SUMS)), best
+            check(m, n, columns, dtype, nested=nested, kernel=BY_REGISTERS)
 
 
 @pytest.mark.parametrize("columns", [64, 128, 192, 576, 1536, 2048, 2560, 3072, 5120, 8192, 14336, 28672])
 def test_many_columns(columns: int) -> None:
     for m in (1, 5, 16, 27):
-        best = check(m, 300, columns, torch.bfloat16, nested=m == 5)
-        assert best.startswith((SMALL_M, BLOCK_SUMS) if m == 27 else SMALL_M)
-        check(m, 300, columns, torch.bfloat16, nested=m == 5, kernel="small_m_sm80")
+        best = check(m, 300, columns, HALF, nested=m == 5)
+        assert best.startswith((TILE,) if m > FEW else (SMALL_M, BLOCK_SUMS) if m == 27 else SMALL_M)
+        check(m, 300, columns, HALF, nested=m == 5, kernel=BY_REGISTERS)
 
 
 def test_many_rows_of_the_weight() -> None:
     for m in (1, 16, 32):
-        assert check(m, 128_256, 2048, torch.bfloat16).startswith((SMALL_M, BLOCK_SUMS) if m == 32 else SMALL_M)
-        check(m, 128_256, 2048, torch.bfloat16, kernel="small_m_sm80")
+        best = check(m, 128_256, 2048, HALF)
+        assert best.startswith((TILE,) if m > FEW else (SMALL_M, BLOCK_SUMS) if m == 32 else SMALL_M)
+        check(m, 128_256, 2048, HALF, kernel=BY_REGISTERS)
 
 
 @pytest.mark.parametrize("quant_type", k.QUANT_TYPES)
@@ -100,20 +105,20 @@ def test_float32_is_exact_to_rounding() -> None:
 
 def test_codes_of_scales_that_are_no_whole_words() -> None:
     for n, ring in ((37, False), (36, True)):
-        kernel = check(1, n, 192, torch.bfloat16, nested=True)
+        kernel = check(1, n, 192, HALF, nested=True)
         assert kernel.startswith(
-            f"{SMALL_M}_sm90" if ring and torch.cuda.get_device_capability() >= (9, 0) else f"{SMALL_M}_sm80"
+            f"{SMALL_M}_sm90" if ring and torch.cuda.get_device_capability() >= (9, 0) else f"gemm_4bit_{BY_REGISTERS}"
         )
 
 
 def test_unaligned_operands_take_the_plain_kernel() -> None:
     weight, _ = weight_of(64, 128, "nf4", 64, nested=False)
-    x = torch.randn(2 * 128 + 1, dtype=torch.bfloat16, device="cuda")[1:].view(2, 128)
+    x = torch.randn(2 * 128 + 1, dtype=HALF, device="cuda")[1:].view(2, 128)
     y, kernel = k.product(x, weight, 64, "nf4", 64)
     expected, fast = k.product(x.clone(), weight, 64, "nf4", 64)
     assert kernel.startswith(SIMT)
     assert fast.startswith(SMALL_M)
-    # One of them rounds the weights to bfloat16.
+    # One of them rounds the weights.
     torch.testing.assert_close(y, expected, rtol=2e-2, atol=1e-1)
 
 

@@ -98,6 +98,15 @@ def of_gemm_4bit_small_m_sm80(source: Described) -> Iterator[Check]:
                     yield launches_gemm.small_m_sm80(source, product, *plan)
 
 
+def of_gemm_4bit_small_m_sm75(source: Described) -> Iterator[Check]:
+    """The same."""
+    for nested in (False, True):
+        for m in (3, 11):
+            for k, plan in ((320, (21, 4, 1)), (1088, (37, 1, 3))):
+                product = Product.random(m, 37, k, "f16", "nf4", 64, nested=nested, bias=nested)
+                yield launches_gemm.small_m_sm75(source, product, *plan)
+
+
 def of_gemm_4bit_small_m_sm90(source: Described) -> Iterator[Check]:
     """The same by way of shared memory: scales one by one and by fours, one chunk and two, a short pass."""
     for dtype in ("bf16", "f16"):
@@ -134,6 +143,14 @@ def of_gemm_4bit_tile_sm80(source: Described) -> Iterator[Check]:
             nested = (dtype == "bf16") == (parts == 1)
             product = Product.random(m, n, k, dtype, "nf4", 32 if m == 3 else 64, nested=nested, bias=nested)
             yield launches_gemm.tile_sm80(source, product, tokens, parts)
+
+
+def of_gemm_4bit_tile_sm75(source: Described) -> Iterator[Check]:
+    """Every kernel: one k-tile and more, K in parts, rows and columns that are not there."""
+    for nested in (False, True):
+        for tokens, (m, n, k, parts) in ((64, (70, 9, 320, 2)), (32, (3, 130, 64, 1)), (32, (35, 7, 448, 3))):
+            product = Product.random(m, n, k, "f16", "nf4", 64, nested=nested, bias=nested)
+            yield launches_gemm.tile_sm75(source, product, tokens, parts)
 
 
 def of_gemm_4bit_tile_sm90a(source: Described) -> Iterator[Check]:
@@ -394,6 +411,8 @@ FAMILIES = {
     "quantize_absmax": of_quantize_absmax,
     "gemm_4bit_simt": of_gemm_4bit_simt,
     "gemv_4bit": of_gemv_4bit,
+    "gemm_4bit_small_m_sm75": of_gemm_4bit_small_m_sm75,
+    "gemm_4bit_tile_sm75": of_gemm_4bit_tile_sm75,
     "gemm_4bit_small_m_sm80": of_gemm_4bit_small_m_sm80,
     "gemm_4bit_small_m_sm90": of_gemm_4bit_small_m_sm90,
     "gemm_4bit_small_m_sm90_long": of_gemm_4bit_small_m_sm90_long,

@@ -142,6 +142,13 @@ def small_m_sm80(source: Described, product: Product, rows: int, slots: int, per
     return _small_m(source, "gemm_4bit_small_m_sm80", product, (rows, slots, per_pass), slots, shared)
 
 
+def small_m_sm75(source: Described, product: Product, rows: int, slots: int, per_pass: int) -> Check:
+    """The same on compute capability 7.5, where no table takes shared memory."""
+    (m, _), constants = product.x.shape, source.constants
+    shared = constants["MAP_BYTES"] + per_pass * slots * m * constants["ROWS"] * 4
+    return _small_m(source, "gemm_4bit_small_m_sm75", product, (rows, slots, per_pass), slots, shared)
+
+
 @dataclass(frozen=True)
 class Ring:
     """What the kernels of gemm_4bit_small_m_sm90 for some columns make of K, with so many slots."""
@@ -399,14 +406,46 @@ def tile_sm80(
     source: Described, product: Product, tokens: int, parts: int = 1, scale_shift: int = 0, exact: bool = False
 ) -> Check:
     """By mma.sync, more than a few rows of x: `tokens` of them in a tile, and parts of K; `exact` as above."""
+    constants = source.constants
+    stages = 3 if tokens > 64 else 4
+    shared = stages * (tokens * 128 + constants["ROWS"] * 32) + 2 * constants["W_BYTES"] + 1024
+    kernel = f"gemm_4bit_tile_sm80_{product.dtype}_{tokens}"
+    wanted = _of_dequantized(product, 2 + product.x.shape[1] / 16 + parts, exact)
+    return _tile(source, kernel, product, tokens, parts, scale_shift, shared, wanted)
+
+
+def tile_sm75(
+    source: Described, product: Product, tokens: int, parts: int = 1, scale_shift: int = 0, exact: bool = False
+) -> Check:
+    """The same on compute capability 7.5, where scales are for sums; `exact`: each value times its scale."""
+    kernel = f"gemm_4bit_tile_sm75_{product.dtype}_{tokens}{product.scales.suffix}"
+    shared = tokens * (source.constants["ROWS"] * 2 + 16) + 1024
+    n, k = product.weights.shape
+    # As in `_small_m`.
+    table = native.to_float32(native.from_float32(product.weights, product.dtype), product.dtype)
+    wanted = product.result(table, 2 + k / 16 + 2 * k / 64 + parts)
+    if exact:
+        scales = np.repeat(product.scales.absmax, product.blocksize)[: n * k].reshape(n, k)
+        # A sum of zeros is +0.
+        wanted = bits(native.from_float32((table * scales).T + np.float32(0), product.dtype), product.dtype)
+    return _tile(source, kernel, product, tokens, parts, scale_shift, shared, wanted)
+
+
+def _tile(
+    source: Described,
+    kernel: str,
+    product: Product,
+    tokens: int,
+    parts: int,
+    scale_shift: int,
+    shared: int,
+    wanted: Callable[[np.ndarray], str],
+) -> Check:
     (m, k), n, constants = product.x.shape, product.weights.shape[0], source.constants
     rows, k_tiles = constants["ROWS"], k // constants["K_TILE"]
-    kernel = f"gemm_4bit_tile_sm80_{product.dtype}_{tokens}"
     token_tiles, of_part = ceil_div(m, tokens), ceil_div(k_tiles, parts)
     tiles = token_tiles * ceil_div(n, rows)
     assert of_part * (parts - 1) < k_tiles, "a part of K with nothing"
-    stages = 3 if tokens > 64 else 4
-    shared = stages * (tokens * 128 + rows * 32) + 2 * constants["W_BYTES"] + 1024
     x, packed, scales, bias, y = product.buffers(scale_shift=scale_shift)
     codebook = reference.CODEBOOKS[product.quant_type].astype(np.float32)
     if parts > 1:
@@ -422,4 +461,4 @@ def tile_sm80(
     ]  # fmt: skip
     launch = Launch(kernel, tiles * parts, source.threads[kernel], arguments, shared, in_order=parts > 1)
     name = f"{kernel}, {m} x {n} x {k}, {product.quant_type} in {product.blocksize}, {parts} parts"
-    return Check(name, Case([launch]), [(y, _of_dequantized(product, 2 + k / 16 + parts, exact))])
+    return Check(name, Case([launch]), [(y, wanted)])

@@ -182,6 +182,11 @@ def test_a_slow_way_is_said_once(native, caplog):
     with caplog.at_level(logging.WARNING, logger="halfbyte"):
         _cuda.linear_4bit(torch.randn(1, 64, dtype=torch.bfloat16), packed_weight(*tensors, *how), None)
     assert "compute capability 7.5" in caplog.text
+    caplog.clear()
+    tensors, how, _ = weight(64, 64, torch.float16)
+    with caplog.at_level(logging.WARNING, logger="halfbyte"):
+        _cuda.linear_4bit(torch.randn(1, 64, dtype=torch.float16), packed_weight(*tensors, *how), None)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("nested", [False, True])

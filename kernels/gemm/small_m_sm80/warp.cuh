@@ -1,5 +1,5 @@
 // What a warp does with W by way of registers: its shape, the table, its bytes of a k-tile, and where its sums go. Of
-// gemm_4bit_small_m_sm80 and of the products of experts.
+// gemm_4bit_small_m_sm80, gemm_4bit_small_m_sm75 and the products of experts.
 #pragma once
 
 #include "gemm/small_m.cuh"

@@ -46,7 +46,6 @@
 //   memory, the last adds them in their order. It waits for blocks alone that started before it.
 //
 // Determinism. The order of sums depends on the shape and the number of multiprocessors alone: the same bits from run to run.
-#include "gemm/tile_sm80/epilogue.cuh"
 #include "gemm/tile_sm80/products.cuh"
 
 template <typename T, int TOKENS>
@@ -113,13 +112,13 @@ __device__ inline void gemm_4bit_tile_sm80(const T *x, const u8 *packed, const S
 
     float(&all)[S::ACCUMULATORS] = reinterpret_cast<float(&)[S::ACCUMULATORS]>(sums);
     if (tile.part < config.split_k - 1) {
-        leave_sums(all, workspace, tile, config.split_k);
+        leave_sums<THREADS>(all, workspace, tile, config.split_k);
         return;
     }
-    collect_sums(all, workspace, tile, config.split_k);
+    collect_sums<THREADS>(all, workspace, tile, config.split_k);
     // Nobody reads the stages any more, and no copy is on the way.
     __syncthreads();
-    write_tile<T, TOKENS>(sums, shared, bias, y, m, n, tile, first_row, first_token, g, t);
+    write_tile<T, S>(sums, shared, bias, y, m, n, tile, first_row, first_token, g, t);
 }
 
 // x:           [m][k] aligned to 16 bytes

@@ -3,10 +3,6 @@
 
 #include "gemm/tile_sm80/shape.cuh"
 
-// Piece c (16 bytes) of row r of 64 columns, of x or W, lies at c ^ (r % 8): then the rows of a matrix, which are read at a
-// time, are in different banks.
-__device__ inline u32 piece_offset(u32 row, u32 piece) { return row * (K_TILE * 2) + (piece ^ (row & 7)) * 16; }
-
 // The copies of one thread. Rows that are not there are read as the last one: what comes of them is not written.
 template <int TOKENS>
 struct Copier {

@@ -203,8 +203,8 @@ def _slow(device: int, dtype: torch.dtype, k: int, blocksize: int) -> str | None
     _, (major, minor), _, _ = _native.cuda_device(device)
     if dtype is torch.float32:
         return "the matrix units have no float32"
-    if major < 8:
-        return f"the matrix units of compute capability {major}.{minor} do not do it, those of 8.0 and later do"
+    if major < 8 and dtype is not torch.float16:
+        return f"the matrix units of compute capability {major}.{minor} have no bfloat16, those of 8.0 and later do"
     if k % 64 or k == 0:
         return "in_features is no multiple of 64"
     return f"the block size is {blocksize}, less than 64" if blocksize < 64 else None

@@ -15,7 +15,7 @@ mod division;
 mod gemv;
 mod simt;
 mod small_m;
-mod tile_sm80;
+mod tile;
 mod tile_sm90a;
 pub(crate) mod workspace;
 
@@ -23,7 +23,7 @@ pub use dgrad_sm90a::{Dgrad4bit, dgrad_4bit, dgrad_workspace};
 pub use gemv::{Gemv, gemv};
 pub use small_m::rows_at_once;
 
-use small_m::{AnyConfig, FEW_ROWS, SmallM, suits_sm90};
+use small_m::{AnyConfig, FEW_ROWS, Family, SmallM, suits_sm90};
 
 /// `y[m][n] = x[m][k] · W[n][k]ᵀ + bias[n]`, row-major.
 #[derive(Debug, Clone, Copy)]
@@ -62,7 +62,8 @@ impl Gemm4bit<'_> {
     }
 
     /// A launch for `m` rows.
-    fn small_m(&self, device: &Device, sm90: bool, m: usize) -> Option<SmallM> {
+    fn small_m(&self, device: &Device, family: Family, m: usize) -> Option<SmallM> {
+        let sm90 = family == Family::Sm90;
         let suits = small_m::takes(self.k, self.blocksize)
             && self.x.is_aligned(16)
             && self.packed.is_aligned(if sm90 { 16 } else { 8 })
@@ -70,7 +71,7 @@ impl Gemm4bit<'_> {
         if !suits {
             return None;
         }
-        SmallM::new(device, sm90, self.x.dtype(), self.scales.is_nested(), (m, self.n, self.k))
+        SmallM::new(device, family, self.x.dtype(), self.scales.is_nested(), (m, self.n, self.k))
     }
 
     /// Of the workspace the bytes that can be used.
@@ -93,13 +94,19 @@ impl Gemm4bit<'_> {
         (!few || tile.beats_few(shape, self.scales.is_nested())).then_some(tile)
     }
 
-    /// The same without warpgroups.
-    fn tile_sm80(&self, device: &Device) -> Option<tile_sm80::Tile> {
-        if !tile_sm80::Tile::reaches(self.x.address(), self.packed.address()) {
+    /// The same without warpgroups: by the kernels chosen, or those that the device prefers.
+    fn tile(&self, device: &Device, choice: Choice) -> Option<tile::Tile> {
+        if !tile::Tile::reaches(self.x.address(), self.packed.address()) {
             return None;
         }
-        let shape = (self.m, self.n, self.k);
-        tile_sm80::Tile::new(device, self.x.dtype(), shape, self.workspace_bytes())
+        let weight = (self.x.dtype(), self.blocksize, self.scales.is_nested());
+        let (shape, workspace) = ((self.m, self.n, self.k), self.workspace_bytes());
+        match choice {
+            Choice::Best => tile::Tile::preferred(device, weight, shape, workspace),
+            Choice::TileSm80 => tile::Tile::new(device, tile::SM80, weight, shape, workspace),
+            Choice::TileSm75 => tile::Tile::new(device, tile::SM75, weight, shape, workspace),
+            _ => None,
+        }
     }
 
     fn suits_sm90(&self) -> bool {
@@ -137,21 +144,27 @@ pub enum Choice {
     SmallMSm90,
     /// For few rows, the weight by way of registers: compute capability 8.0 and later.
     SmallMSm80,
+    /// The same in float16, without a table in shared memory: compute capability 7.5 and later.
+    SmallMSm75,
     /// For more than a few rows, by warpgroups: compute capability 9.0.
     TileSm90a,
     /// For more than a few rows: compute capability 8.0 and later.
     TileSm80,
+    /// The same in float16: compute capability 7.5 and later.
+    TileSm75,
     /// The plain one.
     Simt,
 }
 
 impl Choice {
-    const NAMES: [(&'static str, Self); 6] = [
+    const NAMES: [(&'static str, Self); 8] = [
         ("best", Self::Best),
         ("small_m_sm90", Self::SmallMSm90),
         ("small_m_sm80", Self::SmallMSm80),
+        ("small_m_sm75", Self::SmallMSm75),
         ("tile_sm90a", Self::TileSm90a),
         ("tile_sm80", Self::TileSm80),
+        ("tile_sm75", Self::TileSm75),
         ("simt", Self::Simt),
     ];
 
@@ -159,13 +172,14 @@ impl Choice {
         Self::NAMES.iter().find(|(_, choice)| *choice == self).map_or("best", |(name, _)| name)
     }
 
-    /// The kernels for few rows to try, best first: whether it is the one for compute capability 9.0.
-    fn small_m(self) -> &'static [bool] {
+    /// The kernels for few rows to try, best first.
+    fn small_m(self) -> &'static [Family] {
         match self {
-            Self::Best => &[true, false],
-            Self::SmallMSm90 => &[true],
-            Self::SmallMSm80 => &[false],
-            Self::TileSm90a | Self::TileSm80 | Self::Simt => &[],
+            Self::Best => &[Family::Sm90, Family::Sm80, Family::Sm75],
+            Self::SmallMSm90 => &[Family::Sm90],
+            Self::SmallMSm80 => &[Family::Sm80],
+            Self::SmallMSm75 => &[Family::Sm75],
+            Self::TileSm90a | Self::TileSm80 | Self::TileSm75 | Self::Simt => &[],
         }
     }
 }
@@ -182,13 +196,13 @@ impl std::str::FromStr for Choice {
 
 /// Makes the product; gives the name of the kernel that it used (first).
 ///
-/// The matrix units take float16 and bfloat16 on devices of compute capability 8.0 and later. Up to 32 rows of `x`, and on 9.0
-/// up to 64, when `k` is a multiple of 64, the block size at least 64, and `x` and `packed` aligned to 16 bytes: there each
-/// weight is its codebook value rounded to the type of `x`, and the scale is applied in float32 to the sums of a block; with
-/// [`rows_at_once`](super::rows_at_once) rows in a launch, of which there are as many as it takes. More rows, and on 9.0 other
-/// weights whose `k` is a multiple of 32, go to kernels that multiply what dequantizing gives: on 9.0 with warpgroup products; on
-/// others some hundred rows with the products of warps, when `k` is a multiple of 64. Everything else goes to a plain kernel:
-/// correct, and slow for many rows.
+/// The matrix units take float16 and bfloat16 on devices of compute capability 8.0 and later, and float16 on 7.5. Up to 32 rows
+/// of `x`, on 7.5 up to 192 and on 9.0 up to 64, when `k` is a multiple of 64, the block size at least 64, and `x` and `packed`
+/// aligned to 16 bytes: there each weight is its codebook value rounded to the type of `x`, and the scale is applied in float32
+/// to the sums of a block; with [`rows_at_once`](super::rows_at_once) rows in a launch, of which there are as many as it takes.
+/// More rows, and on 9.0 other weights whose `k` is a multiple of 32, go to kernels that multiply what dequantizing gives: on
+/// 9.0 with warpgroup products; from 8.0 on some hundred rows with the products of warps, when `k` is a multiple of 64.
+/// Everything else goes to a plain kernel: correct, and slow for many rows.
 ///
 /// The result is the same from run to run on one device; sums are float32.
 ///
@@ -222,9 +236,7 @@ pub unsafe fn gemm_4bit(device: &Device, stream: Stream, product: &Gemm4bit<'_>,
         unsafe { device.launch_early_in_clusters(stream, tile.kernel, blocks, shared, parameters) }?;
         return Ok(tile.kernel.name);
     }
-    if (choice == Choice::TileSm80 || choice == Choice::Best && tile_sm80::prefers(device, m))
-        && let Some(tile) = product.tile_sm80(device)
-    {
+    if let Some(tile) = product.tile(device, choice) {
         let (x, y) = (product.x.address(), product.y.address());
         let (codebook, config) = (codebook(product.quant_type), tile.config);
         let workspace = tile.workspace(product.workspace.map_or(0, Memory::address));
@@ -234,15 +246,15 @@ pub unsafe fn gemm_4bit(device: &Device, stream: Stream, product: &Gemm4bit<'_>,
         unsafe { device.launch(stream, tile.kernel, tile.blocks, tile.shared, parameters) }?;
         return Ok(tile.kernel.name);
     }
-    for &sm90 in choice.small_m() {
-        let at_once = SmallM::rows_at_once(sm90);
-        let Some(first) = product.small_m(device, sm90, m.min(at_once)) else {
+    for &family in choice.small_m() {
+        let at_once = SmallM::rows_at_once(family);
+        let Some(first) = product.small_m(device, family, m.min(at_once)) else {
             continue;
         };
         for begin in (0..m).step_by(at_once) {
             let count = at_once.min(m - begin);
             // All launches are like the first, but the last may have fewer rows; what suits some rows suits fewer.
-            let launch = if count == at_once.min(m) { Some(first) } else { product.small_m(device, sm90, count) };
+            let launch = if count == at_once.min(m) { Some(first) } else { product.small_m(device, family, count) };
             let Some(SmallM { kernel, config, blocks, shared }) = launch else {
                 return Err(Error::argument("m", m, format!("a number of rows that {} takes", first.kernel.name)));
             };
@@ -296,16 +308,15 @@ pub fn tile_pays(
     shape: (usize, usize, usize),
 ) -> Option<usize> {
     let few = small_m::takes(shape.2, blocksize);
-    tile_sm90a::pays(device, dtype, (blocksize, nested), shape, few).or_else(|| tile_sm80::pays(device, dtype, shape))
+    let by_mma = || tile::Tile::preferred(device, (dtype, blocksize, nested), shape, usize::MAX);
+    tile_sm90a::pays(device, dtype, (blocksize, nested), shape, few).or_else(|| by_mma().map(|tile| tile.workspace))
 }
 
 /// Rows of `x` up to which no kernel wants a workspace, if those for few rows take the weight.
 pub fn rows_without_workspace(device: &Device) -> usize {
     if tile_sm90a::suits(device) {
         tile_sm90a::FEWEST_ROWS - 1
-    } else if tile_sm80::prefers(device, FEW_ROWS + 1) {
-        FEW_ROWS
     } else {
-        usize::MAX
+        tile::rows_without(device).unwrap_or(usize::MAX)
     }
 }

@@ -1,22 +1,23 @@
-//! Products of few rows with a 4-bit weight (kernels/gemm/small_m_sm80 and small_m_sm90): which kernel takes which shape,
-//! and how it divides the work.
+//! Products of few rows with a 4-bit weight (kernels/gemm/small_m_sm75, small_m_sm80 and small_m_sm90): which kernel takes which
+//! shape, and how it divides the work.
 
 use halfbyte::dtype::DType;
 use halfbyte::geometry::BlockSize;
 
 use crate::driver::Device;
 use crate::kernels::{
-    self, Kernel, gemm_4bit_small_m_sm80 as sm80, gemm_4bit_small_m_sm90_long as sm90,
+    self, Kernel, gemm_4bit_small_m_sm75 as sm75, gemm_4bit_small_m_sm80 as sm80, gemm_4bit_small_m_sm90_long as sm90,
     gemm_4bit_small_m_sm90_one as sm90_one,
 };
 
 pub(super) const BLOCK: usize = sm80::BLOCK;
 const ROWS: usize = sm80::ROWS;
 const COLUMNS: usize = sm80::COLUMNS;
-/// Fragments of 8 columns of the largest kernel for compute capability 8.0; that for 9.0 has more.
+/// Fragments of 8 columns of the largest kernel for compute capability 7.5 or 8.0; that for 9.0 has more.
 const SM80_FRAGMENTS: usize = 2;
 const SM80_WARPS: usize = sm80::SHAPE_1_WARPS;
 const SM80_K_TILE: usize = sm80::SHAPE_1_K_TILE;
+const _: () = assert!(sm75::SHAPE_1_WARPS == SM80_WARPS && sm75::SHAPE_1_K_TILE == SM80_K_TILE && sm75::ROWS == ROWS);
 const TABLE_BYTES: usize = sm80::LANE_TABLE_BYTES;
 const MAP_BYTES: usize = sm80::MAP_BYTES;
 /// Partial sums of one column of a tile.
@@ -41,6 +42,8 @@ const RESERVED_SHARED: usize = 1024;
 
 /// More rows than this go to a kernel for more rather than to those for few rows, which would be launched twice.
 pub(super) const FEW_ROWS: usize = 32;
+/// The same on compute capability 7.5, where that kernel has a form for 32 rows: a launch.
+pub(super) const FEW_ROWS_SM75: usize = COLUMNS * SM80_FRAGMENTS;
 
 /// Microseconds of a launch for 17 to 32 rows, of a million values, and of a round of K beyond two; the columns of a round; and
 /// the part by which it takes longer with nested scales.
@@ -50,7 +53,18 @@ const FEW_ROUND: f64 = 1.3;
 const ROUND: f64 = 2048.0;
 const FEW_NESTED: f64 = 1.15;
 
-/// What `LaunchConfig` is to gemm_4bit_small_m_sm80.
+/// The kernels for few rows, by the compute capability from which on they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Family {
+    /// The weight by way of registers, its values too; float16.
+    Sm75,
+    /// The weight by way of registers, its values in shared memory.
+    Sm80,
+    /// The weight by way of shared memory: 9.0 and 10.0.
+    Sm90,
+}
+
+/// What `LaunchConfig` is to gemm_4bit_small_m_sm80 and gemm_4bit_small_m_sm75.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Sm80Config {
@@ -122,8 +136,9 @@ fn parts_of_k(k: usize, warps: usize, k_tile: usize) -> usize {
 }
 
 /// How the work is divided, or `None` when shared memory has no room for one tile: the config, the blocks of threads, and the
-/// shared memory of each.
+/// shared memory of each. `table`: bytes of a table of values.
 fn sm80_config(
+    table: usize,
     (m, n, k): (usize, usize, usize),
     multiprocessors: usize,
     shared_per_block: usize,
@@ -133,7 +148,7 @@ fn sm80_config(
     let rows = n.div_ceil(multiprocessors);
     let tiles = rows.div_ceil(ROWS);
     let partial = k_slices * m * SM80_COLUMN;
-    let room = shared_per_block.checked_sub(TABLE_BYTES + MAP_BYTES)? / partial;
+    let room = shared_per_block.checked_sub(table + MAP_BYTES)? / partial;
     if room == 0 {
         return None;
     }
@@ -144,7 +159,7 @@ fn sm80_config(
         k_slices: i32::try_from(k_slices).ok()?,
         per_pass: i32::try_from(per_pass).ok()?,
     };
-    let shared = TABLE_BYTES + MAP_BYTES + per_pass * partial;
+    let shared = table + MAP_BYTES + per_pass * partial;
     Some((config, n.div_ceil(rows) as u64, u32::try_from(shared).ok()?))
 }
 
@@ -261,23 +276,26 @@ fn sm90_one_launch((n, k): (usize, usize), nested: bool, multiprocessors: usize)
 }
 
 impl SmallM {
-    /// Rows of `x` that one launch takes at most: with `sm90`, that of gemm_4bit_small_m_sm90.
-    pub(super) const fn rows_at_once(sm90: bool) -> usize {
-        COLUMNS * if sm90 { SM90_FRAGMENTS } else { SM80_FRAGMENTS }
+    /// Rows of `x` that one launch takes at most.
+    pub(super) const fn rows_at_once(family: Family) -> usize {
+        COLUMNS * if matches!(family, Family::Sm90) { SM90_FRAGMENTS } else { SM80_FRAGMENTS }
     }
 
     /// The launch for a product of this shape, or `None` when the kernels do not take it on this device.
     pub(super) fn new(
         device: &Device,
-        sm90: bool,
+        family: Family,
         dtype: DType,
         nested: bool,
         (m, n, k): (usize, usize, usize),
     ) -> Option<Self> {
-        let smallest =
-            if sm90 { &kernels::GEMM_4BIT_SMALL_M_SM90_BF16_8 } else { &kernels::GEMM_4BIT_SMALL_M_SM80_BF16_8 };
+        let smallest = match family {
+            Family::Sm75 => &kernels::GEMM_4BIT_SMALL_M_SM75_F16_8,
+            Family::Sm80 => &kernels::GEMM_4BIT_SMALL_M_SM80_F16_8,
+            Family::Sm90 => &kernels::GEMM_4BIT_SMALL_M_SM90_F16_8,
+        };
         let suits = smallest.suits(device.capability())
-            && (1..=Self::rows_at_once(sm90)).contains(&m)
+            && (1..=Self::rows_at_once(family)).contains(&m)
             && n >= 1
             && i32::try_from(n).is_ok()
             && k >= BLOCK
@@ -289,7 +307,7 @@ impl SmallM {
         let columns = COLUMNS * fragments_of(m);
         let (multiprocessors, shared_per_block) =
             (device.multiprocessors() as usize, device.shared_per_block() as usize);
-        if sm90 {
+        if family == Family::Sm90 {
             let Sm90Launch { config, form, blocks, shared } =
                 sm90_launch((m, n, k), nested, multiprocessors, shared_per_block)?;
             let kernel = match (form, dtype, columns, nested) {
@@ -321,18 +339,23 @@ impl SmallM {
             };
             return Some(Self { kernel, config: AnyConfig::Sm90(config), blocks, shared });
         }
-        let kernel = match (dtype, columns, nested) {
-            (DType::Bf16, 8, false) => &kernels::GEMM_4BIT_SMALL_M_SM80_BF16_8,
-            (DType::Bf16, 8, true) => &kernels::GEMM_4BIT_SMALL_M_SM80_BF16_8_NESTED,
-            (DType::Bf16, 16, false) => &kernels::GEMM_4BIT_SMALL_M_SM80_BF16_16,
-            (DType::Bf16, 16, true) => &kernels::GEMM_4BIT_SMALL_M_SM80_BF16_16_NESTED,
-            (DType::F16, 8, false) => &kernels::GEMM_4BIT_SMALL_M_SM80_F16_8,
-            (DType::F16, 8, true) => &kernels::GEMM_4BIT_SMALL_M_SM80_F16_8_NESTED,
-            (DType::F16, 16, false) => &kernels::GEMM_4BIT_SMALL_M_SM80_F16_16,
-            (DType::F16, 16, true) => &kernels::GEMM_4BIT_SMALL_M_SM80_F16_16_NESTED,
+        let kernel = match (family, dtype, columns, nested) {
+            (Family::Sm75, DType::F16, 8, false) => &kernels::GEMM_4BIT_SMALL_M_SM75_F16_8,
+            (Family::Sm75, DType::F16, 8, true) => &kernels::GEMM_4BIT_SMALL_M_SM75_F16_8_NESTED,
+            (Family::Sm75, DType::F16, 16, false) => &kernels::GEMM_4BIT_SMALL_M_SM75_F16_16,
+            (Family::Sm75, DType::F16, 16, true) => &kernels::GEMM_4BIT_SMALL_M_SM75_F16_16_NESTED,
+            (Family::Sm80, DType::Bf16, 8, false) => &kernels::GEMM_4BIT_SMALL_M_SM80_BF16_8,
+            (Family::Sm80, DType::Bf16, 8, true) => &kernels::GEMM_4BIT_SMALL_M_SM80_BF16_8_NESTED,
+            (Family::Sm80, DType::Bf16, 16, false) => &kernels::GEMM_4BIT_SMALL_M_SM80_BF16_16,
+            (Family::Sm80, DType::Bf16, 16, true) => &kernels::GEMM_4BIT_SMALL_M_SM80_BF16_16_NESTED,
+            (Family::Sm80, DType::F16, 8, false) => &kernels::GEMM_4BIT_SMALL_M_SM80_F16_8,
+            (Family::Sm80, DType::F16, 8, true) => &kernels::GEMM_4BIT_SMALL_M_SM80_F16_8_NESTED,
+            (Family::Sm80, DType::F16, 16, false) => &kernels::GEMM_4BIT_SMALL_M_SM80_F16_16,
+            (Family::Sm80, DType::F16, 16, true) => &kernels::GEMM_4BIT_SMALL_M_SM80_F16_16_NESTED,
             _ => return None,
         };
-        let (config, blocks, shared) = sm80_config((m, n, k), multiprocessors, shared_per_block)?;
+        let table = if family == Family::Sm80 { TABLE_BYTES } else { 0 };
+        let (config, blocks, shared) = sm80_config(table, (m, n, k), multiprocessors, shared_per_block)?;
         Some(Self { kernel, config: AnyConfig::Sm80(config), blocks, shared })
     }
 }
@@ -362,7 +385,7 @@ pub fn rows_at_once(device: &Device, n: usize, k: usize, nested_codes: Option<us
     let sm90 = kernels::GEMM_4BIT_SMALL_M_SM90_BF16_8.suits(device.capability())
         && device.shared_per_block() as usize >= SM90_SHARED
         && suits_sm90(n, k, nested_codes);
-    SmallM::rows_at_once(sm90)
+    SmallM::rows_at_once(if sm90 { Family::Sm90 } else { Family::Sm80 })
 }
 
 #[cfg(test)]
@@ -379,9 +402,16 @@ mod tests {
 
     #[test]
     fn every_row_and_every_block_has_a_warp() {
-        for (multiprocessors, shared) in [(108, 166_912), (82, 101_376), (1, 101_376)] {
-            for (m, n, k) in shapes().filter(|&(m, ..)| m <= SmallM::rows_at_once(false)) {
-                let (config, blocks, bytes) = sm80_config((m, n, k), multiprocessors, shared).unwrap();
+        let devices = [
+            (TABLE_BYTES, 108, 166_912),
+            (TABLE_BYTES, 82, 101_376),
+            (TABLE_BYTES, 1, 101_376),
+            (0, 40, 65_536),
+            (0, 1, 65_536),
+        ];
+        for (table, multiprocessors, shared) in devices {
+            for (m, n, k) in shapes().filter(|&(m, ..)| m <= SmallM::rows_at_once(Family::Sm80)) {
+                let (config, blocks, bytes) = sm80_config(table, (m, n, k), multiprocessors, shared).unwrap();
                 let (rows, k_slices) = (config.rows as usize, config.k_slices as usize);
                 assert!(blocks as usize * rows >= n && (blocks as usize - 1) * rows < n, "{m} {n} {k}");
                 assert!(blocks as usize <= multiprocessors);
@@ -443,7 +473,7 @@ mod tests {
 
     #[test]
     fn shared_memory_without_room() {
-        assert_eq!(sm80_config((16, 4096, 4096), 40, 65536), None);
+        assert_eq!(sm80_config(TABLE_BYTES, (16, 4096, 4096), 40, 65536), None);
         assert_eq!(sm90_launch((1, 4096, 4096), false, 108, 166_912), None);
     }
 }

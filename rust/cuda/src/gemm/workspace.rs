@@ -1,4 +1,4 @@
-//! Memory in which blocks of a launch leave their sums for others (kernels/gemm/tile_sm90a/ranges.cuh, tile_sm80/epilogue.cuh and
+//! Memory in which blocks of a launch leave their sums for others (kernels/gemm/tile_sm90a/ranges.cuh, tile.cuh and
 //! kernels/experts/tile_sm90a/shared_tiles.cuh). It may hold anything before.
 
 use std::hash::{BuildHasher as _, RandomState};

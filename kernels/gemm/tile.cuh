@@ -1,10 +1,47 @@
-// The epilogue of gemm_4bit_tile_sm80: sums of the blocks that share a tile, the bias, and y by whole lines.
+// What gemm_4bit_tile_sm80 and gemm_4bit_tile_sm75 share: how the tiles of y [M][N] = x [M][K] * W [N][K]^T are divided among
+// blocks, and the epilogue: sums of the blocks that share a tile, the bias, and y by whole lines.
 #pragma once
 
-#include "gemm/tile_sm80/shape.cuh"
+#include "common/planes.cuh"
+#include "common/scales.cuh"
+#include "common/workspace.cuh"
+
+constexpr int ROWS = 128;                // of W in a tile
+constexpr int K_TILE = 64;               // columns of a main loop iteration: whole blocks, or parts of one
+constexpr int X_ROW_BYTES = K_TILE * 2;  // of a stage
+constexpr int CODES_ROW_BYTES = K_TILE / 2;
+constexpr int MAP_BYTES = 256 * 4;  // of nested scales
+constexpr int MAX_SPLIT_K = 8;      // blocks that share a tile
+
+// How a product is divided: `split_k` blocks for each tile, one after another.
+struct LaunchConfig {
+    int token_tiles;  // along M; those of the same rows of W follow each other
+    int k_tiles;      // of a block; the last one of a tile may have fewer
+    int split_k;      // 1 to MAX_SPLIT_K
+};
+
+// What a block makes: rows of W from `row` on by rows of x from `token` on, over `count` k-tiles from `first` on.
+struct Tile {
+    int index, part;  // among tiles, and among the blocks of this one
+    int row, token;
+    int first, count;
+
+    __device__ Tile(int tokens, int k, const LaunchConfig &config)
+        : index(int(blockIdx.x) / config.split_k), part(int(blockIdx.x) % config.split_k) {
+        row = index / config.token_tiles * ROWS;
+        token = index % config.token_tiles * tokens;
+        first = part * config.k_tiles;
+        const int left = k / K_TILE - first;
+        count = left < config.k_tiles ? left : config.k_tiles;
+    }
+};
+
+// Piece c (16 bytes) of row r of 64 columns, of x or W, lies at c ^ (r % 8): then the rows of a matrix, which are read at a
+// time, are in different banks.
+__device__ inline u32 piece_offset(u32 row, u32 piece) { return row * (K_TILE * 2) + (piece ^ (row & 7)) * 16; }
 
 // By all threads: the sums of a block, for the last one of the tile: [tiles][split_k - 1][COUNT / 4][THREADS][4].
-template <int COUNT>
+template <int THREADS, int COUNT>
 __device__ inline void leave_sums(const float (&sums)[COUNT], const Workspace &workspace, const Tile &tile, int split_k) {
     const i64 place = i64(tile.index) * (split_k - 1) + tile.part;
     Floats4 *const to = reinterpret_cast<Floats4 *>(workspace.sums) + place * (COUNT / 4 * THREADS) + threadIdx.x;
@@ -19,7 +56,7 @@ __device__ inline void leave_sums(const float (&sums)[COUNT], const Workspace &w
 }
 
 // By all threads of the last block of a tile: adds what the others left, in their order. They have started before.
-template <int COUNT>
+template <int THREADS, int COUNT>
 __device__ inline void collect_sums(float (&sums)[COUNT], const Workspace &workspace, const Tile &tile, int split_k) {
     for (int part = 0; part < split_k - 1; part++) {
         const i64 place = i64(tile.index) * (split_k - 1) + part;
@@ -41,11 +78,9 @@ __device__ inline void collect_sums(float (&sums)[COUNT], const Workspace &works
 }
 
 // By all threads, when nobody reads the stages any more: y [m][n] of the tile.
-template <typename T, int TOKENS>
-__device__ inline void write_tile(const float (&sums)[Shape<TOKENS>::ROW_FRAGMENTS][Shape<TOKENS>::TOKEN_FRAGMENTS][4], u8 *out,
-                                  const T *bias, T *y, int m, int n, const Tile &tile, int first_row, int first_token, int g,
-                                  int t) {
-    using S = Shape<TOKENS>;
+template <typename T, typename S>
+__device__ inline void write_tile(const float (&sums)[S::ROW_FRAGMENTS][S::TOKEN_FRAGMENTS][4], u8 *out, const T *bias, T *y,
+                                  int m, int n, const Tile &tile, int first_row, int first_token, int g, int t) {
 #pragma unroll
     for (int r = 0; r < S::ROW_FRAGMENTS; r++) {
 #pragma unroll
@@ -64,7 +99,7 @@ __device__ inline void write_tile(const float (&sums)[Shape<TOKENS>::ROW_FRAGMEN
     }
     __syncthreads();
     const bool whole = n % 8 == 0 && is_aligned(y, 16);
-    for (int i = int(threadIdx.x); i < TOKENS * (ROWS / 8); i += THREADS) {
+    for (int i = int(threadIdx.x); i < S::TOKENS * (ROWS / 8); i += S::THREADS) {
         const int token = i / (ROWS / 8), piece = i % (ROWS / 8);
         const int to = tile.token + token, column = tile.row + piece * 8;
         if (to < m && column < n) {
