@@ -235,11 +235,13 @@ class _Quantizer:
             self._fused = {path: module for path, module in self._fused.items() if path not in whole}
         if found is None:
             return None
-        self._of_experts, self.own = found.of_experts, found.own
         recipes = {path: self._recipe_of(one) for path, one in found.layers.items()}
         if floats:
             keep = self.get_modules_to_not_convert(model, skip, kept)
             recipes.update(dict.fromkeys(layers.chosen(model, keep), self.recipe))
+        # What comes by our converter keeps its dtype; the others are cast to the model's.
+        dense = {target: name for target, name in found.dense.items() if target.rpartition(".")[0] not in recipes}
+        self._of_experts, self.own = found.of_experts, found.own | {*dense, *dense.values()}
         return recipes
 
     def _recipe_of(self, one: Packed) -> Recipe:
