@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -65,11 +66,21 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     )
 
 
+def read_back(codes: torch.Tensor, state: Any) -> torch.Tensor:
+    """What bitsandbytes makes of packed values.
+
+    In rows of one block: its functions for processors with AVX-512 read others wrong where rows are no whole blocks.
+    """
+    flat = copy.copy(state)
+    shape, flat.shape = state.shape, torch.Size((state.shape.numel() // state.blocksize, state.blocksize))
+    return theirs.dequantize_4bit(codes, flat).reshape(shape)
+
+
 def quantized(name: str, value: torch.Tensor, nested: bool = False, **more: Any) -> Packed:
     """A packed weight with its parts, and its values, both by bitsandbytes."""
     codes, state = theirs.quantize_4bit(value.contiguous(), quant_type="nf4", compress_statistics=nested, **more)
     parts = {f"{name}.{key}": part.contiguous() for key, part in state.as_dict(packed=True).items()}
-    return {name: codes, **parts}, theirs.dequantize_4bit(codes, state)
+    return {name: codes, **parts}, read_back(codes, state)
 
 
 def linears(model: Any) -> list[str]:
@@ -129,7 +140,7 @@ def bare(folder: Path, model: Any) -> None:
             made = [theirs.quantize_4bit(one.contiguous(), quant_type="nf4") for one in parameter.data]
             tensors[f"{path}.{name}_proj"] = torch.stack([codes.flatten() for codes, _ in made])
             tensors[f"{path}.{name}_absmax"] = torch.stack([state.absmax for _, state in made])
-            parameter.data.copy_(torch.stack([theirs.dequantize_4bit(*one) for one in made]))
+            parameter.data.copy_(torch.stack([read_back(*one) for one in made]))
     write(folder, model, tensors)
 
 

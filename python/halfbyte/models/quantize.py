@@ -23,7 +23,7 @@ from halfbyte._terminal import Bar, format_bytes, is_terminal
 from halfbyte.config import BitsAndBytesConfig
 from halfbyte.models.checkpoint_reader import Folder
 from halfbyte.models.devices import device_with_storage
-from halfbyte.models.experts import fuse
+from halfbyte.models.experts import fuse, with_own_memory
 from halfbyte.models.layers import join, paths
 from halfbyte.models.load import (
     assign,
@@ -284,7 +284,10 @@ class _Swap:
             for name, tensor in values(source, entry, read=True):
                 layer = wanted.pop(name, None)
                 if layer is None:
-                    rest.append((name, tensor.to(device)))
+                    # Of a tensor that was split, the whole would stay.
+                    rest.append(
+                        (name, tensor.to(device) if entry.convert is None else with_own_memory(tensor.to(device)))
+                    )
                 else:
                     show(self.done, self.total, layer.name)
                     for other in layer.names:

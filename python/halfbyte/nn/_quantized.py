@@ -308,8 +308,8 @@ def fix_4bit_weight_quant_state_from_module(module: Quantized) -> None:
 def without_weight(module: torch.nn.Module) -> Iterator[None]:
     """Hide the weight, which the module moves itself.
 
-    `torch.nn.Module._apply` wraps or swaps what it is given where `torch.__future__` says so, or where a parameter cannot
-    hold it, and does not know the classes of packed weights.
+    `torch.nn.Module._apply` wraps or swaps what it is given where `torch.__future__` says so, or where a parameter
+    cannot hold it, and does not know the classes of packed weights.
     """
     parameters = module._parameters
     before = dict(parameters)
