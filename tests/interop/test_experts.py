@@ -209,7 +209,7 @@ def test_experts_that_are_kept_stay_together(tmp_path: Path) -> None:
 def test_experts_that_transformers_transposes_are_those_of_the_file(
     order: str, skipped: str | None, tmp_path: Path
 ) -> None:
-    """transformers has a converter under the same names: it was taken, and experts were random."""
+    """A converter of transformers has the same names: it was taken, and experts were random."""
     cls = transformers.Qwen3VLMoeForConditionalGeneration
     torch.manual_seed(0)
     made = tiny_models.configure(cls.config_class, {"architectures": [cls.__name__]})
@@ -257,6 +257,20 @@ def test_experts_that_are_kept_beside_packed_ones_have_memory_of_their_own(name:
 
 def experts_path(model: Any) -> str:
     return next(path for path, module in model.named_modules() if isinstance(module, Experts4bit))
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "granitemoe"])
+def test_experts_that_a_quantized_checkpoint_has_in_one_tensor_stay_so(name: str, tmp_path: Path) -> None:
+    """They were taken apart beside packed ones, and saved under names that no loader of 16-bit checkpoints reads."""
+    model = halfbyte.quantize_model(dense_model(name), NF4, rules=[r"layers\.1\.=keep"], progress=False)
+    model.save_pretrained(tmp_path / "one")
+    again = type(model).from_pretrained(tmp_path / "one", quantization_config=config())
+    assert sum(isinstance(module, Experts4bit) for module in again.modules()) == 1
+    assert torch.equal(logits(again), logits(model))
+    again.save_pretrained(tmp_path / "two")
+    one, two = files(tmp_path / "one"), files(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert all(torch.equal(two[key], value) for key, value in one.items())
 
 
 def test_experts_of_a_failed_call_are_as_before() -> None:
