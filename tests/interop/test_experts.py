@@ -264,13 +264,17 @@ def test_experts_that_a_quantized_checkpoint_has_in_one_tensor_stay_so(name: str
     """They were taken apart beside packed ones, and saved under names that no loader of 16-bit checkpoints reads."""
     model = halfbyte.quantize_model(dense_model(name), NF4, rules=[r"layers\.1\.=keep"], progress=False)
     model.save_pretrained(tmp_path / "one")
-    again = type(model).from_pretrained(tmp_path / "one", quantization_config=config())
-    assert sum(isinstance(module, Experts4bit) for module in again.modules()) == 1
-    assert torch.equal(logits(again), logits(model))
-    again.save_pretrained(tmp_path / "two")
-    one, two = files(tmp_path / "one"), files(tmp_path / "two")
-    assert one.keys() == two.keys()
-    assert all(torch.equal(two[key], value) for key, value in one.items())
+    one = files(tmp_path / "one")
+    for again in (
+        type(model).from_pretrained(tmp_path / "one", quantization_config=config()),
+        halfbyte.load_quantized(dense_model(name), tmp_path / "one"),
+    ):
+        assert sum(isinstance(module, Experts4bit) for module in again.modules()) == 1
+        assert torch.equal(logits(again), logits(model))
+        again.save_pretrained(tmp_path / "two")
+        two = files(tmp_path / "two")
+        assert one.keys() == two.keys()
+        assert all(torch.equal(two[key], value) for key, value in one.items())
 
 
 def test_experts_of_a_failed_call_are_as_before() -> None:

@@ -108,6 +108,19 @@ class Apart:
                 if type(layer) is nn.Linear and f"{path}.{name}" not in chosen:
                     layer.weight.data = with_own_memory(layer.weight.data)
 
+    @property
+    def paths(self) -> set[str]:
+        """Of the experts that are apart."""
+        return set(self._before)
+
+    def join(self, paths: Iterable[str]) -> bool:
+        """Put the experts at these paths together again, where transformers can fill them; whether there are any."""
+        chosen = set(paths)
+        whole = {path: m for path, m in self._before.items() if path in chosen and not is_dispatched(m)}
+        put_back(self._model, whole)
+        self._before = {path: m for path, m in self._before.items() if path not in whole}
+        return bool(whole)
+
     def keep(self) -> None:
         """From now on they stay apart."""
         self._before = {}
