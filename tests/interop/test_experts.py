@@ -277,6 +277,21 @@ def test_experts_that_a_quantized_checkpoint_has_in_one_tensor_stay_so(name: str
         assert all(torch.equal(two[key], value) for key, value in one.items())
 
 
+@pytest.mark.parametrize("skipped", ["experts", "mlp.experts", "layers.1.mlp.experts", "model.layers.1.mlp.experts"])
+def test_experts_are_kept_by_the_name_of_their_list_everywhere(skipped: str, tmp_path: Path) -> None:
+    dense = dense_model("qwen3_moe")
+    dense.save_pretrained(tmp_path / "dense")
+    loaded = type(dense).from_pretrained(
+        tmp_path / "dense", quantization_config=config(llm_int8_skip_modules=[skipped])
+    )
+    model = halfbyte.quantize_model(dense, NF4, skip=[skipped], progress=False)
+    halfbyte.quantize_checkpoint(tmp_path / "dense", tmp_path / "offline", config(), skip=[skipped])
+    packed = {key for key in files(tmp_path / "offline") if key.endswith(".absmax")}
+    assert any(".experts." in key for key in packed) == ("1" in skipped)
+    for made in (loaded, model):
+        assert {key for key in made.state_dict() if key.endswith(".absmax")} == packed
+
+
 def test_experts_of_a_failed_call_are_as_before() -> None:
     dense = dense_model("qwen3_moe")
     before = dict(dense.named_parameters())
