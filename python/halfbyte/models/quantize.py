@@ -416,10 +416,10 @@ def _written(config: BitsAndBytesConfig, listed: list[str] | None, model: nn.Mod
     made.llm_int8_skip_modules = listed
     bits = {bits_of(module) for module in model.modules()}
     if not config.load_in_4bit:
-        # Rules chose it, if there are any.
+        # Rules chose it, if there are any: the offline tool names NF4 before FP4, too.
         weights = (m.weight for m in model.modules() if isinstance(m, PACKED_LAYERS))
-        types = (weight.quant_type for weight in weights if isinstance(weight, Params4bit))
-        made.bnb_4bit_quant_type = next(types, made.bnb_4bit_quant_type)
+        types = {weight.quant_type for weight in weights if isinstance(weight, Params4bit)}
+        made.bnb_4bit_quant_type = max(types, default=made.bnb_4bit_quant_type)
     # Not by the properties, which refuse both.
     made._load_in_4bit, made._load_in_8bit = 4 in bits, 8 in bits
     return made
