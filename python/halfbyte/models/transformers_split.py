@@ -128,13 +128,15 @@ class SplitConverter(WeightConverter):
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         """The name of the first matrix that is made of a tensor; or the name as it is, and None."""
+        renamed: tuple[str, str | None] = super().rename_source_key(source_key)
+        if renamed[1] is None:
+            return renamed
         (split,) = self.operations
         assert isinstance(split, Split)
         path = source_key.rpartition(".")[0]
         # The prefix of the base model may be missing on either side.
-        if not any(f".{known}".endswith(f".{path}") or f".{path}".endswith(f".{known}") for known in split.parts):
-            return source_key, None
-        return super().rename_source_key(source_key)
+        ours = any(f".{known}".endswith(f".{path}") or f".{path}".endswith(f".{known}") for known in split.parts)
+        return renamed if ours else (source_key, None)
 
 
 def split_converters(model: nn.Module, given: Iterable[Any]) -> list[WeightConverter]:
