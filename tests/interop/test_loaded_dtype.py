@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import tiny_models  # noqa: E402  (needs torch)
-from halfbyte import BitsAndBytesConfig  # noqa: E402
+from halfbyte import BitsAndBytesConfig, quantize_checkpoint  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import nn  # noqa: E402
 
@@ -73,3 +74,15 @@ def test_loaded_dtype_of_a_layer_that_was_kept_in_another(tmp_path: Path) -> Non
     assert dtypes(model) == {torch.bfloat16}
     with torch.no_grad():
         assert model(IDS).logits.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_loaded_dtype_of_a_checkpoint_whose_config_names_none(bits: int, tmp_path: Path) -> None:
+    """A loader takes that of the first float tensor in the file, which may be the float32 of scales."""
+    tiny_models.build("GPT2LMHeadModel", torch.bfloat16).save_pretrained(tmp_path / "dense")
+    file = tmp_path / "dense/config.json"
+    said = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({k: v for k, v in said.items() if k not in ("dtype", "torch_dtype")}), encoding="utf-8")
+    quantize_checkpoint(tmp_path / "dense", tmp_path / "packed", config(bits), progress=None)
+    model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "packed", quantization_config=config(bits))
+    assert dtypes(model) == {torch.bfloat16}
