@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ transformers = pytest.importorskip("transformers", minversion="5.8")
 peft = pytest.importorskip("peft")
 
 import halfbyte  # noqa: E402
+import tiny_models  # noqa: E402
 from halfbyte.models.experts import fuse, fused_paths, unfuse  # noqa: E402
 from halfbyte.nn import Experts4bit, Linear4bit, Linear8bitLt  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -200,6 +202,94 @@ def test_experts_that_are_kept_stay_together(tmp_path: Path) -> None:
     assert torch.equal(logits(cls.from_pretrained(tmp_path / "packed", quantization_config=config())), logits(model))
     made = halfbyte.quantize_model(dense, config(), rules=[r"experts=keep"])
     assert len(fused_paths(made.named_modules())) == 2
+
+
+@pytest.mark.parametrize("order", ["[experts, in, out]", "[experts, out, in]"])
+@pytest.mark.parametrize("skipped", [None, "model.language_model.layers.0.mlp.experts"])
+def test_experts_that_transformers_transposes_are_those_of_the_file(
+    order: str, skipped: str | None, tmp_path: Path
+) -> None:
+    """A converter of transformers has the same names: it was taken, and experts were random."""
+    cls = transformers.Qwen3VLMoeForConditionalGeneration
+    torch.manual_seed(0)
+    made = tiny_models.configure(cls.config_class, {"architectures": [cls.__name__]})
+    dense = cls(made).to(torch.bfloat16)
+    for parameter in dense.parameters():
+        torch.nn.init.normal_(parameter.data, std=0.05)
+    dense.save_pretrained(tmp_path / "dense")
+    (file,) = (tmp_path / "dense").glob("*.safetensors")
+    tensors = load_file(file)
+    for key, value in dense.state_dict().items():
+        if re.search(r"experts\.\w+_proj$", key):
+            tensors[key] = value.transpose(1, 2).contiguous() if order == "[experts, in, out]" else value.clone()
+    save_file(tensors, file, {"format": "pt"})
+
+    skip = [skipped] if skipped else []
+    expected = halfbyte.quantize_model(dense, NF4, skip=skip, progress=False).state_dict()
+    assert any(re.search(r"layers\.1\.mlp\.experts\.3\.up_proj\.weight\.absmax$", key) for key in expected)
+    with torch.device("meta"):
+        empty = cls(made)
+    for model in (
+        cls.from_pretrained(tmp_path / "dense", quantization_config=config(llm_int8_skip_modules=skip or None)),
+        halfbyte.quantize_model(empty, NF4, skip=skip, checkpoint=tmp_path / "dense", progress=False),
+    ):
+        state = model.state_dict()
+        assert state.keys() == expected.keys()
+        assert [key for key, value in expected.items() if not torch.equal(state[key], value)] == []
+
+
+@pytest.mark.parametrize("name", thorough(ARCHITECTURES, quick=["mixtral", "gpt_oss"]))
+def test_experts_that_are_kept_beside_packed_ones_have_memory_of_their_own(name: str, tmp_path: Path) -> None:
+    """Views of the fused parameters held all of it, and transposed ones could not be saved."""
+    gate, _, down = ARCHITECTURES[name][2]
+    model = halfbyte.quantize_model(dense_model(name), NF4, rules=[r"experts\.1\.=keep"], progress=False)
+    dense = unfuse(dense_model(name).get_submodule(experts_path(model)))
+    for projection in (gate, down):
+        kept = model.get_submodule(f"{experts_path(model)}.1.{projection}").weight
+        assert kept.is_contiguous()
+        assert kept.untyped_storage().nbytes() == kept.numel() * kept.element_size()
+    first = model.get_submodule(f"{experts_path(model)}.1.{down}").weight
+    assert torch.equal(first, dense.get_submodule("1.down_proj").weight)
+    model.save_pretrained(tmp_path / "saved")
+    again = type(model).from_pretrained(tmp_path / "saved", quantization_config=config())
+    assert torch.equal(logits(again), logits(model))
+
+
+def experts_path(model: Any) -> str:
+    return next(path for path, module in model.named_modules() if isinstance(module, Experts4bit))
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "granitemoe"])
+def test_experts_that_a_quantized_checkpoint_has_in_one_tensor_stay_so(name: str, tmp_path: Path) -> None:
+    """They were taken apart beside packed ones, and saved under names that no loader of 16-bit checkpoints reads."""
+    model = halfbyte.quantize_model(dense_model(name), NF4, rules=[r"layers\.1\.=keep"], progress=False)
+    model.save_pretrained(tmp_path / "one")
+    one = files(tmp_path / "one")
+    for again in (
+        type(model).from_pretrained(tmp_path / "one", quantization_config=config()),
+        halfbyte.load_quantized(dense_model(name), tmp_path / "one"),
+    ):
+        assert sum(isinstance(module, Experts4bit) for module in again.modules()) == 1
+        assert torch.equal(logits(again), logits(model))
+        again.save_pretrained(tmp_path / "two")
+        two = files(tmp_path / "two")
+        assert one.keys() == two.keys()
+        assert all(torch.equal(two[key], value) for key, value in one.items())
+
+
+@pytest.mark.parametrize("skipped", ["experts", "mlp.experts", "layers.1.mlp.experts", "model.layers.1.mlp.experts"])
+def test_experts_are_kept_by_the_name_of_their_list_everywhere(skipped: str, tmp_path: Path) -> None:
+    dense = dense_model("qwen3_moe")
+    dense.save_pretrained(tmp_path / "dense")
+    loaded = type(dense).from_pretrained(
+        tmp_path / "dense", quantization_config=config(llm_int8_skip_modules=[skipped])
+    )
+    model = halfbyte.quantize_model(dense, NF4, skip=[skipped], progress=False)
+    halfbyte.quantize_checkpoint(tmp_path / "dense", tmp_path / "offline", config(), skip=[skipped])
+    packed = {key for key in files(tmp_path / "offline") if key.endswith(".absmax")}
+    assert any(".experts." in key for key in packed) == ("1" in skipped)
+    for made in (loaded, model):
+        assert {key for key in made.state_dict() if key.endswith(".absmax")} == packed
 
 
 def test_experts_of_a_failed_call_are_as_before() -> None:

@@ -435,6 +435,35 @@ def test_dtype_that_cannot_be_quantized_is_found_before_the_model_is_changed(
     assert str(dtype) in text
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.bool, torch.uint8])
+def test_integers_in_place_of_a_packed_weight_are_refused(saved: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    def edit(tensors: dict[str, Any]) -> None:
+        for name in [name for name in tensors if name.startswith(WEIGHT)]:
+            del tensors[name]
+        tensors[WEIGHT] = torch.ones(128, 64).to(dtype)
+
+    path = edited(saved / "whole", tmp_path / "odd", edit)
+    text = refused(load, path)
+    assert WEIGHT in text
+    assert "no part of a packed weight is beside it: expected F16, BF16 or F32" in text
+
+
+@pytest.mark.parametrize("call", [load, fill])
+@pytest.mark.parametrize("shape", [(1, -1), (-1,)])
+def test_packed_bytes_in_one_row_mean_the_same_weight(
+    saved: Path, tmp_path: Path, call: Callable[[Path], Any], shape: tuple[int, ...]
+) -> None:
+    """To bitsandbytes' functions one row of packed bytes is a transposed weight: square ones came back transposed."""
+
+    def edit(tensors: dict[str, Any]) -> None:
+        for name in [name for name in tensors if f"{name}.absmax" in tensors]:
+            tensors[name] = tensors[name].reshape(shape)
+
+    model = call(edited(saved / "whole", tmp_path / "row", edit)).dequantize()
+    expected = call(saved / "whole").dequantize().state_dict()
+    assert [n for n, value in model.state_dict().items() if not torch.equal(value, expected[n])] == []
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64])
 def test_dtype_that_is_no_parameters_is_refused(saved: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     name = "model.norm.weight"

@@ -389,6 +389,24 @@ def test_experts_that_are_not_all_there_are_refused(tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["Qwen3MoeForCausalLM", "GraniteMoeForCausalLM", "GptOssForCausalLM"])
+@pytest.mark.parametrize("what", ["int64", "bool", "int8", "float8_e4m3fn", "one dimension"])
+def test_experts_of_another_dtype_or_rank_are_named_and_not_called_missing(
+    name: str, what: str, tmp_path: Path
+) -> None:
+    dense_model(name).save_pretrained(tmp_path / "in")
+    (file,) = (tmp_path / "in").glob("*.safetensors")
+    tensors = load_file(file)
+    found = [key for key, value in tensors.items() if re.search(r"experts\.|put_linear", key) and value.dim() > 1]
+    odd = next(key for key in found if "layers.1" in key and "bias" not in key)
+    value = tensors[odd]
+    tensors[odd] = value.reshape(-1) if what == "one dimension" else value.to(getattr(torch, what))
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(halfbyte.CheckpointError, match=rf'"{re.escape(odd)}": is .*: expected F16, BF16 or F32'):
+        halfbyte.quantize_checkpoint(tmp_path / "in", tmp_path / "out", NF4)
+    assert not (tmp_path / "out").exists()
+
+
 def test_experts_of_several_dtypes_are_taken_as_a_load_takes_them(tmp_path: Path) -> None:
     dense = dense_model("OlmoeForCausalLM")
     dense.save_pretrained(tmp_path / "dense")

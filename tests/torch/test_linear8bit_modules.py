@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 from compilers import needs_compiler
-from halfbyte.nn import Embedding8bit, Int8Params, Linear8bitLt
+from halfbyte.nn import Embedding8bit, Int8Params, Linear4bit, Linear8bitLt
 from layers_8bit import THRESHOLDS, quantized, same_layer, trained
 from torch.utils.checkpoint import checkpoint
 
@@ -127,6 +127,45 @@ def test_moving_a_module():
 
 
 # ---- embeddings ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["default", "overwrite", "swap"])
+def conversion(request):
+    """How torch puts converted parameters in the place of old ones."""
+    future = torch.__future__
+    before = future.get_overwrite_module_params_on_conversion(), future.get_swap_module_params_on_conversion()
+    future.set_overwrite_module_params_on_conversion(request.param == "overwrite")
+    future.set_swap_module_params_on_conversion(request.param == "swap")
+    yield
+    future.set_overwrite_module_params_on_conversion(before[0])
+    future.set_swap_module_params_on_conversion(before[1])
+
+
+@pytest.mark.usefixtures("conversion")
+@pytest.mark.parametrize("kind", ["trained", "quantized", "not quantized", "4 bits"])
+def test_moving_a_module_in_every_way_that_torch_has(kind):
+    layer = Linear4bit(64, 32) if kind == "4 bits" else Linear8bitLt(64, 32, has_fp16_weights=kind == "trained")
+    if kind in ("quantized", "4 bits"):
+        layer.to("cpu")
+    if kind == "trained":
+        layer(torch.randn(2, 64)).sum().backward()
+    cls, saved = type(layer.weight), copy.deepcopy(layer.state_dict())
+    layer.bfloat16()
+    assert type(layer.weight) is cls
+    assert layer.bias.dtype is torch.bfloat16
+    if kind == "trained":
+        assert layer.weight.dtype is layer.weight.grad.dtype is torch.bfloat16
+        assert layer.weight.requires_grad
+        layer.weight.grad = None
+    layer.to("meta")
+    assert type(layer.weight) is cls
+    assert layer.weight.is_meta
+    layer.load_state_dict(saved, assign=True)
+    assert same_state(layer.state_dict(), saved) if kind != "not quantized" else layer.weight.dtype is torch.int8
+
+
+def same_state(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

@@ -173,6 +173,13 @@ def test_quantize_model_rule_makes_one_layer_8_bits(tmp_path: Path) -> None:
         assert torch.equal(again(ids).logits, model(ids).logits)
 
 
+def test_quantize_model_8bit_with_a_rule_for_4_bits_says_which(tmp_path: Path) -> None:
+    model = tiny_models.build("LlamaForCausalLM", torch.float32)
+    halfbyte.quantize_model(model, INT8, rules=[r"\.q_proj\.=fp4", r"\.mlp\.=nf4"]).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    assert (written["load_in_4bit"], written["load_in_8bit"], written["bnb_4bit_quant_type"]) == (True, True, "nf4")
+
+
 # ---- load_quantized --------------------------------------------------------------------------------------------------
 
 

@@ -255,6 +255,13 @@ def unfuse_all(model: nn.Module, chosen: Mapping[str, Names | None]) -> dict[str
     return before
 
 
+def with_own_memory(matrix: Tensor) -> Tensor:
+    """The same numbers in order, and in memory that holds nothing else: a view is copied."""
+    if matrix.is_contiguous() and matrix.untyped_storage().nbytes() == matrix.numel() * matrix.element_size():
+        return matrix
+    return matrix.clone(memory_format=torch.contiguous_format)
+
+
 def put_back(model: nn.Module, before: Mapping[str, nn.Module]) -> None:
     """Undo `unfuse_all`."""
     for path, module in before.items():

@@ -128,6 +128,8 @@ def load_quantized(
             source.replace(instead.hidden, instead.tensors)
             odd += instead.odd
         plan = make_plan(model, source)
+        if plan.packed and experts.join(_unpacked_stacks(plan, experts.paths)):
+            plan = make_plan(model, source)
         if not plan.packed:
             if plan.found:
                 # There are packed weights, under names that the model has not.
@@ -224,6 +226,17 @@ def _layers(
         _logger.warning("%s: %s: the module's class has code of its own that reads the weight, so it is unpacked",
                         source.path, some(dense))  # fmt: skip
     return list(found.items())
+
+
+def _unpacked_stacks(plan: Plan, paths: Iterable[str]) -> set[str]:
+    """Of the paths of experts, those that the checkpoint has in 16 bits, all of a layer in one tensor."""
+
+    def path_of(weight: str) -> str:
+        # `….experts.<i>.<projection>.weight`
+        return weight.rsplit(".", 3)[0]
+
+    split = {path_of(next(iter(e.targets))) for e in plan.entries if len(e.targets) > 1 and len(e.sources) == 1}
+    return split.intersection(paths) - {path_of(weight) for weight in plan.packed}
 
 
 def _check_experts(model: nn.Module, plan: Plan) -> None:

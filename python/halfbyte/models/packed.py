@@ -139,7 +139,8 @@ def parameter(
         TypeError: A part has a wrong dtype.
     """
     if bits == 4:
-        return Params4bit.from_prequantized(aligned(data), float_parts(parts), device=device)
+        # Packed bytes in one row would mean a transposed weight to those who dequantize them.
+        return Params4bit.from_prequantized(aligned(data).reshape(-1, 1), float_parts(parts), device=device)
     return _int8(data, parts, data.device if device is None else device)
 
 

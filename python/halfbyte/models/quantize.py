@@ -23,7 +23,7 @@ from halfbyte._terminal import Bar, format_bytes, is_terminal
 from halfbyte.config import BitsAndBytesConfig
 from halfbyte.models.checkpoint_reader import Folder
 from halfbyte.models.devices import device_with_storage
-from halfbyte.models.experts import fuse
+from halfbyte.models.experts import fuse, with_own_memory
 from halfbyte.models.layers import join, paths
 from halfbyte.models.load import (
     assign,
@@ -284,7 +284,10 @@ class _Swap:
             for name, tensor in values(source, entry, read=True):
                 layer = wanted.pop(name, None)
                 if layer is None:
-                    rest.append((name, tensor.to(device)))
+                    # Of a tensor that was split, the whole would stay.
+                    rest.append(
+                        (name, tensor.to(device) if entry.convert is None else with_own_memory(tensor.to(device)))
+                    )
                 else:
                     show(self.done, self.total, layer.name)
                     for other in layer.names:
@@ -412,6 +415,11 @@ def _written(config: BitsAndBytesConfig, listed: list[str] | None, model: nn.Mod
     made = copy.deepcopy(config)
     made.llm_int8_skip_modules = listed
     bits = {bits_of(module) for module in model.modules()}
+    if not config.load_in_4bit:
+        # Rules chose it, if any did. Each weight says its own type, so of two either will do.
+        weights = (m.weight for m in model.modules() if isinstance(m, PACKED_LAYERS))
+        types = {weight.quant_type for weight in weights if isinstance(weight, Params4bit)}
+        made.bnb_4bit_quant_type = max(types, default=made.bnb_4bit_quant_type)
     # Not by the properties, which refuse both.
     made._load_in_4bit, made._load_in_8bit = 4 in bits, 8 in bits
     return made

@@ -27,6 +27,7 @@ from halfbyte.models.layers import (
     refuse_adapters,
 )
 from halfbyte.models.recipe import PACKED_LAYERS
+from halfbyte.nn.experts import Experts4bit
 from halfbyte.ops.checks import FLOAT_DTYPES, names
 
 
@@ -117,12 +118,18 @@ def choose(
         if join(path, "weight") not in known
     ]
     matches = _native.match_names([name for name, _ in tensors], rules, skip)
+    # The list of experts is a module too, and the one that a model has before its experts are taken apart.
+    lists = [path for module, own in modules.items() if isinstance(module, Experts4bit) for path in own]
+    of_lists = _native.match_names([join(path, "weight") for path in lists], (), skip)
+    kept_lists = {
+        path: skip[found["skip"]] for path, found in zip(lists, of_lists, strict=True) if found["skip"] is not None
+    }
     use = {rule: _RuleUse() for rule in rules}
     wanted: dict[nn.Module, list[str | None]] = {module: [] for module in linear}
     why: dict[nn.Module, str] = {}
     for (name, module), found in zip(tensors, matches, strict=True):
         rule = None if found["rule"] is None else rules[found["rule"]]
-        skipped = None if found["skip"] is None else skip[found["skip"]]
+        skipped = kept_lists.get(name.rsplit(".", 3)[0]) if found["skip"] is None else skip[found["skip"]]
         rule_type = found["quant_type"]
         is_weight = module in linear and name.rpartition(".")[2] == "weight"
         reason = never.get(module) if is_weight else "not the weight of a linear layer"
@@ -162,8 +169,9 @@ def choose(
         # What a loader keeps by default, and what can never be, is the same to it.
         choice.as_default &= (None in types) == (module in never or module in kept)
     _check_rules(use, choice.notes)
+    known_names = [*(name for name, _ in tensors), *(join(path, "weight") for path in lists)]
     for skip_name in skip:
-        if all(found["skip"] is None for found in _native.match_names([name for name, _ in tensors], (), [skip_name])):
+        if all(found["skip"] is None for found in _native.match_names(known_names, (), [skip_name])):
             choice.notes.append(f"the skip name {skip_name!r} matches no module")
     for layer in choice.layers:
         reason = obstacle(layer.module, meta)

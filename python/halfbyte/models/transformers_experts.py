@@ -9,7 +9,15 @@ from typing import Any
 
 from torch import nn
 
-from halfbyte.models.experts import Names, fused, fused_paths, is_dispatched, put_back, unfuse_all
+from halfbyte.models.experts import (
+    Names,
+    fused,
+    fused_paths,
+    is_dispatched,
+    put_back,
+    unfuse_all,
+    with_own_memory,
+)
 from halfbyte.models.layers import is_transformers_model
 from halfbyte.nn.experts import Experts4bit
 from halfbyte.offline.transformers_names import is_needless, plain
@@ -84,12 +92,34 @@ class Apart:
         self._before = before
 
     def settle(self, names: Iterable[str]) -> None:
-        """Put the experts together again of which nothing is in `names`, paths of layers."""
+        """Put the experts together again of which nothing is in `names`, paths of layers.
+
+        Of the others, layers that are not in `names` get memory of their own: views of a fused parameter would keep all
+        of it, and cannot be saved where it is transposed.
+        """
         # A layer is `….experts.<i>.<projection>`.
-        parents = {name.rsplit(".", 2)[0] for name in names}
+        chosen = set(names)
+        parents = {name.rsplit(".", 2)[0] for name in chosen}
         whole = {path: module for path, module in self._before.items() if path not in parents}
         put_back(self._model, whole)
         self._before = {path: module for path, module in self._before.items() if path in parents}
+        for path in self._before:
+            for name, layer in self._model.get_submodule(path).named_modules():
+                if type(layer) is nn.Linear and f"{path}.{name}" not in chosen:
+                    layer.weight.data = with_own_memory(layer.weight.data)
+
+    @property
+    def paths(self) -> set[str]:
+        """Of the experts that are apart."""
+        return set(self._before)
+
+    def join(self, paths: Iterable[str]) -> bool:
+        """Put the experts at these paths together again, where transformers can fill them; whether there are any."""
+        chosen = set(paths)
+        whole = {path: m for path, m in self._before.items() if path in chosen and not is_dispatched(m)}
+        put_back(self._model, whole)
+        self._before = {path: m for path, m in self._before.items() if path not in whole}
+        return bool(whole)
 
     def keep(self) -> None:
         """From now on they stay apart."""
@@ -134,4 +164,5 @@ def mapping_for(model: Any, mapping: Iterable[Any]) -> list[Any]:
 
     names = list(model.state_dict())
     needed = [entry for entry in given if not hasattr(entry, "operations") or not is_needless(entry, names)]
-    return [*needed, *split_converters(model, given)]
+    # The first converter that matches is taken, and transformers may have one for the same names, which transposes.
+    return [*split_converters(model, given), *needed]

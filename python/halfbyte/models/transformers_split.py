@@ -23,15 +23,17 @@ from halfbyte.offline.transformers_names import plain
 class Split(ConversionOps):
     """A fused parameter to the matrices of the experts, views of it."""
 
-    def __init__(self, parts: Mapping[str, tuple[Fused, str]], transpose: bool) -> None:
+    def __init__(self, parts: Mapping[str, tuple[Fused, str]], transpose: bool, by_shape: bool) -> None:
         """Remember how the experts at each path were held.
 
         Args:
             parts: By path: how the module held its experts, and the name of the parameter.
             transpose: The file has matrices in the other order than the module had.
+            by_shape: With `transpose`: only where the shape is not the module's.
         """
         self.parts = parts
         self.transpose = transpose
+        self.by_shape = by_shape
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Split:
         """Return this object: it holds no tensors, and transformers copies it for each key of a checkpoint."""
@@ -54,9 +56,9 @@ class Split(ConversionOps):
         tensor: Tensor = value[0] if isinstance(value, list) else value
         path, how, parameter = self.of(full_layer_name)
         experts = model.get_submodule(path)
-        if self.transpose:
-            tensor = tensor.transpose(1, 2)
         expected = (experts.num_experts, *how.shape(parameter, experts))
+        if self.transpose and tensor.dim() == 3 and not (self.by_shape and tuple(tensor.shape) == expected):
+            tensor = tensor.transpose(1, 2)
         if tuple(tensor.shape) != expected:
             raise ValueError(
                 f"{path}.{parameter}: the checkpoint holds {list(tensor.shape)}, the model has {list(expected)}"
@@ -95,7 +97,7 @@ def targets(model: nn.Module, given: Iterable[Any]) -> list[Target]:
         model: With experts that were taken apart.
         given: The converters of the model's architecture.
     """
-    groups: dict[tuple[str, str, str, bool], dict[str, tuple[Fused, str]]] = {}
+    groups: dict[tuple[str, str, str, bool, bool], dict[str, tuple[Fused, str]]] = {}
     for path, experts in model.named_modules():
         how = fused_as(experts) if isinstance(experts, Experts4bit) else None
         if how is None:
@@ -104,25 +106,44 @@ def targets(model: nn.Module, given: Iterable[Any]) -> list[Target]:
             first = (
                 next(name for name in experts.projections if name) if parameter == how.up else experts.projections[2]
             )
-            transpose = any(
-                any(f"{path}.{parameter}".endswith(plain(pattern)) for pattern in entry.target_patterns)
-                and sum(type(operation).__name__ == "Transpose" for operation in entry.operations) % 2
+            transposes = [
+                operation
                 for entry in given
                 if isinstance(entry, WeightConverter)
-            )
-            key = (path.rpartition(".")[2], parameter, first, transpose)
+                and any(f"{path}.{parameter}".endswith(plain(pattern)) for pattern in entry.target_patterns)
+                for operation in entry.operations
+                if type(operation).__name__ == "Transpose"
+            ]
+            by_shape = any(getattr(operation, "check_dims", False) for operation in transposes)
+            key = (path.rpartition(".")[2], parameter, first, len(transposes) % 2 == 1, by_shape)
             groups.setdefault(key, {})[path] = (how, parameter)
     return [
-        Target(leaf, parameter, first, Split(parts, transpose))
-        for (leaf, parameter, first, transpose), parts in groups.items()
+        Target(leaf, parameter, first, Split(parts, transpose, by_shape))
+        for (leaf, parameter, first, transpose, by_shape), parts in groups.items()
     ]
+
+
+class SplitConverter(WeightConverter):
+    """Splits tensors of experts that were taken apart, and leaves those of others to transformers."""
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        """The name of the first matrix that is made of a tensor; or the name as it is, and None."""
+        renamed: tuple[str, str | None] = super().rename_source_key(source_key)
+        if renamed[1] is None:
+            return renamed
+        (split,) = self.operations
+        assert isinstance(split, Split)
+        path = source_key.rpartition(".")[0]
+        # The prefix of the base model may be missing on either side.
+        ours = any(f".{known}".endswith(f".{path}") or f".{path}".endswith(f".{known}") for known in split.parts)
+        return renamed if ours else (source_key, None)
 
 
 def split_converters(model: nn.Module, given: Iterable[Any]) -> list[WeightConverter]:
     """What splits tensors of a checkpoint that hold all experts: see `targets`."""
     return [
         # The whole name: `shared_experts.down_proj.weight` is another module's.
-        WeightConverter(
+        SplitConverter(
             rf"(?<=\.){re.escape(target.experts)}\.{target.parameter}$",
             f"{target.experts}.0.{target.projection}.weight",
             operations=[target.split],

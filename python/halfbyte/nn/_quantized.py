@@ -6,7 +6,8 @@ wrappers do that shard or flatten parameters. It follows the weight that is assi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -112,9 +113,8 @@ class Quantized(torch.nn.Module):
         weight = self._parameters.get("weight")
         if weight is None:
             return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
-        super()._apply(  # type: ignore[no-untyped-call]
-            lambda tensor: tensor if tensor is weight else fn(tensor), recurse
-        )
+        with without_weight(self):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             if isinstance(weight, Params4bit) and not weight.bnb_quantized:
                 self._replace(weight, fn(weight))
@@ -214,6 +214,8 @@ class Quantized(torch.nn.Module):
             if state.quant_type != quant_type:
                 raise ValueError(f"is of quant_type {state.quant_type!r}, the module of {quant_type!r}")
             check_state(value, state)
+            # In one row they would mean a transposed weight to those who dequantize them.
+            value = value.reshape(-1, 1)
             self._take(_as_storage(value, value.dtype if assign else self.quant_storage), state, target, assign)
             return
         if value.dtype in FLOAT_DTYPES and tuple(value.shape) == shape:
@@ -300,6 +302,25 @@ def fix_4bit_weight_quant_state_from_module(module: Quantized) -> None:
             bnb_quantized=True,
         )
     module.weight.quant_state = state
+
+
+@contextlib.contextmanager
+def without_weight(module: torch.nn.Module) -> Iterator[None]:
+    """Hide the weight, which the module moves itself.
+
+    `torch.nn.Module._apply` wraps or swaps what it is given where `torch.__future__` says so, or where a parameter
+    cannot hold it, and does not know the classes of packed weights.
+    """
+    parameters = module._parameters
+    before = dict(parameters)
+    del parameters["weight"]
+    try:
+        yield
+    finally:
+        after = dict(parameters)
+        parameters.clear()
+        # In the same order.
+        parameters.update({name: after.get(name, before[name]) for name in before})
 
 
 def _bytes(tensor: Tensor) -> Tensor:

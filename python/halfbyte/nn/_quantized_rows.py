@@ -16,7 +16,7 @@ from torch import Tensor
 
 from halfbyte.functional import int8_vectorwise_dequant
 from halfbyte.nn._joint import JOINT, STANDS_FOR, is_foreign, new_module, portable
-from halfbyte.nn._quantized import _as_bytes
+from halfbyte.nn._quantized import _as_bytes, without_weight
 from halfbyte.nn._requantized import watching
 from halfbyte.nn.int8_params import Int8Params, quantize_weight
 from halfbyte.ops._torch_internals import can_hold
@@ -127,14 +127,17 @@ class QuantizedRows(torch.nn.Module):
         weight = self._parameters.get("weight")
         if weight is None:
             return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
-        if weight.dtype is not torch.int8 and not (isinstance(weight, Int8Params) and not weight.has_fp16_weights):
-            # A float weight to be trained; what was made of it is made again.
-            self.state.reset_grads()
-            return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
-        super()._apply(  # type: ignore[no-untyped-call]
-            lambda tensor: tensor if tensor is weight else fn(tensor), recurse
-        )
+        with without_weight(self):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         with torch.no_grad():
+            if weight.dtype is not torch.int8 and not (isinstance(weight, Int8Params) and not weight.has_fp16_weights):
+                # A float weight to be trained; what was made of it is made again.
+                self.state.reset_grads()
+                grad = weight.grad
+                self._replace(weight, fn(weight).data, None)
+                if grad is not None:
+                    self._parameters["weight"].grad = fn(grad)  # type: ignore[union-attr]
+                return self
             if weight.dtype is not torch.int8:
                 self._replace(weight, fn(weight), None)
             else:

@@ -121,6 +121,12 @@ def without_quantization(config: dict[str, Any], dtype: str | None) -> str:
     return dump(_with_dtype({k: v for k, v in config.items() if k != "quantization_config"}, dtype))
 
 
+def names_dtype(config: dict[str, Any]) -> bool:
+    """Whether the config of a model, or of a part of a composite one, names a dtype."""
+    parts = [config, *(value for key, value in config.items() if key.endswith("_config") and isinstance(value, dict))]
+    return any(part.get(key) is not None for part in parts for key in ("dtype", "torch_dtype"))
+
+
 def _with_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
     """The config of a model in another dtype; None leaves it as it is.
 

@@ -177,7 +177,11 @@ def prepare_quantize(src: StrPath, options: QuantizeOptions, hub: Hub, config: C
     plan = CheckpointPlan.of(
         _native.plan_quantize(str(folder), config_json.native_text(model_config), options.to_dict(), selected)
     )
-    return Prepared(plan, model_config, quantization_config(options, plan, config), options.dtype)
+    dtype = options.dtype
+    if dtype is None and model_config is not None and not config_json.names_dtype(model_config):
+        # Loaders take the dtype of the first float tensor then, which may be that of scales.
+        dtype = plan.model_dtype
+    return Prepared(plan, model_config, quantization_config(options, plan, config), dtype)
 
 
 def quantization_config(options: QuantizeOptions, plan: CheckpointPlan, config: Config) -> dict[str, Any]:

@@ -45,11 +45,13 @@ class Found(NamedTuple):
             it. None where each matrix is a weight.
         own: Names, in the files and in the model, of tensors that are called as parts of packed weights are, and are
             none.
+        dense: Names in the files of tensors that are not packed, by those in the model.
     """
 
     layers: dict[str, Packed]
     of_experts: torch.dtype | None
     own: frozenset[str]
+    dense: dict[str, str]
 
 
 def packed_in(
@@ -110,7 +112,8 @@ def packed_in(
         if odd:
             _logger.warning("%s: %s", checkpoint.where, packed.odd_scales_note(odd, len(here)))
     layers = {target.rpartition(".")[0]: one for target, one in here.items()}
-    return Found(layers, instead.dtype if instead.hidden else None, frozenset(own))
+    dense = {target: name for target, name in targets.items() if name not in found}
+    return Found(layers, instead.dtype if instead.hidden else None, frozenset(own), dense)
 
 
 def check_dense(model: Any, files: Sequence[str], paths: Sequence[str]) -> None:
@@ -279,13 +282,21 @@ def _check_floats(checkpoint: _Checkpoint, found: Mapping[str, Packed], floats: 
 def _check_codes(
     model: nn.Module, checkpoint: _Checkpoint, targets: Mapping[str, str], found: Mapping[str, Packed]
 ) -> None:
-    """No weight of a linear layer holds 8-bit codes without the scales that belong to them."""
+    """No weight of a linear layer holds integers without the scales that belong to them."""
     layers = {f"{path}.weight" for path in chosen(model, ())}
     for target, name in targets.items():
-        if target in layers and name not in found and checkpoint.dtype(name) == "I8":
+        if target not in layers or name in found:
+            continue
+        dtype = checkpoint.dtype(name)
+        if dtype == "I8":
             raise CheckpointError(
                 f"{checkpoint.files[name]}: {name} is packed to 8 bits, but the checkpoint lacks "
                 f"{packed.beside(name, packed.SCB)}; {AGAIN}"
+            )
+        if not dtype.startswith(("F", "BF")):
+            raise CheckpointError(
+                f"{checkpoint.files[name]}: {name} is {dtype}, and no part of a packed weight is beside it: expected "
+                f"F16, BF16 or F32; {AGAIN}"
             )
 
 

@@ -155,7 +155,7 @@ def unstacked(model: nn.Module, given: Iterable[Any], hf_quantizer: Any, dtype: 
                 operations=[StackBiases(hf_quantizer)],
             )
         )
-    return [*kept, *added]
+    return [*added, *kept]
 
 
 def _is_up(target: Target) -> bool:

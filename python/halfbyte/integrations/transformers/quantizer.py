@@ -228,18 +228,23 @@ class _Quantizer:
             put_back(model, self._fused)
             raise
         layers_found = found.layers if found is not None else {}
-        if not any(path.startswith(f"{experts}.") for experts in self._fused for path in layers_found):
+        if any(path.startswith(f"{experts}.") for experts in self._fused for path in layers_found):
+            stay = _unpacked_stacks(layers_found, found.dense if found is not None else {})
+        else:
             # All are in 16 bits.
-            whole = {path: module for path, module in self._fused.items() if not is_dispatched(module)}
-            put_back(model, whole)
-            self._fused = {path: module for path, module in self._fused.items() if path not in whole}
+            stay = set(self._fused)
+        whole = {path: module for path, module in self._fused.items() if path in stay and not is_dispatched(module)}
+        put_back(model, whole)
+        self._fused = {path: module for path, module in self._fused.items() if path not in whole}
         if found is None:
             return None
-        self._of_experts, self.own = found.of_experts, found.own
         recipes = {path: self._recipe_of(one) for path, one in found.layers.items()}
         if floats:
             keep = self.get_modules_to_not_convert(model, skip, kept)
             recipes.update(dict.fromkeys(layers.chosen(model, keep), self.recipe))
+        # What comes by our converter keeps its dtype; the others are cast to the model's.
+        dense = {target: name for target, name in found.dense.items() if target.rpartition(".")[0] not in recipes}
+        self._of_experts, self.own = found.of_experts, found.own | {*dense, *dense.values()}
         return recipes
 
     def _recipe_of(self, one: Packed) -> Recipe:
@@ -401,6 +406,19 @@ class Quantizer8bit(_Quantizer, Bnb8BitHfQuantizer):
         if not self.config.llm_int8_enable_fp32_cpu_offload:
             return []
         return [name for name, target in self._device_map.items() if name and str(target) in ("cpu", "disk")]
+
+
+def _unpacked_stacks(layers: Mapping[str, Packed], dense: Mapping[str, str]) -> set[str]:
+    """Paths of experts that a quantized checkpoint has in 16 bits, those of a layer in one tensor."""
+
+    def path_of(layer: str) -> str:
+        # A layer is `….experts.<i>.<projection>`.
+        return layer.rsplit(".", 2)[0]
+
+    targets = {target.removesuffix(".weight") for target in dense}
+    # Of a tensor that is split, only the first matrix is named.
+    first, second = ({path_of(t) for t in targets if t.split(".")[-2:-1] == [number]} for number in ("0", "1"))
+    return first - second - {path_of(layer) for layer in layers}
 
 
 def _check_target(name: str, target: Any) -> None:

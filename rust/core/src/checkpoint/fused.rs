@@ -126,6 +126,8 @@ pub struct FusedExperts {
 struct Pair {
     up: Option<(TensorRef, String)>,
     down: Option<(TensorRef, String)>,
+    /// A tensor that is called as one of them, of a dtype or a number of dimensions that these have not.
+    odd: Option<TensorRef>,
 }
 
 impl FusedExperts {
@@ -138,16 +140,19 @@ impl FusedExperts {
         let mut pairs: BTreeMap<String, Pair> = BTreeMap::new();
         for &at in &source.order {
             let entry = source.tensor(at);
-            let name = match entry.name.strip_suffix("_blocks") {
-                Some(name) if entry.dtype == Dtype::U8 && entry.shape.len() == 4 => name,
-                _ if entry.shape.len() == 3 && is_float(entry.dtype) => &entry.name,
-                _ => continue,
+            let (name, fits) = match entry.name.strip_suffix("_blocks") {
+                Some(name) if entry.dtype == Dtype::U8 && entry.shape.len() == 4 => (name, true),
+                _ => (&*entry.name, entry.shape.len() == 3 && is_float(entry.dtype)),
             };
             let found = ENDS.iter().find_map(|(end, inside, down)| Some((name.strip_suffix(end)?, inside, *down)));
             let Some((path, _, down)) = found.filter(|(_, named, _)| **named || source_has_router(source, name)) else {
                 continue;
             };
             let pair = pairs.entry(format!("{path}.experts")).or_default();
+            if !fits {
+                pair.odd = pair.odd.or(Some(at));
+                continue;
+            }
             let slot = if down { &mut pair.down } else { &mut pair.up };
             if let Some((other, _)) = slot {
                 return Err(Error::tensor(
@@ -177,6 +182,20 @@ impl FusedExperts {
                 ));
             }
             (Some(one), None) | (None, Some(one)) => {
+                if let Some(odd) = pair.odd {
+                    let entry = source.tensor(odd);
+                    return Err(Error::tensor(
+                        &source.file(odd).path,
+                        &entry.name,
+                        format!(
+                            "is {} of shape {:?}, and belongs to the experts of {:?}: expected F16, BF16 or F32 of three \
+                             dimensions",
+                            entry.dtype,
+                            entry.shape,
+                            source.tensor(one.0).name
+                        ),
+                    ));
+                }
                 return Err(Error::tensor(
                     &source.file(one.0).path,
                     &source.tensor(one.0).name,

@@ -6,9 +6,11 @@
 
 use std::collections::HashMap;
 
+use safetensors::Dtype;
 use serde_json::Value;
 
 use super::facts::{TensorFacts, collect_model_types};
+use crate::checkpoint::dtype::is_float;
 
 /// How checkpoints of an architecture call the projections of an expert.
 #[derive(Debug, PartialEq, Eq)]
@@ -151,11 +153,21 @@ pub fn check_experts(config: Option<&Value>, tensors: &[TensorFacts<'_>]) -> Res
     let Experts::Named(names) = experts_of(config) else { return Ok(()) };
     let mut lists: HashMap<&str, HashMap<&str, Seen<'_>>> = HashMap::new();
     let mut order: Vec<&str> = Vec::new();
-    for tensor in tensors.iter().filter(|tensor| tensor.shape.len() == 2) {
+    for tensor in tensors {
         let Some((path, number, rest)) = split_expert(tensor.name) else { continue };
         let Some(projection) = rest.strip_suffix(".weight").filter(|projection| names.contains(projection)) else {
             continue;
         };
+        // Loaders cast float64.
+        if tensor.shape.len() != 2 || !(is_float(tensor.dtype) || tensor.dtype == Dtype::F64) {
+            return Err(Problem {
+                tensor: tensor.name.to_owned(),
+                words: format!(
+                    "is {} of shape {:?}: expected F16, BF16 or F32 of two dimensions, as the weight of an expert",
+                    tensor.dtype, tensor.shape
+                ),
+            });
+        }
         let list = lists.entry(path).or_insert_with(|| {
             order.push(path);
             HashMap::new()
@@ -219,7 +231,6 @@ fn collect_counts(value: &Value, depth: usize, found: &mut Vec<u64>) {
 
 #[cfg(test)]
 mod tests {
-    use safetensors::Dtype;
     use serde_json::json;
 
     use super::*;
@@ -253,6 +264,22 @@ mod tests {
         let all_down: Vec<String> = names(4).into_iter().filter(|name| !name.contains("w2")).collect();
         let problem = check_experts(Some(&config), &facts(&all_down)).unwrap_err();
         assert_eq!(problem.tensor, "model.layers.0.mlp.experts.0.w2.weight");
+    }
+
+    #[test]
+    fn experts_that_are_no_float_matrices_are_named() {
+        let config = json!({"model_type": "mixtral", "num_local_experts": 4});
+        let found = names(4);
+        for (shape, dtype) in [(&[32][..], Dtype::BF16), (&[1, 8, 4], Dtype::BF16), (&[8, 4], Dtype::I64)] {
+            let mut facts = facts(&found);
+            (facts[5].shape, facts[5].dtype) = (shape, dtype);
+            let problem = check_experts(Some(&config), &facts).unwrap_err();
+            assert_eq!(problem.tensor, found[5]);
+            assert!(problem.words.starts_with(&format!("is {dtype} of shape {shape:?}: expected")), "{problem:?}");
+        }
+        let mut facts = facts(&found);
+        facts[5].dtype = Dtype::F64;
+        assert_eq!(check_experts(Some(&config), &facts), Ok(()));
     }
 
     #[test]
