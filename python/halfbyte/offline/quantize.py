@@ -179,8 +179,8 @@ def prepare_quantize(src: StrPath, options: QuantizeOptions, hub: Hub, config: C
     )
     dtype = options.dtype
     if dtype is None and model_config is not None and not config_json.names_dtype(model_config):
-        # Loaders take the dtype of the first float tensor then, which may be that of scales.
-        dtype = plan.model_dtype
+        # Loaders take the dtype of the first float tensor then, which may be the float32 of scales.
+        dtype = plan.model_dtype if plan.model_dtype != "float32" else None
     return Prepared(plan, model_config, quantization_config(options, plan, config), dtype)
 
 
