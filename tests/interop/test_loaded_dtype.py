@@ -67,7 +67,9 @@ def test_loaded_dtype_of_a_layer_that_was_kept_in_another(tmp_path: Path) -> Non
     cls, folder = saved("MixtralForCausalLM", 4, tmp_path)
     file = folder / "model.safetensors"
     tensors = load_file(file)
-    odd = [name for name in tensors if name.endswith((".gate.weight", "layernorm.weight"))]
+    # transformers 5.0 casts no tensor of a quantized checkpoint that it renames.
+    renamed = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 8)
+    odd = [name for name in tensors if name.endswith(("layernorm.weight", *([".gate.weight"] if renamed else [])))]
     assert odd
     save_file({n: v.double() if n in odd else v for n, v in tensors.items()}, file, metadata={"format": "pt"})
     model = cls.from_pretrained(folder, quantization_config=config(4)).eval()
