@@ -134,19 +134,24 @@ impl<'a> Weight<'a> {
     /// Asks for the codes and scales of columns `cols` of some rows, which are needed soon: they are a few cache lines
     /// each, too far apart for the processor to foresee.
     pub(super) fn prefetch(&self, rows: Range<usize>, cols: Range<usize>) {
-        let (scales, size) = match self.scales {
-            Scales::Plain(absmax) => (absmax.as_ptr().cast(), size_of::<f32>()),
-            Scales::Nested { codes, .. } => (codes.as_ptr(), 1),
-        };
-        let shift = self.blocksize().trailing_zeros();
         for row in rows.start..rows.end.min(self.rows) {
             let flat = row * self.cols + cols.start..row * self.cols + cols.end.min(self.cols);
             for at in (flat.start / 2..flat.end / 2).step_by(LINE) {
                 prefetch(self.packed.as_ptr().wrapping_add(at));
             }
-            for at in ((flat.start >> shift) * size..(flat.end >> shift) * size).step_by(LINE) {
-                prefetch(scales.wrapping_add(at));
-            }
+            self.prefetch_scales(flat);
+        }
+    }
+
+    /// Asks for the scales of the values `flat`.
+    pub(super) fn prefetch_scales(&self, flat: Range<usize>) {
+        let (scales, size) = match self.scales {
+            Scales::Plain(absmax) => (absmax.as_ptr().cast(), size_of::<f32>()),
+            Scales::Nested { codes, .. } => (codes.as_ptr(), 1),
+        };
+        let shift = self.blocksize().trailing_zeros();
+        for at in ((flat.start >> shift) * size..(flat.end >> shift) * size).step_by(LINE) {
+            prefetch(scales.wrapping_add(at));
         }
     }
 

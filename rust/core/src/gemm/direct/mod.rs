@@ -157,6 +157,7 @@ pub fn forward(direct: Direct, x: Matrix<'_>, m: usize, weight: &Weight<'_>, out
             let results: &mut [f32] = bytemuck::cast_slice_mut(scratch.tile.at_least(m * TASK));
             let sums = scratch.sums.at_least(TASK * SUMS);
             let scales = weight.scales_of_pieces(rows.start * k..rows.end * k, PIECE, &mut scratch.scales);
+            weight.prefetch_scales(rows.end * k..(rows.end + task_rows).min(weight.rows()) * k);
             for first_lane in (0..m).step_by(LANES) {
                 let count = LANES.min(m - first_lane);
                 let (band_rows, product) = direct.bands[count - 1];
