@@ -213,7 +213,7 @@ impl Unchanged {
             return Ok(part(whole.0, whole.1));
         };
         for expert in experts {
-            let Some(&[from, to]) = self.bounds.get(expert..expert + 2).and_then(|both| both.as_array()) else {
+            let Some(&[from, to]) = self.bounds.get(expert..expert + 2) else {
                 let message = format!("experts must be below {}, got {expert}", self.bounds.len() - 1);
                 return Err(pyo3::exceptions::PyValueError::new_err(message));
             };

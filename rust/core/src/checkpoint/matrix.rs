@@ -171,8 +171,8 @@ fn spread<const SIZE: usize>(from: &[u8], into: &mut [u8], run: usize, step: usi
         let whole = if step == 1 { rows } else { rows.saturating_sub(1) } / SQUARE * SQUARE;
         for row in (0..whole).step_by(SQUARE) {
             for column in (0..group).step_by(SQUARE) {
-                let from: &[u16] = &from[column * run + row * step..];
-                let into: &mut [u16] = &mut into[row * columns + first + column..];
+                let from: &[[u8; 2]] = &from[column * run + row * step..];
+                let into: &mut [[u8; 2]] = &mut into[row * columns + first + column..];
                 transpose_square(from, run, step, into, columns);
             }
         }
@@ -189,7 +189,7 @@ fn spread<const SIZE: usize>(from: &[u8], into: &mut [u8], run: usize, step: usi
 const SQUARE: usize = 8;
 
 /// Writes eight columns, of which every `step`-th value counts (1 or 2), to eight rows; they are `run` and `columns` values apart.
-fn transpose_square(from: &[u16], run: usize, step: usize, into: &mut [u16], columns: usize) {
+fn transpose_square(from: &[[u8; 2]], run: usize, step: usize, into: &mut [[u8; 2]], columns: usize) {
     // Checked once, and what the intrinsics need.
     let (from, into) = (&from[..(SQUARE - 1) * run + SQUARE * step], &mut into[..(SQUARE - 1) * columns + SQUARE]);
     #[cfg(target_arch = "x86_64")]
