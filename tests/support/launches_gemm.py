@@ -10,7 +10,18 @@ from dataclasses import dataclass, replace
 import native
 import numpy as np
 import reference
-from harness import Argument, Buffer, Case, Launch, int32, int64, pointers, tensor_map
+from harness import (
+    Argument,
+    Buffer,
+    Case,
+    Launch,
+    Library,
+    int32,
+    int64,
+    pointers,
+    run_both_ways,
+    tensor_map,
+)
 from launches import Check, Described, Scales, bits, ceil_div, filled, near, size_argument, type_argument
 
 
@@ -429,6 +440,20 @@ def tile_sm75(
         # A sum of zeros is +0.
         wanted = bits(native.from_float32((table * scales).T + np.float32(0), product.dtype), product.dtype)
     return _tile(source, kernel, product, tokens, parts, scale_shift, shared, wanted)
+
+
+def odd_scales_stay(source: Library, dtype: str, launch_of: Callable[[Product], Check]) -> None:
+    """NaN and infinity reach the outputs of their row of W, and no other."""
+    product = Product.random(3, 6, 256, dtype, "nf4", 64)
+    absmax = product.scales.absmax.copy()
+    absmax[4 * 2], absmax[4 * 5 + 1] = np.nan, np.inf
+    check = launch_of(replace(product, scales=Scales.plain(absmax)))
+    found = run_both_ways(source, check.case)
+    y = found[next(k for k, buffer in enumerate(check.case.buffers) if buffer is check.wanted[0][0])]
+    values = native.to_float32(y, dtype)
+    assert np.isnan(values[:, 2]).all()
+    assert not np.isfinite(values[:, 5]).any()
+    assert np.isfinite(values[:, [0, 1, 3, 4]]).all()
 
 
 def _tile(

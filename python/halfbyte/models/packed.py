@@ -139,7 +139,7 @@ def parameter(
         TypeError: A part has a wrong dtype.
     """
     if bits == 4:
-        # Packed bytes in one row would mean a transposed weight to those who dequantize them.
+        # `dequantize_4bit` takes a packed weight of shape [1, n] for a transposed one.
         return Params4bit.from_prequantized(aligned(data).reshape(-1, 1), float_parts(parts), device=device)
     return _int8(data, parts, data.device if device is None else device)
 

@@ -416,7 +416,7 @@ def _written(config: BitsAndBytesConfig, listed: list[str] | None, model: nn.Mod
     made.llm_int8_skip_modules = listed
     bits = {bits_of(module) for module in model.modules()}
     if not config.load_in_4bit:
-        # Rules chose it, if any did. Each weight says its own type, so of two either will do.
+        # Rules chose the 4-bit type. If they chose both, either will do: each weight stores its own.
         weights = (m.weight for m in model.modules() if isinstance(m, PACKED_LAYERS))
         types = {weight.quant_type for weight in weights if isinstance(weight, Params4bit)}
         made.bnb_4bit_quant_type = max(types, default=made.bnb_4bit_quant_type)

@@ -214,7 +214,7 @@ class Quantized(torch.nn.Module):
             if state.quant_type != quant_type:
                 raise ValueError(f"is of quant_type {state.quant_type!r}, the module of {quant_type!r}")
             check_state(value, state)
-            # In one row they would mean a transposed weight to those who dequantize them.
+            # `dequantize_4bit` takes a packed weight of shape [1, n] for a transposed one.
             value = value.reshape(-1, 1)
             self._take(_as_storage(value, value.dtype if assign else self.quant_storage), state, target, assign)
             return

@@ -136,7 +136,7 @@ class QuantizedRows(torch.nn.Module):
                 grad = weight.grad
                 self._replace(weight, fn(weight).data, None)
                 if grad is not None:
-                    self._parameters["weight"].grad = fn(grad)  # type: ignore[union-attr]
+                    self.weight.grad = fn(grad)
                 return self
             if weight.dtype is not torch.int8:
                 self._replace(weight, fn(weight), None)

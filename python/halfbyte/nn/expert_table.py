@@ -131,20 +131,20 @@ class ExpertTable:
     def holds(self, ids: Tensor | None = None) -> bool:
         """Whether all that the table was made of is as it was; with the experts of some tokens, of these alone."""
         chosen = None if ids is None else self._few(ids)
-        if chosen is None:
-            same = self._unchanged.holds() and _addresses(self._parameters) == self._pointers
-        else:
-            same = self._unchanged.holds(chosen)
-            if same:
-                # Of an expert, as many as there are projections follow each other.
-                count = len(self._weights)
-                places = [place for expert in chosen for place in range(expert * count, (expert + 1) * count)]
-                parameters = [self._parameters[place] for place in places]
-                same = _addresses(parameters) == [self._pointers[place] for place in places]
-        return same and all(bias._version == version for bias, version in self._biases)
+        parameters, pointers = self._parameters, self._pointers
+        if chosen is not None:
+            # Each expert has one of each projection, one after the other.
+            count = len(self._weights)
+            places = [place for expert in chosen for place in range(expert * count, (expert + 1) * count)]
+            parameters, pointers = [parameters[place] for place in places], [pointers[place] for place in places]
+        return (
+            self._unchanged.holds(chosen)
+            and _addresses(parameters) == pointers
+            and all(bias._version == version for bias, version in self._biases)
+        )
 
     def _few(self, ids: Tensor) -> list[int] | None:
-        """The experts that are asked for, where they are few and known without waiting for a GPU."""
+        """The experts in `ids`; None where they are many, or where reading them would wait for a GPU."""
         experts = self.addresses.shape[1]
         if not ids.is_cpu or type(ids) is not Tensor or 2 * ids.numel() > experts:
             return None
@@ -172,7 +172,7 @@ class _Found:
         self.bounds: list[tuple[int, int]] = []
 
     def bound(self) -> None:
-        """Here an expert begins, or the last one ends."""
+        """Mark where an expert begins, or the last one ends."""
         self.bounds.append((len(self.entries), len(self.sizes)))
 
     def is_bare(self, module: nn.Module) -> bool:

@@ -126,7 +126,7 @@ pub struct FusedExperts {
 struct Pair {
     up: Option<(TensorRef, String)>,
     down: Option<(TensorRef, String)>,
-    /// A tensor that is called as one of them, of a dtype or a number of dimensions that these have not.
+    /// A tensor with the name of one of them, but another dtype or number of dimensions.
     odd: Option<TensorRef>,
 }
 

@@ -162,12 +162,12 @@ fn spread<const SIZE: usize>(from: &[u8], into: &mut [u8], run: usize, step: usi
     let (into, _) = into.as_chunks_mut::<SIZE>();
     let group = from.len() / run;
     let rows = into.len() / columns;
-    // Squares by the processor's shuffles; what is left over, one by one.
+    // Squares are transposed in registers, and what is left over is copied value by value.
     let mut done = 0;
     if SIZE == 2 && group.is_multiple_of(SQUARE) && (1..=2).contains(&step) {
         let (from, into) =
             (bytemuck::cast_slice(from.as_flattened()), bytemuck::cast_slice_mut(into.as_flattened_mut()));
-        // With a step, a square reads the value behind its last one, which is there for all but the last rows.
+        // With a step of 2, a square also reads the value after its last one. The last rows have none.
         let whole = if step == 1 { rows } else { rows.saturating_sub(1) } / SQUARE * SQUARE;
         for row in (0..whole).step_by(SQUARE) {
             for column in (0..group).step_by(SQUARE) {
@@ -188,9 +188,10 @@ fn spread<const SIZE: usize>(from: &[u8], into: &mut [u8], run: usize, step: usi
 /// Rows and columns of a square: values of 16 bits that fill a register of 128.
 const SQUARE: usize = 8;
 
-/// Writes eight columns, of which every `step`-th value counts (1 or 2), to eight rows; they are `run` and `columns` values apart.
+/// Writes eight columns to eight rows. Columns begin `run` values apart and have every `step`-th one (1 or 2); rows begin `columns`
+/// values apart.
 fn transpose_square(from: &[[u8; 2]], run: usize, step: usize, into: &mut [[u8; 2]], columns: usize) {
-    // Checked once, and what the intrinsics need.
+    // The lengths that the intrinsics rely on, checked once.
     let (from, into) = (&from[..(SQUARE - 1) * run + SQUARE * step], &mut into[..(SQUARE - 1) * columns + SQUARE]);
     #[cfg(target_arch = "x86_64")]
     {
@@ -203,7 +204,7 @@ fn transpose_square(from: &[[u8; 2]], run: usize, step: usize, into: &mut [[u8; 
                 if step == 1 {
                     return low;
                 }
-                // Every other one. Sign-extended, they are packed as they are.
+                // Every other value, sign-extended to 32 bits: then packing, which saturates, does not change it.
                 let even = |v| _mm_srai_epi32::<16>(_mm_slli_epi32::<16>(v));
                 _mm_packs_epi32(even(low), even(_mm_loadu_si128(at.add(1))))
             };

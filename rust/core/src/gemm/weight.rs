@@ -143,7 +143,7 @@ impl<'a> Weight<'a> {
         }
     }
 
-    /// Asks for the scales of the values `flat`.
+    /// Prefetches the scales of the values `flat`.
     pub(super) fn prefetch_scales(&self, flat: Range<usize>) {
         let (scales, size) = match self.scales {
             Scales::Plain(absmax) => (absmax.as_ptr().cast(), size_of::<f32>()),
@@ -198,7 +198,7 @@ pub(super) fn prefetch(at: *const u8) {
     let _ = at;
 }
 
-/// The same as far as the second-level cache, where more fits while it is waited for.
+/// Prefetches a cache line into the second-level cache, and not into the first. Any address will do.
 #[inline(always)]
 pub(super) fn prefetch_to_second_level(at: *const u8) {
     #[cfg(target_arch = "x86_64")]
@@ -210,9 +210,9 @@ pub(super) fn prefetch_to_second_level(at: *const u8) {
     let _ = at;
 }
 
-/// Bytes from the codes that are multiplied to those that are prefetched meanwhile, where rows are multiplied together of which
-/// the last begins `span` bytes behind the first. Codes are prefetched in the order in which they lie in memory: a processor
-/// reads one such stream at full speed, and several rows, which are short streams, at a third of it.
+/// How many bytes ahead of the codes in use to prefetch. Of the rows that are multiplied together, the last begins `span` bytes
+/// after the first. Prefetching follows the order of memory: a processor reads one long stream at full speed, but several short
+/// ones, the rows of a band, at a third of it.
 pub(super) fn lead_of(span: usize) -> usize {
     (16 << 10).max(span + (8 << 10))
 }

@@ -65,8 +65,8 @@ pub struct Direct {
     /// # Safety
     /// The machine has the path.
     pub prepare: unsafe fn(Matrix<'_>, row: usize, out: &mut [u32]),
-    /// The products of some rows of the weight, at most [`ROWS`], with 1 to [`LANES`] rows of activations, by the number of
-    /// these: first how many rows of the weight.
+    /// By the number of rows of activations, 1 to [`LANES`]: how many rows of the weight a band has, at most [`ROWS`], and the
+    /// function that multiplies it with them.
     ///
     /// # Safety
     /// The machine has the path; all of `Band` is readable, and its sums writable.
@@ -81,9 +81,9 @@ pub struct Direct {
     pub stripe: [unsafe fn(&Stripe); LANES],
 }
 
-/// What a product of a band, some rows of a weight, reads.
+/// A band, which is a few rows of a weight, and what it is multiplied with.
 pub struct Band {
-    /// The packed rows. Behind the last of the weight there is that one again.
+    /// The packed rows. Where the weight has fewer, the last one again.
     pub codes: [*const u8; ROWS],
     /// The scales of the rows' halves of groups.
     pub scales: [*const f32; ROWS],
@@ -95,7 +95,7 @@ pub struct Band {
     pub part: Range<usize>,
     /// Whether half a group follows, now.
     pub half: bool,
-    /// The codes that are prefetched meanwhile: a cache line for each row and group of this part, any address.
+    /// Where prefetching begins: one cache line for each row and group of this part. It may lie outside of the weight.
     pub ahead: *const u8,
     /// `[rows][lanes]`: sums of the parts before this one, unless it is the first; of this one too when it is not the last.
     pub sums: *mut [f32; 16],
@@ -163,7 +163,7 @@ pub fn forward(direct: Direct, x: Matrix<'_>, m: usize, weight: &Weight<'_>, out
                 let (band_rows, product) = direct.bands[count - 1];
                 let groups = k / GROUP;
                 let part = PART / (count * direct.group_words * size_of::<u32>());
-                // In parts, a task is multiplied while the next one is prefetched.
+                // A task that is multiplied part by part is not read in order: the next task is prefetched meanwhile.
                 let lead = if groups > part { rows.len() * k / 2 } else { lead_of((band_rows - 1) * k / 2) };
                 let mut ahead = (&raw const weight.packed()[rows.start * k / 2]).wrapping_add(lead);
                 for start in (0..groups.max(1)).step_by(part) {

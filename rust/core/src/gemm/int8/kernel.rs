@@ -32,7 +32,7 @@ pub struct Pair {
     pub rows: [*const i8; 2],
     /// Codes in each.
     pub len: usize,
-    /// The codes that are prefetched meanwhile: two cache lines for each step, any address.
+    /// Where prefetching begins: two cache lines for each step. It may lie outside of the weight.
     pub ahead: *const u8,
     /// Words of activations, zeros up to a multiple of [`STEP`] codes.
     pub x: *const u32,
@@ -41,7 +41,7 @@ pub struct Pair {
 }
 
 impl Pair {
-    /// Prefetches what belongs to a step.
+    /// Prefetches the two cache lines of a step.
     #[inline(always)]
     pub fn prefetch(&self, step: usize) {
         let at = self.ahead.wrapping_add(2 * step * STEP);

@@ -13,7 +13,7 @@ const CODES: usize = 64;
 static PLANES: LazyLock<[[u8; 256]; 4]> =
     LazyLock::new(|| std::array::from_fn(|i| dynamic_map().map(|value| value.to_le_bytes()[i])));
 
-/// Which code comes at each place: after bytes and pairs of bytes have been interleaved in lanes of 16, the values are in order.
+/// Which code to look up at each place, so that the values are in order after their bytes were interleaved in lanes of 16.
 static ORDER: [u8; CODES] = {
     let mut order = [0; CODES];
     let mut place = 0;
@@ -25,7 +25,7 @@ static ORDER: [u8; CODES] = {
     order
 };
 
-/// Whether the machine has the instructions, and may use more than those of a name.
+/// Whether the machine has the instructions, and `HALFBYTE_SIMD` leaves the choice open.
 pub fn is_available() -> bool {
     static AVAILABLE: LazyLock<bool> =
         LazyLock::new(|| !Simd::is_forced() && Simd::Avx512.is_available() && is_x86_feature_detected!("avx512vbmi"));
